@@ -1,0 +1,94 @@
+//! Errors that are the user's to mend: they end the program with status 2 and say what would do.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Something wrong with what the user gave: a config, an argument, a file's content.
+///
+/// Anything else that fails is an ordinary [`anyhow::Error`] and ends the program with status 1.
+#[derive(Debug, Clone)]
+pub struct InputError {
+    message: String,
+    place: Option<Place>,
+    help: Option<String>,
+}
+
+/// Where in the input the error is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file, or what stands in for one: a variable, `--set`.
+    pub origin: Origin,
+    /// The key: `saes[1].trainer.type`.
+    pub key: String,
+}
+
+/// What a value came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// A file, with line and column counted from 1 where they are known.
+    File(PathBuf, Option<(usize, usize)>),
+    /// An environment variable, by name.
+    Variable(String),
+    /// `--set KEY=VALUE`, as it was typed.
+    Set(String),
+}
+
+impl InputError {
+    /// An error with its message: one line, lower case, no full stop.
+    pub fn new(message: impl Into<String>) -> Self {
+        InputError { message: message.into(), place: None, help: None }
+    }
+
+    /// What would do instead.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// Where in the input it is.
+    #[must_use]
+    pub fn at(mut self, origin: Origin, key: impl Into<String>) -> Self {
+        self.place = Some(Place { origin, key: key.into() });
+        self
+    }
+
+    /// The message, without place and help.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Where it is, if known.
+    pub fn place(&self) -> Option<&Place> {
+        self.place.as_ref()
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::File(path, Some((line, column))) => {
+                write!(f, "{}:{line}:{column}", path.display())
+            }
+            Origin::File(path, None) => write!(f, "{}", path.display()),
+            Origin::Variable(name) => write!(f, "variable {name}"),
+            Origin::Set(text) => write!(f, "--set {text}"),
+        }
+    }
+}
+
+impl fmt::Display for InputError {
+    /// The message with its place on the first line, the help on the second.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        if let Some(place) = &self.place {
+            write!(f, "            {} ({})", place.origin, place.key)?;
+        }
+        if let Some(help) = &self.help {
+            write!(f, "\nhelp: {help}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for InputError {}

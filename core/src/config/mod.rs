@@ -1,0 +1,105 @@
+//! The config of a run: what a YAML file may say, and how it is read.
+
+mod error;
+mod schema;
+mod value;
+
+pub use error::{InputError, Origin, Place};
+pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::dictionary::DictionaryConfig;
+use crate::logger::LoggerConfig;
+use crate::metric::MetricConfig;
+use crate::modifier::ModifierConfig;
+use crate::source::SourceConfig;
+use crate::trainer::TrainerConfig;
+
+/// One experiment: a stream of activations and the dictionaries that train on it.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// Seed of everything random: initial weights, shuffling, resampling.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+    /// `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+    #[serde(default)]
+    pub device: DeviceChoice,
+    /// The type of the matrix products: `float32`, `bfloat16` or `auto`. Weights, moments and losses stay float32.
+    #[serde(default)]
+    pub precision: PrecisionChoice,
+    /// How many batches to train on.
+    #[serde(default = "default_steps")]
+    #[schemars(range(min = 1))]
+    pub steps: u64,
+    /// End at this step, saved, with the schedules still laid out for `steps`.
+    #[serde(default)]
+    pub stop_after: Option<u64>,
+    /// Where the run is written; relative to the config's folder.
+    #[serde(default)]
+    pub output_dir: Option<ConfigPath>,
+    /// Scale activations to unit mean squared norm while training; the factor is folded into what is saved.
+    #[serde(default)]
+    pub normalize_activations: bool,
+    /// Log every so many steps.
+    #[serde(default = "default_log_every")]
+    #[schemars(range(min = 1))]
+    pub log_every: u64,
+    /// Save the whole training state, for `--resume`, every so many steps; null for never.
+    #[serde(default = "default_checkpoint_every")]
+    pub checkpoint_every: Option<u64>,
+    /// Keep the weights alone every so many steps, in `<sae>/checkpoints/ae_<step>.safetensors`.
+    #[serde(default)]
+    pub save_every: Option<u64>,
+    /// Where activations come from.
+    pub source: Box<dyn SourceConfig>,
+    /// Where the metrics' activations come from: `source` with these keys changed, say to a held-out text. By default
+    /// the metrics go on with what training has not read.
+    #[serde(default)]
+    pub eval_source: Option<Box<dyn SourceConfig>>,
+    /// The dictionaries; all of them train on the same stream.
+    #[serde(default)]
+    pub saes: Vec<SaeConfig>,
+    /// What is measured at the end of training and by `dictlearn eval`.
+    #[serde(default)]
+    pub metrics: Vec<Box<dyn MetricConfig>>,
+    /// Where the figures go.
+    #[serde(default)]
+    pub loggers: Vec<Box<dyn LoggerConfig>>,
+}
+
+/// One dictionary of a run and how it is trained.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SaeConfig {
+    /// Its name and folder; the trainer's name by default.
+    pub name: String,
+    /// The architecture; the trainer's usual one by default.
+    pub dictionary: Box<dyn DictionaryConfig>,
+    /// The loss and its schedules.
+    pub trainer: Box<dyn TrainerConfig>,
+    /// What is changed about the trainer.
+    #[serde(default)]
+    pub modifiers: Vec<Box<dyn ModifierConfig>>,
+    /// Weights to start from: an SAE's directory or a .safetensors file with its tensors.
+    #[serde(default)]
+    pub init_from: Option<ConfigPath>,
+}
+
+fn default_seed() -> u64 {
+    42
+}
+
+fn default_steps() -> u64 {
+    10_000
+}
+
+fn default_log_every() -> u64 {
+    100
+}
+
+fn default_checkpoint_every() -> Option<u64> {
+    Some(1000)
+}

@@ -1,0 +1,57 @@
+//! JSON Schema of a config: the registry fills the slots that components go into.
+
+use std::borrow::Cow;
+
+use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
+use serde_json::{json, Map, Value};
+
+use crate::registry::{components, Kind};
+
+/// One of the components of a kind, told apart by `type`.
+fn slot(kind: Kind, generator: &mut SchemaGenerator) -> Schema {
+    let mut variants = Vec::new();
+    for component in components(kind) {
+        let mut schema: Map<String, Value> = (component.schema)().to_value().as_object().cloned().unwrap_or_default();
+        schema.remove("$schema");
+        schema.remove("title");
+        // A component's own definitions move to the config's, where `#/$defs/` finds them.
+        if let Some(Value::Object(defs)) = schema.remove("$defs") {
+            generator.definitions_mut().extend(defs);
+        }
+        let tag = json!({"const": component.name, "description": component.summary});
+        let properties = schema.entry("properties").or_insert_with(|| json!({}));
+        if let Some(properties) = properties.as_object_mut() {
+            properties.insert("type".to_owned(), tag);
+        }
+        let required = schema.entry("required").or_insert_with(|| json!([]));
+        if let Some(required) = required.as_array_mut() {
+            required.insert(0, json!("type"));
+        }
+        schema.entry("description").or_insert_with(|| json!(component.summary));
+        variants.push(Value::Object(schema));
+    }
+    json_schema!({"oneOf": variants})
+}
+
+macro_rules! slots {
+    ($($config:path => $kind:ident),* $(,)?) => {$(
+        impl JsonSchema for dyn $config {
+            fn schema_name() -> Cow<'static, str> {
+                Kind::$kind.name().into()
+            }
+            fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+                slot(Kind::$kind, generator)
+            }
+        }
+    )*};
+}
+
+slots! {
+    crate::dictionary::DictionaryConfig => Dictionary,
+    crate::trainer::TrainerConfig => Trainer,
+    crate::modifier::ModifierConfig => Modifier,
+    crate::source::SourceConfig => Source,
+    crate::text::TextConfig => Text,
+    crate::metric::MetricConfig => Metric,
+    crate::logger::LoggerConfig => Logger,
+}

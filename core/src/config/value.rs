@@ -1,0 +1,203 @@
+//! Types of config values that need more than serde's own: paths, devices, precisions.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
+use serde::{de, Deserialize, Deserializer, Serialize, Serializer};
+use tch::{Cuda, Device};
+
+use super::InputError;
+use crate::device::Precision;
+
+/// The newtype name by which the config's deserializer knows a path and makes it absolute, from the folder of the
+/// file that it stands in. See `load`.
+pub(super) const PATH: &str = "dictlearn::ConfigPath";
+/// The same for a value that may be a path or a name: it is a path if something exists there, or if it looks like one.
+pub(super) const PATH_OR_NAME: &str = "dictlearn::PathOrName";
+
+macro_rules! path_value {
+    ($(#[$doc:meta])* $name:ident, $marker:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        pub struct $name(pub String);
+
+        impl $name {
+            /// As a path.
+            pub fn as_path(&self) -> &Path {
+                Path::new(&self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl From<PathBuf> for $name {
+            fn from(path: PathBuf) -> Self {
+                $name(path.to_string_lossy().into_owned())
+            }
+        }
+
+        impl From<&str> for $name {
+            fn from(text: &str) -> Self {
+                $name(text.to_owned())
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Visitor;
+                impl<'de> de::Visitor<'de> for Visitor {
+                    type Value = String;
+                    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                        f.write_str("a path")
+                    }
+                    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+                        Ok(text.to_owned())
+                    }
+                    fn visit_newtype_struct<D: Deserializer<'de>>(self, inner: D) -> Result<String, D::Error> {
+                        inner.deserialize_str(self)
+                    }
+                }
+                deserializer.deserialize_newtype_struct($marker, Visitor).map($name)
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+            fn inline_schema() -> bool {
+                true
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({"type": "string"})
+            }
+        }
+    };
+}
+
+path_value! {
+    /// A path in a config: relative to the folder of the file that says it, absolute once the config is loaded.
+    ConfigPath, PATH
+}
+
+path_value! {
+    /// A path in a config or a name (`embedded:austen`, `EleutherAI/pythia-70m`): absolute if it is a path.
+    PathOrName, PATH_OR_NAME
+}
+
+/// `device:` of a config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The first GPU where there is one, otherwise the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU by number.
+    Cuda(usize),
+}
+
+impl DeviceChoice {
+    /// The device that it means here.
+    pub fn device(self) -> Result<Device, InputError> {
+        match self {
+            DeviceChoice::Auto => Ok(Device::cuda_if_available()),
+            DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Cuda(index) => {
+                let count = Cuda::device_count().max(0) as usize;
+                if index < count {
+                    return Ok(Device::Cuda(index));
+                }
+                let found = match count {
+                    0 => "this machine (or this libtorch) has no GPU".to_owned(),
+                    1 => "this machine has one GPU, cuda:0".to_owned(),
+                    n => format!("this machine has {n} GPUs, cuda:0 to cuda:{}", n - 1),
+                };
+                Err(InputError::new(format!("there is no device `cuda:{index}`"))
+                    .help(format!("{found}; `device: auto` takes what there is")))
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Cpu => f.write_str("cpu"),
+            DeviceChoice::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl Serialize for DeviceChoice {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for DeviceChoice {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match text.as_str() {
+            "auto" => Ok(DeviceChoice::Auto),
+            "cpu" => Ok(DeviceChoice::Cpu),
+            "cuda" => Ok(DeviceChoice::Cuda(0)),
+            other => other
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .map(DeviceChoice::Cuda)
+                .ok_or_else(|| de::Error::unknown_variant(other, &["auto", "cpu", "cuda", "cuda:N"])),
+        }
+    }
+}
+
+impl JsonSchema for DeviceChoice {
+    fn schema_name() -> Cow<'static, str> {
+        "DeviceChoice".into()
+    }
+    fn inline_schema() -> bool {
+        true
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "pattern": "^(auto|cpu|cuda|cuda:[0-9]+)$"})
+    }
+}
+
+/// `precision:` of a config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub enum PrecisionChoice {
+    /// What is fastest on the device without losing quality.
+    #[default]
+    Auto,
+    /// Products in float32.
+    Float32,
+    /// Products in bfloat16, sums in float32.
+    BFloat16,
+}
+
+impl PrecisionChoice {
+    /// The precision that it means on a device, and why.
+    pub fn precision(self, device: Device) -> (Precision, &'static str) {
+        match self {
+            PrecisionChoice::Float32 => (Precision::Float32, "as the config says"),
+            PrecisionChoice::BFloat16 => (Precision::BFloat16, "as the config says"),
+            PrecisionChoice::Auto if device.is_cuda() => (Precision::BFloat16, "auto: the device is a GPU"),
+            PrecisionChoice::Auto => (Precision::Float32, "auto: the device is a CPU"),
+        }
+    }
+}

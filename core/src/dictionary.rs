@@ -1,0 +1,236 @@
+//! Dictionaries: the architectures that encode activations as sparse features and decode them again.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::path::Path;
+
+use anyhow::{bail, Result};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::InputError;
+use crate::device::Precision;
+
+/// The widths of a dictionary's input, features and output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dims {
+    /// Width of an activation, d.
+    pub input: i64,
+    /// Number of features, F.
+    pub features: i64,
+    /// Width of what is reconstructed; the input's, unless the dictionary predicts something else.
+    pub output: i64,
+}
+
+/// How many features a dictionary has, as a config says it.
+///
+/// Flattening would lose error positions, so each dictionary config has the two fields and calls
+/// [`dict_size`] with them.
+pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activation_dim: i64) -> Result<i64> {
+    let size = match (dict_size, expansion_factor) {
+        (Some(_), Some(_)) => {
+            bail!(InputError::new("both `dict_size` and `expansion_factor` are given").help("give one of them"))
+        }
+        (Some(size), None) => size,
+        (None, factor) => (factor.unwrap_or(8.0) * activation_dim as f64).round() as i64,
+    };
+    if size < 1 {
+        bail!(InputError::new(format!("a dictionary of {size} features")).help("`dict_size` must be at least 1"));
+    }
+    Ok(size)
+}
+
+/// What a dictionary is built for.
+#[derive(Debug, Clone, Copy)]
+pub struct DictionaryCx {
+    /// Width of the activations, d.
+    pub activation_dim: i64,
+    /// Width of what is to be reconstructed.
+    pub output_dim: i64,
+    /// Where its tensors live.
+    pub device: Device,
+    /// The type of its matrix products.
+    pub precision: Precision,
+}
+
+/// The config of a dictionary.
+#[typetag::serde(tag = "type")]
+pub trait DictionaryConfig: Debug + Send + Sync {
+    /// A new dictionary with random initial weights, drawn from libtorch's generator.
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>>;
+}
+
+/// What one pass of training sees of a dictionary. B activations, F features.
+#[derive(Debug)]
+pub struct Code {
+    /// The features, [B, F], as training uses them.
+    pub features: Tensor,
+    /// What else the method's loss needs, by name (`pre_activations`, `top_indices`, ...).
+    pub extras: BTreeMap<&'static str, Tensor>,
+}
+
+impl Code {
+    /// A code that is its features alone.
+    pub fn new(features: Tensor) -> Self {
+        Code { features, extras: BTreeMap::new() }
+    }
+
+    /// Adds something that the loss needs.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, tensor: Tensor) -> Self {
+        self.extras.insert(name, tensor);
+        self
+    }
+
+    /// Something that the dictionary exposes by name.
+    pub fn extra(&self, name: &str) -> Result<&Tensor> {
+        self.extras.get(name).ok_or_else(|| anyhow::anyhow!("this dictionary does not expose `{name}`"))
+    }
+}
+
+/// A decoder's weight, and which of its two dimensions counts the features.
+#[derive(Debug)]
+pub struct Decoder {
+    /// The weight, sharing memory with the dictionary's.
+    pub weight: Tensor,
+    /// 1 for [d, F] (`decoder.weight`), 0 for [F, d] (`W_dec`).
+    pub feature_dim: i64,
+}
+
+impl Decoder {
+    /// The other dimension: along which a feature's direction lies.
+    pub fn direction_dim(&self) -> i64 {
+        1 - self.feature_dim
+    }
+
+    /// Norms of the features' directions, [F].
+    pub fn norms(&self) -> Tensor {
+        self.weight.norm_scalaropt_dim(2.0, [self.direction_dim()], false)
+    }
+}
+
+/// A dictionary: its weights, and how it encodes and decodes.
+///
+/// Names of tensors and the meaning of `class` are the reference's, so that its `load_dictionary` reads what is saved.
+pub trait Dictionary: Send {
+    /// The reference's class: `AutoEncoder`, `AutoEncoderTopK`, ...
+    fn class(&self) -> &'static str;
+
+    /// Its widths.
+    fn dims(&self) -> Dims;
+
+    /// The trained tensors by their state-dict names, sharing memory with the dictionary's own.
+    fn parameters(&self) -> Vec<(&'static str, Tensor)>;
+
+    /// The saved tensors that no optimiser trains (`k`, `threshold`), sharing memory with the dictionary's own.
+    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
+        Vec::new()
+    }
+
+    /// Features [.., F] of activations [.., d], as a user of the trained dictionary gets them.
+    fn encode(&self, x: &Tensor) -> Tensor;
+
+    /// Reconstruction [.., d_out] of features [.., F].
+    fn decode(&self, features: &Tensor) -> Tensor;
+
+    /// Features [B, F] as training computes them, with what the loss needs beside them.
+    fn forward(&self, x: &Tensor) -> Code {
+        Code::new(self.encode(x))
+    }
+
+    /// The decoder, where the dictionary has one.
+    fn decoder(&self) -> Option<Decoder>;
+
+    /// Scales everything that adds to activations by `scale`, so that the dictionary does for activations times
+    /// `scale` what it did for activations: features and reconstructions come out times `scale`.
+    fn scale_biases(&mut self, scale: f64);
+
+    /// Called after tensors were loaded in place, for what is derived from them.
+    fn loaded(&mut self) {}
+
+    /// For trainers that need a particular architecture.
+    fn as_any(&self) -> &dyn Any;
+
+    /// For trainers that need a particular architecture.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+}
+
+impl dyn Dictionary {
+    /// Every saved tensor: parameters, then buffers.
+    pub fn state_dict(&self) -> Vec<(&'static str, Tensor)> {
+        let mut all = self.parameters();
+        all.extend(self.buffers());
+        all
+    }
+
+    /// Copies tensors into the dictionary by name; all must be there, of the right shape, and no others.
+    ///
+    /// `origin` is for messages.
+    pub fn load(&mut self, tensors: &BTreeMap<String, Tensor>, origin: &Path) -> Result<()> {
+        let mut own = self.state_dict();
+        let refused = |message: String| InputError::new(format!("{}: {message}", origin.display()));
+        for name in tensors.keys() {
+            if !own.iter().any(|(known, _)| known == name) {
+                let known: Vec<_> = own.iter().map(|(known, _)| *known).collect();
+                bail!(refused(format!("tensor `{name}` does not belong to a {}", self.class()))
+                    .help(format!("it has: {}", known.join(", "))));
+            }
+        }
+        for (name, target) in &mut own {
+            let Some(tensor) = tensors.get(*name) else {
+                bail!(refused(format!("tensor `{name}` of a {} is missing", self.class()))
+                    .help(format!("it has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))));
+            };
+            if tensor.size() != target.size() {
+                bail!(refused(format!("tensor `{name}` has shape {:?}, not {:?}", tensor.size(), target.size()))
+                    .help("the config's dictionary and the source's activation_dim decide the shape"));
+            }
+            tch::no_grad(|| target.copy_(tensor));
+        }
+        self.loaded();
+        Ok(())
+    }
+
+    /// Reconstruction and features of activations.
+    pub fn reconstruct(&self, x: &Tensor) -> (Tensor, Tensor) {
+        let features = self.encode(x);
+        (self.decode(&features), features)
+    }
+}
+
+/// How a saved dictionary of one class is read back. Submitted by the plugin that owns the class.
+pub struct SavedClass {
+    /// The reference's class name.
+    pub class: &'static str,
+    /// The name of the dictionary in a config.
+    pub name: &'static str,
+    /// An empty dictionary of the shape that the tensors (and the saved config's `trainer` entry) show; the caller
+    /// loads the tensors into it.
+    pub shaped: fn(&BTreeMap<String, Tensor>, &serde_json::Value, Device, Precision) -> Result<Box<dyn Dictionary>>,
+}
+
+inventory::collect!(SavedClass);
+
+/// The shape of a tensor of a saved dictionary, or an error that names it.
+pub fn saved_shape<const N: usize>(tensors: &BTreeMap<String, Tensor>, name: &str) -> Result<[i64; N]> {
+    let Some(tensor) = tensors.get(name) else {
+        bail!(InputError::new(format!("tensor `{name}` is missing"))
+            .help(format!("the file has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))));
+    };
+    let size = tensor.size();
+    size.as_slice().try_into().map_err(|_| {
+        InputError::new(format!("tensor `{name}` has shape {size:?}, which does not have {N} dimensions")).into()
+    })
+}
+
+/// Zeros that will be trained.
+pub fn trained(tensor: Tensor) -> Tensor {
+    tensor.detach().set_requires_grad(true)
+}
+
+/// A matrix [rows, columns] of independent normal numbers.
+pub fn randn(size: [i64; 2], device: Device) -> Tensor {
+    // Drawn on the CPU, so that a seed means the same weights on every device.
+    Tensor::randn(size, (Kind::Float, Device::Cpu)).to_device(device)
+}

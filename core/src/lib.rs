@@ -1,0 +1,25 @@
+//! What every dictlearn plugin needs: the traits, the registry, the config, the training loop and the command line.
+//!
+//! Core names no plugin. A plugin depends on this crate, implements one of the traits and registers it with
+//! [`register!`]; linking it into a binary is enough for a config to name it.
+
+pub mod config;
+pub mod device;
+pub mod dictionary;
+pub mod lm;
+pub mod logger;
+pub mod metric;
+pub mod model;
+pub mod modifier;
+pub mod optim;
+pub mod prelude;
+pub mod registry;
+pub mod rng;
+pub mod schedule;
+pub mod source;
+pub mod state;
+pub mod tensors;
+pub mod text;
+pub mod trainer;
+
+pub use {inventory, schemars};

@@ -1,0 +1,284 @@
+//! Language models: run as far as needed, read and replaced at any module.
+//!
+//! A model's forward pass names its modules as Hugging Face does and hands every module's input and output to
+//! [`Hooks`], which read values, replace them, and stop the pass after the last value that was asked for.
+
+use std::fmt;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::config::InputError;
+use crate::registry::nearest;
+
+/// A batch of contexts: B rows of L positions.
+#[derive(Debug)]
+pub struct Tokens {
+    /// Token ids, [B, L], int64.
+    pub ids: Tensor,
+    /// Which positions are text and not padding, [B, L], bool. Padding may be on either side.
+    pub mask: Tensor,
+}
+
+impl Tokens {
+    /// Rows and positions.
+    pub fn size(&self) -> (i64, i64) {
+        self.ids.size2().expect("token ids have two dimensions")
+    }
+}
+
+/// Whether a module's input or its output is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Io {
+    /// The input.
+    In,
+    /// The output.
+    Out,
+}
+
+/// A place in a model: a module's input or output.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HookPoint {
+    /// The module's path in the Hugging Face model: `gpt_neox.layers.1.mlp`.
+    pub module: String,
+    /// Input or output.
+    pub io: Io,
+}
+
+impl fmt::Display for HookPoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.module, if self.io == Io::In { "in" } else { "out" })
+    }
+}
+
+/// The forward pass ended early: every value that was asked for has been read.
+#[derive(Debug)]
+pub struct Stop;
+
+enum Action<'a> {
+    Read(Option<Tensor>),
+    Replace(Box<dyn Fn(&Tensor) -> Tensor + 'a>),
+}
+
+/// What a forward pass does at its modules.
+#[derive(Default)]
+pub struct Hooks<'a> {
+    actions: Vec<(HookPoint, Action<'a>)>,
+    unread: usize,
+    stop_when_read: bool,
+    path: String,
+    visits: Option<Vec<Visit>>,
+}
+
+/// One module as a forward pass met it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Visit {
+    /// The module's path.
+    pub module: String,
+    /// Width (last dimension) of its input.
+    pub input: i64,
+    /// Width (last dimension) of its output.
+    pub output: i64,
+}
+
+impl<'a> Hooks<'a> {
+    /// Nothing is read or replaced.
+    pub fn none() -> Self {
+        Hooks::default()
+    }
+
+    /// Reads the values at these points; get them with [`Hooks::take`]. The pass stops after the last of them if
+    /// `stop` is set.
+    pub fn read(points: &[HookPoint], stop: bool) -> Self {
+        Hooks {
+            actions: points.iter().map(|point| (point.clone(), Action::Read(None))).collect(),
+            unread: points.len(),
+            stop_when_read: stop,
+            ..Hooks::default()
+        }
+    }
+
+    /// Replaces the value at a point, [B, L, width], by what the function makes of it.
+    pub fn replace(point: &HookPoint, with: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
+        Hooks { actions: vec![(point.clone(), Action::Replace(Box::new(with)))], ..Hooks::default() }
+    }
+
+    /// Writes down every module that the pass goes through.
+    pub fn record() -> Self {
+        Hooks { visits: Some(Vec::new()), ..Hooks::default() }
+    }
+
+    /// The value that was read at a point.
+    pub fn take(&mut self, point: &HookPoint) -> Option<Tensor> {
+        self.actions.iter_mut().find_map(|(at, action)| match action {
+            Action::Read(value) if at == point => value.take(),
+            _ => None,
+        })
+    }
+
+    /// The modules met by a recording pass, in order of their outputs.
+    pub fn into_visits(self) -> Vec<Visit> {
+        self.visits.unwrap_or_default()
+    }
+
+    /// Calls a module by its name within the module that is being run, with its input; its input and output are read
+    /// and replaced as asked.
+    pub fn module(
+        &mut self,
+        name: &str,
+        input: &Tensor,
+        run: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor, Stop>,
+    ) -> Result<Tensor, Stop> {
+        let outer = self.path.len();
+        if outer > 0 {
+            self.path.push('.');
+        }
+        self.path.push_str(name);
+        let input = self.meet(Io::In, input)?;
+        let output = run(self, &input)?;
+        if let Some(visits) = &mut self.visits {
+            let width = |value: &Tensor| value.size().last().copied().unwrap_or(0);
+            visits.push(Visit { module: self.path.clone(), input: width(&input), output: width(&output) });
+        }
+        let output = self.meet(Io::Out, &output)?;
+        self.path.truncate(outer);
+        Ok(output)
+    }
+
+    fn meet(&mut self, io: Io, value: &Tensor) -> Result<Tensor, Stop> {
+        let mut value = value.shallow_clone();
+        for (point, action) in &mut self.actions {
+            if point.io != io || point.module != self.path {
+                continue;
+            }
+            match action {
+                Action::Read(slot) => {
+                    if slot.replace(value.shallow_clone()).is_none() {
+                        self.unread -= 1;
+                    }
+                }
+                Action::Replace(with) => value = with(&value).to_kind(value.kind()),
+            }
+        }
+        if self.stop_when_read && self.unread == 0 {
+            return Err(Stop);
+        }
+        Ok(value)
+    }
+}
+
+/// The stream of hidden states between two layers, with what all layers share (mask, positions, rotations).
+#[derive(Debug)]
+pub struct Hidden {
+    /// Hidden states, [B, L, d].
+    pub x: Tensor,
+    /// What attention needs, computed once a pass.
+    pub context: std::sync::Arc<crate::lm::Context>,
+}
+
+impl Hidden {
+    /// The same stream, sharing memory: to continue from one place in more than one way.
+    pub fn fork(&self) -> Hidden {
+        Hidden { x: self.x.shallow_clone(), context: self.context.clone() }
+    }
+}
+
+/// A language model: embeddings, a stack of layers, a head.
+pub trait LanguageModel: Send {
+    /// Width of the residual stream.
+    fn hidden_size(&self) -> i64;
+
+    /// Number of layers.
+    fn n_layers(&self) -> usize;
+
+    /// Number of token ids that it embeds.
+    fn vocab_size(&self) -> i64;
+
+    /// The longest context that it takes, where there is a limit.
+    fn max_positions(&self) -> Option<i64>;
+
+    /// Where Hugging Face's names for the parts of this family are, for TransformerLens names.
+    fn names(&self) -> &crate::lm::Names;
+
+    /// Embeds tokens.
+    fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop>;
+
+    /// Runs one layer.
+    fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop>;
+
+    /// The final norm and the head: logits, [B, L, vocabulary], float32.
+    fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop>;
+}
+
+impl dyn LanguageModel {
+    /// The whole pass, or as much of it as the hooks need. Logits, [B, L, vocabulary].
+    pub fn forward(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let hidden = self.begin(tokens, hooks)?;
+        self.forward_from(0, &hidden, hooks)
+    }
+
+    /// The pass from the input of a layer on.
+    pub fn forward_from(&self, layer: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let mut hidden = hidden.fork();
+        for index in layer..self.n_layers() {
+            hidden = self.layer(index, &hidden, hooks)?;
+        }
+        self.end(&hidden, hooks)
+    }
+
+    /// The value at one point, [B, L, width]; nothing after it is computed.
+    pub fn value_at(&self, tokens: &Tokens, point: &HookPoint) -> Tensor {
+        let mut hooks = Hooks::read(std::slice::from_ref(point), true);
+        let _ = self.forward(tokens, &mut hooks);
+        hooks.take(point).expect("a hook point of a model is met in every pass")
+    }
+
+    /// The hidden states at the input of the layer that holds a point, and that layer: everything before it is the
+    /// same however the point's value is replaced.
+    pub fn hidden_before(&self, tokens: &Tokens, point: &HookPoint) -> Option<(usize, Hidden)> {
+        let layer = self.names().layer_of(&point.module)?;
+        let mut hooks = Hooks::none();
+        let mut hidden = self.begin(tokens, &mut hooks).ok()?;
+        for index in 0..layer {
+            hidden = self.layer(index, &hidden, &mut hooks).ok()?;
+        }
+        Some((layer, hidden))
+    }
+
+    /// Every module in the order of a forward pass.
+    pub fn modules(&self) -> Vec<Visit> {
+        let ids = Tensor::zeros([1, 2], (Kind::Int64, self.device()));
+        let mask = Tensor::ones([1, 2], (Kind::Bool, self.device()));
+        let mut hooks = Hooks::record();
+        let _ = tch::no_grad(|| self.forward(&Tokens { ids, mask }, &mut hooks));
+        hooks.into_visits()
+    }
+
+    /// The device of the weights.
+    pub fn device(&self) -> tch::Device {
+        self.names().device
+    }
+
+    /// The point that a user names by a module path and `io`, or by a TransformerLens name; with its width.
+    pub fn hook_point(&self, name: &str, io: Io) -> Result<(HookPoint, i64)> {
+        let point = self.names().transformer_lens(name).unwrap_or_else(|| HookPoint { module: name.to_owned(), io });
+        let modules = self.modules();
+        if let Some(module) = modules.iter().find(|visit| visit.module == point.module) {
+            return Ok((point.clone(), if point.io == Io::In { module.input } else { module.output }));
+        }
+        let known: Vec<&str> = modules.iter().map(|visit| visit.module.as_str()).collect();
+        let mut near: Vec<&str> = known.clone();
+        near.sort_by(|a, b| strsim::jaro_winkler(b, name).total_cmp(&strsim::jaro_winkler(a, name)));
+        near.truncate(5);
+        let error = InputError::new(format!("the model has no module `{name}`"));
+        let near = near.join(", ");
+        Err(error
+            .help(match nearest(name, known.iter().copied()) {
+                Some(best) => format!("did you mean `{best}`? near it: {near}"),
+                None => format!("the nearest are: {near}"),
+            })
+            .into())
+    }
+}

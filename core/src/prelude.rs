@@ -1,0 +1,24 @@
+//! What a plugin brings into scope: `use dictlearn_core::prelude::*;`.
+
+pub use anyhow::{bail, Result};
+pub use schemars::JsonSchema;
+pub use serde::{Deserialize, Serialize};
+pub use serde_json::{Map, Value};
+pub use tch::{Device, Kind, Tensor};
+
+pub use crate::config::{ConfigPath, InputError, PathOrName};
+pub use crate::device::Precision;
+pub use crate::dictionary::{
+    dict_size, randn, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, SavedClass,
+};
+pub use crate::logger::{Logger, LoggerConfig};
+pub use crate::metric::{Metric, MetricConfig};
+pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
+pub use crate::modifier::{Modifier, ModifierConfig};
+pub use crate::optim::{Adam, AdamConfig};
+pub use crate::register;
+pub use crate::schedule::Schedule;
+pub use crate::source::{ActivationSource, Batch, ModelSource, SourceConfig, SourceCx};
+pub use crate::state::State;
+pub use crate::text::{Document, Record, TextConfig, TextStream};
+pub use crate::trainer::{AfterStep, Pass, Terms, Trainer, TrainerConfig, TrainerCx};

@@ -1,0 +1,124 @@
+//! Sources: where activations come from.
+
+use std::fmt::Debug;
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use crate::device::Precision;
+use crate::model::{HookPoint, LanguageModel, Tokens};
+use crate::state::State;
+
+/// What a source is built for.
+#[derive(Debug, Clone, Copy)]
+pub struct SourceCx {
+    /// Seed of the shuffling.
+    pub seed: u64,
+    /// Where the batches are wanted.
+    pub device: Device,
+    /// The type of a model's matrix products.
+    pub precision: Precision,
+}
+
+/// The config of a source.
+#[typetag::serde(tag = "type")]
+pub trait SourceConfig: Debug + Send + Sync {
+    /// Opens the source: reads headers, loads the model.
+    fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>>;
+}
+
+/// A batch of activations.
+#[derive(Debug)]
+pub struct Batch {
+    /// What the dictionary reads, [B, d], float32.
+    pub x: Tensor,
+    /// What it is to reconstruct, [B, d_out]; the same tensor as `x` unless the source has pairs.
+    pub target: Tensor,
+}
+
+impl Batch {
+    /// A batch whose target is its input.
+    pub fn of(x: Tensor) -> Self {
+        Batch { target: x.shallow_clone(), x }
+    }
+
+    /// Number of activations.
+    pub fn len(&self) -> i64 {
+        self.x.size()[0]
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether the target is the input.
+    pub fn is_autoencoding(&self) -> bool {
+        self.x.data_ptr() == self.target.data_ptr()
+    }
+
+    /// The batch with every value multiplied.
+    pub fn scaled(&self, factor: f64) -> Batch {
+        let x = &self.x * factor;
+        if self.is_autoencoding() {
+            return Batch::of(x);
+        }
+        Batch { x, target: &self.target * factor }
+    }
+}
+
+/// A stream of activations.
+pub trait ActivationSource: Send {
+    /// Width of an activation, d, and of what is to be reconstructed.
+    fn widths(&self) -> (i64, i64);
+
+    /// The next batch, or `None` at the end of the data.
+    fn next_batch(&mut self) -> Result<Option<Batch>>;
+
+    /// Mean over activations of the squared norm, ‖x‖², from a sample at the beginning of the stream. No activation is
+    /// lost to training by it.
+    fn mean_squared_norm(&mut self) -> Result<f64> {
+        let before = self.state()?;
+        let (mut sum, mut count) = (0.0, 0);
+        while count < 100 {
+            let Some(batch) = self.next_batch()? else {
+                break;
+            };
+            sum += batch.x.square().sum_dim_intlist(1, false, Kind::Float).mean(Kind::Float).double_value(&[]);
+            count += 1;
+        }
+        self.restore(&before)?;
+        Ok(sum / f64::from(count.max(1)))
+    }
+
+    /// The language model behind the activations, for metrics that change what it computes.
+    fn language_model(&mut self) -> Option<&mut dyn ModelSource> {
+        None
+    }
+
+    /// What an SAE's config.json says of it, under `buffer`.
+    fn describe(&self) -> serde_json::Value;
+
+    /// Where the stream stands.
+    fn state(&self) -> Result<State>;
+
+    /// Takes the stream to where [`ActivationSource::state`] was called.
+    fn restore(&mut self, state: &State) -> Result<()>;
+
+    /// What the user should know at the end: records skipped, activations dropped.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+/// A source that harvests a language model.
+pub trait ModelSource {
+    /// The model.
+    fn model(&self) -> &dyn LanguageModel;
+
+    /// The place in it whose value is harvested.
+    fn hook(&self) -> &HookPoint;
+
+    /// The next `rows` contexts of the text (fewer at its end), or `None` where there are no more.
+    fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>>;
+}

@@ -1,0 +1,111 @@
+//! What must survive a restart: named tensors and plain values, nested by prefix, saved as one safetensors file.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{anyhow, bail, Context, Result};
+use serde::de::DeserializeOwned;
+use serde::Serialize;
+use tch::{Kind, Tensor};
+
+use crate::tensors;
+
+/// The state of a component: tensors, and values that JSON can hold.
+#[derive(Debug, Default)]
+pub struct State {
+    tensors: BTreeMap<String, Tensor>,
+    values: BTreeMap<String, serde_json::Value>,
+}
+
+impl State {
+    /// An empty state.
+    pub fn new() -> Self {
+        State::default()
+    }
+
+    /// Adds a tensor; what is kept is a copy, so training may go on.
+    pub fn put_tensor(&mut self, name: impl Into<String>, tensor: &Tensor) {
+        self.tensors.insert(name.into(), tensor.detach().copy());
+    }
+
+    /// Adds a value.
+    pub fn put(&mut self, name: impl Into<String>, value: impl Serialize) -> Result<()> {
+        let name = name.into();
+        let value = serde_json::to_value(value).with_context(|| format!("state `{name}`"))?;
+        self.values.insert(name, value);
+        Ok(())
+    }
+
+    /// Adds a whole state under a prefix.
+    pub fn put_all(&mut self, prefix: &str, state: State) {
+        for (name, tensor) in state.tensors {
+            self.tensors.insert(format!("{prefix}/{name}"), tensor);
+        }
+        for (name, value) in state.values {
+            self.values.insert(format!("{prefix}/{name}"), value);
+        }
+    }
+
+    /// The tensor of that name.
+    pub fn tensor(&self, name: &str) -> Result<&Tensor> {
+        self.tensors.get(name).ok_or_else(|| anyhow!("the saved state has no tensor `{name}`"))
+    }
+
+    /// Copies the tensor of that name into `target`, in place.
+    pub fn load_tensor(&self, name: &str, target: &mut Tensor) -> Result<()> {
+        let saved = self.tensor(name)?;
+        if saved.size() != target.size() {
+            bail!("the saved state has `{name}` of shape {:?}, not {:?}", saved.size(), target.size());
+        }
+        tch::no_grad(|| target.copy_(saved));
+        Ok(())
+    }
+
+    /// The value of that name.
+    pub fn get<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let value = self.values.get(name).ok_or_else(|| anyhow!("the saved state has no value `{name}`"))?;
+        serde_json::from_value(value.clone()).with_context(|| format!("state `{name}`"))
+    }
+
+    /// What was put under a prefix.
+    pub fn under(&self, prefix: &str) -> State {
+        let prefix = format!("{prefix}/");
+        let strip = |name: &String| name.strip_prefix(&prefix).map(str::to_owned);
+        State {
+            tensors: self
+                .tensors
+                .iter()
+                .filter_map(|(name, tensor)| Some((strip(name)?, tensor.shallow_clone())))
+                .collect(),
+            values: self.values.iter().filter_map(|(name, value)| Some((strip(name)?, value.clone()))).collect(),
+        }
+    }
+
+    /// Writes the state to a file, whole or not at all.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let values = serde_json::to_string(&self.values)?;
+        let tensors: Vec<_> =
+            self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        tensors::write_with_metadata(path, &tensors, &[("state", &values)])
+    }
+
+    /// Reads a state that [`State::save`] wrote.
+    pub fn load(path: &Path) -> Result<State> {
+        let file = tensors::TensorFile::open(path)?;
+        let values =
+            file.metadata("state").ok_or_else(|| anyhow!("{} is no checkpoint of dictlearn's", path.display()))?;
+        let values = serde_json::from_str(&values).with_context(|| path.display().to_string())?;
+        let tensors = file.names().into_iter().map(|name| Ok((name.clone(), file.tensor(&name)?)));
+        Ok(State { tensors: tensors.collect::<Result<_>>()?, values })
+    }
+}
+
+/// How many bytes a tensor holds.
+pub fn bytes(tensor: &Tensor) -> usize {
+    tensor.numel() * kind_size(tensor.kind())
+}
+
+/// Bytes of one element.
+pub fn kind_size(kind: Kind) -> usize {
+    kind.elt_size_in_bytes()
+}

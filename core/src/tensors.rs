@@ -1,0 +1,197 @@
+//! Tensor files: safetensors read and written, files written whole or not at all.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{anyhow, bail, Context, Result};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::InputError;
+
+/// Writes a file whole or not at all: beside its place, synced, then renamed over it, the directory synced.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let write = || -> std::io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(".partial-").tempfile_in(dir)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            // A temporary file is private; a result is as readable as anything else the user writes.
+            file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
+        }
+        file.persist(path)?;
+        File::open(dir)?.sync_all()
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn dtype(kind: Kind) -> Result<Dtype> {
+    Ok(match kind {
+        Kind::Float => Dtype::F32,
+        Kind::Double => Dtype::F64,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Int64 => Dtype::I64,
+        Kind::Int => Dtype::I32,
+        Kind::Int16 => Dtype::I16,
+        Kind::Int8 => Dtype::I8,
+        Kind::Uint8 => Dtype::U8,
+        Kind::Bool => Dtype::BOOL,
+        other => bail!("safetensors cannot hold a tensor of type {other:?}"),
+    })
+}
+
+fn kind(dtype: Dtype) -> Option<Kind> {
+    Some(match dtype {
+        Dtype::F32 => Kind::Float,
+        Dtype::F64 => Kind::Double,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::I64 => Kind::Int64,
+        Dtype::I32 => Kind::Int,
+        Dtype::I16 => Kind::Int16,
+        Dtype::I8 => Kind::Int8,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::BOOL => Kind::Bool,
+        _ => return None,
+    })
+}
+
+/// Writes tensors as a safetensors file, whole or not at all.
+pub fn write<S: AsRef<str>>(path: &Path, tensors: &[(S, Tensor)]) -> Result<()> {
+    write_with_metadata(path, tensors, &[])
+}
+
+/// [`write`], with entries for the file's metadata.
+pub fn write_with_metadata<S: AsRef<str>>(
+    path: &Path,
+    tensors: &[(S, Tensor)],
+    metadata: &[(&str, &str)],
+) -> Result<()> {
+    write_file(path, &serialize(tensors, metadata)?)
+}
+
+/// The bytes of a safetensors file.
+pub fn serialize<S: AsRef<str>>(tensors: &[(S, Tensor)], metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
+    let mut data = Vec::with_capacity(tensors.len());
+    for (name, tensor) in tensors {
+        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+        let mut bytes = vec![0_u8; crate::state::bytes(&tensor)];
+        if !bytes.is_empty() {
+            tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        }
+        let shape = tensor.size().into_iter().map(|n| n as usize).collect::<Vec<_>>();
+        data.push((name.as_ref(), dtype(tensor.kind())?, shape, bytes));
+    }
+    let views = data
+        .iter()
+        .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let mut info = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    info.extend(metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+    Ok(safetensors::serialize(views, Some(info))?)
+}
+
+/// A safetensors file: its header checked when opened, tensors read when asked for.
+pub struct TensorFile {
+    path: PathBuf,
+    bytes: Bytes,
+}
+
+enum Bytes {
+    Mapped(memmap2::Mmap),
+    Static(&'static [u8]),
+}
+
+impl TensorFile {
+    /// Opens a file and checks its header against its length.
+    pub fn open(path: &Path) -> Result<Self> {
+        let refused = |why: String| InputError::new(format!("cannot read {}: {why}", path.display()));
+        let file = File::open(path).map_err(|error| refused(error.to_string()))?;
+        // SAFETY: the map is read-only; a file that another process shortens meanwhile would raise SIGBUS, which any
+        // reader of mapped weights accepts.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|error| refused(error.to_string()))?;
+        SafeTensors::deserialize(&map).map_err(|error| {
+            refused("not a whole safetensors file".to_owned()).help(format!("the header says: {error}"))
+        })?;
+        Ok(TensorFile { path: path.to_owned(), bytes: Bytes::Mapped(map) })
+    }
+
+    /// A file that is part of the program; `name` is for messages.
+    pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
+        SafeTensors::deserialize(bytes).map_err(|error| anyhow!("{name} is not a safetensors file: {error}"))?;
+        Ok(TensorFile { path: name.into(), bytes: Bytes::Static(bytes) })
+    }
+
+    /// Where it was read from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Mapped(map) => map,
+            Bytes::Static(bytes) => bytes,
+        }
+    }
+
+    fn parsed(&self) -> SafeTensors<'_> {
+        SafeTensors::deserialize(self.bytes()).expect("checked when opened")
+    }
+
+    /// The names of the tensors, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.parsed().names().into_iter().map(str::to_owned).collect();
+        names.sort();
+        names
+    }
+
+    /// Whether there is a tensor of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.parsed().tensor(name).is_ok()
+    }
+
+    /// The shape of a tensor, without reading it.
+    pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
+        Some(self.parsed().tensor(name).ok()?.shape().iter().map(|n| *n as i64).collect())
+    }
+
+    /// An entry of the file's metadata.
+    pub fn metadata(&self, key: &str) -> Option<String> {
+        let (_, header) = SafeTensors::read_metadata(self.bytes()).ok()?;
+        header.metadata().as_ref()?.get(key).cloned()
+    }
+
+    /// Reads one tensor to the CPU, in the type that the file has.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let parsed = self.parsed();
+        let view = parsed.tensor(name).map_err(|_| {
+            let names = self.names();
+            let error = InputError::new(format!("{} has no tensor `{name}`", self.path.display()));
+            error.help(match crate::registry::nearest(name, names.iter().map(String::as_str)) {
+                Some(near) => format!("did you mean `{near}`? it has: {}", names.join(", ")),
+                None => format!("it has: {}", names.join(", ")),
+            })
+        })?;
+        let kind = kind(view.dtype()).ok_or_else(|| {
+            InputError::new(format!(
+                "{}: tensor `{name}` has the type {:?}, which is not supported",
+                self.path.display(),
+                view.dtype()
+            ))
+            .help("supported are F64, F32, F16, BF16, I64, I32, I16, I8, U8 and BOOL")
+        })?;
+        let shape: Vec<i64> = view.shape().iter().map(|n| *n as i64).collect();
+        Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
+    }
+
+    /// Reads every tensor.
+    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.names().into_iter().map(|name| Ok((name.clone(), self.tensor(&name)?))).collect()
+    }
+}

@@ -1,0 +1,53 @@
+//! Text streams: the documents that a language model reads.
+
+use std::fmt::Debug;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+/// The config of a text stream.
+#[typetag::serde(tag = "type")]
+pub trait TextConfig: Debug + Send + Sync {
+    /// Opens the stream.
+    fn build(&self) -> Result<Box<dyn TextStream>>;
+}
+
+/// One item of a text stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Record {
+    /// A document, to be tokenised.
+    Text(Document),
+    /// A row of token ids that is a context as it stands, with its attention mask.
+    Tokens {
+        /// Token ids, one a position.
+        ids: Vec<i64>,
+        /// Which positions are text (true) and which are padding.
+        mask: Vec<bool>,
+    },
+}
+
+/// A document of a text stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Document {
+    /// The text.
+    pub text: String,
+    /// Where it is from, for messages: `emma.txt:120`.
+    pub origin: String,
+}
+
+/// A stream of documents, or of rows of tokens.
+pub trait TextStream: Send {
+    /// The next item, or `None` at the end.
+    fn next_record(&mut self) -> Result<Option<Record>>;
+
+    /// How many items were delivered since the beginning.
+    fn position(&self) -> u64;
+
+    /// Goes to the beginning and skips `position` items.
+    fn seek(&mut self, position: u64) -> Result<()>;
+
+    /// How many bad records were skipped, with the place and reason of the first.
+    fn skipped(&self) -> (u64, Option<String>) {
+        (0, None)
+    }
+}

@@ -1,0 +1,207 @@
+//! Trainers: how a dictionary learns.
+//!
+//! A trainer gives a loss, and autograd does the rest. The order of a step is the same for all and stands in
+//! [`Training::step`](crate::training::Training::step).
+
+use std::fmt::Debug;
+
+use anyhow::Result;
+use serde_json::{Map, Value};
+use tch::{Kind, Tensor};
+
+use crate::dictionary::{Code, Dictionary};
+use crate::optim::{Adam, AdamConfig};
+use crate::rng::Rng;
+use crate::source::Batch;
+use crate::state::State;
+
+/// What a trainer is built for.
+pub struct TrainerCx<'a> {
+    /// The dictionary that it will train, to be refused here if it cannot.
+    pub dictionary: &'a dyn Dictionary,
+    /// How many steps the schedules are laid out for.
+    pub steps: u64,
+    /// Seed of the trainer's random choices.
+    pub seed: u64,
+}
+
+/// The config of a trainer.
+#[typetag::serde(tag = "type")]
+pub trait TrainerConfig: Debug + Send + Sync {
+    /// The trainer, or why it cannot train this dictionary with these settings.
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>>;
+
+    /// The reference's class (`StandardTrainer`).
+    fn class(&self) -> &'static str;
+}
+
+/// The forward pass of one step.
+pub struct Pass<'a> {
+    /// Step, counted from 0.
+    pub step: u64,
+    /// What the dictionary read and what it is to reconstruct.
+    pub batch: &'a Batch,
+    /// The dictionary.
+    pub dictionary: &'a dyn Dictionary,
+    /// What it encoded.
+    pub code: Code,
+    /// What it reconstructed, [B, d_out].
+    pub x_hat: Tensor,
+    /// Whether the figures of this step will be logged.
+    pub logging: bool,
+}
+
+impl<'a> Pass<'a> {
+    /// Encodes and decodes a batch.
+    pub fn forward(dictionary: &'a dyn Dictionary, batch: &'a Batch, step: u64, logging: bool) -> Self {
+        let code = dictionary.forward(&batch.x);
+        let x_hat = dictionary.decode(&code.features);
+        Pass { step, batch, dictionary, code, x_hat, logging }
+    }
+
+    /// What was not reconstructed, target − x̂, [B, d_out].
+    pub fn residual(&self) -> Tensor {
+        &self.batch.target - &self.x_hat
+    }
+}
+
+/// The terms of a loss, in the order in which they were added. The loss is the sum of weight × value.
+#[derive(Debug, Default)]
+pub struct Terms {
+    terms: Vec<Term>,
+}
+
+/// One term of a loss.
+#[derive(Debug)]
+pub struct Term {
+    /// Its name in the log.
+    pub name: &'static str,
+    /// Its value, a scalar, before it is weighted.
+    pub value: Tensor,
+    /// Its weight in the loss; 0 for a figure that is only logged.
+    pub weight: f64,
+}
+
+impl Terms {
+    /// No terms.
+    pub fn new() -> Self {
+        Terms::default()
+    }
+
+    /// Adds `weight × value` to the loss and `value` to the log.
+    pub fn add(&mut self, name: &'static str, value: Tensor, weight: f64) {
+        self.terms.push(Term { name, value, weight });
+    }
+
+    /// Adds a figure to the log alone.
+    pub fn log(&mut self, name: &'static str, value: Tensor) {
+        self.add(name, value.detach(), 0.0);
+    }
+
+    /// The term of that name, to read or to change.
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut Term> {
+        self.terms.iter_mut().find(|term| term.name == name)
+    }
+
+    /// All terms.
+    pub fn iter(&self) -> impl Iterator<Item = &Term> {
+        self.terms.iter()
+    }
+
+    /// The loss: the weighted sum, a scalar.
+    pub fn total(&self) -> Option<Tensor> {
+        self.terms
+            .iter()
+            .filter(|term| term.weight != 0.0)
+            .map(|term| if term.weight == 1.0 { term.value.shallow_clone() } else { &term.value * term.weight })
+            .reduce(|sum, term| sum + term)
+    }
+
+    /// Writes every figure into a row of the log, `loss` last.
+    pub fn write(&self, row: &mut Map<String, Value>) {
+        for term in &self.terms {
+            row.insert(term.name.to_owned(), number(&term.value));
+        }
+        if let Some(total) = self.total() {
+            row.insert("loss".to_owned(), number(&total));
+        }
+    }
+}
+
+/// A scalar tensor as a JSON number.
+///
+/// A float32 is written with the digits that tell it from its neighbours, not with those of the nearest float64.
+pub fn number(value: &Tensor) -> Value {
+    if value.kind() == Kind::Float {
+        return float(value.double_value(&[]) as f32);
+    }
+    if matches!(value.kind(), Kind::Int64 | Kind::Int) {
+        return value.int64_value(&[]).into();
+    }
+    value.double_value(&[]).into()
+}
+
+/// A float32 as a JSON number with its shortest digits; null if it is not finite, as JSON has it.
+pub fn float(value: f32) -> Value {
+    value.to_string().parse::<serde_json::Number>().map_or(Value::Null, Value::Number)
+}
+
+/// What a trainer and its modifiers may change after the optimiser's step.
+pub struct AfterStep<'a> {
+    /// Step, counted from 0.
+    pub step: u64,
+    /// What was trained on.
+    pub batch: &'a Batch,
+    /// The dictionary.
+    pub dictionary: &'a mut dyn Dictionary,
+    /// The optimiser, for its moments.
+    pub optimizer: &'a mut Adam,
+    /// The SAE's own random numbers.
+    pub rng: &'a mut Rng,
+}
+
+/// A trainer.
+pub trait Trainer: Send {
+    /// The optimiser's settings.
+    fn adam(&self) -> AdamConfig;
+
+    /// The learning rate for a step, schedule included.
+    fn lr(&self, step: u64) -> f64;
+
+    /// Called with the first batch, before anything is computed, for what is initialised from data.
+    fn begin(&mut self, dictionary: &mut dyn Dictionary, batch: &Batch) -> Result<()> {
+        let _ = (dictionary, batch);
+        Ok(())
+    }
+
+    /// The terms of the loss.
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()>;
+
+    /// Edits gradients after the backward pass: projection, clipping.
+    fn constrain_gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
+        let _ = dictionary;
+        Ok(())
+    }
+
+    /// Acts after the optimiser's step: constraints on weights, annealing, resampling.
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        let _ = cx;
+        Ok(())
+    }
+
+    /// Figures of the trainer's own for the log.
+    fn log(&self, row: &mut Map<String, Value>) {
+        let _ = row;
+    }
+
+    /// What must survive a restart, beside the dictionary and the optimiser.
+    fn state(&self) -> Result<State> {
+        Ok(State::new())
+    }
+
+    /// Takes back what [`Trainer::state`] gave.
+    fn restore(&mut self, state: &State) -> Result<()> {
+        let _ = state;
+        Ok(())
+    }
+}

@@ -1,0 +1,1 @@
+//! The bundled language model and its text: Jane Austen.

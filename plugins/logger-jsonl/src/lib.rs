@@ -1,0 +1,1 @@
+//! metrics.jsonl: one JSON object per logged step.

@@ -1,0 +1,1 @@
+//! TopK autoencoder (Gao et al. 2024).

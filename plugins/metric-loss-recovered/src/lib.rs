@@ -1,0 +1,1 @@
+//! How much of the language model's loss survives the reconstruction.

@@ -1,0 +1,1 @@
+//! GPT-NeoX language models (Pythia).

@@ -1,0 +1,1 @@
+//! Activations of a language model, through the reference's buffer.

@@ -1,0 +1,1 @@
+//! Activations from .safetensors, .npy and .npz files.

@@ -1,0 +1,1 @@
+//! Text from .txt and .jsonl files.

@@ -1,0 +1,1 @@
+//! Token ids from a .safetensors file, instead of text.

@@ -1,0 +1,2 @@
+//! dictlearn
+fn main() {}
