@@ -92,6 +92,8 @@ impl Code {
 /// A decoder's weight, and which of its two dimensions counts the features.
 #[derive(Debug)]
 pub struct Decoder {
+    /// Its state-dict name.
+    pub name: &'static str,
     /// The weight, sharing memory with the dictionary's.
     pub weight: Tensor,
     /// 1 for [d, F] (`decoder.weight`), 0 for [F, d] (`W_dec`).
@@ -108,6 +110,17 @@ impl Decoder {
     pub fn norms(&self) -> Tensor {
         self.weight.norm_scalaropt_dim(2.0, [self.direction_dim()], false)
     }
+}
+
+/// What feeds a feature: a row or column of the encoder's weight, and entries of vectors of length F. For resampling.
+#[derive(Debug)]
+pub struct Encoder {
+    /// State-dict name of the weight.
+    pub weight: &'static str,
+    /// Which dimension of the weight counts the features: 0 for [F, d] (`encoder.weight`), 1 for [d, F] (`W_enc`).
+    pub feature_dim: i64,
+    /// State-dict names of the vectors [F] that become 0 when a feature starts anew.
+    pub biases: &'static [&'static str],
 }
 
 /// A dictionary: its weights, and how it encodes and decodes.
@@ -142,6 +155,11 @@ pub trait Dictionary: Send {
     /// The decoder, where the dictionary has one.
     fn decoder(&self) -> Option<Decoder>;
 
+    /// The parts of the encoder that belong to one feature, where features can be resampled.
+    fn encoder(&self) -> Option<Encoder> {
+        None
+    }
+
     /// Scales everything that adds to activations by `scale`, so that the dictionary does for activations times
     /// `scale` what it did for activations: features and reconstructions come out times `scale`.
     fn scale_biases(&mut self, scale: f64);
@@ -156,7 +174,7 @@ pub trait Dictionary: Send {
     fn as_any_mut(&mut self) -> &mut dyn Any;
 }
 
-impl dyn Dictionary {
+impl dyn Dictionary + '_ {
     /// Every saved tensor: parameters, then buffers.
     pub fn state_dict(&self) -> Vec<(&'static str, Tensor)> {
         let mut all = self.parameters();

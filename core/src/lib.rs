@@ -3,9 +3,14 @@
 //! Core names no plugin. A plugin depends on this crate, implements one of the traits and registers it with
 //! [`register!`]; linking it into a binary is enough for a config to name it.
 
+pub mod checkpoint;
+pub mod cli;
 pub mod config;
+pub mod constraint;
 pub mod device;
 pub mod dictionary;
+pub mod evaluate;
+pub mod firing;
 pub mod lm;
 pub mod logger;
 pub mod metric;
@@ -13,13 +18,19 @@ pub mod model;
 pub mod modifier;
 pub mod optim;
 pub mod prelude;
+pub mod progress;
 pub mod registry;
+pub mod resample;
 pub mod rng;
+pub mod run;
+pub mod saved;
 pub mod schedule;
 pub mod source;
 pub mod state;
 pub mod tensors;
 pub mod text;
+pub mod torch_file;
 pub mod trainer;
+pub mod training;
 
 pub use {inventory, schemars};

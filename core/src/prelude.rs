@@ -1,15 +1,19 @@
 //! What a plugin brings into scope: `use dictlearn_core::prelude::*;`.
 
 pub use anyhow::{bail, Result};
+pub use inventory;
 pub use schemars::JsonSchema;
 pub use serde::{Deserialize, Serialize};
 pub use serde_json::{Map, Value};
 pub use tch::{Device, Kind, Tensor};
+pub use typetag;
 
+pub use crate::constraint::{clip_gradients, normalize_decoder, remove_parallel_gradient};
+pub use crate::firing::Firing;
 pub use crate::config::{ConfigPath, InputError, PathOrName};
 pub use crate::device::Precision;
 pub use crate::dictionary::{
-    dict_size, randn, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, SavedClass,
+    dict_size, randn, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass,
 };
 pub use crate::logger::{Logger, LoggerConfig};
 pub use crate::metric::{Metric, MetricConfig};
@@ -17,6 +21,7 @@ pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::modifier::{Modifier, ModifierConfig};
 pub use crate::optim::{Adam, AdamConfig};
 pub use crate::register;
+pub use crate::resample::{resample, ResampleWeight};
 pub use crate::schedule::Schedule;
 pub use crate::source::{ActivationSource, Batch, ModelSource, SourceConfig, SourceCx};
 pub use crate::state::State;

@@ -2,9 +2,10 @@
 
 use std::fmt::Debug;
 
-use anyhow::Result;
+use anyhow::{bail, Result};
 use tch::{Device, Kind, Tensor};
 
+use crate::config::InputError;
 use crate::device::Precision;
 use crate::model::{HookPoint, LanguageModel, Tokens};
 use crate::state::State;
@@ -72,8 +73,17 @@ pub trait ActivationSource: Send {
     /// Width of an activation, d, and of what is to be reconstructed.
     fn widths(&self) -> (i64, i64);
 
-    /// The next batch, or `None` at the end of the data.
+    /// The next batch, or `None` at the end of the data. After the end, [`ActivationSource::rewind`] starts another
+    /// pass.
     fn next_batch(&mut self) -> Result<Option<Batch>>;
+
+    /// Goes back to the beginning of the data. What a shuffle draws next is not what it drew the first time.
+    fn rewind(&mut self) -> Result<()>;
+
+    /// How many passes over the data training may take; `None` for as many as it needs.
+    fn passes(&self) -> Option<u64> {
+        None
+    }
 
     /// Mean over activations of the squared norm, ‖x‖², from a sample at the beginning of the stream. No activation is
     /// lost to training by it.
@@ -108,6 +118,61 @@ pub trait ActivationSource: Send {
     /// What the user should know at the end: records skipped, activations dropped.
     fn notes(&self) -> Vec<String> {
         Vec::new()
+    }
+}
+
+/// A source read over and over, as often as it allows.
+pub struct Stream {
+    source: Box<dyn ActivationSource>,
+    pass: u64,
+    batches_in_pass: u64,
+}
+
+impl Stream {
+    /// The stream at its beginning.
+    pub fn new(source: Box<dyn ActivationSource>) -> Self {
+        Stream { source, pass: 0, batches_in_pass: 0 }
+    }
+
+    /// The source.
+    pub fn source(&mut self) -> &mut dyn ActivationSource {
+        &mut *self.source
+    }
+
+    /// The next batch; `None` when the source allows no further pass.
+    pub fn next_batch(&mut self) -> Result<Option<Batch>> {
+        loop {
+            if let Some(batch) = self.source.next_batch()? {
+                self.batches_in_pass += 1;
+                return Ok(Some(batch));
+            }
+            if self.batches_in_pass == 0 {
+                bail!(InputError::new("the source gave not one batch of activations")
+                    .help("its data is shorter than one batch: add data, or make the batches smaller"));
+            }
+            if self.source.passes().is_some_and(|passes| self.pass + 1 >= passes) {
+                return Ok(None);
+            }
+            self.pass += 1;
+            self.batches_in_pass = 0;
+            self.source.rewind()?;
+        }
+    }
+
+    /// Where the stream stands.
+    pub fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put("pass", self.pass)?;
+        state.put("batches_in_pass", self.batches_in_pass)?;
+        state.put_all("source", self.source.state()?);
+        Ok(state)
+    }
+
+    /// Takes the stream to where [`Stream::state`] was called.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        self.pass = state.get("pass")?;
+        self.batches_in_pass = state.get("batches_in_pass")?;
+        self.source.restore(&state.under("source"))
     }
 }
 

@@ -190,6 +190,22 @@ impl TensorFile {
         Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
     }
 
+    /// Reads rows of a two-dimensional tensor, in the order asked for, without reading the others.
+    pub fn rows(&self, name: &str, rows: impl ExactSizeIterator<Item = usize>) -> Result<Tensor> {
+        let parsed = self.parsed();
+        let view = parsed.tensor(name)?;
+        let kind = kind(view.dtype()).ok_or_else(|| anyhow!("tensor `{name}` has the type {:?}", view.dtype()))?;
+        let width = view.shape().get(1).copied().unwrap_or(1);
+        let row_bytes = width * kind.elt_size_in_bytes();
+        let count = rows.len();
+        let mut bytes = Vec::with_capacity(count * row_bytes);
+        for row in rows {
+            let row = view.data().get(row * row_bytes..(row + 1) * row_bytes);
+            bytes.extend_from_slice(row.ok_or_else(|| anyhow!("tensor `{name}` has fewer rows than asked for"))?);
+        }
+        Ok(Tensor::f_from_data_size(&bytes, &[count as i64, width as i64], kind)?)
+    }
+
     /// Reads every tensor.
     pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         self.names().into_iter().map(|name| Ok((name.clone(), self.tensor(&name)?))).collect()

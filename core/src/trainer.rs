@@ -168,6 +168,11 @@ pub trait Trainer: Send {
     /// The learning rate for a step, schedule included.
     fn lr(&self, step: u64) -> f64;
 
+    /// Settings as the trainer resolved them, for config.json where that says more than the config (`lr: null`).
+    fn settings(&self, settings: &mut Map<String, Value>) {
+        let _ = settings;
+    }
+
     /// Called with the first batch, before anything is computed, for what is initialised from data.
     fn begin(&mut self, dictionary: &mut dyn Dictionary, batch: &Batch) -> Result<()> {
         let _ = (dictionary, batch);

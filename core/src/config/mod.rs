@@ -2,6 +2,8 @@
 
 mod error;
 mod schema;
+mod shim;
+pub use shim::*;
 mod value;
 
 pub use error::{InputError, Origin, Place};

@@ -1,1 +1,80 @@
-//! The identity dictionary, a baseline.
+//! The identity: features are the activations themselves. A baseline for metrics and a check of a pipeline: it
+//! reconstructs everything and explains nothing.
+
+use std::any::Any;
+
+use dictlearn_core::prelude::*;
+
+const NAME: &str = "identity";
+
+/// The identity dictionary. It has nothing to train and nothing to set.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct IdentityConfig {}
+
+register! {
+    dictionary IdentityConfig, NAME,
+    summary: "Features are the activations: a baseline, nothing to train",
+    paper: "",
+    example: "{type: identity}",
+}
+
+#[typetag::serde(name = NAME)]
+impl DictionaryConfig for IdentityConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        Ok(Box::new(Identity { dim: cx.activation_dim }))
+    }
+}
+
+/// The reference's `IdentityDict`.
+#[derive(Debug)]
+struct Identity {
+    dim: i64,
+}
+
+inventory::submit! {
+    SavedClass {
+        class: "IdentityDict",
+        name: NAME,
+        shaped: |_, trainer, _, _| match trainer.get("activation_dim").and_then(Value::as_i64) {
+            Some(dim) => Ok(Box::new(Identity { dim })),
+            None => bail!(InputError::new("the config of an IdentityDict has no `activation_dim`")),
+        },
+    }
+}
+
+impl Dictionary for Identity {
+    fn class(&self) -> &'static str {
+        "IdentityDict"
+    }
+
+    fn dims(&self) -> Dims {
+        Dims { input: self.dim, features: self.dim, output: self.dim }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        Vec::new()
+    }
+
+    fn encode(&self, x: &Tensor) -> Tensor {
+        x.shallow_clone()
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        features.shallow_clone()
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        None
+    }
+
+    fn scale_biases(&mut self, _: f64) {}
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}

@@ -1,1 +1,303 @@
-//! ReLU autoencoder with an L1 penalty (Bricken et al. 2023).
+//! The ReLU autoencoder with an L1 penalty: Bricken et al. 2023, *Towards Monosemanticity*,
+//! <https://transformer-circuits.pub/2023/monosemantic-features>.
+//!
+//! With activations x [d], features f [F] and a decoder W_d [d, F] whose columns have norm 1:
+//!
+//! ```text
+//! f  = ReLU(W_e (x − b) + b_e)
+//! x̂  = W_d f + b
+//! L  = ‖x − x̂‖² + λ ‖f‖₁        (means over the batch)
+//! ```
+//!
+//! The decoder's gradient loses its part along the columns, and the columns are scaled back to norm 1 after each step.
+//! λ and the learning rate rise linearly at the beginning. Every `resample_steps` steps the features that were silent
+//! for half as long start anew ([`resample`]), and the learning rate warms up again.
+//!
+//! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, and not at the random values
+//! of PyTorch's linear layer.
+
+use std::any::Any;
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::resample::can_resample;
+
+const DICTIONARY: &str = "auto_encoder";
+const TRAINER: &str = "standard";
+
+/// The ReLU autoencoder.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AutoEncoderConfig {
+    /// Number of features; or give `expansion_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features as a multiple of the activations' width; 8 if neither is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+register! {
+    dictionary AutoEncoderConfig, DICTIONARY,
+    summary: "One layer: ReLU of an affine map, decoded linearly",
+    paper: "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
+    example: "{type: auto_encoder, expansion_factor: 8}",
+}
+
+#[typetag::serde(name = DICTIONARY)]
+impl DictionaryConfig for AutoEncoderConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let mut dictionary = AutoEncoder::zeros(cx.activation_dim, features, cx.device, cx.precision);
+        // Random directions, the encoder the decoder's transpose. Norm 0.1 as in the reference; training makes it 1.
+        let directions = randn([cx.activation_dim, features], cx.device);
+        let directions = &directions / directions.norm_scalaropt_dim(2.0, [0], true) * 0.1;
+        tch::no_grad(|| {
+            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
+            dictionary.decoder_weight.copy_(&directions);
+        });
+        Ok(Box::new(dictionary))
+    }
+}
+
+/// The reference's `AutoEncoder`.
+#[derive(Debug)]
+pub struct AutoEncoder {
+    bias: Tensor,           // b   [d]
+    encoder_weight: Tensor, // W_e [F, d]
+    encoder_bias: Tensor,   // b_e [F]
+    decoder_weight: Tensor, // W_d [d, F]
+    precision: Precision,
+}
+
+inventory::submit! {
+    SavedClass {
+        class: "AutoEncoder",
+        name: DICTIONARY,
+        shaped: |tensors, _, device, precision| {
+            let [features, d] = saved_shape(tensors, "encoder.weight")?;
+            Ok(Box::new(AutoEncoder::zeros(d, features, device, precision)))
+        },
+    }
+}
+
+impl AutoEncoder {
+    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
+        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+        AutoEncoder {
+            bias: zeros(&[d]),
+            encoder_weight: zeros(&[features, d]),
+            encoder_bias: zeros(&[features]),
+            decoder_weight: zeros(&[d, features]),
+            precision,
+        }
+    }
+
+    fn pre_activations(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(&(x - &self.bias), &self.encoder_weight, Some(&self.encoder_bias))
+    }
+}
+
+impl Dictionary for AutoEncoder {
+    fn class(&self) -> &'static str {
+        "AutoEncoder"
+    }
+
+    fn dims(&self) -> Dims {
+        let size = self.encoder_weight.size();
+        Dims { input: size[1], features: size[0], output: size[1] }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![
+            ("bias", self.bias.shallow_clone()),
+            ("encoder.weight", self.encoder_weight.shallow_clone()),
+            ("encoder.bias", self.encoder_bias.shallow_clone()),
+            ("decoder.weight", self.decoder_weight.shallow_clone()),
+        ]
+    }
+
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.pre_activations(x).relu()
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        self.precision.linear(features, &self.decoder_weight, None) + &self.bias
+    }
+
+    fn forward(&self, x: &Tensor) -> Code {
+        let pre_activations = self.pre_activations(x);
+        Code::new(pre_activations.relu()).with("pre_activations", pre_activations)
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        Some(Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 })
+    }
+
+    fn encoder(&self) -> Option<Encoder> {
+        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
+    }
+
+    fn scale_biases(&mut self, scale: f64) {
+        tch::no_grad(|| {
+            let _ = self.bias.g_mul_scalar_(scale);
+            let _ = self.encoder_bias.g_mul_scalar_(scale);
+        });
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+/// L1-penalised training with a unit-norm decoder.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct StandardConfig {
+    /// Learning rate.
+    #[schemars(range(min = 0))]
+    pub lr: f64,
+    /// Weight λ of the L1 penalty.
+    #[schemars(range(min = 0))]
+    pub l1_penalty: f64,
+    /// Steps over which the learning rate rises from 0, at the start and after each resampling.
+    pub warmup_steps: u64,
+    /// Steps over which λ rises from 0; null for none.
+    pub sparsity_warmup_steps: Option<u64>,
+    /// Step from which the learning rate falls to 0 at the last step; null for never.
+    pub decay_start: Option<u64>,
+    /// Resample dead features every so many steps: those silent for half of them; null for never.
+    pub resample_steps: Option<u64>,
+    /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (the paper).
+    pub resample_weight: ResampleWeight,
+}
+
+impl Default for StandardConfig {
+    fn default() -> Self {
+        StandardConfig {
+            lr: 1e-3,
+            l1_penalty: 1e-1,
+            warmup_steps: 1000,
+            sparsity_warmup_steps: Some(2000),
+            decay_start: None,
+            resample_steps: None,
+            resample_weight: ResampleWeight::Loss,
+        }
+    }
+}
+
+register! {
+    trainer StandardConfig, TRAINER,
+    summary: "Squared error with an L1 penalty, decoder columns of norm 1, optional resampling",
+    paper: "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
+    example: "{type: standard, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary: DICTIONARY,
+}
+
+#[typetag::serde(name = TRAINER)]
+impl TrainerConfig for StandardConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        let schedule = Schedule {
+            steps: cx.steps,
+            warmup_steps: self.warmup_steps,
+            decay_start: self.decay_start,
+            resample_steps: self.resample_steps,
+            sparsity_warmup_steps: self.sparsity_warmup_steps,
+        }
+        .check()?;
+        if cx.dictionary.decoder().is_none() {
+            bail!(InputError::new(format!("a {} has nothing to train", cx.dictionary.class()))
+                .help("it is a baseline for `dictlearn eval`"));
+        }
+        if self.resample_steps.is_some() && !can_resample(cx.dictionary) {
+            bail!(InputError::new(format!("the features of a {} cannot be resampled", cx.dictionary.class()))
+                .help("leave `resample_steps` out"));
+        }
+        let dims = cx.dictionary.dims();
+        let device = cx.dictionary.parameters()[0].1.device();
+        Ok(Box::new(Standard {
+            lr: self.lr,
+            l1_penalty: self.l1_penalty,
+            schedule,
+            // Only resampling asks which features are silent.
+            firing: self.resample_steps.map(|every| (every, Firing::new(dims.features, device))),
+            resample_weight: self.resample_weight,
+        }))
+    }
+
+    fn class(&self) -> &'static str {
+        "StandardTrainer"
+    }
+}
+
+/// The reference's `StandardTrainer`.
+struct Standard {
+    lr: f64,
+    l1_penalty: f64,
+    schedule: Schedule,
+    firing: Option<(u64, Firing)>,
+    resample_weight: ResampleWeight,
+}
+
+impl Trainer for Standard {
+    fn adam(&self) -> AdamConfig {
+        AdamConfig::default()
+    }
+
+    fn lr(&self, step: u64) -> f64 {
+        self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let mean = |rows: Tensor| rows.sum_dim_intlist(-1, false, Kind::Float).mean(Kind::Float);
+        let residual = pass.residual();
+        let features = &pass.code.features;
+        if pass.logging {
+            terms.log("l2_loss", residual.detach().norm_scalaropt_dim(2.0, [-1], false).mean(Kind::Float));
+        }
+        terms.add("mse_loss", mean(residual.square()), 1.0);
+        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
+        terms.add("sparsity_loss", mean(features.abs()), penalty);
+        if let Some((_, firing)) = &mut self.firing {
+            firing.update(&features.detach().not_equal(0.0).any_dim(0, false), 1);
+        }
+        Ok(())
+    }
+
+    fn constrain_gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
+        if let Some(decoder) = dictionary.decoder() {
+            remove_parallel_gradient(&decoder, 0.0);
+        }
+        Ok(())
+    }
+
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        if let Some(decoder) = cx.dictionary.decoder() {
+            normalize_decoder(&decoder, 0.0);
+        }
+        if let Some((every, firing)) = &mut self.firing {
+            if cx.step % *every == 0 {
+                // More than half of `every` steps: the reference compares with `> every / 2`.
+                let dead = firing.silent_for((*every / 2) as i64 + 1);
+                resample(cx, &dead, self.resample_weight)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<State> {
+        Ok(self.firing.as_ref().map(|(_, firing)| firing.state()).unwrap_or_default())
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        match &mut self.firing {
+            Some((_, firing)) => firing.restore(state),
+            None => Ok(()),
+        }
+    }
+}

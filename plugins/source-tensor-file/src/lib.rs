@@ -1,1 +1,373 @@
-//! Activations from .safetensors, .npy and .npz files.
+//! Activations from files: .safetensors (read in place, never whole), .npy and .npz.
+//!
+//! A pass is every row once. With `shuffle: false` batches are the rows in order; with `shuffle: true` each pass has an
+//! order of its own. The last partial batch of a pass is dropped. Training passes over the file as often as it needs.
+
+use std::path::{Path, PathBuf};
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::registry::nearest;
+use dictlearn_core::rng::{rng, Rng};
+use dictlearn_core::tensors::TensorFile;
+use rand::seq::SliceRandom;
+
+const NAME: &str = "tensor_file";
+
+/// Activations from .safetensors, .npy and .npz files.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TensorFileConfig {
+    /// A file, or a glob of files that are read one after the other.
+    pub path: ConfigPath,
+    /// The tensor [N, d] of a .safetensors or .npz file.
+    #[serde(default = "default_tensor")]
+    pub tensor: String,
+    /// The tensor [N, d_out] to reconstruct, for dictionaries whose output is not their input.
+    #[serde(default)]
+    pub target_tensor: Option<String>,
+    /// Activations in a training batch.
+    #[serde(default = "default_batch_size")]
+    #[schemars(range(min = 1))]
+    pub batch_size: u64,
+    /// Whether each pass has a random order of its own.
+    #[serde(default = "default_shuffle")]
+    pub shuffle: bool,
+}
+
+fn default_tensor() -> String {
+    "activations".to_owned()
+}
+
+fn default_batch_size() -> u64 {
+    2048
+}
+
+fn default_shuffle() -> bool {
+    true
+}
+
+register! {
+    source TensorFileConfig, NAME,
+    summary: "Activations from .safetensors, .npy and .npz files",
+    paper: "",
+    example: "{type: tensor_file, path: activations.safetensors, batch_size: 64}",
+}
+
+#[typetag::serde(name = NAME)]
+impl SourceConfig for TensorFileConfig {
+    fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
+        let inputs = Rows::open(self.path.as_path(), &self.tensor)?;
+        let targets = self.target_tensor.as_ref().map(|name| Rows::open(self.path.as_path(), name)).transpose()?;
+        if let Some(targets) = targets.as_ref().filter(|targets| targets.count != inputs.count) {
+            bail!(InputError::new(format!(
+                "{}: tensor `{}` has {} rows, but `{}` has {}",
+                self.path, self.tensor, inputs.count, targets.name, targets.count
+            ))
+            .help("each row of the one is the target of the same row of the other"));
+        }
+        let batch_size = self.batch_size as usize;
+        if inputs.count < batch_size {
+            bail!(InputError::new(format!(
+                "{} has {} activations, fewer than one batch of {batch_size}",
+                self.path, inputs.count
+            ))
+            .help("make `batch_size` smaller"));
+        }
+        let mut source = TensorFileSource {
+            config: serde_json::to_value(self)?,
+            order: self.shuffle.then(|| (0..inputs.count as u32).collect()),
+            rng: rng(cx.seed, NAME),
+            rng_at_pass: rng(cx.seed, NAME),
+            inputs,
+            targets,
+            batch_size,
+            position: 0,
+            device: cx.device,
+        };
+        source.begin_pass();
+        Ok(Box::new(source))
+    }
+}
+
+/// The rows of one tensor over all files.
+struct Rows {
+    name: String,
+    parts: Vec<(PathBuf, usize, Part)>,
+    count: usize,
+    width: i64,
+}
+
+/// One file's rows.
+enum Part {
+    File(TensorFile),
+    Memory(Tensor),
+}
+
+impl Rows {
+    fn open(path: &Path, name: &str) -> Result<Self> {
+        let pattern = path.to_string_lossy();
+        let paths: Vec<PathBuf> = if path.exists() {
+            vec![path.to_owned()]
+        } else {
+            let found = glob::glob(&pattern).map_err(|error| {
+                InputError::new(format!("`{pattern}` is not a path and not a glob: {error}"))
+            })?;
+            found.filter_map(Result::ok).collect()
+        };
+        if paths.is_empty() {
+            bail!(missing(path));
+        }
+        let mut rows = Rows { name: name.to_owned(), parts: Vec::new(), count: 0, width: 0 };
+        for path in paths {
+            let part = Part::open(&path, name)?;
+            let (count, width) = part.size(&path, name)?;
+            if !rows.parts.is_empty() && width != rows.width {
+                bail!(InputError::new(format!(
+                    "{} has activations of width {width}, but {} of width {}",
+                    path.display(),
+                    rows.parts[0].0.display(),
+                    rows.width
+                ))
+                .help("all files of a source must have the same width"));
+            }
+            rows.width = width;
+            rows.count += count;
+            rows.parts.push((path, count, part));
+        }
+        Ok(rows)
+    }
+
+    /// The rows with these numbers, counted over all files, float32 [n, d].
+    fn take(&self, wanted: &[usize]) -> Result<Tensor> {
+        // Runs of rows from the same file are read at once; the order is kept.
+        let mut pieces = Vec::new();
+        let mut rest = wanted;
+        while let Some(first) = rest.first() {
+            let mut start = 0;
+            let (_, count, part) = self
+                .parts
+                .iter()
+                .find(|(_, count, _)| {
+                    let here = *first < start + count;
+                    start += if here { 0 } else { *count };
+                    here
+                })
+                .ok_or_else(|| anyhow::anyhow!("row {first} of {}", self.count))?;
+            let inside = |row: &usize| (start..start + count).contains(row);
+            let length = rest.iter().take_while(|row| inside(row)).count();
+            let local = rest[..length].iter().map(|row| row - start);
+            pieces.push(match part {
+                Part::File(file) => file.rows(&self.name, local)?.to_kind(Kind::Float),
+                Part::Memory(tensor) => {
+                    let indices: Vec<i64> = local.map(|row| row as i64).collect();
+                    tensor.index_select(0, &Tensor::from_slice(&indices)).to_kind(Kind::Float)
+                }
+            });
+            rest = &rest[length..];
+        }
+        Ok(if pieces.len() == 1 { pieces.remove(0) } else { Tensor::cat(&pieces, 0) })
+    }
+}
+
+impl Part {
+    fn open(path: &Path, name: &str) -> Result<Self> {
+        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        let refused = |why: &dyn std::fmt::Display| {
+            InputError::new(format!("cannot read {}: {why}", path.display()))
+        };
+        match extension {
+            "safetensors" => Ok(Part::File(TensorFile::open(path)?)),
+            "npy" => Ok(Part::Memory(Tensor::read_npy(path).map_err(|error| refused(&error))?)),
+            "npz" => {
+                let arrays = Tensor::read_npz(path).map_err(|error| refused(&error))?;
+                let names: Vec<String> = arrays.iter().map(|(name, _)| name.clone()).collect();
+                let array = arrays.into_iter().find(|(known, _)| known == name);
+                let (_, tensor) = array.ok_or_else(|| {
+                    InputError::new(format!("{} has no array `{name}`", path.display()))
+                        .help(format!("it has: {}; name one as `tensor`", names.join(", ")))
+                })?;
+                Ok(Part::Memory(tensor))
+            }
+            other => bail!(InputError::new(format!("{}: files of type `{other}` are not read", path.display()))
+                .help("activations are read from .safetensors, .npy and .npz")),
+        }
+    }
+
+    fn size(&self, path: &Path, name: &str) -> Result<(usize, i64)> {
+        let size = match self {
+            Part::Memory(tensor) => tensor.size(),
+            Part::File(file) => match file.shape(name) {
+                Some(shape) => shape,
+                None => file.tensor(name)?.size(),
+            },
+        };
+        match size[..] {
+            [count, width] if width > 0 => Ok((count as usize, width)),
+            _ => bail!(InputError::new(format!(
+                "{}: tensor `{name}` has shape {size:?}, which is not [activations, width]",
+                path.display()
+            ))),
+        }
+    }
+}
+
+fn missing(path: &Path) -> InputError {
+    let error = InputError::new(format!("there is no file {}", path.display()));
+    let wanted = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let beside: Vec<String> = path
+        .parent()
+        .and_then(|dir| std::fs::read_dir(dir).ok())
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    match nearest(&wanted, beside.iter().map(String::as_str)) {
+        Some(near) => error.help(format!("did you mean `{near}`?")),
+        None => error.help("`path` is relative to the config's folder"),
+    }
+}
+
+struct TensorFileSource {
+    config: Value,
+    inputs: Rows,
+    targets: Option<Rows>,
+    batch_size: usize,
+    /// The order of this pass, where it is not the file's.
+    order: Option<Vec<u32>>,
+    rng: Rng,
+    /// The generator as it was before it made `order`: enough to make it again.
+    rng_at_pass: Rng,
+    /// Rows of this pass already given.
+    position: usize,
+    device: Device,
+}
+
+impl TensorFileSource {
+    fn begin_pass(&mut self) {
+        self.position = 0;
+        self.rng_at_pass = self.rng.clone();
+        if let Some(order) = &mut self.order {
+            order.iter_mut().zip(0..).for_each(|(slot, row)| *slot = row);
+            order.shuffle(&mut self.rng);
+        }
+    }
+}
+
+impl ActivationSource for TensorFileSource {
+    fn widths(&self) -> (i64, i64) {
+        (self.inputs.width, self.targets.as_ref().map_or(self.inputs.width, |targets| targets.width))
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Batch>> {
+        let end = self.position + self.batch_size;
+        if end > self.inputs.count {
+            return Ok(None);
+        }
+        let rows: Vec<usize> = match &self.order {
+            Some(order) => order[self.position..end].iter().map(|row| *row as usize).collect(),
+            None => (self.position..end).collect(),
+        };
+        self.position = end;
+        let x = self.inputs.take(&rows)?.to_device(self.device);
+        if !bool::try_from(x.isfinite().all())? {
+            let bad = x.isfinite().all_dim(1, false).logical_not().nonzero().int64_value(&[0, 0]);
+            bail!(InputError::new(format!(
+                "{}: row {} of tensor `{}` has a value that is not finite",
+                self.config["path"].as_str().unwrap_or_default(),
+                rows[bad as usize],
+                self.inputs.name
+            ))
+            .help("a dictionary trained on it would be NaN throughout: mend or remove the row"));
+        }
+        Ok(Some(match &self.targets {
+            Some(targets) => Batch { x, target: targets.take(&rows)?.to_device(self.device) },
+            None => Batch::of(x),
+        }))
+    }
+
+    fn rewind(&mut self) -> Result<()> {
+        self.begin_pass();
+        Ok(())
+    }
+
+    fn describe(&self) -> Value {
+        let (d_submodule, _) = self.widths();
+        let mut described = self.config.clone();
+        described["d_submodule"] = d_submodule.into();
+        described["out_batch_size"] = self.batch_size.into();
+        described
+    }
+
+    fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put("position", self.position)?;
+        state.put("rng_at_pass", &self.rng_at_pass)?;
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.rng = state.get("rng_at_pass")?;
+        self.begin_pass();
+        self.position = state.get("position")?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(shuffle: bool) -> (tempfile::TempDir, Box<dyn ActivationSource>) {
+        let dir = tempfile::tempdir().unwrap();
+        for (part, start) in [("a", 0), ("b", 7)] {
+            let rows = Tensor::arange_start(start * 2, start * 2 + 14, (Kind::Float, Device::Cpu)).reshape([7, 2]);
+            let path = dir.path().join(format!("{part}.safetensors"));
+            dictlearn_core::tensors::write(&path, &[("activations", rows)]).unwrap();
+        }
+        let config = TensorFileConfig {
+            path: dir.path().join("*.safetensors").into(),
+            tensor: default_tensor(),
+            target_tensor: None,
+            batch_size: 4,
+            shuffle,
+        };
+        let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+        let source = config.build(&cx).unwrap();
+        (dir, source)
+    }
+
+    fn pass(source: &mut dyn ActivationSource) -> Vec<f32> {
+        let mut rows = Vec::new();
+        while let Some(batch) = source.next_batch().unwrap() {
+            rows.extend(Vec::<f32>::try_from(batch.x.select(1, 0)).unwrap());
+        }
+        rows
+    }
+
+    #[test]
+    fn in_order_across_files_without_the_partial_batch() {
+        let (_dir, mut source) = source(false);
+        // 14 rows in batches of 4: three batches, the second across the two files.
+        let expected: Vec<f32> = (0..12).map(|row| row as f32 * 2.0).collect();
+        assert_eq!(pass(&mut *source), expected);
+        source.rewind().unwrap();
+        assert_eq!(pass(&mut *source), expected);
+    }
+
+    #[test]
+    fn shuffled_anew_in_each_pass_and_continued_where_it_was() {
+        let (_dir, mut source) = source(true);
+        let first = pass(&mut *source);
+        source.rewind().unwrap();
+        source.next_batch().unwrap();
+        let state = source.state().unwrap();
+        let rest = pass(&mut *source);
+        source.restore(&state).unwrap();
+        assert_eq!(pass(&mut *source), rest);
+        assert_ne!(first[4..], rest);
+        let mut sorted = first.clone();
+        sorted.sort_by(f32::total_cmp);
+        sorted.dedup();
+        assert_eq!(sorted.len(), 12);
+    }
+}

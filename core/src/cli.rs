@@ -1,0 +1,401 @@
+//! The command line.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use anyhow::{bail, Context, Result};
+use clap::{Args, Parser, Subcommand};
+use serde_json::{Map, Value};
+use tch::Tensor;
+
+use crate::config::{self, InputError, Loaded, Sources};
+use crate::evaluate;
+use crate::registry::{self, component, components, nearest, Component, Kind};
+use crate::run::{self, Ending};
+use crate::saved;
+use crate::source::{SourceCx, Stream};
+use crate::tensors::{self, TensorFile};
+
+/// Train, evaluate, import and publish sparse autoencoders on language-model activations, from YAML.
+#[derive(Debug, Parser)]
+#[command(name = "dictlearn", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train every SAE of a config, save and evaluate them.
+    Train {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Where the run is written, instead of the config's `output_dir`.
+        #[arg(long, value_name = "DIR")]
+        output_dir: Option<PathBuf>,
+        /// Go on from the run's last checkpoint; start afresh where there is none.
+        #[arg(long)]
+        resume: bool,
+        /// Print the merged config with every default, and shapes and memory; train nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Measure a trained SAE.
+    Eval {
+        /// The SAE's folder.
+        sae_dir: PathBuf,
+        /// The config whose source and metrics are used; by default the one that the SAE was trained with.
+        #[arg(long, value_name = "CONFIG.yaml")]
+        config: Option<PathBuf>,
+        /// Change a key of the config: `--set eval_source.text.path=other.txt`.
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+        /// Print one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write the activations of a config's source to disk, in order.
+    Activations {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// The folder to write to.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Features and reconstructions of activations in a file.
+    Encode {
+        /// The SAE's folder.
+        sae_dir: PathBuf,
+        /// A .safetensors file with a tensor `x` [N, d].
+        #[arg(long, value_name = "FILE")]
+        input: PathBuf,
+        /// The .safetensors file to write: `features` [N, F] and `recon` [N, d].
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+    },
+    /// What is registered: dictionaries, trainers, modifiers, ...
+    List {
+        /// One kind only: `trainers`.
+        kind: Option<String>,
+    },
+    /// A component's fields with defaults and docs, its paper, and an example.
+    Describe {
+        /// `dictionary`, `trainer`, `modifier`, `source`, `text`, `metric`, `logger`, `model` or `format`.
+        kind: String,
+        /// Its name in a config.
+        name: String,
+    },
+    /// JSON Schema of a config, for completion in an editor.
+    Schema,
+}
+
+#[derive(Debug, Args)]
+struct ConfigArgs {
+    /// The config.
+    config: PathBuf,
+    /// Change a key of the config: `--set saes[0].trainer.lr=1e-4`.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Use one of the config's profiles.
+    #[arg(long, value_name = "NAME")]
+    profile: Option<String>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> Result<Loaded> {
+        load(&self.config, self.profile.clone(), self.set.clone())
+    }
+}
+
+fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<Loaded> {
+    Ok(config::load(&Sources { file: Some(file.to_owned()), profile, set, variables: config::variables() })?)
+}
+
+/// Runs the program: every plugin that is linked in can be named. Call it from `main`.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match registry::check().and_then(|()| run(cli.command)) {
+        Ok(code) => code,
+        Err(error) => fail(&error),
+    }
+}
+
+/// Prints an error and gives the exit status: 2 where the input is wrong, 1 for anything else.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref::<InputError>() {
+        Some(input) => {
+            // What the error passed through on its way up tells which part of the config it concerns.
+            let context: Vec<String> = error
+                .chain()
+                .take_while(|cause| cause.downcast_ref::<InputError>().is_none())
+                .map(ToString::to_string)
+                .filter(|context| *context != input.to_string())
+                .collect();
+            let context = if input.place().is_some() || context.is_empty() {
+                String::new()
+            } else {
+                format!("{}: ", context.join(": "))
+            };
+            eprintln!("error: {context}{input}");
+            ExitCode::from(2)
+        }
+        None => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Train { config, output_dir, resume, dry_run } => train(&config, output_dir, resume, dry_run),
+        Command::Eval { sae_dir, config, set, json } => eval(&sae_dir, config, set, json),
+        Command::Activations { config, out } => activations(&config, &out),
+        Command::Encode { sae_dir, input, output } => encode(&sae_dir, &input, &output),
+        Command::List { kind } => list(kind.as_deref()),
+        Command::Describe { kind, name } => describe(&kind, &name),
+        Command::Schema => {
+            println!("{}", serde_json::to_string_pretty(&config::schema())?);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: bool) -> Result<ExitCode> {
+    let mut loaded = args.load()?;
+    if let Some(dir) = output_dir {
+        loaded.config.output_dir = Some(std::path::absolute(dir)?.into());
+    }
+    let run_dir = match &loaded.config.output_dir {
+        Some(dir) => dir.as_path().to_owned(),
+        // A config without `output_dir` gets a run of its own name.
+        None => std::path::absolute(Path::new("runs").join(args.config.file_stem().unwrap_or_default()))?,
+    };
+    loaded.config.output_dir = Some(run_dir.clone().into());
+    let yaml = config::to_yaml(&loaded.config)?;
+    if dry_run {
+        print!("{yaml}");
+        for line in run::plan(&loaded.config)?.lines() {
+            println!("# {line}");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let interrupt = catch_signals()?;
+    match run::train(&loaded.config, &yaml, &run_dir, resume, &interrupt)? {
+        Ending::Done(results) => {
+            println!("{}", evaluate::table(&results));
+            println!("saved to {}", run_dir.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Ending::Interrupted(step) => {
+            eprintln!("stopped before step {step}; everything is saved, `--resume` goes on");
+            Ok(ExitCode::from(130))
+        }
+    }
+}
+
+/// The first signal lets the step finish, a second one ends the program at once: files are whole either way.
+fn catch_signals() -> Result<Arc<AtomicBool>> {
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let seen = interrupt.clone();
+    ctrlc::set_handler(move || {
+        if seen.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; once more to stop at once");
+    })
+    .context("cannot listen to signals")?;
+    Ok(interrupt)
+}
+
+fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -> Result<ExitCode> {
+    // What is wrong with the SAE is said before what is wrong with the config.
+    if !sae_dir.is_dir() {
+        saved::read(sae_dir, tch::Device::Cpu, crate::device::Precision::Float32)?;
+    }
+    let own = std::path::absolute(sae_dir)?.parent().map(|run| run.join("config.yaml"));
+    let Some(file) = config.or(own.filter(|file| file.exists())) else {
+        bail!(InputError::new(format!("{} is in no run whose config says what to evaluate on", sae_dir.display()))
+            .help("give a config with a `source`: `--config CONFIG.yaml`"));
+    };
+    let config = load(&file, None, set)?.config;
+    let device = config.device.device()?;
+    let (precision, _) = config.precision.precision(device);
+    let saved = saved::read(sae_dir, device, precision)?;
+    let source = config.eval_source.as_ref().unwrap_or(&config.source);
+    let mut source = source.build(&SourceCx { seed: config.seed, device, precision })?;
+    let dims = saved.dictionary.dims();
+    if (dims.input, dims.output) != source.widths() {
+        bail!(InputError::new(format!(
+            "{} takes activations of width {}, but the source's have width {}",
+            sae_dir.display(),
+            dims.input,
+            source.widths().0
+        ))
+        .help("evaluate it on the model and submodule that it was trained on"));
+    }
+    let result = evaluate::evaluate(&config.metrics, &[&*saved.dictionary], &mut *source)?.remove(0);
+    if json {
+        println!("{}", serde_json::to_string(&result)?);
+    } else {
+        println!("{}", evaluate::table(&[(saved.name(), result)]));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
+    /// Activations encoded at a time.
+    const ROWS: i64 = 4096;
+    let device = tch::Device::cuda_if_available();
+    let saved = saved::read(sae_dir, device, crate::device::Precision::Float32)?;
+    let x = TensorFile::open(input)?.tensor("x")?;
+    let width = saved.dictionary.dims().input;
+    if x.dim() != 2 || x.size()[1] != width {
+        bail!(InputError::new(format!("{}: tensor `x` has shape {:?}", input.display(), x.size()))
+            .help(format!("the SAE takes activations [N, {width}]")));
+    }
+    let (mut features, mut recon) = (Vec::new(), Vec::new());
+    tch::no_grad(|| {
+        for rows in x.split(ROWS, 0) {
+            let rows = rows.to_device(device).to_kind(tch::Kind::Float);
+            let (x_hat, encoded) = saved.dictionary.reconstruct(&rows);
+            features.push(encoded.to_device(tch::Device::Cpu));
+            recon.push(x_hat.to_device(tch::Device::Cpu));
+        }
+    });
+    tensors::write(output, &[("features", Tensor::cat(&features, 0)), ("recon", Tensor::cat(&recon, 0))])?;
+    eprintln!("{} activations encoded to {}", x.size()[0], output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn activations(args: &ConfigArgs, out: &Path) -> Result<ExitCode> {
+    /// Activations in one shard.
+    const SHARD: i64 = 65_536;
+    if out.join("meta.json").exists() {
+        bail!(InputError::new(format!("{} already holds activations", out.display())).help("choose another --out"));
+    }
+    let mut args_in_order = args.set.clone();
+    // "In order" is what the command promises, whatever the config's training wants.
+    args_in_order.push("source.shuffle=false".to_owned());
+    let config = load(&args.config, args.profile.clone(), args_in_order)?.config;
+    let device = config.device.device()?;
+    let (precision, _) = config.precision.precision(device);
+    let source = config.source.build(&SourceCx { seed: config.seed, device, precision })?;
+    let paired = source.widths();
+    std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    let mut stream = Stream::new(source);
+    let (mut pending, mut rows, mut count, mut shards) = (Vec::new(), 0, 0, Vec::new());
+    let mut write = |pending: &mut Vec<crate::source::Batch>| -> Result<()> {
+        if pending.is_empty() {
+            return Ok(());
+        }
+        let join = |part: fn(&crate::source::Batch) -> &Tensor| {
+            Tensor::cat(&pending.iter().map(|batch| part(batch).shallow_clone()).collect::<Vec<_>>(), 0)
+        };
+        let name = format!("activations-{:05}.safetensors", shards.len());
+        let tensors = if pending[0].is_autoencoding() {
+            vec![("activations", join(|batch| &batch.x))]
+        } else {
+            vec![("in", join(|batch| &batch.x)), ("out", join(|batch| &batch.target))]
+        };
+        tensors::write(&out.join(&name), &tensors)?;
+        shards.push(name);
+        pending.clear();
+        Ok(())
+    };
+    // One pass, or `steps` batches where the config asks for fewer.
+    for _ in 0..config.steps {
+        let Some(batch) = stream.source().next_batch()? else { break };
+        rows += batch.len();
+        count += batch.len();
+        pending.push(batch);
+        if rows >= SHARD {
+            write(&mut pending)?;
+            rows = 0;
+        }
+    }
+    write(&mut pending)?;
+    let meta = serde_json::json!({
+        "activations": count,
+        "shards": shards,
+        "activation_dim": paired.0,
+        "output_dim": paired.1,
+        "source": stream.source().describe(),
+    });
+    tensors::write_file(&out.join("meta.json"), serde_json::to_string_pretty(&meta)?.as_bytes())?;
+    eprintln!("{count} activations written to {}", out.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn kind(name: &str) -> Result<Kind> {
+    Kind::parse(name).ok_or_else(|| {
+        let known: Vec<&str> = Kind::ALL.into_iter().map(Kind::plural).collect();
+        let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
+        InputError::new(format!("unknown kind `{name}`"))
+            .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", ")))
+            .into()
+    })
+}
+
+fn list(name: Option<&str>) -> Result<ExitCode> {
+    let kinds = match name {
+        Some(name) => vec![kind(name)?],
+        None => Kind::ALL.to_vec(),
+    };
+    let width = kinds.iter().flat_map(|kind| registry::names(*kind)).map(str::len).max().unwrap_or(0);
+    for (index, kind) in kinds.iter().filter(|kind| name.is_some() || !components(**kind).is_empty()).enumerate() {
+        if name.is_none() {
+            println!("{}{}", if index > 0 { "\n" } else { "" }, kind.plural());
+        }
+        let indent = if name.is_none() { "  " } else { "" };
+        for Component { name, summary, .. } in components(*kind) {
+            println!("{indent}{name:width$}  {summary}");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
+    let kind = kind(kind_name)?;
+    let Some(component) = component(kind, name) else {
+        let known = registry::names(kind);
+        let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
+        bail!(InputError::new(format!("unknown {kind} `{name}`"))
+            .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", "))));
+    };
+    println!("{kind} {name}\n{}\n", component.summary);
+    if !component.paper.is_empty() {
+        println!("Paper: {}\n", component.paper);
+    }
+    if let Some(usual) = component.usual_dictionary {
+        println!("Trains the dictionary `{usual}` unless told otherwise.\n");
+    }
+    let schema = (component.schema)().to_value();
+    if let Some(text) = schema.get("description").and_then(Value::as_str) {
+        println!("{text}\n");
+    }
+    let none = Map::new();
+    let fields = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
+    let required: Vec<&str> =
+        schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+    if !fields.is_empty() {
+        println!("Fields:");
+    }
+    for (field, schema) in fields {
+        let default = match schema.get("default") {
+            Some(default) => format!("default {default}"),
+            None if required.contains(&field.as_str()) => "required".to_owned(),
+            None => "optional".to_owned(),
+        };
+        println!("  {field} ({}, {default})", config::type_name(schema));
+        for line in schema.get("description").and_then(Value::as_str).unwrap_or_default().lines() {
+            println!("      {line}");
+        }
+    }
+    if !component.example.is_empty() {
+        println!("\nExample:\n  {}", component.example.replace('\n', "\n  "));
+    }
+    Ok(ExitCode::SUCCESS)
+}

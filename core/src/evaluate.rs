@@ -1,0 +1,75 @@
+//! Evaluation: metrics over dictionaries, and the table of what they found.
+
+use std::path::Path;
+
+use anyhow::{bail, Result};
+use comfy_table::{presets, CellAlignment, Table};
+use serde_json::{Map, Value};
+
+use crate::config::InputError;
+use crate::dictionary::Dictionary;
+use crate::metric::MetricConfig;
+use crate::source::ActivationSource;
+use crate::tensors::write_file;
+
+/// Refuses metrics that cannot be computed on a source, before anything is trained for them.
+pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSource) -> Result<()> {
+    for metric in metrics {
+        if let Some(why) = metric.build()?.refuses(source) {
+            bail!(InputError::new(format!("the metric `{}` cannot be computed here: {why}", metric.typetag_name()))
+                .help("leave it out of `metrics`, or give a source that has what it needs"));
+        }
+    }
+    Ok(())
+}
+
+/// Measures dictionaries, all on the same data. One object of figures for each, in their order.
+pub fn evaluate(
+    metrics: &[Box<dyn MetricConfig>],
+    dictionaries: &[&dyn Dictionary],
+    source: &mut dyn ActivationSource,
+) -> Result<Vec<Map<String, Value>>> {
+    let mut results = vec![Map::new(); dictionaries.len()];
+    check(metrics, source)?;
+    for metric in metrics {
+        let found = tch::no_grad(|| metric.build()?.evaluate(dictionaries, source))?;
+        for (result, figures) in results.iter_mut().zip(found) {
+            result.extend(figures.into_iter().map(|(name, value)| (name.to_owned(), value.into())));
+        }
+    }
+    Ok(results)
+}
+
+/// Writes an SAE's eval.json.
+pub fn write(dir: &Path, result: &Map<String, Value>) -> Result<()> {
+    write_file(&dir.join("eval.json"), serde_json::to_string_pretty(result)?.as_bytes())
+}
+
+/// The reference's table: one row for each SAE.
+pub fn table(rows: &[(String, Map<String, Value>)]) -> String {
+    type Column = (&'static str, fn(&dyn Fn(&str) -> Option<f64>) -> Option<String>);
+    const COLUMNS: [Column; 6] = [
+        ("Variance explained", |figure| Some(percent(figure("frac_variance_explained")?))),
+        ("L1", |figure| Some(format!("{:.2}", figure("l1_loss")?))),
+        ("L0", |figure| Some(format!("{:.2}", figure("l0")?))),
+        ("% Alive", |figure| Some(percent(figure("frac_alive")?))),
+        ("CE diff", |figure| Some(format!("{:.4}", figure("loss_reconstructed")? - figure("loss_original")?))),
+        ("% CE recovered", |figure| Some(percent(figure("frac_recovered")?))),
+    ];
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(std::iter::once("SAE").chain(COLUMNS.iter().map(|(title, _)| *title)));
+    for (name, result) in rows {
+        let figure = |key: &str| result.get(key).and_then(Value::as_f64);
+        let cells = COLUMNS.iter().map(|(_, cell)| cell(&figure).unwrap_or_else(|| "–".to_owned()));
+        table.add_row(std::iter::once(name.clone()).chain(cells));
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
+
+fn percent(fraction: f64) -> String {
+    format!("{:.1}", 100.0 * fraction)
+}

@@ -1,0 +1,58 @@
+//! Which features fire: how long each has been silent.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use crate::state::State;
+
+/// For each feature, how long since it fired, in steps or tokens, whichever the owner counts in.
+#[derive(Debug)]
+pub struct Firing {
+    since: Tensor,
+}
+
+impl Firing {
+    /// Counters at 0, on the device of the weights.
+    pub fn new(features: i64, device: Device) -> Self {
+        Firing { since: Tensor::zeros([features], (Kind::Int64, device)) }
+    }
+
+    /// Adds `amount` to every counter, then sets those of the features that fired, bool [F], to 0.
+    pub fn update(&mut self, fired: &Tensor, amount: i64) {
+        self.since += amount;
+        let _ = self.since.masked_fill_(fired, 0);
+    }
+
+    /// Adds `amount` to every counter, then sets those of the features with these indices, int64 of any shape, to 0.
+    pub fn update_indices(&mut self, indices: &Tensor, amount: i64) {
+        self.since += amount;
+        let _ = self.since.index_fill_(0, &indices.reshape([-1]), 0);
+    }
+
+    /// Which features have been silent for at least so long, bool [F].
+    pub fn silent_for(&self, at_least: i64) -> Tensor {
+        self.since.ge(at_least)
+    }
+
+    /// The counters, int64 [F].
+    pub fn since(&self) -> &Tensor {
+        &self.since
+    }
+
+    /// Sets the counters of some features, bool [F], to 0.
+    pub fn reset(&mut self, features: &Tensor) {
+        let _ = self.since.masked_fill_(features, 0);
+    }
+
+    /// What must survive a restart.
+    pub fn state(&self) -> State {
+        let mut state = State::new();
+        state.put_tensor("since", &self.since);
+        state
+    }
+
+    /// Takes back what [`Firing::state`] gave.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        state.load_tensor("since", &mut self.since)
+    }
+}

@@ -1,0 +1,120 @@
+//! Resampling of dead features (Bricken et al. 2023, "Neuron resampling"): a feature that never fires starts anew from
+//! an activation that the dictionary reconstructs badly.
+
+use anyhow::{anyhow, Result};
+use rand::distr::weighted::WeightedIndex;
+use rand::distr::Distribution;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::dictionary::{Dictionary, Encoder};
+use crate::trainer::AfterStep;
+
+/// How likely an activation is to be drawn for a dead feature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum ResampleWeight {
+    /// In proportion to its loss, the norm of its residual, as in the reference.
+    #[default]
+    Loss,
+    /// In proportion to the square of its loss, as in the paper.
+    LossSquared,
+}
+
+/// Whether the features of a dictionary can be resampled.
+pub fn can_resample(dictionary: &dyn Dictionary) -> bool {
+    dictionary.encoder().is_some() && dictionary.decoder().is_some()
+}
+
+/// Starts dead features, bool [F], anew; at most as many as the batch has activations. Returns how many.
+///
+/// Each draws an activation of the batch without replacement. Its decoder direction becomes the activation's
+/// direction, its encoder row the activation times 0.2 times the mean norm of the living rows, its biases 0, its
+/// moments 0.
+pub fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result<i64> {
+    tch::no_grad(|| {
+        let dead_indices = Vec::<i64>::try_from(dead.nonzero().reshape([-1]))?;
+        if dead_indices.is_empty() {
+            return Ok(0);
+        }
+        let missing = || anyhow!("the features of a {} cannot be resampled", cx.dictionary.class());
+        let Encoder { weight: encoder_name, feature_dim, biases } = cx.dictionary.encoder().ok_or_else(missing)?;
+        let decoder = cx.dictionary.decoder().ok_or_else(missing)?;
+
+        let (x_hat, _) = cx.dictionary.reconstruct(&cx.batch.x);
+        let loss = (&cx.batch.target - x_hat).norm_scalaropt_dim(2.0, [-1], false).to_kind(Kind::Double);
+        let loss = if weight == ResampleWeight::LossSquared { loss.square() } else { loss };
+        let drawn = draw(&Vec::<f64>::try_from(loss)?, dead_indices.len(), cx.rng);
+        let count = drawn.len();
+        let device = dead.device();
+        let features = Tensor::from_slice(&dead_indices[..count]).to_device(device);
+        let drawn = Tensor::from_slice(&drawn).to_device(device);
+        let (inputs, targets) = (cx.batch.x.index_select(0, &drawn), cx.batch.target.index_select(0, &drawn));
+
+        let parameter = |name: &str| {
+            let found = cx.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
+            found.map(|(_, tensor)| tensor).ok_or_else(|| anyhow!("no parameter `{name}`"))
+        };
+        let mut encoder = parameter(encoder_name)?;
+        let norms = encoder.norm_scalaropt_dim(2.0, [1 - feature_dim], false);
+        let alive = dead.logical_not();
+        let alive_norm = if bool::try_from(alive.any())? {
+            norms.masked_select(&alive).mean(Kind::Float)
+        } else {
+            norms.mean(Kind::Float)
+        };
+        let rows = inputs * alive_norm * 0.2;
+        let along = |rows: Tensor, feature_dim: i64| if feature_dim == 0 { rows } else { rows.transpose(0, 1) };
+        let _ = encoder.index_copy_(feature_dim, &features, &along(rows, feature_dim));
+        let directions = &targets / targets.norm_scalaropt_dim(2.0, [-1], true).clamp_min(1e-12);
+        let mut decoder_weight = decoder.weight.shallow_clone();
+        let _ = decoder_weight.index_copy_(
+            decoder.feature_dim,
+            &features,
+            &along(directions, decoder.feature_dim),
+        );
+        let mut forget = vec![(encoder_name, feature_dim), (decoder.name, decoder.feature_dim)];
+        for name in biases {
+            let _ = parameter(name)?.index_fill_(0, &features, 0.0);
+            forget.push((*name, 0));
+        }
+        for (name, dim) in forget {
+            if let Some(moments) = cx.optimizer.moments(name) {
+                let _ = moments.exp_avg.index_fill_(dim, &features, 0.0);
+                let _ = moments.exp_avg_sq.index_fill_(dim, &features, 0.0);
+            }
+        }
+        Ok(count as i64)
+    })
+}
+
+/// Draws up to `count` indices without replacement, each in proportion to its weight; those of weight 0 never.
+fn draw(weights: &[f64], count: usize, rng: &mut crate::rng::Rng) -> Vec<i64> {
+    let mut drawn = Vec::with_capacity(count);
+    let Ok(mut index) = WeightedIndex::new(weights) else { return drawn };
+    while drawn.len() < count {
+        let next = index.sample(rng);
+        drawn.push(next as i64);
+        // An error means that nothing of positive weight is left.
+        if index.update_weights(&[(next, &0.0)]).is_err() {
+            break;
+        }
+    }
+    drawn
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_without_replacement_and_never_what_weighs_nothing() {
+        let mut rng = crate::rng::rng(1, "test");
+        let mut drawn = draw(&[1.0, 0.0, 2.0, 3.0], 10, &mut rng);
+        drawn.sort_unstable();
+        assert_eq!(drawn, [0, 2, 3]);
+        assert!(draw(&[0.0, 0.0], 2, &mut rng).is_empty());
+    }
+}

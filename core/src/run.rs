@@ -1,0 +1,287 @@
+//! A run: one stream of activations, every SAE of the config training on it.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{bail, Context, Result};
+use serde_json::{Map, Value};
+use tch::Device;
+
+use crate::checkpoint::Checkpoints;
+use crate::config::{InputError, RunConfig};
+use crate::device::{self, Precision};
+use crate::evaluate;
+use crate::logger::Logger;
+use crate::progress::Progress;
+use crate::saved;
+use crate::source::{ActivationSource, SourceCx, Stream};
+use crate::state::{self, State};
+use crate::tensors::{self, write_file};
+use crate::training::{saved_config, Training, TrainingCx};
+
+/// How a run ended.
+#[derive(Debug)]
+pub enum Ending {
+    /// It is trained, saved and evaluated: the figures of each SAE, by name.
+    Done(Vec<(String, Map<String, Value>)>),
+    /// A signal stopped it before this step; everything is saved, and `--resume` goes on.
+    Interrupted(u64),
+}
+
+/// Trains every SAE of a config, saves and evaluates them.
+///
+/// `yaml` is the config with every default spelled out. `interrupt` is looked at before each step.
+pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, interrupt: &AtomicBool) -> Result<Ending> {
+    if config.saes.is_empty() {
+        bail!(InputError::new("the config names no SAE to train")
+            .help("add one under `saes:`, for example `- {trainer: {type: top_k}, dictionary: {k: 32}}`"));
+    }
+    let checkpoints = Checkpoints::new(run_dir);
+    let checkpoint = if resume { checkpoints.latest()? } else { None };
+    if checkpoint.is_none() {
+        refuse_other_run(run_dir, resume)?;
+    } else {
+        checkpoints.check_config(&fs::read_to_string(run_dir.join("config.yaml"))?, yaml)?;
+    }
+
+    // Everything that can be wrong with the config is found before anything is written.
+    let mut run = Run::build(config)?;
+    let created = !run_dir.exists();
+    fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
+    write_file(&run_dir.join("config.yaml"), yaml.as_bytes())?;
+    let mut first = 0;
+    if let Some((step, state)) = checkpoint {
+        run.restore(&state).context("cannot take up the checkpoint")?;
+        eprintln!("resuming at step {step}");
+        first = step;
+    }
+
+    let result = run.train(config, run_dir, &checkpoints, first, resume, interrupt);
+    if result.is_err() && created && checkpoints.latest()?.is_none() {
+        // Nothing of it is of use, and a directory that holds half a run would only refuse the next one.
+        let _ = fs::remove_dir_all(run_dir);
+    }
+    result
+}
+
+/// What is built from a config.
+struct Run {
+    device: Device,
+    precision: Precision,
+    stream: Stream,
+    saes: Vec<Training>,
+    cx: TrainingCx,
+    /// What activations are divided by while training.
+    norm: f64,
+}
+
+impl Run {
+    fn build(config: &RunConfig) -> Result<Self> {
+        let device = config.device.device()?;
+        let (precision, _) = config.precision.precision(device);
+        let source_cx = SourceCx { seed: config.seed, device, precision };
+        let mut source = config.source.build(&source_cx).context("source")?;
+        let widths = source.widths();
+        let cx = TrainingCx { widths, steps: config.steps, seed: config.seed, device, precision };
+        let saes = config
+            .saes
+            .iter()
+            .map(|sae| Training::new(sae, &cx).with_context(|| format!("saes: {}", sae.name)))
+            .collect::<Result<_>>()?;
+        if config.eval_source.is_none() {
+            evaluate::check(&config.metrics, &mut *source)?;
+        }
+        Ok(Run { device, precision, stream: Stream::new(source), saes, cx, norm: 1.0 })
+    }
+
+    fn train(
+        &mut self,
+        config: &RunConfig,
+        run_dir: &Path,
+        checkpoints: &Checkpoints,
+        first: u64,
+        resume: bool,
+        interrupt: &AtomicBool,
+    ) -> Result<Ending> {
+        if config.normalize_activations && first == 0 {
+            self.norm = self.stream.source().mean_squared_norm()?.sqrt();
+            if self.norm <= 0.0 || !self.norm.is_finite() {
+                bail!(InputError::new(format!("activations cannot be normalised: their norm is {}", self.norm)));
+            }
+            eprintln!("activations are divided by {:.4} while training", self.norm);
+        }
+        let resume_at = resume.then_some(first);
+        let mut loggers: Vec<Box<dyn Logger>> =
+            config.loggers.iter().map(|logger| logger.build(run_dir, resume_at)).collect::<Result<_>>()?;
+        let last = config.stop_after.unwrap_or(config.steps).min(config.steps);
+        let mut progress = Progress::new(first, last);
+
+        let mut step = first;
+        while step < last {
+            if interrupt.load(Ordering::Relaxed) {
+                flush(&mut loggers)?;
+                self.finish_early(config, run_dir, checkpoints, step)?;
+                progress.finish();
+                return Ok(Ending::Interrupted(step));
+            }
+            let Some(batch) = self.stream.next_batch().with_context(|| format!("step {step}"))? else {
+                progress.say(&format!("the data ended after {step} of {last} steps"));
+                break;
+            };
+            let batch = if self.norm == 1.0 { batch } else { batch.scaled(1.0 / self.norm) };
+
+            let logging = step % config.log_every == 0 || step + 1 == last;
+            let mut rows = Vec::new();
+            for sae in &mut self.saes {
+                rows.extend(sae.step(step, &batch, logging)?);
+            }
+            for row in &rows {
+                loggers.iter_mut().try_for_each(|logger| logger.log(row))?;
+            }
+            if logging {
+                progress.figures(&rows);
+            }
+            step += 1;
+            progress.step(step, batch.len());
+
+            if due(config.save_every, step) {
+                self.save_weights(run_dir, step)?;
+            }
+            if due(config.checkpoint_every, step) && step < last {
+                flush(&mut loggers)?;
+                checkpoints.save(step, &self.state()?)?;
+            }
+        }
+        flush(&mut loggers)?;
+        progress.say(&progress.finish());
+        for note in self.stream.source().notes() {
+            progress.say(&note);
+        }
+        if step < config.steps && config.checkpoint_every.is_some() {
+            checkpoints.save(step, &self.state()?)?;
+        }
+        self.save(config, run_dir)?;
+        self.evaluate(config, run_dir).map(Ending::Done)
+    }
+
+    /// Stops before a step, with everything saved that a later run needs.
+    fn finish_early(&mut self, config: &RunConfig, run_dir: &Path, checkpoints: &Checkpoints, step: u64) -> Result<()> {
+        checkpoints.save(step, &self.state()?)?;
+        self.save(config, run_dir)
+    }
+
+    fn evaluate(&mut self, config: &RunConfig, run_dir: &Path) -> Result<Vec<(String, Map<String, Value>)>> {
+        let folded: Vec<_> = self.saes.iter().map(|sae| sae.folded(self.norm)).collect::<Result<_>>()?;
+        let dictionaries: Vec<_> = folded.iter().map(|dictionary| &**dictionary).collect();
+        let mut other = match &config.eval_source {
+            None => None,
+            Some(source) => {
+                let cx = SourceCx { seed: config.seed, device: self.device, precision: self.precision };
+                Some(source.build(&cx).context("eval_source")?)
+            }
+        };
+        let source: &mut dyn ActivationSource = match &mut other {
+            Some(source) => &mut **source,
+            None => self.stream.source(),
+        };
+        let results = evaluate::evaluate(&config.metrics, &dictionaries, source)?;
+        let names = self.saes.iter().map(|sae| sae.name.clone());
+        let results: Vec<_> = names.zip(results).collect();
+        for (name, result) in &results {
+            evaluate::write(&run_dir.join(name), result)?;
+        }
+        Ok(results)
+    }
+
+    fn save(&mut self, config: &RunConfig, run_dir: &Path) -> Result<()> {
+        let buffer = self.stream.source().describe();
+        for (sae, sae_config) in self.saes.iter().zip(&config.saes) {
+            let saved = saved_config(sae_config, sae, &self.cx, &buffer)?;
+            saved::write(&run_dir.join(&sae.name), &*sae.folded(self.norm)?, &saved)?;
+        }
+        Ok(())
+    }
+
+    /// The weights alone, kept beside the final ones.
+    fn save_weights(&self, run_dir: &Path, step: u64) -> Result<()> {
+        for sae in &self.saes {
+            let dir = run_dir.join(&sae.name).join("checkpoints");
+            fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+            let path = dir.join(format!("ae_{step}.safetensors"));
+            tensors::write(&path, &sae.folded(self.norm)?.state_dict())?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put("norm", self.norm)?;
+        state.put_all("stream", self.stream.state()?);
+        for sae in &self.saes {
+            state.put_all(&format!("saes/{}", sae.name), sae.state()?);
+        }
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.norm = state.get("norm")?;
+        self.stream.restore(&state.under("stream"))?;
+        for sae in &mut self.saes {
+            sae.restore(&state.under(&format!("saes/{}", sae.name)))?;
+        }
+        Ok(())
+    }
+}
+
+fn due(every: Option<u64>, step: u64) -> bool {
+    every.is_some_and(|every| step % every == 0)
+}
+
+fn flush(loggers: &mut [Box<dyn Logger>]) -> Result<()> {
+    loggers.iter_mut().try_for_each(|logger| logger.flush())
+}
+
+/// Refuses an output directory that holds another run, or anything else that a run would write over.
+fn refuse_other_run(run_dir: &Path, resume: bool) -> Result<()> {
+    if run_dir.is_file() {
+        bail!(InputError::new(format!("the output directory {} is a file", run_dir.display())));
+    }
+    if run_dir.join("config.yaml").exists() && !resume {
+        bail!(InputError::new(format!("the output directory {} already holds a run", run_dir.display()))
+            .help("choose another (`--output-dir`), go on with it (`--resume`), or remove it"));
+    }
+    Ok(())
+}
+
+/// The shapes and memory of a run, for `--dry-run`; nothing is written.
+pub fn plan(config: &RunConfig) -> Result<String> {
+    let run = Run::build(config)?;
+    let (precision, why) = config.precision.precision(run.device);
+    let megabytes = |bytes: usize| bytes as f64 / 1e6;
+    let mut lines = vec![
+        format!("device: {}", device::name(run.device)),
+        format!("matrix products: {} ({why})", if precision == Precision::Float32 { "float32" } else { "bfloat16" }),
+        format!("activations: width {} -> {}", run.cx.widths.0, run.cx.widths.1),
+    ];
+    let mut total = 0;
+    for sae in &run.saes {
+        let weights: usize = sae.dictionary.state_dict().iter().map(|(_, tensor)| state::bytes(tensor)).sum();
+        let dims = sae.dictionary.dims();
+        // Weights, their gradients and two moments.
+        total += 4 * weights;
+        lines.push(format!(
+            "{}: {} {} x {} features, {:.1} MB with gradients and moments",
+            sae.name,
+            sae.dictionary.class(),
+            dims.input,
+            dims.features,
+            megabytes(4 * weights)
+        ));
+        for (name, tensor) in sae.dictionary.state_dict() {
+            lines.push(format!("  {name} {:?}", tensor.size()));
+        }
+    }
+    lines.push(format!("weights, gradients and moments: {:.1} MB", megabytes(total)));
+    Ok(lines.join("\n"))
+}

@@ -1,0 +1,130 @@
+//! A dictionary on disk: a folder with `ae.safetensors`, `ae.pt` and `config.json`, named as the reference names them.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{anyhow, bail, Result};
+use serde_json::Value;
+use tch::{Device, Tensor};
+
+use crate::config::InputError;
+use crate::device::Precision;
+use crate::dictionary::{Dictionary, SavedClass};
+use crate::registry::nearest;
+use crate::tensors::{self, TensorFile};
+use crate::torch_file;
+
+/// A dictionary read from its folder.
+pub struct Saved {
+    /// The folder.
+    pub dir: PathBuf,
+    /// The dictionary.
+    pub dictionary: Box<dyn Dictionary>,
+    /// The folder's config.json.
+    pub config: Value,
+}
+
+impl Saved {
+    /// What to call it in a table: the folder's name.
+    pub fn name(&self) -> String {
+        let dir = fs::canonicalize(&self.dir).unwrap_or_else(|_| self.dir.clone());
+        dir.file_name().map_or_else(|| self.dir.display().to_string(), |name| name.to_string_lossy().into_owned())
+    }
+}
+
+/// Writes a dictionary into its folder, which is made if need be; each file whole or not at all, the config last.
+pub fn write(dir: &Path, dictionary: &dyn Dictionary, config: &Value) -> Result<()> {
+    fs::create_dir_all(dir).map_err(|error| anyhow!("cannot make {}: {error}", dir.display()))?;
+    let tensors = dictionary.state_dict();
+    tensors::write(&dir.join("ae.safetensors"), &tensors)?;
+    torch_file::write(&dir.join("ae.pt"), &tensors)?;
+    tensors::write_file(&dir.join("config.json"), serde_json::to_string_pretty(config)?.as_bytes())
+}
+
+/// Reads a dictionary from its folder.
+pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
+    if !dir.is_dir() {
+        let what = if dir.exists() { "is a file, not an SAE's folder" } else { "does not exist" };
+        bail!(InputError::new(format!("{} {what}", dir.display()))
+            .help("an SAE's folder holds ae.safetensors and config.json; a run has one for each of its SAEs"));
+    }
+    let weights = dir.join("ae.safetensors");
+    if !weights.exists() {
+        let inner: Vec<String> = fs::read_dir(dir)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.join("ae.safetensors").exists())
+            .map(|path| path.display().to_string())
+            .collect();
+        let error = InputError::new(format!("{} holds no ae.safetensors", dir.display()));
+        bail!(match inner.is_empty() {
+            true => error.help("an SAE's folder holds ae.safetensors and config.json"),
+            false => error.help(format!("it is a run; its SAEs are: {}", inner.join(", "))),
+        });
+    }
+    let config = read_json(&dir.join("config.json"))?;
+    let class = config.pointer("/trainer/dict_class").and_then(Value::as_str).ok_or_else(|| {
+        InputError::new(format!("{} does not say its `trainer.dict_class`", dir.join("config.json").display()))
+    })?;
+    let tensors = TensorFile::open(&weights)?.tensors()?;
+    let mut dictionary = shaped(class, &tensors, &config["trainer"], device, precision)?;
+    dictionary.load(&tensors, &weights)?;
+    Ok(Saved { dir: dir.to_owned(), dictionary, config })
+}
+
+/// An empty dictionary of a class, of the shape that the tensors show.
+fn shaped(
+    class: &str,
+    tensors: &BTreeMap<String, Tensor>,
+    trainer: &Value,
+    device: Device,
+    precision: Precision,
+) -> Result<Box<dyn Dictionary>> {
+    let found = inventory::iter::<SavedClass>.into_iter().find(|saved| saved.class == class);
+    let Some(found) = found else {
+        let mut known: Vec<&str> = inventory::iter::<SavedClass>.into_iter().map(|saved| saved.class).collect();
+        known.sort_unstable();
+        let near = nearest(class, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
+        bail!(InputError::new(format!("unknown dictionary class `{class}`"))
+            .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", "))));
+    };
+    (found.shaped)(tensors, trainer, device, precision)
+}
+
+/// A copy that shares no memory, its biases scaled: what is saved of a dictionary that trained on activations divided
+/// by `scale`. The dictionary in training is left as it is, so that saving changes no bit of it.
+pub fn folded(dictionary: &dyn Dictionary, scale: f64, precision: Precision) -> Result<Box<dyn Dictionary>> {
+    let state = dictionary.state_dict();
+    let device = state.first().map_or(Device::Cpu, |(_, tensor)| tensor.device());
+    let tensors: BTreeMap<String, Tensor> =
+        state.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.detach())).collect();
+    let trainer = serde_json::json!({"activation_dim": dictionary.dims().input});
+    let mut copy = shaped(dictionary.class(), &tensors, &trainer, device, precision)?;
+    copy.load(&tensors, Path::new("the dictionary"))?;
+    if scale != 1.0 {
+        copy.scale_biases(scale);
+    }
+    Ok(copy)
+}
+
+/// Loads initial weights from an SAE's folder or from a .safetensors file of its tensors.
+pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<()> {
+    let file = if path.is_dir() { path.join("ae.safetensors") } else { path.to_owned() };
+    if !file.exists() {
+        bail!(InputError::new(format!("there is no file {}", file.display()))
+            .help("`init_from` takes an SAE's folder or a .safetensors file with its tensors"));
+    }
+    let mut tensors = TensorFile::open(&file)?.tensors()?;
+    // Weights alone will do: `k` and `threshold` are the config's where the file does not have them.
+    for (name, own) in dictionary.buffers() {
+        tensors.entry(name.to_owned()).or_insert(own);
+    }
+    dictionary.load(&tensors, &file)
+}
+
+/// Reads a JSON file.
+pub fn read_json(path: &Path) -> Result<Value> {
+    let refused = |why: String| InputError::new(format!("cannot read {}: {why}", path.display()));
+    let text = fs::read_to_string(path).map_err(|error| refused(error.to_string()))?;
+    Ok(serde_json::from_str(&text).map_err(|error| refused(format!("not JSON: {error}")))?)
+}

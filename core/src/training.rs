@@ -1,0 +1,251 @@
+//! One dictionary in training: the order of a step, the same for every method.
+
+use std::path::Path;
+
+use anyhow::{bail, Context, Result};
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::{InputError, SaeConfig};
+use crate::device::{self, Precision};
+use crate::dictionary::{Dictionary, DictionaryCx};
+use crate::modifier::Modifier;
+use crate::optim::Adam;
+use crate::rng::{rng, Rng};
+use crate::saved;
+use crate::source::Batch;
+use crate::state::State;
+use crate::trainer::{float, AfterStep, Pass, Terms, Trainer, TrainerCx};
+
+/// What a dictionary in training is built for.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainingCx {
+    /// Width of the activations, and of what is to be reconstructed.
+    pub widths: (i64, i64),
+    /// How many steps the schedules are laid out for.
+    pub steps: u64,
+    /// Seed of initial weights and random choices.
+    pub seed: u64,
+    /// Where it trains.
+    pub device: Device,
+    /// The type of its matrix products.
+    pub precision: Precision,
+}
+
+/// One dictionary in training.
+pub struct Training {
+    /// Its name in the run.
+    pub name: String,
+    /// The dictionary.
+    pub dictionary: Box<dyn Dictionary>,
+    /// Its trainer.
+    pub trainer: Box<dyn Trainer>,
+    modifiers: Vec<Box<dyn Modifier>>,
+    optimizer: Adam,
+    rng: Rng,
+    precision: Precision,
+}
+
+impl Training {
+    /// Builds the dictionary, its trainer and its modifiers, and loads initial weights.
+    pub fn new(config: &SaeConfig, cx: &TrainingCx) -> Result<Self> {
+        // Every SAE starts from the run's seed, as in the reference, so that neighbours do not change its weights.
+        tch::manual_seed(cx.seed as i64);
+        let mut dictionary = config.dictionary.build(&DictionaryCx {
+            activation_dim: cx.widths.0,
+            output_dim: cx.widths.1,
+            device: cx.device,
+            precision: cx.precision,
+        })?;
+        if dictionary.dims().output != cx.widths.1 {
+            bail!(InputError::new(format!(
+                "a {} reconstructs vectors of width {}, but the source's targets have width {}",
+                dictionary.class(),
+                dictionary.dims().output,
+                cx.widths.1
+            )));
+        }
+        if let Some(path) = &config.init_from {
+            saved::load_weights(&mut *dictionary, path.as_path())?;
+        }
+        let trainer_cx = TrainerCx { dictionary: &*dictionary, steps: cx.steps, seed: cx.seed };
+        let trainer = config.trainer.build(&trainer_cx)?;
+        let modifiers =
+            config.modifiers.iter().map(|modifier| modifier.build(&*dictionary)).collect::<Result<_>>()?;
+        let optimizer = Adam::new(trainer.adam(), dictionary.parameters());
+        let rng = rng(cx.seed, "training");
+        Ok(Training {
+            name: config.name.clone(),
+            dictionary,
+            trainer,
+            modifiers,
+            optimizer,
+            rng,
+            precision: cx.precision,
+        })
+    }
+
+    /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
+    /// from its own forward pass.
+    ///
+    /// A batch or a loss that is not finite is refused before any weight changes.
+    pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
+        check_finite(&batch.x, || format!("step {step}: the batch has values that are not finite"))?;
+        if step == 0 {
+            self.trainer.begin(&mut *self.dictionary, batch)?;
+        }
+
+        let pass = Pass::forward(&*self.dictionary, batch, step, logging);
+        let mut terms = Terms::new();
+        self.trainer.loss(&pass, &mut terms)?;
+        for modifier in &mut self.modifiers {
+            modifier.loss(&pass, &mut terms)?;
+        }
+        let loss = terms.total().context("the trainer gave no loss")?;
+        check_finite(&loss, || {
+            let infinite = terms.iter().find(|term| !term.value.double_value(&[]).is_finite());
+            format!(
+                "step {step}: the loss of SAE `{}` is {} (term `{}`)",
+                self.name,
+                loss.double_value(&[]),
+                infinite.map_or("sum", |term| term.name)
+            )
+        })?;
+        let figures = logging.then(|| self.figures(&pass, &terms));
+
+        self.optimizer.zero_grad();
+        loss.backward();
+        for modifier in &mut self.modifiers {
+            modifier.gradients(&*self.dictionary)?;
+        }
+        self.trainer.constrain_gradients(&*self.dictionary)?;
+        self.optimizer.step(self.trainer.lr(step));
+
+        let mut cx = AfterStep {
+            step,
+            batch,
+            dictionary: &mut *self.dictionary,
+            optimizer: &mut self.optimizer,
+            rng: &mut self.rng,
+        };
+        self.trainer.after_step(&mut cx)?;
+        for modifier in &mut self.modifiers {
+            modifier.after_step(&mut cx)?;
+        }
+        Ok(figures)
+    }
+
+    fn figures(&self, pass: &Pass, terms: &Terms) -> Map<String, Value> {
+        tch::no_grad(|| {
+            let mut row = Map::from_iter([
+                ("step".to_owned(), Value::from(pass.step)),
+                ("sae".to_owned(), Value::from(self.name.as_str())),
+            ]);
+            terms.write(&mut row);
+            let features = pass.code.features.detach();
+            let l0 = features.not_equal(0.0).sum_dim_intlist(-1, false, Kind::Float).mean(Kind::Float);
+            row.insert("l0".to_owned(), float(l0.double_value(&[]) as f32));
+            let variance = |x: &Tensor| x.var_dim([0].as_slice(), true, false).sum(Kind::Float).double_value(&[]);
+            let explained = 1.0 - variance(&pass.residual().detach()) / variance(&pass.batch.target);
+            row.insert("frac_variance_explained".to_owned(), float(explained as f32));
+            self.trainer.log(&mut row);
+            row.insert("lr".to_owned(), self.trainer.lr(pass.step).into());
+            row
+        })
+    }
+
+    /// The dictionary as it is saved: for activations as the model makes them, though it trains on activations divided
+    /// by `norm`.
+    pub fn folded(&self, norm: f64) -> Result<Box<dyn Dictionary>> {
+        saved::folded(&*self.dictionary, norm, self.precision)
+    }
+
+    /// Everything that a resumed run needs.
+    pub fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        for (name, tensor) in self.dictionary.state_dict() {
+            state.put_tensor(format!("dictionary/{name}"), &tensor);
+        }
+        state.put_all("optimizer", self.optimizer.state()?);
+        state.put_all("trainer", self.trainer.state()?);
+        for (index, modifier) in self.modifiers.iter().enumerate() {
+            state.put_all(&format!("modifier{index}"), modifier.state()?);
+        }
+        state.put("rng", &self.rng)?;
+        Ok(state)
+    }
+
+    /// Takes back what [`Training::state`] gave.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        for (name, mut tensor) in self.dictionary.state_dict() {
+            state.load_tensor(&format!("dictionary/{name}"), &mut tensor)?;
+        }
+        self.dictionary.loaded();
+        self.optimizer.restore(&state.under("optimizer"))?;
+        self.trainer.restore(&state.under("trainer"))?;
+        for (index, modifier) in self.modifiers.iter_mut().enumerate() {
+            modifier.restore(&state.under(&format!("modifier{index}")))?;
+        }
+        self.rng = state.get("rng")?;
+        Ok(())
+    }
+}
+
+fn check_finite(tensor: &Tensor, message: impl FnOnce() -> String) -> Result<()> {
+    if bool::try_from(tensor.isfinite().all())? {
+        return Ok(());
+    }
+    bail!(InputError::new(message()).help(
+        "look at the activations (`dictlearn activations`), lower the learning rate, or set `normalize_activations: true`"
+    ));
+}
+
+/// An SAE's config.json: what the reference's trainer and buffer would say of themselves.
+pub fn saved_config(
+    config: &SaeConfig,
+    training: &Training,
+    cx: &TrainingCx,
+    buffer: &Value,
+) -> Result<Value> {
+    let dims = training.dictionary.dims();
+    let mut trainer = Map::new();
+    let mut add = |name: &str, value: Value| {
+        trainer.insert(name.to_owned(), value);
+    };
+    add("dict_class", training.dictionary.class().into());
+    add("trainer_class", config.trainer.class().into());
+    add("activation_dim", dims.input.into());
+    add("dict_size", dims.features.into());
+    for component in [serde_json::to_value(&config.trainer)?, serde_json::to_value(&config.dictionary)?] {
+        for (name, value) in component.as_object().into_iter().flatten() {
+            if !["type", "dict_size", "expansion_factor"].contains(&name.as_str()) {
+                add(name, value.clone());
+            }
+        }
+    }
+    training.trainer.settings(&mut trainer);
+    // What annealing has made of them by now.
+    for (name, tensor) in training.dictionary.buffers() {
+        if trainer.contains_key(name) && tensor.numel() == 1 && tensor.kind() == Kind::Int {
+            trainer.insert(name.to_owned(), tensor.int64_value(&[]).into());
+        }
+    }
+    let mut add = |name: &str, value: Value| {
+        trainer.insert(name.to_owned(), value);
+    };
+    add("steps", cx.steps.into());
+    add("seed", cx.seed.into());
+    add("device", device::name(cx.device).into());
+    let submodule = buffer.get("submodule").cloned().unwrap_or(Value::Null);
+    let layer = submodule.as_str().and_then(|path| path.split('.').find_map(|part| part.parse::<u64>().ok()));
+    add("layer", layer.map_or(Value::Null, Value::from));
+    add("lm_name", buffer.get("model").cloned().unwrap_or(Value::Null));
+    add("wandb_name", config.name.as_str().into());
+    add("submodule_name", submodule);
+    Ok(serde_json::json!({"trainer": trainer, "buffer": buffer}))
+}
+
+/// The folder of an SAE in a run.
+pub fn sae_dir(run_dir: &Path, name: &str) -> std::path::PathBuf {
+    run_dir.join(name)
+}
