@@ -7,9 +7,10 @@ use std::fmt;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
+use crate::lm::Names;
 use crate::registry::nearest;
 
 /// A batch of contexts: B rows of L positions.
@@ -199,8 +200,14 @@ pub trait LanguageModel: Send {
     /// The longest context that it takes, where there is a limit.
     fn max_positions(&self) -> Option<i64>;
 
-    /// Where Hugging Face's names for the parts of this family are, for TransformerLens names.
-    fn names(&self) -> &crate::lm::Names;
+    /// Where the family keeps its parts.
+    fn names(&self) -> &Names;
+
+    /// The device of the weights.
+    fn device(&self) -> Device;
+
+    /// Every weight by its Hugging Face name, sharing memory with the model's, to train or to save.
+    fn parameters(&self) -> Vec<(String, Tensor)>;
 
     /// Embeds tokens.
     fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop>;
@@ -212,7 +219,7 @@ pub trait LanguageModel: Send {
     fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop>;
 }
 
-impl dyn LanguageModel {
+impl dyn LanguageModel + '_ {
     /// The whole pass, or as much of it as the hooks need. Logits, [B, L, vocabulary].
     pub fn forward(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Tensor, Stop> {
         let hidden = self.begin(tokens, hooks)?;
@@ -235,16 +242,23 @@ impl dyn LanguageModel {
         hooks.take(point).expect("a hook point of a model is met in every pass")
     }
 
-    /// The hidden states at the input of the layer that holds a point, and that layer: everything before it is the
-    /// same however the point's value is replaced.
-    pub fn hidden_before(&self, tokens: &Tokens, point: &HookPoint) -> Option<(usize, Hidden)> {
-        let layer = self.names().layer_of(&point.module)?;
-        let mut hooks = Hooks::none();
-        let mut hidden = self.begin(tokens, &mut hooks).ok()?;
-        for index in 0..layer {
-            hidden = self.layer(index, &hidden, &mut hooks).ok()?;
-        }
-        Some((layer, hidden))
+    /// What every pass over these tokens has in common however the value at a point is replaced: everything before the
+    /// layer that holds the point, computed once.
+    pub fn before<'a>(&'a self, tokens: &'a Tokens, point: &HookPoint) -> Prefix<'a> {
+        let names = self.names();
+        let layer = match names.layer_of(&point.module) {
+            None if point.module == names.embed => return Prefix { model: self, tokens, hidden: None },
+            None => self.n_layers(),
+            Some(layer) => layer,
+        };
+        let run = |hooks: &mut Hooks| {
+            let mut hidden = self.begin(tokens, hooks)?;
+            for index in 0..layer {
+                hidden = self.layer(index, &hidden, hooks)?;
+            }
+            Ok::<_, Stop>((layer, hidden))
+        };
+        Prefix { model: self, tokens, hidden: run(&mut Hooks::none()).ok() }
     }
 
     /// Every module in the order of a forward pass.
@@ -254,11 +268,6 @@ impl dyn LanguageModel {
         let mut hooks = Hooks::record();
         let _ = tch::no_grad(|| self.forward(&Tokens { ids, mask }, &mut hooks));
         hooks.into_visits()
-    }
-
-    /// The device of the weights.
-    pub fn device(&self) -> tch::Device {
-        self.names().device
     }
 
     /// The point that a user names by a module path and `io`, or by a TransformerLens name; with its width.
@@ -281,4 +290,38 @@ impl dyn LanguageModel {
             })
             .into())
     }
+}
+
+/// The beginning of a forward pass, to be continued in more than one way.
+pub struct Prefix<'a> {
+    model: &'a dyn LanguageModel,
+    tokens: &'a Tokens,
+    hidden: Option<(usize, Hidden)>,
+}
+
+impl Prefix<'_> {
+    /// The rest of the pass. Logits, [B, L, vocabulary].
+    pub fn forward(&self, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        match &self.hidden {
+            Some((layer, hidden)) => self.model.forward_from(*layer, hidden, hooks),
+            None => self.model.forward(self.tokens, hooks),
+        }
+    }
+}
+
+/// Mean cross entropy, in nats, of predicting each token from those before it, and how many tokens it is a mean over.
+///
+/// A prediction counts where both the token and the one before it are text. Logits [B, L, vocabulary].
+pub fn cross_entropy(logits: &Tensor, tokens: &Tokens) -> (f64, i64) {
+    let length = tokens.size().1 - 1;
+    let counted = tokens.mask.narrow(1, 1, length).logical_and(&tokens.mask.narrow(1, 0, length)).reshape([-1]);
+    let count = counted.sum(Kind::Int64).int64_value(&[]);
+    if count == 0 {
+        return (0.0, 0);
+    }
+    let logits = logits.narrow(1, 0, length);
+    let logits = logits.reshape([-1, logits.size()[2]]);
+    let targets = tokens.ids.narrow(1, 1, length).reshape([-1]).masked_fill(&counted.logical_not(), -100);
+    let loss = logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Sum, -100, 0.0);
+    (loss.double_value(&[]) / count as f64, count)
 }
