@@ -24,7 +24,7 @@ impl Default for AdamConfig {
 #[derive(Debug)]
 pub struct Moments {
     /// The parameter's state-dict name.
-    pub name: &'static str,
+    pub name: String,
     /// The parameter, sharing memory with the dictionary's.
     pub parameter: Tensor,
     /// Mean of the gradient, m.
@@ -42,12 +42,12 @@ pub struct Adam {
 }
 
 impl Adam {
-    /// Adam for a dictionary's parameters.
-    pub fn new(config: AdamConfig, parameters: Vec<(&'static str, Tensor)>) -> Self {
+    /// Adam for parameters by their state-dict names.
+    pub fn new(config: AdamConfig, parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
         let moments = parameters
             .into_iter()
             .map(|(name, parameter)| Moments {
-                name,
+                name: name.into(),
                 exp_avg: parameter.detach().zeros_like(),
                 exp_avg_sq: parameter.detach().zeros_like(),
                 parameter,
