@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use crate::config::{self, InputError, Loaded, Sources};
+use crate::config::{self, InputError, RunConfig, Sources};
 use crate::evaluate;
 use crate::registry::{self, component, components, nearest, Component, Kind};
 use crate::run::{self, Ending};
@@ -104,13 +104,13 @@ struct ConfigArgs {
 }
 
 impl ConfigArgs {
-    fn load(&self) -> Result<Loaded> {
+    fn load(&self) -> Result<RunConfig> {
         load(&self.config, self.profile.clone(), self.set.clone())
     }
 }
 
-fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<Loaded> {
-    Ok(config::load(&Sources { file: Some(file.to_owned()), profile, set, variables: config::variables() })?)
+fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunConfig> {
+    Ok(config::load(&Sources { file: file.to_owned(), profile, set, variables: config::variables() })?)
 }
 
 /// Runs the program: every plugin that is linked in can be named. Call it from `main`.
@@ -157,33 +157,33 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::List { kind } => list(kind.as_deref()),
         Command::Describe { kind, name } => describe(&kind, &name),
         Command::Schema => {
-            println!("{}", serde_json::to_string_pretty(&config::schema())?);
+            println!("{}", serde_json::to_string_pretty(&config::json_schema())?);
             Ok(ExitCode::SUCCESS)
         }
     }
 }
 
 fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: bool) -> Result<ExitCode> {
-    let mut loaded = args.load()?;
+    let mut config = args.load()?;
     if let Some(dir) = output_dir {
-        loaded.config.output_dir = Some(std::path::absolute(dir)?.into());
+        config.output_dir = Some(std::path::absolute(dir)?.into());
     }
-    let run_dir = match &loaded.config.output_dir {
+    let run_dir = match &config.output_dir {
         Some(dir) => dir.as_path().to_owned(),
         // A config without `output_dir` gets a run of its own name.
         None => std::path::absolute(Path::new("runs").join(args.config.file_stem().unwrap_or_default()))?,
     };
-    loaded.config.output_dir = Some(run_dir.clone().into());
-    let yaml = config::to_yaml(&loaded.config)?;
+    config.output_dir = Some(run_dir.clone().into());
+    let yaml = config::to_yaml(&config)?;
     if dry_run {
         print!("{yaml}");
-        for line in run::plan(&loaded.config)?.lines() {
+        for line in run::plan(&config)?.lines() {
             println!("# {line}");
         }
         return Ok(ExitCode::SUCCESS);
     }
     let interrupt = catch_signals()?;
-    match run::train(&loaded.config, &yaml, &run_dir, resume, &interrupt)? {
+    match run::train(&config, &yaml, &run_dir, resume, &interrupt)? {
         Ending::Done(results) => {
             println!("{}", evaluate::table(&results));
             println!("saved to {}", run_dir.display());
@@ -220,7 +220,7 @@ fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -
         bail!(InputError::new(format!("{} is in no run whose config says what to evaluate on", sae_dir.display()))
             .help("give a config with a `source`: `--config CONFIG.yaml`"));
     };
-    let config = load(&file, None, set)?.config;
+    let config = load(&file, None, set)?;
     let device = config.device.device()?;
     let (precision, _) = config.precision.precision(device);
     let saved = saved::read(sae_dir, device, precision)?;
@@ -279,7 +279,7 @@ fn activations(args: &ConfigArgs, out: &Path) -> Result<ExitCode> {
     let mut args_in_order = args.set.clone();
     // "In order" is what the command promises, whatever the config's training wants.
     args_in_order.push("source.shuffle=false".to_owned());
-    let config = load(&args.config, args.profile.clone(), args_in_order)?.config;
+    let config = load(&args.config, args.profile.clone(), args_in_order)?;
     let device = config.device.device()?;
     let (precision, _) = config.precision.precision(device);
     let source = config.source.build(&SourceCx { seed: config.seed, device, precision })?;

@@ -87,19 +87,7 @@ pub trait ActivationSource: Send {
 
     /// Mean over activations of the squared norm, ‖x‖², from a sample at the beginning of the stream. No activation is
     /// lost to training by it.
-    fn mean_squared_norm(&mut self) -> Result<f64> {
-        let before = self.state()?;
-        let (mut sum, mut count) = (0.0, 0);
-        while count < 100 {
-            let Some(batch) = self.next_batch()? else {
-                break;
-            };
-            sum += batch.x.square().sum_dim_intlist(1, false, Kind::Float).mean(Kind::Float).double_value(&[]);
-            count += 1;
-        }
-        self.restore(&before)?;
-        Ok(sum / f64::from(count.max(1)))
-    }
+    fn mean_squared_norm(&mut self) -> Result<f64>;
 
     /// The language model behind the activations, for metrics that change what it computes.
     fn language_model(&mut self) -> Option<&mut dyn ModelSource> {
@@ -119,6 +107,19 @@ pub trait ActivationSource: Send {
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }
+}
+
+/// [`ActivationSource::mean_squared_norm`] of the first 100 batches, which the source then goes back over.
+pub fn sampled_mean_squared_norm(source: &mut dyn ActivationSource) -> Result<f64> {
+    let before = source.state()?;
+    let (mut sum, mut count) = (0.0, 0);
+    while count < 100 {
+        let Some(batch) = source.next_batch()? else { break };
+        sum += batch.x.square().sum_dim_intlist(1, false, Kind::Float).mean(Kind::Float).double_value(&[]);
+        count += 1;
+    }
+    source.restore(&before)?;
+    Ok(sum / f64::from(count.max(1)))
 }
 
 /// A source read over and over, as often as it allows.
@@ -181,8 +182,11 @@ pub trait ModelSource {
     /// The model.
     fn model(&self) -> &dyn LanguageModel;
 
-    /// The place in it whose value is harvested.
-    fn hook(&self) -> &HookPoint;
+    /// The place in it whose value a dictionary reads.
+    fn reads(&self) -> &HookPoint;
+
+    /// The place in it whose value a dictionary reconstructs; the same unless the source has pairs.
+    fn writes(&self) -> &HookPoint;
 
     /// The next `rows` contexts of the text (fewer at its end), or `None` where there are no more.
     fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>>;

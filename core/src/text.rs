@@ -35,6 +35,18 @@ pub struct Document {
     pub origin: String,
 }
 
+/// A text that a plugin ships: `text: {type: embedded, name: NAME}`. Documents are separated by empty lines.
+pub struct EmbeddedText {
+    /// Its name.
+    pub name: &'static str,
+    /// Which part of it: `train` or `held_out`.
+    pub split: &'static str,
+    /// The text.
+    pub text: &'static str,
+}
+
+inventory::collect!(EmbeddedText);
+
 /// A stream of documents, or of rows of tokens.
 pub trait TextStream: Send {
     /// The next item, or `None` at the end.

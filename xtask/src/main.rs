@@ -1,2 +1,137 @@
-//! Set-up and checks.
-fn main() {}
+//! Set-up and checks, as `cargo xtask COMMAND`. Knows nothing of libtorch but how to find and fetch it.
+
+mod libtorch;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::{Parser, Subcommand};
+
+use libtorch::Wanted;
+
+/// Set-up and checks.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    /// Use a libtorch without CUDA, whatever the machine has.
+    #[arg(long, global = true, conflicts_with = "cuda")]
+    cpu: bool,
+    /// Use a libtorch with CUDA, whatever the machine has.
+    #[arg(long, global = true)]
+    cuda: bool,
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Find or fetch libtorch, so that plain `cargo build` works.
+    Setup,
+    /// Set up, build, train and evaluate SAEs on the bundled language model.
+    Quickstart,
+    /// Set up, build, run every test.
+    Test {
+        /// Passed to `cargo test`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Everything that must hold before a commit: format, lints, tests, documentation.
+    Ci,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let root = root()?;
+    let wanted = match (cli.cpu, cli.cuda) {
+        (true, _) => Wanted::Cpu,
+        (_, true) => Wanted::Cuda,
+        _ => Wanted::WhatTheMachineHas,
+    };
+    let started = Instant::now();
+    libtorch::set_up(&root, wanted)?;
+    eprintln!("set-up took {:.0} s", started.elapsed().as_secs_f64());
+    match &cli.task {
+        Task::Setup => Ok(()),
+        Task::Quickstart => quickstart(&root),
+        Task::Test { args } => test(&root, args),
+        Task::Ci => {
+            cargo(&root, &["fmt", "--all", "--check"], &[])?;
+            cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], &[])?;
+            test(&root, &[])?;
+            // `RUSTDOCFLAGS` would replace the flags of libtorch.toml; doc lints are denied by the manifests instead.
+            cargo(&root, &["doc", "--workspace", "--no-deps"], &[])
+        }
+    }
+}
+
+fn test(root: &Path, args: &[String]) -> Result<()> {
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    cargo(root, &["test", "--workspace"], &args)
+}
+
+fn quickstart(root: &Path) -> Result<()> {
+    let started = Instant::now();
+    cargo(root, &["build", "--release"], &[])?;
+    eprintln!("the build took {:.0} s", started.elapsed().as_secs_f64());
+    let program = target_dir(root)?.join("release/dictlearn");
+    // A second quickstart is a run of its own.
+    let free = |number: usize| root.join(if number == 1 { "runs/quickstart".into() } else { format!("runs/quickstart-{number}") });
+    let run_dir = (1..).map(free).find(|dir| !dir.exists()).context("no free name under runs/")?;
+    let started = Instant::now();
+    let mut command = Command::new(&program);
+    command.arg("train").arg(root.join("configs/quickstart.yaml")).arg("--output-dir").arg(&run_dir);
+    call(&mut command)?;
+    eprintln!("training and evaluation took {:.0} s", started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// The workspace's folder.
+fn root() -> Result<PathBuf> {
+    let own = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    Ok(own.parent().context("xtask lies in the workspace")?.to_owned())
+}
+
+fn target_dir(root: &Path) -> Result<PathBuf> {
+    let output = Command::new(libtorch::cargo_program())
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .current_dir(root)
+        .output()
+        .context("cannot run cargo metadata")?;
+    ensure!(output.status.success(), "cargo metadata failed: {}", String::from_utf8_lossy(&output.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    metadata["target_directory"].as_str().map(PathBuf::from).context("cargo metadata names no target directory")
+}
+
+fn cargo(root: &Path, args: &[&str], more: &[&str]) -> Result<()> {
+    let mut command = Command::new(libtorch::cargo_program());
+    command.args(args).args(more).current_dir(root);
+    // What libtorch.toml says now counts, not what it said when cargo started this program.
+    for name in libtorch::VARIABLES {
+        command.env_remove(name);
+    }
+    call(&mut command)
+}
+
+/// Runs a command, showing it first.
+fn call(command: &mut Command) -> Result<()> {
+    let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
+    let program = command.get_program().to_string_lossy().into_owned();
+    let name = Path::new(&program).file_name().map_or(program.clone(), |name| name.to_string_lossy().into_owned());
+    eprintln!("$ {name} {}", words.join(" "));
+    let status = command.status().with_context(|| format!("cannot run {program}"))?;
+    if !status.success() {
+        bail!("`{name} {}` failed ({status})", words.join(" "));
+    }
+    Ok(())
+}

@@ -1,12 +1,17 @@
 //! The config of a run: what a YAML file may say, and how it is read.
 
+mod check;
 mod error;
+mod layers;
+mod load;
+mod node;
 mod schema;
-mod shim;
-pub use shim::*;
+mod spans;
 mod value;
 
 pub use error::{InputError, Origin, Place};
+pub use layers::{variables, Sources};
+pub use load::{from_yaml, json_schema, load, to_yaml, type_name};
 pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice};
 
 use schemars::JsonSchema;
@@ -38,6 +43,7 @@ pub struct RunConfig {
     pub steps: u64,
     /// End at this step, saved, with the schedules still laid out for `steps`.
     #[serde(default)]
+    #[schemars(range(min = 1))]
     pub stop_after: Option<u64>,
     /// Where the run is written; relative to the config's folder.
     #[serde(default)]
@@ -51,9 +57,11 @@ pub struct RunConfig {
     pub log_every: u64,
     /// Save the whole training state, for `--resume`, every so many steps; null for never.
     #[serde(default = "default_checkpoint_every")]
+    #[schemars(range(min = 1))]
     pub checkpoint_every: Option<u64>,
     /// Keep the weights alone every so many steps, in `<sae>/checkpoints/ae_<step>.safetensors`.
     #[serde(default)]
+    #[schemars(range(min = 1))]
     pub save_every: Option<u64>,
     /// Where activations come from.
     pub source: Box<dyn SourceConfig>,

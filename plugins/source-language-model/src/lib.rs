@@ -1,1 +1,409 @@
 //! Activations of a language model, through the reference's buffer.
+//!
+//! Text becomes contexts, the model runs over them as far as the hooked module, and the activations at text positions
+//! go into a buffer of `n_ctxs · ctx_len` rows. Batches are drawn from it at random without replacement; when less than
+//! half of it is unread, it is filled again. Memory is the buffer, one forward pass and one batch.
+//!
+//! With `shuffle: false` there is no buffer: activations come in order, row by row.
+//!
+//! Where this differs from the reference: `remove_bos` removes the BOS token at the beginning of a row and not every
+//! token of that id, `max_activation_norm_multiple` takes the median over text positions and not over padding as well,
+//! and activations that do not fit into the buffer any more wait for the next filling instead of being dropped.
+
+mod buffer;
+mod contexts;
+
+use dictlearn_core::lm::open_model;
+use dictlearn_core::prelude::*;
+use dictlearn_core::rng::rng;
+
+use buffer::Buffer;
+use contexts::{Contexts, ContextsCx, Row};
+
+const NAME: &str = "language_model";
+
+/// Activations of a language model.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LanguageModelConfig {
+    /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`.
+    pub model: PathOrName,
+    /// The module whose value is harvested: its path in the Hugging Face model (`gpt_neox.layers.1.mlp`), or a
+    /// TransformerLens name (`blocks.1.hook_mlp_out`).
+    pub submodule: String,
+    /// The module's input, its output, or pairs of both.
+    #[serde(default)]
+    pub io: IoChoice,
+    /// The text that the model reads.
+    pub text: Box<dyn TextConfig>,
+    /// Tokens in a context.
+    #[serde(default = "ctx_len")]
+    #[schemars(range(min = 1))]
+    pub ctx_len: u64,
+    /// Contexts held in the buffer, which is filled again when half of it is used.
+    #[serde(default = "n_ctxs")]
+    #[schemars(range(min = 1))]
+    pub n_ctxs: u64,
+    /// Contexts in a forward pass.
+    #[serde(default = "refresh_batch_size")]
+    #[schemars(range(min = 1))]
+    pub refresh_batch_size: u64,
+    /// Activations in a training batch.
+    #[serde(default = "out_batch_size")]
+    #[schemars(range(min = 1))]
+    pub out_batch_size: u64,
+    /// Leave out the activation of the BOS token.
+    #[serde(default)]
+    pub remove_bos: bool,
+    /// Let the tokenizer add its special tokens to each document.
+    #[serde(default = "yes")]
+    pub add_special_tokens: bool,
+    /// Leave out activations whose norm is more than so many times the median of their forward pass; 10 is usual.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub max_activation_norm_multiple: Option<f64>,
+    /// Draw batches at random from the buffer; false for activations in order.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    /// Join documents with the end-of-text token and cut them into full contexts, instead of one document a context,
+    /// cut to `ctx_len`.
+    #[serde(default)]
+    pub pack: bool,
+    /// How often the text is read; null for as often as the run needs.
+    #[serde(default = "epochs")]
+    #[schemars(range(min = 1))]
+    pub epochs: Option<u64>,
+}
+
+/// Which value of a module is harvested.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum IoChoice {
+    /// Its input.
+    In,
+    /// Its output.
+    #[default]
+    Out,
+    /// Its input, to predict its output.
+    InToOut,
+}
+
+fn ctx_len() -> u64 {
+    128
+}
+
+fn n_ctxs() -> u64 {
+    3000
+}
+
+fn refresh_batch_size() -> u64 {
+    64
+}
+
+fn out_batch_size() -> u64 {
+    2048
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn epochs() -> Option<u64> {
+    Some(1)
+}
+
+register! {
+    source LanguageModelConfig, NAME,
+    summary: "Activations of a language model, through a shuffling buffer",
+    paper: "",
+    example: "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, \
+              text: {type: embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}",
+}
+
+#[typetag::serde(name = NAME)]
+impl SourceConfig for LanguageModelConfig {
+    fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
+        let text = self.text.build()?;
+        let (model, files) = open_model(&self.model.0, cx.device, cx.precision)?;
+        let io = if self.io == IoChoice::In { Io::In } else { Io::Out };
+        let mut points = vec![model.hook_point(&self.submodule, io)?];
+        if self.io == IoChoice::InToOut {
+            points.insert(0, model.hook_point(&self.submodule, Io::In)?);
+        }
+        if let Some(most) = model.max_positions().filter(|most| self.ctx_len as i64 > *most) {
+            bail!(InputError::new(format!("`ctx_len` is {}, but the model takes at most {most} positions", self.ctx_len))
+                .help(format!("set `ctx_len` to {most} or less")));
+        }
+        let capacity = self.n_ctxs * self.ctx_len;
+        if self.shuffle && self.out_batch_size * 2 > capacity {
+            bail!(InputError::new(format!(
+                "a batch of {} activations is more than half of the buffer's {capacity}",
+                self.out_batch_size
+            ))
+            .help("make `n_ctxs` larger or `out_batch_size` smaller"));
+        }
+        let contexts_cx = ContextsCx {
+            ctx_len: self.ctx_len as usize,
+            pack: self.pack,
+            add_special_tokens: self.add_special_tokens,
+            vocab_size: model.vocab_size(),
+            max_positions: model.max_positions(),
+        };
+        let contexts = Contexts::new(text, &files, contexts_cx)?;
+        Ok(Box::new(LanguageModelSource {
+            settings: serde_json::to_value(self)?,
+            harvest: Harvest {
+                remove_bos: self.remove_bos,
+                max_norm: self.max_activation_norm_multiple,
+                rows: self.refresh_batch_size as usize,
+                contexts,
+                model,
+                points,
+                pending: Vec::new(),
+                ended: false,
+            },
+            buffer: None,
+            capacity: self.shuffle.then_some(capacity as usize),
+            batch_size: self.out_batch_size as usize,
+            epochs: self.epochs,
+            cx: *cx,
+        }))
+    }
+}
+
+struct LanguageModelSource {
+    settings: Value,
+    harvest: Harvest,
+    /// Made at the first batch: a source that is only asked for tokens needs none.
+    buffer: Option<Buffer>,
+    /// Of the buffer; `None` for activations in order.
+    capacity: Option<usize>,
+    batch_size: usize,
+    epochs: Option<u64>,
+    cx: SourceCx,
+}
+
+/// The model and the text: activations in the text's order.
+struct Harvest {
+    remove_bos: bool,
+    max_norm: Option<f64>,
+    rows: usize,
+    contexts: Contexts,
+    model: Box<dyn LanguageModel>,
+    points: Vec<(HookPoint, i64)>,
+    /// Activations harvested but not yet handed on, one tensor for each point; none, or of the same length.
+    pending: Vec<Tensor>,
+    ended: bool,
+}
+
+impl Harvest {
+    /// Activations at the text positions of the next forward pass, [n, width] for each point.
+    fn forward(&mut self) -> Result<Option<Vec<Tensor>>> {
+        let rows = self.contexts.next_rows(self.rows)?;
+        if rows.is_empty() {
+            self.ended = true;
+            return Ok(None);
+        }
+        let tokens = Contexts::batch(&rows, self.model.device());
+        let points: Vec<HookPoint> = self.points.iter().map(|(point, _)| point.clone()).collect();
+        tch::no_grad(|| {
+            let mut hooks = Hooks::read(&points, true);
+            let _ = self.model.forward(&tokens, &mut hooks);
+            let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).collect();
+            let mask = if self.remove_bos { self.contexts.without_bos(&tokens) } else { tokens.mask.shallow_clone() };
+            self.check_finite(&values, &mask, &rows)?;
+            let mask = match self.max_norm {
+                None => mask,
+                Some(multiple) => {
+                    let norms = values[0].norm_scalaropt_dim(2.0, [-1], false);
+                    let median = norms.masked_select(&mask).median();
+                    mask.logical_and(&norms.le_tensor(&(median * multiple)))
+                }
+            };
+            let kept = mask.reshape([-1]).nonzero().reshape([-1]);
+            let keep = |value: &Tensor| {
+                let width = value.size().last().copied().unwrap_or(0);
+                value.reshape([-1, width]).index_select(0, &kept).to_kind(Kind::Float)
+            };
+            Ok(Some(values.iter().map(keep).collect()))
+        })
+    }
+
+    fn check_finite(&self, values: &[Tensor], mask: &Tensor, rows: &[Row]) -> Result<()> {
+        for (value, (point, _)) in values.iter().zip(&self.points) {
+            let bad = value.isfinite().all_dim(-1, false).logical_not().logical_and(mask);
+            if bool::try_from(bad.any())? {
+                let at = bad.nonzero();
+                let (row, position) = (at.int64_value(&[0, 0]), at.int64_value(&[0, 1]));
+                bail!(InputError::new(format!(
+                    "the model's value at {point} is not finite for {}, token {position}",
+                    rows[row as usize].origin
+                ))
+                .help("try `precision: float32`, or leave that text out"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Up to `count` activations, at least one; `None` at the end of the text.
+    fn take(&mut self, count: usize) -> Result<Option<Vec<Tensor>>> {
+        while self.available() == 0 {
+            match self.forward()? {
+                None => return Ok(None),
+                Some(values) => self.pending = values,
+            }
+        }
+        let here = self.available().min(count as i64);
+        let rest = self.available() - here;
+        let taken = self.pending.iter().map(|tensor| tensor.narrow(0, 0, here)).collect();
+        self.pending = self.pending.iter().map(|tensor| tensor.narrow(0, here, rest)).collect();
+        Ok(Some(taken))
+    }
+
+    fn available(&self) -> i64 {
+        self.pending.first().map_or(0, |tensor| tensor.size()[0])
+    }
+}
+
+impl LanguageModelSource {
+    fn batch(mut tensors: Vec<Tensor>) -> Batch {
+        match (tensors.pop(), tensors.pop()) {
+            (Some(target), Some(x)) => Batch { x, target },
+            (Some(x), None) => Batch::of(x),
+            _ => unreachable!("a source has a hook point"),
+        }
+    }
+
+    /// The next batch in the text's order; the last of a pass may be smaller.
+    fn next_in_order(&mut self) -> Result<Option<Batch>> {
+        let mut parts: Vec<Vec<Tensor>> = Vec::new();
+        let mut missing = self.batch_size;
+        while missing > 0 {
+            let Some(part) = self.harvest.take(missing)? else { break };
+            missing -= part[0].size()[0] as usize;
+            parts.push(part);
+        }
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        let column = |index: usize| {
+            Tensor::cat(&parts.iter().map(|part| part[index].shallow_clone()).collect::<Vec<_>>(), 0)
+        };
+        Ok(Some(Self::batch((0..parts[0].len()).map(column).collect())))
+    }
+
+    fn filled_buffer(&mut self, capacity: usize) -> Result<&mut Buffer> {
+        let harvest = &mut self.harvest;
+        let buffer = self.buffer.get_or_insert_with(|| {
+            let widths: Vec<i64> = harvest.points.iter().map(|(_, width)| *width).collect();
+            Buffer::new(&widths, capacity, self.cx.device, rng(self.cx.seed, NAME))
+        });
+        if buffer.wants_more() && !(harvest.ended && harvest.available() == 0) {
+            buffer.fill(|room| harvest.take(room))?;
+        }
+        Ok(buffer)
+    }
+}
+
+impl ActivationSource for LanguageModelSource {
+    fn widths(&self) -> (i64, i64) {
+        let points = &self.harvest.points;
+        (points[0].1, points[points.len() - 1].1)
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Batch>> {
+        let Some(capacity) = self.capacity else { return self.next_in_order() };
+        let batch_size = self.batch_size;
+        Ok(self.filled_buffer(capacity)?.take(batch_size).map(Self::batch))
+    }
+
+    fn rewind(&mut self) -> Result<()> {
+        self.harvest.contexts.rewind()?;
+        self.harvest.pending.clear();
+        self.harvest.ended = false;
+        if let Some(buffer) = &mut self.buffer {
+            buffer.clear();
+        }
+        Ok(())
+    }
+
+    fn passes(&self) -> Option<u64> {
+        self.epochs
+    }
+
+    fn mean_squared_norm(&mut self) -> Result<f64> {
+        match self.capacity {
+            Some(capacity) => Ok(self.filled_buffer(capacity)?.mean_squared_norm()),
+            None => dictlearn_core::source::sampled_mean_squared_norm(self),
+        }
+    }
+
+    fn language_model(&mut self) -> Option<&mut dyn ModelSource> {
+        Some(self)
+    }
+
+    fn describe(&self) -> Value {
+        let mut described = self.settings.clone();
+        described["d_submodule"] = self.widths().1.into();
+        described["device"] = dictlearn_core::device::name(self.cx.device).into();
+        described
+    }
+
+    fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put_all("contexts", self.harvest.contexts.state()?);
+        state.put("ended", self.harvest.ended)?;
+        state.put("pending", self.harvest.pending.len())?;
+        for (index, tensor) in self.harvest.pending.iter().enumerate() {
+            state.put_tensor(format!("pending{index}"), tensor);
+        }
+        state.put("buffer", self.buffer.is_some())?;
+        if let Some(buffer) = &self.buffer {
+            state.put_all("buffer", buffer.state()?);
+        }
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.harvest.contexts.restore(&state.under("contexts"))?;
+        self.harvest.ended = state.get("ended")?;
+        let pending: usize = state.get("pending")?;
+        let device = self.cx.device;
+        self.harvest.pending = (0..pending)
+            .map(|index| Ok(state.tensor(&format!("pending{index}"))?.to_device(device)))
+            .collect::<Result<_>>()?;
+        self.buffer = None;
+        if let (true, Some(capacity)) = (state.get("buffer")?, self.capacity) {
+            let widths: Vec<i64> = self.harvest.points.iter().map(|(_, width)| *width).collect();
+            let mut buffer = Buffer::new(&widths, capacity, device, rng(self.cx.seed, NAME));
+            buffer.restore(&state.under("buffer"))?;
+            self.buffer = Some(buffer);
+        }
+        Ok(())
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.harvest.contexts.note().into_iter().collect()
+    }
+}
+
+impl ModelSource for LanguageModelSource {
+    fn model(&self) -> &dyn LanguageModel {
+        &*self.harvest.model
+    }
+
+    fn reads(&self) -> &HookPoint {
+        &self.harvest.points[0].0
+    }
+
+    fn writes(&self) -> &HookPoint {
+        let points = &self.harvest.points;
+        &points[points.len() - 1].0
+    }
+
+    fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>> {
+        let rows = self.harvest.contexts.next_rows(rows as usize)?;
+        Ok((!rows.is_empty()).then(|| Contexts::batch(&rows, self.harvest.model.device())))
+    }
+}

@@ -290,6 +290,10 @@ impl ActivationSource for TensorFileSource {
         Ok(())
     }
 
+    fn mean_squared_norm(&mut self) -> Result<f64> {
+        dictlearn_core::source::sampled_mean_squared_norm(self)
+    }
+
     fn describe(&self) -> Value {
         let (d_submodule, _) = self.widths();
         let mut described = self.config.clone();

@@ -1,1 +1,81 @@
-//! Text that a plugin ships.
+//! Text that a plugin ships with the program, so that a first run needs no download.
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::registry::nearest;
+use dictlearn_core::text::EmbeddedText;
+
+const NAME: &str = "embedded";
+
+/// Text that ships with the program.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EmbeddedConfig {
+    /// Which text: `austen`.
+    pub name: String,
+    /// `train`, or `held_out` for what the bundled model never saw.
+    #[serde(default = "train")]
+    pub split: String,
+}
+
+fn train() -> String {
+    "train".to_owned()
+}
+
+register! {
+    text EmbeddedConfig, NAME,
+    summary: "Text that ships with the program",
+    paper: "",
+    example: "{type: embedded, name: austen}",
+}
+
+#[typetag::serde(name = NAME)]
+impl TextConfig for EmbeddedConfig {
+    fn build(&self) -> Result<Box<dyn TextStream>> {
+        let texts: Vec<&EmbeddedText> = inventory::iter::<EmbeddedText>.into_iter().collect();
+        let refused = |what: &str, found: &str, mut known: Vec<&'static str>| {
+            known.sort_unstable();
+            known.dedup();
+            let near = nearest(found, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
+            InputError::new(format!("there is no bundled {what} `{found}`"))
+                .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", ")))
+        };
+        if !texts.iter().any(|text| text.name == self.name) {
+            bail!(refused("text", &self.name, texts.iter().map(|text| text.name).collect()));
+        }
+        let splits: Vec<_> = texts.into_iter().filter(|text| text.name == self.name).collect();
+        let Some(text) = splits.iter().find(|text| text.split == self.split) else {
+            bail!(refused("split", &self.split, splits.iter().map(|text| text.split).collect()));
+        };
+        Ok(Box::new(Embedded { text, position: 0, rest: text.text }))
+    }
+}
+
+struct Embedded {
+    text: &'static EmbeddedText,
+    position: u64,
+    rest: &'static str,
+}
+
+impl TextStream for Embedded {
+    fn next_record(&mut self) -> Result<Option<Record>> {
+        if self.rest.is_empty() {
+            return Ok(None);
+        }
+        let (document, rest) = self.rest.split_once("\n\n").unwrap_or((self.rest, ""));
+        self.rest = rest;
+        self.position += 1;
+        let origin = format!("{} {} document {}", self.text.name, self.text.split, self.position);
+        Ok(Some(Record::Text(Document { text: document.to_owned(), origin })))
+    }
+
+    fn position(&self) -> u64 {
+        self.position
+    }
+
+    fn seek(&mut self, position: u64) -> Result<()> {
+        self.rest = self.text.text;
+        self.position = 0;
+        while self.position < position && self.next_record()?.is_some() {}
+        Ok(())
+    }
+}

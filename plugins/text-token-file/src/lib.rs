@@ -1,1 +1,76 @@
-//! Token ids from a .safetensors file, instead of text.
+//! Token ids from a .safetensors file, instead of text: `input_ids` [B, L] and, if there is padding, `attention_mask`
+//! [B, L]. Each row is a context as it stands.
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::tensors::TensorFile;
+
+const NAME: &str = "token_file";
+
+/// Token ids from a .safetensors file.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TokenFileConfig {
+    /// A .safetensors file with `input_ids` [B, L] and, if there is padding, `attention_mask` [B, L].
+    pub path: ConfigPath,
+}
+
+register! {
+    text TokenFileConfig, NAME,
+    summary: "Token ids from a .safetensors file, each row a context",
+    paper: "",
+    example: "{type: token_file, path: tokens.safetensors}",
+}
+
+#[typetag::serde(name = NAME)]
+impl TextConfig for TokenFileConfig {
+    fn build(&self) -> Result<Box<dyn TextStream>> {
+        let path = self.path.as_path();
+        if !path.exists() {
+            bail!(InputError::new(format!("there is no file {}", path.display()))
+                .help("`path` is relative to the config's folder"));
+        }
+        let file = TensorFile::open(path)?;
+        let refused = |message: String| InputError::new(format!("{}: {message}", path.display()));
+        let ids = file.tensor("input_ids")?;
+        let integers = matches!(ids.kind(), Kind::Int64 | Kind::Int | Kind::Int16 | Kind::Uint8);
+        if ids.dim() != 2 || !integers {
+            bail!(refused(format!("`input_ids` has shape {:?} and type {:?}", ids.size(), ids.kind()))
+                .help("it must be integers [rows, positions]"));
+        }
+        let mask = match file.has("attention_mask") {
+            true => file.tensor("attention_mask")?.not_equal(0),
+            false => ids.ones_like().to_kind(Kind::Bool),
+        };
+        if mask.size() != ids.size() {
+            bail!(refused(format!("`attention_mask` has shape {:?}, `input_ids` {:?}", mask.size(), ids.size())));
+        }
+        Ok(Box::new(TokenFile { ids: ids.to_kind(Kind::Int64), mask, row: 0 }))
+    }
+}
+
+struct TokenFile {
+    ids: Tensor,
+    mask: Tensor,
+    row: i64,
+}
+
+impl TextStream for TokenFile {
+    fn next_record(&mut self) -> Result<Option<Record>> {
+        if self.row >= self.ids.size()[0] {
+            return Ok(None);
+        }
+        let ids = Vec::<i64>::try_from(self.ids.get(self.row))?;
+        let mask = Vec::<bool>::try_from(self.mask.get(self.row))?;
+        self.row += 1;
+        Ok(Some(Record::Tokens { ids, mask }))
+    }
+
+    fn position(&self) -> u64 {
+        self.row as u64
+    }
+
+    fn seek(&mut self, position: u64) -> Result<()> {
+        self.row = position as i64;
+        Ok(())
+    }
+}

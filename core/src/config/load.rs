@@ -1,0 +1,260 @@
+//! Loading a config: merge its layers, fill in what follows from the rest, check, deserialise.
+
+use std::collections::BTreeSet;
+
+use figment::value::{Dict, Value};
+use schemars::{schema_for, Schema};
+use serde::de::DeserializeOwned;
+use serde_json::Value as Json;
+
+use super::check::Check;
+use super::error::InputError;
+use super::layers::{Merged, Sources};
+use super::node::{float, integer, Node};
+use super::RunConfig;
+use crate::registry::{component, Kind};
+
+/// Loads a config.
+pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
+    let mut merged = Merged::load(sources)?;
+    let mut root = std::mem::replace(&mut merged.value, Value::from(Dict::new()));
+    let mut written = Vec::new();
+    if let Value::Dict(_, root) = &mut root {
+        overlay_eval_source(root);
+        written = expand_saes(root, &merged)?;
+    }
+    let schema = schema_for!(RunConfig);
+    let check = Check::new(&merged, &schema, &written);
+    check.run(&root, &schema)?;
+    let config: RunConfig = serde_path_to_error::deserialize(Node { value: &root, merged: Some(&merged) })
+        .map_err(|error| check.serde(&root, &error.path().to_string(), &error.inner().to_string()))?;
+    check_names(&config, &root, &check)?;
+    Ok(config)
+}
+
+/// `eval_source` is `source` with some keys changed.
+fn overlay_eval_source(root: &mut Dict) {
+    let Some(Value::Dict(tag, overlay)) = root.get("eval_source").cloned() else { return };
+    let Some(Value::Dict(_, source)) = root.get("source").cloned() else { return };
+    let merged = overlaid(source, overlay);
+    root.insert("eval_source".to_owned(), Value::Dict(tag, merged));
+}
+
+fn overlaid(mut below: Dict, above: Dict) -> Dict {
+    let name = |dict: &Dict| dict.get("type").and_then(Value::as_str).map(str::to_owned);
+    if name(&above).is_some() && name(&above) != name(&below) {
+        return above;
+    }
+    for (key, new) in above {
+        let value = match (below.remove(&key), new) {
+            (Some(Value::Dict(_, old)), Value::Dict(tag, new)) => Value::Dict(tag, overlaid(old, new)),
+            (_, new) => new,
+        };
+        below.insert(key, value);
+    }
+    below
+}
+
+/// Expands sweeps and fills in names and dictionaries. Returns each SAE's number as written.
+fn expand_saes(root: &mut Dict, merged: &Merged) -> Result<Vec<usize>, InputError> {
+    let Some(Value::Array(tag, saes)) = root.get("saes").cloned() else { return Ok(Vec::new()) };
+    let (mut expanded, mut written) = (Vec::new(), Vec::new());
+    for (index, sae) in saes.into_iter().enumerate() {
+        let Value::Dict(tag, mut sae) = sae else {
+            expanded.push(sae);
+            written.push(index);
+            continue;
+        };
+        let sweep = sae.remove("sweep");
+        fill(&mut sae);
+        let variants = match sweep {
+            None | Some(Value::Empty(..)) => vec![sae],
+            Some(sweep) => sweep_variants(sae, &sweep, index, merged)?,
+        };
+        for variant in variants {
+            expanded.push(Value::Dict(tag, variant));
+            written.push(index);
+        }
+    }
+    root.insert("saes".to_owned(), Value::Array(tag, expanded));
+    Ok(written)
+}
+
+/// The name is the trainer's unless given, and so is the dictionary.
+fn fill(sae: &mut Dict) {
+    let Some(trainer) = sae.get("trainer").and_then(|trainer| trainer.find_ref("type")).cloned() else { return };
+    let Some(name) = trainer.as_str().map(str::to_owned) else { return };
+    sae.entry("name".to_owned()).or_insert(trainer);
+    let usual = component(Kind::Trainer, &name).and_then(|trainer| trainer.usual_dictionary);
+    let dictionary = sae.entry("dictionary".to_owned()).or_insert_with(|| Value::from(Dict::new()));
+    if let (Value::Dict(_, dictionary), Some(usual)) = (dictionary, usual) {
+        dictionary.entry("type".to_owned()).or_insert_with(|| Value::from(usual));
+    }
+}
+
+/// The cartesian product of a sweep's axes.
+fn sweep_variants(sae: Dict, sweep: &Value, index: usize, merged: &Merged) -> Result<Vec<Dict>, InputError> {
+    let path = format!("saes[{index}].sweep");
+    let written: Vec<usize> = (0..=index).collect();
+    let empty = Schema::default();
+    let refused = |value: &Value, message: String| {
+        let check = Check::new(merged, &empty, &written);
+        let help = "a sweep gives each key its values: `sweep: {trainer.lr: [1e-4, 3e-4]}`";
+        Err(check.error(value, &path, false, InputError::new(message).help(help)))
+    };
+    let Value::Dict(_, axes) = sweep else { return refused(sweep, format!("`{path}` is not a map")) };
+    let last = |key: &str| key.rsplit('.').next().unwrap_or(key).to_owned();
+    let mut variants = vec![sae];
+    for (key, values) in axes {
+        let Value::Array(_, values) = values else {
+            return refused(values, format!("`{path}`: the values of `{key}` are not a list"));
+        };
+        if values.is_empty() {
+            return refused(sweep, format!("`{path}`: `{key}` has no values"));
+        }
+        // Two axes that end alike are told apart by their whole keys.
+        let alike = axes.keys().filter(|other| last(other) == last(key)).count() > 1;
+        let label = if alike { key.clone() } else { last(key) };
+        let mut next = Vec::new();
+        for variant in &variants {
+            for value in values {
+                let mut variant = variant.clone();
+                put(&mut variant, key, value.clone());
+                let shown = match (value.as_str(), integer(value), float(value)) {
+                    (Some(text), ..) => text.to_owned(),
+                    (_, Some(number), _) => number.to_string(),
+                    (_, _, Some(number)) => number.to_string(),
+                    _ => serde_json::to_string(value).unwrap_or_default(),
+                };
+                let name = variant.get("name").and_then(Value::as_str).unwrap_or_default();
+                let name = format!("{name}-{label}={shown}");
+                variant.insert("name".to_owned(), Value::from(name));
+                next.push(variant);
+            }
+        }
+        variants = next;
+    }
+    Ok(variants)
+}
+
+fn put(dict: &mut Dict, key: &str, value: Value) {
+    match key.split_once('.') {
+        None => {
+            dict.insert(key.to_owned(), value);
+        }
+        Some((first, rest)) => {
+            let inner = dict.entry(first.to_owned()).or_insert_with(|| Value::from(Dict::new()));
+            if inner.as_dict().is_none() {
+                *inner = Value::from(Dict::new());
+            }
+            if let Value::Dict(_, inner) = inner {
+                put(inner, rest, value);
+            }
+        }
+    }
+}
+
+/// Names are folders: each its own, and none that leaves the run's.
+fn check_names(config: &RunConfig, root: &Value, check: &Check) -> Result<(), InputError> {
+    let mut seen = BTreeSet::new();
+    let items = root.find_ref("saes");
+    for (index, sae) in config.saes.iter().enumerate() {
+        let item = match items {
+            Some(Value::Array(_, items)) => items.get(index),
+            _ => None,
+        };
+        let name = item.and_then(|item| item.find_ref("name")).unwrap_or(root);
+        let at = |error| Err(check.error(name, &format!("saes[{index}].name"), false, error));
+        if !seen.insert(&sae.name) {
+            return at(InputError::new(format!("two SAEs are named `{}`", sae.name)).help("give each a `name` of its own"));
+        }
+        let folder = !sae.name.is_empty() && !sae.name.contains(['/', '\\', '\0']) && !sae.name.starts_with('.');
+        if !folder || sae.name == "checkpoints" {
+            return at(InputError::new(format!("an SAE cannot be named `{}`", sae.name))
+                .help("the name is its folder's: no slash, no leading dot, not `checkpoints`"));
+        }
+    }
+    Ok(())
+}
+
+/// Reads a value from YAML alone, as a config would: for a component's example.
+pub fn from_yaml<T: DeserializeOwned>(yaml: &str) -> Result<T, InputError> {
+    let parsed: Value = serde_yaml::from_str::<serde_yaml::Value>(yaml)
+        .map_err(|error| InputError::new(format!("not YAML: {error}")))
+        .and_then(|value| Value::serialize(&value).map_err(|error| InputError::new(error.to_string())))?;
+    serde_path_to_error::deserialize(Node { value: &parsed, merged: None })
+        .map_err(|error| InputError::new(error.to_string()))
+}
+
+/// A config as YAML with every default spelled out.
+pub fn to_yaml(config: &RunConfig) -> anyhow::Result<String> {
+    Ok(serde_yaml::to_string(config)?)
+}
+
+/// The JSON Schema of a config as a user may write it.
+pub fn json_schema() -> Json {
+    let mut schema = schema_for!(RunConfig).to_value();
+    let text_or_list = serde_json::json!({
+        "description": "Configs that this one changes.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    });
+    let profiles = serde_json::json!({
+        "description": "Overlays to choose from with `--profile NAME`.",
+        "type": "object",
+        "additionalProperties": {"type": "object"},
+    });
+    let sweep = serde_json::json!({
+        "description": "Values for keys of this SAE; one SAE is trained for each combination.",
+        "type": "object",
+        "additionalProperties": {"type": "array"},
+    });
+    let properties = |schema: &mut Json, at: &str, added: &[(&str, &Json)]| {
+        if let Some(properties) = schema.pointer_mut(at).and_then(Json::as_object_mut) {
+            properties.extend(added.iter().map(|(name, value)| ((*name).to_owned(), (*value).clone())));
+        }
+    };
+    properties(&mut schema, "/properties", &[("include", &text_or_list), ("profiles", &profiles)]);
+    // A part of a source, so that not all that a source requires need be there.
+    let overlay = serde_json::json!({
+        "description": "`source` with these keys changed, for the metrics.",
+        "type": ["object", "null"],
+    });
+    properties(&mut schema, "/properties", &[("eval_source", &overlay)]);
+    properties(&mut schema, "/$defs/SaeConfig/properties", &[("sweep", &sweep)]);
+    if let Some(sae) = schema.pointer_mut("/$defs/SaeConfig").and_then(Json::as_object_mut) {
+        sae.insert("required".to_owned(), serde_json::json!(["trainer"]));
+    }
+    schema
+}
+
+/// The type of a field in words, from its schema.
+pub fn type_name(schema: &Json) -> String {
+    let plain = |name: &str| match name {
+        "integer" => "whole number".to_owned(),
+        "boolean" => "true or false".to_owned(),
+        "string" => "text".to_owned(),
+        "array" => "list".to_owned(),
+        "object" => "map".to_owned(),
+        other => other.to_owned(),
+    };
+    let choices: Vec<&str> = ["oneOf", "enum"]
+        .iter()
+        .filter_map(|key| schema.get(*key).and_then(Json::as_array))
+        .flatten()
+        .filter_map(|choice| choice.as_str().or_else(|| choice.get("const").and_then(Json::as_str)))
+        .collect();
+    if !choices.is_empty() {
+        return choices.join(" | ");
+    }
+    if let Some(name) = schema.get("$ref").and_then(Json::as_str) {
+        return format!("a {}", name.rsplit('/').next().unwrap_or(name));
+    }
+    if let Some(options) = schema.get("anyOf").and_then(Json::as_array) {
+        return options.iter().map(type_name).collect::<Vec<_>>().join(" or ");
+    }
+    match schema.get("type") {
+        Some(Json::String(name)) => plain(name),
+        Some(Json::Array(names)) => names.iter().filter_map(Json::as_str).map(plain).collect::<Vec<_>>().join(" or "),
+        _ => "any".to_owned(),
+    }
+}

@@ -1,0 +1,182 @@
+//! The buffer of activations: filled, served in random batches, filled again when half of it is served.
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::rng::Rng;
+use rand::seq::SliceRandom;
+
+/// Rows copied at a time when the buffer is compacted: what it needs beside itself.
+const CHUNK: usize = 16_384;
+
+/// A buffer of pairs (or single rows) of activations.
+pub struct Buffer {
+    /// [capacity, width] each: what is read, and what is to be reconstructed where that is something else.
+    columns: Vec<Tensor>,
+    capacity: usize,
+    /// Rows in the order in which they are served.
+    order: Vec<u32>,
+    served: usize,
+    rng: Rng,
+}
+
+impl Buffer {
+    /// An empty buffer; memory is taken at once, so that too little of it shows at the beginning.
+    pub fn new(widths: &[i64], capacity: usize, device: Device, rng: Rng) -> Self {
+        let column = |width: &i64| Tensor::empty([capacity as i64, *width], (Kind::Float, device));
+        Buffer { columns: widths.iter().map(column).collect(), capacity, order: Vec::new(), served: 0, rng }
+    }
+
+    /// Rows not yet served.
+    pub fn unread(&self) -> usize {
+        self.order.len() - self.served
+    }
+
+    /// Whether less than half of the capacity is unread.
+    pub fn wants_more(&self) -> bool {
+        self.unread() < self.capacity / 2
+    }
+
+    /// Fills the buffer up: unread rows move to its front, then `more` is asked for rows until there are none or no
+    /// room. `more` is told how many rows there is room for and gives no more than that. Then all is shuffled.
+    pub fn fill(&mut self, mut more: impl FnMut(usize) -> Result<Option<Vec<Tensor>>>) -> Result<()> {
+        let mut unread = self.order.split_off(self.served);
+        unread.sort_unstable();
+        // Sorted, a row never moves behind where a later one still waits to be read.
+        for (chunk, start) in unread.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
+            let from: Vec<i64> = chunk.iter().map(|row| i64::from(*row)).collect();
+            for column in &self.columns {
+                let rows = column.index_select(0, &Tensor::from_slice(&from).to_device(column.device()));
+                column.narrow(0, start, chunk.len() as i64).copy_(&rows);
+            }
+        }
+        let mut count = unread.len();
+        while count < self.capacity {
+            let Some(rows) = more(self.capacity - count)? else { break };
+            let added = rows[0].size()[0];
+            for (column, rows) in self.columns.iter().zip(&rows) {
+                column.narrow(0, count as i64, added).copy_(rows);
+            }
+            count += added as usize;
+        }
+        self.served = 0;
+        self.order = (0..count as u32).collect();
+        self.order.shuffle(&mut self.rng);
+        Ok(())
+    }
+
+    /// The next rows in serving order, which are read thereby; `None` if there are not so many.
+    pub fn take(&mut self, count: usize) -> Option<Vec<Tensor>> {
+        let rows = self.order.get(self.served..self.served + count)?;
+        let rows: Vec<i64> = rows.iter().map(|row| i64::from(*row)).collect();
+        self.served += count;
+        let device = self.columns[0].device();
+        let rows = Tensor::from_slice(&rows).to_device(device);
+        Some(self.columns.iter().map(|column| column.index_select(0, &rows)).collect())
+    }
+
+    /// Mean squared norm of the unread rows of the first column.
+    pub fn mean_squared_norm(&self) -> f64 {
+        let filled = self.columns[0].narrow(0, 0, self.order.len() as i64);
+        let mut sum = 0.0;
+        for chunk in self.order[self.served..].chunks(CHUNK) {
+            let rows: Vec<i64> = chunk.iter().map(|row| i64::from(*row)).collect();
+            let rows = filled.index_select(0, &Tensor::from_slice(&rows).to_device(filled.device()));
+            sum += rows.square().sum(Kind::Double).double_value(&[]);
+        }
+        sum / self.unread().max(1) as f64
+    }
+
+    /// Forgets all rows.
+    pub fn clear(&mut self) {
+        self.order.clear();
+        self.served = 0;
+    }
+
+    /// The unread rows, their order and the generator.
+    pub fn state(&self) -> Result<State> {
+        let mut unread = self.order[self.served..].to_vec();
+        unread.sort_unstable();
+        // Ranks among the unread: what the rows' numbers become when only the unread are kept.
+        let rank = |row: &u32| unread.binary_search(row).unwrap_or_default() as u32;
+        let order: Vec<u32> = self.order[self.served..].iter().map(rank).collect();
+        let rows: Vec<i64> = unread.iter().map(|row| i64::from(*row)).collect();
+        let mut state = State::new();
+        for (index, column) in self.columns.iter().enumerate() {
+            let rows = Tensor::from_slice(&rows).to_device(column.device());
+            state.put_tensor(format!("column{index}"), &column.index_select(0, &rows));
+        }
+        let order: Vec<i32> = order.into_iter().map(|row| row as i32).collect();
+        state.put_tensor("order", &Tensor::from_slice(&order));
+        state.put("rng", &self.rng)?;
+        Ok(state)
+    }
+
+    /// Takes back what [`Buffer::state`] gave.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        let order = Vec::<i32>::try_from(state.tensor("order")?)?;
+        if order.len() > self.capacity {
+            bail!(InputError::new("the saved buffer is larger than this run's"));
+        }
+        for (index, column) in self.columns.iter().enumerate() {
+            column.narrow(0, 0, order.len() as i64).copy_(state.tensor(&format!("column{index}"))?);
+        }
+        self.order = order.into_iter().map(|row| row as u32).collect();
+        self.served = 0;
+        self.rng = state.get("rng")?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dictlearn_core::rng::rng;
+
+    /// A buffer of 10 rows, filled from rows that are numbered.
+    fn refill(buffer: &mut Buffer, next: &mut i64) {
+        buffer
+            .fill(|room| {
+                let count = room.min(3) as i64;
+                let rows = Tensor::arange_start(*next, *next + count, (Kind::Float, Device::Cpu)).unsqueeze(1);
+                *next += count;
+                Ok(Some(vec![rows]))
+            })
+            .unwrap();
+    }
+
+    fn served(buffer: &mut Buffer, next: &mut i64, batches: usize) -> Vec<f32> {
+        let mut all = Vec::new();
+        for _ in 0..batches {
+            if buffer.wants_more() {
+                refill(buffer, next);
+            }
+            all.extend(Vec::<f32>::try_from(buffer.take(2).unwrap()[0].reshape([-1])).unwrap());
+        }
+        all
+    }
+
+    #[test]
+    fn every_row_is_served_once() {
+        let mut buffer = Buffer::new(&[1], 10, Device::Cpu, rng(1, "buffer"));
+        let mut next = 0;
+        let mut all = served(&mut buffer, &mut next, 20);
+        while let Some(rows) = buffer.take(1) {
+            all.push(rows[0].double_value(&[0, 0]) as f32);
+        }
+        assert_ne!(all[..10], (0..10).map(|row| row as f32).collect::<Vec<_>>()[..]);
+        all.sort_by(f32::total_cmp);
+        assert_eq!(all, (0..next).map(|row| row as f32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_restored_buffer_goes_on_bit_for_bit() {
+        let mut buffer = Buffer::new(&[1], 10, Device::Cpu, rng(1, "buffer"));
+        let mut next = 0;
+        served(&mut buffer, &mut next, 2);
+        let (state, at) = (buffer.state().unwrap(), next);
+        let expected = served(&mut buffer, &mut next, 15);
+        let mut other = Buffer::new(&[1], 10, Device::Cpu, rng(7, "other"));
+        other.restore(&state).unwrap();
+        let mut next = at;
+        assert_eq!(served(&mut other, &mut next, 15), expected);
+    }
+}
