@@ -125,7 +125,7 @@ fn cargo(root: &Path, args: &[&str], more: &[&str]) -> Result<()> {
 
 /// Runs a command, showing it first.
 fn call(command: &mut Command) -> Result<()> {
-    let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy()).collect();
+    let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
     let program = command.get_program().to_string_lossy().into_owned();
     let name = Path::new(&program).file_name().map_or(program.clone(), |name| name.to_string_lossy().into_owned());
     eprintln!("$ {name} {}", words.join(" "));
