@@ -14,16 +14,8 @@ const KEPT: usize = 2;
 
 /// Top-level keys of a config that may differ between a run and its continuation: they change what is reported and
 /// where, not what is trained.
-const HARMLESS: [&str; 8] = [
-    "output_dir",
-    "log_every",
-    "checkpoint_every",
-    "save_every",
-    "stop_after",
-    "loggers",
-    "metrics",
-    "eval_source",
-];
+const HARMLESS: [&str; 8] =
+    ["output_dir", "log_every", "checkpoint_every", "save_every", "stop_after", "loggers", "metrics", "eval_source"];
 
 /// The checkpoints of a run directory.
 pub struct Checkpoints {
@@ -61,8 +53,10 @@ impl Checkpoints {
     fn all(&self) -> Result<Vec<(u64, PathBuf)>> {
         let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(Vec::new()) };
         let step = |path: &Path| path.file_stem()?.to_str()?.strip_prefix("step_")?.parse().ok();
-        let mut found: Vec<(u64, PathBuf)> =
-            entries.filter_map(|entry| Some(entry.ok()?.path())).filter_map(|path| Some((step(&path)?, path))).collect();
+        let mut found: Vec<(u64, PathBuf)> = entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter_map(|path| Some((step(&path)?, path)))
+            .collect();
         found.sort();
         Ok(found)
     }

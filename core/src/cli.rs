@@ -10,12 +10,13 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use crate::config::{self, InputError, RunConfig, Sources};
+use crate::config::{self, InputError, RunConfig, Sources, Under};
 use crate::evaluate;
+use crate::harvest;
 use crate::registry::{self, component, components, nearest, Component, Kind};
 use crate::run::{self, Ending};
 use crate::saved;
-use crate::source::{SourceCx, Stream};
+use crate::source::SourceCx;
 use crate::tensors::{self, TensorFile};
 
 /// Train, evaluate, import and publish sparse autoencoders on language-model activations, from YAML.
@@ -63,6 +64,9 @@ enum Command {
         /// The folder to write to.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
+        /// Stop after so many activations; by default the data is read once to its end.
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(i64).range(1..))]
+        limit: Option<i64>,
     },
     /// Features and reconstructions of activations in a file.
     Encode {
@@ -152,7 +156,7 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Train { config, output_dir, resume, dry_run } => train(&config, output_dir, resume, dry_run),
         Command::Eval { sae_dir, config, set, json } => eval(&sae_dir, config, set, json),
-        Command::Activations { config, out } => activations(&config, &out),
+        Command::Activations { config, out, limit } => activations(&config, &out, limit),
         Command::Encode { sae_dir, input, output } => encode(&sae_dir, &input, &output),
         Command::List { kind } => list(kind.as_deref()),
         Command::Describe { kind, name } => describe(&kind, &name),
@@ -177,13 +181,13 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
     let yaml = config::to_yaml(&config)?;
     if dry_run {
         print!("{yaml}");
-        for line in run::plan(&config)?.lines() {
+        for line in run::plan(&config).map_err(|error| config.written.locate(error))?.lines() {
             println!("# {line}");
         }
         return Ok(ExitCode::SUCCESS);
     }
     let interrupt = catch_signals()?;
-    match run::train(&config, &yaml, &run_dir, resume, &interrupt)? {
+    match run::train(&config, &yaml, &run_dir, resume, &interrupt).map_err(|error| config.written.locate(error))? {
         Ending::Done(results) => {
             println!("{}", evaluate::table(&results));
             println!("saved to {}", run_dir.display());
@@ -221,11 +225,24 @@ fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -
             .help("give a config with a `source`: `--config CONFIG.yaml`"));
     };
     let config = load(&file, None, set)?;
-    let device = config.device.device()?;
-    let (precision, _) = config.precision.precision(device);
-    let saved = saved::read(sae_dir, device, precision)?;
-    let source = config.eval_source.as_ref().unwrap_or(&config.source);
-    let mut source = source.build(&SourceCx { seed: config.seed, device, precision })?;
+    let (name, result) = measure(sae_dir, &config).map_err(|error| config.written.locate(error))?;
+    if json {
+        println!("{}", serde_json::to_string(&result)?);
+    } else {
+        println!("{}", evaluate::table(&[(name, result)]));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An SAE's name and figures, by the metrics of a config on its source.
+fn measure(sae_dir: &Path, config: &RunConfig) -> Result<(String, Map<String, Value>)> {
+    let (key, source) = match &config.eval_source {
+        Some(source) => ("eval_source", source),
+        None => ("source", &config.source),
+    };
+    let cx = source_cx(config)?;
+    let saved = saved::read(sae_dir, cx.device, cx.precision)?;
+    let mut source = source.build(&cx).under(key)?;
     let dims = saved.dictionary.dims();
     if (dims.input, dims.output) != source.widths() {
         bail!(InputError::new(format!(
@@ -234,15 +251,24 @@ fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -
             dims.input,
             source.widths().0
         ))
+        .field(key)
         .help("evaluate it on the model and submodule that it was trained on"));
     }
-    let result = evaluate::evaluate(&config.metrics, &[&*saved.dictionary], &mut *source)?.remove(0);
-    if json {
-        println!("{}", serde_json::to_string(&result)?);
+    let usual;
+    let metrics = if config.metrics.is_empty() {
+        usual = evaluate::usual(&mut *source)?;
+        &usual
     } else {
-        println!("{}", evaluate::table(&[(saved.name(), result)]));
-    }
-    Ok(ExitCode::SUCCESS)
+        &config.metrics
+    };
+    let result = evaluate::evaluate(metrics, &[&*saved.dictionary], &mut *source, true)?.remove(0);
+    Ok((saved.name(), result))
+}
+
+fn source_cx(config: &RunConfig) -> Result<SourceCx> {
+    let device = config.device.device().map_err(anyhow::Error::from).under("device")?;
+    let (precision, _) = config.precision.precision(device);
+    Ok(SourceCx { seed: config.seed, device, precision })
 }
 
 fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
@@ -270,63 +296,17 @@ fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn activations(args: &ConfigArgs, out: &Path) -> Result<ExitCode> {
-    /// Activations in one shard.
-    const SHARD: i64 = 65_536;
-    if out.join("meta.json").exists() {
-        bail!(InputError::new(format!("{} already holds activations", out.display())).help("choose another --out"));
-    }
-    let mut args_in_order = args.set.clone();
+fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>) -> Result<ExitCode> {
+    let mut in_order = args.set.clone();
     // "In order" is what the command promises, whatever the config's training wants.
-    args_in_order.push("source.shuffle=false".to_owned());
-    let config = load(&args.config, args.profile.clone(), args_in_order)?;
-    let device = config.device.device()?;
-    let (precision, _) = config.precision.precision(device);
-    let source = config.source.build(&SourceCx { seed: config.seed, device, precision })?;
-    let paired = source.widths();
-    std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
-    let mut stream = Stream::new(source);
-    let (mut pending, mut rows, mut count, mut shards) = (Vec::new(), 0, 0, Vec::new());
-    let mut write = |pending: &mut Vec<crate::source::Batch>| -> Result<()> {
-        if pending.is_empty() {
-            return Ok(());
-        }
-        let join = |part: fn(&crate::source::Batch) -> &Tensor| {
-            Tensor::cat(&pending.iter().map(|batch| part(batch).shallow_clone()).collect::<Vec<_>>(), 0)
-        };
-        let name = format!("activations-{:05}.safetensors", shards.len());
-        let tensors = if pending[0].is_autoencoding() {
-            vec![("activations", join(|batch| &batch.x))]
-        } else {
-            vec![("in", join(|batch| &batch.x)), ("out", join(|batch| &batch.target))]
-        };
-        tensors::write(&out.join(&name), &tensors)?;
-        shards.push(name);
-        pending.clear();
-        Ok(())
-    };
-    // One pass, or `steps` batches where the config asks for fewer.
-    for _ in 0..config.steps {
-        let Some(batch) = stream.source().next_batch()? else { break };
-        rows += batch.len();
-        count += batch.len();
-        pending.push(batch);
-        if rows >= SHARD {
-            write(&mut pending)?;
-            rows = 0;
-        }
-    }
-    write(&mut pending)?;
-    let meta = serde_json::json!({
-        "activations": count,
-        "shards": shards,
-        "activation_dim": paired.0,
-        "output_dim": paired.1,
-        "source": stream.source().describe(),
-    });
-    tensors::write_file(&out.join("meta.json"), serde_json::to_string_pretty(&meta)?.as_bytes())?;
-    eprintln!("{count} activations written to {}", out.display());
-    Ok(ExitCode::SUCCESS)
+    in_order.push("source.shuffle=false".to_owned());
+    let config = load(&args.config, args.profile.clone(), in_order)?;
+    let source = source_cx(&config).and_then(|cx| config.source.build(&cx).under("source"));
+    let mut source = source.map_err(|error| config.written.locate(error))?;
+    let interrupt = catch_signals()?;
+    let harvested = harvest::write(&mut *source, out, limit, &interrupt)?;
+    eprintln!("{} activations written to {}", harvested.activations, out.display());
+    Ok(ExitCode::from(if harvested.interrupted { 130 } else { 0 }))
 }
 
 fn kind(name: &str) -> Result<Kind> {
@@ -362,8 +342,11 @@ fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
     let Some(component) = component(kind, name) else {
         let known = registry::names(kind);
         let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
-        bail!(InputError::new(format!("unknown {kind} `{name}`"))
-            .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", "))));
+        bail!(InputError::new(format!("unknown {kind} `{name}`")).help(format!(
+            "{}known: {}",
+            near.unwrap_or_default(),
+            known.join(", ")
+        )));
     };
     println!("{kind} {name}\n{}\n", component.summary);
     if !component.paper.is_empty() {

@@ -30,13 +30,17 @@ pub struct Dims {
 pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activation_dim: i64) -> Result<i64> {
     let size = match (dict_size, expansion_factor) {
         (Some(_), Some(_)) => {
-            bail!(InputError::new("both `dict_size` and `expansion_factor` are given").help("give one of them"))
+            bail!(InputError::new("both `dict_size` and `expansion_factor` are given")
+                .field("dict_size")
+                .help("give one of them"))
         }
         (Some(size), None) => size,
         (None, factor) => (factor.unwrap_or(8.0) * activation_dim as f64).round() as i64,
     };
     if size < 1 {
-        bail!(InputError::new(format!("a dictionary of {size} features")).help("`dict_size` must be at least 1"));
+        bail!(InputError::new(format!("a dictionary of {size} features"))
+            .field("dict_size")
+            .help("`dict_size` must be at least 1"));
     }
     Ok(size)
 }
@@ -191,7 +195,7 @@ impl dyn Dictionary + '_ {
         for name in tensors.keys() {
             if !own.iter().any(|(known, _)| known == name) {
                 let known: Vec<_> = own.iter().map(|(known, _)| *known).collect();
-                bail!(refused(format!("tensor `{name}` does not belong to a {}", self.class()))
+                bail!(refused(format!("tensor `{name}` does not belong to an {}", self.class()))
                     .help(format!("it has: {}", known.join(", "))));
             }
         }

@@ -6,33 +6,64 @@ use anyhow::{bail, Result};
 use comfy_table::{presets, CellAlignment, Table};
 use serde_json::{Map, Value};
 
-use crate::config::InputError;
+use crate::config::{from_yaml, InputError, Under};
 use crate::dictionary::Dictionary;
 use crate::metric::MetricConfig;
+use crate::registry::{self, Kind};
 use crate::source::ActivationSource;
 use crate::tensors::write_file;
 
 /// Refuses metrics that cannot be computed on a source, before anything is trained for them.
 pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSource) -> Result<()> {
-    for metric in metrics {
-        if let Some(why) = metric.build()?.refuses(source) {
+    for (index, metric) in metrics.iter().enumerate() {
+        if let Some(why) = metric.build().under(format_args!("metrics[{index}]"))?.refuses(source) {
             bail!(InputError::new(format!("the metric `{}` cannot be computed here: {why}", metric.typetag_name()))
+                .field(format!("metrics[{index}]"))
                 .help("leave it out of `metrics`, or give a source that has what it needs"));
         }
     }
     Ok(())
 }
 
+/// Every registered metric that can be computed on a source, with its defaults: for configs that name none.
+pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn MetricConfig>>> {
+    let mut metrics = Vec::new();
+    for name in registry::names(Kind::Metric) {
+        // One that needs to be told something cannot be computed unasked.
+        let Ok(metric) = from_yaml::<Box<dyn MetricConfig>>(&format!("{{type: {name}}}")) else { continue };
+        if metric.build()?.refuses(source).is_none() {
+            metrics.push(metric);
+        }
+    }
+    Ok(metrics)
+}
+
 /// Measures dictionaries, all on the same data. One object of figures for each, in their order.
+///
+/// Each metric goes on where the one before it left the source, or starts again `from_the_beginning`.
 pub fn evaluate(
     metrics: &[Box<dyn MetricConfig>],
     dictionaries: &[&dyn Dictionary],
     source: &mut dyn ActivationSource,
+    from_the_beginning: bool,
 ) -> Result<Vec<Map<String, Value>>> {
     let mut results = vec![Map::new(); dictionaries.len()];
     check(metrics, source)?;
-    for metric in metrics {
-        let found = tch::no_grad(|| metric.build()?.evaluate(dictionaries, source))?;
+    for (index, metric) in metrics.iter().enumerate() {
+        if from_the_beginning && index > 0 {
+            source.rewind()?;
+        }
+        let measure =
+            |source: &mut dyn ActivationSource| tch::no_grad(|| metric.build()?.evaluate(dictionaries, source));
+        let mut found = measure(source)?;
+        if found.is_none() {
+            source.rewind()?;
+            found = measure(source)?;
+        }
+        let Some(found) = found else {
+            bail!(InputError::new(format!("the source has no data to measure `{}` on", metric.typetag_name()))
+                .help("its data is shorter than one batch: add data, or make the batches smaller"));
+        };
         for (result, figures) in results.iter_mut().zip(found) {
             result.extend(figures.into_iter().map(|(name, value)| (name.to_owned(), value.into())));
         }

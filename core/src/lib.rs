@@ -11,6 +11,7 @@ pub mod device;
 pub mod dictionary;
 pub mod evaluate;
 pub mod firing;
+pub mod harvest;
 pub mod lm;
 pub mod logger;
 pub mod metric;

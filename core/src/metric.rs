@@ -11,20 +11,24 @@ use crate::source::ActivationSource;
 /// The config of a metric.
 #[typetag::serde(tag = "type")]
 pub trait MetricConfig: Debug + Send + Sync {
-    /// The metric for these dictionaries (their number; the runtime side keeps totals for each).
+    /// The metric.
     fn build(&self) -> Result<Box<dyn Metric>>;
 }
+
+/// What a metric found of one dictionary, by name.
+pub type Figures = BTreeMap<&'static str, f64>;
 
 /// A metric. All dictionaries of a run are measured on the same data.
 pub trait Metric {
     /// Measures each dictionary; one map of name and figure for each, in their order.
     ///
-    /// Names are the reference's. Dictionaries come as saved: they take activations as the model makes them.
+    /// Names are the reference's. Dictionaries come as saved: they take activations as the model makes them. `None`
+    /// where the source had nothing left to measure on; the metric is then asked again from the beginning of the data.
     fn evaluate(
         &mut self,
         dictionaries: &[&dyn Dictionary],
         source: &mut dyn ActivationSource,
-    ) -> Result<Vec<BTreeMap<&'static str, f64>>>;
+    ) -> Result<Option<Vec<Figures>>>;
 
     /// Why the metric cannot be computed on this source, if it cannot.
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {

@@ -27,6 +27,12 @@ impl Tokens {
     pub fn size(&self) -> (i64, i64) {
         self.ids.size2().expect("token ids have two dimensions")
     }
+
+    /// The text positions but for each row's first, [B, L], bool: whatever its id, and on whichever side the padding is.
+    pub fn without_first(&self) -> Tensor {
+        let first = self.mask.cumsum(1, Kind::Int64).eq(1).logical_and(&self.mask);
+        self.mask.logical_and(&first.logical_not())
+    }
 }
 
 /// Whether a module's input or its output is meant.
@@ -322,6 +328,6 @@ pub fn cross_entropy(logits: &Tensor, tokens: &Tokens) -> (f64, i64) {
     let logits = logits.narrow(1, 0, length);
     let logits = logits.reshape([-1, logits.size()[2]]);
     let targets = tokens.ids.narrow(1, 1, length).reshape([-1]).masked_fill(&counted.logical_not(), -100);
-    let loss = logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Sum, -100, 0.0);
-    (loss.double_value(&[]) / count as f64, count)
+    let loss = logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Mean, -100, 0.0);
+    (loss.double_value(&[]), count)
 }

@@ -8,15 +8,16 @@ pub use serde_json::{Map, Value};
 pub use tch::{Device, Kind, Tensor};
 pub use typetag;
 
+pub use crate::config::{ConfigPath, InputError, PathOrName, Under};
 pub use crate::constraint::{clip_gradients, normalize_decoder, remove_parallel_gradient};
-pub use crate::firing::Firing;
-pub use crate::config::{ConfigPath, InputError, PathOrName};
 pub use crate::device::Precision;
 pub use crate::dictionary::{
-    dict_size, randn, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass,
+    dict_size, randn, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder,
+    SavedClass,
 };
+pub use crate::firing::Firing;
 pub use crate::logger::{Logger, LoggerConfig};
-pub use crate::metric::{Metric, MetricConfig};
+pub use crate::metric::{Figures, Metric, MetricConfig};
 pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::modifier::{Modifier, ModifierConfig};
 pub use crate::optim::{Adam, AdamConfig};

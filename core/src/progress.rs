@@ -1,4 +1,4 @@
-//! How a run shows that it is alive: a bar on a terminal, elsewhere one plain line now and then. All on stderr.
+//! How a command shows that it is alive: a bar on a terminal, elsewhere one plain line now and then. All on stderr.
 
 use std::io::{stderr, IsTerminal};
 use std::time::{Duration, Instant};
@@ -6,32 +6,44 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
-/// How long a run without a terminal stays silent.
+/// How long a command without a terminal stays silent.
 const SILENCE: Duration = Duration::from_secs(10);
 
-/// The progress of a run.
+/// Progress through something that is counted.
 pub struct Progress {
     bar: Option<ProgressBar>,
     started: Instant,
     spoke: Instant,
+    unit: &'static str,
     first: u64,
-    last: u64,
+    last: Option<u64>,
     activations: i64,
     figures: String,
 }
 
 impl Progress {
-    /// Progress from one step to another.
-    pub fn new(first: u64, last: u64) -> Self {
+    /// Progress of a run from one step to another.
+    pub fn of_steps(first: u64, last: u64) -> Self {
+        Progress::new("steps", first, Some(last))
+    }
+
+    /// Progress of something that ends at `last`, or nobody knows when.
+    pub fn counting(unit: &'static str, last: Option<u64>) -> Self {
+        Progress::new(unit, 0, last)
+    }
+
+    fn new(unit: &'static str, first: u64, last: Option<u64>) -> Self {
         let bar = stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(last).with_position(first);
-            let style = "{bar:24} {pos}/{len} steps, {eta} left, {msg}";
+            let (bar, style) = match last {
+                Some(last) => (ProgressBar::new(last), "{bar:24} {pos}/{len} {prefix}, {eta} left{msg}"),
+                None => (ProgressBar::new_spinner(), "{spinner} {pos} {prefix} in {elapsed}{msg}"),
+            };
             bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.enable_steady_tick(Duration::from_millis(500));
-            bar
+            bar.with_position(first).with_prefix(unit)
         });
         let now = Instant::now();
-        Progress { bar, started: now, spoke: now, first, last, activations: 0, figures: String::new() }
+        Progress { bar, started: now, spoke: now, unit, first, last, activations: 0, figures: String::new() }
     }
 
     /// Takes the figures of one logged step, one row for each SAE.
@@ -54,20 +66,28 @@ impl Progress {
         }
     }
 
-    /// One step is done, on so many activations.
-    pub fn step(&mut self, step: u64, activations: i64) {
+    /// So many are done; `activations` were worked on since the last call.
+    pub fn step(&mut self, done: u64, activations: i64) {
         self.activations += activations;
         let elapsed = self.started.elapsed();
-        let rate = self.activations as f64 / elapsed.as_secs_f64().max(1e-9);
+        let mut message = String::new();
+        if self.activations > 0 {
+            let rate = self.activations as f64 / elapsed.as_secs_f64().max(1e-9);
+            message = format!(", {rate:.0} activations/s");
+        }
+        if !self.figures.is_empty() {
+            message += &format!(", {}", self.figures);
+        }
         if let Some(bar) = &self.bar {
-            bar.set_position(step);
-            bar.set_message(format!("{rate:.0} activations/s, {}", self.figures));
+            bar.set_position(done);
+            bar.set_message(message);
         } else if self.spoke.elapsed() >= SILENCE {
             self.spoke = Instant::now();
-            let done = (step - self.first).max(1) as f64;
-            let left = elapsed.mul_f64((self.last - step) as f64 / done);
-            let left = HumanDuration(left);
-            eprintln!("step {step}/{}, {left} left, {rate:.0} activations/s, {}", self.last, self.figures);
+            let of = self.last.map_or_else(String::new, |last| {
+                let left = elapsed.mul_f64(last.saturating_sub(done) as f64 / (done - self.first).max(1) as f64);
+                format!("/{last}, {} left", HumanDuration(left))
+            });
+            eprintln!("{} {done}{of}{message}", self.unit);
         }
     }
 
@@ -79,13 +99,17 @@ impl Progress {
         }
     }
 
-    /// The run ends; returns its summary.
+    /// It ends; returns its summary.
     pub fn finish(&self) -> String {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
         let elapsed = self.started.elapsed();
         let rate = self.activations as f64 / elapsed.as_secs_f64().max(1e-9);
-        format!("{} activations in {}, {rate:.0} a second", self.activations, HumanDuration(elapsed))
+        let took = match elapsed.as_secs() {
+            seconds @ 0..=119 => format!("{seconds} s"),
+            seconds => format!("{} min {} s", seconds / 60, seconds % 60),
+        };
+        format!("{} activations in {took}, {rate:.0} a second", self.activations)
     }
 }

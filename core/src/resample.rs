@@ -70,11 +70,7 @@ pub fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Re
         let _ = encoder.index_copy_(feature_dim, &features, &along(rows, feature_dim));
         let directions = &targets / targets.norm_scalaropt_dim(2.0, [-1], true).clamp_min(1e-12);
         let mut decoder_weight = decoder.weight.shallow_clone();
-        let _ = decoder_weight.index_copy_(
-            decoder.feature_dim,
-            &features,
-            &along(directions, decoder.feature_dim),
-        );
+        let _ = decoder_weight.index_copy_(decoder.feature_dim, &features, &along(directions, decoder.feature_dim));
         let mut forget = vec![(encoder_name, feature_dim), (decoder.name, decoder.feature_dim)];
         for name in biases {
             let _ = parameter(name)?.index_fill_(0, &features, 0.0);

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use tch::Device;
 
 use crate::checkpoint::Checkpoints;
-use crate::config::{InputError, RunConfig};
+use crate::config::{InputError, RunConfig, Under};
 use crate::device::{self, Precision};
 use crate::evaluate;
 use crate::logger::Logger;
@@ -18,7 +18,7 @@ use crate::saved;
 use crate::source::{ActivationSource, SourceCx, Stream};
 use crate::state::{self, State};
 use crate::tensors::{self, write_file};
-use crate::training::{saved_config, Training, TrainingCx};
+use crate::training::{check_finite, saved_config, Training, TrainingCx};
 
 /// How a run ended.
 #[derive(Debug)]
@@ -35,6 +35,7 @@ pub enum Ending {
 pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, interrupt: &AtomicBool) -> Result<Ending> {
     if config.saes.is_empty() {
         bail!(InputError::new("the config names no SAE to train")
+            .field("saes")
             .help("add one under `saes:`, for example `- {trainer: {type: top_k}, dictionary: {k: 32}}`"));
     }
     let checkpoints = Checkpoints::new(run_dir);
@@ -78,16 +79,17 @@ struct Run {
 
 impl Run {
     fn build(config: &RunConfig) -> Result<Self> {
-        let device = config.device.device()?;
+        let device = config.device.device().map_err(anyhow::Error::from).under("device")?;
         let (precision, _) = config.precision.precision(device);
         let source_cx = SourceCx { seed: config.seed, device, precision };
-        let mut source = config.source.build(&source_cx).context("source")?;
+        let mut source = config.source.build(&source_cx).under("source")?;
         let widths = source.widths();
         let cx = TrainingCx { widths, steps: config.steps, seed: config.seed, device, precision };
         let saes = config
             .saes
             .iter()
-            .map(|sae| Training::new(sae, &cx).with_context(|| format!("saes: {}", sae.name)))
+            .enumerate()
+            .map(|(index, sae)| Training::new(sae, &cx).under(format_args!("saes[{index}]")))
             .collect::<Result<_>>()?;
         if config.eval_source.is_none() {
             evaluate::check(&config.metrics, &mut *source)?;
@@ -115,7 +117,7 @@ impl Run {
         let mut loggers: Vec<Box<dyn Logger>> =
             config.loggers.iter().map(|logger| logger.build(run_dir, resume_at)).collect::<Result<_>>()?;
         let last = config.stop_after.unwrap_or(config.steps).min(config.steps);
-        let mut progress = Progress::new(first, last);
+        let mut progress = Progress::of_steps(first, last);
 
         let mut step = first;
         while step < last {
@@ -129,6 +131,9 @@ impl Run {
                 progress.say(&format!("the data ended after {step} of {last} steps"));
                 break;
             };
+            for tensor in [&batch.x, &batch.target] {
+                check_finite(tensor, || format!("step {step}: the batch has values that are not finite"))?;
+            }
             let batch = if self.norm == 1.0 { batch } else { batch.scaled(1.0 / self.norm) };
 
             let logging = step % config.log_every == 0 || step + 1 == last;
@@ -178,14 +183,14 @@ impl Run {
             None => None,
             Some(source) => {
                 let cx = SourceCx { seed: config.seed, device: self.device, precision: self.precision };
-                Some(source.build(&cx).context("eval_source")?)
+                Some(source.build(&cx).under("eval_source")?)
             }
         };
         let source: &mut dyn ActivationSource = match &mut other {
             Some(source) => &mut **source,
             None => self.stream.source(),
         };
-        let results = evaluate::evaluate(&config.metrics, &dictionaries, source)?;
+        let results = evaluate::evaluate(&config.metrics, &dictionaries, source, config.eval_source.is_some())?;
         let names = self.saes.iter().map(|sae| sae.name.clone());
         let results: Vec<_> = names.zip(results).collect();
         for (name, result) in &results {

@@ -85,8 +85,11 @@ fn shaped(
         let mut known: Vec<&str> = inventory::iter::<SavedClass>.into_iter().map(|saved| saved.class).collect();
         known.sort_unstable();
         let near = nearest(class, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
-        bail!(InputError::new(format!("unknown dictionary class `{class}`"))
-            .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", "))));
+        bail!(InputError::new(format!("unknown dictionary class `{class}`")).help(format!(
+            "{}known: {}",
+            near.unwrap_or_default(),
+            known.join(", ")
+        )));
     };
     (found.shaped)(tensors, trainer, device, precision)
 }

@@ -25,15 +25,18 @@ impl Schedule {
     /// The schedule, if its parts fit each other and the length of the run.
     pub fn check(self) -> Result<Self> {
         let Schedule { steps, warmup_steps, decay_start, resample_steps, sparsity_warmup_steps } = self;
-        let refused = |message: String, help: &str| bail!(InputError::new(message).help(help));
+        let refused =
+            |field: &str, message: String, help: &str| bail!(InputError::new(message).field(field).help(help));
         if warmup_steps >= steps {
             return refused(
+                "warmup_steps",
                 format!("`warmup_steps` is {warmup_steps}, but the run has only {steps} steps"),
                 "`warmup_steps` must be less than `steps`",
             );
         }
         if let Some(warmup) = sparsity_warmup_steps.filter(|warmup| *warmup >= steps) {
             return refused(
+                "sparsity_warmup_steps",
                 format!("`sparsity_warmup_steps` is {warmup}, but the run has only {steps} steps"),
                 "`sparsity_warmup_steps` must be less than `steps`",
             );
@@ -41,6 +44,7 @@ impl Schedule {
         if let Some(every) = resample_steps {
             if every == 0 || every >= steps {
                 return refused(
+                    "resample_steps",
                     format!("`resample_steps` is {every}, and the run has {steps} steps"),
                     "`resample_steps` must be above 0 and less than `steps`",
                 );
@@ -49,6 +53,7 @@ impl Schedule {
         if let Some(start) = decay_start {
             if resample_steps.is_some() {
                 return refused(
+                    "decay_start",
                     "both `decay_start` and `resample_steps` are given".to_owned(),
                     "resampling starts the warm-up again and again: leave one of them out",
                 );
@@ -56,6 +61,7 @@ impl Schedule {
             let warm = warmup_steps.max(sparsity_warmup_steps.unwrap_or(0));
             if start <= warm || start >= steps {
                 return refused(
+                    "decay_start",
                     format!("`decay_start` is {start}, with warm-ups until step {warm} and {steps} steps in all"),
                     "`decay_start` must come after `warmup_steps` and `sparsity_warmup_steps` and before `steps`",
                 );

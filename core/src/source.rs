@@ -58,6 +58,16 @@ impl Batch {
         self.x.data_ptr() == self.target.data_ptr()
     }
 
+    /// The first `count` activations, or all if there are fewer.
+    #[must_use]
+    pub fn first(&self, count: i64) -> Batch {
+        let first = |tensor: &Tensor| tensor.narrow(0, 0, count.min(self.len()));
+        if self.is_autoencoding() {
+            return Batch::of(first(&self.x));
+        }
+        Batch { x: first(&self.x), target: first(&self.target) }
+    }
+
     /// The batch with every value multiplied.
     pub fn scaled(&self, factor: f64) -> Batch {
         let x = &self.x * factor;

@@ -12,9 +12,16 @@ use tch::{Device, Kind, Tensor};
 use crate::config::InputError;
 
 /// Writes a file whole or not at all: beside its place, synced, then renamed over it, the directory synced.
+///
+/// On Linux it has no name until it is whole, so that a killed program leaves nothing behind.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
+        #[cfg(target_os = "linux")]
+        if write_unnamed(dir, path, bytes).is_ok() {
+            return File::open(dir)?.sync_all();
+        }
+        // Not every file system has files without a name.
         let mut file = tempfile::Builder::new().prefix(".partial-").tempfile_in(dir)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
@@ -28,6 +35,30 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
         File::open(dir)?.sync_all()
     };
     write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(target_os = "linux")]
+fn write_unnamed(dir: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    use rustix::fs::{linkat, open, AtFlags, Mode, OFlags, CWD};
+    use std::os::fd::AsRawFd;
+
+    let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+    let mut file = File::from(open(dir, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, mode)?);
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let name = |at: &Path| linkat(CWD, &unnamed, CWD, at, AtFlags::SYMLINK_FOLLOW);
+    match name(path) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::EXIST) => {
+            // A link cannot replace a file, a rename can; what has this name for a moment is whole.
+            let beside = dir.join(format!(".whole-{}", std::process::id()));
+            let _ = fs::remove_file(&beside);
+            name(&beside)?;
+            fs::rename(&beside, path)
+        }
+        Err(other) => Err(other.into()),
+    }
 }
 
 fn dtype(kind: Kind) -> Result<Dtype> {

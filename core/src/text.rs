@@ -52,6 +52,11 @@ pub trait TextStream: Send {
     /// The next item, or `None` at the end.
     fn next_record(&mut self) -> Result<Option<Record>>;
 
+    /// Whether the items are rows of tokens, which are contexts as they stand.
+    fn is_tokenized(&self) -> bool {
+        false
+    }
+
     /// How many items were delivered since the beginning.
     fn position(&self) -> u64;
 

@@ -27,10 +27,8 @@ fn serialize(tensors: &[(&str, Tensor)]) -> Result<Vec<u8>> {
         archive.start_file(format!("archive/{name}"), options)?;
         Ok(archive.write_all(bytes)?)
     };
-    let tensors: Vec<(&str, Tensor)> = tensors
-        .iter()
-        .map(|(name, tensor)| (*name, tensor.detach().to_device(Device::Cpu).contiguous()))
-        .collect();
+    let tensors: Vec<(&str, Tensor)> =
+        tensors.iter().map(|(name, tensor)| (*name, tensor.detach().to_device(Device::Cpu).contiguous())).collect();
     entry("data.pkl", &pickle(&tensors)?)?;
     entry("byteorder", b"little")?;
     for (index, (_, tensor)) in tensors.iter().enumerate() {

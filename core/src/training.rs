@@ -6,7 +6,7 @@ use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{InputError, SaeConfig};
+use crate::config::{InputError, SaeConfig, Under};
 use crate::device::{self, Precision};
 use crate::dictionary::{Dictionary, DictionaryCx};
 use crate::modifier::Modifier;
@@ -51,27 +51,35 @@ impl Training {
     pub fn new(config: &SaeConfig, cx: &TrainingCx) -> Result<Self> {
         // Every SAE starts from the run's seed, as in the reference, so that neighbours do not change its weights.
         tch::manual_seed(cx.seed as i64);
-        let mut dictionary = config.dictionary.build(&DictionaryCx {
-            activation_dim: cx.widths.0,
-            output_dim: cx.widths.1,
-            device: cx.device,
-            precision: cx.precision,
-        })?;
+        let mut dictionary = config
+            .dictionary
+            .build(&DictionaryCx {
+                activation_dim: cx.widths.0,
+                output_dim: cx.widths.1,
+                device: cx.device,
+                precision: cx.precision,
+            })
+            .under("dictionary")?;
         if dictionary.dims().output != cx.widths.1 {
             bail!(InputError::new(format!(
                 "a {} reconstructs vectors of width {}, but the source's targets have width {}",
                 dictionary.class(),
                 dictionary.dims().output,
                 cx.widths.1
-            )));
+            ))
+            .field("dictionary"));
         }
         if let Some(path) = &config.init_from {
-            saved::load_weights(&mut *dictionary, path.as_path())?;
+            saved::load_weights(&mut *dictionary, path.as_path()).under("init_from")?;
         }
         let trainer_cx = TrainerCx { dictionary: &*dictionary, steps: cx.steps, seed: cx.seed };
-        let trainer = config.trainer.build(&trainer_cx)?;
-        let modifiers =
-            config.modifiers.iter().map(|modifier| modifier.build(&*dictionary)).collect::<Result<_>>()?;
+        let trainer = config.trainer.build(&trainer_cx).under("trainer")?;
+        let modifiers = config
+            .modifiers
+            .iter()
+            .enumerate()
+            .map(|(index, modifier)| modifier.build(&*dictionary).under(format_args!("modifiers[{index}]")))
+            .collect::<Result<_>>()?;
         let optimizer = Adam::new(trainer.adam(), dictionary.parameters());
         let rng = rng(cx.seed, "training");
         Ok(Training {
@@ -88,9 +96,8 @@ impl Training {
     /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
     /// from its own forward pass.
     ///
-    /// A batch or a loss that is not finite is refused before any weight changes.
+    /// A loss that is not finite is refused before any weight changes.
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
-        check_finite(&batch.x, || format!("step {step}: the batch has values that are not finite"))?;
         if step == 0 {
             self.trainer.begin(&mut *self.dictionary, batch)?;
         }
@@ -191,7 +198,8 @@ impl Training {
     }
 }
 
-fn check_finite(tensor: &Tensor, message: impl FnOnce() -> String) -> Result<()> {
+/// Refuses what is not finite, with the message.
+pub fn check_finite(tensor: &Tensor, message: impl FnOnce() -> String) -> Result<()> {
     if bool::try_from(tensor.isfinite().all())? {
         return Ok(());
     }
@@ -201,12 +209,7 @@ fn check_finite(tensor: &Tensor, message: impl FnOnce() -> String) -> Result<()>
 }
 
 /// An SAE's config.json: what the reference's trainer and buffer would say of themselves.
-pub fn saved_config(
-    config: &SaeConfig,
-    training: &Training,
-    cx: &TrainingCx,
-    buffer: &Value,
-) -> Result<Value> {
+pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, buffer: &Value) -> Result<Value> {
     let dims = training.dictionary.dims();
     let mut trainer = Map::new();
     let mut add = |name: &str, value: Value| {

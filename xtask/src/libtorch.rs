@@ -316,7 +316,8 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("xtask-version-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         assert_eq!(version(&dir), None);
-        fs::write(dir.join("version.py"), "from typing import Optional\n__version__ = '2.10.0+cpu'\ndebug = False\n").unwrap();
+        fs::write(dir.join("version.py"), "from typing import Optional\n__version__ = '2.10.0+cpu'\ndebug = False\n")
+            .unwrap();
         assert_eq!(version(&dir).as_deref(), Some("2.10.0+cpu"));
         let error = check_version(&dir).unwrap_err().to_string();
         assert!(error.contains("version 2.10.0, but 2.11.0 is needed"), "{error}");

@@ -86,7 +86,9 @@ fn quickstart(root: &Path) -> Result<()> {
     eprintln!("the build took {:.0} s", started.elapsed().as_secs_f64());
     let program = target_dir(root)?.join("release/dictlearn");
     // A second quickstart is a run of its own.
-    let free = |number: usize| root.join(if number == 1 { "runs/quickstart".into() } else { format!("runs/quickstart-{number}") });
+    let free = |number: usize| {
+        root.join(if number == 1 { "runs/quickstart".into() } else { format!("runs/quickstart-{number}") })
+    };
     let run_dir = (1..).map(free).find(|dir| !dir.exists()).context("no free name under runs/")?;
     let started = Instant::now();
     let mut command = Command::new(&program);

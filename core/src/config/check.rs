@@ -31,9 +31,9 @@ enum Owner<'a> {
 impl Owner<'_> {
     fn of(self) -> String {
         match self {
-            Owner::Run => "of a config".to_owned(),
-            Owner::Sae => "of an SAE".to_owned(),
-            Owner::Component(component) => format!("of {} `{}`", component.kind, component.name),
+            Owner::Run => String::new(),
+            Owner::Sae => " of an SAE".to_owned(),
+            Owner::Component(component) => format!(" of {} `{}`", component.kind, component.name),
         }
     }
 }
@@ -114,8 +114,11 @@ impl<'a> Check<'a> {
                 found => {
                     let near = found.and_then(|found| nearest(found, choices.iter().map(String::as_str)));
                     let near = near.map(|near| format!("did you mean `{near}`? "));
-                    let error = InputError::new(format!("`{path}` is {}", show(value)))
-                        .help(format!("{}it can be {}", near.unwrap_or_default(), choices.join(", ")));
+                    let error = InputError::new(format!("`{path}` is {}", show(value))).help(format!(
+                        "{}it can be {}",
+                        near.unwrap_or_default(),
+                        choices.join(", ")
+                    ));
                     Err(self.error(value, path, false, error))
                 }
             };
@@ -138,7 +141,10 @@ impl<'a> Check<'a> {
         }
         if let (Some(pattern), Some(text)) = (schema.get("pattern").and_then(Json::as_str), value.as_str()) {
             // The one pattern that our types have is that of a device.
-            let device = |text: &str| matches!(text, "auto" | "cpu" | "cuda") || text.starts_with("cuda:") && text[5..].parse::<usize>().is_ok();
+            let device = |text: &str| {
+                matches!(text, "auto" | "cpu" | "cuda")
+                    || text.starts_with("cuda:") && text[5..].parse::<usize>().is_ok()
+            };
             if pattern.contains("cuda") && !device(text) {
                 let error = InputError::new(format!("`{path}` is {}", show(value)))
                     .help("it can be auto, cpu, cuda, or cuda:N for the GPU of that number");
@@ -148,7 +154,9 @@ impl<'a> Check<'a> {
         if let Some(number) = float(value).filter(|_| types.iter().any(|name| matches!(*name, "integer" | "number"))) {
             let least = schema.get("minimum").and_then(Json::as_f64);
             let most = schema.get("maximum").and_then(Json::as_f64).filter(|most| *most < 1e9);
-            let out = !number.is_finite() || least.is_some_and(|least| number < least) || most.is_some_and(|most| number > most);
+            let out = !number.is_finite()
+                || least.is_some_and(|least| number < least)
+                || most.is_some_and(|most| number > most);
             if out {
                 let range = match (least, most) {
                     (Some(least), Some(most)) => format!("between {least} and {most}"),
@@ -174,7 +182,10 @@ impl<'a> Check<'a> {
 
     fn component(&self, value: &Value, kind: Kind, path: &str) -> Result<(), InputError> {
         let known = names(kind);
-        let listed = format!("known: {} (`dictlearn list {}`)", known.join(", "), kind.plural());
+        let listed = match known.is_empty() {
+            true => format!("no {} are linked in", kind.plural()),
+            false => format!("known: {} (`dictlearn list {}`)", known.join(", "), kind.plural()),
+        };
         let Value::Dict(_, dict) = value else {
             let example = known.first().map_or(String::new(), |name| format!(", for example `{{type: {name}}}`"));
             let error = InputError::new(format!("`{path}` is {}", show(value)))
@@ -189,8 +200,8 @@ impl<'a> Check<'a> {
         let Some(found) = found else {
             let text = name.as_str().map_or_else(|| show(name), str::to_owned);
             let near = nearest(&text, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
-            let error =
-                InputError::new(format!("unknown {kind} `{text}`")).help(format!("{}{listed}", near.unwrap_or_default()));
+            let error = InputError::new(format!("unknown {kind} `{text}`"))
+                .help(format!("{}{listed}", near.unwrap_or_default()));
             return Err(self.error(name, &format!("{path}.type"), false, error));
         };
         self.fields(value, (found.schema)().as_value(), path, Owner::Component(found))
@@ -204,7 +215,10 @@ impl<'a> Check<'a> {
         let none = serde_json::Map::new();
         let properties = schema.get("properties").and_then(Json::as_object).unwrap_or(&none);
         let under = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
-        for (key, field) in dict {
+        // An SAE's dictionary follows from its trainer, so what is wrong with the trainer comes first.
+        let first = |key: &str| key == "trainer" && matches!(owner, Owner::Sae);
+        let fields = dict.iter().filter(|(key, _)| first(key)).chain(dict.iter().filter(|(key, _)| !first(key)));
+        for (key, field) in fields {
             let tag = key == "type" && matches!(owner, Owner::Component(_));
             match properties.get(key) {
                 _ if tag => {}
@@ -212,11 +226,13 @@ impl<'a> Check<'a> {
                 None => return Err(self.unknown_field(dict, key, field, properties, &under(key), owner)),
             }
         }
-        let required = schema.get("required").and_then(Json::as_array);
-        for key in required.into_iter().flatten().filter_map(Json::as_str).filter(|key| *key != "type") {
+        let required = schema.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str);
+        let mut required: Vec<&str> = required.filter(|key| *key != "type").collect();
+        required.sort_by_key(|key| !first(key));
+        for key in required {
             if !dict.contains_key(key) {
                 let doc = properties.get(key).and_then(|schema| schema.get("description")).and_then(Json::as_str);
-                let error = InputError::new(format!("`{key}` {} is missing", owner.of()));
+                let error = InputError::new(format!("`{key}`{} is missing", owner.of()));
                 let error = match doc {
                     Some(doc) => error.help(format!("{key}: {}", doc.split('\n').next().unwrap_or_default())),
                     None => error,
@@ -236,28 +252,40 @@ impl<'a> Check<'a> {
         path: &str,
         owner: Owner,
     ) -> InputError {
-        let has = |component: &Component| (component.schema)().get("properties").is_some_and(|fields| fields.get(key).is_some());
+        let has = |component: &Component| {
+            (component.schema)().get("properties").is_some_and(|fields| fields.get(key).is_some())
+        };
         let elsewhere = |kind: Kind| names(kind).into_iter().filter_map(|name| component(kind, name)).any(has);
-        let error = InputError::new(format!("unknown field `{key}` {}", owner.of()));
+        let error = InputError::new(format!("unknown field `{key}`{}", owner.of()));
         let kind = if let Owner::Component(component) = owner { Some(component.kind) } else { None };
         let hint = match kind {
-            _ if key == "dict_class" => Some("it follows from the dictionary's `type`".to_owned()),
-            Some(Kind::Trainer) if elsewhere(Kind::Dictionary) => Some(format!("`{key}` belongs to `dictionary`")),
-            Some(Kind::Dictionary) if elsewhere(Kind::Trainer) => Some(format!("`{key}` belongs to `trainer`")),
-            None if matches!(owner, Owner::Sae) && elsewhere(Kind::Trainer) => Some(format!("`{key}` belongs to `trainer`")),
-            None if matches!(owner, Owner::Sae) && elsewhere(Kind::Dictionary) => Some(format!("`{key}` belongs to `dictionary`")),
+            _ if key == "dict_class" => Some("it follows from the dictionary's `type`;".to_owned()),
+            Some(Kind::Trainer) if elsewhere(Kind::Dictionary) => Some(format!("`{key}` belongs to `dictionary`;")),
+            Some(Kind::Dictionary) if elsewhere(Kind::Trainer) => Some(format!("`{key}` belongs to `trainer`;")),
+            None if matches!(owner, Owner::Sae) && elsewhere(Kind::Trainer) => {
+                Some(format!("`{key}` belongs to `trainer`;"))
+            }
+            None if matches!(owner, Owner::Sae) && elsewhere(Kind::Dictionary) => {
+                Some(format!("`{key}` belongs to `dictionary`;"))
+            }
             _ => None,
         };
         let unused = properties.keys().map(String::as_str).filter(|known| !dict.contains_key(*known));
         let near = nearest(key, unused).map(|near| format!("did you mean `{near}`?"));
         let known: Vec<&str> = properties.keys().map(String::as_str).filter(|known| *known != "type").collect();
-        let known = if known.is_empty() { "it has no fields".to_owned() } else { format!("known: {}", known.join(", ")) };
+        let known =
+            if known.is_empty() { "it has no fields".to_owned() } else { format!("known: {}", known.join(", ")) };
         let help: Vec<String> = [hint.or(near), Some(known)].into_iter().flatten().collect();
         self.error(field, path, true, error.help(help.join(" ")))
     }
 
     /// An error that serde found.
     pub(super) fn serde(&self, root: &Value, path: &str, message: &str) -> InputError {
+        self.locate(root, path, InputError::new(format!("`{path}`: {message}")))
+    }
+
+    /// An error about the value at a path, or where there is none, about what it is missing from.
+    pub(super) fn locate(&self, root: &Value, path: &str, error: InputError) -> InputError {
         let mut value = root;
         for step in spans::steps(path) {
             let next = match (&step, value) {
@@ -268,7 +296,7 @@ impl<'a> Check<'a> {
             let Some(next) = next else { break };
             value = next;
         }
-        self.error(value, path, false, InputError::new(format!("`{path}`: {message}")))
+        self.error(value, path, false, error)
     }
 }
 

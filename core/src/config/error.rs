@@ -9,6 +9,8 @@ use std::path::PathBuf;
 #[derive(Debug, Clone)]
 pub struct InputError {
     message: String,
+    /// The config's key that it concerns, from what is being built: `path`, and further out `source.path`.
+    key: String,
     place: Option<Place>,
     help: Option<String>,
 }
@@ -36,13 +38,20 @@ pub enum Origin {
 impl InputError {
     /// An error with its message: one line, lower case, no full stop.
     pub fn new(message: impl Into<String>) -> Self {
-        InputError { message: message.into(), place: None, help: None }
+        InputError { message: message.into(), key: String::new(), place: None, help: None }
     }
 
     /// What would do instead.
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
+        self
+    }
+
+    /// Which field of the config it concerns, seen from the component that finds it: `batch_size`.
+    #[must_use]
+    pub fn field(mut self, key: impl Into<String>) -> Self {
+        self.key = key.into();
         self
     }
 
@@ -58,9 +67,41 @@ impl InputError {
         &self.message
     }
 
+    /// The config's key that it concerns, as far as known.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
     /// Where it is, if known.
     pub fn place(&self) -> Option<&Place> {
         self.place.as_ref()
+    }
+}
+
+/// Says under which key of a config something was built, so that its errors can be found there.
+pub trait Under<T> {
+    /// The key that leads to what was built: `source`, `saes[1]`, `text`.
+    fn under(self, key: impl fmt::Display) -> anyhow::Result<T>;
+}
+
+impl<T> Under<T> for anyhow::Result<T> {
+    fn under(self, outer: impl fmt::Display) -> anyhow::Result<T> {
+        self.map_err(|error| {
+            // What was said around it on its way up stays part of the message.
+            let around: Vec<String> = error
+                .chain()
+                .take_while(|cause| cause.downcast_ref::<InputError>().is_none())
+                .map(|cause| format!("{cause}: "))
+                .collect();
+            let mut input = match error.downcast::<InputError>() {
+                Ok(input) => input,
+                Err(other) => return other.context(outer.to_string()),
+            };
+            input.message = around.concat() + &input.message;
+            let joint = if input.key.is_empty() || input.key.starts_with('[') { "" } else { "." };
+            input.key = format!("{outer}{joint}{}", input.key);
+            input.into()
+        })
     }
 }
 
@@ -82,7 +123,10 @@ impl fmt::Display for InputError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
         if let Some(place) = &self.place {
-            write!(f, "            {} ({})", place.origin, place.key)?;
+            write!(f, "            {}", place.origin)?;
+            if !place.key.is_empty() {
+                write!(f, " ({})", place.key)?;
+            }
         }
         if let Some(help) = &self.help {
             write!(f, "\nhelp: {help}")?;

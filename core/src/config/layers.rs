@@ -126,7 +126,8 @@ impl Merged {
 
     /// The file that was asked for.
     pub(super) fn main_file(&self) -> Option<(&Origin, &str)> {
-        let files = self.layers.iter().filter(|(origin, _, inside)| matches!(origin, Origin::File(..)) && inside.is_none());
+        let files =
+            self.layers.iter().filter(|(origin, _, inside)| matches!(origin, Origin::File(..)) && inside.is_none());
         files.last().map(|(origin, text, _)| (origin, text.as_str()))
     }
 }
@@ -228,7 +229,9 @@ fn read_file(
     let refused = |what| InputError::new(what).at(origin.clone(), "");
     let mut data = match from_yaml(parsed, &refused)? {
         Value::Dict(_, dict) => dict,
-        Value::Empty(..) => return Err(refused(format!("{} is empty", path.display())).help("a config needs a `source`")),
+        Value::Empty(..) => {
+            return Err(refused(format!("{} is empty", path.display())).help("a config needs a `source`"))
+        }
         _ => return Err(refused("a config is a map of keys and values".to_owned()).help("start with `source:`")),
     };
 
@@ -280,8 +283,8 @@ fn read_text(path: &Path) -> Result<String, InputError> {
     if !path.exists() {
         return Err(no_file(path));
     }
-    let bytes = std::fs::read(path)
-        .map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
+    let bytes =
+        std::fs::read(path).map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
     String::from_utf8(bytes).map_err(|_| InputError::new(format!("{} is not text in UTF-8", path.display())))
 }
 

@@ -26,10 +26,35 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
     let schema = schema_for!(RunConfig);
     let check = Check::new(&merged, &schema, &written);
     check.run(&root, &schema)?;
-    let config: RunConfig = serde_path_to_error::deserialize(Node { value: &root, merged: Some(&merged) })
+    let mut config: RunConfig = serde_path_to_error::deserialize(Node { value: &root, merged: Some(&merged) })
         .map_err(|error| check.serde(&root, &error.path().to_string(), &error.inner().to_string()))?;
     check_names(&config, &root, &check)?;
+    config.written = Written(Some(Box::new((merged, root, written))));
     Ok(config)
+}
+
+/// The files, variables and arguments that a loaded config was merged from; nothing for one that was made otherwise.
+#[derive(Default)]
+pub struct Written(Option<Box<(Merged, Value, Vec<usize>)>>);
+
+impl Written {
+    /// The error with its place, if it concerns a key of the config (see [`InputError::field`]).
+    pub fn locate(&self, error: anyhow::Error) -> anyhow::Error {
+        let Some((merged, root, written)) = self.0.as_deref() else { return error };
+        match error.downcast_ref::<InputError>() {
+            Some(input) if input.place().is_none() && !input.key().is_empty() => {
+                let empty = Schema::default();
+                Check::new(merged, &empty, written).locate(root, input.key(), input.clone()).into()
+            }
+            _ => error,
+        }
+    }
+}
+
+impl std::fmt::Debug for Written {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Written")
+    }
 }
 
 /// `eval_source` is `source` with some keys changed.
@@ -166,7 +191,9 @@ fn check_names(config: &RunConfig, root: &Value, check: &Check) -> Result<(), In
         let name = item.and_then(|item| item.find_ref("name")).unwrap_or(root);
         let at = |error| Err(check.error(name, &format!("saes[{index}].name"), false, error));
         if !seen.insert(&sae.name) {
-            return at(InputError::new(format!("two SAEs are named `{}`", sae.name)).help("give each a `name` of its own"));
+            return at(
+                InputError::new(format!("two SAEs are named `{}`", sae.name)).help("give each a `name` of its own")
+            );
         }
         let folder = !sae.name.is_empty() && !sae.name.contains(['/', '\\', '\0']) && !sae.name.starts_with('.');
         if !folder || sae.name == "checkpoints" {

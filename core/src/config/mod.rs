@@ -9,9 +9,9 @@ mod schema;
 mod spans;
 mod value;
 
-pub use error::{InputError, Origin, Place};
+pub use error::{InputError, Origin, Place, Under};
 pub use layers::{variables, Sources};
-pub use load::{from_yaml, json_schema, load, to_yaml, type_name};
+pub use load::{from_yaml, json_schema, load, to_yaml, type_name, Written};
 pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice};
 
 use schemars::JsonSchema;
@@ -78,6 +78,9 @@ pub struct RunConfig {
     /// Where the figures go.
     #[serde(default)]
     pub loggers: Vec<Box<dyn LoggerConfig>>,
+    /// The files that say it.
+    #[serde(skip)]
+    pub written: Written,
 }
 
 /// One dictionary of a run and how it is trained.

@@ -66,8 +66,11 @@ impl ModelFiles {
             }
             let known: Vec<&str> = models.iter().map(|model| model.name).collect();
             let near = nearest(embedded, known.iter().copied()).map(|near| format!("did you mean `embedded:{near}`? "));
-            bail!(InputError::new(format!("there is no bundled model `{embedded}`"))
-                .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", "))));
+            bail!(InputError::new(format!("there is no bundled model `{embedded}`")).help(format!(
+                "{}known: {}",
+                near.unwrap_or_default(),
+                known.join(", ")
+            )));
         }
         let dir = Path::new(name);
         if dir.is_dir() {
@@ -81,8 +84,9 @@ impl ModelFiles {
             return found(FilesPlace::Dir(dir));
         }
         let cache = hub_cache().map_or_else(|| "the Hub's cache".to_owned(), |dir| dir.display().to_string());
-        bail!(InputError::new(format!("the model `{name}` is neither a folder nor in {cache}"))
-            .help("give a folder in Hugging Face's layout, a repository that the Hub's cache holds, or `embedded:austen`"));
+        bail!(InputError::new(format!("the model `{name}` is neither a folder nor in {cache}")).help(
+            "give a folder in Hugging Face's layout, a repository that the Hub's cache holds, or `embedded:austen`"
+        ));
     }
 
     /// The name that it was found by.
@@ -171,8 +175,9 @@ impl Weights {
         };
         for shard in shards {
             let Some(file) = files.tensors(&shard)? else {
-                bail!(InputError::new(format!("the model {} has no {shard}", files.name))
-                    .help("weights are read from model.safetensors, or from the shards of model.safetensors.index.json"));
+                bail!(InputError::new(format!("the model {} has no {shard}", files.name)).help(
+                    "weights are read from model.safetensors, or from the shards of model.safetensors.index.json"
+                ));
             };
             let index = weights.files.len();
             weights.place.extend(file.names().into_iter().map(|tensor| (tensor, index)));
@@ -216,7 +221,10 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
         bail!(InputError::new(format!("the model {name} has no config.json"))
             .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json"));
     };
-    let family = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    let Some(family) = config.get("model_type").and_then(Value::as_str) else {
+        bail!(InputError::new(format!("the config.json of the model {name} names no `model_type`"))
+            .help("is it the config of a Hugging Face model?"));
+    };
     let mut known: Vec<&str> = inventory::iter::<ModelFamily>.into_iter().map(|family| family.model_type).collect();
     known.sort_unstable();
     let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {

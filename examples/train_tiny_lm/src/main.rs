@@ -15,12 +15,12 @@ use std::time::Instant;
 
 use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
+use dictlearn_core::device::Precision;
 use dictlearn_core::lm::{open_model, ModelCx};
 use dictlearn_core::model::{cross_entropy, Hooks, LanguageModel, Tokens};
 use dictlearn_core::optim::{Adam, AdamConfig};
 use dictlearn_core::rng::rng;
 use dictlearn_core::tensors;
-use dictlearn_core::device::Precision;
 use dictlearn_model_gpt_neox::{GptNeox, GptNeoxConfig};
 use rand::Rng;
 use serde_json::json;

@@ -216,6 +216,7 @@ impl TrainerConfig for StandardConfig {
         }
         if self.resample_steps.is_some() && !can_resample(cx.dictionary) {
             bail!(InputError::new(format!("the features of a {} cannot be resampled", cx.dictionary.class()))
+                .field("resample_steps")
                 .help("leave `resample_steps` out"));
         }
         let dims = cx.dictionary.dims();

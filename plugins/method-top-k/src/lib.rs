@@ -53,6 +53,7 @@ impl DictionaryConfig for TopKDictionaryConfig {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
         if self.k > features {
             bail!(InputError::new(format!("`k` is {}, but the dictionary has only {features} features", self.k))
+                .field("k")
                 .help("make `k` smaller or `dict_size` larger"));
         }
         let mut dictionary = TopK::zeros(cx.activation_dim, features, self.k, cx.device, cx.precision);
@@ -266,14 +267,19 @@ impl TrainerConfig for TopKConfig {
         let dims = dictionary.dims();
         if let Some(anneal) = self.k_anneal_steps {
             if anneal >= cx.steps {
-                bail!(InputError::new(format!("`k_anneal_steps` is {anneal}, but the run has only {} steps", cx.steps))
-                    .help("`k_anneal_steps` must be less than `steps`"));
+                bail!(InputError::new(format!(
+                    "`k_anneal_steps` is {anneal}, but the run has only {} steps",
+                    cx.steps
+                ))
+                .field("k_anneal_steps")
+                .help("`k_anneal_steps` must be less than `steps`"));
             }
             if dictionary.k >= dims.input {
                 bail!(InputError::new(format!(
                     "k cannot fall from the activations' width, {}, to {}",
                     dims.input, dictionary.k
                 ))
+                .field("k_anneal_steps")
                 .help("leave `k_anneal_steps` out, or make `k` smaller"));
             }
         }
@@ -385,7 +391,8 @@ impl Trainer for TopKTrainer {
         row.insert("effective_l0".to_owned(), self.figures.effective_l0.into());
         row.insert("dead_features".to_owned(), self.figures.dead_features.into());
         // −1 where there is none, as the reference logs it.
-        let pre_norm = self.figures.pre_norm_auxk_loss.as_ref().map_or(Value::from(-1), dictlearn_core::trainer::number);
+        let pre_norm =
+            self.figures.pre_norm_auxk_loss.as_ref().map_or(Value::from(-1), dictlearn_core::trainer::number);
         row.insert("pre_norm_auxk_loss".to_owned(), pre_norm);
     }
 

@@ -13,8 +13,6 @@
 //! token, which in many models is the end-of-text token; and the fraction is taken of the totals, not as a mean of each
 //! batch's fraction.
 
-use std::collections::BTreeMap;
-
 use dictlearn_core::model::cross_entropy;
 use dictlearn_core::prelude::*;
 
@@ -65,7 +63,7 @@ impl Metric for LossRecoveredConfig {
         &mut self,
         dictionaries: &[&dyn Dictionary],
         source: &mut dyn ActivationSource,
-    ) -> Result<Vec<BTreeMap<&'static str, f64>>> {
+    ) -> Result<Option<Vec<Figures>>> {
         let Some(source) = source.language_model() else { bail!("the source has no language model") };
         let (mut original, mut zero) = (Loss::default(), Loss::default());
         let mut reconstructed = vec![Loss::default(); dictionaries.len()];
@@ -86,20 +84,19 @@ impl Metric for LossRecoveredConfig {
             zero.add(&run(&mut Hooks::replace(writes, |x| x.zeros_like()))?, &tokens);
         }
         if original.count == 0.0 {
-            bail!(InputError::new("the source has no text left to measure on")
-                .help("give the metrics a source of their own (`eval_source`), or train on less"));
+            return Ok(None);
         }
         let (original, zero) = (original.mean(), zero.mean());
         let figures = |reconstructed: &Loss| {
             let reconstructed = reconstructed.mean();
-            BTreeMap::from([
+            Figures::from([
                 ("loss_original", original),
                 ("loss_reconstructed", reconstructed),
                 ("loss_zero", zero),
                 ("frac_recovered", (reconstructed - zero) / (original - zero)),
             ])
         };
-        Ok(reconstructed.iter().map(figures).collect())
+        Ok(Some(reconstructed.iter().map(figures).collect()))
     }
 }
 

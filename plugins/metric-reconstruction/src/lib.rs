@@ -16,8 +16,6 @@
 //! Where this differs from the reference: variance explained and bias are ratios of totals, not means of each batch's
 //! ratio, and `frac_alive` is over everything evaluated. With one batch they are the same.
 
-use std::collections::BTreeMap;
-
 use dictlearn_core::prelude::*;
 
 const NAME: &str = "reconstruction";
@@ -58,7 +56,7 @@ impl Metric for ReconstructionConfig {
         &mut self,
         dictionaries: &[&dyn Dictionary],
         source: &mut dyn ActivationSource,
-    ) -> Result<Vec<BTreeMap<&'static str, f64>>> {
+    ) -> Result<Option<Vec<Figures>>> {
         let mut totals: Vec<Totals> = dictionaries.iter().map(|dictionary| Totals::new(*dictionary)).collect();
         for _ in 0..self.n_batches {
             let Some(batch) = source.next_batch()? else { break };
@@ -70,10 +68,9 @@ impl Metric for ReconstructionConfig {
             }
         }
         if totals.iter().any(|totals| totals.count == 0.0) {
-            bail!(InputError::new("the source has no activations left to measure on")
-                .help("give the metrics a source of their own (`eval_source`), or train on less"));
+            return Ok(None);
         }
-        Ok(totals.iter().map(Totals::figures).collect())
+        Ok(Some(totals.iter().map(Totals::figures).collect()))
     }
 }
 
@@ -138,9 +135,9 @@ impl Totals {
         });
     }
 
-    fn figures(&self) -> BTreeMap<&'static str, f64> {
+    fn figures(&self) -> Figures {
         let alive = self.alive.as_ref().map_or(0.0, |alive| alive.sum(Kind::Int64).double_value(&[]));
-        BTreeMap::from([
+        Figures::from([
             ("l2_loss", self.l2 / self.count),
             ("l1_loss", self.l1 / self.count),
             ("l0", self.l0 / self.count),
@@ -172,7 +169,8 @@ impl Variance {
             None => mean,
             Some(before) => {
                 let apart = &mean - before;
-                self.squared_deviations += apart.square().sum(Kind::Double).double_value(&[]) * self.count * count / all;
+                self.squared_deviations +=
+                    apart.square().sum(Kind::Double).double_value(&[]) * self.count * count / all;
                 before + apart * (count / all)
             }
         });

@@ -244,8 +244,8 @@ impl GptNeox {
         let attention = hooks.module("attention", &normed, |hooks, x| self.attend(layer, x, context, hooks))?;
         let middle = x + &attention;
         let mlp_reads = if self.config.use_parallel_residual { x } else { &middle };
-        let normed =
-            hooks.module("post_attention_layernorm", mlp_reads, |_, x| Ok(layer.post_attention_layernorm.forward(x)))?;
+        let normed = hooks
+            .module("post_attention_layernorm", mlp_reads, |_, x| Ok(layer.post_attention_layernorm.forward(x)))?;
         let mlp = hooks.module("mlp", &normed, |hooks, x| {
             let wide = hooks.module("dense_h_to_4h", x, |_, x| Ok(layer.dense_h_to_4h.forward(x)))?;
             let wide = hooks.module("act", &wide, |_, x| Ok((layer.act)(x)))?;
@@ -310,8 +310,7 @@ impl LanguageModel for GptNeox {
     }
 
     fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let x =
-            hooks.module("gpt_neox.final_layer_norm", &hidden.x, |_, x| Ok(self.final_layer_norm.forward(x)))?;
+        let x = hooks.module("gpt_neox.final_layer_norm", &hidden.x, |_, x| Ok(self.final_layer_norm.forward(x)))?;
         hooks.module("embed_out", &x, |_, x| Ok(self.embed_out.forward(x)))
     }
 }

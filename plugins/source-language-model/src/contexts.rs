@@ -33,9 +33,8 @@ pub struct Contexts {
     text: Box<dyn TextStream>,
     tokenizer: Option<Tokenizer>,
     cx: ContextsCx,
-    /// The token between documents, and the one that the model was trained to see first.
+    /// The token between documents.
     end_of_text: Option<i64>,
-    bos: Option<i64>,
     /// Tokens of the text read so far that fill no context yet.
     carry: Vec<i64>,
     rows: u64,
@@ -58,15 +57,12 @@ impl Contexts {
         };
         let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or_default();
         let model_config = files.json("config.json")?.unwrap_or_default();
-        let special = |name: &str| {
-            // A special token is a string, or an object with the string as `content`.
-            let token = tokenizer_config.get(format!("{name}_token"));
-            let token = token.and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
-            let by_name = token.and_then(|token| tokenizer.as_ref()?.token_to_id(token)).map(i64::from);
-            by_name.or_else(|| model_config.get(format!("{name}_token_id"))?.as_i64())
-        };
-        let (end_of_text, bos) = (special("eos"), special("bos"));
-        Ok(Contexts { text, tokenizer, cx, end_of_text, bos, carry: Vec::new(), rows: 0 })
+        // A special token is a string, or an object with the string as `content`.
+        let name = tokenizer_config.get("eos_token");
+        let name = name.and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
+        let by_name = name.and_then(|token| tokenizer.as_ref()?.token_to_id(token)).map(i64::from);
+        let end_of_text = by_name.or_else(|| model_config.get("eos_token_id")?.as_i64());
+        Ok(Contexts { text, tokenizer, cx, end_of_text, carry: Vec::new(), rows: 0 })
     }
 
     /// The next contexts, at most `count`; none at the end of the text.
@@ -162,21 +158,6 @@ impl Contexts {
             ids: Tensor::from_slice(&ids).view(size).to_device(device),
             mask: Tensor::from_slice(&mask).view(size).to_device(device),
         }
-    }
-
-    /// The positions [B, L] of a batch that are text but not its row's BOS token.
-    ///
-    /// The BOS token is the row's first text position if it has the tokenizer's BOS id, whatever the id and on whichever
-    /// side the padding is. Where the tokenizer has none, the first text position is left out all the same, as in the
-    /// reference: it is there that models put their attention sink. Separators further on in a row, which have the same
-    /// id in many models, stay.
-    pub fn without_bos(&self, tokens: &Tokens) -> Tensor {
-        let first = tokens.mask.cumsum(1, Kind::Int64).eq(1).logical_and(&tokens.mask);
-        let bos = match self.bos {
-            Some(bos) => first.logical_and(&tokens.ids.eq(bos)),
-            None => first,
-        };
-        tokens.mask.logical_and(&bos.logical_not())
     }
 
     /// Goes back to the beginning.

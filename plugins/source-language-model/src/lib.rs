@@ -6,8 +6,8 @@
 //!
 //! With `shuffle: false` there is no buffer: activations come in order, row by row.
 //!
-//! Where this differs from the reference: `remove_bos` removes the BOS token at the beginning of a row and not every
-//! token of that id, `max_activation_norm_multiple` takes the median over text positions and not over padding as well,
+//! Where this differs from the reference: `remove_bos` removes each context's first token and not every token of the
+//! BOS id, `max_activation_norm_multiple` takes the median over text positions and not over padding as well,
 //! and activations that do not fit into the buffer any more wait for the next filling instead of being dropped.
 
 mod buffer;
@@ -52,7 +52,8 @@ pub struct LanguageModelConfig {
     #[serde(default = "out_batch_size")]
     #[schemars(range(min = 1))]
     pub out_batch_size: u64,
-    /// Leave out the activation of the BOS token.
+    /// Leave out the activation at the first text position of each context: there stands the BOS token, if there is
+    /// one, and there models put their attention sink.
     #[serde(default)]
     pub remove_bos: bool,
     /// Let the tokenizer add its special tokens to each document.
@@ -124,16 +125,21 @@ register! {
 #[typetag::serde(name = NAME)]
 impl SourceConfig for LanguageModelConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
-        let text = self.text.build()?;
-        let (model, files) = open_model(&self.model.0, cx.device, cx.precision)?;
+        let text = self.text.build().under("text")?;
+        let (model, files) = open_model(&self.model.0, cx.device, cx.precision).under("model")?;
         let io = if self.io == IoChoice::In { Io::In } else { Io::Out };
-        let mut points = vec![model.hook_point(&self.submodule, io)?];
+        let mut points = vec![model.hook_point(&self.submodule, io).under("submodule")?];
         if self.io == IoChoice::InToOut {
-            points.insert(0, model.hook_point(&self.submodule, Io::In)?);
+            points.insert(0, model.hook_point(&self.submodule, Io::In).under("submodule")?);
         }
-        if let Some(most) = model.max_positions().filter(|most| self.ctx_len as i64 > *most) {
-            bail!(InputError::new(format!("`ctx_len` is {}, but the model takes at most {most} positions", self.ctx_len))
-                .help(format!("set `ctx_len` to {most} or less")));
+        let too_long = |most: &i64| !text.is_tokenized() && self.ctx_len as i64 > *most;
+        if let Some(most) = model.max_positions().filter(too_long) {
+            bail!(InputError::new(format!(
+                "`ctx_len` is {}, but the model takes at most {most} positions",
+                self.ctx_len
+            ))
+            .field("ctx_len")
+            .help(format!("set `ctx_len` to {most} or less")));
         }
         let capacity = self.n_ctxs * self.ctx_len;
         if self.shuffle && self.out_batch_size * 2 > capacity {
@@ -141,6 +147,7 @@ impl SourceConfig for LanguageModelConfig {
                 "a batch of {} activations is more than half of the buffer's {capacity}",
                 self.out_batch_size
             ))
+            .field("out_batch_size")
             .help("make `n_ctxs` larger or `out_batch_size` smaller"));
         }
         let contexts_cx = ContextsCx {
@@ -150,7 +157,7 @@ impl SourceConfig for LanguageModelConfig {
             vocab_size: model.vocab_size(),
             max_positions: model.max_positions(),
         };
-        let contexts = Contexts::new(text, &files, contexts_cx)?;
+        let contexts = Contexts::new(text, &files, contexts_cx).under("model")?;
         Ok(Box::new(LanguageModelSource {
             settings: serde_json::to_value(self)?,
             harvest: Harvest {
@@ -211,7 +218,7 @@ impl Harvest {
             let mut hooks = Hooks::read(&points, true);
             let _ = self.model.forward(&tokens, &mut hooks);
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).collect();
-            let mask = if self.remove_bos { self.contexts.without_bos(&tokens) } else { tokens.mask.shallow_clone() };
+            let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
             self.check_finite(&values, &mask, &rows)?;
             let mask = match self.max_norm {
                 None => mask,
@@ -287,9 +294,8 @@ impl LanguageModelSource {
         if parts.is_empty() {
             return Ok(None);
         }
-        let column = |index: usize| {
-            Tensor::cat(&parts.iter().map(|part| part[index].shallow_clone()).collect::<Vec<_>>(), 0)
-        };
+        let column =
+            |index: usize| Tensor::cat(&parts.iter().map(|part| part[index].shallow_clone()).collect::<Vec<_>>(), 0);
         Ok(Some(Self::batch((0..parts[0].len()).map(column).collect())))
     }
 

@@ -56,13 +56,15 @@ register! {
 #[typetag::serde(name = NAME)]
 impl SourceConfig for TensorFileConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
-        let inputs = Rows::open(self.path.as_path(), &self.tensor)?;
-        let targets = self.target_tensor.as_ref().map(|name| Rows::open(self.path.as_path(), name)).transpose()?;
+        let inputs = Rows::open(self.path.as_path(), &self.tensor).under("path")?;
+        let targets = self.target_tensor.as_ref().map(|name| Rows::open(self.path.as_path(), name)).transpose();
+        let targets = targets.under("target_tensor")?;
         if let Some(targets) = targets.as_ref().filter(|targets| targets.count != inputs.count) {
             bail!(InputError::new(format!(
                 "{}: tensor `{}` has {} rows, but `{}` has {}",
                 self.path, self.tensor, inputs.count, targets.name, targets.count
             ))
+            .field("target_tensor")
             .help("each row of the one is the target of the same row of the other"));
         }
         let batch_size = self.batch_size as usize;
@@ -71,6 +73,7 @@ impl SourceConfig for TensorFileConfig {
                 "{} has {} activations, fewer than one batch of {batch_size}",
                 self.path, inputs.count
             ))
+            .field("batch_size")
             .help("make `batch_size` smaller"));
         }
         let mut source = TensorFileSource {
@@ -109,9 +112,8 @@ impl Rows {
         let paths: Vec<PathBuf> = if path.exists() {
             vec![path.to_owned()]
         } else {
-            let found = glob::glob(&pattern).map_err(|error| {
-                InputError::new(format!("`{pattern}` is not a path and not a glob: {error}"))
-            })?;
+            let found = glob::glob(&pattern)
+                .map_err(|error| InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")))?;
             found.filter_map(Result::ok).collect()
         };
         if paths.is_empty() {
@@ -172,9 +174,7 @@ impl Rows {
 impl Part {
     fn open(path: &Path, name: &str) -> Result<Self> {
         let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-        let refused = |why: &dyn std::fmt::Display| {
-            InputError::new(format!("cannot read {}: {why}", path.display()))
-        };
+        let refused = |why: &dyn std::fmt::Display| InputError::new(format!("cannot read {}: {why}", path.display()));
         match extension {
             "safetensors" => Ok(Part::File(TensorFile::open(path)?)),
             "npy" => Ok(Part::Memory(Tensor::read_npy(path).map_err(|error| refused(&error))?)),

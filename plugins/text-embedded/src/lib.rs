@@ -32,19 +32,22 @@ register! {
 impl TextConfig for EmbeddedConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let texts: Vec<&EmbeddedText> = inventory::iter::<EmbeddedText>.into_iter().collect();
-        let refused = |what: &str, found: &str, mut known: Vec<&'static str>| {
+        let refused = |what: &str, field: &str, found: &str, mut known: Vec<&'static str>| {
             known.sort_unstable();
             known.dedup();
             let near = nearest(found, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
-            InputError::new(format!("there is no bundled {what} `{found}`"))
-                .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", ")))
+            InputError::new(format!("there is no bundled {what} `{found}`")).field(field).help(format!(
+                "{}known: {}",
+                near.unwrap_or_default(),
+                known.join(", ")
+            ))
         };
         if !texts.iter().any(|text| text.name == self.name) {
-            bail!(refused("text", &self.name, texts.iter().map(|text| text.name).collect()));
+            bail!(refused("text", "name", &self.name, texts.iter().map(|text| text.name).collect()));
         }
         let splits: Vec<_> = texts.into_iter().filter(|text| text.name == self.name).collect();
         let Some(text) = splits.iter().find(|text| text.split == self.split) else {
-            bail!(refused("split", &self.split, splits.iter().map(|text| text.split).collect()));
+            bail!(refused("split", "split", &self.split, splits.iter().map(|text| text.split).collect()));
         };
         Ok(Box::new(Embedded { text, position: 0, rest: text.text }))
     }

@@ -59,8 +59,16 @@ register! {
 #[typetag::serde(name = NAME)]
 impl TextConfig for TextFilesConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
-        let files = files(self.path.as_path())?;
-        Ok(Box::new(TextFiles { config: self.clone(), files, next: 0, open: None, position: 0, skipped: 0, first: None }))
+        let files = files(self.path.as_path()).under("path")?;
+        Ok(Box::new(TextFiles {
+            config: self.clone(),
+            files,
+            next: 0,
+            open: None,
+            position: 0,
+            skipped: 0,
+            first: None,
+        }))
     }
 }
 
@@ -81,7 +89,8 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let pattern = if path.is_dir() { format!("{pattern}/**/*") } else { pattern.into_owned() };
     let found = glob::glob(&pattern)
         .map_err(|error| InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")))?;
-    let mut found: Vec<PathBuf> = found.filter_map(Result::ok).filter(|path| path.is_file()).filter(supported).collect();
+    let mut found: Vec<PathBuf> =
+        found.filter_map(Result::ok).filter(|path| path.is_file()).filter(supported).collect();
     found.sort();
     if found.is_empty() {
         let error = InputError::new(format!("there is no text at {}", path.display()));
@@ -240,7 +249,12 @@ impl TextStream for TextFiles {
 mod tests {
     use super::*;
 
-    fn stream(file: &str, content: &[u8], documents: Documents, strict: bool) -> (tempfile::TempDir, Box<dyn TextStream>) {
+    fn stream(
+        file: &str,
+        content: &[u8],
+        documents: Documents,
+        strict: bool,
+    ) -> (tempfile::TempDir, Box<dyn TextStream>) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(file);
         std::fs::write(&path, content).unwrap();

@@ -1,6 +1,8 @@
 //! Token ids from a .safetensors file, instead of text: `input_ids` [B, L] and, if there is padding, `attention_mask`
 //! [B, L]. Each row is a context as it stands.
 
+use std::path::Path;
+
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
 
@@ -24,28 +26,32 @@ register! {
 #[typetag::serde(name = NAME)]
 impl TextConfig for TokenFileConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
-        let path = self.path.as_path();
-        if !path.exists() {
-            bail!(InputError::new(format!("there is no file {}", path.display()))
-                .help("`path` is relative to the config's folder"));
-        }
-        let file = TensorFile::open(path)?;
-        let refused = |message: String| InputError::new(format!("{}: {message}", path.display()));
-        let ids = file.tensor("input_ids")?;
-        let integers = matches!(ids.kind(), Kind::Int64 | Kind::Int | Kind::Int16 | Kind::Uint8);
-        if ids.dim() != 2 || !integers {
-            bail!(refused(format!("`input_ids` has shape {:?} and type {:?}", ids.size(), ids.kind()))
-                .help("it must be integers [rows, positions]"));
-        }
-        let mask = match file.has("attention_mask") {
-            true => file.tensor("attention_mask")?.not_equal(0),
-            false => ids.ones_like().to_kind(Kind::Bool),
-        };
-        if mask.size() != ids.size() {
-            bail!(refused(format!("`attention_mask` has shape {:?}, `input_ids` {:?}", mask.size(), ids.size())));
-        }
-        Ok(Box::new(TokenFile { ids: ids.to_kind(Kind::Int64), mask, row: 0 }))
+        let (ids, mask) = read(self.path.as_path()).under("path")?;
+        Ok(Box::new(TokenFile { ids, mask, row: 0 }))
     }
+}
+
+fn read(path: &Path) -> Result<(Tensor, Tensor)> {
+    if !path.exists() {
+        bail!(InputError::new(format!("there is no file {}", path.display()))
+            .help("`path` is relative to the config's folder"));
+    }
+    let file = TensorFile::open(path)?;
+    let refused = |message: String| InputError::new(format!("{}: {message}", path.display()));
+    let ids = file.tensor("input_ids")?;
+    let integers = matches!(ids.kind(), Kind::Int64 | Kind::Int | Kind::Int16 | Kind::Uint8);
+    if ids.dim() != 2 || !integers {
+        bail!(refused(format!("`input_ids` has shape {:?} and type {:?}", ids.size(), ids.kind()))
+            .help("it must be integers [rows, positions]"));
+    }
+    let mask = match file.has("attention_mask") {
+        true => file.tensor("attention_mask")?.not_equal(0),
+        false => ids.ones_like().to_kind(Kind::Bool),
+    };
+    if mask.size() != ids.size() {
+        bail!(refused(format!("`attention_mask` has shape {:?}, `input_ids` {:?}", mask.size(), ids.size())));
+    }
+    Ok((ids.to_kind(Kind::Int64), mask))
 }
 
 struct TokenFile {
@@ -63,6 +69,10 @@ impl TextStream for TokenFile {
         let mask = Vec::<bool>::try_from(self.mask.get(self.row))?;
         self.row += 1;
         Ok(Some(Record::Tokens { ids, mask }))
+    }
+
+    fn is_tokenized(&self) -> bool {
+        true
     }
 
     fn position(&self) -> u64 {

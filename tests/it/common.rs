@@ -1,0 +1,137 @@
+//! Running the program, and what it runs on.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A path below `tests/fixtures`.
+pub fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
+}
+
+/// A folder of a test's own, with the program ready to run in it.
+pub struct Desk {
+    pub dir: TempDir,
+}
+
+impl Desk {
+    pub fn new() -> Self {
+        Desk { dir: TempDir::new().unwrap() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        let path = self.path(name);
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+
+    pub fn json(&self, name: &str) -> Value {
+        serde_json::from_str(&self.read(name)).unwrap()
+    }
+
+    /// The rows of a run's log.
+    pub fn log(&self, name: &str) -> Vec<Value> {
+        self.read(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The program, to be started in this folder.
+    pub fn program(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dictlearn"));
+        command.current_dir(self.dir.path());
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("DICTLEARN_") {
+                command.env_remove(name);
+            }
+        }
+        command
+    }
+
+    /// Runs the program to its end.
+    pub fn run(&self, args: &[&str]) -> Run {
+        Run::of(self.program().args(args).output().unwrap())
+    }
+
+    /// Runs the program, which must succeed; its standard output.
+    pub fn ok(&self, args: &[&str]) -> String {
+        let run = self.run(args);
+        assert_eq!(run.code, 0, "dictlearn {}\n{}\n{}", args.join(" "), run.stdout, run.stderr);
+        run.stdout
+    }
+
+    /// Runs the program, which must refuse its input; what it says.
+    pub fn refused(&self, args: &[&str]) -> String {
+        let run = self.run(args);
+        assert_eq!(run.code, 2, "dictlearn {}\n{}\n{}", args.join(" "), run.stdout, run.stderr);
+        assert_eq!(run.stdout, "", "results are printed of a command that failed");
+        run.stderr
+    }
+
+    /// Every file below the folder, by its path from there.
+    pub fn files(&self) -> Vec<String> {
+        fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
+            for entry in fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    walk(&path, found);
+                } else {
+                    found.push(path);
+                }
+            }
+        }
+        let mut found = Vec::new();
+        walk(self.dir.path(), &mut found);
+        let mut names: Vec<String> =
+            found.iter().map(|path| path.strip_prefix(self.dir.path()).unwrap().display().to_string()).collect();
+        names.sort();
+        names
+    }
+
+    /// An SAE's folder as a run leaves it, of the reference's results.
+    pub fn golden_sae(&self, case: &str) -> PathBuf {
+        let dir = self.path(case);
+        fs::create_dir_all(&dir).unwrap();
+        let from = fixture("trainers").join(case);
+        fs::copy(from.join("final.safetensors"), dir.join("ae.safetensors")).unwrap();
+        fs::copy(from.join("config.json"), dir.join("config.json")).unwrap();
+        dir
+    }
+}
+
+/// A run of the program that has ended.
+pub struct Run {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Run {
+    pub fn of(output: Output) -> Self {
+        Run {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+/// A config that trains on the fixtures' activations [5120, 32].
+pub fn tensor_file_config(steps: u64, more: &str) -> String {
+    format!(
+        "steps: {steps}\noutput_dir: run\nprecision: float32\nlog_every: 1\n\
+         source: {{type: tensor_file, path: {:?}, batch_size: 64, shuffle: false}}\n{more}",
+        fixture("trainers/batches.safetensors")
+    )
+}

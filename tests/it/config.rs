@@ -1,0 +1,295 @@
+//! Configs: what is said of wrong ones, and how layers merge.
+
+use serde_yaml::Value;
+
+use crate::common::{fixture, Desk};
+
+/// What stands around the wrong part of a config.
+const SOURCE: &str = "source: {type: tensor_file, path: batches.safetensors, batch_size: 64}\n";
+const SAES: &str = "saes:\n- trainer: {type: top_k, warmup_steps: 5}\n  dictionary: {k: 4, dict_size: 64}\n";
+
+fn desk() -> Desk {
+    let desk = Desk::new();
+    std::fs::copy(fixture("trainers/batches.safetensors"), desk.path("batches.safetensors")).unwrap();
+    desk
+}
+
+/// What a config is refused with, without the test's own folder.
+fn refusal(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)]) -> String {
+    desk.write("mine.yaml", config);
+    let before = desk.files();
+    let mut command = desk.program();
+    command.args(["train", "mine.yaml"]).args(args).envs(variables.iter().copied());
+    let run = crate::common::Run::of(command.output().unwrap());
+    assert_eq!(run.code, 2, "{config}\n{}{}", run.stdout, run.stderr);
+    assert_eq!(desk.files(), before, "something stays behind");
+    let dir = std::fs::canonicalize(desk.dir.path()).unwrap();
+    run.stderr.replace(&dir.display().to_string(), "DIR").replace(&desk.dir.path().display().to_string(), "DIR")
+}
+
+/// Every way of getting a config wrong that we could think of, with what the program says.
+#[test]
+fn wrong_configs() {
+    let desk = desk();
+    let fixtures = fixture("models/gpt_neox");
+    let model = format!("{:?}", fixtures.display().to_string());
+    let tokens = format!("{:?}", fixtures.join("io.safetensors").display().to_string());
+    let lm = |keys: &str| {
+        format!(
+            "source:\n  type: language_model\n  model: {model}\n  submodule: gpt_neox.layers.1\n  \
+             text: {{type: token_file, path: {tokens}}}\n  out_batch_size: 16\n{keys}{SAES}"
+        )
+    };
+    let lm_with = |old: &str, new: &str| lm("").replace(old, new);
+    desk.write("not-yaml.yaml", "a: [1, 2\n");
+    desk.write("a.txt", "some text");
+    desk.write("cut.safetensors", "\u{8}\0\0\0\0\0\0\0{");
+    desk.write("bad-model/config.json", "{\"model_type\": \"gpt_nexo\"}");
+    desk.write("no-type/config.json", "{}");
+
+    let none: &[&str] = &[];
+    let mut cases: Vec<(&str, String, &[&str], Vec<(&str, &str)>)> = Vec::new();
+    let mut case = |what, yaml: String| cases.push((what, yaml, none, vec![]));
+    case("an unknown trainer", format!("{SOURCE}saes:\n- trainer:\n    type: topk\n"));
+    case("an unknown trainer in a flow map", format!("{SOURCE}saes:\n- {{trainer: {{type: p-standard}}}}\n"));
+    case("an unknown dictionary", format!("{SOURCE}saes:\n- trainer: {{type: top_k}}\n  dictionary: {{type: topk}}\n"));
+    case("an unknown source", format!("source: {{type: tensorfile, path: x}}\n{SAES}"));
+    case("an unknown text", lm_with("type: token_file", "type: tokenfile"));
+    case(
+        "an unknown metric in a list",
+        format!("{SOURCE}{SAES}metrics:\n- {{type: reconstruction}}\n- {{type: los_recovered}}\n"),
+    );
+    case("an unknown logger", format!("{SOURCE}{SAES}loggers: [{{type: json}}]\n"));
+    case("an unknown modifier", format!("{SOURCE}{SAES}  modifiers: [{{type: ghosts}}]\n"));
+    case("an unknown top-level key", format!("{SOURCE}{SAES}setps: 100\n"));
+    case(
+        "an unknown field of a trainer",
+        format!("{SOURCE}saes:\n- trainer:\n    type: standard\n    l1_penalti: 0.1\n"),
+    );
+    case("a field of the dictionary on the trainer", format!("{SOURCE}saes:\n- trainer: {{type: top_k, k: 8}}\n"));
+    case("a field of the trainer on the SAE", format!("{SOURCE}saes:\n- trainer: {{type: standard}}\n  lr: 1e-3\n"));
+    case("dict_class", format!("{SOURCE}saes:\n- trainer: {{type: top_k, dict_class: AutoEncoderTopK}}\n"));
+    case("text for a number", format!("{SOURCE}saes:\n- trainer: {{type: standard, lr: fast}}\n"));
+    case("text for a whole number", format!("{SOURCE}{SAES}steps: many\n"));
+    case("a fraction for a whole number", format!("{SOURCE}{SAES}steps: 10.5\n"));
+    case("a negative count", format!("{SOURCE}{SAES}log_every: -1\n"));
+    case("zero steps", format!("{SOURCE}{SAES}steps: 0\n"));
+    case("a number for true or false", format!("{SOURCE}{SAES}normalize_activations: 2\n"));
+    case("a negative learning rate", format!("{SOURCE}saes:\n- trainer: {{type: standard, lr: -1e-3}}\n"));
+    case("a map for a list", format!("{SOURCE}saes: {{trainer: {{type: top_k}}}}\n"));
+    case("a list for a map", format!("source: [tensor_file]\n{SAES}"));
+    case("a name for a component", format!("source: tensor_file\n{SAES}"));
+    case("no source", SAES.to_owned());
+    case("no type", format!("source: {{path: batches.safetensors}}\n{SAES}"));
+    case("no path", format!("source: {{type: tensor_file}}\n{SAES}"));
+    case("no trainer", format!("{SOURCE}saes:\n- name: a\n"));
+    case("no SAE", SOURCE.to_owned());
+    case("an unknown device", format!("{SOURCE}{SAES}device: gpu\n"));
+    case("a device that is not there", format!("{SOURCE}{SAES}device: cuda:7\n"));
+    case("an unknown precision", format!("{SOURCE}{SAES}precision: float16\n"));
+    case(
+        "two SAEs of one name",
+        format!("{SOURCE}{SAES}- trainer: {{type: top_k}}\n  dictionary: {{k: 4, dict_size: 64}}\n"),
+    );
+    case("a name that leaves the folder", format!("{SOURCE}saes:\n- name: ../a\n  trainer: {{type: standard}}\n"));
+    case(
+        "k above dict_size",
+        format!("{SOURCE}saes:\n- trainer: {{type: top_k}}\n  dictionary: {{k: 65, dict_size: 64}}\n"),
+    );
+    case(
+        "dict_size and expansion_factor",
+        format!(
+            "{SOURCE}saes:\n- trainer: {{type: top_k}}\n  dictionary: {{k: 4, dict_size: 64, expansion_factor: 2}}\n"
+        ),
+    );
+    case("a warm-up that never ends", format!("{SOURCE}{SAES}steps: 4\n"));
+    case("a sweep that is not a list", format!("{SOURCE}{SAES}  sweep: {{trainer.lr: 1e-3}}\n"));
+    case("a sweep over an unknown key", format!("{SOURCE}{SAES}  sweep: {{trainer.lrr: [1e-3, 1e-4]}}\n"));
+    case("a wrong value in a sweep", format!("{SOURCE}{SAES}  sweep: {{trainer.lr: [1e-3, slow]}}\n"));
+    case("not YAML", "source: {type: tensor_file\nsteps: 3\n".to_owned());
+    case("a tab", "source:\n\ttype: tensor_file\n".to_owned());
+    case("the same key twice", format!("{SOURCE}{SAES}steps: 3\nsteps: 4\n"));
+    case("an empty file", String::new());
+    case("a list", "- a\n- b\n".to_owned());
+    case("an include that is not there", format!("include: bse.yaml\n{SOURCE}{SAES}"));
+    case("an include that is not YAML", format!("include: not-yaml.yaml\n{SOURCE}{SAES}"));
+    case("an include of itself", format!("include: mine.yaml\n{SOURCE}{SAES}"));
+    case("no such tensor file", format!("source: {{type: tensor_file, path: batchs.safetensors}}\n{SAES}"));
+    case("a tensor file of another type", format!("source: {{type: tensor_file, path: a.txt}}\n{SAES}"));
+    case("a truncated tensor file", format!("source: {{type: tensor_file, path: cut.safetensors}}\n{SAES}"));
+    case("no such tensor", format!("source: {{type: tensor_file, path: batches.safetensors, tensor: x}}\n{SAES}"));
+    case(
+        "a batch larger than the file",
+        format!("source: {{type: tensor_file, path: batches.safetensors, batch_size: 10_000}}\n{SAES}"),
+    );
+    case("no such initial weights", format!("{SOURCE}{SAES}  init_from: nowhere\n"));
+    case("initial weights of another file", format!("{SOURCE}{SAES}  init_from: batches.safetensors\n"));
+    case("a metric that needs a language model", format!("{SOURCE}{SAES}metrics: [{{type: loss_recovered}}]\n"));
+    case("no such model", lm_with(&model, "nowhere/"));
+    case("no such bundled model", lm_with(&model, "embedded:austin"));
+    case("a model of another family", lm_with(&model, "bad-model/"));
+    case("a model without a family", lm_with(&model, "no-type/"));
+    case("no such submodule", lm_with("gpt_neox.layers.1", "gpt_neox.layers.1.mpl"));
+    case("a layer too many", lm_with("gpt_neox.layers.1", "gpt_neox.layers.3"));
+    case("a TransformerLens name of another model", lm_with("gpt_neox.layers.1", "blocks.9.hook_resid_post"));
+    case("an unknown io", lm("  io: inout\n"));
+    case("a batch larger than half of the buffer", lm("  n_ctxs: 1\n  ctx_len: 16\n"));
+    case("text without a tokenizer", lm_with("type: token_file, path:", "type: text_files, path: a.txt} #"));
+    case(
+        "a context too long",
+        lm_with(&format!("{{type: token_file, path: {tokens}}}"), "{type: text_files, path: a.txt}\n  ctx_len: 100"),
+    );
+    let plain = format!("{SOURCE}{SAES}");
+    cases.push(("--set: an unknown field", plain.clone(), &["--set", "saes[0].trainer.lrr=1e-3"], vec![]));
+    cases.push(("--set: a wrong type", plain.clone(), &["--set", "steps=soon"], vec![]));
+    cases.push(("--set: an unknown type", plain.clone(), &["--set", "saes.0.trainer.type=topk"], vec![]));
+    cases.push(("--set: no such item", plain.clone(), &["--set", "saes[3].trainer.lr=1"], vec![]));
+    cases.push(("--set: no value", plain.clone(), &["--set", "steps"], vec![]));
+    cases.push(("--set: not YAML", plain.clone(), &["--set", "steps=[1"], vec![]));
+    cases.push(("a variable: a wrong type", plain.clone(), none, vec![("DICTLEARN_STEPS", "soon")]));
+    cases.push(("a variable: an unknown key", plain.clone(), none, vec![("DICTLEARN_SETPS", "3")]));
+    cases.push(("a variable: a nested field", plain.clone(), none, vec![("DICTLEARN_SOURCE__BATCH_SIZE", "-3")]));
+    cases.push((
+        "an unknown profile",
+        format!("{plain}profiles: {{quick: {{steps: 10}}}}\n"),
+        &["--profile", "quik"],
+        vec![],
+    ));
+    cases.push(("no profiles", plain.clone(), &["--profile", "quick"], vec![]));
+    let profile = format!("{plain}profiles:\n  quick:\n    log_evry: 1\n");
+    cases.push(("an unknown key in a profile", profile, &["--profile", "quick"], vec![]));
+
+    let mut all = String::new();
+    for (what, yaml, args, variables) in &cases {
+        let shown = refusal(&desk, yaml, args, variables).replace(&fixtures.display().to_string(), "MODEL");
+        all += &format!("# {what}\n{shown}\n");
+    }
+    insta::assert_snapshot!(all);
+}
+
+/// What `--dry-run` prints, as YAML.
+fn merged(desk: &Desk, args: &[&str], variables: &[(&str, &str)]) -> Value {
+    let mut command = desk.program();
+    command.args(["train", "mine.yaml", "--dry-run"]).args(args).envs(variables.iter().copied());
+    let run = crate::common::Run::of(command.output().unwrap());
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    serde_yaml::from_str(&run.stdout).unwrap()
+}
+
+#[test]
+fn later_layers_win() {
+    let desk = desk();
+    let layer = |names: &str| names.chars().map(|name| format!("seed_{name}: 1\n")).collect::<String>();
+    let _ = layer;
+    // Each layer changes what all above it change as well; the last to change a key must win.
+    let keys = ["seed", "steps", "log_every", "save_every", "checkpoint_every", "stop_after"];
+    let says = |value: u64, keys: &[&str]| keys.iter().map(|key| format!("{key}: {value}\n")).collect::<String>();
+    desk.write("base.yaml", &says(11, &keys[1..]));
+    let own = says(12, &keys[2..]);
+    let profile: String = says(13, &keys[3..]).lines().map(|line| format!("    {line}\n")).collect();
+    desk.write("mine.yaml", &format!("include: base.yaml\n{own}{SOURCE}{SAES}profiles:\n  quick:\n{profile}"));
+    let args = ["--profile", "quick", "--set", "stop_after=15"];
+    let merged = merged(&desk, &args, &[("DICTLEARN_CHECKPOINT_EVERY", "14"), ("DICTLEARN_STOP_AFTER", "14")]);
+    let found: Vec<u64> = keys.iter().map(|key| merged[*key].as_u64().unwrap()).collect();
+    assert_eq!(found, [42, 11, 12, 13, 14, 15]);
+}
+
+#[test]
+fn values_of_every_spelling() {
+    let desk = desk();
+    desk.write(
+        "mine.yaml",
+        &format!(
+            "steps: 1e4\nstop_after: null\nlog_every: 10_000\nsave_every: 2e+3\ncheckpoint_every: 0x10\n{SOURCE}saes:\n\
+             - trainer: {{type: standard, lr: 1, l1_penalty: 5e-2, sparsity_warmup_steps: null, warmup_steps: 1_0}}\n"
+        ),
+    );
+    let merged = merged(&desk, &["--set", "saes[0].trainer.decay_start=9_000"], &[]);
+    assert_eq!(merged["steps"], Value::from(10_000));
+    assert_eq!(merged["log_every"], Value::from(10_000));
+    assert_eq!(merged["save_every"], Value::from(2000));
+    assert_eq!(merged["checkpoint_every"], Value::from(16));
+    assert_eq!(merged["stop_after"], Value::Null);
+    let trainer = &merged["saes"][0]["trainer"];
+    assert_eq!(trainer["lr"].as_f64(), Some(1.0));
+    assert_eq!(trainer["l1_penalty"].as_f64(), Some(0.05));
+    assert_eq!(trainer["sparsity_warmup_steps"], Value::Null);
+    assert_eq!(trainer["warmup_steps"], Value::from(10));
+    assert_eq!(trainer["decay_start"], Value::from(9000));
+}
+
+#[test]
+fn a_later_type_replaces_the_component() {
+    let desk = desk();
+    let source = "source: {type: language_model, model: nowhere, submodule: a, text: {type: embedded, name: austen}}\n";
+    desk.write("base.yaml", &format!("{source}saes:\n- trainer: {{type: standard, l1_penalty: 0.3}}\n"));
+    desk.write("mine.yaml", &format!("include: base.yaml\n{SOURCE}"));
+    // Nothing of the other source or trainer is left to be refused.
+    let merged = merged(&desk, &["--set", "saes[0].trainer.type=top_k", "--set", "saes[0].dictionary.k=4"], &[]);
+    assert_eq!(merged["source"]["type"], Value::from("tensor_file"));
+    assert_eq!(merged["saes"][0]["trainer"]["type"], Value::from("top_k"));
+    assert_eq!(merged["saes"][0]["dictionary"]["type"], Value::from("top_k"));
+}
+
+#[test]
+fn a_sweep_is_the_cartesian_product() {
+    let desk = desk();
+    desk.write("mine.yaml", &format!("{SOURCE}{SAES}  sweep: {{trainer.lr: [1e-4, 3e-4], dictionary.k: [2, 4]}}\n"));
+    let merged = merged(&desk, &[], &[]);
+    let mut found: Vec<_> = merged["saes"]
+        .as_sequence()
+        .unwrap()
+        .iter()
+        .map(|sae| {
+            let name = sae["name"].as_str().unwrap().to_owned();
+            (name, sae["trainer"]["lr"].as_f64().unwrap(), sae["dictionary"]["k"].as_u64().unwrap())
+        })
+        .collect();
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut names: Vec<&str> = found.iter().map(|sae| sae.0.as_str()).collect();
+    names.dedup();
+    assert_eq!(names.len(), 4);
+    for (name, lr, k) in &found {
+        assert!(
+            name.starts_with("top_k-") && name.contains(&format!("lr={lr}")) && name.contains(&format!("k={k}")),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn paths_are_relative_to_the_file_that_says_them() {
+    let desk = desk();
+    std::fs::create_dir_all(desk.path("data")).unwrap();
+    std::fs::rename(desk.path("batches.safetensors"), desk.path("data/batches.safetensors")).unwrap();
+    desk.write("data/base.yaml", SOURCE);
+    desk.write("mine.yaml", &format!("include: data/base.yaml\noutput_dir: runs/a\n{SAES}"));
+    let merged = merged(&desk, &[], &[]);
+    let dir = desk.dir.path();
+    let absolute = |path: &str| Value::from(dir.join(path).display().to_string());
+    assert_eq!(merged["source"]["path"], absolute("data/batches.safetensors"));
+    assert_eq!(merged["output_dir"], absolute("runs/a"));
+}
+
+#[test]
+fn the_merged_config_trains_the_same_run() {
+    let desk = desk();
+    desk.write("mine.yaml", &format!("steps: 8\noutput_dir: one\n{SOURCE}{SAES}"));
+    desk.ok(&["train", "mine.yaml", "--set", "seed=7"]);
+    desk.ok(&["train", "one/config.yaml", "--output-dir", "two"]);
+    let weights = |run: &str| std::fs::read(desk.path(&format!("{run}/top_k/ae.safetensors"))).unwrap();
+    assert_eq!(weights("one"), weights("two"));
+    let settings = |run: &str| desk.read(&format!("{run}/config.yaml")).replace(&format!("/{run}\n"), "/RUN\n");
+    assert_eq!(settings("one"), settings("two"));
+}
+
+#[test]
+fn a_dry_run_writes_nothing() {
+    let desk = desk();
+    desk.write("mine.yaml", &format!("steps: 8\noutput_dir: one\n{SOURCE}{SAES}"));
+    let before = desk.files();
+    let said = desk.ok(&["train", "mine.yaml", "--dry-run"]);
+    assert_eq!(desk.files(), before);
+    // Defaults are spelled out, and shapes and memory are told.
+    assert!(said.contains("auxk_alpha: 0.03125") && said.contains("encoder.weight [64, 32]"), "{said}");
+}

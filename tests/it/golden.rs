@@ -1,0 +1,164 @@
+//! Equal to the reference's own results, through the program.
+
+use std::collections::BTreeMap;
+
+use dictlearn_core::tensors::TensorFile;
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use crate::common::{fixture, tensor_file_config, Desk};
+
+fn tensors(path: &std::path::Path) -> BTreeMap<String, Tensor> {
+    TensorFile::open(path).unwrap().tensors().unwrap()
+}
+
+/// Trains as a golden run did and compares what is saved, tensor by tensor, and what was logged.
+fn golden_run(case: &str, dictionary: &str) {
+    let desk = Desk::new();
+    let dir = fixture("trainers").join(case);
+    let read = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
+    let settings = read("case.json");
+
+    // The constructor's arguments are our trainer's fields, but for those that belong elsewhere.
+    let elsewhere = ["steps", "activation_dim", "dict_size", "layer", "lm_name", "device", "seed", "k"];
+    let fields = ["args", "overrides"].into_iter().flat_map(|part| settings[part].as_object().unwrap());
+    let trainer: String = fields
+        .filter(|(name, _)| !elsewhere.contains(&name.as_str()))
+        .map(|(name, value)| format!(", {name}: {value}"))
+        .collect();
+    let args = &settings["args"];
+    let k = args.get("k").map_or(String::new(), |k| format!(", k: {k}"));
+    let method = case.trim_end_matches("_anneal");
+    desk.write(
+        "config.yaml",
+        &tensor_file_config(
+            args["steps"].as_u64().unwrap(),
+            &format!(
+                "seed: {}\ncheckpoint_every: null\nsaes:\n- name: sae\n  init_from: {:?}\n  \
+                 dictionary: {{type: {dictionary}, dict_size: {}{k}}}\n  trainer: {{type: {method}{trainer}}}\n\
+                 loggers: [{{type: jsonl}}]\n",
+                args["seed"],
+                dir.join("init.safetensors"),
+                args["dict_size"],
+            ),
+        ),
+    );
+    desk.ok(&["train", "config.yaml"]);
+
+    let tolerance = settings["tolerance"].as_f64().unwrap();
+    let (own, theirs) = (tensors(&desk.path("run/sae/ae.safetensors")), tensors(&dir.join("final.safetensors")));
+    assert_eq!(own.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>());
+    for (name, theirs) in &theirs {
+        let own = &own[name];
+        assert_eq!((own.size(), own.kind()), (theirs.size(), theirs.kind()), "{case}: {name}");
+        let (own, theirs) = (own.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
+        let difference = (own - &theirs).norm().double_value(&[]) / theirs.norm().double_value(&[]).max(1e-12);
+        assert!(difference < tolerance, "{case}: {name} differs by {difference:e}");
+    }
+
+    let (log, reference) = (desk.log("run/metrics.jsonl"), read("log.json"));
+    let reference = reference.as_array().unwrap();
+    assert_eq!(log.len(), reference.len());
+    for (step, (own, theirs)) in log.iter().zip(reference).enumerate() {
+        assert_eq!(own["step"], theirs["step"]);
+        for name in ["effective_k", "dead_features", "pre_norm_auxk_loss"] {
+            let Some(theirs) = theirs.get(name).and_then(Value::as_f64) else { continue };
+            let own = own[name].as_f64().unwrap_or_else(|| panic!("{case}: step {step} logs no {name}"));
+            assert!(
+                (own - theirs).abs() <= 1e-3 * theirs.abs().max(1.0),
+                "{case}: step {step}: {name}: {own} {theirs}"
+            );
+        }
+    }
+
+    let (own, theirs) = (desk.json("run/sae/config.json"), read("config.json"));
+    for (name, value) in theirs["trainer"].as_object().unwrap() {
+        if !["layer", "lm_name", "wandb_name"].contains(&name.as_str()) {
+            let own = &own["trainer"][name];
+            let same = match (own.as_f64(), value.as_f64()) {
+                (Some(own), Some(theirs)) => own == theirs,
+                _ => own == value,
+            };
+            assert!(same, "{case}: config.json: {name}: {own}, the reference has {value}");
+        }
+    }
+}
+
+#[test]
+fn standard() {
+    golden_run("standard", "auto_encoder");
+}
+
+#[test]
+fn top_k() {
+    golden_run("top_k", "top_k");
+}
+
+#[test]
+fn top_k_annealed() {
+    golden_run("top_k_anneal", "top_k");
+}
+
+fn close(own: &Value, theirs: &Value, what: &str) {
+    for (name, theirs) in theirs.as_object().unwrap() {
+        if ["batch_size", "n_batches"].contains(&name.as_str()) {
+            continue;
+        }
+        let (own, theirs) = (own[name].as_f64().unwrap_or(f64::NAN), theirs.as_f64().unwrap());
+        assert!((own - theirs).abs() <= 1e-4 * theirs.abs(), "{what}: {name}: {own}, the reference has {theirs}");
+    }
+}
+
+fn reference_eval(part: &str) -> serde_json::Map<String, Value> {
+    let all: Value = serde_json::from_slice(&std::fs::read(fixture("eval.json")).unwrap()).unwrap();
+    all[part].as_object().unwrap().clone()
+}
+
+#[test]
+fn evaluation_of_activations() {
+    let desk = Desk::new();
+    for case in ["standard", "top_k"] {
+        let expected = &reference_eval("activations")[case];
+        desk.golden_sae(case);
+        desk.write(
+            "eval.yaml",
+            &format!(
+                "source: {{type: tensor_file, path: {:?}, batch_size: {}, shuffle: false}}\nprecision: float32\n\
+                 metrics: [{{type: reconstruction, n_batches: {}}}]\n",
+                fixture("trainers/batches.safetensors"),
+                expected["batch_size"],
+                expected["n_batches"]
+            ),
+        );
+        let own = desk.ok(&["eval", case, "--config", "eval.yaml", "--json"]);
+        close(&serde_json::from_str(&own).unwrap(), expected, case);
+    }
+}
+
+#[test]
+fn evaluation_in_a_language_model() {
+    let desk = Desk::new();
+    let mut checked = 0;
+    for (case, expected) in reference_eval("loss_recovered") {
+        let parts: Vec<&str> = case.split(':').collect();
+        let [model, submodule, io, sae] = parts[..] else { panic!("{case}") };
+        if model != "gpt_neox" {
+            continue;
+        }
+        desk.golden_sae(sae);
+        let folder = fixture("models").join(model);
+        desk.write(
+            "eval.yaml",
+            &format!(
+                "source:\n  type: language_model\n  model: {folder:?}\n  submodule: {submodule}\n  io: {io}\n  \
+                 text: {{type: token_file, path: {:?}}}\nprecision: float32\n\
+                 metrics: [{{type: loss_recovered, n_batches: 1, batch_size: 3}}]\n",
+                folder.join("io.safetensors")
+            ),
+        );
+        let own = desk.ok(&["eval", sae, "--config", "eval.yaml", "--json"]);
+        close(&serde_json::from_str(&own).unwrap(), &expected, &case);
+        checked += 1;
+    }
+    assert_eq!(checked, 8);
+}

@@ -1,0 +1,9 @@
+//! What crosses crates: the program as a process, parity with the reference, the contract that every plugin keeps.
+
+mod common;
+
+mod cli;
+mod config;
+mod contract;
+mod golden;
+mod language_model;
