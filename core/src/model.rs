@@ -283,7 +283,11 @@ impl dyn LanguageModel + '_ {
         if let Some(module) = modules.iter().find(|visit| visit.module == point.module) {
             return Ok((point.clone(), if point.io == Io::In { module.input } else { module.output }));
         }
-        let known: Vec<&str> = modules.iter().map(|visit| visit.module.as_str()).collect();
+        let modules: Vec<String> = modules.into_iter().map(|visit| visit.module).collect();
+        // Who writes TransformerLens's names is offered those.
+        let hooks = self.names().transformer_lens_names(self.n_layers());
+        let theirs = ["blocks.", "hook_", "ln_final."].iter().any(|start| name.starts_with(start));
+        let known: Vec<&str> = (if theirs { &hooks } else { &modules }).iter().map(String::as_str).collect();
         let mut near: Vec<&str> = known.clone();
         near.sort_by(|a, b| strsim::jaro_winkler(b, name).total_cmp(&strsim::jaro_winkler(a, name)));
         near.truncate(5);

@@ -1,1 +1,320 @@
-//!
+//! The program as a process: what it writes, prints and returns.
+
+use std::fs;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use dictlearn_core::tensors::{self, TensorFile};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{fixture, tensor_file_config, Desk, Run};
+
+const TWO_SAES: &str = "saes:\n- trainer: {type: standard, warmup_steps: 2, sparsity_warmup_steps: 4}\n  \
+                        dictionary: {dict_size: 64}\n- trainer: {type: top_k, warmup_steps: 2}\n  \
+                        dictionary: {k: 4, dict_size: 64}\nmetrics: [{type: reconstruction, n_batches: 2}]\n\
+                        loggers: [{type: jsonl}]\n";
+
+#[test]
+fn a_run_leaves_what_is_promised() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(20, &format!("save_every: 10\ncheckpoint_every: 8\n{TWO_SAES}")));
+    let run = desk.run(&["train", "config.yaml"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    // The table and the place are the result, all else is talk.
+    assert!(run.stdout.contains("Variance explained") && run.stdout.contains("| standard |"), "{}", run.stdout);
+    assert!(run.stdout.contains("saved to ") && run.stdout.contains("/run"), "{}", run.stdout);
+    let expected: Vec<String> = ["config.yaml", "metrics.jsonl"]
+        .into_iter()
+        .map(str::to_owned)
+        .chain(["step_16.safetensors", "step_8.safetensors"].map(|name| format!("checkpoints/{name}")))
+        .chain(["standard", "top_k"].into_iter().flat_map(|sae| {
+            let own = ["ae.pt", "ae.safetensors", "config.json", "eval.json"].map(|name| format!("{sae}/{name}"));
+            own.into_iter().chain([10, 20].map(|step| format!("{sae}/checkpoints/ae_{step}.safetensors")))
+        }))
+        .map(|name| format!("run/{name}"))
+        .collect();
+    let mut found = desk.files();
+    found.retain(|name| name != "config.yaml");
+    let mut expected = expected;
+    expected.sort();
+    assert_eq!(found, expected);
+
+    let weights = TensorFile::open(&desk.path("run/top_k/ae.safetensors")).unwrap();
+    assert_eq!(weights.shape("encoder.weight").unwrap(), [64, 32]);
+    assert_eq!(weights.tensor("k").unwrap().kind(), Kind::Int);
+    let last = fs::read(desk.path("run/top_k/checkpoints/ae_20.safetensors")).unwrap();
+    assert_eq!(last, fs::read(desk.path("run/top_k/ae.safetensors")).unwrap());
+    let config = desk.json("run/top_k/config.json");
+    assert_eq!(config["trainer"]["dict_class"], "AutoEncoderTopK");
+    assert_eq!(config["trainer"]["trainer_class"], "TopKTrainer");
+    assert_eq!(config["trainer"]["activation_dim"], 32);
+    assert!(config["buffer"].is_object());
+    // One object for each logged step of each SAE, with figures that the reference logs.
+    let log = desk.log("run/metrics.jsonl");
+    assert_eq!(log.len(), 40);
+    assert!(log[0]["mse_loss"].is_number() && log[0]["sparsity_loss"].is_number() && log[0]["l0"].is_number());
+    assert!(log[39]["auxk_loss"].is_number() && log[39]["sae"] == "top_k" && log[39]["step"] == 19);
+}
+
+#[test]
+fn eval_says_again_what_training_said() {
+    let desk = Desk::new();
+    // Twenty steps of 64 leave the rest of the data to the metrics; with an `eval_source` both see the same.
+    let eval_source = "eval_source: {batch_size: 128}\n";
+    desk.write(
+        "config.yaml",
+        &tensor_file_config(20, &format!("normalize_activations: true\n{eval_source}{TWO_SAES}")),
+    );
+    desk.ok(&["train", "config.yaml"]);
+    let trained = desk.json("run/top_k/eval.json");
+    let again: serde_json::Value = serde_json::from_str(&desk.ok(&["eval", "run/top_k", "--json"])).unwrap();
+    assert_eq!(again, trained);
+    let table = desk.ok(&["eval", "run/top_k"]);
+    assert!(table.contains("| top_k |"), "{table}");
+    // The metrics can be changed from outside.
+    let fewer = desk.ok(&["eval", "run/top_k", "--json", "--set", "metrics[0].n_batches=1"]);
+    assert_ne!(serde_json::from_str::<serde_json::Value>(&fewer).unwrap(), trained);
+}
+
+#[test]
+fn eval_without_metrics_takes_those_that_apply() {
+    let desk = Desk::new();
+    desk.golden_sae("top_k");
+    let model = fixture("models/gpt_neox");
+    desk.write(
+        "eval.yaml",
+        &format!(
+            "source: {{type: language_model, model: {model:?}, submodule: gpt_neox.layers.1, out_batch_size: 8, shuffle: \
+             false, text: {{type: token_file, path: {:?}}}}}\n",
+            model.join("io.safetensors")
+        ),
+    );
+    let found: serde_json::Value =
+        serde_json::from_str(&desk.ok(&["eval", "top_k", "--config", "eval.yaml", "--json"])).unwrap();
+    for name in [
+        "l2_loss",
+        "l1_loss",
+        "l0",
+        "frac_variance_explained",
+        "cossim",
+        "l2_ratio",
+        "relative_reconstruction_bias",
+        "frac_alive",
+        "loss_original",
+        "loss_reconstructed",
+        "loss_zero",
+        "frac_recovered",
+    ] {
+        assert!(found[name].is_number(), "{name}: {found}");
+    }
+}
+
+#[test]
+fn encode_writes_features_and_reconstructions() {
+    let desk = Desk::new();
+    desk.golden_sae("top_k");
+    let x = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
+    tensors::write(&desk.path("x.safetensors"), &[("x", x.shallow_clone())]).unwrap();
+    desk.ok(&["encode", "top_k", "--input", "x.safetensors", "--output", "y.safetensors"]);
+    let y = TensorFile::open(&desk.path("y.safetensors")).unwrap();
+    let (features, recon) = (y.tensor("features").unwrap(), y.tensor("recon").unwrap());
+    assert_eq!(features.size(), [5120, 96]);
+    assert_eq!(recon.size(), x.size());
+    // k of them, as the class has it.
+    let active = features.not_equal(0.0).sum_dim_intlist(1, false, Kind::Int64);
+    assert_eq!(active.max().int64_value(&[]), 6);
+    let weights = TensorFile::open(&desk.path("top_k/ae.safetensors")).unwrap();
+    let by_hand = features.matmul(&weights.tensor("decoder.weight").unwrap().tr()) + weights.tensor("b_dec").unwrap();
+    assert!((by_hand - recon).abs().max().double_value(&[]) < 1e-4);
+}
+
+#[test]
+fn encode_refuses_what_does_not_fit() {
+    let desk = Desk::new();
+    desk.golden_sae("top_k");
+    let write = |name: &str, tensor: Tensor| tensors::write(&desk.path("x.safetensors"), &[(name, tensor)]).unwrap();
+    let args = ["encode", "top_k", "--input", "x.safetensors", "--output", "y.safetensors"];
+    write("x", Tensor::zeros([4, 31], (Kind::Float, Device::Cpu)));
+    assert!(desk.refused(&args).contains("has shape [4, 31]"));
+    write("activations", Tensor::zeros([4, 32], (Kind::Float, Device::Cpu)));
+    assert!(desk.refused(&args).contains("it has: activations"));
+    fs::write(desk.path("x.safetensors"), "no tensors").unwrap();
+    assert!(desk.refused(&args).contains("not a whole safetensors file"));
+    assert!(desk.refused(&["encode", "nowhere", "--input", "x", "--output", "y"]).contains("nowhere does not exist"));
+    // A folder of a run is not an SAE's, but it is known where those are.
+    fs::create_dir(desk.path("run")).unwrap();
+    fs::rename(desk.path("top_k"), desk.path("run/top_k")).unwrap();
+    assert!(desk.refused(&["encode", "run", "--input", "x", "--output", "y"]).contains("run/top_k"));
+    assert!(!desk.path("y.safetensors").exists());
+}
+
+#[test]
+fn damaged_saes_are_refused() {
+    let desk = Desk::new();
+    let dir = desk.golden_sae("top_k");
+    let args = ["encode", "top_k", "--input", "x.safetensors", "--output", "y.safetensors"];
+    let whole = fs::read(dir.join("ae.safetensors")).unwrap();
+    fs::write(dir.join("ae.safetensors"), &whole[..whole.len() / 2]).unwrap();
+    assert!(desk.refused(&args).contains("ae.safetensors: not a whole safetensors file"));
+    fs::write(dir.join("ae.safetensors"), &whole).unwrap();
+    let config = fs::read_to_string(dir.join("config.json")).unwrap();
+    fs::write(dir.join("config.json"), config.replace("AutoEncoderTopK", "AutoEncoderTopk")).unwrap();
+    assert!(desk.refused(&args).contains("did you mean `AutoEncoderTopK`?"));
+    fs::write(dir.join("config.json"), "{").unwrap();
+    assert!(desk.refused(&args).contains("config.json: not JSON"));
+    fs::remove_file(dir.join("config.json")).unwrap();
+    assert!(desk.refused(&args).contains("config.json"));
+}
+
+#[test]
+fn activations_are_written_in_order() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(3, "").replace("shuffle: false", "shuffle: true"));
+    desk.ok(&["activations", "config.yaml", "--out", "all"]);
+    let expected = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
+    let all = TensorFile::open(&desk.path("all/activations-00000.safetensors")).unwrap().tensor("activations").unwrap();
+    assert_eq!(all, expected);
+    assert_eq!(desk.json("all/meta.json")["activations"], 5120);
+    assert_eq!(desk.json("all/meta.json")["shards"][0], "activations-00000.safetensors");
+
+    desk.ok(&["activations", "config.yaml", "--out", "some", "--limit", "100"]);
+    let some = TensorFile::open(&desk.path("some/activations-00000.safetensors")).unwrap();
+    assert_eq!(some.tensor("activations").unwrap(), expected.narrow(0, 0, 100));
+    assert!(desk.refused(&["activations", "config.yaml", "--out", "all"]).contains("already holds activations"));
+}
+
+#[test]
+fn another_run_is_not_written_over() {
+    let desk = Desk::new();
+    desk.write(
+        "config.yaml",
+        &tensor_file_config(4, "saes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n"),
+    );
+    desk.ok(&["train", "config.yaml"]);
+    let before = fs::read(desk.path("run/standard/ae.safetensors")).unwrap();
+    let said = desk.refused(&["train", "config.yaml", "--set", "seed=3"]);
+    assert!(said.contains("already holds a run") && said.contains("--output-dir"), "{said}");
+    assert_eq!(fs::read(desk.path("run/standard/ae.safetensors")).unwrap(), before);
+}
+
+/// A config of that many steps whose activations have a NaN in one row.
+fn poisoned(desk: &Desk, row: i64) {
+    let x = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
+    let _ = x.get(row).fill_(f64::NAN);
+    tensors::write(&desk.path("x.safetensors"), &[("activations", x)]).unwrap();
+}
+
+#[test]
+fn activations_that_are_not_finite_end_the_run() {
+    let desk = Desk::new();
+    poisoned(&desk, 64 * 5 + 3);
+    let config = tensor_file_config(20, TWO_SAES)
+        .replace(&format!("{:?}", fixture("trainers/batches.safetensors")), "x.safetensors");
+    desk.write("config.yaml", &config);
+    let said = desk.refused(&["train", "config.yaml"]);
+    assert!(said.contains("step 5") && said.contains("row 323"), "{said}");
+    // Nothing of use was trained, so nothing stands in the way of the next run.
+    assert!(!desk.path("run").exists());
+    // Neither is it written to disk as if it were data.
+    assert!(desk.refused(&["activations", "config.yaml", "--out", "all"]).contains("row 323"));
+    assert!(!desk.path("all").exists());
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint() {
+    let desk = Desk::new();
+    let saes = "checkpoint_every: 2\nsaes: [{trainer: {type: standard, lr: 1e30, warmup_steps: 0, sparsity_warmup_steps: null}}]\n";
+    desk.write("config.yaml", &tensor_file_config(20, saes));
+    let said = desk.refused(&["train", "config.yaml"]);
+    assert!(said.contains("the loss of SAE `standard` is") && said.contains("step "), "{said}");
+}
+
+/// Signals a run that is under way, once it has logged some steps.
+fn signal(desk: &Desk, args: &[&str], signal: &str) -> Run {
+    let child = desk.program().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let started = Instant::now();
+    while fs::read_to_string(desk.path("run/metrics.jsonl")).map_or(0, |log| log.lines().count()) < 5 {
+        assert!(started.elapsed() < Duration::from_secs(120), "the run does not begin");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    Run::of(child.wait_with_output().unwrap())
+}
+
+#[test]
+fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
+    let desk = Desk::new();
+    // Long enough to be met in the middle; the log is flushed at each checkpoint.
+    desk.write("config.yaml", &tensor_file_config(3000, &format!("checkpoint_every: 50\n{TWO_SAES}")));
+    let run = signal(&desk, &["train", "config.yaml"], "-INT");
+    assert_eq!(run.code, 130, "{}", run.stderr);
+    assert!(run.stderr.contains("--resume"), "{}", run.stderr);
+    for sae in ["standard", "top_k"] {
+        TensorFile::open(&desk.path(&format!("run/{sae}/ae.safetensors"))).unwrap();
+    }
+    let at = desk.log("run/metrics.jsonl").last().unwrap()["step"].as_u64().unwrap() + 1;
+    assert!(at < 3000);
+    // To a nearer end: what matters is that it goes on as if nothing had been.
+    let end = (at + 20).to_string();
+    let resumed = desk.run(&["train", "config.yaml", "--resume", "--set", &format!("stop_after={end}")]);
+    assert_eq!(resumed.code, 0, "{}", resumed.stderr);
+    assert!(resumed.stderr.contains(&format!("resuming at step {at}")), "{}", resumed.stderr);
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole", "--set", &format!("stop_after={end}")]);
+    for sae in ["standard", "top_k"] {
+        let weights = |run: &str| fs::read(desk.path(&format!("{run}/{sae}/ae.safetensors"))).unwrap();
+        assert_eq!(weights("run"), weights("whole"), "{sae}");
+    }
+    assert_eq!(desk.read("run/metrics.jsonl"), desk.read("whole/metrics.jsonl"));
+    let changed = desk.refused(&["train", "config.yaml", "--resume", "--set", "saes[0].trainer.lr=1"]);
+    assert!(changed.contains("begun with another config"), "{changed}");
+}
+
+#[test]
+fn a_killed_run_leaves_nothing_half_written() {
+    let desk = Desk::new();
+    // Saving all the time, so that the kill falls into it.
+    let more = "checkpoint_every: 1\nsave_every: 1\n";
+    desk.write("config.yaml", &tensor_file_config(3000, &format!("{more}{TWO_SAES}")));
+    for _ in 0..3 {
+        let run = signal(&desk, &["train", "config.yaml"], "-KILL");
+        assert_eq!(run.code, -1);
+        for name in desk.files() {
+            let path = desk.path(&name);
+            if name.ends_with(".safetensors") {
+                TensorFile::open(&path).unwrap_or_else(|error| panic!("{error:#}"));
+            } else {
+                assert!(name.ends_with(".yaml") || name.ends_with(".jsonl"), "{name} is left");
+            }
+        }
+        let resumed = desk.run(&["train", "config.yaml", "--resume", "--set", "stop_after=1"]);
+        assert_eq!(resumed.code, 0, "{}", resumed.stderr);
+        fs::remove_dir_all(desk.path("run")).unwrap();
+    }
+}
+
+#[test]
+fn list_and_describe_tell_what_is_there() {
+    let desk = Desk::new();
+    let all = desk.ok(&["list"]);
+    for name in ["auto_encoder", "top_k", "language_model", "token_file", "reconstruction", "jsonl", "gpt_neox"] {
+        assert!(all.contains(name), "{name}: {all}");
+    }
+    assert_eq!(desk.ok(&["list", "trainer"]), desk.ok(&["list", "trainers"]));
+    let top_k = desk.ok(&["describe", "trainer", "top_k"]);
+    assert!(top_k.contains("Gao et al. 2024") && top_k.contains("auxk_alpha (number, default 0.03125)"), "{top_k}");
+    assert!(desk.refused(&["describe", "trainer", "topk"]).contains("did you mean `top_k`?"));
+    assert!(desk.refused(&["list", "traners"]).contains("did you mean `trainers`?"));
+    let schema: serde_json::Value = serde_json::from_str(&desk.ok(&["schema"])).unwrap();
+    assert!(schema["properties"]["source"].is_object());
+}
+
+#[test]
+fn wrong_arguments_are_wrong_input() {
+    let desk = Desk::new();
+    assert_eq!(desk.run(&["trian"]).code, 2);
+    assert_eq!(desk.run(&["train"]).code, 2);
+    assert_eq!(desk.run(&["--help"]).code, 0);
+    assert!(desk.refused(&["train", "nowhere.yaml"]).contains("there is no file nowhere.yaml"));
+    assert!(desk.refused(&["eval", "nowhere"]).contains("nowhere does not exist"));
+}

@@ -19,7 +19,7 @@ fn refusal(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)])
     desk.write("mine.yaml", config);
     let before = desk.files();
     let mut command = desk.program();
-    command.args(["train", "mine.yaml"]).args(args).envs(variables.iter().copied());
+    command.args(["train", "mine.yaml"]).args(args).envs(variables.iter().copied()).env("HF_HOME", "/nowhere");
     let run = crate::common::Run::of(command.output().unwrap());
     assert_eq!(run.code, 2, "{config}\n{}{}", run.stdout, run.stderr);
     assert_eq!(desk.files(), before, "something stays behind");
@@ -104,6 +104,7 @@ fn wrong_configs() {
     );
     case("a warm-up that never ends", format!("{SOURCE}{SAES}steps: 4\n"));
     case("a sweep that is not a list", format!("{SOURCE}{SAES}  sweep: {{trainer.lr: 1e-3}}\n"));
+    case("in_to_out of one value", lm_with("gpt_neox.layers.1", "blocks.1.hook_resid_post\n  io: in_to_out"));
     case("a sweep over an unknown key", format!("{SOURCE}{SAES}  sweep: {{trainer.lrr: [1e-3, 1e-4]}}\n"));
     case("a wrong value in a sweep", format!("{SOURCE}{SAES}  sweep: {{trainer.lr: [1e-3, slow]}}\n"));
     case("not YAML", "source: {type: tensor_file\nsteps: 3\n".to_owned());
@@ -134,7 +135,10 @@ fn wrong_configs() {
     case("a TransformerLens name of another model", lm_with("gpt_neox.layers.1", "blocks.9.hook_resid_post"));
     case("an unknown io", lm("  io: inout\n"));
     case("a batch larger than half of the buffer", lm("  n_ctxs: 1\n  ctx_len: 16\n"));
-    case("text without a tokenizer", lm_with("type: token_file, path:", "type: text_files, path: a.txt} #"));
+    case(
+        "text without a tokenizer",
+        lm_with("type: token_file, path:", "type: text_files, path: a.txt}\n  ctx_len: 16 #"),
+    );
     case(
         "a context too long",
         lm_with(&format!("{{type: token_file, path: {tokens}}}"), "{type: text_files, path: a.txt}\n  ctx_len: 100"),
@@ -179,8 +183,6 @@ fn merged(desk: &Desk, args: &[&str], variables: &[(&str, &str)]) -> Value {
 #[test]
 fn later_layers_win() {
     let desk = desk();
-    let layer = |names: &str| names.chars().map(|name| format!("seed_{name}: 1\n")).collect::<String>();
-    let _ = layer;
     // Each layer changes what all above it change as well; the last to change a key must win.
     let keys = ["seed", "steps", "log_every", "save_every", "checkpoint_every", "stop_after"];
     let says = |value: u64, keys: &[&str]| keys.iter().map(|key| format!("{key}: {value}\n")).collect::<String>();

@@ -99,13 +99,20 @@ fn top_k_annealed() {
     golden_run("top_k_anneal", "top_k");
 }
 
+/// Equal to 1e-4. A fraction of differences of losses is no better known than the reference's float32 losses are.
 fn close(own: &Value, theirs: &Value, what: &str) {
+    let loss = |name: &str| theirs.get(name).and_then(Value::as_f64);
+    let apart = loss("loss_original").zip(loss("loss_zero")).map_or(f64::INFINITY, |(a, b)| (a - b).abs());
     for (name, theirs) in theirs.as_object().unwrap() {
         if ["batch_size", "n_batches"].contains(&name.as_str()) {
             continue;
         }
         let (own, theirs) = (own[name].as_f64().unwrap_or(f64::NAN), theirs.as_f64().unwrap());
-        assert!((own - theirs).abs() <= 1e-4 * theirs.abs(), "{what}: {name}: {own}, the reference has {theirs}");
+        let rounding = if name == "frac_recovered" { 2e-6 / apart } else { 0.0 };
+        assert!(
+            (own - theirs).abs() <= 1e-4 * theirs.abs() + rounding,
+            "{what}: {name}: {own}, the reference has {theirs}"
+        );
     }
 }
 

@@ -61,7 +61,8 @@ impl<'a> Check<'a> {
         };
         // What the loader moved stands elsewhere in the file: sweeps, and what `eval_source` takes from `source`.
         let written = self.as_written(path);
-        let candidates = [Some(written.clone()), written.strip_prefix("eval_").map(str::to_owned)];
+        let swept = written.split_once("].").map(|(sae, key)| format!("{sae}].sweep.[{key}]"));
+        let candidates = [swept, Some(written.clone()), written.strip_prefix("eval_").map(str::to_owned)];
         for candidate in candidates.iter().flatten() {
             if let Some((at, true)) = spans::position(text, &path_in_file(candidate), key) {
                 if let super::Origin::File(file, _) = origin {

@@ -157,7 +157,8 @@ const OVERRIDE: &str = "__override";
 
 fn parse_override(origin: &Origin, key: &str, text: &str) -> Result<Value, InputError> {
     let refused = |message: String| InputError::new(message).help("give plain YAML").at(origin.clone(), key);
-    let value = serde_yaml::from_str(text).map_err(|error| refused(format!("`{text}` is not YAML: {error}")))?;
+    let value = serde_yaml::from_str(text)
+        .map_err(|error| refused(format!("`{text}` is not YAML: {}", without_place(&error))))?;
     from_yaml(value, &refused)
 }
 
@@ -222,9 +223,9 @@ fn read_file(
     };
     let parsed: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| {
         let place = at(error.location());
-        let message = error.to_string();
-        let message = message.split(" at line ").next().unwrap_or(&message);
-        InputError::new(format!("not YAML: {message}")).help("check indentation, quotes and colons there").at(place, "")
+        InputError::new(format!("not YAML: {}", without_place(&error)))
+            .help("check indentation, quotes and colons there")
+            .at(place, "")
     })?;
     let refused = |what| InputError::new(what).at(origin.clone(), "");
     let mut data = match from_yaml(parsed, &refused)? {
@@ -276,6 +277,12 @@ fn read_file(
     Ok(())
 }
 
+/// What is wrong with YAML; where it is, is said elsewhere.
+fn without_place(error: &serde_yaml::Error) -> String {
+    let message = error.to_string();
+    message.split(" at line ").next().unwrap_or(&message).to_owned()
+}
+
 fn read_text(path: &Path) -> Result<String, InputError> {
     if path.is_dir() {
         return Err(InputError::new(format!("{} is a folder", path.display())).help("give the config file in it"));
@@ -295,11 +302,11 @@ fn no_file(path: &Path) -> InputError {
         .into_iter()
         .flatten()
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.ends_with(".yaml") || name.ends_with(".yml"))
+        .filter_map(|name| name.strip_suffix(".yaml").map(str::to_owned))
         .collect();
-    let wanted = path.file_name().unwrap_or_default().to_string_lossy();
+    let wanted = path.file_stem().unwrap_or_default().to_string_lossy();
     match nearest(&wanted, beside.iter().map(String::as_str)) {
-        Some(near) => error.help(format!("did you mean `{}`?", dir.join(near).display())),
+        Some(near) => error.help(format!("did you mean `{}`?", path.with_file_name(format!("{near}.yaml")).display())),
         None => error,
     }
 }

@@ -10,8 +10,13 @@ pub(super) enum Step {
     Index(usize),
 }
 
-/// The steps of `saes[1].trainer.lr`.
+/// The steps of `saes[1].trainer.lr`, and of `saes[1].sweep.[trainer.lr]`, whose last key has a dot in it.
 pub(super) fn steps(path: &str) -> Vec<Step> {
+    if let Some((before, key)) = path.strip_suffix(']').and_then(|path| path.split_once(".[")) {
+        let mut steps = steps(before);
+        steps.push(Step::Key(key.to_owned()));
+        return steps;
+    }
     let mut steps = Vec::new();
     for part in path.split('.').filter(|part| !part.is_empty()) {
         let (key, indices) = part.split_once('[').unwrap_or((part, ""));

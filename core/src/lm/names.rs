@@ -29,6 +29,21 @@ pub struct Names {
     pub sequential: bool,
 }
 
+/// TransformerLens's names within a layer.
+const HOOKS: [&str; 11] = [
+    "hook_resid_pre",
+    "ln1.hook_normalized",
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "hook_mlp_in",
+    "ln2.hook_normalized",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+];
+
 impl Names {
     /// The path of a layer.
     pub fn layer(&self, index: usize) -> String {
@@ -39,6 +54,14 @@ impl Names {
     pub fn layer_of(&self, module: &str) -> Option<usize> {
         let rest = module.strip_prefix(self.layers)?.strip_prefix('.')?;
         rest.split('.').next()?.parse().ok()
+    }
+
+    /// The TransformerLens names that this family has a point for, layer by layer.
+    pub fn transformer_lens_names(&self, n_layers: usize) -> Vec<String> {
+        let in_layers = (0..n_layers).flat_map(|layer| HOOKS.iter().map(move |hook| format!("blocks.{layer}.{hook}")));
+        let all =
+            std::iter::once("hook_embed".to_owned()).chain(in_layers).chain(["ln_final.hook_normalized".to_owned()]);
+        all.filter(|name| self.transformer_lens(name).is_some()).collect()
     }
 
     /// The point that a TransformerLens name means: `blocks.1.hook_resid_post` is the output of layer 1.
@@ -97,6 +120,8 @@ mod tests {
         assert_eq!(point("hook_embed").unwrap(), "m.wte.out");
         assert_eq!(point("m.h.3"), None);
         assert_eq!(point("blocks.x.hook_resid_post"), None);
+        // All of them in two layers, and the two outside.
+        assert_eq!(NAMES.transformer_lens_names(2).len(), 2 * HOOKS.len() + 2);
     }
 
     #[test]

@@ -55,6 +55,10 @@ impl Contexts {
                 Some(tokenizer)
             }
         };
+        if tokenizer.is_none() && !text.is_tokenized() {
+            bail!(InputError::new(format!("the model {} has no tokenizer.json", files.name()))
+                .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`"));
+        }
         let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or_default();
         let model_config = files.json("config.json")?.unwrap_or_default();
         // A special token is a string, or an object with the string as `content`.
@@ -123,8 +127,7 @@ impl Contexts {
 
     fn encode(&self, document: &Document) -> Result<Vec<i64>> {
         let Some(tokenizer) = &self.tokenizer else {
-            bail!(InputError::new("the model has no tokenizer.json")
-                .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`"));
+            bail!("a text that is not tokenised needs a tokenizer");
         };
         let encoding = tokenizer
             .encode(document.text.as_str(), self.cx.add_special_tokens)

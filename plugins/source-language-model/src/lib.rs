@@ -132,6 +132,11 @@ impl SourceConfig for LanguageModelConfig {
         if self.io == IoChoice::InToOut {
             points.insert(0, model.hook_point(&self.submodule, Io::In).under("submodule")?);
         }
+        if self.io == IoChoice::InToOut && points[0] == points[1] {
+            bail!(InputError::new(format!("`{}` names one value, and `in_to_out` needs two", self.submodule))
+                .field("submodule")
+                .help(format!("name the module, `{}`", points[0].0.module)));
+        }
         let too_long = |most: &i64| !text.is_tokenized() && self.ctx_len as i64 > *most;
         if let Some(most) = model.max_positions().filter(too_long) {
             bail!(InputError::new(format!(
