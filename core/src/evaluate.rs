@@ -25,12 +25,11 @@ pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSourc
     Ok(())
 }
 
-/// Every registered metric that can be computed on a source, with its defaults: for configs that name none.
+/// The usual metrics that can be computed on a source, with their defaults: for configs that name none.
 pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn MetricConfig>>> {
     let mut metrics = Vec::new();
-    for name in registry::names(Kind::Metric) {
-        // One that needs to be told something cannot be computed unasked.
-        let Ok(metric) = from_yaml::<Box<dyn MetricConfig>>(&format!("{{type: {name}}}")) else { continue };
+    for name in registry::usual(Kind::Metric) {
+        let metric: Box<dyn MetricConfig> = from_yaml(&format!("{{type: {name}}}"))?;
         if metric.build()?.refuses(source).is_none() {
             metrics.push(metric);
         }

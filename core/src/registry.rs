@@ -103,6 +103,9 @@ pub struct Component {
     pub example: &'static str,
     /// For a trainer: the name of the dictionary that it trains unless told otherwise.
     pub usual_dictionary: Option<&'static str>,
+    /// Whether a config that names no component of its kind gets this one, with its defaults (loggers; metrics, in
+    /// `dictlearn eval`).
+    pub usual: bool,
     /// JSON Schema of its config, without `type`.
     pub schema: fn() -> schemars::Schema,
 }
@@ -125,6 +128,11 @@ pub fn component(kind: Kind, name: &str) -> Option<&'static Component> {
 /// The names of a kind, sorted.
 pub fn names(kind: Kind) -> Vec<&'static str> {
     components(kind).into_iter().map(|component| component.name).collect()
+}
+
+/// The names of a kind that a config gets which names none.
+pub fn usual(kind: Kind) -> impl Iterator<Item = &'static str> {
+    components(kind).into_iter().filter(|component| component.usual).map(|component| component.name)
 }
 
 /// The known name that `found` is most likely a misspelling of, if any is near.
@@ -177,7 +185,7 @@ pub fn check() -> Result<()> {
 #[macro_export]
 macro_rules! register {
     ($kind:ident $config:ty, $name:expr, summary: $summary:expr, paper: $paper:expr, example: $example:expr
-     $(, usual_dictionary: $usual:expr)? $(,)?) => {
+     $(, usual_dictionary: $dictionary:expr)? $(, usual: $usual:expr)? $(,)?) => {
         $crate::inventory::submit! {
             $crate::registry::Component {
                 kind: $crate::register!(@kind $kind),
@@ -185,7 +193,8 @@ macro_rules! register {
                 summary: $summary,
                 paper: $paper,
                 example: $example,
-                usual_dictionary: $crate::register!(@usual $($usual)?),
+                usual_dictionary: $crate::register!(@dictionary $($dictionary)?),
+                usual: $crate::register!(@usual $($usual)?),
                 schema: || $crate::schemars::schema_for!($config),
             }
         }
@@ -199,6 +208,8 @@ macro_rules! register {
     (@kind metric) => { $crate::registry::Kind::Metric };
     (@kind logger) => { $crate::registry::Kind::Logger };
     (@kind format) => { $crate::registry::Kind::Format };
-    (@usual) => { None };
-    (@usual $usual:expr) => { Some($usual) };
+    (@dictionary) => { None };
+    (@dictionary $dictionary:expr) => { Some($dictionary) };
+    (@usual) => { false };
+    (@usual $usual:expr) => { $usual };
 }

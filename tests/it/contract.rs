@@ -1,1 +1,338 @@
-//!
+//! What every registered component keeps, whoever wrote it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use dictlearn as _;
+use dictlearn_core::config::{from_yaml, to_yaml, RunConfig, SaeConfig};
+use dictlearn_core::dictionary::DictionaryCx;
+use dictlearn_core::prelude::*;
+use dictlearn_core::registry::{self, component, components, Component, Kind as Slot};
+use dictlearn_core::source::SourceCx;
+use dictlearn_core::training::{Training, TrainingCx};
+use dictlearn_core::{evaluate, saved, tensors};
+use tempfile::TempDir;
+
+use crate::common::Desk;
+
+const D: i64 = 32;
+
+/// A folder with the files that examples name, into which this process changes: examples run as they stand.
+fn enter_the_examples_folder() {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let dir = TempDir::new().unwrap();
+        example_files(&dir.path().to_owned());
+        std::env::set_current_dir(dir.path()).unwrap();
+        dir
+    });
+}
+
+fn example_files(dir: &PathBuf) {
+    tch::manual_seed(1);
+    tensors::write(&dir.join("activations.safetensors"), &[("activations", activations(1000))]).unwrap();
+    let ids = Tensor::randint(100, [16, 24], (Kind::Int64, Device::Cpu));
+    tensors::write(&dir.join("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
+    std::fs::write(dir.join("corpus.txt"), "A first paragraph.\n\nA second one.\n\nAnd a third.\n").unwrap();
+}
+
+/// Activations [n, D] of a few directions each, so that there is something to learn.
+fn activations(n: i64) -> Tensor {
+    let options = (Kind::Float, Device::Cpu);
+    let features = Tensor::rand([n, 64], options).relu() * Tensor::rand([n, 64], options).less(0.1);
+    features.matmul(&Tensor::randn([64, D], options)) + 0.1
+}
+
+fn all() -> impl Iterator<Item = &'static Component> {
+    Slot::ALL.into_iter().flat_map(components)
+}
+
+fn dictionary_cx() -> DictionaryCx {
+    DictionaryCx { activation_dim: D, output_dim: D, device: Device::Cpu, precision: Precision::Float32 }
+}
+
+fn dictionaries() -> impl Iterator<Item = (&'static str, Box<dyn Dictionary>)> {
+    components(Slot::Dictionary).into_iter().map(|component| {
+        tch::manual_seed(5);
+        let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
+        (component.name, config.build(&dictionary_cx()).unwrap())
+    })
+}
+
+/// Parses an example in the slot of its kind, writes it as YAML again, and both once more.
+fn round_trip(component: &Component) -> (Value, Value) {
+    macro_rules! as_config {
+        ($config:ty) => {{
+            let read = |yaml: &str| {
+                let config: Box<$config> = from_yaml(yaml).unwrap_or_else(|error| panic!("{yaml}: {error}"));
+                serde_json::to_value(&config).unwrap()
+            };
+            let once = read(component.example);
+            let twice = read(&serde_yaml::to_string(&once).unwrap());
+            (once, twice)
+        }};
+    }
+    match component.kind {
+        Slot::Dictionary => as_config!(dyn DictionaryConfig),
+        Slot::Trainer => as_config!(dyn TrainerConfig),
+        Slot::Modifier => as_config!(dyn ModifierConfig),
+        Slot::Source => as_config!(dyn SourceConfig),
+        Slot::Text => as_config!(dyn TextConfig),
+        Slot::Metric => as_config!(dyn MetricConfig),
+        Slot::Logger => as_config!(dyn LoggerConfig),
+        // Named by files, not by configs.
+        Slot::Model | Slot::Format => (Value::Null, Value::Null),
+    }
+}
+
+#[test]
+fn every_component_is_described() {
+    registry::check().unwrap();
+    for component in all() {
+        let Component { kind, name, summary, .. } = component;
+        assert!(name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_'), "{kind} {name}");
+        assert!(!summary.is_empty() && summary.len() <= 90 && !summary.contains('\n'), "{kind} {name}: {summary}");
+        if matches!(kind, Slot::Model | Slot::Format) {
+            continue;
+        }
+        let schema = (component.schema)().to_value();
+        for (field, schema) in schema["properties"].as_object().into_iter().flatten() {
+            assert!(schema["description"].is_string(), "{kind} {name}: `{field}` has no doc comment");
+        }
+        let (once, twice) = round_trip(component);
+        assert_eq!(once["type"], *name, "the example of {kind} {name} is of another type");
+        assert_eq!(once, twice, "{kind} {name}");
+    }
+}
+
+#[test]
+fn describe_knows_every_component() {
+    let desk = Desk::new();
+    let listed = desk.ok(&["list"]);
+    for component in all() {
+        let described = desk.ok(&["describe", component.kind.name(), component.name]);
+        assert!(listed.contains(component.summary) && described.contains(component.summary));
+        assert!(described.contains(component.paper) && described.contains(&component.example.replace('\n', "\n  ")));
+    }
+}
+
+#[test]
+fn a_dictionary_encodes_decodes_and_is_read_back() {
+    let x = activations(50);
+    let dir = TempDir::new().unwrap();
+    for (name, dictionary) in dictionaries() {
+        let dims = dictionary.dims();
+        let (x_hat, features) = tch::no_grad(|| dictionary.reconstruct(&x));
+        assert_eq!(features.size(), [50, dims.features], "{name}");
+        assert_eq!(x_hat.size(), [50, dims.output], "{name}");
+        assert_eq!(dictionary.decode(&dictionary.encode(&x)), x_hat, "{name}: reconstruct is not decode after encode");
+        assert_eq!(dictionary.forward(&x).features, features, "{name}: forward is not encode");
+        // Three dimensions, as a model has them, are as good as two.
+        let three = dictionary.reconstruct(&x.view([5, 10, D])).0.view([50, dims.output]);
+        assert!((three - &x_hat).abs().max().double_value(&[]) < 1e-5, "{name}: [B, L, d]");
+
+        let config = serde_json::json!({"trainer": {"dict_class": dictionary.class(), "activation_dim": D}});
+        saved::write(&dir.path().join(name), &*dictionary, &config).unwrap();
+        let read = saved::read(&dir.path().join(name), Device::Cpu, Precision::Float32).unwrap();
+        assert_eq!(read.dictionary.reconstruct(&x).0, x_hat, "{name}: what is read back is another dictionary");
+        let names =
+            |dictionary: &dyn Dictionary| dictionary.state_dict().iter().map(|(name, _)| *name).collect::<Vec<_>>();
+        assert_eq!(names(&*read.dictionary), names(&*dictionary));
+    }
+}
+
+#[test]
+fn scaled_biases_take_scaled_activations() {
+    // Trained on activations divided by s and then scaled, a dictionary does to x what it did to x / s, s times.
+    let x = activations(50);
+    for (name, mut dictionary) in dictionaries() {
+        for (_, tensor) in dictionary.parameters() {
+            if tensor.dim() == 1 {
+                let _ = tch::no_grad(|| tensor.shallow_clone().uniform_(0.0, 0.1));
+            }
+        }
+        let scale = 3.0;
+        let before = tch::no_grad(|| dictionary.reconstruct(&(&x / scale)).0 * scale);
+        dictionary.scale_biases(scale);
+        let after = tch::no_grad(|| dictionary.reconstruct(&x).0);
+        let difference = (&after - &before).abs().max().double_value(&[]);
+        assert!(difference < 1e-3 * before.abs().max().double_value(&[]), "{name}: {difference}");
+    }
+}
+
+fn sae(trainer: &Component) -> SaeConfig {
+    let usual = trainer.usual_dictionary.expect("a trainer names its usual dictionary");
+    let dictionary = component(Slot::Dictionary, usual).expect("which is registered");
+    SaeConfig {
+        name: trainer.name.to_owned(),
+        dictionary: from_yaml(dictionary.example).unwrap(),
+        trainer: from_yaml(trainer.example).unwrap(),
+        modifiers: Vec::new(),
+        init_from: None,
+    }
+}
+
+const STEPS: u64 = 200;
+
+fn training_cx() -> TrainingCx {
+    TrainingCx { widths: (D, D), steps: STEPS, seed: 3, device: Device::Cpu, precision: Precision::Float32 }
+}
+
+fn batches() -> Vec<Batch> {
+    tch::manual_seed(2);
+    activations(STEPS as i64 * 64).split(64, 0).into_iter().map(Batch::of).collect()
+}
+
+fn weights(training: &Training) -> BTreeMap<String, Vec<u8>> {
+    let state = training.dictionary.state_dict();
+    state
+        .into_iter()
+        .map(|(name, tensor)| (name.to_owned(), tensors::serialize(&[("", tensor)], &[]).unwrap()))
+        .collect()
+}
+
+#[test]
+fn a_trainer_learns_logs_and_resumes() {
+    let batches = batches();
+    for trainer in components(Slot::Trainer) {
+        let name = trainer.name;
+        let new = || Training::new(&sae(trainer), &training_cx()).unwrap();
+        let (mut logged, mut silent, mut resumed) = (new(), new(), new());
+        let mut explained = Vec::new();
+        for (step, batch) in batches.iter().enumerate() {
+            let row = logged.step(step as u64, batch, true).unwrap().unwrap();
+            for figure in ["step", "sae", "loss", "l0", "frac_variance_explained", "lr"] {
+                assert!(row.contains_key(figure), "{name} does not log `{figure}`");
+            }
+            explained.push(row["frac_variance_explained"].as_f64().unwrap());
+            assert!(silent.step(step as u64, batch, false).unwrap().is_none());
+            if step == 100 {
+                // What was before is thrown away: all that matters is in the state.
+                let state = silent.state().unwrap();
+                resumed = new();
+                resumed.restore(&state).unwrap();
+            }
+            if step > 100 {
+                resumed.step(step as u64, batch, false).unwrap();
+            }
+        }
+        let last = explained[explained.len() - 20..].iter().sum::<f64>() / 20.0;
+        assert!(last > 0.3 && last > explained[0], "{name} has learnt nothing: {} -> {last}", explained[0]);
+        assert_eq!(weights(&logged), weights(&silent), "{name}: logging changes the run");
+        assert_eq!(weights(&resumed), weights(&silent), "{name}: a resumed run ends elsewhere");
+    }
+}
+
+#[test]
+fn a_source_delivers_resumes_and_rewinds() {
+    enter_the_examples_folder();
+    let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+    for component in components(Slot::Source) {
+        let name = component.name;
+        let config: Box<dyn SourceConfig> = from_yaml(component.example).unwrap();
+        let mut source = config.build(&cx).unwrap();
+        let (d_in, d_out) = source.widths();
+        let next =
+            |source: &mut dyn ActivationSource| tch::no_grad(|| source.next_batch().unwrap()).map(|batch| batch.x);
+        for _ in 0..3 {
+            let batch = source.next_batch().unwrap().unwrap();
+            assert_eq!((batch.x.size()[1], batch.target.size()[1]), (d_in, d_out), "{name}");
+            assert_eq!(batch.x.kind(), Kind::Float, "{name}");
+        }
+        let state = source.state().unwrap();
+        let expected: Vec<_> = (0..8).map_while(|_| next(&mut *source)).collect();
+        let mut other = config.build(&cx).unwrap();
+        other.restore(&state).unwrap();
+        let found: Vec<_> = (0..8).map_while(|_| next(&mut *other)).collect();
+        assert!(!expected.is_empty() && expected == found, "{name}: a restored source goes on elsewhere");
+        let norm = source.mean_squared_norm().unwrap();
+        assert!(norm.is_finite() && norm > 0.0, "{name}: {norm}");
+        source.rewind().unwrap();
+        assert!(next(&mut *source).is_some(), "{name}: nothing after a rewind");
+        assert!(source.describe().is_object());
+    }
+}
+
+#[test]
+fn a_text_says_the_same_from_any_position() {
+    enter_the_examples_folder();
+    for component in components(Slot::Text) {
+        let name = component.name;
+        let config: Box<dyn TextConfig> = from_yaml(component.example).unwrap();
+        let mut text = config.build().unwrap();
+        let all: Vec<Record> = (0..3).map(|_| text.next_record().unwrap().unwrap()).collect();
+        assert_eq!(text.position(), 3, "{name}");
+        text.seek(1).unwrap();
+        assert_eq!(text.position(), 1, "{name}");
+        assert_eq!(text.next_record().unwrap().as_ref(), Some(&all[1]), "{name}");
+        text.seek(0).unwrap();
+        assert_eq!(text.next_record().unwrap().as_ref(), Some(&all[0]), "{name}");
+        let rows = matches!(all[0], Record::Tokens { .. });
+        assert_eq!(text.is_tokenized(), rows, "{name}");
+    }
+}
+
+#[test]
+fn a_metric_measures_each_dictionary() {
+    enter_the_examples_folder();
+    let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+    for component in components(Slot::Metric) {
+        let metric: Box<dyn MetricConfig> = from_yaml(component.example).unwrap();
+        let mut measured = false;
+        for source in components(Slot::Source) {
+            let config: Box<dyn SourceConfig> = from_yaml(source.example).unwrap();
+            let mut source = config.build(&cx).unwrap();
+            if metric.build().unwrap().refuses(&mut *source).is_some() {
+                continue;
+            }
+            let dictionary_cx =
+                DictionaryCx { activation_dim: source.widths().0, output_dim: source.widths().1, ..dictionary_cx() };
+            let build =
+                |yaml: &str| from_yaml::<Box<dyn DictionaryConfig>>(yaml).unwrap().build(&dictionary_cx).unwrap();
+            let both: Vec<Box<dyn Dictionary>> =
+                components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
+            let both: Vec<&dyn Dictionary> = both.iter().map(|dictionary| &**dictionary).collect();
+            let found = evaluate::evaluate(std::slice::from_ref(&metric), &both, &mut *source, true).unwrap();
+            assert_eq!(found.len(), 2);
+            assert!(found.iter().all(|figures| !figures.is_empty()), "{}", component.name);
+            measured = true;
+        }
+        assert!(measured, "no source's example suits the metric {}", component.name);
+    }
+}
+
+#[test]
+fn a_logger_writes_and_goes_on() {
+    let dir = TempDir::new().unwrap();
+    for component in components(Slot::Logger) {
+        let config: Box<dyn LoggerConfig> = from_yaml(component.example).unwrap();
+        let row = |step: u64| Map::from_iter([("step".to_owned(), step.into()), ("sae".to_owned(), "a".into())]);
+        for resume_at in [None, Some(1)] {
+            let mut logger = config.build(dir.path(), resume_at).unwrap();
+            logger.log(&row(0)).unwrap();
+            logger.log(&row(1)).unwrap();
+            logger.flush().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_config_of_examples_trains() {
+    let desk = Desk::new();
+    example_files(&desk.dir.path().to_owned());
+    let source = component(Slot::Source, "tensor_file").unwrap().example;
+    for trainer in components(Slot::Trainer) {
+        let dictionary = component(Slot::Dictionary, trainer.usual_dictionary.unwrap()).unwrap().example;
+        let config = format!(
+            "steps: 60\noutput_dir: {name}\nsource: {source}\nsaes:\n- trainer: {}\n  dictionary: {dictionary}\n",
+            trainer.example,
+            name = trainer.name
+        );
+        desk.write("config.yaml", &config);
+        desk.ok(&["train", "config.yaml"]);
+        let merged: RunConfig = from_yaml(&desk.read(&format!("{}/config.yaml", trainer.name))).unwrap();
+        assert_eq!(to_yaml(&merged).unwrap(), desk.read(&format!("{}/config.yaml", trainer.name)));
+        desk.ok(&["eval", &format!("{0}/{0}", trainer.name), "--json"]);
+    }
+}

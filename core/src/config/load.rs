@@ -12,7 +12,7 @@ use super::error::InputError;
 use super::layers::{Merged, Sources};
 use super::node::{float, integer, Node};
 use super::RunConfig;
-use crate::registry::{component, Kind};
+use crate::registry::{component, usual, Kind};
 
 /// Loads a config.
 pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
@@ -21,6 +21,7 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
     let mut written = Vec::new();
     if let Value::Dict(_, root) = &mut root {
         overlay_eval_source(root);
+        root.entry("loggers".to_owned()).or_insert_with(usual_loggers);
         written = expand_saes(root, &merged)?;
     }
     let schema = schema_for!(RunConfig);
@@ -63,6 +64,11 @@ fn overlay_eval_source(root: &mut Dict) {
     let Some(Value::Dict(_, source)) = root.get("source").cloned() else { return };
     let merged = overlaid(source, overlay);
     root.insert("eval_source".to_owned(), Value::Dict(tag, merged));
+}
+
+fn usual_loggers() -> Value {
+    let logger = |name| Value::from(Dict::from([("type".to_owned(), Value::from(name))]));
+    Value::from(usual(Kind::Logger).map(logger).collect::<Vec<_>>())
 }
 
 fn overlaid(mut below: Dict, above: Dict) -> Dict {

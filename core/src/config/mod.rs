@@ -75,7 +75,7 @@ pub struct RunConfig {
     /// What is measured at the end of training and by `dictlearn eval`.
     #[serde(default)]
     pub metrics: Vec<Box<dyn MetricConfig>>,
-    /// Where the figures go.
+    /// Where the figures go: to a file in the run's folder unless told otherwise; `[]` for nowhere.
     #[serde(default)]
     pub loggers: Vec<Box<dyn LoggerConfig>>,
     /// The files that say it.

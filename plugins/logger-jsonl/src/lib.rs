@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: one JSON object per SAE and logged step, in the run's folder.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -27,6 +27,7 @@ register! {
     summary: "metrics.jsonl: one JSON object per SAE and logged step",
     paper: "",
     example: "{type: jsonl}",
+    usual: true,
 }
 
 #[typetag::serde(name = NAME)]
@@ -38,7 +39,7 @@ impl LoggerConfig for JsonlConfig {
         }
         let open = OpenOptions::new().create(true).append(true).open(&path);
         let file = open.with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Box::new(Jsonl { path, file: BufWriter::new(file) }))
+        Ok(Box::new(Jsonl { path, file }))
     }
 }
 
@@ -55,18 +56,15 @@ fn drop_from(path: &Path, step: u64) -> Result<()> {
 
 struct Jsonl {
     path: PathBuf,
-    file: BufWriter<File>,
+    file: File,
 }
 
 impl Logger for Jsonl {
     fn log(&mut self, row: &Map<String, Value>) -> Result<()> {
         let mut line = serde_json::to_vec(row)?;
         line.push(b'\n');
+        // One write for a line, so that whoever looks in the middle of a run sees whole ones.
         self.file.write_all(&line).with_context(|| format!("cannot write {}", self.path.display()))
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        self.file.flush().with_context(|| format!("cannot write {}", self.path.display()))
     }
 }
 

@@ -45,6 +45,7 @@ register! {
     summary: "Cross entropy with activations reconstructed, zeroed and as they are",
     paper: "",
     example: "{type: loss_recovered, n_batches: 10, batch_size: 32}",
+    usual: true,
 }
 
 #[typetag::serde(name = NAME)]

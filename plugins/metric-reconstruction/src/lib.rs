@@ -42,6 +42,7 @@ register! {
     summary: "Variance explained, L0, L1, L2, cosine, bias, living features",
     paper: "",
     example: "{type: reconstruction, n_batches: 10}",
+    usual: true,
 }
 
 #[typetag::serde(name = NAME)]
