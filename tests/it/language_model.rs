@@ -1,1 +1,317 @@
-//!
+//! From text to activations: the source, the buffer, the bundled model, and models that are damaged.
+
+use std::fs;
+use std::path::Path;
+
+use dictlearn as _;
+use dictlearn_core::config::from_yaml;
+use dictlearn_core::lm::open_model;
+use dictlearn_core::model::cross_entropy;
+use dictlearn_core::prelude::*;
+use dictlearn_core::source::SourceCx;
+use dictlearn_core::tensors::{self, TensorFile};
+
+use crate::common::{fixture, Desk};
+
+const MODELS: [&str; 2] = ["gpt_neox", "gpt_neox_sequential"];
+
+fn io(model: &str) -> TensorFile {
+    TensorFile::open(&fixture("models").join(model).join("io.safetensors")).unwrap()
+}
+
+fn source(yaml: &str) -> Box<dyn ActivationSource> {
+    let config: Box<dyn SourceConfig> = from_yaml(yaml).unwrap();
+    config.build(&SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 }).unwrap()
+}
+
+fn drain(source: &mut dyn ActivationSource) -> Tensor {
+    let mut all = Vec::new();
+    while let Some(batch) = source.next_batch().unwrap() {
+        all.push(batch.x);
+    }
+    Tensor::cat(&all, 0)
+}
+
+/// A source over a file of tokens; `more` are further keys.
+fn tokens(model: &Path, tokens: &Path, more: &str) -> String {
+    format!(
+        "{{type: language_model, model: {model:?}, submodule: gpt_neox.layers.1, out_batch_size: 5, \
+         text: {{type: token_file, path: {tokens:?}}}, refresh_batch_size: 2, shuffle: false{more}}}"
+    )
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    (a - b).abs().max().double_value(&[])
+}
+
+/// The recorded values [rows, positions, d] at text positions, row by row: what a source must deliver.
+fn recorded(io: &TensorFile, name: &str) -> Tensor {
+    let values = io.tensor(name).unwrap();
+    let mask = io.tensor("attention_mask").unwrap().not_equal(0).reshape([-1]).nonzero().reshape([-1]);
+    values.reshape([-1, values.size()[2]]).index_select(0, &mask)
+}
+
+#[test]
+fn activations_on_disk_are_the_models_in_order() {
+    for model in MODELS {
+        let desk = Desk::new();
+        let folder = fixture("models").join(model);
+        let io = io(model);
+        let cases = [
+            ("gpt_neox.layers.1", "out", "gpt_neox.layers.1.out"),
+            ("gpt_neox.layers.1", "in", "gpt_neox.layers.0.out"),
+            ("gpt_neox.layers.2.mlp", "out", "gpt_neox.layers.2.mlp.out"),
+            ("gpt_neox.layers.0.attention", "in", "gpt_neox.layers.0.attention.in"),
+            ("blocks.1.hook_resid_post", "out", "gpt_neox.layers.1.out"),
+            ("blocks.2.hook_mlp_out", "out", "gpt_neox.layers.2.mlp.out"),
+            ("blocks.2.hook_resid_pre", "out", "gpt_neox.layers.1.out"),
+        ];
+        for (index, (submodule, which, expected)) in cases.into_iter().enumerate() {
+            let config = tokens(&folder, &folder.join("io.safetensors"), &format!(", io: {which}"))
+                .replace("gpt_neox.layers.1,", &format!("{submodule},"));
+            desk.write("config.yaml", &format!("precision: float32\nsource: {config}\n"));
+            desk.ok(&["activations", "config.yaml", "--out", &index.to_string()]);
+            let shard = TensorFile::open(&desk.path(&format!("{index}/activations-00000.safetensors"))).unwrap();
+            let apart = difference(&shard.tensor("activations").unwrap(), &recorded(&io, expected));
+            assert!(apart < 1e-4, "{model}: {submodule} {which}: {apart}");
+        }
+        let config = tokens(&folder, &folder.join("io.safetensors"), ", io: in_to_out")
+            .replace("gpt_neox.layers.1,", "gpt_neox.layers.1.mlp,");
+        desk.write("config.yaml", &format!("precision: float32\nsource: {config}\n"));
+        desk.ok(&["activations", "config.yaml", "--out", "pairs"]);
+        let shard = TensorFile::open(&desk.path("pairs/activations-00000.safetensors")).unwrap();
+        for (tensor, name) in [("in", "gpt_neox.layers.1.mlp.in"), ("out", "gpt_neox.layers.1.mlp.out")] {
+            assert!(difference(&shard.tensor(tensor).unwrap(), &recorded(&io, name)) < 1e-4);
+        }
+    }
+}
+
+/// The same rows with their padding moved to the left.
+fn padded_left(io: &TensorFile, path: &Path) {
+    let (ids, mask) = (io.tensor("input_ids").unwrap(), io.tensor("attention_mask").unwrap());
+    let left = |tensor: &Tensor| {
+        let rows: Vec<Tensor> = (0..tensor.size()[0])
+            .map(|row| {
+                let text = mask.get(row).sum(Kind::Int64).int64_value(&[]);
+                tensor.get(row).roll([tensor.size()[1] - text], [0])
+            })
+            .collect();
+        Tensor::stack(&rows, 0)
+    };
+    tensors::write(path, &[("input_ids", left(&ids)), ("attention_mask", left(&mask))]).unwrap();
+}
+
+#[test]
+fn the_side_of_the_padding_changes_nothing() {
+    for model in MODELS {
+        let desk = Desk::new();
+        let (folder, left) = (fixture("models").join(model), desk.path("left.safetensors"));
+        let right = folder.join("io.safetensors");
+        padded_left(&io(model), &left);
+        for more in ["", ", remove_bos: true"] {
+            let [a, b] = [&right, &left].map(|path| drain(&mut *source(&tokens(&folder, path, more))));
+            assert!(difference(&a, &b) < 1e-4, "{model}{more}");
+        }
+        let loss = |path: &Path| {
+            let mut source = source(&tokens(&folder, path, ""));
+            let source = source.language_model().unwrap();
+            let tokens = source.next_tokens(3).unwrap().unwrap();
+            let logits = tch::no_grad(|| source.model().forward(&tokens, &mut Hooks::none())).ok().unwrap();
+            cross_entropy(&logits, &tokens)
+        };
+        let (a, b) = (loss(&right), loss(&left));
+        assert!((a.0 - b.0).abs() < 1e-5 && a.1 == b.1, "{model}: {a:?} {b:?}");
+    }
+}
+
+#[test]
+fn the_first_token_is_left_out_whatever_its_id() {
+    let desk = Desk::new();
+    let folder = fixture("models/gpt_neox");
+    let all = source(&tokens(&folder, &folder.join("io.safetensors"), "")).next_batch().unwrap().unwrap();
+    let without = source(&tokens(&folder, &folder.join("io.safetensors"), ", remove_bos: true"));
+    let mut without = without;
+    let all_rows = drain(&mut *source(&tokens(&folder, &folder.join("io.safetensors"), "")));
+    let kept = drain(&mut *without);
+    // 12, 10 and 8 text positions, of which each row loses its first.
+    let expected: Vec<i64> = (0..30).filter(|row| ![0, 12, 22].contains(row)).collect();
+    assert_eq!(kept, all_rows.index_select(0, &Tensor::from_slice(&expected)));
+    assert_eq!(all.x, all_rows.narrow(0, 0, 5));
+
+    // A BOS whose id is 0, which padding has as well, and one that stands in the middle of a row again.
+    let ids = Tensor::from_slice2(&[[0_i64, 5, 0, 6], [0, 7, 8, 0]]);
+    let mask = Tensor::from_slice2(&[[1_i64, 1, 1, 1], [1, 1, 1, 0]]);
+    let path = desk.path("tokens.safetensors");
+    tensors::write(&path, &[("input_ids", ids), ("attention_mask", mask)]).unwrap();
+    let all = drain(&mut *source(&tokens(&folder, &path, "")));
+    let kept = drain(&mut *source(&tokens(&folder, &path, ", remove_bos: true")));
+    assert_eq!(kept, all.index_select(0, &Tensor::from_slice(&[1_i64, 2, 3, 5, 6])));
+}
+
+#[test]
+fn activations_of_great_norm_are_left_out() {
+    let folder = fixture("models/gpt_neox");
+    let file = folder.join("io.safetensors");
+    // All rows in one pass, so that the median is known.
+    let all =
+        drain(&mut *source(&tokens(&folder, &file, "").replace("refresh_batch_size: 2", "refresh_batch_size: 3")));
+    let norms = all.norm_scalaropt_dim(2.0, [-1], false);
+    let multiple = 1.02;
+    let kept = norms.le_tensor(&(norms.median() * multiple)).nonzero().reshape([-1]);
+    assert!(kept.size()[0] < 30);
+    let yaml = tokens(&folder, &file, &format!(", max_activation_norm_multiple: {multiple}"));
+    let found = drain(&mut *source(&yaml.replace("refresh_batch_size: 2", "refresh_batch_size: 3")));
+    assert_eq!(found, all.index_select(0, &kept));
+}
+
+#[test]
+fn a_shuffled_pass_serves_every_activation_once() {
+    let folder = fixture("models/gpt_neox");
+    let desk = Desk::new();
+    let path = desk.path("tokens.safetensors");
+    tch::manual_seed(4);
+    tensors::write(&path, &[("input_ids", Tensor::randint(128, [20, 10], (Kind::Int64, Device::Cpu)))]).unwrap();
+    let in_order = drain(&mut *source(&tokens(&folder, &path, "")));
+    // A buffer of a third of them, so that it is filled several times.
+    let yaml = tokens(&folder, &path, ", n_ctxs: 6, ctx_len: 10").replace("shuffle: false", "shuffle: true");
+    let mut shuffled = source(&yaml);
+    let served = drain(&mut *shuffled);
+    assert_eq!(in_order.size(), [200, 32]);
+    assert_ne!(served, in_order);
+    let sorted = |x: &Tensor| x.select(1, 0).sort(0, false).0;
+    assert!(difference(&sorted(&served), &sorted(&in_order)) < 1e-6);
+    // Another pass draws another order.
+    shuffled.rewind().unwrap();
+    assert_ne!(drain(&mut *shuffled), served);
+}
+
+#[test]
+fn text_becomes_contexts() {
+    let desk = Desk::new();
+    let long = "It is a truth universally acknowledged, that a single man must be in want of a wife. ".repeat(6);
+    let records =
+        [serde_json::json!({"body": "Short."}), serde_json::json!({"body": long}), serde_json::json!({"x": 1})];
+    let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+    let path = desk.write("corpus.jsonl", &lines);
+    let rows = |more: &str| {
+        let mut source = source(&format!(
+            "{{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.0, ctx_len: 16, \
+             text: {{type: text_files, path: {path:?}, column: body}}{more}}}"
+        ));
+        let mut found: Vec<Vec<i64>> = Vec::new();
+        while let Some(tokens) = source.language_model().unwrap().next_tokens(1).unwrap() {
+            found.push(tokens.ids.reshape([-1]).try_into().unwrap());
+        }
+        (found, source.notes())
+    };
+    // One document a context, cut.
+    let (truncated, notes) = rows("");
+    assert_eq!(truncated.len(), 2);
+    assert!(truncated[0].len() < 16 && truncated[1].len() == 16);
+    assert!(notes[0].contains("1 bad record") && notes[0].contains("corpus.jsonl:3"), "{notes:?}");
+    // Documents joined: full contexts but for the last, and nothing of the text lost.
+    let (packed, _) = rows(", pack: true");
+    assert!(packed.len() > 5 && packed[..packed.len() - 1].iter().all(|row| row.len() == 16));
+    let joined: Vec<i64> = packed.concat();
+    let end_of_text = joined[0];
+    assert_eq!(joined.iter().filter(|id| **id == end_of_text).count(), 2);
+    assert_eq!(joined[1..=truncated[0].len()], truncated[0]);
+}
+
+#[test]
+fn the_bundled_model_has_learnt_english() {
+    let mut source = source(
+        "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, pack: true, ctx_len: 256, \
+         text: {type: embedded, name: austen, split: held_out}}",
+    );
+    let source = source.language_model().unwrap();
+    let (mut sum, mut count, mut all) = (0.0, 0, Vec::new());
+    while let (true, Some(tokens)) = (count < 50_000, source.next_tokens(16).unwrap()) {
+        let logits = tch::no_grad(|| source.model().forward(&tokens, &mut Hooks::none())).ok().unwrap();
+        let (loss, predicted) = cross_entropy(&logits, &tokens);
+        sum += loss * predicted as f64;
+        count += predicted;
+        all.extend(Vec::<i64>::try_from(tokens.ids.masked_select(&tokens.mask)).unwrap());
+    }
+    // No unigram model can do better on these tokens than their own frequencies.
+    let mut counts = std::collections::HashMap::new();
+    for id in &all {
+        *counts.entry(id).or_insert(0.0) += 1.0;
+    }
+    let unigram: f64 = counts.values().map(|n: &f64| -n / all.len() as f64 * (n / all.len() as f64).ln()).sum();
+    let loss = sum / count as f64;
+    assert!(loss < unigram - 2.0, "{loss} nats, the unigram model {unigram}");
+}
+
+#[test]
+fn a_model_in_the_hubs_cache_is_found_by_its_name() {
+    let desk = Desk::new();
+    let snapshot = "hub/models--tiny--neox/snapshots/0123abcd";
+    for name in ["config.json", "model.safetensors"] {
+        let bytes = fs::read(fixture("models/gpt_neox").join(name)).unwrap();
+        fs::create_dir_all(desk.path(snapshot)).unwrap();
+        fs::write(desk.path(snapshot).join(name), bytes).unwrap();
+    }
+    desk.write("hub/models--tiny--neox/refs/main", "0123abcd");
+    let file = fixture("models/gpt_neox/io.safetensors");
+    for name in ["tiny/neox", "tiny/neox@main", "tiny/neox@0123abcd"] {
+        let config = tokens(Path::new(name), &file, "");
+        desk.write("config.yaml", &format!("source: {config}\n"));
+        let out = name.replace(['/', '@'], "-");
+        let run =
+            desk.program().args(["activations", "config.yaml", "--out", &out]).env("HF_HOME", desk.dir.path()).output();
+        assert!(run.unwrap().status.success(), "{name}");
+    }
+}
+
+#[test]
+fn damaged_models_are_refused() {
+    let desk = Desk::new();
+    let from = fixture("models/gpt_neox");
+    let whole = fs::read(from.join("model.safetensors")).unwrap();
+    let config = fs::read_to_string(from.join("config.json")).unwrap();
+    let with = |config: &str, weights: &[u8]| {
+        desk.write("model/config.json", config);
+        fs::write(desk.path("model/model.safetensors"), weights).unwrap();
+        let source = tokens(Path::new("model/"), &from.join("io.safetensors"), "");
+        desk.write("config.yaml", &format!("source: {source}\nsaes: [{{trainer: {{type: standard}}}}]\n"));
+        let said = desk.refused(&["train", "config.yaml"]);
+        assert!(said.contains("config.yaml:1:") && said.contains("source.model"), "{said}");
+        said
+    };
+    assert!(with(&config, &whole[..whole.len() - 100]).contains("not a whole safetensors file"));
+    assert!(with(&config, b"").contains("model.safetensors"));
+    assert!(with("{", &whole).contains("is not JSON"));
+    assert!(with(&config.replace("\"hidden_size\": 32", "\"hidden_size\": 64"), &whole).contains("has shape"));
+    let layers = with(&config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 4"), &whole);
+    assert!(layers.contains("has no tensor `gpt_neox.layers.3."), "{layers}");
+    assert!(with(&config.replace("\"hidden_size\"", "\"hidden_sizes\""), &whole).contains("hidden_size"));
+    assert!(with(&config.replace("\"rope_scaling\": null", "\"rope_scaling\": {}"), &whole).contains("rope_scaling"));
+    assert!(with(&config.replace("\"gelu\"", "\"glue\""), &whole).contains("glue"));
+    fs::remove_file(desk.path("model/model.safetensors")).unwrap();
+    fs::write(desk.path("model/model.safetensors.index.json"), "{\"weight_map\": {\"a\": \"part-1.safetensors\"}}")
+        .unwrap();
+    let source = tokens(Path::new("model/"), &from.join("io.safetensors"), "");
+    desk.write("config.yaml", &format!("source: {source}\nsaes: [{{trainer: {{type: standard}}}}]\n"));
+    assert!(desk.refused(&["train", "config.yaml"]).contains("part-1.safetensors"));
+}
+
+#[test]
+fn tokens_that_the_model_does_not_have_are_refused() {
+    let desk = Desk::new();
+    let ids = Tensor::from_slice2(&[[1_i64, 2, 3], [4, 500, 6]]);
+    tensors::write(&desk.path("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
+    let source = tokens(&fixture("models/gpt_neox"), &desk.path("tokens.safetensors"), "");
+    desk.write("config.yaml", &format!("source: {source}\n"));
+    let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
+    assert!(said.contains("row 1") && said.contains("500") && said.contains("0 to 127"), "{said}");
+    assert!(!desk.path("out").exists());
+}
+
+#[test]
+fn the_bundled_model_opens_by_name() {
+    let (model, files) = open_model("embedded:austen", Device::Cpu, Precision::Float32).unwrap();
+    assert_eq!(model.n_layers(), 4);
+    assert!(files.read("tokenizer.json").unwrap().is_some());
+}

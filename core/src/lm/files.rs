@@ -84,9 +84,11 @@ impl ModelFiles {
             return found(FilesPlace::Dir(dir));
         }
         let cache = hub_cache().map_or_else(|| "the Hub's cache".to_owned(), |dir| dir.display().to_string());
-        bail!(InputError::new(format!("the model `{name}` is neither a folder nor in {cache}")).help(
-            "give a folder in Hugging Face's layout, a repository that the Hub's cache holds, or `embedded:austen`"
-        ));
+        let embedded = inventory::iter::<EmbeddedModel>.into_iter().next();
+        let embedded = embedded.map_or_else(String::new, |model| format!(", or `embedded:{}`", model.name));
+        bail!(InputError::new(format!("the model `{name}` is neither a folder nor in {cache}")).help(format!(
+            "give a folder in Hugging Face's layout, a repository that the Hub's cache holds{embedded}"
+        )));
     }
 
     /// The name that it was found by.
