@@ -130,7 +130,7 @@ pub struct Encoder {
 /// A dictionary: its weights, and how it encodes and decodes.
 ///
 /// Names of tensors and the meaning of `class` are the reference's, so that its `load_dictionary` reads what is saved.
-pub trait Dictionary: Send {
+pub trait Dictionary: Any + Send {
     /// The reference's class: `AutoEncoder`, `AutoEncoderTopK`, ...
     fn class(&self) -> &'static str;
 
@@ -170,15 +170,19 @@ pub trait Dictionary: Send {
 
     /// Called after tensors were loaded in place, for what is derived from them.
     fn loaded(&mut self) {}
-
-    /// For trainers that need a particular architecture.
-    fn as_any(&self) -> &dyn Any;
-
-    /// For trainers that need a particular architecture.
-    fn as_any_mut(&mut self) -> &mut dyn Any;
 }
 
 impl dyn Dictionary + '_ {
+    /// The dictionary as one of a particular architecture, if it is, for trainers that need that one.
+    pub fn downcast<T: Dictionary>(&self) -> Option<&T> {
+        (self as &dyn Any).downcast_ref()
+    }
+
+    /// [`downcast`](Self::downcast), to change it.
+    pub fn downcast_mut<T: Dictionary>(&mut self) -> Option<&mut T> {
+        (self as &mut dyn Any).downcast_mut()
+    }
+
     /// Every saved tensor: parameters, then buffers.
     pub fn state_dict(&self) -> Vec<(&'static str, Tensor)> {
         let mut all = self.parameters();
@@ -229,8 +233,11 @@ pub struct SavedClass {
     pub name: &'static str,
     /// An empty dictionary of the shape that the tensors (and the saved config's `trainer` entry) show; the caller
     /// loads the tensors into it.
-    pub shaped: fn(&BTreeMap<String, Tensor>, &serde_json::Value, Device, Precision) -> Result<Box<dyn Dictionary>>,
+    pub shaped: Shaped,
 }
+
+/// [`SavedClass::shaped`].
+pub type Shaped = fn(&BTreeMap<String, Tensor>, &serde_json::Value, Device, Precision) -> Result<Box<dyn Dictionary>>;
 
 inventory::collect!(SavedClass);
 

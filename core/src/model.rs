@@ -182,7 +182,7 @@ pub struct Hidden {
     /// Hidden states, [B, L, d].
     pub x: Tensor,
     /// What attention needs, computed once a pass.
-    pub context: std::sync::Arc<crate::lm::Context>,
+    pub context: std::rc::Rc<crate::lm::Context>,
 }
 
 impl Hidden {

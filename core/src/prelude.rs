@@ -5,7 +5,7 @@ pub use inventory;
 pub use schemars::JsonSchema;
 pub use serde::{Deserialize, Serialize};
 pub use serde_json::{Map, Value};
-pub use tch::{Device, Kind, Tensor};
+pub use tch::{self, Device, Kind, Tensor};
 pub use typetag;
 
 pub use crate::config::{ConfigPath, InputError, PathOrName, Under};

@@ -136,7 +136,7 @@ impl Run {
             }
             let batch = if self.norm == 1.0 { batch } else { batch.scaled(1.0 / self.norm) };
 
-            let logging = step % config.log_every == 0 || step + 1 == last;
+            let logging = step.is_multiple_of(config.log_every) || step + 1 == last;
             let mut rows = Vec::new();
             for sae in &mut self.saes {
                 rows.extend(sae.step(step, &batch, logging)?);
@@ -240,7 +240,7 @@ impl Run {
 }
 
 fn due(every: Option<u64>, step: u64) -> bool {
-    every.is_some_and(|every| step % every == 0)
+    every.is_some_and(|every| step.is_multiple_of(every))
 }
 
 fn flush(loggers: &mut [Box<dyn Logger>]) -> Result<()> {

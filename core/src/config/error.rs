@@ -11,7 +11,7 @@ pub struct InputError {
     message: String,
     /// The config's key that it concerns, from what is being built: `path`, and further out `source.path`.
     key: String,
-    place: Option<Place>,
+    place: Option<Box<Place>>,
     help: Option<String>,
 }
 
@@ -58,7 +58,7 @@ impl InputError {
     /// Where in the input it is.
     #[must_use]
     pub fn at(mut self, origin: Origin, key: impl Into<String>) -> Self {
-        self.place = Some(Place { origin, key: key.into() });
+        self.place = Some(Box::new(Place { origin, key: key.into() }));
         self
     }
 
@@ -74,7 +74,7 @@ impl InputError {
 
     /// Where it is, if known.
     pub fn place(&self) -> Option<&Place> {
-        self.place.as_ref()
+        self.place.as_deref()
     }
 }
 

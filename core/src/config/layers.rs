@@ -126,9 +126,9 @@ impl Merged {
 
     /// The file that was asked for.
     pub(super) fn main_file(&self) -> Option<(&Origin, &str)> {
-        let files =
-            self.layers.iter().filter(|(origin, _, inside)| matches!(origin, Origin::File(..)) && inside.is_none());
-        files.last().map(|(origin, text, _)| (origin, text.as_str()))
+        let asked = |origin: &Origin, inside: &Option<String>| matches!(origin, Origin::File(..)) && inside.is_none();
+        let (origin, text, _) = self.layers.iter().rfind(|(origin, _, inside)| asked(origin, inside))?;
+        Some((origin, text))
     }
 }
 

@@ -1,8 +1,6 @@
 //! The identity: features are the activations themselves. A baseline for metrics and a check of a pipeline: it
 //! reconstructs everything and explains nothing.
 
-use std::any::Any;
-
 use dictlearn_core::prelude::*;
 
 const NAME: &str = "identity";
@@ -69,12 +67,4 @@ impl Dictionary for Identity {
     }
 
     fn scale_biases(&mut self, _: f64) {}
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
-    }
 }

@@ -16,8 +16,6 @@
 //! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, and not at the random values
 //! of PyTorch's linear layer.
 
-use std::any::Any;
-
 use dictlearn_core::prelude::*;
 use dictlearn_core::resample::can_resample;
 
@@ -144,14 +142,6 @@ impl Dictionary for AutoEncoder {
             let _ = self.bias.g_mul_scalar_(scale);
             let _ = self.encoder_bias.g_mul_scalar_(scale);
         });
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
     }
 }
 
@@ -282,7 +272,7 @@ impl Trainer for Standard {
             normalize_decoder(&decoder, 0.0);
         }
         if let Some((every, firing)) = &mut self.firing {
-            if cx.step % *every == 0 {
+            if cx.step.is_multiple_of(*every) {
                 // More than half of `every` steps: the reference compares with `> every / 2`.
                 let dead = firing.silent_for((*every / 2) as i64 + 1);
                 resample(cx, &dead, self.resample_weight)?;

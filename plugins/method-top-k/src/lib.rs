@@ -17,8 +17,6 @@
 //! Where this differs from the reference: the geometric median of points one of which is the guess is defined, and a
 //! row that selects no positive feature does not enter the threshold (there it makes it infinite for good).
 
-use std::any::Any;
-
 use dictlearn_core::prelude::*;
 
 const NAME: &str = "top_k";
@@ -189,14 +187,6 @@ impl Dictionary for TopK {
             }
         });
     }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
-    }
 }
 
 /// TopK training: the selection is the sparsity, and dead features are revived by the auxiliary loss.
@@ -252,7 +242,7 @@ register! {
 #[typetag::serde(name = NAME)]
 impl TrainerConfig for TopKConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        let Some(dictionary) = cx.dictionary.as_any().downcast_ref::<TopK>() else {
+        let Some(dictionary) = cx.dictionary.downcast::<TopK>() else {
             bail!(InputError::new(format!("the trainer `{NAME}` cannot train a {}", cx.dictionary.class()))
                 .help(format!("it sets k and the threshold of the dictionary `{NAME}`, which others do not have")));
         };
@@ -341,7 +331,7 @@ impl Trainer for TopKTrainer {
     }
 
     fn begin(&mut self, dictionary: &mut dyn Dictionary, batch: &Batch) -> Result<()> {
-        if let Some(dictionary) = dictionary.as_any_mut().downcast_mut::<TopK>() {
+        if let Some(dictionary) = dictionary.downcast_mut::<TopK>() {
             tch::no_grad(|| dictionary.b_dec.copy_(&geometric_median(&batch.x)));
         }
         Ok(())
@@ -374,7 +364,7 @@ impl Trainer for TopKTrainer {
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
-        if let Some(dictionary) = cx.dictionary.as_any_mut().downcast_mut::<TopK>() {
+        if let Some(dictionary) = cx.dictionary.downcast_mut::<TopK>() {
             if let Some(anneal) = self.k_anneal_steps {
                 let ratio = cx.step.min(anneal) as f64 / anneal as f64;
                 let wide = dictionary.dims().input as f64;
@@ -408,7 +398,7 @@ impl Trainer for TopKTrainer {
 impl TopKTrainer {
     /// θ ← β θ + (1 − β) · mean over activations of their smallest positive selected feature.
     fn update_threshold(&self, dictionary: &dyn Dictionary, top_values: &Tensor) -> Result<()> {
-        let Some(dictionary) = dictionary.as_any().downcast_ref::<TopK>() else { return Ok(()) };
+        let Some(dictionary) = dictionary.downcast::<TopK>() else { return Ok(()) };
         tch::no_grad(|| {
             let values = top_values.detach();
             let smallest = values.masked_fill(&values.le(0.0), f64::INFINITY).amin([1], false);

@@ -8,7 +8,7 @@
 use dictlearn_core::lm::{activation, Attention, Context, Linear, ModelCx, ModelFamily, Names, Norm, Rotary};
 use dictlearn_core::model::Hidden;
 use dictlearn_core::prelude::*;
-use std::sync::Arc;
+use std::rc::Rc;
 
 const MODEL_TYPE: &str = "gpt_neox";
 
@@ -299,7 +299,7 @@ impl LanguageModel for GptNeox {
         let x = hooks.module("gpt_neox.embed_in", &tokens.ids, |_, ids| {
             Ok(Tensor::embedding(&self.embed_in, ids, -1, false, false))
         })?;
-        Ok(Hidden { x, context: Arc::new(Context::new(tokens, Some(&self.rotary))) })
+        Ok(Hidden { x, context: Rc::new(Context::new(tokens, Some(&self.rotary))) })
     }
 
     fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {

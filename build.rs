@@ -1,0 +1,22 @@
+//! Links in every plugin that Cargo.toml names, so that adding or removing one is one line there.
+//!
+//! A plugin registers itself when it is linked, but nothing calls it by name, and rustc leaves out a crate that is not
+//! used. What is written here is one `use dictlearn_… as _;` for each dependency of that name.
+
+use std::path::Path;
+use std::{env, fs};
+
+fn main() {
+    println!("cargo::rerun-if-changed=Cargo.toml");
+    let manifest = Path::new(&env::var_os("CARGO_MANIFEST_DIR").unwrap()).join("Cargo.toml");
+    let manifest = fs::read_to_string(manifest).unwrap();
+    let (_, dependencies) = manifest.split_once("\n[dependencies]\n").expect("Cargo.toml has [dependencies]");
+    let uses: String = dependencies
+        .lines()
+        .take_while(|line| !line.starts_with('['))
+        .filter_map(|line| line.split([' ', '.', '=']).next())
+        .filter(|name| name.starts_with("dictlearn-") && *name != "dictlearn-core")
+        .map(|name| format!("use {} as _;\n", name.replace('-', "_")))
+        .collect();
+    fs::write(Path::new(&env::var_os("OUT_DIR").unwrap()).join("plugins.rs"), uses).unwrap();
+}

@@ -1,0 +1,164 @@
+//! A tied autoencoder: the decoder is the encoder's transpose (Cunningham et al. 2023, Sparse Autoencoders Find Highly
+//! Interpretable Features in Language Models, <https://arxiv.org/abs/2309.08600>, section 2).
+//!
+//! ```text
+//! f = ReLU(W x + b)      W [F, d], rows of norm 1
+//! x̂ = Wᵀ f
+//! L = mean ‖x − x̂‖² + α mean ‖f‖₁
+//! ```
+
+use dictlearn_core::prelude::*;
+
+/// The names in a config. Each is written once.
+const DICTIONARY: &str = "tied_auto_encoder";
+const TRAINER: &str = "tied";
+
+/// One matrix that encodes and decodes.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TiedConfig {
+    /// Number of features.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features, in multiples of the activations' width; 8 unless `dict_size` is given.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+register! {
+    dictionary TiedConfig, DICTIONARY,
+    summary: "ReLU of an affine map, decoded by its transpose",
+    paper: "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
+    example: "{type: tied_auto_encoder, expansion_factor: 4}",
+}
+
+#[typetag::serde(name = DICTIONARY)]
+impl DictionaryConfig for TiedConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let weight = trained(randn([features, cx.activation_dim], cx.device));
+        let bias = trained(Tensor::zeros([features], (Kind::Float, cx.device)));
+        let tied = Tied { weight, bias, precision: cx.precision };
+        normalize_decoder(&tied.rows(), 0.0);
+        Ok(Box::new(tied))
+    }
+}
+
+// How `eval` and `encode` read it back.
+inventory::submit! {
+    SavedClass {
+        class: "TiedAutoEncoder",
+        name: DICTIONARY,
+        shaped: |tensors, _, device, precision| {
+            let [features, d] = saved_shape(tensors, "weight")?;
+            let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+            Ok(Box::new(Tied { weight: zeros(&[features, d]), bias: zeros(&[features]), precision }))
+        },
+    }
+}
+
+struct Tied {
+    weight: Tensor, // W [F, d]
+    bias: Tensor,   // b [F]
+    precision: Precision,
+}
+
+impl Tied {
+    fn rows(&self) -> Decoder {
+        Decoder { name: "weight", weight: self.weight.shallow_clone(), feature_dim: 0 }
+    }
+}
+
+impl Dictionary for Tied {
+    fn class(&self) -> &'static str {
+        "TiedAutoEncoder"
+    }
+
+    fn dims(&self) -> Dims {
+        let size = self.weight.size();
+        Dims { input: size[1], features: size[0], output: size[1] }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![("weight", self.weight.shallow_clone()), ("bias", self.bias.shallow_clone())]
+    }
+
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(x, &self.weight, Some(&self.bias)).relu()
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        self.precision.linear(features, &self.weight.tr(), None)
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        Some(self.rows())
+    }
+
+    fn scale_biases(&mut self, scale: f64) {
+        let _ = tch::no_grad(|| self.bias.g_mul_scalar_(scale));
+    }
+}
+
+/// Squared error with an L1 penalty, rows of norm 1.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TiedTrainer {
+    /// Learning rate.
+    #[schemars(range(min = 0))]
+    pub lr: f64,
+    /// Weight α of the L1 penalty.
+    #[schemars(range(min = 0))]
+    pub l1_penalty: f64,
+}
+
+impl Default for TiedTrainer {
+    fn default() -> Self {
+        TiedTrainer { lr: 1e-3, l1_penalty: 1e-2 }
+    }
+}
+
+register! {
+    trainer TiedTrainer, TRAINER,
+    summary: "Squared error with an L1 penalty for a tied autoencoder",
+    paper: "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
+    example: "{type: tied, lr: 1e-3, l1_penalty: 0.02}",
+    usual_dictionary: DICTIONARY,
+}
+
+#[typetag::serde(name = TRAINER)]
+impl TrainerConfig for TiedTrainer {
+    fn build(&self, _: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        Ok(Box::new(self.clone()))
+    }
+
+    fn class(&self) -> &'static str {
+        "TiedTrainer"
+    }
+}
+
+impl Trainer for TiedTrainer {
+    fn adam(&self) -> AdamConfig {
+        AdamConfig::default()
+    }
+
+    fn lr(&self, _step: u64) -> f64 {
+        self.lr
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let mean = |rows: Tensor| rows.sum_dim_intlist(-1, false, Kind::Float).mean(Kind::Float);
+        terms.add("mse_loss", mean(pass.residual().square()), 1.0);
+        terms.add("sparsity_loss", mean(pass.code.features.abs()), self.l1_penalty);
+        Ok(())
+    }
+
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        if let Some(rows) = cx.dictionary.decoder() {
+            normalize_decoder(&rows, 0.0);
+        }
+        Ok(())
+    }
+}
