@@ -20,7 +20,7 @@ impl Precision {
         }
     }
 
-    /// `x wᵀ + b` for x [.., in], w [out, in], b [out].
+    /// `x wᵀ + b` for x [.., in], w [out, in], b `[out]`.
     pub fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
         match self {
             Precision::Float32 => x.linear(weight, bias),

@@ -110,7 +110,7 @@ impl Decoder {
         1 - self.feature_dim
     }
 
-    /// Norms of the features' directions, [F].
+    /// Norms of the features' directions, `[F]`.
     pub fn norms(&self) -> Tensor {
         self.weight.norm_scalaropt_dim(2.0, [self.direction_dim()], false)
     }
@@ -123,7 +123,7 @@ pub struct Encoder {
     pub weight: &'static str,
     /// Which dimension of the weight counts the features: 0 for [F, d] (`encoder.weight`), 1 for [d, F] (`W_enc`).
     pub feature_dim: i64,
-    /// State-dict names of the vectors [F] that become 0 when a feature starts anew.
+    /// State-dict names of the vectors `[F]` that become 0 when a feature starts anew.
     pub biases: &'static [&'static str],
 }
 
@@ -178,7 +178,7 @@ impl dyn Dictionary + '_ {
         (self as &dyn Any).downcast_ref()
     }
 
-    /// [`downcast`](Self::downcast), to change it.
+    /// The same, to change it.
     pub fn downcast_mut<T: Dictionary>(&mut self) -> Option<&mut T> {
         (self as &mut dyn Any).downcast_mut()
     }

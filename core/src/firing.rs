@@ -17,7 +17,7 @@ impl Firing {
         Firing { since: Tensor::zeros([features], (Kind::Int64, device)) }
     }
 
-    /// Adds `amount` to every counter, then sets those of the features that fired, bool [F], to 0.
+    /// Adds `amount` to every counter, then sets those of the features that fired, bool `[F]`, to 0.
     pub fn update(&mut self, fired: &Tensor, amount: i64) {
         self.since += amount;
         let _ = self.since.masked_fill_(fired, 0);
@@ -29,17 +29,17 @@ impl Firing {
         let _ = self.since.index_fill_(0, &indices.reshape([-1]), 0);
     }
 
-    /// Which features have been silent for at least so long, bool [F].
+    /// Which features have been silent for at least so long, bool `[F]`.
     pub fn silent_for(&self, at_least: i64) -> Tensor {
         self.since.ge(at_least)
     }
 
-    /// The counters, int64 [F].
+    /// The counters, int64 `[F]`.
     pub fn since(&self) -> &Tensor {
         &self.since
     }
 
-    /// Sets the counters of some features, bool [F], to 0.
+    /// Sets the counters of some features, bool `[F]`, to 0.
     pub fn reset(&mut self, features: &Tensor) {
         let _ = self.since.masked_fill_(features, 0);
     }

@@ -28,7 +28,7 @@ pub fn can_resample(dictionary: &dyn Dictionary) -> bool {
     dictionary.encoder().is_some() && dictionary.decoder().is_some()
 }
 
-/// Starts dead features, bool [F], anew; at most as many as the batch has activations. Returns how many.
+/// Starts dead features, bool `[F]`, anew; at most as many as the batch has activations. Returns how many.
 ///
 /// Each draws an activation of the batch without replacement. Its decoder direction becomes the activation's
 /// direction, its encoder row the activation times 0.2 times the mean norm of the living rows, its biases 0, its

@@ -98,7 +98,7 @@ pub fn write<S: AsRef<str>>(path: &Path, tensors: &[(S, Tensor)]) -> Result<()> 
     write_with_metadata(path, tensors, &[])
 }
 
-/// [`write`], with entries for the file's metadata.
+/// [`write()`], with entries for the file's metadata.
 pub fn write_with_metadata<S: AsRef<str>>(
     path: &Path,
     tensors: &[(S, Tensor)],

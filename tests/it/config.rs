@@ -47,9 +47,9 @@ fn wrong_configs() {
     desk.write("bad-model/config.json", "{\"model_type\": \"gpt_nexo\"}");
     desk.write("no-type/config.json", "{}");
 
-    let none: &[&str] = &[];
-    let mut cases: Vec<(&str, String, &[&str], Vec<(&str, &str)>)> = Vec::new();
-    let mut case = |what, yaml: String| cases.push((what, yaml, none, vec![]));
+    type Case<'a> = (&'a str, String, &'a [&'a str], &'a [(&'a str, &'a str)]);
+    let mut cases: Vec<Case> = Vec::new();
+    let mut case = |what, yaml: String| cases.push((what, yaml, &[], &[]));
     case("an unknown trainer", format!("{SOURCE}saes:\n- trainer:\n    type: topk\n"));
     case("an unknown trainer in a flow map", format!("{SOURCE}saes:\n- {{trainer: {{type: p-standard}}}}\n"));
     case("an unknown dictionary", format!("{SOURCE}saes:\n- trainer: {{type: top_k}}\n  dictionary: {{type: topk}}\n"));
@@ -144,24 +144,24 @@ fn wrong_configs() {
         lm_with(&format!("{{type: token_file, path: {tokens}}}"), "{type: text_files, path: a.txt}\n  ctx_len: 100"),
     );
     let plain = format!("{SOURCE}{SAES}");
-    cases.push(("--set: an unknown field", plain.clone(), &["--set", "saes[0].trainer.lrr=1e-3"], vec![]));
-    cases.push(("--set: a wrong type", plain.clone(), &["--set", "steps=soon"], vec![]));
-    cases.push(("--set: an unknown type", plain.clone(), &["--set", "saes.0.trainer.type=topk"], vec![]));
-    cases.push(("--set: no such item", plain.clone(), &["--set", "saes[3].trainer.lr=1"], vec![]));
-    cases.push(("--set: no value", plain.clone(), &["--set", "steps"], vec![]));
-    cases.push(("--set: not YAML", plain.clone(), &["--set", "steps=[1"], vec![]));
-    cases.push(("a variable: a wrong type", plain.clone(), none, vec![("DICTLEARN_STEPS", "soon")]));
-    cases.push(("a variable: an unknown key", plain.clone(), none, vec![("DICTLEARN_SETPS", "3")]));
-    cases.push(("a variable: a nested field", plain.clone(), none, vec![("DICTLEARN_SOURCE__BATCH_SIZE", "-3")]));
+    cases.push(("--set: an unknown field", plain.clone(), &["--set", "saes[0].trainer.lrr=1e-3"], &[]));
+    cases.push(("--set: a wrong type", plain.clone(), &["--set", "steps=soon"], &[]));
+    cases.push(("--set: an unknown type", plain.clone(), &["--set", "saes.0.trainer.type=topk"], &[]));
+    cases.push(("--set: no such item", plain.clone(), &["--set", "saes[3].trainer.lr=1"], &[]));
+    cases.push(("--set: no value", plain.clone(), &["--set", "steps"], &[]));
+    cases.push(("--set: not YAML", plain.clone(), &["--set", "steps=[1"], &[]));
+    cases.push(("a variable: a wrong type", plain.clone(), &[], &[("DICTLEARN_STEPS", "soon")]));
+    cases.push(("a variable: an unknown key", plain.clone(), &[], &[("DICTLEARN_SETPS", "3")]));
+    cases.push(("a variable: a nested field", plain.clone(), &[], &[("DICTLEARN_SOURCE__BATCH_SIZE", "-3")]));
     cases.push((
         "an unknown profile",
         format!("{plain}profiles: {{quick: {{steps: 10}}}}\n"),
         &["--profile", "quik"],
-        vec![],
+        &[],
     ));
-    cases.push(("no profiles", plain.clone(), &["--profile", "quick"], vec![]));
+    cases.push(("no profiles", plain.clone(), &["--profile", "quick"], &[]));
     let profile = format!("{plain}profiles:\n  quick:\n    log_evry: 1\n");
-    cases.push(("an unknown key in a profile", profile, &["--profile", "quick"], vec![]));
+    cases.push(("an unknown key in a profile", profile, &["--profile", "quick"], &[]));
 
     let mut all = String::new();
     for (what, yaml, args, variables) in &cases {

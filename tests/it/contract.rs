@@ -1,7 +1,7 @@
 //! What every registered component keeps, whoever wrote it.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use dictlearn as _;
@@ -23,13 +23,13 @@ fn enter_the_examples_folder() {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let dir = TempDir::new().unwrap();
-        example_files(&dir.path().to_owned());
+        example_files(dir.path());
         std::env::set_current_dir(dir.path()).unwrap();
         dir
     });
 }
 
-fn example_files(dir: &PathBuf) {
+fn example_files(dir: &Path) {
     tch::manual_seed(1);
     tensors::write(&dir.join("activations.safetensors"), &[("activations", activations(1000))]).unwrap();
     let ids = Tensor::randint(100, [16, 24], (Kind::Int64, Device::Cpu));
@@ -320,7 +320,7 @@ fn a_logger_writes_and_goes_on() {
 #[test]
 fn a_config_of_examples_trains() {
     let desk = Desk::new();
-    example_files(&desk.dir.path().to_owned());
+    example_files(desk.dir.path());
     let source = component(Slot::Source, "tensor_file").unwrap().example;
     for trainer in components(Slot::Trainer) {
         let dictionary = component(Slot::Dictionary, trainer.usual_dictionary.unwrap()).unwrap().example;

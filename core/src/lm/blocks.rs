@@ -92,7 +92,7 @@ impl Attention {
 pub struct Linear {
     /// [out, in].
     pub weight: Tensor,
-    /// [out].
+    /// `[out]`.
     pub bias: Option<Tensor>,
     /// The type of its product.
     pub precision: Precision,
@@ -108,9 +108,9 @@ impl Linear {
 /// Layer norm.
 #[derive(Debug)]
 pub struct Norm {
-    /// [d].
+    /// `[d]`.
     pub weight: Tensor,
-    /// [d].
+    /// `[d]`.
     pub bias: Option<Tensor>,
     /// Added to the variance.
     pub eps: f64,

@@ -1,7 +1,7 @@
 //! The ReLU autoencoder with an L1 penalty: Bricken et al. 2023, *Towards Monosemanticity*,
 //! <https://transformer-circuits.pub/2023/monosemantic-features>.
 //!
-//! With activations x [d], features f [F] and a decoder W_d [d, F] whose columns have norm 1:
+//! With activations x `[d]`, features f `[F]` and a decoder W_d `[d, F]` whose columns have norm 1:
 //!
 //! ```text
 //! f  = ReLU(W_e (x − b) + b_e)

@@ -1,7 +1,7 @@
 //! The TopK autoencoder: Gao et al. 2024, *Scaling and evaluating sparse autoencoders*,
 //! <https://arxiv.org/abs/2406.04093>.
 //!
-//! With activations x [d], features f [F] and a decoder W_d [d, F] whose columns have norm 1:
+//! With activations x `[d]`, features f `[F]` and a decoder W_d `[d, F]` whose columns have norm 1:
 //!
 //! ```text
 //! f  = TopK(ReLU(W_e (x − b) + b_e))        (§2.3, eq. 3)
@@ -439,7 +439,7 @@ impl TopKTrainer {
     }
 }
 
-/// The point [d] with the least sum of distances to the points [N, d], by Weiszfeld's iteration from their mean.
+/// The point `[d]` with the least sum of distances to the points [N, d], by Weiszfeld's iteration from their mean.
 fn geometric_median(points: &Tensor) -> Tensor {
     let mut guess = points.mean_dim([0].as_slice(), false, Kind::Float);
     for _ in 0..100 {

@@ -78,7 +78,7 @@ fn padding_on_either_side_changes_no_text_position() {
 fn a_pass_stops_after_the_last_hook() {
     let (model, tokens, _) = open("gpt_neox");
     let (point, _) = model.hook_point("gpt_neox.layers.0.mlp", Io::Out).unwrap();
-    let mut hooks = Hooks::read(&[point.clone()], true);
+    let mut hooks = Hooks::read(std::slice::from_ref(&point), true);
     assert!(model.forward(&tokens, &mut hooks).is_err(), "the pass went on after the hook");
     assert!(hooks.take(&point).is_some());
     let mut hooks = Hooks::read(&[point], false);
