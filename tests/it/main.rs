@@ -5,5 +5,6 @@ mod common;
 mod cli;
 mod config;
 mod contract;
+mod docs;
 mod golden;
 mod language_model;

@@ -37,7 +37,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Everything that must hold before a commit: format, lints, tests, documentation.
+    /// Format, lints and documentation: what must hold before a commit beside the tests.
     Ci,
 }
 
@@ -68,7 +68,6 @@ fn run(cli: &Cli) -> Result<()> {
         Task::Ci => {
             cargo(&root, &["fmt", "--all", "--check"], &[])?;
             cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], &[])?;
-            test(&root, &[])?;
             // `RUSTDOCFLAGS` would replace the flags of libtorch.toml; doc lints are denied by the manifests instead.
             cargo(&root, &["doc", "--workspace", "--no-deps"], &[])
         }

@@ -1,0 +1,54 @@
+//! What the README says is so.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::common::Desk;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn configs() -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> =
+        fs::read_dir(root().join("configs")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(found.iter().all(|path| path.extension().is_some_and(|extension| extension == "yaml")));
+    found.sort();
+    found
+}
+
+#[test]
+fn every_config_of_the_readme_is_a_file() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let mut blocks = 0;
+    for block in readme.split("```yaml\n").skip(1) {
+        let yaml = block.split("```").next().unwrap();
+        assert!(configs().iter().any(|path| fs::read_to_string(path).unwrap() == yaml), "not in configs/:\n{yaml}");
+        blocks += 1;
+    }
+    assert!(blocks > 0);
+}
+
+#[test]
+fn every_config_is_sound() {
+    let desk = Desk::new();
+    for path in configs() {
+        let said = desk.ok(&["train", path.to_str().unwrap(), "--dry-run", "--output-dir", "out"]);
+        assert!(said.contains("saes:"), "{}", path.display());
+    }
+    let sweep = root().join("configs/sweep.yaml");
+    let said = desk.ok(&["train", sweep.to_str().unwrap(), "--dry-run", "--profile", "quick"]);
+    assert!(said.contains("stop_after: 200") && said.contains("name: top_k-"), "{said}");
+    assert!(desk.files().is_empty());
+}
+
+#[test]
+fn the_readme_lists_what_is_registered() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let table = readme.split("## What is supported").nth(1).unwrap().split("\n## ").next().unwrap();
+    let listed = Desk::new().ok(&["list"]);
+    for line in listed.lines().filter(|line| line.starts_with("  ")) {
+        let name = line.split_whitespace().next().unwrap();
+        assert!(table.contains(&format!("`{name}`")), "the README's table does not have `{name}`");
+    }
+}
