@@ -120,33 +120,38 @@ fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunCon
 /// Runs the program: every plugin that is linked in can be named. Call it from `main`.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    match registry::check().and_then(|()| run(cli.command)) {
-        Ok(code) => code,
-        Err(error) => fail(&error),
+    // libtorch's errors that no one foresaw, want of memory above all, arrive as panics.
+    std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", unforeseen(panic))));
+    match std::panic::catch_unwind(|| registry::check().and_then(|()| run(cli.command))) {
+        Ok(Ok(code)) => code,
+        Ok(Err(error)) => fail(error),
+        Err(_) => ExitCode::FAILURE,
     }
 }
 
+fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
+    let payload = panic.payload();
+    let message = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
+    let message = message.unwrap_or("unknown");
+    if ["allocate memory", "out of memory"].iter().any(|want| message.contains(want)) {
+        return "there is not enough memory\nhelp: make the dictionary, the batch or the buffer (`n_ctxs`) smaller; \
+                `--dry-run` says what they take"
+            .to_owned();
+    }
+    let place = panic.location().map_or_else(String::new, |place| format!(" ({place})"));
+    // What follows the first line is libtorch's own stack.
+    format!("{}{place}\nhelp: this should not happen: please report it", message.lines().next().unwrap_or_default())
+}
+
 /// Prints an error and gives the exit status: 2 where the input is wrong, 1 for anything else.
-fn fail(error: &anyhow::Error) -> ExitCode {
-    match error.downcast_ref::<InputError>() {
-        Some(input) => {
-            // What the error passed through on its way up tells which part of the config it concerns.
-            let context: Vec<String> = error
-                .chain()
-                .take_while(|cause| cause.downcast_ref::<InputError>().is_none())
-                .map(ToString::to_string)
-                .filter(|context| *context != input.to_string())
-                .collect();
-            let context = if input.place().is_some() || context.is_empty() {
-                String::new()
-            } else {
-                format!("{}: ", context.join(": "))
-            };
-            eprintln!("error: {context}{input}");
+fn fail(error: anyhow::Error) -> ExitCode {
+    match InputError::take(error) {
+        Ok(input) => {
+            eprintln!("error: {input}");
             ExitCode::from(2)
         }
-        None => {
-            eprintln!("error: {error:#}");
+        Err(other) => {
+            eprintln!("error: {other:#}");
             ExitCode::from(1)
         }
     }
@@ -297,10 +302,13 @@ fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
 }
 
 fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>) -> Result<ExitCode> {
-    let mut in_order = args.set.clone();
-    // "In order" is what the command promises, whatever the config's training wants.
-    in_order.push("source.shuffle=false".to_owned());
-    let config = load(&args.config, args.profile.clone(), in_order)?;
+    let mut config = args.load()?;
+    let source = component(Kind::Source, config.source.typetag_name()).map(|source| (source.schema)());
+    if source.is_some_and(|schema| schema.pointer("/properties/shuffle").is_some()) {
+        // "In order" is what the command promises, whatever the config's training wants.
+        let in_order = args.set.iter().cloned().chain(["source.shuffle=false".to_owned()]).collect();
+        config = load(&args.config, args.profile.clone(), in_order)?;
+    }
     let source = source_cx(&config).and_then(|cx| config.source.build(&cx).under("source"));
     let mut source = source.map_err(|error| config.written.locate(error))?;
     let interrupt = catch_signals()?;

@@ -1,7 +1,8 @@
 //! A run: one stream of activations, every SAE of the config training on it.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{bail, Context, Result};
@@ -49,6 +50,7 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     // Everything that can be wrong with the config is found before anything is written.
     let mut run = Run::build(config)?;
     let created = !run_dir.exists();
+    let before = entries(run_dir);
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
     write_file(&run_dir.join("config.yaml"), yaml.as_bytes())?;
     let mut first = 0;
@@ -59,11 +61,21 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     }
 
     let result = run.train(config, run_dir, &checkpoints, first, resume, interrupt);
-    if result.is_err() && created && checkpoints.latest()?.is_none() {
+    if result.is_err() && checkpoints.latest()?.is_none() {
         // Nothing of it is of use, and a directory that holds half a run would only refuse the next one.
-        let _ = fs::remove_dir_all(run_dir);
+        for path in entries(run_dir).difference(&before) {
+            let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        }
+        if created {
+            let _ = fs::remove_dir(run_dir);
+        }
     }
     result
+}
+
+/// What lies in a directory.
+fn entries(dir: &Path) -> BTreeSet<PathBuf> {
+    fs::read_dir(dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect()
 }
 
 /// What is built from a config.
@@ -261,13 +273,19 @@ fn refuse_other_run(run_dir: &Path, resume: bool) -> Result<()> {
 
 /// The shapes and memory of a run, for `--dry-run`; nothing is written.
 pub fn plan(config: &RunConfig) -> Result<String> {
-    let run = Run::build(config)?;
+    let mut run = Run::build(config)?;
+    let buffer = run.stream.source().memory() as usize;
     let (precision, why) = config.precision.precision(run.device);
     let megabytes = |bytes: usize| bytes as f64 / 1e6;
     let mut lines = vec![
         format!("device: {}", device::name(run.device)),
         format!("matrix products: {} ({why})", if precision == Precision::Float32 { "float32" } else { "bfloat16" }),
-        format!("activations: width {} -> {}", run.cx.widths.0, run.cx.widths.1),
+        format!(
+            "activations: width {} -> {}, {:.1} MB of them in the buffer",
+            run.cx.widths.0,
+            run.cx.widths.1,
+            megabytes(buffer)
+        ),
     ];
     let mut total = 0;
     for sae in &run.saes {
@@ -287,6 +305,9 @@ pub fn plan(config: &RunConfig) -> Result<String> {
             lines.push(format!("  {name} {:?}", tensor.size()));
         }
     }
-    lines.push(format!("weights, gradients and moments: {:.1} MB", megabytes(total)));
+    lines.push(format!(
+        "in all, with the buffer: {:.1} MB, beside the model and the batch in work",
+        megabytes(total + buffer)
+    ));
     Ok(lines.join("\n"))
 }

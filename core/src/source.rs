@@ -104,6 +104,11 @@ pub trait ActivationSource: Send {
         None
     }
 
+    /// Bytes that it holds of activations, at most.
+    fn memory(&self) -> u64 {
+        0
+    }
+
     /// What an SAE's config.json says of it, under `buffer`.
     fn describe(&self) -> serde_json::Value;
 
@@ -158,7 +163,10 @@ impl Stream {
                 return Ok(Some(batch));
             }
             if self.batches_in_pass == 0 {
-                bail!(InputError::new("the source gave not one batch of activations")
+                let notes = self.source.notes().join("; ");
+                let notes = if notes.is_empty() { notes } else { format!(" ({notes})") };
+                bail!(InputError::new(format!("the source gave not one batch of activations{notes}"))
+                    .field("source")
                     .help("its data is shorter than one batch: add data, or make the batches smaller"));
             }
             if self.source.passes().is_some_and(|passes| self.pass + 1 >= passes) {

@@ -120,6 +120,10 @@ impl Training {
         })?;
         let figures = logging.then(|| self.figures(&pass, &terms));
 
+        if self.dictionary.parameters().is_empty() {
+            // A baseline, which runs beside the others to be measured with them.
+            return Ok(figures);
+        }
         self.optimizer.zero_grad();
         loss.backward();
         for modifier in &mut self.modifiers {

@@ -57,6 +57,17 @@ fn a_run_leaves_what_is_promised() {
 }
 
 #[test]
+fn a_baseline_runs_beside_the_others() {
+    let desk = Desk::new();
+    let baseline = "- {name: baseline, dictionary: {type: identity}, trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}";
+    desk.write("config.yaml", &tensor_file_config(20, &TWO_SAES.replace("saes:\n", &format!("saes:\n{baseline}\n"))));
+    desk.ok(&["train", "config.yaml"]);
+    assert_eq!(desk.json("run/baseline/eval.json")["frac_variance_explained"], 1.0);
+    let again: serde_json::Value = serde_json::from_str(&desk.ok(&["eval", "run/baseline", "--json"])).unwrap();
+    assert_eq!(again["l2_loss"], 0.0);
+}
+
+#[test]
 fn eval_says_again_what_training_said() {
     let desk = Desk::new();
     // Twenty steps of 64 leave the rest of the data to the metrics; with an `eval_source` both see the same.
@@ -215,6 +226,9 @@ fn activations_that_are_not_finite_end_the_run() {
     assert!(said.contains("step 5") && said.contains("row 323"), "{said}");
     // Nothing of use was trained, so nothing stands in the way of the next run.
     assert!(!desk.path("run").exists());
+    desk.write("run/mine.txt", "a file of the user's");
+    desk.refused(&["train", "config.yaml"]);
+    assert_eq!(desk.files(), ["config.yaml", "run/mine.txt", "x.safetensors"]);
     // Neither is it written to disk as if it were data.
     assert!(desk.refused(&["activations", "config.yaml", "--out", "all"]).contains("row 323"));
     assert!(!desk.path("all").exists());
@@ -307,6 +321,17 @@ fn list_and_describe_tell_what_is_there() {
     assert!(desk.refused(&["list", "traners"]).contains("did you mean `trainers`?"));
     let schema: serde_json::Value = serde_json::from_str(&desk.ok(&["schema"])).unwrap();
     assert!(schema["properties"]["source"].is_object());
+}
+
+#[test]
+fn want_of_memory_is_said_in_a_sentence() {
+    let desk = Desk::new();
+    let config = "saes: [{trainer: {type: standard}, dictionary: {dict_size: 1e14}}]\n";
+    desk.write("config.yaml", &tensor_file_config(3000, config));
+    let run = desk.run(&["train", "config.yaml"]);
+    assert_eq!(run.code, 1);
+    assert!(run.stderr.starts_with("error: there is not enough memory\nhelp: "), "{}", run.stderr);
+    assert!(!desk.path("run").exists());
 }
 
 #[test]

@@ -60,7 +60,9 @@ fn run(cli: &Cli) -> Result<()> {
     };
     let started = Instant::now();
     libtorch::set_up(&root, wanted)?;
-    eprintln!("set-up took {:.0} s", started.elapsed().as_secs_f64());
+    if started.elapsed().as_secs() > 0 {
+        eprintln!("set-up took {} s", started.elapsed().as_secs());
+    }
     match &cli.task {
         Task::Setup => Ok(()),
         Task::Quickstart => quickstart(&root),

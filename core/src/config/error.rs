@@ -67,6 +67,19 @@ impl InputError {
         &self.message
     }
 
+    /// The input error that an error is at its root, with what was said around it on its way up as part of the message;
+    /// or the error as it was.
+    pub fn take(error: anyhow::Error) -> Result<Self, anyhow::Error> {
+        let around: Vec<String> = error
+            .chain()
+            .take_while(|cause| cause.downcast_ref::<InputError>().is_none())
+            .map(|cause| format!("{cause}: "))
+            .collect();
+        let mut input = error.downcast::<InputError>()?;
+        input.message = around.concat() + &input.message;
+        Ok(input)
+    }
+
     /// The config's key that it concerns, as far as known.
     pub fn key(&self) -> &str {
         &self.key
@@ -87,17 +100,10 @@ pub trait Under<T> {
 impl<T> Under<T> for anyhow::Result<T> {
     fn under(self, outer: impl fmt::Display) -> anyhow::Result<T> {
         self.map_err(|error| {
-            // What was said around it on its way up stays part of the message.
-            let around: Vec<String> = error
-                .chain()
-                .take_while(|cause| cause.downcast_ref::<InputError>().is_none())
-                .map(|cause| format!("{cause}: "))
-                .collect();
-            let mut input = match error.downcast::<InputError>() {
+            let mut input = match InputError::take(error) {
                 Ok(input) => input,
                 Err(other) => return other.context(outer.to_string()),
             };
-            input.message = around.concat() + &input.message;
             let joint = if input.key.is_empty() || input.key.starts_with('[') { "" } else { "." };
             input.key = format!("{outer}{joint}{}", input.key);
             input.into()

@@ -42,12 +42,13 @@ impl Written {
     /// The error with its place, if it concerns a key of the config (see [`InputError::field`]).
     pub fn locate(&self, error: anyhow::Error) -> anyhow::Error {
         let Some((merged, root, written)) = self.0.as_deref() else { return error };
-        match error.downcast_ref::<InputError>() {
-            Some(input) if input.place().is_none() && !input.key().is_empty() => {
-                let empty = Schema::default();
-                Check::new(merged, &empty, written).locate(root, input.key(), input.clone()).into()
+        match InputError::take(error) {
+            Ok(input) if input.place().is_none() && !input.key().is_empty() => {
+                let (empty, key) = (Schema::default(), input.key().to_owned());
+                Check::new(merged, &empty, written).locate(root, &key, input).into()
             }
-            _ => error,
+            Ok(input) => input.into(),
+            Err(other) => other,
         }
     }
 }

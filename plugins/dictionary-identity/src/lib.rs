@@ -1,5 +1,8 @@
 //! The identity: features are the activations themselves. A baseline for metrics and a check of a pipeline: it
 //! reconstructs everything and explains nothing.
+//!
+//! It stands beside others in a run as `{name: identity, dictionary: {type: identity}, trainer: {type: standard}}`: there
+//! is nothing to train, and it is measured with them.
 
 use dictlearn_core::prelude::*;
 

@@ -200,17 +200,13 @@ impl TrainerConfig for StandardConfig {
             sparsity_warmup_steps: self.sparsity_warmup_steps,
         }
         .check()?;
-        if cx.dictionary.decoder().is_none() {
-            bail!(InputError::new(format!("a {} has nothing to train", cx.dictionary.class()))
-                .help("it is a baseline for `dictlearn eval`"));
-        }
         if self.resample_steps.is_some() && !can_resample(cx.dictionary) {
             bail!(InputError::new(format!("the features of a {} cannot be resampled", cx.dictionary.class()))
                 .field("resample_steps")
                 .help("leave `resample_steps` out"));
         }
         let dims = cx.dictionary.dims();
-        let device = cx.dictionary.parameters()[0].1.device();
+        let device = cx.dictionary.parameters().first().map_or(Device::Cpu, |(_, parameter)| parameter.device());
         Ok(Box::new(Standard {
             lr: self.lr,
             l1_penalty: self.l1_penalty,

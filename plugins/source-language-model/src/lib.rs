@@ -354,6 +354,11 @@ impl ActivationSource for LanguageModelSource {
         Some(self)
     }
 
+    fn memory(&self) -> u64 {
+        let width: i64 = self.harvest.points.iter().map(|(_, width)| width).sum();
+        (self.capacity.unwrap_or(self.batch_size) as i64 * width * 4) as u64
+    }
+
     fn describe(&self) -> Value {
         let mut described = self.settings.clone();
         described["d_submodule"] = self.widths().1.into();

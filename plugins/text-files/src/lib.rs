@@ -176,7 +176,11 @@ impl TextFiles {
                         Ok(record) => match record.get(&self.config.column).map(Value::as_str) {
                             Some(Some(found)) => text = found.to_owned(),
                             Some(None) => bad = Some(format!("field `{}` is not a string", self.config.column)),
-                            None => bad = Some(format!("no field `{}`", self.config.column)),
+                            None => {
+                                let fields: Vec<&str> =
+                                    record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+                                bad = Some(format!("no field `{}`, it has: {}", self.config.column, fields.join(", ")));
+                            }
                         },
                     }
                 }
