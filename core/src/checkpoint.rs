@@ -1,5 +1,6 @@
 //! Checkpoints: the whole training state of a run, from which `--resume` goes on.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -67,23 +68,40 @@ impl Checkpoints {
         let (Ok(Value::Mapping(begun)), Ok(Value::Mapping(now))) = (parse(begun), parse(now)) else {
             bail!(InputError::new(format!("the config.yaml beside {} cannot be read", self.dir.display())));
         };
-        let keys = begun.keys().chain(now.keys()).filter_map(Value::as_str);
-        let mut changed: Vec<String> = keys
-            .filter(|key| !HARMLESS.contains(key) && begun.get(key) != now.get(key))
-            .map(|key| {
-                let show = |value: Option<&Value>| {
-                    let text = value.map(|value| serde_yaml::to_string(value).unwrap_or_default());
-                    text.map_or("absent".to_owned(), |text| text.trim().replace('\n', "; "))
-                };
-                format!("  {key}: {} -> {}", show(begun.get(key)), show(now.get(key)))
-            })
-            .collect();
-        changed.sort();
-        changed.dedup();
+        let keys: BTreeSet<&str> = begun.keys().chain(now.keys()).filter_map(Value::as_str).collect();
+        let mut changed = Vec::new();
+        for key in keys.into_iter().filter(|key| !HARMLESS.contains(key)) {
+            differences(key, begun.get(key), now.get(key), &mut changed);
+        }
         if changed.is_empty() {
             return Ok(());
         }
-        bail!(InputError::new(format!("the run was begun with another config:\n{}", changed.join("\n")))
+        bail!(InputError::new(format!("the run was begun with another config: {}", changed.join(", ")))
             .help("resume with the config that it was begun with, or choose another --output-dir"));
+    }
+}
+
+/// What differs below a key, leaf by leaf: `saes[0].trainer.lr: 0.001 -> 0.5`.
+fn differences(key: &str, begun: Option<&Value>, now: Option<&Value>, found: &mut Vec<String>) {
+    match (begun, now) {
+        _ if begun == now => {}
+        (Some(Value::Mapping(begun)), Some(Value::Mapping(now))) => {
+            let keys: BTreeSet<&str> = begun.keys().chain(now.keys()).filter_map(Value::as_str).collect();
+            keys.into_iter()
+                .for_each(|inner| differences(&format!("{key}.{inner}"), begun.get(inner), now.get(inner), found));
+        }
+        (Some(Value::Sequence(begun)), Some(Value::Sequence(now))) => {
+            for index in 0..begun.len().max(now.len()) {
+                differences(&format!("{key}[{index}]"), begun.get(index), now.get(index), found);
+            }
+        }
+        _ => {
+            let show = |value: Option<&Value>| match value {
+                None => "absent".to_owned(),
+                Some(Value::Mapping(_)) => "a map".to_owned(),
+                Some(value) => serde_yaml::to_string(value).unwrap_or_default().trim().to_owned(),
+            };
+            found.push(format!("`{key}`: {} -> {}", show(begun), show(now)));
+        }
     }
 }

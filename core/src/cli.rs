@@ -1,9 +1,8 @@
 //! The command line.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
 
 use anyhow::{bail, Context, Result};
 use clap::{Args, Parser, Subcommand};
@@ -13,6 +12,7 @@ use tch::Tensor;
 use crate::config::{self, InputError, RunConfig, Sources, Under};
 use crate::evaluate;
 use crate::harvest;
+use crate::interrupt::Interrupt;
 use crate::registry::{self, component, components, nearest, Component, Kind};
 use crate::run::{self, Ending};
 use crate::saved;
@@ -157,6 +157,18 @@ fn fail(error: anyhow::Error) -> ExitCode {
     }
 }
 
+/// Prints a result. A reader that has seen enough, such as `head`, is no error.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let line_end = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
+    let written =
+        out.write_all(text.as_bytes()).and_then(|()| out.write_all(line_end.as_bytes())).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write to standard output"),
+    }
+}
+
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Train { config, output_dir, resume, dry_run } => train(&config, output_dir, resume, dry_run),
@@ -166,7 +178,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::List { kind } => list(kind.as_deref()),
         Command::Describe { kind, name } => describe(&kind, &name),
         Command::Schema => {
-            println!("{}", serde_json::to_string_pretty(&config::json_schema())?);
+            print(&serde_json::to_string_pretty(&config::json_schema())?)?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -185,17 +197,15 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
     config.output_dir = Some(run_dir.clone().into());
     let yaml = config::to_yaml(&config)?;
     if dry_run {
-        print!("{yaml}");
-        for line in run::plan(&config).map_err(|error| config.written.locate(error))?.lines() {
-            println!("# {line}");
-        }
+        let plan = run::plan(&config).map_err(|error| config.written.locate(error))?;
+        print(&plan.lines().fold(yaml, |all, line| all + "# " + line + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let interrupt = catch_signals()?;
+    let interrupt = Interrupt::listen()?;
     match run::train(&config, &yaml, &run_dir, resume, &interrupt).map_err(|error| config.written.locate(error))? {
         Ending::Done(results) => {
-            println!("{}", evaluate::table(&results));
-            println!("saved to {}", run_dir.display());
+            let table = if config.metrics.is_empty() { String::new() } else { evaluate::table(&results) + "\n" };
+            print(&format!("{table}saved to {}", run_dir.display()))?;
             Ok(ExitCode::SUCCESS)
         }
         Ending::Interrupted(step) => {
@@ -203,20 +213,6 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
             Ok(ExitCode::from(130))
         }
     }
-}
-
-/// The first signal lets the step finish, a second one ends the program at once: files are whole either way.
-fn catch_signals() -> Result<Arc<AtomicBool>> {
-    let interrupt = Arc::new(AtomicBool::new(false));
-    let seen = interrupt.clone();
-    ctrlc::set_handler(move || {
-        if seen.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping after this step; once more to stop at once");
-    })
-    .context("cannot listen to signals")?;
-    Ok(interrupt)
 }
 
 fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -> Result<ExitCode> {
@@ -232,9 +228,9 @@ fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -
     let config = load(&file, None, set)?;
     let (name, result) = measure(sae_dir, &config).map_err(|error| config.written.locate(error))?;
     if json {
-        println!("{}", serde_json::to_string(&result)?);
+        print(&serde_json::to_string(&result)?)?;
     } else {
-        println!("{}", evaluate::table(&[(name, result)]));
+        print(&evaluate::table(&[(name, result)]))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -287,6 +283,15 @@ fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
         bail!(InputError::new(format!("{}: tensor `x` has shape {:?}", input.display(), x.size()))
             .help(format!("the SAE takes activations [N, {width}]")));
     }
+    if std::path::absolute(input)? == std::path::absolute(output)? {
+        bail!(InputError::new(format!("--output is --input, {}", input.display()))
+            .help("the input would be lost: write to another file"));
+    }
+    let bad: Vec<i64> = x.isfinite().all_dim(1, false).logical_not().nonzero().reshape([-1]).try_into()?;
+    if let Some(row) = bad.first() {
+        bail!(InputError::new(format!("{}: row {row} of tensor `x` has a value that is not finite", input.display()))
+            .help("mend or remove the row"));
+    }
     let (mut features, mut recon) = (Vec::new(), Vec::new());
     tch::no_grad(|| {
         for rows in x.split(ROWS, 0) {
@@ -311,7 +316,7 @@ fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>) -> Result<Exit
     }
     let source = source_cx(&config).and_then(|cx| config.source.build(&cx).under("source"));
     let mut source = source.map_err(|error| config.written.locate(error))?;
-    let interrupt = catch_signals()?;
+    let interrupt = Interrupt::listen()?;
     let harvested = harvest::write(&mut *source, out, limit, &interrupt)?;
     eprintln!("{} activations written to {}", harvested.activations, out.display());
     Ok(ExitCode::from(if harvested.interrupted { 130 } else { 0 }))
@@ -333,15 +338,20 @@ fn list(name: Option<&str>) -> Result<ExitCode> {
         None => Kind::ALL.to_vec(),
     };
     let width = kinds.iter().flat_map(|kind| registry::names(*kind)).map(str::len).max().unwrap_or(0);
+    let mut text = String::new();
     for (index, kind) in kinds.iter().filter(|kind| name.is_some() || !components(**kind).is_empty()).enumerate() {
         if name.is_none() {
-            println!("{}{}", if index > 0 { "\n" } else { "" }, kind.plural());
+            text += &format!("{}{}\n", if index > 0 { "\n" } else { "" }, kind.plural());
         }
         let indent = if name.is_none() { "  " } else { "" };
         for Component { name, summary, .. } in components(*kind) {
-            println!("{indent}{name:width$}  {summary}");
+            text += &format!("{indent}{name:width$}  {summary}\n");
         }
     }
+    if text.is_empty() {
+        eprintln!("none are linked in");
+    }
+    print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -356,23 +366,23 @@ fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
             known.join(", ")
         )));
     };
-    println!("{kind} {name}\n{}\n", component.summary);
+    let mut text = format!("{kind} {name}\n{}\n\n", component.summary);
     if !component.paper.is_empty() {
-        println!("Paper: {}\n", component.paper);
+        text += &format!("Paper: {}\n\n", component.paper);
     }
     if let Some(usual) = component.usual_dictionary {
-        println!("Trains the dictionary `{usual}` unless told otherwise.\n");
+        text += &format!("Trains the dictionary `{usual}` unless told otherwise.\n\n");
     }
     let schema = (component.schema)().to_value();
-    if let Some(text) = schema.get("description").and_then(Value::as_str) {
-        println!("{text}\n");
+    if let Some(doc) = schema.get("description").and_then(Value::as_str) {
+        text += &format!("{doc}\n\n");
     }
     let none = Map::new();
     let fields = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
     let required: Vec<&str> =
         schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
     if !fields.is_empty() {
-        println!("Fields:");
+        text += "Fields:\n";
     }
     for (field, schema) in fields {
         let default = match schema.get("default") {
@@ -380,13 +390,14 @@ fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
             None if required.contains(&field.as_str()) => "required".to_owned(),
             None => "optional".to_owned(),
         };
-        println!("  {field} ({}, {default})", config::type_name(schema));
+        text += &format!("  {field} ({}, {default})\n", config::type_name(schema));
         for line in schema.get("description").and_then(Value::as_str).unwrap_or_default().lines() {
-            println!("      {line}");
+            text += &format!("      {line}\n");
         }
     }
     if !component.example.is_empty() {
-        println!("\nExample:\n  {}", component.example.replace('\n', "\n  "));
+        text += &format!("\nExample:\n  {}\n", component.example.replace('\n', "\n  "));
     }
+    print(&text)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -38,9 +38,10 @@ pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activati
         (None, factor) => (factor.unwrap_or(8.0) * activation_dim as f64).round() as i64,
     };
     if size < 1 {
+        let field = if dict_size.is_some() { "dict_size" } else { "expansion_factor" };
         bail!(InputError::new(format!("a dictionary of {size} features"))
-            .field("dict_size")
-            .help("`dict_size` must be at least 1"));
+            .field(field)
+            .help("it must have at least one"));
     }
     Ok(size)
 }
@@ -205,7 +206,7 @@ impl dyn Dictionary + '_ {
         }
         for (name, target) in &mut own {
             let Some(tensor) = tensors.get(*name) else {
-                bail!(refused(format!("tensor `{name}` of a {} is missing", self.class()))
+                bail!(refused(format!("tensor `{name}` of an {} is missing", self.class()))
                     .help(format!("it has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))));
             };
             if tensor.size() != target.size() {

@@ -60,7 +60,9 @@ pub fn evaluate(
             found = measure(source)?;
         }
         let Some(found) = found else {
-            bail!(InputError::new(format!("the source has no data to measure `{}` on", metric.typetag_name()))
+            let notes = source.notes().join("; ");
+            let notes = if notes.is_empty() { notes } else { format!(" ({notes})") };
+            bail!(InputError::new(format!("the source has no data to measure `{}` on{notes}", metric.typetag_name()))
                 .help("its data is shorter than one batch: add data, or make the batches smaller"));
         };
         for (result, figures) in results.iter_mut().zip(found) {

@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{bail, Context, Result};
 use tch::Tensor;
 
 use crate::config::InputError;
+use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::source::{ActivationSource, Batch};
 use crate::tensors;
@@ -30,7 +30,7 @@ pub fn write(
     source: &mut dyn ActivationSource,
     out: &Path,
     limit: Option<i64>,
-    interrupt: &AtomicBool,
+    interrupt: &Interrupt,
 ) -> Result<Harvested> {
     if out.is_file() {
         bail!(InputError::new(format!("{} is a file", out.display())).help("give a folder to write to"));
@@ -67,12 +67,12 @@ impl Shards<'_> {
         &mut self,
         source: &mut dyn ActivationSource,
         limit: Option<i64>,
-        interrupt: &AtomicBool,
+        interrupt: &Interrupt,
     ) -> Result<Harvested> {
         let mut progress = Progress::counting("activations", limit.map(|limit| limit as u64));
         let (mut count, mut interrupted) = (0, false);
         while limit.is_none_or(|limit| count < limit) {
-            interrupted = interrupt.load(Ordering::Relaxed);
+            interrupted = interrupt.asked();
             if interrupted {
                 break;
             }
@@ -96,6 +96,7 @@ impl Shards<'_> {
         let names: Vec<_> = self.written.iter().filter_map(|path| path.file_name()?.to_str()).collect();
         let meta = serde_json::json!({
             "activations": count,
+            "complete": !interrupted,
             "shards": names,
             "activation_dim": activation_dim,
             "output_dim": output_dim,

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
@@ -13,6 +12,7 @@ use crate::checkpoint::Checkpoints;
 use crate::config::{InputError, RunConfig, Under};
 use crate::device::{self, Precision};
 use crate::evaluate;
+use crate::interrupt::Interrupt;
 use crate::logger::Logger;
 use crate::progress::Progress;
 use crate::saved;
@@ -33,12 +33,7 @@ pub enum Ending {
 /// Trains every SAE of a config, saves and evaluates them.
 ///
 /// `yaml` is the config with every default spelled out. `interrupt` is looked at before each step.
-pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, interrupt: &AtomicBool) -> Result<Ending> {
-    if config.saes.is_empty() {
-        bail!(InputError::new("the config names no SAE to train")
-            .field("saes")
-            .help("add one under `saes:`, for example `- {trainer: {type: top_k}, dictionary: {k: 32}}`"));
-    }
+pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, interrupt: &Interrupt) -> Result<Ending> {
     let checkpoints = Checkpoints::new(run_dir);
     let checkpoint = if resume { checkpoints.latest()? } else { None };
     if checkpoint.is_none() {
@@ -52,6 +47,11 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     let created = !run_dir.exists();
     let before = entries(run_dir);
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
+    // Held as long as the run goes on.
+    let lock = fs::File::open(run_dir).with_context(|| format!("cannot open {}", run_dir.display()))?;
+    if lock.try_lock().is_err() {
+        bail!(InputError::new(format!("another process is training in {}", run_dir.display())));
+    }
     write_file(&run_dir.join("config.yaml"), yaml.as_bytes())?;
     let mut first = 0;
     if let Some((step, state)) = checkpoint {
@@ -61,7 +61,7 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     }
 
     let result = run.train(config, run_dir, &checkpoints, first, resume, interrupt);
-    if result.is_err() && checkpoints.latest()?.is_none() {
+    if result.is_err() && !run.saved && checkpoints.latest()?.is_none() {
         // Nothing of it is of use, and a directory that holds half a run would only refuse the next one.
         for path in entries(run_dir).difference(&before) {
             let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
@@ -87,10 +87,17 @@ struct Run {
     cx: TrainingCx,
     /// What activations are divided by while training.
     norm: f64,
+    /// Whether weights were written.
+    saved: bool,
 }
 
 impl Run {
     fn build(config: &RunConfig) -> Result<Self> {
+        if config.saes.is_empty() {
+            bail!(InputError::new("the config names no SAE to train")
+                .field("saes")
+                .help("add one under `saes:`, for example `- {trainer: {type: top_k}, dictionary: {k: 32}}`"));
+        }
         let device = config.device.device().map_err(anyhow::Error::from).under("device")?;
         let (precision, _) = config.precision.precision(device);
         let source_cx = SourceCx { seed: config.seed, device, precision };
@@ -103,10 +110,23 @@ impl Run {
             .enumerate()
             .map(|(index, sae)| Training::new(sae, &cx).under(format_args!("saes[{index}]")))
             .collect::<Result<_>>()?;
-        if config.eval_source.is_none() {
-            evaluate::check(&config.metrics, &mut *source)?;
+        match &config.eval_source {
+            None => evaluate::check(&config.metrics, &mut *source)?,
+            // Opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
+            Some(other) => {
+                let mut other = other.build(&source_cx).under("eval_source")?;
+                evaluate::check(&config.metrics, &mut *other)?;
+                if other.widths() != widths {
+                    bail!(InputError::new(format!(
+                        "the activations of `eval_source` have width {}, but those of `source` {}",
+                        other.widths().0,
+                        widths.0
+                    ))
+                    .field("eval_source"));
+                }
+            }
         }
-        Ok(Run { device, precision, stream: Stream::new(source), saes, cx, norm: 1.0 })
+        Ok(Run { device, precision, stream: Stream::new(source), saes, cx, norm: 1.0, saved: false })
     }
 
     fn train(
@@ -116,7 +136,7 @@ impl Run {
         checkpoints: &Checkpoints,
         first: u64,
         resume: bool,
-        interrupt: &AtomicBool,
+        interrupt: &Interrupt,
     ) -> Result<Ending> {
         if config.normalize_activations && first == 0 {
             self.norm = self.stream.source().mean_squared_norm()?.sqrt();
@@ -124,16 +144,26 @@ impl Run {
                 bail!(InputError::new(format!("activations cannot be normalised: their norm is {}", self.norm)));
             }
             eprintln!("activations are divided by {:.4} while training", self.norm);
+            for (sae, sae_config) in self.saes.iter_mut().zip(&config.saes) {
+                // What is loaded takes activations as the model makes them.
+                if sae_config.init_from.is_some() {
+                    sae.dictionary.scale_biases(1.0 / self.norm);
+                }
+            }
         }
         let resume_at = resume.then_some(first);
-        let mut loggers: Vec<Box<dyn Logger>> =
-            config.loggers.iter().map(|logger| logger.build(run_dir, resume_at)).collect::<Result<_>>()?;
+        let mut loggers: Vec<Box<dyn Logger>> = config
+            .loggers
+            .iter()
+            .enumerate()
+            .map(|(index, logger)| logger.build(run_dir, resume_at).under(format_args!("loggers[{index}]")))
+            .collect::<Result<_>>()?;
         let last = config.stop_after.unwrap_or(config.steps).min(config.steps);
         let mut progress = Progress::of_steps(first, last);
 
         let mut step = first;
         while step < last {
-            if interrupt.load(Ordering::Relaxed) {
+            if interrupt.asked() {
                 flush(&mut loggers)?;
                 self.finish_early(config, run_dir, checkpoints, step)?;
                 progress.finish();
@@ -179,6 +209,7 @@ impl Run {
             checkpoints.save(step, &self.state()?)?;
         }
         self.save(config, run_dir)?;
+        interrupt.nothing_to_lose();
         self.evaluate(config, run_dir).map(Ending::Done)
     }
 
@@ -212,6 +243,7 @@ impl Run {
     }
 
     fn save(&mut self, config: &RunConfig, run_dir: &Path) -> Result<()> {
+        self.saved = true;
         let buffer = self.stream.source().describe();
         for (sae, sae_config) in self.saes.iter().zip(&config.saes) {
             let saved = saved_config(sae_config, sae, &self.cx, &buffer)?;
@@ -221,7 +253,8 @@ impl Run {
     }
 
     /// The weights alone, kept beside the final ones.
-    fn save_weights(&self, run_dir: &Path, step: u64) -> Result<()> {
+    fn save_weights(&mut self, run_dir: &Path, step: u64) -> Result<()> {
+        self.saved = true;
         for sae in &self.saes {
             let dir = run_dir.join(&sae.name).join("checkpoints");
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;

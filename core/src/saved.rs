@@ -49,6 +49,19 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
         bail!(InputError::new(format!("{} {what}", dir.display()))
             .help("an SAE's folder holds ae.safetensors and config.json; a run has one for each of its SAEs"));
     }
+    let weights = weights(dir)?;
+    let config = read_json(&dir.join("config.json"))?;
+    let class = config.pointer("/trainer/dict_class").and_then(Value::as_str).ok_or_else(|| {
+        InputError::new(format!("{} does not say its `trainer.dict_class`", dir.join("config.json").display()))
+    })?;
+    let tensors = TensorFile::open(&weights)?.tensors()?;
+    let mut dictionary = shaped(class, &tensors, &config["trainer"], device, precision)?;
+    dictionary.load(&tensors, &weights)?;
+    Ok(Saved { dir: dir.to_owned(), dictionary, config })
+}
+
+/// The file of an SAE's weights.
+fn weights(dir: &Path) -> Result<PathBuf> {
     let weights = dir.join("ae.safetensors");
     if !weights.exists() {
         let inner: Vec<String> = fs::read_dir(dir)?
@@ -58,18 +71,15 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
             .collect();
         let error = InputError::new(format!("{} holds no ae.safetensors", dir.display()));
         bail!(match inner.is_empty() {
+            true if dir.join("ae.pt").exists() => {
+                error
+                    .help("its ae.pt is Python's, which this version does not read; save the tensors as ae.safetensors")
+            }
             true => error.help("an SAE's folder holds ae.safetensors and config.json"),
             false => error.help(format!("it is a run; its SAEs are: {}", inner.join(", "))),
         });
     }
-    let config = read_json(&dir.join("config.json"))?;
-    let class = config.pointer("/trainer/dict_class").and_then(Value::as_str).ok_or_else(|| {
-        InputError::new(format!("{} does not say its `trainer.dict_class`", dir.join("config.json").display()))
-    })?;
-    let tensors = TensorFile::open(&weights)?.tensors()?;
-    let mut dictionary = shaped(class, &tensors, &config["trainer"], device, precision)?;
-    dictionary.load(&tensors, &weights)?;
-    Ok(Saved { dir: dir.to_owned(), dictionary, config })
+    Ok(weights)
 }
 
 /// An empty dictionary of a class, of the shape that the tensors show.
@@ -112,7 +122,7 @@ pub fn folded(dictionary: &dyn Dictionary, scale: f64, precision: Precision) -> 
 
 /// Loads initial weights from an SAE's folder or from a .safetensors file of its tensors.
 pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<()> {
-    let file = if path.is_dir() { path.join("ae.safetensors") } else { path.to_owned() };
+    let file = if path.is_dir() { weights(path)? } else { path.to_owned() };
     if !file.exists() {
         bail!(InputError::new(format!("there is no file {}", file.display()))
             .help("`init_from` takes an SAE's folder or a .safetensors file with its tensors"));

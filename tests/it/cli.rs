@@ -68,6 +68,47 @@ fn a_baseline_runs_beside_the_others() {
 }
 
 #[test]
+fn what_fails_after_training_loses_nothing() {
+    let desk = Desk::new();
+    poisoned(&desk, 3);
+    let eval_source = "eval_source: {path: x.safetensors}\n";
+    desk.write("config.yaml", &tensor_file_config(20, &format!("checkpoint_every: null\n{eval_source}{TWO_SAES}")));
+    let said = desk.refused(&["train", "config.yaml"]);
+    assert!(said.contains("row 3"), "{said}");
+    for sae in ["standard", "top_k"] {
+        TensorFile::open(&desk.path(&format!("run/{sae}/ae.safetensors"))).unwrap();
+    }
+}
+
+#[test]
+fn weights_to_start_from_are_those_for_activations_as_they_are() {
+    let desk = Desk::new();
+    let sae = desk.golden_sae("standard");
+    let trainer = "trainer: {type: standard, lr: 0, warmup_steps: 1, sparsity_warmup_steps: null}";
+    let saes = format!("saes: [{{name: a, {trainer}, dictionary: {{dict_size: 96}}, init_from: standard}}]\n");
+    desk.write("config.yaml", &tensor_file_config(4, &format!("normalize_activations: true\n{saes}")));
+    desk.ok(&["train", "config.yaml"]);
+    // Nothing is learnt at a rate of 0, so what is saved is what was loaded.
+    let (own, from) = (
+        TensorFile::open(&desk.path("run/a/ae.safetensors")).unwrap(),
+        TensorFile::open(&sae.join("ae.safetensors")).unwrap(),
+    );
+    for name in ["bias", "encoder.bias"] {
+        let apart = (own.tensor(name).unwrap() - from.tensor(name).unwrap()).abs().max().double_value(&[]);
+        assert!(apart < 1e-6, "{name}: {apart}");
+    }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let desk = Desk::new();
+    let mut child = desk.program().arg("schema").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn eval_says_again_what_training_said() {
     let desk = Desk::new();
     // Twenty steps of 64 leave the rest of the data to the metrics; with an `eval_source` both see the same.
@@ -151,6 +192,11 @@ fn encode_refuses_what_does_not_fit() {
     assert!(desk.refused(&args).contains("it has: activations"));
     fs::write(desk.path("x.safetensors"), "no tensors").unwrap();
     assert!(desk.refused(&args).contains("not a whole safetensors file"));
+    write("x", Tensor::from_slice(&[0.0, f32::NAN]).repeat([3, 16]));
+    assert!(desk.refused(&args).contains("row 0 of tensor `x`"));
+    assert!(desk
+        .refused(&["encode", "top_k", "--input", "x.safetensors", "--output", "./x.safetensors"])
+        .contains("--input"));
     assert!(desk.refused(&["encode", "nowhere", "--input", "x", "--output", "y"]).contains("nowhere does not exist"));
     // A folder of a run is not an SAE's, but it is known where those are.
     fs::create_dir(desk.path("run")).unwrap();
@@ -281,7 +327,7 @@ fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
     }
     assert_eq!(desk.read("run/metrics.jsonl"), desk.read("whole/metrics.jsonl"));
     let changed = desk.refused(&["train", "config.yaml", "--resume", "--set", "saes[0].trainer.lr=1"]);
-    assert!(changed.contains("begun with another config"), "{changed}");
+    assert!(changed.contains("`saes[0].trainer.lr`: 0.001 -> 1"), "{changed}");
 }
 
 #[test]

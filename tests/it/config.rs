@@ -126,6 +126,18 @@ fn wrong_configs() {
     case("no such initial weights", format!("{SOURCE}{SAES}  init_from: nowhere\n"));
     case("initial weights of another file", format!("{SOURCE}{SAES}  init_from: batches.safetensors\n"));
     case("a metric that needs a language model", format!("{SOURCE}{SAES}metrics: [{{type: loss_recovered}}]\n"));
+    case("a metric on no such file", format!("{SOURCE}{SAES}eval_source:\n  path: nope.safetensors\n"));
+    case("a log outside the run", format!("{SOURCE}{SAES}loggers:\n- {{type: jsonl, file: ../x.jsonl}}\n"));
+    case(
+        "a default that does not fit",
+        format!("{SOURCE}saes: [{{trainer: {{type: top_k}}, dictionary: {{k: 4}}}}]\nsteps: 50\n"),
+    );
+    case(
+        "no features",
+        format!("{SOURCE}saes: [{{trainer: {{type: top_k}}, dictionary: {{k: 4, expansion_factor: 0}}}}]\n"),
+    );
+    case("a name that is taken", format!("{SOURCE}saes:\n- name: config.yaml\n  trainer: {{type: standard}}\n"));
+    case("profiles that are no map", format!("{SOURCE}{SAES}profiles: 4\n"));
     case("no such model", lm_with(&model, "nowhere/"));
     case("no such bundled model", lm_with(&model, "embedded:austin"));
     case("a model of another family", lm_with(&model, "bad-model/"));
@@ -148,6 +160,14 @@ fn wrong_configs() {
     cases.push(("--set: a wrong type", plain.clone(), &["--set", "steps=soon"], &[]));
     cases.push(("--set: an unknown type", plain.clone(), &["--set", "saes.0.trainer.type=topk"], &[]));
     cases.push(("--set: no such item", plain.clone(), &["--set", "saes[3].trainer.lr=1"], &[]));
+    cases.push((
+        "--set: a key that is nearly one that is set",
+        plain.clone(),
+        &["--set", "saes[0].trainer.warmup_step=5"],
+        &[],
+    ));
+    cases.push(("--set: a section that is not there", plain.clone(), &["--set", "sourc.batch_size=3"], &[]));
+    cases.push(("--set: a list that is not there", plain.clone(), &["--set", "metrics[0].n_batches=3"], &[]));
     cases.push(("--set: no value", plain.clone(), &["--set", "steps"], &[]));
     cases.push(("--set: not YAML", plain.clone(), &["--set", "steps=[1"], &[]));
     cases.push(("a variable: a wrong type", plain.clone(), &[], &[("DICTLEARN_STEPS", "soon")]));

@@ -271,8 +271,10 @@ impl<'a> Check<'a> {
             }
             _ => None,
         };
+        // Rather one that is not there yet than one that is.
         let unused = properties.keys().map(String::as_str).filter(|known| !dict.contains_key(*known));
-        let near = nearest(key, unused).map(|near| format!("did you mean `{near}`?"));
+        let near = nearest(key, unused).or_else(|| nearest(key, properties.keys().map(String::as_str)));
+        let near = near.map(|near| format!("did you mean `{near}`?"));
         let known: Vec<&str> = properties.keys().map(String::as_str).filter(|known| *known != "type").collect();
         let known =
             if known.is_empty() { "it has no fields".to_owned() } else { format!("known: {}", known.join(", ")) };
@@ -288,15 +290,26 @@ impl<'a> Check<'a> {
     /// An error about the value at a path, or where there is none, about what it is missing from.
     pub(super) fn locate(&self, root: &Value, path: &str, error: InputError) -> InputError {
         let mut value = root;
+        let mut found = true;
         for step in spans::steps(path) {
             let next = match (&step, value) {
                 (spans::Step::Key(key), Value::Dict(_, dict)) => dict.get(key),
                 (spans::Step::Index(index), Value::Array(_, items)) => items.get(*index),
                 _ => None,
             };
-            let Some(next) = next else { break };
+            let Some(next) = next else {
+                found = false;
+                break;
+            };
             value = next;
         }
+        let leaf = path.rsplit('.').next().unwrap_or(path);
+        let error = if !found && error.message().starts_with(&format!("`{leaf}` is ")) {
+            let note = format!("`{leaf}` is not in the config: that is its default");
+            error.and_help(&note)
+        } else {
+            error
+        };
         self.error(value, path, false, error)
     }
 }

@@ -48,6 +48,13 @@ impl InputError {
         self
     }
 
+    /// What would do, beside what is said already.
+    #[must_use]
+    pub fn and_help(mut self, help: &str) -> Self {
+        self.help = Some(self.help.map_or_else(|| help.to_owned(), |before| format!("{before}; {help}")));
+        self
+    }
+
     /// Which field of the config it concerns, seen from the component that finds it: `batch_size`.
     #[must_use]
     pub fn field(mut self, key: impl Into<String>) -> Self {

@@ -173,7 +173,18 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
             "keys look like `steps`, `source.ctx_len` or `saes[0].trainer.lr`".to_owned(),
         ));
     }
-    let mut here = root.entry(steps[0].to_owned()).or_insert_with(|| Value::from(Dict::new()));
+    // What is made on the way is the override's, so that errors about it name that.
+    let tag = value.tag();
+    let map = || Value::Dict(tag, Dict::new());
+    if let (false, Some(index)) =
+        (root.contains_key(steps[0]), steps.get(1).filter(|step| step.parse::<usize>().is_ok()))
+    {
+        return Err(refused(
+            format!("`{}` has no item `{index}`", steps[0]),
+            format!("the config has no `{0}`: give the whole list, `{0}=[...]`", steps[0]),
+        ));
+    }
+    let mut here = root.entry(steps[0].to_owned()).or_insert_with(map);
     for (at, step) in steps.iter().enumerate().skip(1) {
         here = match here {
             Value::Array(_, items) => {
@@ -194,12 +205,12 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
                 if last && *step == "type" && dict.get("type").and_then(Value::as_str) != value.as_str() {
                     dict.clear();
                 }
-                dict.entry((*step).to_owned()).or_insert_with(|| Value::from(Dict::new()))
+                dict.entry((*step).to_owned()).or_insert_with(map)
             }
             other => {
-                *other = Value::from(Dict::new());
+                *other = map();
                 let Value::Dict(_, dict) = other else { unreachable!("just made") };
-                dict.entry((*step).to_owned()).or_insert_with(|| Value::from(Dict::new()))
+                dict.entry((*step).to_owned()).or_insert_with(map)
             }
         };
     }
@@ -222,7 +233,10 @@ fn read_file(
         Origin::File(path.to_owned(), location.map(|location| (location.line(), location.column())))
     };
     let parsed: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| {
-        let place = at(error.location());
+        let place = match duplicate(&error, &text) {
+            Some(line) => Origin::File(path.to_owned(), Some((line, 1))),
+            None => at(error.location()),
+        };
         InputError::new(format!("not YAML: {}", without_place(&error)))
             .help("check indentation, quotes and colons there")
             .at(place, "")
@@ -264,7 +278,12 @@ fn read_file(
     }
     including.pop();
 
-    if let Some(own_profiles) = data.remove("profiles").and_then(Value::into_dict) {
+    if let Some(own_profiles) = data.remove("profiles") {
+        let Some(own_profiles) = own_profiles.into_dict() else {
+            return Err(InputError::new("`profiles` is not a map")
+                .help("give each profile its name: `profiles: {quick: {steps: 100}}`")
+                .at(super::spans::locate(&origin, &text, "profiles", false), "profiles"));
+        };
         known.extend(own_profiles.keys().cloned());
         for (name, overlay) in own_profiles {
             if let (true, Some(data)) = (Some(name.as_str()) == profile, overlay.into_dict()) {
@@ -275,6 +294,15 @@ fn read_file(
     }
     base.push(Layer { origin, text, inside: None, data });
     Ok(())
+}
+
+/// The line on which a key is said again, which serde_yaml reports at the beginning of the map.
+fn duplicate(error: &serde_yaml::Error, text: &str) -> Option<usize> {
+    let message = error.to_string();
+    let key = message.split("duplicate entry with key \"").nth(1)?.split('"').next()?;
+    let start = error.location()?.line();
+    let says = |line: &str| line.trim_start_matches(['-', ' ']).split(':').next() == Some(key);
+    text.lines().enumerate().skip(start - 1).filter(|(_, line)| says(line)).nth(1).map(|(index, _)| index + 1)
 }
 
 /// What is wrong with YAML; where it is, is said elsewhere.

@@ -156,11 +156,16 @@ fn sweep_variants(sae: Dict, sweep: &Value, index: usize, merged: &Merged) -> Re
                     (Some(text), ..) => text.to_owned(),
                     (_, Some(number), _) => number.to_string(),
                     (_, _, Some(number)) => number.to_string(),
-                    _ => serde_json::to_string(value).unwrap_or_default(),
+                    _ => match value.find_ref("type").and_then(Value::as_str) {
+                        Some(name) => name.to_owned(),
+                        None => serde_json::to_string(value).unwrap_or_default(),
+                    },
                 };
-                let name = variant.get("name").and_then(Value::as_str).unwrap_or_default();
-                let name = format!("{name}-{label}={shown}");
-                variant.insert("name".to_owned(), Value::from(name));
+                if key != "name" {
+                    let name = variant.get("name").and_then(Value::as_str).unwrap_or_default();
+                    let name = format!("{name}-{label}={}", shown.replace(['/', '\\'], "_"));
+                    variant.insert("name".to_owned(), Value::from(name));
+                }
                 next.push(variant);
             }
         }
@@ -186,6 +191,9 @@ fn put(dict: &mut Dict, key: &str, value: Value) {
     }
 }
 
+/// What else lies in a run's folder.
+const TAKEN: [&str; 3] = ["checkpoints", "config.yaml", "metrics.jsonl"];
+
 /// Names are folders: each its own, and none that leaves the run's.
 fn check_names(config: &RunConfig, root: &Value, check: &Check) -> Result<(), InputError> {
     let mut seen = BTreeSet::new();
@@ -203,9 +211,11 @@ fn check_names(config: &RunConfig, root: &Value, check: &Check) -> Result<(), In
             );
         }
         let folder = !sae.name.is_empty() && !sae.name.contains(['/', '\\', '\0']) && !sae.name.starts_with('.');
-        if !folder || sae.name == "checkpoints" {
-            return at(InputError::new(format!("an SAE cannot be named `{}`", sae.name))
-                .help("the name is its folder's: no slash, no leading dot, not `checkpoints`"));
+        if !folder || sae.name.len() > 200 || TAKEN.contains(&sae.name.as_str()) {
+            return at(InputError::new(format!("an SAE cannot be named `{}`", sae.name)).help(format!(
+                "the name is its folder's: no slash, no leading dot, not too long, none of {}",
+                TAKEN.join(", ")
+            )));
         }
     }
     Ok(())

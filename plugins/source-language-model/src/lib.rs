@@ -31,12 +31,12 @@ pub struct LanguageModelConfig {
     /// The module whose value is harvested: its path in the Hugging Face model (`gpt_neox.layers.1.mlp`), or a
     /// TransformerLens name (`blocks.1.hook_mlp_out`).
     pub submodule: String,
-    /// The module's input, its output, or pairs of both.
+    /// The module's input, its output, or pairs of both. A TransformerLens name means one of them by itself.
     #[serde(default)]
     pub io: IoChoice,
     /// The text that the model reads.
     pub text: Box<dyn TextConfig>,
-    /// Tokens in a context.
+    /// Tokens in a context. The rows of a `token_file` are contexts as they stand.
     #[serde(default = "ctx_len")]
     #[schemars(range(min = 1))]
     pub ctx_len: u64,

@@ -56,9 +56,9 @@ register! {
 #[typetag::serde(name = NAME)]
 impl SourceConfig for TensorFileConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
-        let inputs = Rows::open(self.path.as_path(), &self.tensor).under("path")?;
-        let targets = self.target_tensor.as_ref().map(|name| Rows::open(self.path.as_path(), name)).transpose();
-        let targets = targets.under("target_tensor")?;
+        let inputs = Rows::open(self.path.as_path(), &self.tensor, "tensor")?;
+        let targets = self.target_tensor.as_ref();
+        let targets = targets.map(|name| Rows::open(self.path.as_path(), name, "target_tensor")).transpose()?;
         if let Some(targets) = targets.as_ref().filter(|targets| targets.count != inputs.count) {
             bail!(InputError::new(format!(
                 "{}: tensor `{}` has {} rows, but `{}` has {}",
@@ -107,22 +107,24 @@ enum Part {
 }
 
 impl Rows {
-    fn open(path: &Path, name: &str) -> Result<Self> {
+    /// `field` is the config's that says `name`.
+    fn open(path: &Path, name: &str, field: &str) -> Result<Self> {
         let pattern = path.to_string_lossy();
         let paths: Vec<PathBuf> = if path.exists() {
             vec![path.to_owned()]
         } else {
-            let found = glob::glob(&pattern)
-                .map_err(|error| InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")))?;
+            let found = glob::glob(&pattern).map_err(|error| {
+                InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")).field("path")
+            })?;
             found.filter_map(Result::ok).collect()
         };
         if paths.is_empty() {
-            bail!(missing(path));
+            bail!(missing(path).field("path"));
         }
         let mut rows = Rows { name: name.to_owned(), parts: Vec::new(), count: 0, width: 0 };
         for path in paths {
-            let part = Part::open(&path, name)?;
-            let (count, width) = part.size(&path, name)?;
+            let part = Part::open(&path, name).under("path")?;
+            let (count, width) = part.size(&path, name).under(field)?;
             if !rows.parts.is_empty() && width != rows.width {
                 bail!(InputError::new(format!(
                     "{} has activations of width {width}, but {} of width {}",
@@ -130,6 +132,7 @@ impl Rows {
                     rows.parts[0].0.display(),
                     rows.width
                 ))
+                .field("path")
                 .help("all files of a source must have the same width"));
             }
             rows.width = width;
