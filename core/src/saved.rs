@@ -124,8 +124,7 @@ pub fn folded(dictionary: &dyn Dictionary, scale: f64, precision: Precision) -> 
 pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<()> {
     let file = if path.is_dir() { weights(path)? } else { path.to_owned() };
     if !file.exists() {
-        bail!(InputError::new(format!("there is no file {}", file.display()))
-            .help("`init_from` takes an SAE's folder or a .safetensors file with its tensors"));
+        bail!(InputError::no_file(&file));
     }
     let mut tensors = TensorFile::open(&file)?.tensors()?;
     // Weights alone will do: `k` and `threshold` are the config's where the file does not have them.

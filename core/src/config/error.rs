@@ -1,7 +1,10 @@
 //! Errors that are the user's to mend: they end the program with status 2 and say what would do.
 
+use std::ffi::OsStr;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use crate::registry::nearest;
 
 /// Something wrong with what the user gave: a config, an argument, a file's content.
 ///
@@ -39,6 +42,32 @@ impl InputError {
     /// An error with its message: one line, lower case, no full stop.
     pub fn new(message: impl Into<String>) -> Self {
         InputError { message: message.into(), key: String::new(), place: None, help: None }
+    }
+
+    /// There is no such file; the help offers the one beside it that is named most like it.
+    pub fn no_file(path: &Path) -> Self {
+        let error = InputError::new(format!("there is no file {}", path.display()));
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // Extensions are alike anyway, and would make everything alike.
+        let parts = |path: &Path| {
+            let part = |part: Option<&OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
+            (part(path.file_stem()), part(path.extension()))
+        };
+        let (wanted, extension) = parts(path);
+        let beside: Vec<String> = std::fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(parts(&entry.ok()?.path())))
+            .filter(|(_, other)| *other == extension)
+            .map(|(stem, _)| stem)
+            .collect();
+        match nearest(&wanted, beside.iter().map(String::as_str)) {
+            Some(near) => {
+                let near = Path::new(near).with_extension(&extension);
+                error.help(format!("did you mean `{}`?", path.with_file_name(near).display()))
+            }
+            None => error,
+        }
     }
 
     /// What would do instead.

@@ -272,7 +272,7 @@ fn read_file(
             return Err(InputError::new(format!("`{include}` includes itself")).at(place, "include"));
         }
         if !file.is_file() {
-            return Err(no_file(&file).at(place, "include"));
+            return Err(InputError::no_file(&file).at(place, "include"));
         }
         read_file(&file, profile, including, base, profiles, known)?;
     }
@@ -316,27 +316,11 @@ fn read_text(path: &Path) -> Result<String, InputError> {
         return Err(InputError::new(format!("{} is a folder", path.display())).help("give the config file in it"));
     }
     if !path.exists() {
-        return Err(no_file(path));
+        return Err(InputError::no_file(path));
     }
     let bytes =
         std::fs::read(path).map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
     String::from_utf8(bytes).map_err(|_| InputError::new(format!("{} is not text in UTF-8", path.display())))
-}
-
-fn no_file(path: &Path) -> InputError {
-    let error = InputError::new(format!("there is no file {}", path.display()));
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let beside: Vec<String> = std::fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter_map(|name| name.strip_suffix(".yaml").map(str::to_owned))
-        .collect();
-    let wanted = path.file_stem().unwrap_or_default().to_string_lossy();
-    match nearest(&wanted, beside.iter().map(String::as_str)) {
-        Some(near) => error.help(format!("did you mean `{}`?", path.with_file_name(format!("{near}.yaml")).display())),
-        None => error,
-    }
 }
 
 /// A YAML value as figment's.

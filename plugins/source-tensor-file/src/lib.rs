@@ -6,7 +6,6 @@
 use std::path::{Path, PathBuf};
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::registry::nearest;
 use dictlearn_core::rng::{rng, Rng};
 use dictlearn_core::tensors::TensorFile;
 use rand::seq::SliceRandom;
@@ -119,7 +118,7 @@ impl Rows {
             found.filter_map(Result::ok).collect()
         };
         if paths.is_empty() {
-            bail!(missing(path).field("path"));
+            bail!(InputError::no_file(path).field("path"));
         }
         let mut rows = Rows { name: name.to_owned(), parts: Vec::new(), count: 0, width: 0 };
         for path in paths {
@@ -211,22 +210,6 @@ impl Part {
                 path.display()
             ))),
         }
-    }
-}
-
-fn missing(path: &Path) -> InputError {
-    let error = InputError::new(format!("there is no file {}", path.display()));
-    let wanted = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let beside: Vec<String> = path
-        .parent()
-        .and_then(|dir| std::fs::read_dir(dir).ok())
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .collect();
-    match nearest(&wanted, beside.iter().map(String::as_str)) {
-        Some(near) => error.help(format!("did you mean `{near}`?")),
-        None => error.help("`path` is relative to the config's folder"),
     }
 }
 

@@ -9,7 +9,6 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::registry::nearest;
 
 const NAME: &str = "text_files";
 const EXTENSIONS: [&str; 2] = ["txt", "jsonl"];
@@ -93,19 +92,10 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
         found.filter_map(Result::ok).filter(|path| path.is_file()).filter(supported).collect();
     found.sort();
     if found.is_empty() {
-        let error = InputError::new(format!("there is no text at {}", path.display()));
-        let beside: Vec<String> = path
-            .parent()
-            .and_then(|dir| std::fs::read_dir(dir).ok())
-            .into_iter()
-            .flatten()
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .collect();
-        let wanted = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        bail!(match nearest(&wanted, beside.iter().map(String::as_str)) {
-            Some(near) if near != wanted => error.help(format!("did you mean `{near}`? {help}")),
-            _ => error.help(format!("{help}; paths are relative to the config's folder")),
-        });
+        if !path.exists() && !pattern.contains(['*', '?', '[']) {
+            bail!(InputError::no_file(path));
+        }
+        bail!(InputError::new(format!("there is no text at {}", path.display())).help(help));
     }
     Ok(found)
 }

@@ -33,8 +33,7 @@ impl TextConfig for TokenFileConfig {
 
 fn read(path: &Path) -> Result<(Tensor, Tensor)> {
     if !path.exists() {
-        bail!(InputError::new(format!("there is no file {}", path.display()))
-            .help("`path` is relative to the config's folder"));
+        bail!(InputError::no_file(path));
     }
     let file = TensorFile::open(path)?;
     let refused = |message: String| InputError::new(format!("{}: {message}", path.display()));
