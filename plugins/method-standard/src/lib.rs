@@ -288,3 +288,88 @@ impl Trainer for Standard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dictlearn_core::config::{from_yaml, SaeConfig};
+    use dictlearn_core::training::{Training, TrainingCx};
+
+    /// A dictionary of 16 features for activations of width 8, the first four of them dead, and batches.
+    fn half_dead(resample_steps: &str) -> (Training, Vec<Batch>) {
+        let yaml = format!(
+            "{{name: a, dictionary: {{type: auto_encoder, dict_size: 16}}, trainer: {{type: standard, lr: 1e-4, \
+             warmup_steps: 0, sparsity_warmup_steps: null, resample_steps: {resample_steps}}}}}"
+        );
+        let sae: SaeConfig = from_yaml(&yaml).unwrap();
+        let (device, precision) = (Device::Cpu, Precision::Float32);
+        let training =
+            Training::new(&sae, &TrainingCx { widths: (8, 8), steps: 100, seed: 1, device, precision }).unwrap();
+        let _ = tch::no_grad(|| parameter(&training, "encoder.bias").narrow(0, 0, 4).fill_(-1e3));
+        let batches = (0..21).map(|_| Batch::of(Tensor::randn([32, 8], (Kind::Float, device)))).collect();
+        (training, batches)
+    }
+
+    fn parameter(training: &Training, name: &str) -> Tensor {
+        training.dictionary.parameters().into_iter().find(|(known, _)| *known == name).unwrap().1
+    }
+
+    #[test]
+    fn dead_features_start_anew() {
+        let (mut training, batches) = half_dead("10");
+        let fires = |training: &Training| {
+            let features = training.dictionary.encode(&batches[0].x).narrow(1, 0, 4);
+            features.not_equal(0.0).any_dim(0, false).sum(Kind::Int64).int64_value(&[])
+        };
+        for (step, batch) in batches[..10].iter().enumerate() {
+            training.step(step as u64, batch, false).unwrap();
+        }
+        assert_eq!(fires(&training), 0);
+        let living = parameter(&training, "encoder.weight").narrow(0, 4, 12).norm_scalaropt_dim(2.0, [1], false);
+        training.step(10, &batches[10], false).unwrap();
+        // Each has the direction of an activation, read by a row of a fifth of the living rows' norm.
+        assert!(fires(&training) > 0);
+        let norms = training.dictionary.decoder().unwrap().norms();
+        assert!((norms - 1.0).abs().max().double_value(&[]) < 1e-5);
+        let bias = parameter(&training, "encoder.bias").narrow(0, 0, 4);
+        assert_eq!(Vec::<f32>::try_from(bias.detach()).unwrap(), [0.0; 4]);
+        let (encoder, decoder) = (parameter(&training, "encoder.weight"), parameter(&training, "decoder.weight"));
+        let (row, direction) = (encoder.get(0), decoder.select(1, 0));
+        assert!((row.dot(&direction) / row.norm() - 1.0).abs().double_value(&[]) < 1e-5);
+        let activation = batches[10].x.norm_scalaropt_dim(2.0, [1], false);
+        let expected = activation * living.mean(Kind::Float) * 0.2;
+        assert!((expected - row.norm()).abs().min().double_value(&[]) < 1e-3);
+    }
+
+    #[test]
+    fn without_resampling_they_stay_dead() {
+        let (mut training, batches) = half_dead("null");
+        for (step, batch) in batches.iter().enumerate() {
+            training.step(step as u64, batch, false).unwrap();
+        }
+        let features = training.dictionary.encode(&batches[0].x).narrow(1, 0, 4);
+        assert_eq!(features.abs().max().double_value(&[]), 0.0);
+    }
+
+    #[test]
+    fn a_run_that_resamples_resumes_bit_for_bit() {
+        let (mut whole, batches) = half_dead("10");
+        let (mut resumed, _) = half_dead("10");
+        for (step, batch) in batches.iter().enumerate() {
+            whole.step(step as u64, batch, false).unwrap();
+            if step < 5 {
+                continue;
+            }
+            if step == 5 {
+                let state = whole.state().unwrap();
+                resumed = half_dead("10").0;
+                resumed.restore(&state).unwrap();
+                continue;
+            }
+            resumed.step(step as u64, batch, false).unwrap();
+        }
+        for (name, tensor) in whole.dictionary.parameters() {
+            assert_eq!(parameter(&resumed, name), tensor, "{name}");
+        }
+    }
+}
