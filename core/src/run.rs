@@ -37,7 +37,7 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     let checkpoints = Checkpoints::new(run_dir);
     let checkpoint = if resume { checkpoints.latest()? } else { None };
     if checkpoint.is_none() {
-        refuse_other_run(run_dir, resume)?;
+        refuse_other_run(config, run_dir, resume)?;
     } else {
         checkpoints.check_config(&fs::read_to_string(run_dir.join("config.yaml"))?, yaml)?;
     }
@@ -202,6 +202,9 @@ impl Run {
         }
         flush(&mut loggers)?;
         progress.say(&progress.finish());
+        if self.stream.passes() > 1 {
+            progress.say(&format!("the data was read {} times", self.stream.passes()));
+        }
         for note in self.stream.source().notes() {
             progress.say(&note);
         }
@@ -293,9 +296,14 @@ fn flush(loggers: &mut [Box<dyn Logger>]) -> Result<()> {
 }
 
 /// Refuses an output directory that holds another run, or anything else that a run would write over.
-fn refuse_other_run(run_dir: &Path, resume: bool) -> Result<()> {
+fn refuse_other_run(config: &RunConfig, run_dir: &Path, resume: bool) -> Result<()> {
     if run_dir.is_file() {
         bail!(InputError::new(format!("the output directory {} is a file", run_dir.display())));
+    }
+    let trained = config.saes.iter().any(|sae| run_dir.join(&sae.name).join("ae.safetensors").exists());
+    if resume && trained {
+        bail!(InputError::new(format!("{} holds trained SAEs and no checkpoint to go on from", run_dir.display()))
+            .help("to train anew, choose another `--output-dir` or remove it"));
     }
     if run_dir.join("config.yaml").exists() && !resume {
         bail!(InputError::new(format!("the output directory {} already holds a run", run_dir.display()))

@@ -155,6 +155,11 @@ impl Stream {
         &mut *self.source
     }
 
+    /// How many passes over the source were begun.
+    pub fn passes(&self) -> u64 {
+        self.pass + 1
+    }
+
     /// The next batch; `None` when the source allows no further pass.
     pub fn next_batch(&mut self) -> Result<Option<Batch>> {
         loop {

@@ -251,6 +251,9 @@ fn another_run_is_not_written_over() {
     let before = fs::read(desk.path("run/standard/ae.safetensors")).unwrap();
     let said = desk.refused(&["train", "config.yaml", "--set", "seed=3"]);
     assert!(said.contains("already holds a run") && said.contains("--output-dir"), "{said}");
+    // It is finished, and its state was not kept: to resume would be to train it anew.
+    let said = desk.refused(&["train", "config.yaml", "--resume"]);
+    assert!(said.contains("no checkpoint to go on from"), "{said}");
     assert_eq!(fs::read(desk.path("run/standard/ae.safetensors")).unwrap(), before);
 }
 

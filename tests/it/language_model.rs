@@ -187,6 +187,28 @@ fn a_shuffled_pass_serves_every_activation_once() {
 }
 
 #[test]
+fn a_short_text_is_read_as_often_as_the_run_needs() {
+    let folder = fixture("models/gpt_neox");
+    let desk = Desk::new();
+    let run = |more: &str, out: &str| {
+        let source = tokens(&folder, &folder.join("io.safetensors"), more);
+        let trainer = "{type: standard, warmup_steps: 1, sparsity_warmup_steps: null}";
+        desk.write(
+            "config.yaml",
+            &format!("steps: 20\nlog_every: 1\nsource: {source}\nsaes: [{{trainer: {trainer}}}]\n"),
+        );
+        let run = desk.run(&["train", "config.yaml", "--output-dir", out]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        (run.stderr, desk.log(&format!("{out}/metrics.jsonl")).len())
+    };
+    // 30 activations in batches of 5.
+    let (said, steps) = run("", "all");
+    assert!(said.contains("the data was read 4 times") && steps == 20, "{said}");
+    let (said, steps) = run(", epochs: 1", "once");
+    assert!(said.contains("the data ended after 6 of 20 steps") && steps == 6, "{said}");
+}
+
+#[test]
 fn text_becomes_contexts() {
     let desk = Desk::new();
     let long = "It is a truth universally acknowledged, that a single man must be in want of a wife. ".repeat(6);

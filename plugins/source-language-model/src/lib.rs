@@ -70,8 +70,8 @@ pub struct LanguageModelConfig {
     /// cut to `ctx_len`.
     #[serde(default)]
     pub pack: bool,
-    /// How often the text is read; null for as often as the run needs.
-    #[serde(default = "epochs")]
+    /// How often the text is read at most; null for as often as the run needs.
+    #[serde(default)]
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
 }
@@ -108,10 +108,6 @@ fn out_batch_size() -> u64 {
 
 fn yes() -> bool {
     true
-}
-
-fn epochs() -> Option<u64> {
-    Some(1)
 }
 
 register! {
