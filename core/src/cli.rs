@@ -395,8 +395,8 @@ fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
             text += &format!("      {line}\n");
         }
     }
-    if !component.example.is_empty() {
-        text += &format!("\nExample:\n  {}\n", component.example.replace('\n', "\n  "));
+    if let Some(example) = config::example(component) {
+        text += &format!("\nExample, a config that trains as it stands:\n\n{example}");
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)

@@ -2,6 +2,7 @@
 
 mod check;
 mod error;
+mod example;
 mod layers;
 mod load;
 mod node;
@@ -10,6 +11,7 @@ mod spans;
 mod value;
 
 pub use error::{InputError, Origin, Place, Under};
+pub use example::example;
 pub use layers::{variables, Sources};
 pub use load::{from_yaml, json_schema, load, to_yaml, type_name, Written};
 pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice};

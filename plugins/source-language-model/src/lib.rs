@@ -116,6 +116,7 @@ register! {
     paper: "",
     example: "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, \
               text: {type: embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}",
+    usual: true,
 }
 
 #[typetag::serde(name = NAME)]
