@@ -275,7 +275,7 @@ fn source_cx(config: &RunConfig) -> Result<SourceCx> {
 fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
     /// Activations encoded at a time.
     const ROWS: i64 = 4096;
-    let device = tch::Device::cuda_if_available();
+    let device = crate::device::best();
     let saved = saved::read(sae_dir, device, crate::device::Precision::Float32)?;
     let x = TensorFile::open(input)?.tensor("x")?;
     let width = saved.dictionary.dims().input;

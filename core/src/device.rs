@@ -1,6 +1,6 @@
 //! Where tensors live and in which type their products are computed.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Cuda, Device, Kind, Tensor};
 
 /// The type of the matrix products. Weights, moments and losses are float32 whatever it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,37 @@ impl Precision {
                 }
             }
         }
+    }
+}
+
+/// The first GPU where there is one, otherwise the CPU.
+pub fn best() -> Device {
+    load_cuda();
+    Device::cuda_if_available()
+}
+
+/// How many GPUs there are.
+pub fn gpus() -> usize {
+    load_cuda();
+    Cuda::device_count().max(0) as usize
+}
+
+/// Loads libtorch's CUDA part, if libtorch has one and the machine a driver.
+///
+/// No symbol of it is called by name, so linkers leave it out of a program; without it libtorch knows no GPU. It must
+/// be there before libtorch is first asked, for it remembers the answer.
+fn load_cuda() {
+    #[cfg(target_os = "linux")]
+    {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| {
+            let driver = ["/dev/nvidiactl", "/dev/dxg"].iter().any(|device| std::path::Path::new(device).exists());
+            if driver {
+                // SAFETY: the name is a C string. The library's initialisers register its devices with libtorch, which
+                // is loaded already, and is made for that. It stays loaded.
+                unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_LAZY | libc::RTLD_GLOBAL) };
+            }
+        });
     }
 }
 

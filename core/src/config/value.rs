@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
 use serde::{de, Deserialize, Deserializer, Serialize, Serializer};
-use tch::{Cuda, Device};
+use tch::Device;
 
 use super::InputError;
-use crate::device::Precision;
+use crate::device::{self, Precision};
 
 /// The newtype name by which the config's deserializer knows a path and makes it absolute, from the folder of the
 /// file that it stands in. See `load`.
@@ -113,10 +113,10 @@ impl DeviceChoice {
     /// The device that it means here.
     pub fn device(self) -> Result<Device, InputError> {
         match self {
-            DeviceChoice::Auto => Ok(Device::cuda_if_available()),
+            DeviceChoice::Auto => Ok(device::best()),
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Cuda(index) => {
-                let count = Cuda::device_count().max(0) as usize;
+                let count = device::gpus();
                 if index < count {
                     return Ok(Device::Cuda(index));
                 }
