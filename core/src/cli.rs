@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::config::{self, InputError, RunConfig, Sources, Under};
+use crate::device;
 use crate::evaluate;
 use crate::harvest;
 use crate::interrupt::Interrupt;
@@ -119,6 +120,7 @@ fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunCon
 
 /// Runs the program: every plugin that is linked in can be named. Call it from `main`.
 pub fn main() -> ExitCode {
+    device::keep_freed_memory();
     let cli = Cli::parse();
     // libtorch's errors that no one foresaw, want of memory above all, arrive as panics.
     std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", unforeseen(panic))));
@@ -218,7 +220,7 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
 fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -> Result<ExitCode> {
     // What is wrong with the SAE is said before what is wrong with the config.
     if !sae_dir.is_dir() {
-        saved::read(sae_dir, tch::Device::Cpu, crate::device::Precision::Float32)?;
+        saved::read(sae_dir, tch::Device::Cpu, device::Precision::Float32)?;
     }
     let own = std::path::absolute(sae_dir)?.parent().map(|run| run.join("config.yaml"));
     let Some(file) = config.or(own.filter(|file| file.exists())) else {
@@ -275,8 +277,8 @@ fn source_cx(config: &RunConfig) -> Result<SourceCx> {
 fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
     /// Activations encoded at a time.
     const ROWS: i64 = 4096;
-    let device = crate::device::best();
-    let saved = saved::read(sae_dir, device, crate::device::Precision::Float32)?;
+    let device = device::best();
+    let saved = saved::read(sae_dir, device, device::Precision::Float32)?;
     let x = TensorFile::open(input)?.tensor("x")?;
     let width = saved.dictionary.dims().input;
     if x.dim() != 2 || x.size()[1] != width {

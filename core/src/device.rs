@@ -67,6 +67,20 @@ fn load_cuda() {
     }
 }
 
+/// Keeps freed memory for the next tensor instead of handing it back to the system.
+///
+/// glibc maps each large block anew, and touching fresh pages costs more than most of what is computed on them: a
+/// quarter of a training step of usual size. Call it once, before anything is allocated.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: sets parameters of the allocator, at a time when only this thread runs.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}
+
 /// The name that the reference and PyTorch use: `cpu`, `cuda:0`.
 pub fn name(device: Device) -> String {
     match device {

@@ -213,3 +213,40 @@ macro_rules! register {
     (@usual) => { false };
     (@usual $usual:expr) => { $usual };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn named(name: &'static str) -> Component {
+        Component {
+            kind: Kind::Format,
+            name,
+            summary: "",
+            paper: "",
+            example: "",
+            usual_dictionary: None,
+            usual: false,
+            schema: schemars::Schema::default,
+        }
+    }
+
+    inventory::submit! { named("twice") }
+    inventory::submit! { named("twice") }
+
+    #[test]
+    fn a_name_that_two_plugins_register_is_refused_at_the_start() {
+        let error = check().unwrap_err().to_string();
+        assert!(error.contains("two plugins register the format `twice`"), "{error}");
+    }
+
+    #[test]
+    fn the_nearest_name_forgives_underscores_and_slips() {
+        let known = ["top_k", "batch_top_k", "standard"];
+        for (found, near) in
+            [("topk", Some("top_k")), ("TopK", Some("top_k")), ("standart", Some("standard")), ("x", None)]
+        {
+            assert_eq!(nearest(found, known), near, "{found}");
+        }
+    }
+}
