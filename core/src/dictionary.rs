@@ -200,13 +200,13 @@ impl dyn Dictionary + '_ {
         for name in tensors.keys() {
             if !own.iter().any(|(known, _)| known == name) {
                 let known: Vec<_> = own.iter().map(|(known, _)| *known).collect();
-                bail!(refused(format!("tensor `{name}` does not belong to an {}", self.class()))
+                bail!(refused(format!("tensor `{name}` does not belong to the class {}", self.class()))
                     .help(format!("it has: {}", known.join(", "))));
             }
         }
         for (name, target) in &mut own {
             let Some(tensor) = tensors.get(*name) else {
-                bail!(refused(format!("tensor `{name}` of an {} is missing", self.class()))
+                bail!(refused(format!("tensor `{name}` of the class {} is missing", self.class()))
                     .help(format!("it has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))));
             };
             if tensor.size() != target.size() {

@@ -39,7 +39,7 @@ pub fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Re
         if dead_indices.is_empty() {
             return Ok(0);
         }
-        let missing = || anyhow!("the features of a {} cannot be resampled", cx.dictionary.class());
+        let missing = || anyhow!("the features of the class {} cannot be resampled", cx.dictionary.class());
         let Encoder { weight: encoder_name, feature_dim, biases } = cx.dictionary.encoder().ok_or_else(missing)?;
         let decoder = cx.dictionary.decoder().ok_or_else(missing)?;
 

@@ -62,7 +62,7 @@ impl Training {
             .under("dictionary")?;
         if dictionary.dims().output != cx.widths.1 {
             bail!(InputError::new(format!(
-                "a {} reconstructs vectors of width {}, but the source's targets have width {}",
+                "the class {} reconstructs vectors of width {}, but the source's targets have width {}",
                 dictionary.class(),
                 dictionary.dims().output,
                 cx.widths.1

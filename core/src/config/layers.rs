@@ -173,6 +173,9 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
             "keys look like `steps`, `source.ctx_len` or `saes[0].trainer.lr`".to_owned(),
         ));
     }
+    if ["include", "profiles"].contains(&steps[0]) {
+        return Err(refused(format!("`{}` is read in a file only", steps[0]), "write it into the config".to_owned()));
+    }
     // What is made on the way is the override's, so that errors about it name that.
     let tag = value.tag();
     let map = || Value::Dict(tag, Dict::new());

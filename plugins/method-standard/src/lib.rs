@@ -201,7 +201,7 @@ impl TrainerConfig for StandardConfig {
         }
         .check()?;
         if self.resample_steps.is_some() && !can_resample(cx.dictionary) {
-            bail!(InputError::new(format!("the features of a {} cannot be resampled", cx.dictionary.class()))
+            bail!(InputError::new(format!("the features of the class {} cannot be resampled", cx.dictionary.class()))
                 .field("resample_steps")
                 .help("leave `resample_steps` out"));
         }

@@ -243,7 +243,7 @@ register! {
 impl TrainerConfig for TopKConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         let Some(dictionary) = cx.dictionary.downcast::<TopK>() else {
-            bail!(InputError::new(format!("the trainer `{NAME}` cannot train a {}", cx.dictionary.class()))
+            bail!(InputError::new(format!("the trainer `{NAME}` cannot train the class {}", cx.dictionary.class()))
                 .help(format!("it sets k and the threshold of the dictionary `{NAME}`, which others do not have")));
         };
         let schedule = Schedule {
