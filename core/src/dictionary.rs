@@ -11,6 +11,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
 use crate::device::Precision;
+use crate::registry;
+use crate::source::Batch;
+use crate::top_k::Selection;
 
 /// The widths of a dictionary's input, features and output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,14 +74,29 @@ pub trait DictionaryConfig: Debug + Send + Sync {
 pub struct Code {
     /// The features, [B, F], as training uses them.
     pub features: Tensor,
+    /// What a sparsity penalty falls on, where that is not the features; read it with [`Code::penalized`].
+    penalized: Option<Tensor>,
     /// What else the method's loss needs, by name (`pre_activations`, `top_indices`, ...).
-    pub extras: BTreeMap<&'static str, Tensor>,
+    extras: BTreeMap<&'static str, Tensor>,
 }
 
 impl Code {
     /// A code that is its features alone.
     pub fn new(features: Tensor) -> Self {
-        Code { features, extras: BTreeMap::new() }
+        Code { features, penalized: None, extras: BTreeMap::new() }
+    }
+
+    /// Lets sparsity penalties fall on these activations, [B, F], instead of the features.
+    #[must_use]
+    pub fn penalize(mut self, activations: Tensor) -> Self {
+        self.penalized = Some(activations);
+        self
+    }
+
+    /// The activations that a sparsity penalty falls on, [B, F], never negative: the features, unless the dictionary
+    /// carries its sparsity elsewhere (a gate, or features times the norms of their directions).
+    pub fn penalized(&self) -> &Tensor {
+        self.penalized.as_ref().unwrap_or(&self.features)
     }
 
     /// Adds something that the loss needs.
@@ -90,7 +108,12 @@ impl Code {
 
     /// Something that the dictionary exposes by name.
     pub fn extra(&self, name: &str) -> Result<&Tensor> {
-        self.extras.get(name).ok_or_else(|| anyhow::anyhow!("this dictionary does not expose `{name}`"))
+        self.get(name).ok_or_else(|| anyhow::anyhow!("this dictionary does not expose `{name}`"))
+    }
+
+    /// The same, where the method can do without.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.extras.get(name)
     }
 }
 
@@ -165,6 +188,23 @@ pub trait Dictionary: Any + Send {
         None
     }
 
+    /// How many features are selected, and from which value on, in dictionaries of the TopK family.
+    fn selection(&self) -> Option<&Selection> {
+        None
+    }
+
+    /// The same, for the trainer that anneals it.
+    fn selection_mut(&mut self) -> Option<&mut Selection> {
+        None
+    }
+
+    /// A term that the architecture adds to the loss of whichever trainer, with its name in the log, where it cannot
+    /// learn without (the gated one's: what its gate alone reconstructs).
+    fn auxiliary_loss(&self, batch: &Batch, code: &Code) -> Option<(&'static str, Tensor)> {
+        let _ = (batch, code);
+        None
+    }
+
     /// Scales everything that adds to activations by `scale`, so that the dictionary does for activations times
     /// `scale` what it did for activations: features and reconstructions come out times `scale`.
     fn scale_biases(&mut self, scale: f64);
@@ -182,6 +222,29 @@ impl dyn Dictionary + '_ {
     /// The same, to change it.
     pub fn downcast_mut<T: Dictionary>(&mut self) -> Option<&mut T> {
         (self as &mut dyn Any).downcast_mut()
+    }
+
+    /// Where its tensors live.
+    pub fn device(&self) -> Device {
+        self.parameters().first().map_or(Device::Cpu, |(_, parameter)| parameter.device())
+    }
+
+    /// Whether its forward pass exposes something by name (`gate`, `pre_activations`), for trainers and modifiers that
+    /// need it.
+    pub fn exposes(&self, name: &str) -> bool {
+        let x = Tensor::zeros([1, self.dims().input], (Kind::Float, self.device()));
+        tch::no_grad(|| self.forward(&x).get(name).is_some())
+    }
+
+    /// The trainers that usually train it, for messages: "the trainer `a` or `b`".
+    pub fn usual_trainers(&self) -> String {
+        let own = inventory::iter::<SavedClass>.into_iter().find(|saved| saved.class == self.class());
+        let trainers = registry::components(registry::Kind::Trainer).into_iter();
+        let names: Vec<_> = trainers
+            .filter(|trainer| own.is_some() && trainer.usual_dictionary == own.map(|saved| saved.name))
+            .map(|trainer| format!("`{}`", trainer.name))
+            .collect();
+        if names.is_empty() { "another trainer".to_owned() } else { format!("the trainer {}", names.join(" or ")) }
     }
 
     /// Every saved tensor: parameters, then buffers.
@@ -257,6 +320,12 @@ pub fn saved_shape<const N: usize>(tensors: &BTreeMap<String, Tensor>, name: &st
 /// Zeros that will be trained.
 pub fn trained(tensor: Tensor) -> Tensor {
     tensor.detach().set_requires_grad(true)
+}
+
+/// Random directions of that norm, the columns of a decoder [d, F].
+pub fn random_directions(dims: [i64; 2], norm: f64, device: Device) -> Tensor {
+    let directions = randn(dims, device);
+    &directions / directions.norm_scalaropt_dim(2.0, [0], true) * norm
 }
 
 /// A matrix [rows, columns] of independent normal numbers.

@@ -31,6 +31,7 @@ pub mod source;
 pub mod state;
 pub mod tensors;
 pub mod text;
+pub mod top_k;
 pub mod torch_file;
 pub mod trainer;
 pub mod training;

@@ -9,10 +9,10 @@ pub use tch::{self, Device, Kind, Tensor};
 pub use typetag;
 
 pub use crate::config::{ConfigPath, InputError, PathOrName, Under};
-pub use crate::constraint::{clip_gradients, normalize_decoder, remove_parallel_gradient};
+pub use crate::constraint::Constraints;
 pub use crate::device::Precision;
 pub use crate::dictionary::{
-    dict_size, randn, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder,
+    dict_size, random_directions, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder,
     SavedClass,
 };
 pub use crate::firing::Firing;
@@ -22,9 +22,9 @@ pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::modifier::{Modifier, ModifierConfig};
 pub use crate::optim::{Adam, AdamConfig};
 pub use crate::register;
-pub use crate::resample::{resample, ResampleWeight};
+pub use crate::resample::{ResampleWeight, Resampling};
 pub use crate::schedule::Schedule;
 pub use crate::source::{ActivationSource, Batch, ModelSource, SourceConfig, SourceCx};
 pub use crate::state::State;
 pub use crate::text::{Document, Record, TextConfig, TextStream};
-pub use crate::trainer::{AfterStep, Pass, Terms, Trainer, TrainerConfig, TrainerCx};
+pub use crate::trainer::{mean_of_sums, penalizable, AfterStep, Pass, Terms, Trainer, TrainerConfig, TrainerCx};

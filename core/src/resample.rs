@@ -1,14 +1,17 @@
 //! Resampling of dead features (Bricken et al. 2023, "Neuron resampling"): a feature that never fires starts anew from
 //! an activation that the dictionary reconstructs badly.
 
-use anyhow::{anyhow, Result};
+use anyhow::{anyhow, bail, Result};
 use rand::distr::weighted::WeightedIndex;
 use rand::distr::Distribution;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use crate::config::InputError;
 use crate::dictionary::{Dictionary, Encoder};
+use crate::firing::Firing;
+use crate::state::State;
 use crate::trainer::AfterStep;
 
 /// How likely an activation is to be drawn for a dead feature.
@@ -26,6 +29,63 @@ pub enum ResampleWeight {
 /// Whether the features of a dictionary can be resampled.
 pub fn can_resample(dictionary: &dyn Dictionary) -> bool {
     dictionary.encoder().is_some() && dictionary.decoder().is_some()
+}
+
+/// Resampling at regular steps: what a trainer with a field `resample_steps` keeps.
+#[derive(Debug)]
+pub struct Resampling {
+    every: u64,
+    /// It is done at the steps that leave this remainder.
+    at: u64,
+    weight: ResampleWeight,
+    firing: Firing,
+}
+
+impl Resampling {
+    /// Resampling every so many steps, at the last of each; `None` where the trainer's `resample_steps` is null.
+    ///
+    /// A feature is dead when it was silent for more than half of the steps between.
+    pub fn new(every: Option<u64>, weight: ResampleWeight, dictionary: &dyn Dictionary) -> Result<Option<Self>> {
+        let Some(every) = every else { return Ok(None) };
+        if !can_resample(dictionary) {
+            bail!(InputError::new(format!("the features of the class {} cannot be resampled", dictionary.class()))
+                .field("resample_steps")
+                .help("leave `resample_steps` out"));
+        }
+        let firing = Firing::new(dictionary.dims().features, dictionary.device());
+        Ok(Some(Resampling { every, at: every.saturating_sub(1), weight, firing }))
+    }
+
+    /// The same at the first step of each.
+    #[must_use]
+    pub fn at_multiples(mut self) -> Self {
+        self.at = 0;
+        self
+    }
+
+    /// Counts which features of a batch, [B, F], fired.
+    pub fn update(&mut self, features: &Tensor) {
+        self.firing.update(&features.detach().not_equal(0.0).any_dim(0, false), 1);
+    }
+
+    /// Starts dead features anew, if it is time.
+    pub fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        if cx.step % self.every == self.at {
+            let dead = self.firing.silent_for((self.every / 2) as i64 + 1);
+            resample(cx, &dead, self.weight)?;
+        }
+        Ok(())
+    }
+
+    /// What must survive a restart.
+    pub fn state(&self) -> State {
+        self.firing.state()
+    }
+
+    /// Takes back what [`Resampling::state`] gave.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        self.firing.restore(state)
+    }
 }
 
 /// Starts dead features, bool `[F]`, anew; at most as many as the batch has activations. Returns how many.

@@ -104,6 +104,11 @@ pub trait ActivationSource: Send {
         None
     }
 
+    /// The directions that activations are made of, [n, d], where they are known: for metrics that look for them.
+    fn true_features(&self) -> Option<Tensor> {
+        None
+    }
+
     /// Bytes that it holds of activations, at most.
     fn memory(&self) -> u64 {
         0

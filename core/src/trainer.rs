@@ -5,15 +5,18 @@
 
 use std::fmt::Debug;
 
-use anyhow::Result;
+use anyhow::{bail, Result};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
+use crate::config::InputError;
+use crate::constraint::Constraints;
 use crate::dictionary::{Code, Dictionary};
 use crate::optim::{Adam, AdamConfig};
 use crate::rng::Rng;
 use crate::source::Batch;
 use crate::state::State;
+use crate::top_k::Selection;
 
 /// What a trainer is built for.
 pub struct TrainerCx<'a> {
@@ -52,9 +55,15 @@ pub struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    /// Encodes and decodes a batch.
-    pub fn forward(dictionary: &'a dyn Dictionary, batch: &'a Batch, step: u64, logging: bool) -> Self {
-        let code = dictionary.forward(&batch.x);
+    /// Encodes, as the trainer does, and decodes a batch.
+    pub fn forward(
+        trainer: &dyn Trainer,
+        dictionary: &'a dyn Dictionary,
+        batch: &'a Batch,
+        step: u64,
+        logging: bool,
+    ) -> Self {
+        let code = trainer.encode(dictionary, &batch.x);
         let x_hat = dictionary.decode(&code.features);
         Pass { step, batch, dictionary, code, x_hat, logging }
     }
@@ -63,6 +72,27 @@ impl<'a> Pass<'a> {
     pub fn residual(&self) -> Tensor {
         &self.batch.target - &self.x_hat
     }
+}
+
+/// The mean over the batch of each activation's sum: of [B, n] a scalar. Of squared residuals, the reconstruction loss
+/// ‖x − x̂‖²; of features, the L1 penalty ‖f‖₁.
+pub fn mean_of_sums(rows: &Tensor) -> Tensor {
+    rows.sum_dim_intlist(-1, false, rows.kind()).mean(rows.kind())
+}
+
+/// Refuses a dictionary that a penalty cannot train: one that encodes by a threshold which only its own trainers keep.
+///
+/// `trainer` is the name of the one that asks.
+pub fn penalizable(dictionary: &dyn Dictionary, trainer: &str) -> Result<()> {
+    if dictionary.selection().is_some_and(Selection::by_threshold) {
+        bail!(InputError::new(format!(
+            "the trainer `{trainer}` cannot train the class {}: it encodes by a threshold that the trainer must keep, \
+             and a penalty keeps none",
+            dictionary.class()
+        ))
+        .help(format!("use {}, or another dictionary", dictionary.usual_trainers())));
+    }
+    Ok(())
 }
 
 /// The terms of a loss, in the order in which they were added. The loss is the sum of weight × value.
@@ -179,16 +209,23 @@ pub trait Trainer: Send {
         Ok(())
     }
 
-    /// The terms of the loss.
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()>;
-
-    /// Edits gradients after the backward pass: projection, clipping.
-    fn constrain_gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
-        let _ = dictionary;
-        Ok(())
+    /// What holds of the decoder and the gradients at every step; nothing unless the trainer says so.
+    fn constraints(&self) -> Constraints {
+        Constraints::default()
     }
 
-    /// Acts after the optimiser's step: constraints on weights, annealing, resampling.
+    /// The code of a batch, [B, d]: the dictionary's own, unless training needs gradients of another kind
+    /// (straight-through estimators).
+    fn encode(&self, dictionary: &dyn Dictionary, x: &Tensor) -> Code {
+        dictionary.forward(x)
+    }
+
+    /// The terms of the loss. A term of the dictionary's own ([`Dictionary::auxiliary_loss`]) is added after them.
+    ///
+    /// Counters may be kept here: should the loss turn out not to be finite, they are set back.
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()>;
+
+    /// Acts after the optimiser's step and the constraints on weights: annealing, resampling.
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
         let _ = cx;
         Ok(())

@@ -96,15 +96,55 @@ impl Training {
     /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
     /// from its own forward pass.
     ///
-    /// A loss that is not finite is refused before any weight changes.
+    /// A loss that is not finite is refused, and then nothing has changed.
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
+        let before = self.undo(step == 0)?;
+        let (loss, figures) = match self.loss(step, batch, logging) {
+            Ok(found) => found,
+            Err(error) => {
+                self.set_back(&before)?;
+                return Err(error);
+            }
+        };
+        if self.dictionary.parameters().is_empty() {
+            // A baseline, which runs beside the others to be measured with them.
+            return Ok(figures);
+        }
+        self.optimizer.zero_grad();
+        loss.backward();
+        for modifier in &mut self.modifiers {
+            modifier.gradients(&*self.dictionary)?;
+        }
+        let constraints = self.trainer.constraints();
+        constraints.on_gradients(&*self.dictionary);
+        self.optimizer.step(self.trainer.lr(step));
+        constraints.on_weights(&*self.dictionary);
+
+        let mut cx = AfterStep {
+            step,
+            batch,
+            dictionary: &mut *self.dictionary,
+            optimizer: &mut self.optimizer,
+            rng: &mut self.rng,
+        };
+        self.trainer.after_step(&mut cx)?;
+        for modifier in &mut self.modifiers {
+            modifier.after_step(&mut cx)?;
+        }
+        Ok(figures)
+    }
+
+    /// The loss of a step, if it is finite, and its figures.
+    fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<(Tensor, Option<Map<String, Value>>)> {
         if step == 0 {
             self.trainer.begin(&mut *self.dictionary, batch)?;
         }
-
-        let pass = Pass::forward(&*self.dictionary, batch, step, logging);
+        let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);
         let mut terms = Terms::new();
         self.trainer.loss(&pass, &mut terms)?;
+        if let Some((name, value)) = self.dictionary.auxiliary_loss(batch, &pass.code) {
+            terms.add(name, value, 1.0);
+        }
         for modifier in &mut self.modifiers {
             modifier.loss(&pass, &mut terms)?;
         }
@@ -119,31 +159,28 @@ impl Training {
             )
         })?;
         let figures = logging.then(|| self.figures(&pass, &terms));
+        Ok((loss, figures))
+    }
 
-        if self.dictionary.parameters().is_empty() {
-            // A baseline, which runs beside the others to be measured with them.
-            return Ok(figures);
+    /// What a loss may change before it is known to be finite: counters and thresholds, and with the first batch,
+    /// which initialises weights, those too.
+    fn undo(&self, first: bool) -> Result<State> {
+        let mut state = self.counters()?;
+        for (name, tensor) in if first { self.dictionary.state_dict() } else { self.dictionary.buffers() } {
+            state.put_tensor(format!("dictionary/{name}"), &tensor);
         }
-        self.optimizer.zero_grad();
-        loss.backward();
-        for modifier in &mut self.modifiers {
-            modifier.gradients(&*self.dictionary)?;
-        }
-        self.trainer.constrain_gradients(&*self.dictionary)?;
-        self.optimizer.step(self.trainer.lr(step));
+        Ok(state)
+    }
 
-        let mut cx = AfterStep {
-            step,
-            batch,
-            dictionary: &mut *self.dictionary,
-            optimizer: &mut self.optimizer,
-            rng: &mut self.rng,
-        };
-        self.trainer.after_step(&mut cx)?;
-        for modifier in &mut self.modifiers {
-            modifier.after_step(&mut cx)?;
+    fn set_back(&mut self, before: &State) -> Result<()> {
+        let tensors = before.under("dictionary");
+        for (name, mut tensor) in self.dictionary.state_dict() {
+            if tensors.tensor(name).is_ok() {
+                tensors.load_tensor(name, &mut tensor)?;
+            }
         }
-        Ok(figures)
+        self.dictionary.loaded();
+        self.restore_counters(before)
     }
 
     fn figures(&self, pass: &Pass, terms: &Terms) -> Map<String, Value> {
@@ -173,15 +210,11 @@ impl Training {
 
     /// Everything that a resumed run needs.
     pub fn state(&self) -> Result<State> {
-        let mut state = State::new();
+        let mut state = self.counters()?;
         for (name, tensor) in self.dictionary.state_dict() {
             state.put_tensor(format!("dictionary/{name}"), &tensor);
         }
         state.put_all("optimizer", self.optimizer.state()?);
-        state.put_all("trainer", self.trainer.state()?);
-        for (index, modifier) in self.modifiers.iter().enumerate() {
-            state.put_all(&format!("modifier{index}"), modifier.state()?);
-        }
         state.put("rng", &self.rng)?;
         Ok(state)
     }
@@ -193,11 +226,26 @@ impl Training {
         }
         self.dictionary.loaded();
         self.optimizer.restore(&state.under("optimizer"))?;
+        self.restore_counters(state)?;
+        self.rng = state.get("rng")?;
+        Ok(())
+    }
+
+    /// The state of the trainer and of the modifiers.
+    fn counters(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put_all("trainer", self.trainer.state()?);
+        for (index, modifier) in self.modifiers.iter().enumerate() {
+            state.put_all(&format!("modifier{index}"), modifier.state()?);
+        }
+        Ok(state)
+    }
+
+    fn restore_counters(&mut self, state: &State) -> Result<()> {
         self.trainer.restore(&state.under("trainer"))?;
         for (index, modifier) in self.modifiers.iter_mut().enumerate() {
             modifier.restore(&state.under(&format!("modifier{index}")))?;
         }
-        self.rng = state.get("rng")?;
         Ok(())
     }
 }

@@ -38,11 +38,10 @@ register! {
 impl DictionaryConfig for TiedConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
-        let weight = trained(randn([features, cx.activation_dim], cx.device));
+        let weight = random_directions([cx.activation_dim, features], 1.0, cx.device).transpose(0, 1);
+        let weight = trained(weight.contiguous());
         let bias = trained(Tensor::zeros([features], (Kind::Float, cx.device)));
-        let tied = Tied { weight, bias, precision: cx.precision };
-        normalize_decoder(&tied.rows(), 0.0);
-        Ok(Box::new(tied))
+        Ok(Box::new(Tied { weight, bias, precision: cx.precision }))
     }
 }
 
@@ -63,12 +62,6 @@ struct Tied {
     weight: Tensor, // W [F, d]
     bias: Tensor,   // b [F]
     precision: Precision,
-}
-
-impl Tied {
-    fn rows(&self) -> Decoder {
-        Decoder { name: "weight", weight: self.weight.shallow_clone(), feature_dim: 0 }
-    }
 }
 
 impl Dictionary for Tied {
@@ -94,7 +87,7 @@ impl Dictionary for Tied {
     }
 
     fn decoder(&self) -> Option<Decoder> {
-        Some(self.rows())
+        Some(Decoder { name: "weight", weight: self.weight.shallow_clone(), feature_dim: 0 })
     }
 
     fn scale_biases(&mut self, scale: f64) {
@@ -148,17 +141,13 @@ impl Trainer for TiedTrainer {
         self.lr
     }
 
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        let mean = |rows: Tensor| rows.sum_dim_intlist(-1, false, Kind::Float).mean(Kind::Float);
-        terms.add("mse_loss", mean(pass.residual().square()), 1.0);
-        terms.add("sparsity_loss", mean(pass.code.features.abs()), self.l1_penalty);
-        Ok(())
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
-        if let Some(rows) = cx.dictionary.decoder() {
-            normalize_decoder(&rows, 0.0);
-        }
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        terms.add("mse_loss", mean_of_sums(&pass.residual().square()), 1.0);
+        terms.add("sparsity_loss", mean_of_sums(&pass.code.features), self.l1_penalty);
         Ok(())
     }
 }

@@ -11,13 +11,12 @@
 //!
 //! The decoder's gradient loses its part along the columns, and the columns are scaled back to norm 1 after each step.
 //! λ and the learning rate rise linearly at the beginning. Every `resample_steps` steps the features that were silent
-//! for half as long start anew ([`resample`]), and the learning rate warms up again.
+//! for half as long start anew ([`Resampling`]), and the learning rate warms up again.
 //!
 //! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, and not at the random values
 //! of PyTorch's linear layer.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::resample::can_resample;
 
 const DICTIONARY: &str = "auto_encoder";
 const TRAINER: &str = "standard";
@@ -49,8 +48,7 @@ impl DictionaryConfig for AutoEncoderConfig {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
         let mut dictionary = AutoEncoder::zeros(cx.activation_dim, features, cx.device, cx.precision);
         // Random directions, the encoder the decoder's transpose. Norm 0.1 as in the reference; training makes it 1.
-        let directions = randn([cx.activation_dim, features], cx.device);
-        let directions = &directions / directions.norm_scalaropt_dim(2.0, [0], true) * 0.1;
+        let directions = random_directions([cx.activation_dim, features], 0.1, cx.device);
         tch::no_grad(|| {
             dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
             dictionary.decoder_weight.copy_(&directions);
@@ -145,7 +143,9 @@ impl Dictionary for AutoEncoder {
     }
 }
 
-/// L1-penalised training with a unit-norm decoder.
+/// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
+/// features, both averaged over the batch. Every decoder column keeps norm 1, so that the penalty cannot be evaded by
+/// small features with large columns.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct StandardConfig {
@@ -200,20 +200,13 @@ impl TrainerConfig for StandardConfig {
             sparsity_warmup_steps: self.sparsity_warmup_steps,
         }
         .check()?;
-        if self.resample_steps.is_some() && !can_resample(cx.dictionary) {
-            bail!(InputError::new(format!("the features of the class {} cannot be resampled", cx.dictionary.class()))
-                .field("resample_steps")
-                .help("leave `resample_steps` out"));
-        }
-        let dims = cx.dictionary.dims();
-        let device = cx.dictionary.parameters().first().map_or(Device::Cpu, |(_, parameter)| parameter.device());
+        penalizable(cx.dictionary, TRAINER)?;
+        let resampling = Resampling::new(self.resample_steps, self.resample_weight, cx.dictionary)?;
         Ok(Box::new(Standard {
             lr: self.lr,
             l1_penalty: self.l1_penalty,
             schedule,
-            // Only resampling asks which features are silent.
-            firing: self.resample_steps.map(|every| (every, Firing::new(dims.features, device))),
-            resample_weight: self.resample_weight,
+            resampling: resampling.map(Resampling::at_multiples),
         }))
     }
 
@@ -227,8 +220,7 @@ struct Standard {
     lr: f64,
     l1_penalty: f64,
     schedule: Schedule,
-    firing: Option<(u64, Firing)>,
-    resample_weight: ResampleWeight,
+    resampling: Option<Resampling>,
 }
 
 impl Trainer for Standard {
@@ -240,52 +232,35 @@ impl Trainer for Standard {
         self.lr * self.schedule.lr_factor(step)
     }
 
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        let mean = |rows: Tensor| rows.sum_dim_intlist(-1, false, Kind::Float).mean(Kind::Float);
-        let residual = pass.residual();
-        let features = &pass.code.features;
-        if pass.logging {
-            terms.log("l2_loss", residual.detach().norm_scalaropt_dim(2.0, [-1], false).mean(Kind::Float));
-        }
-        terms.add("mse_loss", mean(residual.square()), 1.0);
-        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add("sparsity_loss", mean(features.abs()), penalty);
-        if let Some((_, firing)) = &mut self.firing {
-            firing.update(&features.detach().not_equal(0.0).any_dim(0, false), 1);
-        }
-        Ok(())
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn constrain_gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
-        if let Some(decoder) = dictionary.decoder() {
-            remove_parallel_gradient(&decoder, 0.0);
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let residual = pass.residual();
+        if pass.logging {
+            let norms = residual.detach().norm_scalaropt_dim(2.0, [-1], false);
+            terms.log("l2_loss", norms.mean(norms.kind()));
+        }
+        terms.add("mse_loss", mean_of_sums(&residual.square()), 1.0);
+        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
+        terms.add("sparsity_loss", mean_of_sums(&pass.code.penalized().abs()), penalty);
+        if let Some(resampling) = &mut self.resampling {
+            resampling.update(&pass.code.features);
         }
         Ok(())
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
-        if let Some(decoder) = cx.dictionary.decoder() {
-            normalize_decoder(&decoder, 0.0);
-        }
-        if let Some((every, firing)) = &mut self.firing {
-            if cx.step.is_multiple_of(*every) {
-                // More than half of `every` steps: the reference compares with `> every / 2`.
-                let dead = firing.silent_for((*every / 2) as i64 + 1);
-                resample(cx, &dead, self.resample_weight)?;
-            }
-        }
-        Ok(())
+        self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx))
     }
 
     fn state(&self) -> Result<State> {
-        Ok(self.firing.as_ref().map(|(_, firing)| firing.state()).unwrap_or_default())
+        Ok(self.resampling.as_ref().map(Resampling::state).unwrap_or_default())
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
-        match &mut self.firing {
-            Some((_, firing)) => firing.restore(state),
-            None => Ok(()),
-        }
+        self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.restore(state))
     }
 }
 

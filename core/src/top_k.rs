@@ -1,0 +1,473 @@
+//! What the methods of the TopK family share: how many features are selected, the threshold that stands for it, and a
+//! trainer with the auxiliary loss for dead features (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*,
+//! <https://arxiv.org/abs/2406.04093>).
+//!
+//! A dictionary of the family has a [`Selection`] and exposes in its [`Code`] `post_relu`,
+//! the features before the selection, [B, F], and `top_values`, the selected ones, [rows, k], a row for what was
+//! selected from together: an activation or a batch. With `top_indices`, of the same shape, only the features at these
+//! count as fired; without, those that are above 0.
+
+use std::collections::BTreeMap;
+
+use anyhow::{bail, Result};
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::InputError;
+use crate::constraint::Constraints;
+use crate::dictionary::{Code, Dictionary};
+use crate::firing::Firing;
+use crate::optim::AdamConfig;
+use crate::schedule::Schedule;
+use crate::source::Batch;
+use crate::state::State;
+use crate::trainer::{mean_of_sums, number, AfterStep, Pass, Terms, Trainer, TrainerCx};
+
+/// How many features are selected, and from which value on.
+#[derive(Debug)]
+pub struct Selection {
+    k: i64,
+    k_tensor: Tensor,
+    threshold: Tensor,
+    by_threshold: bool,
+}
+
+impl Selection {
+    /// `k` features of each activation. `by_threshold` if users of the trained dictionary select by the threshold
+    /// instead, so that activations do not depend on their batch.
+    pub fn new(k: i64, by_threshold: bool, device: Device) -> Self {
+        Selection {
+            k,
+            k_tensor: Tensor::full([0_i64; 0], k, (Kind::Int, device)),
+            threshold: Tensor::full([0_i64; 0], -1.0, (Kind::Float, device)),
+            by_threshold,
+        }
+    }
+
+    /// Refuses a `k` that the dictionary cannot select.
+    pub fn check(k: i64, features: i64) -> Result<()> {
+        if k > features {
+            bail!(InputError::new(format!("`k` is {k}, but the dictionary has only {features} features"))
+                .field("k")
+                .help("make `k` smaller or `dict_size` larger"));
+        }
+        Ok(())
+    }
+
+    /// The k of a saved dictionary: that of its tensor, which annealing may have changed, or that of its config.
+    pub fn saved_k(tensors: &BTreeMap<String, Tensor>, trainer: &Value, features: i64) -> Result<i64> {
+        let k = match tensors.get("k") {
+            Some(k) => k.int64_value(&[]),
+            None => trainer.get("k").and_then(Value::as_i64).unwrap_or(0),
+        };
+        if !(1..=features).contains(&k) {
+            bail!(InputError::new(format!("`k` is {k}, and the dictionary has {features} features")));
+        }
+        Ok(k)
+    }
+
+    /// How many features of each activation.
+    pub fn k(&self) -> i64 {
+        self.k
+    }
+
+    /// Changes k.
+    pub fn set_k(&mut self, k: i64) {
+        self.k = k;
+        let _ = self.k_tensor.fill_(k);
+    }
+
+    /// The running mean of the smallest selected feature, a float32 scalar; negative as long as it is not known.
+    pub fn threshold(&self) -> &Tensor {
+        &self.threshold
+    }
+
+    /// Whether the trained dictionary selects by the threshold.
+    pub fn by_threshold(&self) -> bool {
+        self.by_threshold
+    }
+
+    /// The saved tensors, `k` (int32) and `threshold`.
+    pub fn buffers(&self) -> Vec<(&'static str, Tensor)> {
+        vec![("k", self.k_tensor.shallow_clone()), ("threshold", self.threshold.shallow_clone())]
+    }
+
+    /// For [`Dictionary::loaded`].
+    pub fn loaded(&mut self) {
+        self.k = self.k_tensor.int64_value(&[]);
+    }
+
+    /// For [`Dictionary::scale_biases`].
+    pub fn scale(&mut self, scale: f64) {
+        if self.threshold.double_value(&[]) >= 0.0 {
+            let _ = tch::no_grad(|| self.threshold.g_mul_scalar_(scale));
+        }
+    }
+
+    /// Of the features [B, F] of a batch after ReLU the B·k largest, in training.
+    pub fn of_batch(&self, post_relu: Tensor) -> Code {
+        let flat = post_relu.flatten(0, -1);
+        let rows = flat.size()[0] / post_relu.size().last().copied().unwrap_or(1).max(1);
+        let (values, indices) = flat.topk(self.k * rows, -1, true, false);
+        let features = flat.zeros_like().scatter(0, &indices, &values).view_as(&post_relu);
+        Code::new(features).with("post_relu", post_relu).with("top_values", values.unsqueeze(0))
+    }
+
+    /// Of the features [.., F] after ReLU those above the threshold.
+    pub fn above_threshold(&self, post_relu: &Tensor) -> Tensor {
+        post_relu * post_relu.gt_tensor(&self.threshold)
+    }
+
+    /// θ ← β θ + (1 − β) · the mean over rows of their smallest positive value.
+    ///
+    /// A row without any counts for nothing; in the reference it makes the threshold infinite for good.
+    fn update_threshold(&self, top_values: &Tensor, beta: f64) -> Result<()> {
+        tch::no_grad(|| {
+            let values = top_values.detach();
+            let smallest = values.masked_fill(&values.le(0.0), f64::INFINITY).amin([1], false);
+            let some = smallest.isfinite();
+            if !bool::try_from(some.any())? {
+                return Ok(());
+            }
+            let smallest = smallest.masked_select(&some).mean(Kind::Float);
+            let mut threshold = self.threshold.shallow_clone();
+            if threshold.double_value(&[]) < 0.0 {
+                threshold.copy_(&smallest);
+            } else {
+                threshold.copy_(&(&threshold * beta + smallest * (1.0 - beta)));
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The settings that the trainers of the family share; their meaning stands at the fields of
+/// [`top_k_config!`](crate::top_k_config).
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct TopKSettings {
+    pub lr: Option<f64>,
+    pub auxk_alpha: f64,
+    pub warmup_steps: u64,
+    pub decay_start: Option<u64>,
+    pub threshold_beta: f64,
+    pub threshold_start_step: u64,
+    pub k_anneal_steps: Option<u64>,
+    pub dead_feature_threshold: i64,
+}
+
+/// The config of a trainer of the TopK family: the fields that they share, with the reference's defaults, after those
+/// that the trainer adds, and `settings()`, which gives the [`TopKSettings`](crate::top_k::TopKSettings).
+///
+/// ```ignore
+/// top_k_config! {
+///     /// What the trainer does.
+///     pub struct MyConfig {
+///         /// A field of its own.
+///         pub weight: f64 = 1.0,
+///     }
+/// }
+/// ```
+#[macro_export]
+macro_rules! top_k_config {
+    (
+        $(#[$about:meta])*
+        pub struct $name:ident { $($(#[$doc:meta])* pub $field:ident: $type:ty = $default:expr,)* }
+    ) => {
+        $(#[$about])*
+        #[derive(Debug, Serialize, Deserialize, JsonSchema)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name {
+            $($(#[$doc])* pub $field: $type,)*
+            /// Learning rate; null for 2e-4 / √(F / 2¹⁴), the scaling law of Gao et al. 2024.
+            #[schemars(range(min = 0))]
+            pub lr: Option<f64>,
+            /// Weight α of the auxiliary loss.
+            #[schemars(range(min = 0))]
+            pub auxk_alpha: f64,
+            /// Steps over which the learning rate rises from 0.
+            pub warmup_steps: u64,
+            /// Step from which the learning rate falls to 0 at the last step; null for never.
+            pub decay_start: Option<u64>,
+            /// How slowly the threshold's running mean moves.
+            #[schemars(range(min = 0, max = 1))]
+            pub threshold_beta: f64,
+            /// The threshold is kept from the step after this one on.
+            pub threshold_start_step: u64,
+            /// Steps over which k falls from the activations' width to the dictionary's `k`; null for none.
+            #[schemars(range(min = 1))]
+            pub k_anneal_steps: Option<u64>,
+            /// A feature is dead when no activation selected it for so many tokens.
+            #[schemars(range(min = 1))]
+            pub dead_feature_threshold: i64,
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                $name {
+                    $($field: $default,)*
+                    lr: None,
+                    auxk_alpha: 1.0 / 32.0,
+                    warmup_steps: 1000,
+                    decay_start: None,
+                    threshold_beta: 0.999,
+                    threshold_start_step: 1000,
+                    k_anneal_steps: None,
+                    dead_feature_threshold: 10_000_000,
+                }
+            }
+        }
+
+        impl $name {
+            fn settings(&self) -> $crate::top_k::TopKSettings {
+                $crate::top_k::TopKSettings {
+                    lr: self.lr,
+                    auxk_alpha: self.auxk_alpha,
+                    warmup_steps: self.warmup_steps,
+                    decay_start: self.decay_start,
+                    threshold_beta: self.threshold_beta,
+                    threshold_start_step: self.threshold_start_step,
+                    k_anneal_steps: self.k_anneal_steps,
+                    dead_feature_threshold: self.dead_feature_threshold,
+                }
+            }
+        }
+    };
+}
+
+/// A trainer of the family: everything but the reconstruction loss, which is the method's own.
+///
+/// The parameter `b_dec` starts at the geometric median of the first batch; the threshold's mean is kept from `threshold_start_step` on; k
+/// is annealed; dead features get the auxiliary loss. The decoder keeps norm 1, gradients are clipped to norm 1.
+pub struct TopKTrainer<R> {
+    settings: TopKSettings,
+    lr: f64,
+    schedule: Schedule,
+    /// The k that annealing ends at.
+    k: i64,
+    top_k_aux: i64,
+    fired: Firing,
+    figures: Log,
+    added: Map<String, Value>,
+    reconstruction: R,
+}
+
+/// What the reference's trainers log beside their losses.
+#[derive(Default)]
+struct Log {
+    effective_l0: i64,
+    dead_features: i64,
+    pre_norm_auxk_loss: Option<Tensor>,
+}
+
+impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
+    /// The trainer called `name`, whose reconstruction loss adds its terms.
+    pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx, reconstruction: R) -> Result<Self> {
+        let Some(selection) = cx.dictionary.selection() else {
+            bail!(InputError::new(format!(
+                "the trainer `{name}` cannot train the class {}: it has no k, and so nothing keeps its features sparse",
+                cx.dictionary.class()
+            ))
+            .help(format!("use {}, or a dictionary that has `k`", cx.dictionary.usual_trainers())));
+        };
+        let schedule = Schedule {
+            steps: cx.steps,
+            warmup_steps: settings.warmup_steps,
+            decay_start: settings.decay_start,
+            resample_steps: None,
+            sparsity_warmup_steps: None,
+        }
+        .check()?;
+        let dims = cx.dictionary.dims();
+        if let Some(anneal) = settings.k_anneal_steps {
+            if anneal >= cx.steps {
+                bail!(InputError::new(format!(
+                    "`k_anneal_steps` is {anneal}, but the run has only {} steps",
+                    cx.steps
+                ))
+                .field("k_anneal_steps")
+                .help("`k_anneal_steps` must be less than `steps`"));
+            }
+            if selection.k() >= dims.input {
+                bail!(InputError::new(format!(
+                    "k cannot fall from the activations' width, {}, to {}",
+                    dims.input,
+                    selection.k()
+                ))
+                .field("k_anneal_steps")
+                .help("leave `k_anneal_steps` out, or make `k` smaller"));
+            }
+        }
+        Ok(TopKTrainer {
+            lr: settings.lr.unwrap_or_else(|| 2e-4 / (dims.features as f64 / 16384.0).sqrt()),
+            schedule,
+            k: selection.k(),
+            // Half the activations' width, a heuristic of the paper's.
+            top_k_aux: dims.input / 2,
+            fired: Firing::new(dims.features, cx.dictionary.device()),
+            figures: Log::default(),
+            added: Map::new(),
+            settings,
+            reconstruction,
+        })
+    }
+
+    /// Adds to what config.json says of the trainer.
+    #[must_use]
+    pub fn with_setting(mut self, name: &str, value: Value) -> Self {
+        self.added.insert(name.to_owned(), value);
+        self
+    }
+
+    /// ‖e − ê‖² / Var(e) for the dead features' best reconstruction ê of the residual e, [B, d], which takes no
+    /// gradient.
+    fn auxk_loss(&mut self, pass: &Pass, residual: &Tensor) -> Result<Tensor> {
+        let dead = self.fired.silent_for(self.settings.dead_feature_threshold);
+        let dead = dead.nonzero().reshape([-1]);
+        let count = dead.size()[0];
+        self.figures.dead_features = count;
+        let Some(decoder) = pass.dictionary.decoder().filter(|_| count > 0) else {
+            return Ok(Tensor::zeros([0_i64; 0], (residual.kind(), residual.device())));
+        };
+        // Only the dead columns take part, so only they are sorted and decoded.
+        let features = pass.code.extra("post_relu")?.index_select(1, &dead);
+        let (values, indices) = features.topk(self.top_k_aux.min(count), -1, true, false);
+        let kept = features.zeros_like().scatter(-1, &indices, &values);
+        let directions = decoder.weight.index_select(decoder.feature_dim, &dead);
+        let directions = if decoder.feature_dim == 0 { directions } else { directions.transpose(0, 1) };
+        let loss = mean_of_sums(&(residual - kept.matmul(&directions)).square());
+        self.figures.pre_norm_auxk_loss = Some(loss.detach());
+        let centred = residual - residual.mean_dim([0].as_slice(), true, residual.kind());
+        Ok((loss / mean_of_sums(&centred.square())).nan_to_num(0.0, None::<f64>, None::<f64>))
+    }
+}
+
+impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> Trainer for TopKTrainer<R> {
+    fn adam(&self) -> AdamConfig {
+        AdamConfig::default()
+    }
+
+    fn lr(&self, step: u64) -> f64 {
+        self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn settings(&self, settings: &mut Map<String, Value>) {
+        settings.insert("lr".to_owned(), self.lr.into());
+        settings.insert("top_k_aux".to_owned(), self.top_k_aux.into());
+        settings.extend(self.added.clone());
+    }
+
+    fn begin(&mut self, dictionary: &mut dyn Dictionary, batch: &Batch) -> Result<()> {
+        let bias = dictionary.parameters().into_iter().find(|(name, _)| *name == "b_dec");
+        if let Some((_, mut bias)) = bias {
+            tch::no_grad(|| bias.copy_(&geometric_median(&batch.x)));
+        }
+        Ok(())
+    }
+
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: true, clip_gradients: Some(1.0) }
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let top_values = pass.code.extra("top_values")?;
+        if let Some(selection) = pass.dictionary.selection() {
+            if pass.step > self.settings.threshold_start_step {
+                selection.update_threshold(top_values, self.settings.threshold_beta)?;
+            }
+            self.figures = Log { effective_l0: selection.k(), ..Log::default() };
+        }
+        match pass.code.get("top_indices") {
+            Some(indices) => self.fired.update_indices(indices, pass.batch.len()),
+            None => self.fired.update(&pass.code.features.detach().gt(0.0).any_dim(0, false), pass.batch.len()),
+        }
+
+        (self.reconstruction)(pass, terms)?;
+        if self.settings.auxk_alpha > 0.0 {
+            let auxk = self.auxk_loss(pass, &pass.residual().detach())?;
+            terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
+        }
+        Ok(())
+    }
+
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        let dims = cx.dictionary.dims();
+        if let Some((anneal, selection)) = self.settings.k_anneal_steps.zip(cx.dictionary.selection_mut()) {
+            let ratio = cx.step.min(anneal) as f64 / anneal as f64;
+            let k = dims.input as f64 * (1.0 - ratio) + self.k as f64 * ratio;
+            selection.set_k((k as i64).min(dims.features));
+        }
+        Ok(())
+    }
+
+    fn log(&self, row: &mut Map<String, Value>) {
+        row.insert("effective_l0".to_owned(), self.figures.effective_l0.into());
+        row.insert("dead_features".to_owned(), self.figures.dead_features.into());
+        // −1 where there is none, as the reference logs it.
+        let pre_norm = self.figures.pre_norm_auxk_loss.as_ref().map_or(Value::from(-1), number);
+        row.insert("pre_norm_auxk_loss".to_owned(), pre_norm);
+    }
+
+    fn state(&self) -> Result<State> {
+        Ok(self.fired.state())
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.fired.restore(state)
+    }
+}
+
+/// The point `[d]` with the least sum of distances to the points [N, d], by Weiszfeld's iteration from their mean.
+///
+/// A point on the guess, which in the reference makes everything NaN, is defined: it has a very large weight.
+pub fn geometric_median(points: &Tensor) -> Tensor {
+    let mut guess = points.mean_dim([0].as_slice(), false, Kind::Float);
+    for _ in 0..100 {
+        // A point on the guess would weigh infinitely; within rounding of it, its weight is merely very large.
+        let distances = (points - &guess).norm_scalaropt_dim(2.0, [1], false).clamp_min(1e-12);
+        let weights = distances.reciprocal();
+        let weights = &weights / weights.sum(Kind::Float);
+        let next = (weights.unsqueeze(1) * points).sum_dim_intlist([0].as_slice(), false, Kind::Float);
+        let moved = (&next - &guess).norm().double_value(&[]);
+        guess = next;
+        if moved < 1e-5 {
+            break;
+        }
+    }
+    guess
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn geometric_median_of_a_constant_batch_is_the_point() {
+        // The mean is the point itself: every distance is 0, and 0/0 must not come of it.
+        let points = Tensor::from_slice2(&[[1.0f32, 2.0], [1.0, 2.0], [1.0, 2.0]]);
+        let apart = (geometric_median(&points) - points.get(0)).abs().max().double_value(&[]);
+        assert!(apart < 1e-6, "{apart}");
+    }
+
+    #[test]
+    fn geometric_median_of_a_line_is_its_middle_point() {
+        // On a line it is the median, 1, where the mean is 34.
+        let points = Tensor::from_slice2(&[[0.0f32, 0.0], [1.0, 0.0], [101.0, 0.0]]);
+        let median = Vec::<f32>::try_from(geometric_median(&points)).unwrap();
+        assert!((median[0] - 1.0).abs() < 0.05 && median[1] == 0.0, "{median:?}");
+    }
+
+    #[test]
+    fn a_row_without_positive_features_leaves_the_threshold_finite() {
+        let selection = Selection::new(2, false, Device::Cpu);
+        let threshold = |rows: &[[f32; 2]]| {
+            selection.update_threshold(&Tensor::from_slice2(rows), 0.5).unwrap();
+            selection.threshold().double_value(&[])
+        };
+        assert_eq!(threshold(&[[0.0, 0.0]]), -1.0);
+        assert_eq!(threshold(&[[3.0, 1.0], [0.0, 0.0]]), 1.0);
+        assert_eq!(threshold(&[[0.0, 0.0], [0.0, 0.0]]), 1.0);
+        // Smallest positive of the rows: 3 and 9, mean 6; 0.5 · 1 + 0.5 · 6.
+        assert_eq!(threshold(&[[5.0, 3.0], [9.0, 0.0]]), 3.5);
+    }
+}

@@ -1,0 +1,298 @@
+//! The gated autoencoder: Rajamanoharan et al. 2024, *Improving Dictionary Learning with Gated Sparse Autoencoders*,
+//! <https://arxiv.org/abs/2404.16014>.
+//!
+//! One encoder serves two questions, which features are active and how strongly. With activations x `[d]`, features
+//! f `[F]` and a decoder W_d `[d, F]` whose columns have norm 1:
+//!
+//! ```text
+//! z = W_e (x − b_d)
+//! π = z + b_gate                                          the gate
+//! f = 1[π > 0] ⊙ ReLU(exp(r_mag) ⊙ z + b_mag)             both read W_e, tied by r_mag
+//! x̂ = W_d f + b_d
+//! L = ‖x − x̂‖² + λ ‖ReLU(π)‖₁ + ‖x − x̂_gate‖²
+//! x̂_gate = W_d ReLU(π) + b_d,   no gradient to W_d and b_d
+//! ```
+//!
+//! The step 1[π > 0] has no gradient, so the gate learns from the last two terms alone. The dictionary therefore
+//! carries its sparsity in ReLU(π) ([`Code::penalized`]) and brings the last term along
+//! ([`Dictionary::auxiliary_loss`]): `standard` and `p_anneal` train it too.
+//!
+//! Where this differs from the reference: nothing.
+
+use dictlearn_core::prelude::*;
+
+const NAME: &str = "gated";
+
+/// The gated autoencoder.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GatedDictionaryConfig {
+    /// Number of features; or give `expansion_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features as a multiple of the activations' width; 8 if neither is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+register! {
+    dictionary GatedDictionaryConfig, NAME,
+    summary: "A gate decides which features are active, a magnitude how strongly",
+    paper: "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
+    example: "{type: gated, expansion_factor: 8}",
+}
+
+#[typetag::serde(name = NAME)]
+impl DictionaryConfig for GatedDictionaryConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let mut dictionary = Gated::zeros(cx.activation_dim, features, cx.device, cx.precision);
+        // Random unit directions, the encoder the decoder's transpose.
+        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
+        tch::no_grad(|| {
+            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
+            dictionary.decoder_weight.copy_(&directions);
+        });
+        Ok(Box::new(dictionary))
+    }
+}
+
+/// The reference's `GatedAutoEncoder`.
+#[derive(Debug)]
+pub struct Gated {
+    decoder_bias: Tensor,   // b_d     [d]
+    encoder_weight: Tensor, // W_e     [F, d]
+    r_mag: Tensor,          // r_mag   [F]
+    gate_bias: Tensor,      // b_gate  [F]
+    mag_bias: Tensor,       // b_mag   [F]
+    decoder_weight: Tensor, // W_d     [d, F]
+    precision: Precision,
+}
+
+inventory::submit! {
+    SavedClass {
+        class: "GatedAutoEncoder",
+        name: NAME,
+        shaped: |tensors, _, device, precision| {
+            let [features, d] = saved_shape(tensors, "encoder.weight")?;
+            Ok(Box::new(Gated::zeros(d, features, device, precision)))
+        },
+    }
+}
+
+impl Gated {
+    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
+        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+        Gated {
+            decoder_bias: zeros(&[d]),
+            encoder_weight: zeros(&[features, d]),
+            r_mag: zeros(&[features]),
+            gate_bias: zeros(&[features]),
+            mag_bias: zeros(&[features]),
+            decoder_weight: zeros(&[d, features]),
+            precision,
+        }
+    }
+
+    /// Features f and gate π, both [.., F].
+    fn features_and_gate(&self, x: &Tensor) -> (Tensor, Tensor) {
+        let z = self.precision.linear(&(x - &self.decoder_bias), &self.encoder_weight, None);
+        let gate = &z + &self.gate_bias;
+        let magnitude = (z * self.r_mag.exp() + &self.mag_bias).relu();
+        let active = gate.gt(0.0).to_kind(magnitude.kind());
+        (active * magnitude, gate)
+    }
+}
+
+impl Dictionary for Gated {
+    fn class(&self) -> &'static str {
+        "GatedAutoEncoder"
+    }
+
+    fn dims(&self) -> Dims {
+        let size = self.encoder_weight.size();
+        Dims { input: size[1], features: size[0], output: size[1] }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![
+            ("decoder_bias", self.decoder_bias.shallow_clone()),
+            ("encoder.weight", self.encoder_weight.shallow_clone()),
+            ("r_mag", self.r_mag.shallow_clone()),
+            ("gate_bias", self.gate_bias.shallow_clone()),
+            ("mag_bias", self.mag_bias.shallow_clone()),
+            ("decoder.weight", self.decoder_weight.shallow_clone()),
+        ]
+    }
+
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.features_and_gate(x).0
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        self.precision.linear(features, &self.decoder_weight, None) + &self.decoder_bias
+    }
+
+    fn forward(&self, x: &Tensor) -> Code {
+        let (features, gate) = self.features_and_gate(x);
+        Code::new(features).penalize(gate.relu()).with("gate", gate)
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        Some(Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 })
+    }
+
+    fn encoder(&self) -> Option<Encoder> {
+        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["r_mag", "gate_bias", "mag_bias"] })
+    }
+
+    /// `aux_loss`: ‖x − x̂_gate‖².
+    fn auxiliary_loss(&self, batch: &Batch, code: &Code) -> Option<(&'static str, Tensor)> {
+        let decoded = self.precision.linear(code.penalized(), &self.decoder_weight.detach(), None);
+        let residual = &batch.target - (decoded + self.decoder_bias.detach());
+        Some(("aux_loss", mean_of_sums(&residual.square())))
+    }
+
+    fn scale_biases(&mut self, scale: f64) {
+        tch::no_grad(|| {
+            for bias in [&mut self.decoder_bias, &mut self.gate_bias, &mut self.mag_bias] {
+                let _ = bias.g_mul_scalar_(scale);
+            }
+        });
+    }
+}
+
+/// The loss is the squared error of the reconstruction, plus l1_penalty times the sum of the open gates' activations
+/// ReLU(π), plus the squared error of what these alone reconstruct through the decoder, which takes no gradient there.
+/// Sums over dimensions, averages over the batch. Every decoder column keeps norm 1.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct GatedConfig {
+    /// Learning rate.
+    #[schemars(range(min = 0))]
+    pub lr: f64,
+    /// Weight λ of the penalty.
+    #[schemars(range(min = 0))]
+    pub l1_penalty: f64,
+    /// Steps over which the learning rate rises from 0.
+    pub warmup_steps: u64,
+    /// Steps over which λ rises from 0; null for none.
+    pub sparsity_warmup_steps: Option<u64>,
+    /// Step from which the learning rate falls to 0 at the last step; null for never.
+    pub decay_start: Option<u64>,
+}
+
+impl Default for GatedConfig {
+    fn default() -> Self {
+        GatedConfig {
+            lr: 5e-5,
+            l1_penalty: 1e-1,
+            warmup_steps: 1000,
+            sparsity_warmup_steps: Some(2000),
+            decay_start: None,
+        }
+    }
+}
+
+register! {
+    trainer GatedConfig, NAME,
+    summary: "Squared error with an L1 penalty on the gate, which also reconstructs by itself",
+    paper: "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
+    example: "{type: gated, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary: NAME,
+}
+
+#[typetag::serde(name = NAME)]
+impl TrainerConfig for GatedConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        if !cx.dictionary.exposes("gate") {
+            bail!(InputError::new(format!(
+                "the trainer `{NAME}` cannot train the class {}: it has no gate to penalise",
+                cx.dictionary.class()
+            ))
+            .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers())));
+        }
+        let schedule = Schedule {
+            steps: cx.steps,
+            warmup_steps: self.warmup_steps,
+            decay_start: self.decay_start,
+            resample_steps: None,
+            sparsity_warmup_steps: self.sparsity_warmup_steps,
+        }
+        .check()?;
+        Ok(Box::new(GatedTrainer { lr: self.lr, l1_penalty: self.l1_penalty, schedule }))
+    }
+
+    fn class(&self) -> &'static str {
+        "GatedSAETrainer"
+    }
+}
+
+/// The reference's `GatedSAETrainer`.
+struct GatedTrainer {
+    lr: f64,
+    l1_penalty: f64,
+    schedule: Schedule,
+}
+
+impl Trainer for GatedTrainer {
+    fn adam(&self) -> AdamConfig {
+        // As in the paper: no momentum.
+        AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() }
+    }
+
+    fn lr(&self, step: u64) -> f64 {
+        self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: true, clip_gradients: None }
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        terms.add("mse_loss", mean_of_sums(&pass.residual().square()), 1.0);
+        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
+        terms.add("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_closed_gate_hides_a_magnitude_and_the_penalty_sees_the_gate() {
+        let mut dictionary = Gated::zeros(1, 3, Device::Cpu, Precision::Float32);
+        tch::no_grad(|| {
+            dictionary.encoder_weight.copy_(&Tensor::from_slice2(&[[1.0f32], [1.0], [-1.0]]));
+            dictionary.gate_bias.copy_(&Tensor::from_slice(&[0.5f32, -3.0, 4.0]));
+            dictionary.mag_bias.copy_(&Tensor::from_slice(&[1.0f32, 1.0, 1.0]));
+            dictionary.r_mag.copy_(&Tensor::from_slice(&[2.0f32.ln(), 0.0, 0.0]));
+        });
+        // z = 2, 2, −2; π = 2.5, −1, 2; magnitudes 2·2 + 1, 2 + 1, ReLU(−2 + 1).
+        let code = tch::no_grad(|| dictionary.forward(&Tensor::from_slice2(&[[2.0f32]])));
+        assert_eq!(Vec::<f32>::try_from(code.features.get(0)).unwrap(), [5.0, 0.0, 0.0]);
+        assert_eq!(Vec::<f32>::try_from(code.penalized().get(0)).unwrap(), [2.5, 0.0, 2.0]);
+    }
+
+    #[test]
+    fn the_auxiliary_loss_moves_the_gate_and_not_the_decoder() {
+        let mut dictionary = Gated::zeros(2, 3, Device::Cpu, Precision::Float32);
+        tch::no_grad(|| {
+            let _ = dictionary.encoder_weight.normal_(0.0, 1.0);
+            let _ = dictionary.decoder_weight.normal_(0.0, 1.0);
+            let _ = dictionary.gate_bias.fill_(5.0);
+        });
+        let batch = Batch::of(Tensor::from_slice2(&[[1.0f32, -1.0], [0.5, 0.5]]));
+        let code = dictionary.forward(&batch.x);
+        let (name, loss) = dictionary.auxiliary_loss(&batch, &code).unwrap();
+        loss.backward();
+        assert_eq!(name, "aux_loss");
+        assert!(!dictionary.decoder_weight.grad().defined());
+        assert!(!dictionary.mag_bias.grad().defined());
+        assert!(dictionary.gate_bias.grad().abs().min().double_value(&[]) > 0.0);
+    }
+}

@@ -1,0 +1,411 @@
+//! The JumpReLU autoencoder: Rajamanoharan et al. 2024, *Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU
+//! Sparse Autoencoders*, <https://arxiv.org/abs/2407.14435>.
+//!
+//! Each feature has a threshold of its own, learnt, below which it is silent; above it, nothing is taken from it. With
+//! activations x `[d]`, features f `[F]`, thresholds θ `[F]` and a decoder W_d `[F, d]` whose rows have norm 1:
+//!
+//! ```text
+//! π  = x W_e + b_e
+//! f  = π ⊙ H(π − θ)                    H(z) = 1 where z > 0, else 0
+//! x̂  = f W_d + b_d
+//! L  = ‖x − x̂‖² + λ (L0 / L0* − 1)²    L0 = mean over the batch of Σ H(π − θ), L0* the target
+//! ```
+//!
+//! The jump has no gradient; straight-through estimators stand in for it, with K(z) = 1 where |z| < 1/2, else 0, and
+//! the bandwidth ε:
+//!
+//! ```text
+//! ∂f/∂θ := −(θ/ε) K((π − θ)/ε)         ∂L0/∂θ := −(1/ε) K((π − θ)/ε)
+//! ```
+//!
+//! The paper's own loss has λ L0 in place of the squared distance from a target; the target is of its appendix and of
+//! the reference.
+//!
+//! With `ste_on: post_jump` L0's estimator looks at f instead of π, as in the reference: what is just below its
+//! threshold has become 0 and is no longer seen, which halves the window. `pre_activation` is the paper's. Where this
+//! differs from the reference: a threshold cannot become negative.
+
+use dictlearn_core::prelude::*;
+
+const NAME: &str = "jump_relu";
+const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
+
+/// The JumpReLU autoencoder.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JumpReluDictionaryConfig {
+    /// Number of features; or give `expansion_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features as a multiple of the activations' width; 8 if neither is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+register! {
+    dictionary JumpReluDictionaryConfig, NAME,
+    summary: "Each feature is silent below a learnt threshold of its own",
+    paper: PAPER,
+    example: "{type: jump_relu, expansion_factor: 8}",
+}
+
+#[typetag::serde(name = NAME)]
+impl DictionaryConfig for JumpReluDictionaryConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let mut dictionary = JumpRelu::zeros(cx.activation_dim, features, cx.device, cx.precision);
+        // Random unit directions, the encoder the decoder's transpose, thresholds near 0.
+        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
+        tch::no_grad(|| {
+            dictionary.w_enc.copy_(&directions);
+            dictionary.w_dec.copy_(&directions.transpose(0, 1));
+            let _ = dictionary.threshold.fill_(1e-3);
+        });
+        Ok(Box::new(dictionary))
+    }
+}
+
+/// The reference's `JumpReluAutoEncoder`.
+#[derive(Debug)]
+pub struct JumpRelu {
+    w_enc: Tensor,     // W_e [d, F]
+    b_enc: Tensor,     // b_e [F]
+    w_dec: Tensor,     // W_d [F, d]
+    b_dec: Tensor,     // b_d [d]
+    threshold: Tensor, // θ   [F]
+    precision: Precision,
+}
+
+inventory::submit! {
+    SavedClass {
+        class: "JumpReluAutoEncoder",
+        name: NAME,
+        shaped: |tensors, _, device, precision| {
+            let [d, features] = saved_shape(tensors, "W_enc")?;
+            Ok(Box::new(JumpRelu::zeros(d, features, device, precision)))
+        },
+    }
+}
+
+impl JumpRelu {
+    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
+        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+        JumpRelu {
+            w_enc: zeros(&[d, features]),
+            b_enc: zeros(&[features]),
+            w_dec: zeros(&[features, d]),
+            b_dec: zeros(&[d]),
+            threshold: zeros(&[features]),
+            precision,
+        }
+    }
+
+    /// π, [.., F].
+    fn pre_activations(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(x, &self.w_enc.transpose(0, 1), Some(&self.b_enc))
+    }
+
+    /// π ⊙ H(π − θ), [.., F].
+    fn jump(&self, pre_activations: &Tensor) -> Tensor {
+        // A saved threshold may be negative, and features never are.
+        (pre_activations * pre_activations.gt_tensor(&self.threshold)).relu()
+    }
+
+    /// A tensor of zeros, [B, F], whose gradient to θ is −(scale/ε) K((z − θ)/ε).
+    fn straight_through(&self, z: &Tensor, scale: &Tensor, bandwidth: f64) -> Tensor {
+        let threshold = self.threshold.detach();
+        let window = ((z.detach() - &threshold) / bandwidth).abs().lt(0.5);
+        (window * (scale / -bandwidth)) * (&self.threshold - threshold)
+    }
+}
+
+impl Dictionary for JumpRelu {
+    fn class(&self) -> &'static str {
+        "JumpReluAutoEncoder"
+    }
+
+    fn dims(&self) -> Dims {
+        let size = self.w_enc.size();
+        Dims { input: size[0], features: size[1], output: size[0] }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![
+            ("W_enc", self.w_enc.shallow_clone()),
+            ("b_enc", self.b_enc.shallow_clone()),
+            ("W_dec", self.w_dec.shallow_clone()),
+            ("b_dec", self.b_dec.shallow_clone()),
+            ("threshold", self.threshold.shallow_clone()),
+        ]
+    }
+
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.jump(&self.pre_activations(x))
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        self.precision.linear(features, &self.w_dec.transpose(0, 1), None) + &self.b_dec
+    }
+
+    /// Without a gradient to the thresholds: trainers other than `jump_relu` leave them as they are.
+    fn forward(&self, x: &Tensor) -> Code {
+        let pre_activations = self.pre_activations(x);
+        Code::new(self.jump(&pre_activations)).with("pre_activations", pre_activations)
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
+    }
+
+    fn encoder(&self) -> Option<Encoder> {
+        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
+    }
+
+    fn scale_biases(&mut self, scale: f64) {
+        tch::no_grad(|| {
+            for bias in [&mut self.b_enc, &mut self.b_dec, &mut self.threshold] {
+                let _ = bias.g_mul_scalar_(scale);
+            }
+        });
+    }
+}
+
+/// What the estimator of L0's gradient looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum SteOn {
+    /// The features f, as in the reference.
+    #[default]
+    PostJump,
+    /// The pre-activations π, as in the paper.
+    PreActivation,
+}
+
+/// The loss is the squared error of the reconstruction, summed over dimensions and averaged over the batch, plus
+/// sparsity_penalty times the squared relative distance of L0, the mean number of active features, from target_l0. The
+/// thresholds learn through straight-through estimators of width bandwidth; they cannot become negative. Every decoder
+/// row keeps norm 1, gradients are clipped to norm 1.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct JumpReluConfig {
+    /// Learning rate.
+    #[schemars(range(min = 0))]
+    pub lr: f64,
+    /// Width ε of the window around a threshold in which activations move it.
+    #[schemars(range(min = 0))]
+    pub bandwidth: f64,
+    /// Weight λ of the distance from `target_l0`.
+    #[schemars(range(min = 0))]
+    pub sparsity_penalty: f64,
+    /// Number of active features to aim for, L0*.
+    #[schemars(range(min = 0))]
+    pub target_l0: f64,
+    /// Steps over which the learning rate rises from 0.
+    pub warmup_steps: u64,
+    /// Steps over which λ rises from 0; null for none.
+    pub sparsity_warmup_steps: Option<u64>,
+    /// Step from which the learning rate falls to 0 at the last step; null for never.
+    pub decay_start: Option<u64>,
+    /// What L0's gradient looks at: the features (`post_jump`, the reference) or the `pre_activation`s (the paper).
+    pub ste_on: SteOn,
+    /// A feature is dead, which is only logged, when it did not fire for more tokens than this.
+    #[schemars(range(min = 1))]
+    pub dead_feature_threshold: i64,
+}
+
+impl Default for JumpReluConfig {
+    fn default() -> Self {
+        JumpReluConfig {
+            lr: 7e-5,
+            bandwidth: 1e-3,
+            sparsity_penalty: 1.0,
+            target_l0: 20.0,
+            warmup_steps: 1000,
+            sparsity_warmup_steps: Some(2000),
+            decay_start: None,
+            ste_on: SteOn::PostJump,
+            dead_feature_threshold: 10_000_000,
+        }
+    }
+}
+
+register! {
+    trainer JumpReluConfig, NAME,
+    summary: "Squared error and the distance of L0 from a target, thresholds learnt",
+    paper: PAPER,
+    example: "{type: jump_relu, lr: 1e-3, bandwidth: 0.05, target_l0: 16, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary: NAME,
+}
+
+#[typetag::serde(name = NAME)]
+impl TrainerConfig for JumpReluConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        if cx.dictionary.downcast::<JumpRelu>().is_none() {
+            bail!(InputError::new(format!(
+                "the trainer `{NAME}` cannot train the class {}: its features have no thresholds to learn",
+                cx.dictionary.class()
+            ))
+            .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers())));
+        }
+        for (field, value) in [("bandwidth", self.bandwidth), ("target_l0", self.target_l0)] {
+            if value <= 0.0 {
+                bail!(InputError::new(format!("`{field}` is {value}")).field(field).help("it must be above 0"));
+            }
+        }
+        let schedule = Schedule {
+            steps: cx.steps,
+            warmup_steps: self.warmup_steps,
+            decay_start: self.decay_start,
+            resample_steps: None,
+            sparsity_warmup_steps: self.sparsity_warmup_steps,
+        }
+        .check()?;
+        Ok(Box::new(JumpReluTrainer {
+            lr: self.lr,
+            bandwidth: self.bandwidth,
+            sparsity_penalty: self.sparsity_penalty,
+            target_l0: self.target_l0,
+            schedule,
+            ste_on: self.ste_on,
+            fired: Firing::new(cx.dictionary.dims().features, cx.dictionary.device()),
+            dead_feature_threshold: self.dead_feature_threshold,
+        }))
+    }
+
+    fn class(&self) -> &'static str {
+        "JumpReluTrainer"
+    }
+}
+
+/// The reference's `JumpReluTrainer`.
+struct JumpReluTrainer {
+    lr: f64,
+    bandwidth: f64,
+    sparsity_penalty: f64,
+    target_l0: f64,
+    schedule: Schedule,
+    ste_on: SteOn,
+    fired: Firing,
+    dead_feature_threshold: i64,
+}
+
+impl Trainer for JumpReluTrainer {
+    fn adam(&self) -> AdamConfig {
+        // As in the paper: no momentum.
+        AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() }
+    }
+
+    fn lr(&self, step: u64) -> f64 {
+        self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: true, clip_gradients: Some(1.0) }
+    }
+
+    fn encode(&self, dictionary: &dyn Dictionary, x: &Tensor) -> Code {
+        let mut code = dictionary.forward(x);
+        if let (Some(dictionary), Some(z)) = (dictionary.downcast::<JumpRelu>(), code.get("pre_activations")) {
+            let straight_through = dictionary.straight_through(z, &dictionary.threshold.detach(), self.bandwidth);
+            code.features = &code.features + straight_through;
+        }
+        code
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let Some(dictionary) = pass.dictionary.downcast::<JumpRelu>() else { bail!("not a JumpReLU dictionary") };
+        let features = pass.code.features.detach();
+        self.fired.update(&features.gt(0.0).any_dim(0, false), pass.batch.len());
+
+        terms.add("l2_loss", mean_of_sums(&pass.residual().square()), 1.0);
+        let seen = match self.ste_on {
+            SteOn::PostJump => &features,
+            SteOn::PreActivation => pass.code.extra("pre_activations")?,
+        };
+        let one = Tensor::ones([0_i64; 0], (features.kind(), features.device()));
+        let active = features.gt_tensor(&dictionary.threshold) + dictionary.straight_through(seen, &one, self.bandwidth);
+        let l0 = mean_of_sums(&active);
+        let penalty = self.sparsity_penalty * self.schedule.sparsity_factor(pass.step);
+        terms.add("sparsity_loss", (l0 / self.target_l0 - 1.0).square(), penalty);
+        Ok(())
+    }
+
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        if let Some(dictionary) = cx.dictionary.downcast_mut::<JumpRelu>() {
+            let _ = tch::no_grad(|| dictionary.threshold.clamp_min_(0.0));
+        }
+        Ok(())
+    }
+
+    fn log(&self, row: &mut Map<String, Value>) {
+        let dead = self.fired.silent_for(self.dead_feature_threshold + 1).sum(Kind::Int64).int64_value(&[]);
+        row.insert("dead_features".to_owned(), dead.into());
+    }
+
+    fn state(&self) -> Result<State> {
+        Ok(self.fired.state())
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.fired.restore(state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One feature whose pre-activation is the activation, with threshold 1.
+    fn one() -> JumpRelu {
+        let mut dictionary = JumpRelu::zeros(1, 1, Device::Cpu, Precision::Float32);
+        tch::no_grad(|| {
+            let _ = dictionary.w_enc.fill_(1.0);
+            let _ = dictionary.w_dec.fill_(1.0);
+            let _ = dictionary.threshold.fill_(1.0);
+        });
+        dictionary
+    }
+
+    /// The threshold's gradient of the loss on these activations, in steps with λ = 1, L0* = 2, ε = 0.5.
+    fn gradient(ste_on: SteOn, x: &[[f32; 1]]) -> f64 {
+        let dictionary = one();
+        let config = JumpReluConfig {
+            bandwidth: 0.5,
+            target_l0: 2.0,
+            warmup_steps: 0,
+            sparsity_warmup_steps: None,
+            ste_on,
+            ..JumpReluConfig::default()
+        };
+        let mut trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();
+        let batch = Batch::of(Tensor::from_slice2(x));
+        let pass = Pass::forward(&*trainer, &dictionary, &batch, 1, false);
+        let mut terms = Terms::new();
+        trainer.loss(&pass, &mut terms).unwrap();
+        terms.total().unwrap().backward();
+        dictionary.threshold.grad().double_value(&[0])
+    }
+
+    #[test]
+    fn features_jump_at_the_threshold() {
+        let x = Tensor::from_slice2(&[[0.9f32], [1.0], [1.1], [-2.0]]);
+        let features = Vec::<f32>::try_from(tch::no_grad(|| one().encode(&x)).reshape([-1])).unwrap();
+        assert_eq!(features, [0.0, 0.0, 1.1, 0.0]);
+    }
+
+    #[test]
+    fn both_sides_of_a_threshold_move_it_where_the_paper_says_so() {
+        // 0.9 lies in the window of width 0.5 around 1, below. Its residual is 0.9, so that the reconstruction asks for
+        // −2 · 0.9 · (−1/0.5) = 3.6 of it; L0 is 0, so that the penalty asks for 2 (0/2 − 1) (1/2) · (−1/0.5) = 2.
+        assert!((gradient(SteOn::PreActivation, &[[0.9]]) - 5.6).abs() < 1e-5);
+        assert!((gradient(SteOn::PostJump, &[[0.9]]) - 3.6).abs() < 1e-5);
+        // 1.1, above, is reconstructed; L0 is 1: 2 (1/2 − 1) (1/2) · (−1/0.5) = 1 either way.
+        assert!((gradient(SteOn::PreActivation, &[[1.1]]) - 1.0).abs() < 1e-5);
+        assert!((gradient(SteOn::PostJump, &[[1.1]]) - 1.0).abs() < 1e-5);
+        // Outside the window nothing is asked.
+        assert_eq!(gradient(SteOn::PreActivation, &[[1.3]]), 0.0);
+    }
+}

@@ -1,0 +1,326 @@
+//! The Matryoshka autoencoder on BatchTopK: Bussmann, Nabeshima, Karvonen and Nanda 2025, *Learning Multi-Level
+//! Features with Matryoshka Sparse Autoencoders*, <https://arxiv.org/abs/2503.17547>.
+//!
+//! The features come in groups, and each prefix of groups must reconstruct by itself: the first ones learn what is
+//! general, the later ones what is left. With activations x `[d]`, features f `[F]`, a decoder W_d `[F, d]` whose rows
+//! have norm 1, and m₁ < … < mₙ = F where the groups end:
+//!
+//! ```text
+//! F   = BatchTopK(ReLU((X − b) W_e + b_e))                in training; by the threshold θ afterwards, as in BatchTopK
+//! x̂ᵢ  = f[..mᵢ] W_d[..mᵢ] + b
+//! L   = (1/n) Σᵢ wᵢ ‖x − x̂ᵢ‖² + α ‖e − ê‖² / Var(e),   e = x − x̂ₙ
+//! ```
+//!
+//! ê is the best that dead features make of e, as in TopK; that, the geometric median where b starts, the threshold's
+//! mean and the annealing of k are in [`dictlearn_core::top_k`].
+//!
+//! As in the reference, the weights wᵢ are 1/n unless given, and the loss is their mean once more: against the paper's
+//! plain sum the auxiliary loss counts n² times as much. `group_weights: [n, n, ...]` gives the sum.
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::top_k::{Selection, TopKTrainer};
+use dictlearn_core::top_k_config;
+
+const NAME: &str = "matryoshka_batch_top_k";
+
+/// The Matryoshka autoencoder on BatchTopK.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MatryoshkaDictionaryConfig {
+    /// How many features activations keep, on average over a batch.
+    #[schemars(range(min = 1))]
+    pub k: i64,
+    /// The groups' parts of the features, in order; together 1. The last takes what rounding leaves.
+    #[schemars(length(min = 1))]
+    pub group_fractions: Vec<f64>,
+    /// Number of features; or give `expansion_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features as a multiple of the activations' width; 8 if neither is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+register! {
+    dictionary MatryoshkaDictionaryConfig, NAME,
+    summary: "BatchTopK in nested groups of features, each prefix a dictionary of its own",
+    paper: "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
+    example: "{type: matryoshka_batch_top_k, expansion_factor: 8, k: 8, group_fractions: [0.125, 0.125, 0.25, 0.5]}",
+}
+
+#[typetag::serde(name = NAME)]
+impl DictionaryConfig for MatryoshkaDictionaryConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        Selection::check(self.k, features)?;
+        let groups = group_sizes(&self.group_fractions, features)?;
+        let mut dictionary = Matryoshka::zeros(cx.activation_dim, self.k, groups, cx.device, cx.precision);
+        // Random unit directions, the encoder the decoder's transpose.
+        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
+        tch::no_grad(|| {
+            dictionary.w_enc.copy_(&directions);
+            dictionary.w_dec.copy_(&directions.transpose(0, 1));
+        });
+        Ok(Box::new(dictionary))
+    }
+}
+
+/// Whole numbers of features, as the reference rounds them.
+fn group_sizes(fractions: &[f64], features: i64) -> Result<Vec<i64>> {
+    let sum: f64 = fractions.iter().sum();
+    if (sum - 1.0).abs() > 1e-9 {
+        bail!(InputError::new(format!("the `group_fractions` add up to {sum}"))
+            .field("group_fractions")
+            .help("they must add up to 1"));
+    }
+    let mut sizes: Vec<i64> = fractions.iter().map(|fraction| (fraction * features as f64) as i64).collect();
+    let others: i64 = sizes.iter().rev().skip(1).sum();
+    if let Some(last) = sizes.last_mut() {
+        *last = features - others;
+    }
+    if let Some(index) = sizes.iter().position(|size| *size < 1) {
+        bail!(InputError::new(format!(
+            "the group of {} of {features} features has {} of them",
+            fractions[index], sizes[index]
+        ))
+        .field(format!("group_fractions[{index}]"))
+        .help("every group must have at least one feature"));
+    }
+    Ok(sizes)
+}
+
+/// The reference's `MatryoshkaBatchTopKSAE`.
+#[derive(Debug)]
+pub struct Matryoshka {
+    w_enc: Tensor,        // W_e [d, F]
+    b_enc: Tensor,        // b_e [F]
+    w_dec: Tensor,        // W_d [F, d]
+    b_dec: Tensor,        // b   [d]
+    group_sizes: Tensor,  // int64 [n], as it is saved
+    selection: Selection, // k, θ
+    groups: Vec<i64>,
+    precision: Precision,
+}
+
+inventory::submit! {
+    SavedClass {
+        class: "MatryoshkaBatchTopKSAE",
+        name: NAME,
+        shaped: |tensors, trainer, device, precision| {
+            let [d, features] = saved_shape(tensors, "W_enc")?;
+            let k = Selection::saved_k(tensors, trainer, features)?;
+            let [_] = saved_shape(tensors, "group_sizes")?;
+            let groups = Vec::<i64>::try_from(&tensors["group_sizes"].to_kind(Kind::Int64))?;
+            if groups.is_empty() || groups.iter().any(|size| !(1..=features).contains(size)) || groups.iter().sum::<i64>() != features {
+                bail!(InputError::new(format!("the `group_sizes` are {groups:?}, and the dictionary has {features} features")));
+            }
+            Ok(Box::new(Matryoshka::zeros(d, k, groups, device, precision)))
+        },
+    }
+}
+
+impl Matryoshka {
+    fn zeros(d: i64, k: i64, groups: Vec<i64>, device: Device, precision: Precision) -> Self {
+        let features = groups.iter().sum();
+        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+        Matryoshka {
+            w_enc: zeros(&[d, features]),
+            b_enc: zeros(&[features]),
+            w_dec: zeros(&[features, d]),
+            b_dec: zeros(&[d]),
+            group_sizes: Tensor::from_slice(&groups).to_device(device),
+            selection: Selection::new(k, true, device),
+            groups,
+            precision,
+        }
+    }
+
+    /// ReLU((x − b) W_e + b_e), [.., F].
+    fn post_relu(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(&(x - &self.b_dec), &self.w_enc.transpose(0, 1), Some(&self.b_enc)).relu()
+    }
+
+    /// f W_d for a group's features and rows.
+    fn decode_group(&self, features: &Tensor, rows: &Tensor) -> Tensor {
+        self.precision.linear(features, &rows.transpose(0, 1), None)
+    }
+}
+
+impl Dictionary for Matryoshka {
+    fn class(&self) -> &'static str {
+        "MatryoshkaBatchTopKSAE"
+    }
+
+    fn dims(&self) -> Dims {
+        let size = self.w_enc.size();
+        Dims { input: size[0], features: size[1], output: size[0] }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![
+            ("W_enc", self.w_enc.shallow_clone()),
+            ("b_enc", self.b_enc.shallow_clone()),
+            ("W_dec", self.w_dec.shallow_clone()),
+            ("b_dec", self.b_dec.shallow_clone()),
+        ]
+    }
+
+    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
+        let mut buffers = self.selection.buffers();
+        buffers.push(("group_sizes", self.group_sizes.shallow_clone()));
+        buffers
+    }
+
+    fn loaded(&mut self) {
+        self.selection.loaded();
+        if let Ok(groups) = Vec::<i64>::try_from(&self.group_sizes) {
+            self.groups = groups;
+        }
+    }
+
+    /// By the threshold: an activation's features do not depend on its batch.
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.selection.above_threshold(&self.post_relu(x))
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        self.decode_group(features, &self.w_dec) + &self.b_dec
+    }
+
+    fn forward(&self, x: &Tensor) -> Code {
+        self.selection.of_batch(self.post_relu(x))
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
+    }
+
+    fn encoder(&self) -> Option<Encoder> {
+        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
+    }
+
+    fn selection(&self) -> Option<&Selection> {
+        Some(&self.selection)
+    }
+
+    fn selection_mut(&mut self) -> Option<&mut Selection> {
+        Some(&mut self.selection)
+    }
+
+    fn scale_biases(&mut self, scale: f64) {
+        tch::no_grad(|| {
+            let _ = self.b_enc.g_mul_scalar_(scale);
+            let _ = self.b_dec.g_mul_scalar_(scale);
+        });
+        self.selection.scale(scale);
+    }
+}
+
+top_k_config! {
+    /// The loss is the weighted mean, over the groups, of the squared error of the reconstruction from that group's
+    /// features and those of all groups before it; which features count is decided over the whole batch, as in
+    /// BatchTopK. Features that nothing selected for long are revived by an auxiliary loss, weighted by auxk_alpha: the
+    /// squared error of what the best of them make of the error that all groups leave, divided by its variance. A
+    /// running mean of the smallest feature that is kept becomes the threshold by which the trained dictionary encodes.
+    pub struct MatryoshkaConfig {
+        /// Weight of each group's squared error, before the mean over groups; null for 1 / number of groups each.
+        pub group_weights: Option<Vec<f64>> = None,
+    }
+}
+
+register! {
+    trainer MatryoshkaConfig, NAME,
+    summary: "BatchTopK's loss with the squared error of every prefix of groups",
+    paper: "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
+    example: "{type: matryoshka_batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
+    usual_dictionary: NAME,
+}
+
+#[typetag::serde(name = NAME)]
+impl TrainerConfig for MatryoshkaConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        let Some(dictionary) = cx.dictionary.downcast::<Matryoshka>() else {
+            bail!(InputError::new(format!(
+                "the trainer `{NAME}` cannot train the class {}: it has no groups of features",
+                cx.dictionary.class()
+            ))
+            .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers())));
+        };
+        let groups = dictionary.groups.len();
+        let weights = self.group_weights.clone().unwrap_or_else(|| vec![1.0 / groups as f64; groups]);
+        if weights.len() != groups {
+            bail!(InputError::new(format!("there are {} `group_weights` and {groups} groups", weights.len()))
+                .field("group_weights")
+                .help("give one for each of the dictionary's `group_fractions`"));
+        }
+        if let Some(index) = weights.iter().position(|weight| *weight < 0.0) {
+            bail!(InputError::new(format!("a group's weight is {}", weights[index]))
+                .field(format!("group_weights[{index}]"))
+                .help("it must be at least 0"));
+        }
+        let (weights_saved, sizes_saved) = (weights.clone().into(), dictionary.groups.clone().into());
+        let trainer = TopKTrainer::new(NAME, self.settings(), cx, move |pass, terms| reconstruction(&weights, pass, terms))?;
+        Ok(Box::new(trainer.with_setting("group_weights", weights_saved).with_setting("group_sizes", sizes_saved)))
+    }
+
+    fn class(&self) -> &'static str {
+        "MatryoshkaBatchTopKTrainer"
+    }
+}
+
+/// (1/n) Σᵢ wᵢ ‖x − x̂ᵢ‖².
+fn reconstruction(weights: &[f64], pass: &Pass, terms: &mut Terms) -> Result<()> {
+    let Some(dictionary) = pass.dictionary.downcast::<Matryoshka>() else { bail!("not a Matryoshka dictionary") };
+    let groups = &dictionary.groups;
+    let (features, rows) = (pass.code.features.split_with_sizes(groups, 1), dictionary.w_dec.split_with_sizes(groups, 0));
+    // What the groups before have left to reconstruct; the last leaves what the whole dictionary does.
+    let mut residual = &pass.batch.target - &dictionary.b_dec;
+    let mut losses = Vec::with_capacity(groups.len());
+    for (index, (features, rows)) in features.iter().zip(&rows).enumerate() {
+        residual = if index + 1 == groups.len() {
+            pass.residual()
+        } else {
+            residual - dictionary.decode_group(features, rows)
+        };
+        losses.push(mean_of_sums(&residual.square()) * weights[index]);
+    }
+    let losses = Tensor::stack(&losses, 0);
+    if pass.logging {
+        terms.log("min_l2_loss", losses.min());
+        terms.log("max_l2_loss", losses.max());
+    }
+    terms.add("l2_loss", losses.mean(losses.kind()), 1.0);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_group_takes_what_rounding_leaves() {
+        assert_eq!(group_sizes(&[0.1, 0.2, 0.7], 96).unwrap(), [9, 19, 68]);
+        assert!(group_sizes(&[0.5, 0.4], 96).is_err());
+        assert!(group_sizes(&[0.001, 0.999], 96).is_err());
+    }
+
+    #[test]
+    fn every_prefix_of_groups_must_reconstruct() {
+        let mut dictionary = Matryoshka::zeros(2, 2, vec![1, 1], Device::Cpu, Precision::Float32);
+        tch::no_grad(|| {
+            dictionary.w_enc.copy_(&Tensor::eye(2, (Kind::Float, Device::Cpu)));
+            dictionary.w_dec.copy_(&Tensor::eye(2, (Kind::Float, Device::Cpu)));
+        });
+        let config = MatryoshkaConfig { auxk_alpha: 0.0, warmup_steps: 0, ..MatryoshkaConfig::default() };
+        let trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();
+        let batch = Batch::of(Tensor::from_slice2(&[[3.0f32, 4.0]]));
+        let pass = Pass::forward(&*trainer, &dictionary, &batch, 0, true);
+        let mut terms = Terms::new();
+        reconstruction(&[0.5, 0.5], &pass, &mut terms).unwrap();
+        // The first group leaves 4, both nothing: (0.5 · 16 + 0.5 · 0) / 2.
+        assert_eq!(terms.total().unwrap().double_value(&[]), 4.0);
+        assert_eq!(terms.get_mut("max_l2_loss").unwrap().value.double_value(&[]), 8.0);
+    }
+}

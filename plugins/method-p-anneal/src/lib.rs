@@ -1,0 +1,516 @@
+//! p-annealing: Karvonen et al. 2024, *Measuring Progress in Dictionary Learning for Language Model Interpretability
+//! with Board Game Models*, <https://arxiv.org/abs/2408.00113>.
+//!
+//! An L1 penalty is easy to train under and shrinks features; an Lp penalty with p < 1 is closer to counting them and
+//! hard to train under. So p falls from 1 while training. With activations x, their reconstruction x̂, and a the
+//! activations that the dictionary lets a penalty fall on ([`Code::penalized`]: features, or a gate's):
+//!
+//! ```text
+//! L       = ‖x − x̂‖² + λ_s ‖a‖_p^p     `Lp^p`: Σᵢ aᵢ^p,   or  λ_s ‖a‖_p     `Lp`: (Σᵢ aᵢ^p)^(1/p)
+//! p       = p_start … p_end in n_sparsity_updates equal parts, at as many steps from anneal_start to anneal_end
+//! λ_{s+1} = λ_s E‖a‖_{p_s} / E‖a‖_{p_{s+1}}, means over the last sparsity_queue_length batches
+//! ```
+//!
+//! The last line keeps the strength of the penalty where it was when p changes.
+//!
+//! Two trainers: `p_anneal`, for any dictionary, and `gated_anneal`, the same with the reference's settings for a
+//! gated one (no momentum, a lower learning rate, `Lp^p`). A gated dictionary brings its auxiliary loss along whichever
+//! trains it.
+//!
+//! Where this differs from the reference: resampling works (there it writes to a copy); `p_end: 0` is defined. At p = 0
+//! the penalty is the number of active features in both forms, the limit of Lp^p, and has no gradient: an annealing
+//! that reaches it presses no more. With `anneal_end` at its default, the end of the run, it is not reached. Without
+//! any active feature λ stays as it is.
+
+use std::collections::VecDeque;
+
+use dictlearn_core::prelude::*;
+
+const P_ANNEAL: &str = "p_anneal";
+const GATED_ANNEAL: &str = "gated_anneal";
+const PAPER: &str = "Karvonen et al. 2024, Measuring Progress in Dictionary Learning, https://arxiv.org/abs/2408.00113";
+
+/// The form of the penalty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(inline)]
+pub enum SparsityFunction {
+    /// (Σ a^p)^(1/p)
+    #[serde(rename = "Lp")]
+    Lp,
+    /// Σ a^p
+    #[serde(rename = "Lp^p")]
+    LpToTheP,
+}
+
+/// How often p and λ are updated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Value", into = "Value")]
+pub enum Updates {
+    /// So many times.
+    Times(u64),
+    /// At every step of the annealing.
+    Continuous,
+}
+
+const CONTINUOUS: &str = "continuous";
+
+impl TryFrom<Value> for Updates {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        let number = match &value {
+            Value::String(text) if text == CONTINUOUS => return Ok(Updates::Continuous),
+            Value::String(text) => text.replace('_', "").parse::<f64>().ok(),
+            other => other.as_f64(),
+        };
+        match number.filter(|number| number.fract() == 0.0 && (1.0..1e15).contains(number)) {
+            Some(number) => Ok(Updates::Times(number as u64)),
+            None => Err(format!("{value} is neither a whole number above 0 nor `{CONTINUOUS}`")),
+        }
+    }
+}
+
+impl From<Updates> for Value {
+    fn from(updates: Updates) -> Value {
+        match updates {
+            Updates::Times(times) => times.into(),
+            Updates::Continuous => CONTINUOUS.into(),
+        }
+    }
+}
+
+impl JsonSchema for Updates {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Updates".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": ["integer", "string"], "minimum": 1})
+    }
+}
+
+/// The two trainers' configs: the same fields with defaults of their own.
+macro_rules! config {
+    ($(#[$about:meta])* $name:ident, lr: $lr:expr, sparsity_function: $sparsity_function:expr) => {
+        $(#[$about])*
+        #[derive(Debug, Serialize, Deserialize, JsonSchema)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name {
+            /// Learning rate.
+            #[schemars(range(min = 0))]
+            pub lr: f64,
+            /// Steps over which the learning rate rises from 0, at the start and after each resampling.
+            pub warmup_steps: u64,
+            /// Step from which the learning rate falls to 0 at the last step; null for never.
+            pub decay_start: Option<u64>,
+            /// Steps over which the penalty rises from 0; null for none.
+            pub sparsity_warmup_steps: Option<u64>,
+            /// The penalty: `Lp`, (Σ a^p)^(1/p), or `Lp^p`, Σ a^p.
+            pub sparsity_function: SparsityFunction,
+            /// Weight λ of the penalty before annealing; what `l1_penalty` is where p is 1.
+            #[schemars(range(min = 0))]
+            pub initial_sparsity_penalty: f64,
+            /// Step at which p starts to fall.
+            pub anneal_start: u64,
+            /// Step at which it has fallen to `p_end`; null for the end of the run, which is never reached.
+            pub anneal_end: Option<u64>,
+            /// p before annealing.
+            #[schemars(range(min = 0))]
+            pub p_start: f64,
+            /// p after it. At 0 the penalty counts active features and has no gradient.
+            #[schemars(range(min = 0))]
+            pub p_end: f64,
+            /// How many times p and λ are updated: a number, or `continuous` for every step of the annealing.
+            pub n_sparsity_updates: Updates,
+            /// Batches over which the penalty is averaged to adapt λ.
+            #[schemars(range(min = 1))]
+            pub sparsity_queue_length: u64,
+            /// Resample dead features every so many steps: those silent for half of them; null for never.
+            pub resample_steps: Option<u64>,
+            /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (Bricken
+            /// et al. 2023).
+            pub resample_weight: ResampleWeight,
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                $name {
+                    lr: $lr,
+                    warmup_steps: 1000,
+                    decay_start: None,
+                    sparsity_warmup_steps: Some(2000),
+                    sparsity_function: $sparsity_function,
+                    initial_sparsity_penalty: 1e-1,
+                    anneal_start: 15000,
+                    anneal_end: None,
+                    p_start: 1.0,
+                    p_end: 0.0,
+                    n_sparsity_updates: Updates::Times(10),
+                    sparsity_queue_length: 10,
+                    resample_steps: None,
+                    resample_weight: ResampleWeight::Loss,
+                }
+            }
+        }
+
+        impl $name {
+            fn trainer(&self, name: &str, adam: AdamConfig, cx: &TrainerCx) -> Result<PAnneal> {
+                penalizable(cx.dictionary, name)?;
+                let schedule = Schedule {
+                    steps: cx.steps,
+                    warmup_steps: self.warmup_steps,
+                    decay_start: self.decay_start,
+                    resample_steps: self.resample_steps,
+                    sparsity_warmup_steps: self.sparsity_warmup_steps,
+                }
+                .check()?;
+                Ok(PAnneal {
+                    adam,
+                    lr: self.lr,
+                    schedule,
+                    sparsity_function: self.sparsity_function,
+                    annealing: Annealing::new(
+                        (self.p_start, self.p_end),
+                        (self.anneal_start, self.anneal_end.unwrap_or(cx.steps)),
+                        self.n_sparsity_updates,
+                        cx.steps,
+                    )?,
+                    queue_length: self.sparsity_queue_length as usize,
+                    state: Annealed {
+                        p: self.p_start,
+                        next_p: None,
+                        updates: 0,
+                        coefficient: self.initial_sparsity_penalty,
+                        queue: VecDeque::new(),
+                    },
+                    resampling: Resampling::new(self.resample_steps, self.resample_weight, cx.dictionary)?,
+                })
+            }
+        }
+    };
+}
+
+config! {
+    /// The loss is the squared error of the reconstruction, summed over dimensions, plus λ times the Lp norm of the
+    /// activations that the dictionary lets a penalty fall on (or that norm to the power p), both averaged over the
+    /// batch. From anneal_start on p falls from p_start to p_end in steps; at each, λ is multiplied by the ratio of the
+    /// mean norms with the old and the new p, so that the penalty keeps its strength. Every decoder column keeps norm 1.
+    PAnnealConfig, lr: 1e-3, sparsity_function: SparsityFunction::Lp
+}
+
+config! {
+    /// p_anneal with the settings of gated training: no momentum, a lower learning rate, Lp^p. The loss is the squared
+    /// error of the reconstruction, plus λ times the p-th powers of the open gates' activations, plus, from the gated
+    /// dictionary, the squared error of what these alone reconstruct. From anneal_start on p falls from p_start to
+    /// p_end in steps; at each, λ is multiplied by the ratio of the mean penalties with the old and the new p. Every
+    /// decoder column keeps norm 1.
+    GatedAnnealConfig, lr: 3e-4, sparsity_function: SparsityFunction::LpToTheP
+}
+
+register! {
+    trainer PAnnealConfig, P_ANNEAL,
+    summary: "Squared error with an Lp penalty whose p falls from 1",
+    paper: PAPER,
+    example: "{type: p_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 20, \
+              anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
+    usual_dictionary: "auto_encoder",
+}
+
+register! {
+    trainer GatedAnnealConfig, GATED_ANNEAL,
+    summary: "p_anneal on a gate, with the settings of gated training",
+    paper: PAPER,
+    example: "{type: gated_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
+              sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
+    usual_dictionary: "gated",
+}
+
+#[typetag::serde(name = P_ANNEAL)]
+impl TrainerConfig for PAnnealConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        Ok(Box::new(self.trainer(P_ANNEAL, AdamConfig::default(), cx)?))
+    }
+
+    fn class(&self) -> &'static str {
+        "PAnnealTrainer"
+    }
+}
+
+#[typetag::serde(name = GATED_ANNEAL)]
+impl TrainerConfig for GatedAnnealConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        if !cx.dictionary.exposes("gate") {
+            bail!(InputError::new(format!(
+                "the trainer `{GATED_ANNEAL}` cannot train the class {}: it has no gate to penalise",
+                cx.dictionary.class()
+            ))
+            .help(format!("use the trainer `{P_ANNEAL}`, or a gated dictionary")));
+        }
+        let adam = AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() };
+        Ok(Box::new(self.trainer(GATED_ANNEAL, adam, cx)?))
+    }
+
+    fn class(&self) -> &'static str {
+        "GatedAnnealTrainer"
+    }
+}
+
+/// When p is updated, and to what.
+struct Annealing {
+    /// The steps, rising.
+    steps: Vec<u64>,
+    /// p from each of them on.
+    values: Vec<f64>,
+    p_end: f64,
+}
+
+impl Annealing {
+    fn new(
+        (p_start, p_end): (f64, f64),
+        (start, end): (u64, u64),
+        updates: Updates,
+        steps: u64,
+    ) -> Result<Self> {
+        if start >= steps {
+            bail!(InputError::new(format!("`anneal_start` is {start}, but the run has only {steps} steps"))
+                .field("anneal_start")
+                .help("`anneal_start` must be less than `steps`"));
+        }
+        if end <= start {
+            bail!(InputError::new(format!("`anneal_end` is {end}, and `anneal_start` {start}"))
+                .field("anneal_end")
+                .help("`anneal_end` must come after `anneal_start`"));
+        }
+        let most = end - start + 1;
+        let count = match updates {
+            Updates::Times(count) if count > most => {
+                bail!(InputError::new(format!("`n_sparsity_updates` is {count}, in {most} steps of annealing"))
+                    .field("n_sparsity_updates")
+                    .help(format!("it can be at most {most}, or `{CONTINUOUS}`")))
+            }
+            Updates::Times(count) => count,
+            Updates::Continuous => most,
+        } as i64;
+        // libtorch's own, for its rounding: whole steps are cut off, p is a float32.
+        let at = Tensor::linspace(start as i64, end as i64, count, (Kind::Int64, Device::Cpu));
+        let values = Tensor::linspace(p_start, p_end, count, (Kind::Float, Device::Cpu));
+        Ok(Annealing {
+            steps: Vec::<i64>::try_from(at)?.into_iter().map(|step| step as u64).collect(),
+            values: Vec::<f32>::try_from(values)?.into_iter().map(f64::from).collect(),
+            p_end,
+        })
+    }
+
+    /// The number of the update that comes after `done` of them, if it is due at a step.
+    fn due(&self, step: u64, done: usize) -> bool {
+        self.steps.get(done) == Some(&step)
+    }
+}
+
+/// Where the annealing stands.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Annealed {
+    p: f64,
+    next_p: Option<f64>,
+    updates: usize,
+    /// λ
+    coefficient: f64,
+    /// The penalty with p and with the next p, of the last batches.
+    queue: VecDeque<(f64, f64)>,
+}
+
+/// The reference's `PAnnealTrainer` and `GatedAnnealTrainer`.
+struct PAnneal {
+    adam: AdamConfig,
+    lr: f64,
+    schedule: Schedule,
+    sparsity_function: SparsityFunction,
+    annealing: Annealing,
+    queue_length: usize,
+    state: Annealed,
+    resampling: Option<Resampling>,
+}
+
+/// The mean penalty of activations [B, F], none negative. At p = 0 the mean number of those above 0.
+fn lp(activations: &Tensor, p: f64, function: SparsityFunction) -> Tensor {
+    let active = activations.gt(0.0);
+    if p == 0.0 {
+        return mean_of_sums(&active.to_kind(activations.kind()));
+    }
+    // The derivative of a^p at 0 is infinite for p < 1, and an infinite number times 0 further back would be NaN: where
+    // an activation is 0, so is its power, and no gradient passes.
+    let powers = activations.where_self(&active, &activations.ones_like()).pow_tensor_scalar(p) * active;
+    if function == SparsityFunction::LpToTheP || p == 1.0 {
+        return mean_of_sums(&powers);
+    }
+    let sums = powers.sum_dim_intlist(-1, false, powers.kind());
+    let some = sums.gt(0.0);
+    let norms = sums.where_self(&some, &sums.ones_like()).pow_tensor_scalar(1.0 / p) * some;
+    norms.mean(norms.kind())
+}
+
+impl PAnneal {
+    /// p and λ for the steps to come, if it is time for the next ones.
+    fn update(&mut self, step: u64) {
+        let Annealing { values, p_end, .. } = &self.annealing;
+        let state = &mut self.state;
+        if !self.annealing.due(step, state.updates) {
+            return;
+        }
+        if state.next_p.is_some() {
+            let (old, new) = state.queue.iter().fold((0.0, 0.0), |sums, (old, new)| (sums.0 + old, sums.1 + new));
+            let ratio = old / new;
+            if ratio.is_finite() && ratio > 0.0 {
+                state.coefficient *= ratio;
+            }
+        }
+        state.p = values[state.updates];
+        state.next_p = Some(values.get(state.updates + 1).copied().unwrap_or(*p_end));
+        state.updates += 1;
+    }
+}
+
+impl Trainer for PAnneal {
+    fn adam(&self) -> AdamConfig {
+        self.adam
+    }
+
+    fn lr(&self, step: u64) -> f64 {
+        self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn settings(&self, settings: &mut Map<String, Value>) {
+        settings.insert("sparsity_penalty".to_owned(), self.state.coefficient.into());
+    }
+
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: true, clip_gradients: None }
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        terms.add("mse_loss", mean_of_sums(&pass.residual().square()), 1.0);
+        let activations = pass.code.penalized();
+        let penalty = lp(activations, self.state.p, self.sparsity_function);
+        let weight = self.state.coefficient * self.schedule.sparsity_factor(pass.step);
+        if pass.logging {
+            terms.log("scaled_lp_loss", &penalty * weight);
+        }
+        if let Some(next_p) = self.state.next_p {
+            let next = lp(&activations.detach(), next_p, self.sparsity_function);
+            self.state.queue.push_back((penalty.double_value(&[]), next.double_value(&[])));
+            if self.state.queue.len() > self.queue_length {
+                self.state.queue.pop_front();
+            }
+        }
+        terms.add("lp_loss", penalty, weight);
+        self.update(pass.step);
+        if let Some(resampling) = &mut self.resampling {
+            resampling.update(&pass.code.features);
+        }
+        Ok(())
+    }
+
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx))
+    }
+
+    fn log(&self, row: &mut Map<String, Value>) {
+        let Annealed { p, next_p, coefficient, .. } = self.state;
+        row.insert("p".to_owned(), p.into());
+        row.insert("next_p".to_owned(), next_p.into());
+        row.insert("sparsity_coeff".to_owned(), coefficient.into());
+    }
+
+    fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put("annealed", &self.state)?;
+        if let Some(resampling) = &self.resampling {
+            state.put_all("resampling", resampling.state());
+        }
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.state = state.get("annealed")?;
+        self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.restore(&state.under("resampling")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scalar(tensor: &Tensor) -> f64 {
+        tensor.double_value(&[])
+    }
+
+    #[test]
+    fn penalties_are_norms_and_their_powers() {
+        let a = Tensor::from_slice2(&[[4.0f32, 9.0, 0.0], [0.0, 0.0, 0.0]]);
+        // √4 + √9 = 5; its square is 25; halved by the row of zeros.
+        assert_eq!(scalar(&lp(&a, 0.5, SparsityFunction::LpToTheP)), 2.5);
+        assert_eq!(scalar(&lp(&a, 0.5, SparsityFunction::Lp)), 12.5);
+        for function in [SparsityFunction::Lp, SparsityFunction::LpToTheP] {
+            assert_eq!(scalar(&lp(&a, 1.0, function)), 6.5);
+            assert_eq!(scalar(&lp(&a, 0.0, function)), 1.0);
+        }
+    }
+
+    #[test]
+    fn silent_features_have_no_gradient() {
+        for function in [SparsityFunction::Lp, SparsityFunction::LpToTheP] {
+            let a = Tensor::from_slice2(&[[4.0f32, 0.0], [0.0, 0.0]]).set_requires_grad(true);
+            lp(&a, 0.5, function).backward();
+            let grad = Vec::<f32>::try_from(a.grad().reshape([-1])).unwrap();
+            assert!(grad[0] > 0.0 && grad[1..] == [0.0; 3], "{function:?}: {grad:?}");
+        }
+    }
+
+    #[test]
+    fn updates_are_a_number_or_continuous() {
+        let updates = |value: Value| Updates::try_from(value).ok();
+        assert_eq!(updates(10.into()), Some(Updates::Times(10)));
+        assert_eq!(updates("1e1".into()), Some(Updates::Times(10)));
+        assert_eq!(updates("continuous".into()), Some(Updates::Continuous));
+        assert!(updates(0.into()).is_none() && updates("often".into()).is_none() && updates(1.5.into()).is_none());
+        let annealing = Annealing::new((1.0, 0.5), (10, 12), Updates::Continuous, 20).unwrap();
+        assert_eq!((annealing.steps, annealing.values), (vec![10, 11, 12], vec![1.0, 0.75, 0.5]));
+    }
+
+    #[test]
+    fn an_annealing_that_reaches_zero_stays_finite() {
+        let annealing = Annealing::new((1.0, 0.0), (1, 3), Updates::Times(3), 10).unwrap();
+        let mut trainer = PAnneal {
+            adam: AdamConfig::default(),
+            lr: 0.0,
+            schedule: Schedule {
+                steps: 10,
+                warmup_steps: 0,
+                decay_start: None,
+                resample_steps: None,
+                sparsity_warmup_steps: None,
+            },
+            sparsity_function: SparsityFunction::Lp,
+            annealing,
+            queue_length: 2,
+            state: Annealed { p: 1.0, next_p: None, updates: 0, coefficient: 0.1, queue: VecDeque::new() },
+            resampling: None,
+        };
+        let a = Tensor::from_slice2(&[[4.0f32, 9.0]]);
+        let mut ps = Vec::new();
+        for step in 0..6 {
+            let penalty = lp(&a, trainer.state.p, SparsityFunction::Lp);
+            if let Some(next) = trainer.state.next_p {
+                trainer.state.queue.push_back((scalar(&penalty), scalar(&lp(&a, next, SparsityFunction::Lp))));
+            }
+            trainer.update(step);
+            ps.push(trainer.state.p);
+            assert!(trainer.state.coefficient.is_finite() && trainer.state.coefficient > 0.0);
+        }
+        assert_eq!(ps, [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]);
+    }
+}

@@ -1,0 +1,302 @@
+//! The training of Anthropic's update of April 2024, with its autoencoder: Conerly et al. 2024, *Update on How We Train
+//! SAEs*, <https://transformer-circuits.pub/2024/april-update/index.html#training-saes>.
+//!
+//! The decoder's columns are free, and their norms weigh in the penalty instead. With activations x `[d]`, features
+//! f `[F]` and a decoder W_d `[d, F]` of columns dᵢ:
+//!
+//! ```text
+//! f  = ReLU(W_e x + b_e)
+//! x̂  = W_d f + b_d
+//! L  = ‖x − x̂‖² + λ Σᵢ fᵢ ‖dᵢ‖
+//! ```
+//!
+//! The encoder starts as the decoder's transpose, its columns of norm 0.1; λ warms up; gradients are clipped to norm 1.
+//! Nothing is resampled: few features die.
+//!
+//! In the reference a pass of this autoencoder gives features that already carry ‖dᵢ‖, and the trainer multiplies by it
+//! once more: its penalty is Σᵢ fᵢ ‖dᵢ‖². With `norm_weight: reference`, the default, so is ours, on this dictionary;
+//! `paper` weighs once. On dictionaries whose penalised activations carry no norm (`auto_encoder`) both are the paper's.
+//! Where this differs from the reference: the autoencoder has `scale_biases`, so that it can train on normalised
+//! activations, and config.json names the class that was trained (there always `AutoEncoder`).
+
+use dictlearn_core::prelude::*;
+
+const DICTIONARY: &str = "auto_encoder_new";
+const TRAINER: &str = "standard_april_update";
+const PAPER: &str = "Conerly et al. 2024, Update on How We Train SAEs, https://transformer-circuits.pub/2024/april-update";
+
+/// The ReLU autoencoder without a bias on its input.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AutoEncoderNewConfig {
+    /// Number of features; or give `expansion_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features as a multiple of the activations' width; 8 if neither is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+register! {
+    dictionary AutoEncoderNewConfig, DICTIONARY,
+    summary: "ReLU of an affine map of the plain activation, decoded by an affine map",
+    paper: PAPER,
+    example: "{type: auto_encoder_new, expansion_factor: 8}",
+}
+
+#[typetag::serde(name = DICTIONARY)]
+impl DictionaryConfig for AutoEncoderNewConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let mut dictionary = AutoEncoderNew::zeros(cx.activation_dim, features, cx.device, cx.precision);
+        let directions = random_directions([cx.activation_dim, features], 0.1, cx.device);
+        tch::no_grad(|| {
+            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
+            dictionary.decoder_weight.copy_(&directions);
+        });
+        Ok(Box::new(dictionary))
+    }
+}
+
+/// The reference's `AutoEncoderNew`.
+#[derive(Debug)]
+pub struct AutoEncoderNew {
+    encoder_weight: Tensor, // W_e [F, d]
+    encoder_bias: Tensor,   // b_e [F]
+    decoder_weight: Tensor, // W_d [d, F]
+    decoder_bias: Tensor,   // b_d [d]
+    precision: Precision,
+}
+
+inventory::submit! {
+    SavedClass {
+        class: "AutoEncoderNew",
+        name: DICTIONARY,
+        shaped: |tensors, _, device, precision| {
+            let [features, d] = saved_shape(tensors, "encoder.weight")?;
+            Ok(Box::new(AutoEncoderNew::zeros(d, features, device, precision)))
+        },
+    }
+}
+
+impl AutoEncoderNew {
+    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
+        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+        AutoEncoderNew {
+            encoder_weight: zeros(&[features, d]),
+            encoder_bias: zeros(&[features]),
+            decoder_weight: zeros(&[d, features]),
+            decoder_bias: zeros(&[d]),
+            precision,
+        }
+    }
+
+    fn pre_activations(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(x, &self.encoder_weight, Some(&self.encoder_bias))
+    }
+
+    fn columns(&self) -> Decoder {
+        Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 }
+    }
+}
+
+impl Dictionary for AutoEncoderNew {
+    fn class(&self) -> &'static str {
+        "AutoEncoderNew"
+    }
+
+    fn dims(&self) -> Dims {
+        let size = self.encoder_weight.size();
+        Dims { input: size[1], features: size[0], output: size[1] }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![
+            ("encoder.weight", self.encoder_weight.shallow_clone()),
+            ("encoder.bias", self.encoder_bias.shallow_clone()),
+            ("decoder.weight", self.decoder_weight.shallow_clone()),
+            ("decoder.bias", self.decoder_bias.shallow_clone()),
+        ]
+    }
+
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.pre_activations(x).relu()
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        self.precision.linear(features, &self.decoder_weight, Some(&self.decoder_bias))
+    }
+
+    /// A penalty falls on fᵢ ‖dᵢ‖, which no rescaling of columns can evade.
+    fn forward(&self, x: &Tensor) -> Code {
+        let pre_activations = self.pre_activations(x);
+        let features = pre_activations.relu();
+        let weighted = &features * self.columns().norms();
+        Code::new(features).penalize(weighted).with("pre_activations", pre_activations)
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        Some(self.columns())
+    }
+
+    fn encoder(&self) -> Option<Encoder> {
+        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
+    }
+
+    fn scale_biases(&mut self, scale: f64) {
+        tch::no_grad(|| {
+            let _ = self.encoder_bias.g_mul_scalar_(scale);
+            let _ = self.decoder_bias.g_mul_scalar_(scale);
+        });
+    }
+}
+
+/// How the norms of the decoder's columns weigh in the penalty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum NormWeight {
+    /// Times what a penalty falls on, which on `auto_encoder_new` has the norm in it already, as in the reference.
+    #[default]
+    Reference,
+    /// Times the features, as in the paper.
+    Paper,
+}
+
+/// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
+/// features, each times the norm of its decoder column, both averaged over the batch. The columns are free; gradients
+/// are clipped to norm 1.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AprilUpdateConfig {
+    /// Learning rate.
+    #[schemars(range(min = 0))]
+    pub lr: f64,
+    /// Weight λ of the penalty.
+    #[schemars(range(min = 0))]
+    pub l1_penalty: f64,
+    /// Steps over which the learning rate rises from 0.
+    pub warmup_steps: u64,
+    /// Steps over which λ rises from 0; null for none.
+    pub sparsity_warmup_steps: Option<u64>,
+    /// Step from which the learning rate falls to 0 at the last step; null for never.
+    pub decay_start: Option<u64>,
+    /// How often a column's norm weighs on `auto_encoder_new`: twice (`reference`) or once (`paper`).
+    pub norm_weight: NormWeight,
+}
+
+impl Default for AprilUpdateConfig {
+    fn default() -> Self {
+        AprilUpdateConfig {
+            lr: 1e-3,
+            l1_penalty: 1e-1,
+            warmup_steps: 1000,
+            sparsity_warmup_steps: Some(2000),
+            decay_start: None,
+            norm_weight: NormWeight::Reference,
+        }
+    }
+}
+
+register! {
+    trainer AprilUpdateConfig, TRAINER,
+    summary: "Squared error with an L1 penalty weighted by free decoder norms",
+    paper: PAPER,
+    example: "{type: standard_april_update, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary: DICTIONARY,
+}
+
+#[typetag::serde(name = TRAINER)]
+impl TrainerConfig for AprilUpdateConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        penalizable(cx.dictionary, TRAINER)?;
+        let schedule = Schedule {
+            steps: cx.steps,
+            warmup_steps: self.warmup_steps,
+            decay_start: self.decay_start,
+            resample_steps: None,
+            sparsity_warmup_steps: self.sparsity_warmup_steps,
+        }
+        .check()?;
+        Ok(Box::new(AprilUpdate {
+            lr: self.lr,
+            l1_penalty: self.l1_penalty,
+            schedule,
+            norm_weight: self.norm_weight,
+        }))
+    }
+
+    fn class(&self) -> &'static str {
+        "StandardTrainerAprilUpdate"
+    }
+}
+
+/// The reference's `StandardTrainerAprilUpdate`.
+struct AprilUpdate {
+    lr: f64,
+    l1_penalty: f64,
+    schedule: Schedule,
+    norm_weight: NormWeight,
+}
+
+impl Trainer for AprilUpdate {
+    fn adam(&self) -> AdamConfig {
+        AdamConfig::default()
+    }
+
+    fn lr(&self, step: u64) -> f64 {
+        self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: false, clip_gradients: Some(1.0) }
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let residual = pass.residual();
+        if pass.logging {
+            let norms = residual.detach().norm_scalaropt_dim(2.0, [-1], false);
+            terms.log("l2_loss", norms.mean(norms.kind()));
+        }
+        terms.add("mse_loss", mean_of_sums(&residual.square()), 1.0);
+        let activations = match self.norm_weight {
+            NormWeight::Reference => pass.code.penalized(),
+            NormWeight::Paper => &pass.code.features,
+        };
+        let l1 = match pass.dictionary.decoder() {
+            Some(decoder) => mean_of_sums(&(activations * decoder.norms())),
+            None => mean_of_sums(activations),
+        };
+        terms.add("sparsity_loss", l1, self.l1_penalty * self.schedule.sparsity_factor(pass.step));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn penalty(norm_weight: NormWeight) -> f64 {
+        let mut dictionary = AutoEncoderNew::zeros(1, 1, Device::Cpu, Precision::Float32);
+        tch::no_grad(|| {
+            let _ = dictionary.encoder_weight.fill_(1.0);
+            let _ = dictionary.decoder_weight.fill_(-3.0);
+        });
+        let config = AprilUpdateConfig { norm_weight, warmup_steps: 0, sparsity_warmup_steps: None, ..Default::default() };
+        let mut trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();
+        let batch = Batch::of(Tensor::from_slice2(&[[2.0f32]]));
+        let pass = Pass::forward(&*trainer, &dictionary, &batch, 0, false);
+        let mut terms = Terms::new();
+        trainer.loss(&pass, &mut terms).unwrap();
+        terms.get_mut("sparsity_loss").unwrap().value.double_value(&[])
+    }
+
+    #[test]
+    fn a_column_weighs_twice_in_the_reference_and_once_in_the_paper() {
+        // f = 2, ‖d‖ = 3.
+        assert_eq!(penalty(NormWeight::Reference), 18.0);
+        assert_eq!(penalty(NormWeight::Paper), 6.0);
+    }
+}

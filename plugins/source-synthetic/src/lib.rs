@@ -1,0 +1,295 @@
+//! Activations made of known features, to see whether a dictionary finds them (as in Sharkey et al. 2022, *Taking
+//! features out of superposition with sparse autoencoders*).
+//!
+//! n directions gᵢ of norm 1 in d dimensions, random, are the features. An activation is
+//!
+//! ```text
+//! x = Σᵢ sᵢ mᵢ gᵢ + noise · ε      sᵢ = 1 with probability pᵢ, else 0;  mᵢ uniform in `magnitude`;  ε standard normal
+//! pᵢ ∝ i^(−frequency_exponent)     Σ pᵢ = n_active, none above 1
+//! ```
+//!
+//! With a `correlation` ρ the features of each group of `correlation_group` tend to be active together: they are active
+//! where √ρ u + √(1 − ρ) vᵢ, with u the group's and vᵢ the feature's own standard normal number, is among its pᵢ
+//! largest values (a Gaussian copula), so that their frequencies stay what they are. Every such group has common and
+//! rare features: i counts through the groups in turn.
+//!
+//! The stream has no end, and the same seed gives the same features and the same activations on every machine.
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::rng::{rng, Rng};
+use rand::Rng as _;
+use rand_distr::StandardNormal;
+
+const NAME: &str = "synthetic";
+
+/// Activations made of known features.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SyntheticConfig {
+    /// Width of an activation, d.
+    #[schemars(range(min = 1))]
+    pub activation_dim: i64,
+    /// Number of features that activations are made of.
+    #[schemars(range(min = 1))]
+    pub n_features: i64,
+    /// Mean number of features in an activation.
+    #[schemars(range(min = 0))]
+    pub n_active: f64,
+    /// How unequal the features' frequencies are: the i-th has one in proportion to i to the power of minus this.
+    #[schemars(range(min = 0))]
+    pub frequency_exponent: f64,
+    /// Least and greatest magnitude of an active feature.
+    #[schemars(length(min = 2, max = 2))]
+    pub magnitude: [f64; 2],
+    /// Correlation ρ of what makes the features of a group active, between 0 and 1.
+    #[schemars(range(min = 0, max = 1))]
+    pub correlation: f64,
+    /// Features in a group.
+    #[schemars(range(min = 1))]
+    pub correlation_group: i64,
+    /// Standard deviation of the noise in each dimension.
+    #[schemars(range(min = 0))]
+    pub noise: f64,
+    /// Activations in a batch.
+    #[schemars(range(min = 1))]
+    pub batch_size: i64,
+    /// Seed of the features and activations; null for the run's.
+    pub seed: Option<u64>,
+}
+
+impl Default for SyntheticConfig {
+    fn default() -> Self {
+        SyntheticConfig {
+            activation_dim: 64,
+            n_features: 256,
+            n_active: 8.0,
+            frequency_exponent: 0.5,
+            magnitude: [0.5, 1.5],
+            correlation: 0.0,
+            correlation_group: 8,
+            noise: 0.0,
+            batch_size: 1024,
+            seed: None,
+        }
+    }
+}
+
+register! {
+    source SyntheticConfig, NAME,
+    summary: "Activations made of known features, sparse, some more frequent than others",
+    paper: "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
+            https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
+    example: "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}",
+}
+
+#[typetag::serde(name = NAME)]
+impl SourceConfig for SyntheticConfig {
+    fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
+        let [least, greatest] = self.magnitude;
+        if !(0.0 <= least && least <= greatest) {
+            bail!(InputError::new(format!("`magnitude` is [{least}, {greatest}]"))
+                .field("magnitude")
+                .help("it must be the least and the greatest, none negative"));
+        }
+        if self.n_active > self.n_features as f64 {
+            bail!(InputError::new(format!(
+                "`n_active` is {}, but there are only {} features",
+                self.n_active, self.n_features
+            ))
+            .field("n_active"));
+        }
+        let seed = self.seed.unwrap_or(cx.seed);
+        let directions = normal(&mut rng(seed, "synthetic features"), [self.n_features, self.activation_dim]);
+        let directions = &directions / directions.norm_scalaropt_dim(2.0, [1], true);
+        let frequencies = frequencies(self.n_features as usize, self.n_active, self.frequency_exponent);
+        // Φ⁻¹(1 − p): what a standard normal number exceeds with probability p.
+        let quantiles = -Tensor::from_slice(&frequencies).special_ndtri();
+        Ok(Box::new(Synthetic {
+            config: serde_json::to_value(self)?,
+            directions: directions.to_device(cx.device),
+            thresholds: Vec::<f64>::try_from(quantiles)?.into_iter().map(|quantile| quantile as f32).collect(),
+            frequencies: frequencies.into_iter().map(|frequency| frequency as f32).collect(),
+            magnitude: (least as f32, greatest as f32),
+            correlation: self.correlation as f32,
+            groups: (self.n_features as usize).div_ceil(self.correlation_group as usize),
+            noise: self.noise,
+            batch_size: self.batch_size,
+            rng: rng(seed, "synthetic activations"),
+            device: cx.device,
+        }))
+    }
+}
+
+/// pᵢ ∝ i^(−exponent) with sum `active`; those that would exceed 1 are 1, and the others have the rest.
+fn frequencies(count: usize, active: f64, exponent: f64) -> Vec<f64> {
+    let weights: Vec<f64> = (1..=count).map(|i| (i as f64).powf(-exponent)).collect();
+    let mut certain = 0;
+    loop {
+        let rest = (active - certain as f64).max(0.0) / weights[certain..].iter().sum::<f64>().max(f64::MIN_POSITIVE);
+        let over = weights[certain..].iter().take_while(|weight| **weight * rest > 1.0).count();
+        if over == 0 {
+            let frequency = |(i, weight): (usize, &f64)| if i < certain { 1.0 } else { weight * rest };
+            return weights.iter().enumerate().map(frequency).collect();
+        }
+        certain += over;
+    }
+}
+
+/// Independent standard normal numbers [rows, columns].
+fn normal(rng: &mut Rng, [rows, columns]: [i64; 2]) -> Tensor {
+    let values: Vec<f32> = (0..rows * columns).map(|_| rng.sample(StandardNormal)).collect();
+    Tensor::from_slice(&values).view([rows, columns])
+}
+
+struct Synthetic {
+    config: Value,
+    /// gᵢ, [n, d].
+    directions: Tensor,
+    /// pᵢ
+    frequencies: Vec<f32>,
+    /// What a feature's normal number must exceed for it to be active.
+    thresholds: Vec<f32>,
+    magnitude: (f32, f32),
+    correlation: f32,
+    groups: usize,
+    noise: f64,
+    batch_size: i64,
+    rng: Rng,
+    device: Device,
+}
+
+impl Synthetic {
+    /// sᵢ mᵢ of a batch, [B, n].
+    fn features(&mut self) -> Tensor {
+        let (least, greatest) = self.magnitude;
+        let features = self.frequencies.len();
+        let mut values = vec![0.0_f32; self.batch_size as usize * features];
+        let mut common = vec![0.0_f32; self.groups];
+        let (of_group, of_feature) = (self.correlation.sqrt(), (1.0 - self.correlation).sqrt());
+        for row in values.chunks_exact_mut(features) {
+            if self.correlation > 0.0 {
+                common.fill_with(|| self.rng.sample(StandardNormal));
+            }
+            for (i, value) in row.iter_mut().enumerate() {
+                let active = if self.correlation > 0.0 {
+                    let own: f32 = self.rng.sample(StandardNormal);
+                    of_group * common[i % self.groups] + of_feature * own > self.thresholds[i]
+                } else {
+                    self.rng.random::<f32>() < self.frequencies[i]
+                };
+                if active {
+                    *value = least + (greatest - least) * self.rng.random::<f32>();
+                }
+            }
+        }
+        Tensor::from_slice(&values).view([self.batch_size, features as i64])
+    }
+}
+
+impl ActivationSource for Synthetic {
+    fn widths(&self) -> (i64, i64) {
+        let width = self.directions.size()[1];
+        (width, width)
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Batch>> {
+        let mut x = self.features().to_device(self.device).matmul(&self.directions);
+        if self.noise > 0.0 {
+            x += normal(&mut self.rng, [self.batch_size, self.directions.size()[1]]).to_device(self.device) * self.noise;
+        }
+        Ok(Some(Batch::of(x)))
+    }
+
+    /// There is no beginning to go back to: what comes is new.
+    fn rewind(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn mean_squared_norm(&mut self) -> Result<f64> {
+        dictlearn_core::source::sampled_mean_squared_norm(self)
+    }
+
+    fn true_features(&self) -> Option<Tensor> {
+        Some(self.directions.shallow_clone())
+    }
+
+    fn describe(&self) -> Value {
+        let mut described = self.config.clone();
+        described["d_submodule"] = self.directions.size()[1].into();
+        described["out_batch_size"] = self.batch_size.into();
+        described
+    }
+
+    fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put("rng", &self.rng)?;
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.rng = state.get("rng")?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frequencies_follow_the_power_law_and_add_up() {
+        let even = frequencies(4, 2.0, 0.0);
+        assert_eq!(even, [0.5; 4]);
+        let law = frequencies(256, 8.0, 1.0);
+        assert!((law.iter().sum::<f64>() - 8.0).abs() < 1e-9);
+        assert_eq!(law[0], 1.0);
+        assert!((law[9] / law[19] - 2.0).abs() < 1e-9);
+        assert_eq!(frequencies(3, 3.0, 2.0), [1.0; 3]);
+    }
+
+    /// How often each feature was active, and how often the first and the second of a group were together.
+    fn measured(yaml: &str) -> (Vec<f64>, f64) {
+        let config: SyntheticConfig = serde_json::from_str(yaml).unwrap();
+        let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+        config.build(&cx).unwrap();
+        let frequencies = frequencies(config.n_features as usize, config.n_active, config.frequency_exponent);
+        let quantiles = Vec::<f64>::try_from(-Tensor::from_slice(&frequencies).special_ndtri()).unwrap();
+        let mut source = Synthetic {
+            config: Value::Null,
+            directions: Tensor::eye(config.n_features, (Kind::Float, Device::Cpu)),
+            frequencies: frequencies.iter().map(|p| *p as f32).collect(),
+            thresholds: quantiles.iter().map(|q| *q as f32).collect(),
+            magnitude: (0.5, 1.5),
+            correlation: config.correlation as f32,
+            groups: (config.n_features / config.correlation_group) as usize,
+            noise: 0.0,
+            batch_size: 20_000,
+            rng: rng(1, "test"),
+            device: Device::Cpu,
+        };
+        let features = source.features();
+        let active = features.gt(0.0).to_kind(Kind::Double);
+        let groups = source.groups as i64;
+        let together = (active.select(1, 0) * active.select(1, groups)).mean(Kind::Double).double_value(&[]);
+        let magnitudes = features.masked_select(&features.gt(0.0));
+        assert!(magnitudes.min().double_value(&[]) >= 0.5 && magnitudes.max().double_value(&[]) <= 1.5);
+        (Vec::<f64>::try_from(active.mean_dim([0].as_slice(), false, Kind::Double)).unwrap(), together)
+    }
+
+    #[test]
+    fn correlated_features_are_active_together_and_as_often_as_before() {
+        let config = |correlation: f64| {
+            format!(
+                "{{\"n_features\": 16, \"n_active\": 4, \"frequency_exponent\": 0, \"correlation_group\": 4, \
+                 \"correlation\": {correlation}}}"
+            )
+        };
+        let (alone, independent) = measured(&config(0.0));
+        let (often, together) = measured(&config(0.8));
+        for frequency in alone.iter().chain(&often) {
+            assert!((frequency - 0.25).abs() < 0.02, "{frequency}");
+        }
+        assert!((independent - 0.0625).abs() < 0.01, "{independent}");
+        assert!(together > 0.14, "{together}");
+    }
+}
