@@ -77,23 +77,27 @@ pub fn write(dir: &Path, result: &Map<String, Value>) -> Result<()> {
     write_file(&dir.join("eval.json"), serde_json::to_string_pretty(result)?.as_bytes())
 }
 
-/// The reference's table: one row for each SAE.
+/// The reference's table, one row for each SAE: of its columns and our own those that a metric has filled.
 pub fn table(rows: &[(String, Map<String, Value>)]) -> String {
     type Column = (&'static str, fn(&dyn Fn(&str) -> Option<f64>) -> Option<String>);
-    const COLUMNS: [Column; 6] = [
+    const COLUMNS: [Column; 8] = [
         ("Variance explained", |figure| Some(percent(figure("frac_variance_explained")?))),
         ("L1", |figure| Some(format!("{:.2}", figure("l1_loss")?))),
         ("L0", |figure| Some(format!("{:.2}", figure("l0")?))),
         ("% Alive", |figure| Some(percent(figure("frac_alive")?))),
         ("CE diff", |figure| Some(format!("{:.4}", figure("loss_reconstructed")? - figure("loss_original")?))),
         ("% CE recovered", |figure| Some(percent(figure("frac_recovered")?))),
+        ("Max cosine", |figure| Some(format!("{:.3}", figure("mean_max_cosine_similarity")?))),
+        ("% True features", |figure| Some(percent(figure("frac_features_recovered")?))),
     ];
+    let cell = |result: &Map<String, Value>, (_, cell): &Column| cell(&|key| result.get(key).and_then(Value::as_f64));
+    let filled = |column: &&Column| rows.iter().any(|(_, result)| cell(result, column).is_some());
+    let columns: Vec<&Column> = COLUMNS.iter().filter(filled).collect();
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
-    table.set_header(std::iter::once("SAE").chain(COLUMNS.iter().map(|(title, _)| *title)));
+    table.set_header(std::iter::once("SAE").chain(columns.iter().map(|(title, _)| *title)));
     for (name, result) in rows {
-        let figure = |key: &str| result.get(key).and_then(Value::as_f64);
-        let cells = COLUMNS.iter().map(|(_, cell)| cell(&figure).unwrap_or_else(|| "–".to_owned()));
+        let cells = columns.iter().map(|column| cell(result, column).unwrap_or_else(|| "–".to_owned()));
         table.add_row(std::iter::once(name.clone()).chain(cells));
     }
     for column in table.column_iter_mut().skip(1) {

@@ -104,7 +104,7 @@ pub struct Component {
     /// For a trainer: the name of the dictionary that it trains unless told otherwise.
     pub usual_dictionary: Option<&'static str>,
     /// Whether a config that names no component of its kind gets this one, with its defaults (loggers; metrics, in
-    /// `dictlearn eval`), and whether it stands in the examples of others (sources).
+    /// `dictlearn eval`), and whether it stands in the examples of others (sources, trainers).
     pub usual: bool,
     /// JSON Schema of its config, without `type`.
     pub schema: fn() -> schemars::Schema,

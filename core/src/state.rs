@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use crate::tensors;
 
 /// The state of a component: tensors, and values that JSON can hold.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub struct State {
     tensors: BTreeMap<String, Tensor>,
     values: BTreeMap<String, serde_json::Value>,

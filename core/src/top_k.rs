@@ -278,6 +278,15 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
             sparsity_warmup_steps: None,
         }
         .check()?;
+        if selection.by_threshold() && settings.threshold_start_step + 1 >= cx.steps {
+            eprintln!(
+                "warning: `threshold_start_step` is {}, and the run has {} steps: the threshold by which the class {} \
+                 encodes will not be known, and every positive feature will pass",
+                settings.threshold_start_step,
+                cx.steps,
+                cx.dictionary.class()
+            );
+        }
         let dims = cx.dictionary.dims();
         if let Some(anneal) = settings.k_anneal_steps {
             if anneal >= cx.steps {

@@ -57,6 +57,61 @@ fn a_run_leaves_what_is_promised() {
 }
 
 #[test]
+fn a_sweep_trains_side_by_side_on_one_stream() {
+    let desk = Desk::new();
+    let sae = "- name: a\n  trainer: {type: batch_top_k, warmup_steps: 2, threshold_start_step: 2}\n  \
+               dictionary: {dict_size: 64}\n";
+    let swept = format!("saes:\n{sae}  sweep: {{trainer.lr: [1e-3, 3e-3], dictionary.k: [4, 8]}}\n");
+    let rest = "metrics: [{type: reconstruction}, {type: ground_truth_recovery}]\nloggers: [{type: jsonl}]\n";
+    let head = "steps: 20\nlog_every: 5\nsource: {type: synthetic, activation_dim: 16, n_features: 32, n_active: 4, \
+                batch_size: 64}\n";
+    desk.write("sweep.yaml", &format!("{head}output_dir: sweep\n{swept}{rest}"));
+    let table = desk.ok(&["train", "sweep.yaml"]);
+    assert!(table.contains("% True features") && !table.contains("CE diff"), "{table}");
+    let log = desk.log("sweep/metrics.jsonl");
+    let mut names: Vec<&str> = log.iter().map(|row| row["sae"].as_str().unwrap()).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), 4);
+    for name in &names {
+        assert!(table.contains(&format!("| {name} ")), "{table}");
+        let steps: Vec<_> = log.iter().filter(|row| row["sae"] == *name).map(|row| &row["step"]).collect();
+        assert_eq!(steps, [0, 5, 10, 15, 19]);
+        assert!(desk.json(&format!("sweep/{name}/eval.json"))["frac_features_recovered"].is_number());
+    }
+    // One of them alone ends on the same weights: neighbours share the stream and nothing else.
+    let name = names.iter().find(|name| name.contains("k=8") && name.contains("lr=0.003")).unwrap();
+    let alone = format!("saes:\n{sae}").replace("warmup_steps", "lr: 3e-3, warmup_steps").replace("{dict", "{k: 8, dict");
+    desk.write("alone.yaml", &format!("{head}output_dir: alone\n{alone}{rest}"));
+    desk.ok(&["train", "alone.yaml"]);
+    let weights = |sae: &str| fs::read(desk.path(&format!("{sae}/ae.safetensors"))).unwrap();
+    assert!(weights(&format!("sweep/{name}")) == weights("alone/a"), "a neighbour has changed something");
+}
+
+#[test]
+fn an_annealed_k_loads_again() {
+    let desk = Desk::new();
+    tensors::write(&desk.path("x.safetensors"), &[("x", Tensor::randn([4, 32], (Kind::Float, Device::Cpu)))]).unwrap();
+    for method in ["top_k", "batch_top_k"] {
+        let fields = "warmup_steps: 2, threshold_start_step: 2, k_anneal_steps: 15";
+        let saes = format!(
+            "saes:\n- trainer: {{type: {method}, {fields}}}\n  dictionary: {{dict_size: 64, k: 4}}\nmetrics: []\n\
+             stop_after: 9\n"
+        );
+        desk.write("config.yaml", &tensor_file_config(20, &saes));
+        desk.ok(&["train", "config.yaml", "--output-dir", method]);
+        let sae = format!("{method}/{method}");
+        let k = |sae: &str| TensorFile::open(&desk.path(&format!("{sae}/ae.safetensors"))).unwrap().tensor("k").unwrap();
+        // After step 8 of 15: 32 · 7/15 + 4 · 8/15.
+        assert_eq!(k(&sae).int64_value(&[]), 17);
+        assert_eq!(desk.json(&format!("{sae}/config.json"))["trainer"]["k"], 17);
+        desk.ok(&["encode", &sae, "--input", "x.safetensors", "--output", "y.safetensors"]);
+        desk.ok(&["train", "config.yaml", "--output-dir", method, "--resume", "--set", "stop_after=null"]);
+        assert_eq!(k(&sae).int64_value(&[]), 4);
+    }
+}
+
+#[test]
 fn a_baseline_runs_beside_the_others() {
     let desk = Desk::new();
     let baseline = "- {name: baseline, dictionary: {type: identity}, trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}";

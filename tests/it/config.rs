@@ -103,6 +103,54 @@ fn wrong_configs() {
         ),
     );
     case("a warm-up that never ends", format!("{SOURCE}{SAES}steps: 4\n"));
+    let pair = |trainer: &str, dictionary: &str| {
+        format!("{SOURCE}steps: 100\nsaes:\n- trainer: {{{trainer}}}\n  dictionary: {{{dictionary}}}\n")
+    };
+    let short = "warmup_steps: 5, sparsity_warmup_steps: 5";
+    case("top_k on a gated dictionary", pair("type: top_k, warmup_steps: 5", "type: gated"));
+    case("gated without a gate", pair(&format!("type: gated, {short}"), "type: auto_encoder"));
+    case("gated_anneal without a gate", pair(&format!("type: gated_anneal, {short}"), "type: jump_relu"));
+    case("jump_relu without thresholds", pair("type: jump_relu", "type: top_k, k: 4"));
+    case("a penalty that would keep no threshold", pair(&format!("type: standard, {short}"), "type: batch_top_k, k: 4"));
+    case("Matryoshka without groups", pair("type: matryoshka_batch_top_k", "type: batch_top_k, k: 4"));
+    case(
+        "groups that do not add up",
+        pair(
+            "type: matryoshka_batch_top_k, warmup_steps: 5",
+            "type: matryoshka_batch_top_k, k: 4, group_fractions: [0.5, 0.4]",
+        ),
+    );
+    case(
+        "a group without a feature",
+        pair(
+            "type: matryoshka_batch_top_k, warmup_steps: 5",
+            "type: matryoshka_batch_top_k, k: 4, group_fractions: [0.001, 0.999]",
+        ),
+    );
+    case(
+        "weights for other groups",
+        pair(
+            "type: matryoshka_batch_top_k, warmup_steps: 5, group_weights: [1, 1, 1]",
+            "type: matryoshka_batch_top_k, k: 4, group_fractions: [0.5, 0.5]",
+        ),
+    );
+    case("no groups", pair("type: matryoshka_batch_top_k", "type: matryoshka_batch_top_k, k: 4"));
+    case("a window of no width", pair(&format!("type: jump_relu, {short}, bandwidth: 0"), "type: jump_relu"));
+    case("an unknown estimator", pair("type: jump_relu, ste_on: preactivation", "type: jump_relu"));
+    case("an annealing after the end", pair(&format!("type: p_anneal, {short}"), "type: auto_encoder"));
+    let anneal = |fields: &str| pair(&format!("type: p_anneal, {short}, anneal_start: 50, {fields}"), "type: auto_encoder");
+    case("an annealing that ends before it starts", anneal("anneal_end: 20"));
+    case("more updates than steps", anneal("anneal_end: 55, n_sparsity_updates: 10"));
+    case("updates that are no number", anneal("n_sparsity_updates: often"));
+    case("an unknown penalty", anneal("sparsity_function: L1"));
+    case("resampling what cannot be", pair(&format!("type: standard, {short}, resample_steps: 20"), "type: identity"));
+    let synthetic = |fields: &str| format!("source: {{type: synthetic, {fields}}}\nsteps: 100\n{SAES}");
+    case("more active features than there are", synthetic("n_features: 4"));
+    case("magnitudes the wrong way round", synthetic("magnitude: [2, 1]"));
+    case(
+        "a truth that nobody knows",
+        format!("{SOURCE}{SAES}steps: 100\nmetrics: [{{type: ground_truth_recovery}}]\n"),
+    );
     case("a sweep that is not a list", format!("{SOURCE}{SAES}  sweep: {{trainer.lr: 1e-3}}\n"));
     case("in_to_out of one value", lm_with("gpt_neox.layers.1", "blocks.1.hook_resid_post\n  io: in_to_out"));
     case("a sweep over an unknown key", format!("{SOURCE}{SAES}  sweep: {{trainer.lrr: [1e-3, 1e-4]}}\n"));

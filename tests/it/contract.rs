@@ -10,6 +10,7 @@ use dictlearn_core::dictionary::DictionaryCx;
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::{self, component, components, Component, Kind as Slot};
 use dictlearn_core::source::SourceCx;
+use dictlearn_core::top_k::Selection;
 use dictlearn_core::training::{Training, TrainingCx};
 use dictlearn_core::{evaluate, saved, tensors};
 use tempfile::TempDir;
@@ -138,7 +139,10 @@ fn a_dictionary_encodes_decodes_and_is_read_back() {
         assert_eq!(features.size(), [50, dims.features], "{name}");
         assert_eq!(x_hat.size(), [50, dims.output], "{name}");
         assert_eq!(dictionary.decode(&dictionary.encode(&x)), x_hat, "{name}: reconstruct is not decode after encode");
-        assert_eq!(dictionary.forward(&x).features, features, "{name}: forward is not encode");
+        // Training encodes as users do, but for what is selected over a batch, which users select by a threshold.
+        if !dictionary.selection().is_some_and(Selection::by_threshold) {
+            assert_eq!(dictionary.forward(&x).features, features, "{name}: forward is not encode");
+        }
         // Three dimensions, as a model has them, are as good as two.
         let three = dictionary.reconstruct(&x.view([5, 10, D])).0.view([50, dims.output]);
         assert!((three - &x_hat).abs().max().double_value(&[]) < 1e-5, "{name}: [B, L, d]");
@@ -161,6 +165,11 @@ fn scaled_biases_take_scaled_activations() {
         for (_, tensor) in dictionary.parameters() {
             if tensor.dim() == 1 {
                 let _ = tch::no_grad(|| tensor.shallow_clone().uniform_(0.0, 0.1));
+            }
+        }
+        for (_, tensor) in dictionary.buffers() {
+            if tensor.kind() == Kind::Float {
+                let _ = tensor.shallow_clone().fill_(0.05);
             }
         }
         let scale = 3.0;
@@ -228,10 +237,165 @@ fn a_trainer_learns_logs_and_resumes() {
                 resumed.step(step as u64, batch, false).unwrap();
             }
         }
+        if logged.trainer.constraints().unit_norm_decoder {
+            let norms = logged.dictionary.decoder().expect("a decoder to constrain").norms();
+            let apart = (norms - 1.0).abs().max().double_value(&[]);
+            assert!(apart < 1e-5, "{name}: the decoder's norms are off by {apart}");
+        }
         let last = explained[explained.len() - 20..].iter().sum::<f64>() / 20.0;
         assert!(last > 0.3 && last > explained[0], "{name} has learnt nothing: {} -> {last}", explained[0]);
         assert_eq!(weights(&logged), weights(&silent), "{name}: logging changes the run");
         assert_eq!(weights(&resumed), weights(&silent), "{name}: a resumed run ends elsewhere");
+    }
+}
+
+#[test]
+fn a_step_on_what_is_not_finite_is_refused_and_changes_nothing() {
+    let batches = batches();
+    for trainer in components(Slot::Trainer) {
+        let name = trainer.name;
+        let mut training = Training::new(&sae(trainer), &training_cx()).unwrap();
+        // At the first step, which initialises, and later, when counters and thresholds are kept.
+        for good in [0, 80] {
+            for (step, batch) in batches[..good].iter().enumerate() {
+                training.step(step as u64, batch, false).unwrap();
+            }
+            let before = training.state().unwrap();
+            for bad in [f64::NAN, f64::INFINITY] {
+                let x = batches[good].x.copy();
+                let _ = x.get(3).get(5).fill_(bad);
+                let error = training.step(good as u64, &Batch::of(x), true).unwrap_err();
+                assert!(error.is::<InputError>(), "{name}: {error:#}");
+                assert!(error.to_string().contains(&format!("step {good}: the loss of SAE `{name}`")), "{error:#}");
+                assert!(training.state().unwrap() == before, "{name}: a step that was refused has changed something");
+            }
+        }
+    }
+}
+
+/// The terms of a loss, each computed as in a step.
+fn terms(training: &mut Training, batch: &Batch, step: u64) -> Terms {
+    let mut terms = Terms::new();
+    // What the loss counts is set back, so that it is the same function every time.
+    let counters = training.trainer.state().unwrap();
+    let pass = Pass::forward(&*training.trainer, &*training.dictionary, batch, step, false);
+    training.trainer.loss(&pass, &mut terms).unwrap();
+    if let Some((name, value)) = training.dictionary.auxiliary_loss(batch, &pass.code) {
+        terms.add(name, value, 1.0);
+    }
+    training.trainer.restore(&counters).unwrap();
+    terms
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    const STEP: u64 = 100;
+    let batches = batches();
+    for trainer in components(Slot::Trainer) {
+        let mut training = Training::new(&sae(trainer), &training_cx()).unwrap();
+        for (step, batch) in batches[..STEP as usize].iter().enumerate() {
+            training.step(step as u64, batch, false).unwrap();
+        }
+        // From here on in float64, in which differences are worth something.
+        for (_, mut parameter) in training.dictionary.parameters() {
+            parameter.set_data(&parameter.detach().to_kind(Kind::Double));
+            parameter.zero_grad();
+        }
+        let batch = Batch::of(batches[STEP as usize].x.to_kind(Kind::Double));
+        let auxiliary = {
+            let code = training.dictionary.forward(&batch.x);
+            training.dictionary.auxiliary_loss(&batch, &code).map(|(name, _)| name)
+        };
+        let decodes = |training: &Training, parameter: &Tensor| {
+            parameter.shallow_clone().zero_grad();
+            let features = training.dictionary.encode(&batch.x).detach();
+            training.dictionary.decode(&features).sum(Kind::Double).backward();
+            parameter.grad().defined() && parameter.grad().abs().max().double_value(&[]) > 0.0
+        };
+        let names: Vec<&str> = terms(&mut training, &batch, STEP).iter().map(|term| term.name).collect();
+        for (parameter_name, parameter) in training.dictionary.parameters() {
+            let mut verified = false;
+            let mut straight_through = false;
+            for name in &names {
+                let what = format!("{}: {name} by {parameter_name}", trainer.name);
+                let value = |training: &mut Training| terms(training, &batch, STEP).get_mut(name).unwrap().value.copy();
+                // An auxiliary loss may stop the gradient to what decodes, and then is no function of it any more.
+                if auxiliary == Some(*name) && decodes(&training, &parameter) {
+                    continue;
+                }
+                for (_, parameter) in training.dictionary.parameters() {
+                    parameter.shallow_clone().zero_grad();
+                }
+                let term = value(&mut training);
+                if !term.requires_grad() {
+                    continue;
+                }
+                term.backward();
+                let grad = parameter.grad();
+                if !grad.defined() || grad.abs().max().double_value(&[]) == 0.0 {
+                    // The term does not depend on it, or stops its gradient.
+                    continue;
+                }
+                let grad = grad.copy();
+                let direction = parameter.detach().randn_like();
+                let direction = &direction / direction.norm();
+                let h = 1e-6;
+                let mut at = |distance: f64| {
+                    let mut moved = parameter.shallow_clone();
+                    tch::no_grad(|| moved += &direction * distance);
+                    let value = value(&mut training).double_value(&[]);
+                    tch::no_grad(|| moved -= &direction * distance);
+                    value
+                };
+                let difference = (at(h) - at(-h)) / (2.0 * h);
+                if difference.abs() < 1e-9 {
+                    // A step function, which a straight-through estimator stands in for.
+                    straight_through = true;
+                    continue;
+                }
+                let along = (grad * &direction).sum(Kind::Double).double_value(&[]);
+                assert!(
+                    (along - difference).abs() < 1e-5 * difference.abs().max(1e-3),
+                    "{what}: {along}, but by differences {difference}"
+                );
+                verified = true;
+            }
+            assert!(verified || straight_through, "{}: nothing depends on {parameter_name}", trainer.name);
+            assert!(verified || !parameter_name.contains("enc"), "{}: {parameter_name}", trainer.name);
+        }
+    }
+}
+
+#[test]
+fn any_trainer_trains_any_dictionary_or_says_why_not() {
+    let batches = batches();
+    for trainer in components(Slot::Trainer) {
+        for dictionary in components(Slot::Dictionary) {
+            let pair = format!("{} on {}", trainer.name, dictionary.name);
+            let sae = SaeConfig { dictionary: from_yaml(dictionary.example).unwrap(), ..sae(trainer) };
+            let mut training = match Training::new(&sae, &training_cx()) {
+                Ok(training) => training,
+                Err(error) => {
+                    let error = error.downcast::<InputError>().expect("a refusal that says why");
+                    let message = format!("{error:?}");
+                    assert!(message.contains("cannot train the class"), "{pair}: {message}");
+                    assert_ne!(trainer.usual_dictionary, Some(dictionary.name), "{pair}: {message}");
+                    continue;
+                }
+            };
+            let mut explained = Vec::new();
+            for (step, batch) in batches[..60].iter().enumerate() {
+                let row = training.step(step as u64, batch, true).unwrap().unwrap();
+                explained.push(row["frac_variance_explained"].as_f64().unwrap());
+            }
+            let last = explained[50..].iter().sum::<f64>() / 10.0;
+            let first = explained[0];
+            let learnt = 1.0 - last < 0.9 * (1.0 - first) || training.dictionary.parameters().is_empty();
+            assert!(learnt, "{pair} has learnt nothing: {} -> {last}", explained[0]);
+            for (name, tensor) in training.dictionary.state_dict() {
+                assert!(bool::try_from(tensor.isfinite().all()).unwrap(), "{pair}: {name} is not finite");
+            }
+        }
     }
 }
 

@@ -1,8 +1,13 @@
 //! A config that shows one component at work, for `dictlearn describe`.
 
+use anyhow::Result;
 use serde_yaml::{Mapping, Value};
 
+use super::from_yaml;
+use crate::device::Precision;
+use crate::metric::MetricConfig;
 use crate::registry::{component, components, usual, Component, Kind};
+use crate::source::{SourceConfig, SourceCx};
 
 /// A whole config with the component's example in its slot and usual ones around it; `None` for what no config names.
 pub fn example(shown: &Component) -> Option<String> {
@@ -19,14 +24,17 @@ pub fn example(shown: &Component) -> Option<String> {
         _ => {
             let trainers = components(Kind::Trainer);
             let own = trainers.iter().copied().find(|trainer| trainer.usual_dictionary == Some(shown.name));
-            own.or(trainers.first().copied())?
+            own.or_else(|| trainers.into_iter().find(|trainer| trainer.usual))?
         }
     };
     let dictionary = match shown.kind {
         Kind::Dictionary => shown,
         _ => component(Kind::Dictionary, trainer.usual_dictionary?)?,
     };
-    let mut source = of(Kind::Source)?;
+    let mut source = match shown.kind {
+        Kind::Metric => suiting(shown)?,
+        _ => of(Kind::Source)?,
+    };
     let mut sae =
         Mapping::from_iter([("dictionary".into(), parsed(dictionary)?), ("trainer".into(), parsed(trainer)?)]);
     let mut config = Mapping::from_iter([("steps".into(), 100.into())]);
@@ -50,4 +58,18 @@ pub fn example(shown: &Component) -> Option<String> {
     config.insert("source".into(), source);
     config.insert("saes".into(), Value::Sequence(vec![sae.into()]));
     serde_yaml::to_string(&config).ok()
+}
+
+/// The example of a source that a metric can be computed on, a usual one if possible.
+fn suiting(metric: &Component) -> Option<Value> {
+    let metric: Box<dyn MetricConfig> = from_yaml(metric.example).ok()?;
+    let cx = SourceCx { seed: 0, device: tch::Device::Cpu, precision: Precision::Float32 };
+    let mut sources = components(Kind::Source);
+    sources.sort_by_key(|source| !source.usual);
+    let suits = |source: &Component| -> Result<bool> {
+        let config: Box<dyn SourceConfig> = from_yaml(source.example)?;
+        Ok(metric.build()?.refuses(&mut *config.build(&cx)?).is_none())
+    };
+    let source = sources.into_iter().find(|source| suits(source).unwrap_or(false))?;
+    serde_yaml::from_str(source.example).ok()
 }

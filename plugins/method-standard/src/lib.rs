@@ -187,6 +187,7 @@ register! {
     paper: "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
     example: "{type: standard, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
     usual_dictionary: DICTIONARY,
+    usual: true,
 }
 
 #[typetag::serde(name = TRAINER)]
