@@ -244,7 +244,11 @@ impl dyn Dictionary + '_ {
             .filter(|trainer| own.is_some() && trainer.usual_dictionary == own.map(|saved| saved.name))
             .map(|trainer| format!("`{}`", trainer.name))
             .collect();
-        if names.is_empty() { "another trainer".to_owned() } else { format!("the trainer {}", names.join(" or ")) }
+        if names.is_empty() {
+            "another trainer".to_owned()
+        } else {
+            format!("the trainer {}", names.join(" or "))
+        }
     }
 
     /// Every saved tensor: parameters, then buffers.

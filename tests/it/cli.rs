@@ -81,7 +81,8 @@ fn a_sweep_trains_side_by_side_on_one_stream() {
     }
     // One of them alone ends on the same weights: neighbours share the stream and nothing else.
     let name = names.iter().find(|name| name.contains("k=8") && name.contains("lr=0.003")).unwrap();
-    let alone = format!("saes:\n{sae}").replace("warmup_steps", "lr: 3e-3, warmup_steps").replace("{dict", "{k: 8, dict");
+    let alone =
+        format!("saes:\n{sae}").replace("warmup_steps", "lr: 3e-3, warmup_steps").replace("{dict", "{k: 8, dict");
     desk.write("alone.yaml", &format!("{head}output_dir: alone\n{alone}{rest}"));
     desk.ok(&["train", "alone.yaml"]);
     let weights = |sae: &str| fs::read(desk.path(&format!("{sae}/ae.safetensors"))).unwrap();
@@ -101,7 +102,8 @@ fn an_annealed_k_loads_again() {
         desk.write("config.yaml", &tensor_file_config(20, &saes));
         desk.ok(&["train", "config.yaml", "--output-dir", method]);
         let sae = format!("{method}/{method}");
-        let k = |sae: &str| TensorFile::open(&desk.path(&format!("{sae}/ae.safetensors"))).unwrap().tensor("k").unwrap();
+        let k =
+            |sae: &str| TensorFile::open(&desk.path(&format!("{sae}/ae.safetensors"))).unwrap().tensor("k").unwrap();
         // After step 8 of 15: 32 · 7/15 + 4 · 8/15.
         assert_eq!(k(&sae).int64_value(&[]), 17);
         assert_eq!(desk.json(&format!("{sae}/config.json"))["trainer"]["k"], 17);

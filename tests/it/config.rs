@@ -111,7 +111,10 @@ fn wrong_configs() {
     case("gated without a gate", pair(&format!("type: gated, {short}"), "type: auto_encoder"));
     case("gated_anneal without a gate", pair(&format!("type: gated_anneal, {short}"), "type: jump_relu"));
     case("jump_relu without thresholds", pair("type: jump_relu", "type: top_k, k: 4"));
-    case("a penalty that would keep no threshold", pair(&format!("type: standard, {short}"), "type: batch_top_k, k: 4"));
+    case(
+        "a penalty that would keep no threshold",
+        pair(&format!("type: standard, {short}"), "type: batch_top_k, k: 4"),
+    );
     case("Matryoshka without groups", pair("type: matryoshka_batch_top_k", "type: batch_top_k, k: 4"));
     case(
         "groups that do not add up",
@@ -138,7 +141,8 @@ fn wrong_configs() {
     case("a window of no width", pair(&format!("type: jump_relu, {short}, bandwidth: 0"), "type: jump_relu"));
     case("an unknown estimator", pair("type: jump_relu, ste_on: preactivation", "type: jump_relu"));
     case("an annealing after the end", pair(&format!("type: p_anneal, {short}"), "type: auto_encoder"));
-    let anneal = |fields: &str| pair(&format!("type: p_anneal, {short}, anneal_start: 50, {fields}"), "type: auto_encoder");
+    let anneal =
+        |fields: &str| pair(&format!("type: p_anneal, {short}, anneal_start: 50, {fields}"), "type: auto_encoder");
     case("an annealing that ends before it starts", anneal("anneal_end: 20"));
     case("more updates than steps", anneal("anneal_end: 55, n_sparsity_updates: 10"));
     case("updates that are no number", anneal("n_sparsity_updates: often"));

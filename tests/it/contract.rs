@@ -367,6 +367,43 @@ fn gradients_are_those_of_finite_differences() {
 }
 
 #[test]
+fn resampling_revives_the_dead_in_every_trainer_that_offers_it() {
+    let batches = batches();
+    let mut offered = 0;
+    for trainer in components(Slot::Trainer) {
+        if (trainer.schema)().get("properties").is_none_or(|fields| fields.get("resample_steps").is_none()) {
+            continue;
+        }
+        offered += 1;
+        for weight in ["loss", "loss_squared"] {
+            let what = format!("{} by {weight}", trainer.name);
+            let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
+            fields.insert("resample_steps".into(), 15.into());
+            fields.insert("resample_weight".into(), weight.into());
+            let yaml = serde_yaml::to_string(&fields).unwrap();
+            let sae = SaeConfig { trainer: from_yaml(&yaml).unwrap(), ..sae(trainer) };
+            let mut training = Training::new(&sae, &training_cx()).unwrap();
+            let encoder = training.dictionary.encoder().expect("an encoder to resample");
+            for (name, parameter) in training.dictionary.parameters() {
+                if encoder.biases.contains(&name) {
+                    let _ = tch::no_grad(|| parameter.narrow(0, 0, 4).fill_(-1e3));
+                }
+            }
+            let fire = |training: &Training| {
+                let features = tch::no_grad(|| training.dictionary.encode(&batches[0].x)).narrow(1, 0, 4);
+                features.gt(0.0).any_dim(0, false).sum(Kind::Int64).int64_value(&[])
+            };
+            for (step, batch) in batches[..31].iter().enumerate() {
+                training.step(step as u64, batch, false).unwrap();
+                assert!(step >= 14 || fire(&training) == 0, "{what}: step {step}");
+            }
+            assert_eq!(fire(&training), 4, "{what}: some are still dead");
+        }
+    }
+    assert!(offered > 0);
+}
+
+#[test]
 fn any_trainer_trains_any_dictionary_or_says_why_not() {
     let batches = batches();
     for trainer in components(Slot::Trainer) {

@@ -86,8 +86,7 @@ fn golden_run(case: &str) {
     assert_eq!(log.len(), reference.len());
     for (step, (own, theirs)) in log.iter().zip(reference).enumerate() {
         assert_eq!(own["step"], theirs["step"]);
-        let names =
-            ["effective_l0", "dead_features", "pre_norm_auxk_loss", "p", "next_p", "lp_loss", "scaled_lp_loss"];
+        let names = ["effective_l0", "dead_features", "pre_norm_auxk_loss", "p", "next_p", "lp_loss", "scaled_lp_loss"];
         for name in names.into_iter().chain(["sparsity_coeff"]) {
             let Some(theirs) = theirs.get(name).and_then(Value::as_f64) else { continue };
             let own = own[name].as_f64().unwrap_or_else(|| panic!("{case}: step {step} logs no {name}"));

@@ -13,7 +13,7 @@
 //! x̂_gate = W_d ReLU(π) + b_d,   no gradient to W_d and b_d
 //! ```
 //!
-//! The step 1[π > 0] has no gradient, so the gate learns from the last two terms alone. The dictionary therefore
+//! The step `1[π > 0]` has no gradient, so the gate learns from the last two terms alone. The dictionary therefore
 //! carries its sparsity in ReLU(π) ([`Code::penalized`]) and brings the last term along
 //! ([`Dictionary::auxiliary_loss`]): `standard` and `p_anneal` train it too.
 //!

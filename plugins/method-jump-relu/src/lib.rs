@@ -326,7 +326,8 @@ impl Trainer for JumpReluTrainer {
             SteOn::PreActivation => pass.code.extra("pre_activations")?,
         };
         let one = Tensor::ones([0_i64; 0], (features.kind(), features.device()));
-        let active = features.gt_tensor(&dictionary.threshold) + dictionary.straight_through(seen, &one, self.bandwidth);
+        let active =
+            features.gt_tensor(&dictionary.threshold) + dictionary.straight_through(seen, &one, self.bandwidth);
         let l0 = mean_of_sums(&active);
         let penalty = self.sparsity_penalty * self.schedule.sparsity_factor(pass.step);
         terms.add("sparsity_loss", (l0 / self.target_l0 - 1.0).square(), penalty);

@@ -261,7 +261,8 @@ impl TrainerConfig for MatryoshkaConfig {
                 .help("it must be at least 0"));
         }
         let (weights_saved, sizes_saved) = (weights.clone().into(), dictionary.groups.clone().into());
-        let trainer = TopKTrainer::new(NAME, self.settings(), cx, move |pass, terms| reconstruction(&weights, pass, terms))?;
+        let trainer =
+            TopKTrainer::new(NAME, self.settings(), cx, move |pass, terms| reconstruction(&weights, pass, terms))?;
         Ok(Box::new(trainer.with_setting("group_weights", weights_saved).with_setting("group_sizes", sizes_saved)))
     }
 
@@ -274,7 +275,8 @@ impl TrainerConfig for MatryoshkaConfig {
 fn reconstruction(weights: &[f64], pass: &Pass, terms: &mut Terms) -> Result<()> {
     let Some(dictionary) = pass.dictionary.downcast::<Matryoshka>() else { bail!("not a Matryoshka dictionary") };
     let groups = &dictionary.groups;
-    let (features, rows) = (pass.code.features.split_with_sizes(groups, 1), dictionary.w_dec.split_with_sizes(groups, 0));
+    let (features, rows) =
+        (pass.code.features.split_with_sizes(groups, 1), dictionary.w_dec.split_with_sizes(groups, 0));
     // What the groups before have left to reconstruct; the last leaves what the whole dictionary does.
     let mut residual = &pass.batch.target - &dictionary.b_dec;
     let mut losses = Vec::with_capacity(groups.len());

@@ -269,12 +269,7 @@ struct Annealing {
 }
 
 impl Annealing {
-    fn new(
-        (p_start, p_end): (f64, f64),
-        (start, end): (u64, u64),
-        updates: Updates,
-        steps: u64,
-    ) -> Result<Self> {
+    fn new((p_start, p_end): (f64, f64), (start, end): (u64, u64), updates: Updates, steps: u64) -> Result<Self> {
         if start >= steps {
             bail!(InputError::new(format!("`anneal_start` is {start}, but the run has only {steps} steps"))
                 .field("anneal_start")

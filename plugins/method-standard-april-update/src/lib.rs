@@ -23,7 +23,8 @@ use dictlearn_core::prelude::*;
 
 const DICTIONARY: &str = "auto_encoder_new";
 const TRAINER: &str = "standard_april_update";
-const PAPER: &str = "Conerly et al. 2024, Update on How We Train SAEs, https://transformer-circuits.pub/2024/april-update";
+const PAPER: &str =
+    "Conerly et al. 2024, Update on How We Train SAEs, https://transformer-circuits.pub/2024/april-update";
 
 /// The ReLU autoencoder without a bias on its input.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -220,12 +221,7 @@ impl TrainerConfig for AprilUpdateConfig {
             sparsity_warmup_steps: self.sparsity_warmup_steps,
         }
         .check()?;
-        Ok(Box::new(AprilUpdate {
-            lr: self.lr,
-            l1_penalty: self.l1_penalty,
-            schedule,
-            norm_weight: self.norm_weight,
-        }))
+        Ok(Box::new(AprilUpdate { lr: self.lr, l1_penalty: self.l1_penalty, schedule, norm_weight: self.norm_weight }))
     }
 
     fn class(&self) -> &'static str {
@@ -284,7 +280,8 @@ mod tests {
             let _ = dictionary.encoder_weight.fill_(1.0);
             let _ = dictionary.decoder_weight.fill_(-3.0);
         });
-        let config = AprilUpdateConfig { norm_weight, warmup_steps: 0, sparsity_warmup_steps: None, ..Default::default() };
+        let config =
+            AprilUpdateConfig { norm_weight, warmup_steps: 0, sparsity_warmup_steps: None, ..Default::default() };
         let mut trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();
         let batch = Batch::of(Tensor::from_slice2(&[[2.0f32]]));
         let pass = Pass::forward(&*trainer, &dictionary, &batch, 0, false);

@@ -195,7 +195,8 @@ impl ActivationSource for Synthetic {
     fn next_batch(&mut self) -> Result<Option<Batch>> {
         let mut x = self.features().to_device(self.device).matmul(&self.directions);
         if self.noise > 0.0 {
-            x += normal(&mut self.rng, [self.batch_size, self.directions.size()[1]]).to_device(self.device) * self.noise;
+            x +=
+                normal(&mut self.rng, [self.batch_size, self.directions.size()[1]]).to_device(self.device) * self.noise;
         }
         Ok(Some(Batch::of(x)))
     }
