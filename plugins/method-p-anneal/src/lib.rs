@@ -19,8 +19,9 @@
 //!
 //! Where this differs from the reference: resampling works (there it writes to a copy); `p_end: 0` is defined. At p = 0
 //! the penalty is the number of active features in both forms, the limit of Lp^p, and has no gradient: an annealing
-//! that reaches it presses no more. With `anneal_end` at its default, the end of the run, it is not reached. Without
-//! any active feature λ stays as it is.
+//! that reaches it presses no more. With `anneal_end` at its default, the end of the run, it is not reached. Where the
+//! ratio of the norms is no number above 0 (no feature is active, or ‖a‖_p with a p near 0 is too large for a float32)
+//! p and λ stay as they are.
 
 use std::collections::VecDeque;
 
@@ -307,7 +308,7 @@ impl Annealing {
 }
 
 /// Where the annealing stands.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone)]
 struct Annealed {
     p: f64,
     next_p: Option<f64>,
@@ -356,14 +357,12 @@ impl PAnneal {
         if !self.annealing.due(step, state.updates) {
             return;
         }
-        if state.next_p.is_some() {
-            let (old, new) = state.queue.iter().fold((0.0, 0.0), |sums, (old, new)| (sums.0 + old, sums.1 + new));
-            let ratio = old / new;
-            if ratio.is_finite() && ratio > 0.0 {
-                state.coefficient *= ratio;
-            }
+        let (old, new) = state.queue.iter().fold((0.0, 0.0), |sums, (old, new)| (sums.0 + old, sums.1 + new));
+        let ratio = if state.next_p.is_some() { old / new } else { 1.0 };
+        if ratio.is_finite() && ratio > 0.0 {
+            state.coefficient *= ratio;
+            state.p = values[state.updates];
         }
-        state.p = values[state.updates];
         state.next_p = Some(values.get(state.updates + 1).copied().unwrap_or(*p_end));
         state.updates += 1;
     }
@@ -422,7 +421,11 @@ impl Trainer for PAnneal {
 
     fn state(&self) -> Result<State> {
         let mut state = State::new();
-        state.put("annealed", &self.state)?;
+        let Annealed { p, next_p, updates, coefficient, queue } = &self.state;
+        state.put("annealed", (p, next_p, updates, coefficient))?;
+        // A tensor and not JSON, which has no infinity.
+        let queue: Vec<f64> = queue.iter().flat_map(|(old, new)| [*old, *new]).collect();
+        state.put_tensor("queue", &Tensor::from_slice(&queue));
         if let Some(resampling) = &self.resampling {
             state.put_all("resampling", resampling.state());
         }
@@ -430,7 +433,10 @@ impl Trainer for PAnneal {
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
-        self.state = state.get("annealed")?;
+        let (p, next_p, updates, coefficient) = state.get("annealed")?;
+        let queue = Vec::<f64>::try_from(state.tensor("queue")?)?;
+        let queue = queue.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        self.state = Annealed { p, next_p, updates, coefficient, queue };
         self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.restore(&state.under("resampling")))
     }
 }
