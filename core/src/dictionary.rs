@@ -333,7 +333,7 @@ pub fn random_directions(dims: [i64; 2], norm: f64, device: Device) -> Tensor {
 }
 
 /// A matrix [rows, columns] of independent normal numbers.
-pub fn randn(size: [i64; 2], device: Device) -> Tensor {
+fn randn(size: [i64; 2], device: Device) -> Tensor {
     // Drawn on the CPU, so that a seed means the same weights on every device.
     Tensor::randn(size, (Kind::Float, Device::Cpu)).to_device(device)
 }

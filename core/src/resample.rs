@@ -27,7 +27,7 @@ pub enum ResampleWeight {
 }
 
 /// Whether the features of a dictionary can be resampled.
-pub fn can_resample(dictionary: &dyn Dictionary) -> bool {
+fn can_resample(dictionary: &dyn Dictionary) -> bool {
     dictionary.encoder().is_some() && dictionary.decoder().is_some()
 }
 
@@ -93,7 +93,7 @@ impl Resampling {
 /// Each draws an activation of the batch without replacement. Its decoder direction becomes the activation's
 /// direction, its encoder row the activation times 0.2 times the mean norm of the living rows, its biases 0, its
 /// moments 0.
-pub fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result<i64> {
+fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result<i64> {
     tch::no_grad(|| {
         let dead_indices = Vec::<i64>::try_from(dead.nonzero().reshape([-1]))?;
         if dead_indices.is_empty() {
