@@ -15,6 +15,7 @@ use crate::rng::{rng, Rng};
 use crate::saved;
 use crate::source::Batch;
 use crate::state::State;
+use crate::top_k::Selection;
 use crate::trainer::{float, AfterStep, Pass, Terms, Trainer, TrainerCx};
 
 /// What a dictionary in training is built for.
@@ -70,7 +71,12 @@ impl Training {
             .field("dictionary"));
         }
         if let Some(path) = &config.init_from {
+            // A file may hold a k that annealing was on its way from; the config says the one to train.
+            let k = dictionary.selection().map(Selection::k);
             saved::load_weights(&mut *dictionary, path.as_path()).under("init_from")?;
+            if let Some((k, selection)) = k.zip(dictionary.selection_mut()) {
+                selection.set_k(k);
+            }
         }
         let trainer_cx = TrainerCx { dictionary: &*dictionary, steps: cx.steps, seed: cx.seed };
         let trainer = config.trainer.build(&trainer_cx).under("trainer")?;

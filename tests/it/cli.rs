@@ -108,6 +108,12 @@ fn an_annealed_k_loads_again() {
         assert_eq!(k(&sae).int64_value(&[]), 17);
         assert_eq!(desk.json(&format!("{sae}/config.json"))["trainer"]["k"], 17);
         desk.ok(&["encode", &sae, "--input", "x.safetensors", "--output", "y.safetensors"]);
+        // Started from it, a new run has the k of its config.
+        let init = format!("saes[0].init_from={sae}");
+        let fields = ["--set", &init, "--set", "saes[0].trainer.k_anneal_steps=null"];
+        desk.ok(&[&["train", "config.yaml", "--output-dir", "new"], &fields[..]].concat());
+        assert_eq!(k(&format!("new/{method}")).int64_value(&[]), 4);
+        std::fs::remove_dir_all(desk.path("new")).unwrap();
         desk.ok(&["train", "config.yaml", "--output-dir", method, "--resume", "--set", "stop_after=null"]);
         assert_eq!(k(&sae).int64_value(&[]), 4);
     }
