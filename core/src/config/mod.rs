@@ -98,7 +98,7 @@ pub struct SaeConfig {
     /// What is changed about the trainer.
     #[serde(default)]
     pub modifiers: Vec<Box<dyn ModifierConfig>>,
-    /// Weights to start from: an SAE's directory or a .safetensors file with its tensors.
+    /// Weights to start from: an SAE's directory or a .safetensors file with its tensors. `k` stays the dictionary's.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
 }
