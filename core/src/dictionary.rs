@@ -321,12 +321,13 @@ pub fn saved_shape<const N: usize>(tensors: &BTreeMap<String, Tensor>, name: &st
     })
 }
 
-/// Zeros that will be trained.
+/// A tensor as a parameter, to be trained.
 pub fn trained(tensor: Tensor) -> Tensor {
     tensor.detach().set_requires_grad(true)
 }
 
-/// Random directions of that norm, the columns of a decoder [d, F].
+/// Random directions of that norm, the columns of a decoder [d, F]: uniform on the sphere (some of the reference's
+/// dictionaries draw from a cube and normalise).
 pub fn random_directions(dims: [i64; 2], norm: f64, device: Device) -> Tensor {
     let directions = randn(dims, device);
     &directions / directions.norm_scalaropt_dim(2.0, [0], true) * norm

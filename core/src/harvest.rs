@@ -69,6 +69,11 @@ impl Shards<'_> {
         limit: Option<i64>,
         interrupt: &Interrupt,
     ) -> Result<Harvested> {
+        if limit.is_none() && source.is_endless() {
+            bail!(InputError::new("the source has no end")
+                .field("source")
+                .help("say how many activations: `--limit COUNT`"));
+        }
         let mut progress = Progress::counting("activations", limit.map(|limit| limit as u64));
         let (mut count, mut interrupted) = (0, false);
         while limit.is_none_or(|limit| count < limit) {

@@ -95,6 +95,11 @@ pub trait ActivationSource: Send {
         None
     }
 
+    /// Whether a pass has no end.
+    fn is_endless(&self) -> bool {
+        false
+    }
+
     /// Mean over activations of the squared norm, ‖x‖², from a sample at the beginning of the stream. No activation is
     /// lost to training by it.
     fn mean_squared_norm(&mut self) -> Result<f64>;

@@ -237,8 +237,9 @@ macro_rules! top_k_config {
 
 /// A trainer of the family: everything but the reconstruction loss, which is the method's own.
 ///
-/// The parameter `b_dec` starts at the geometric median of the first batch; the threshold's mean is kept from `threshold_start_step` on; k
-/// is annealed; dead features get the auxiliary loss. The decoder keeps norm 1, gradients are clipped to norm 1.
+/// The parameter `b_dec` starts at the geometric median of the first batch; the threshold's mean is kept from the step
+/// after `threshold_start_step` on; k is annealed; dead features get the auxiliary loss. The decoder keeps norm 1,
+/// gradients are clipped to norm 1.
 pub struct TopKTrainer<R> {
     settings: TopKSettings,
     lr: f64,
@@ -256,7 +257,6 @@ pub struct TopKTrainer<R> {
 #[derive(Default)]
 struct Log {
     effective_l0: i64,
-    dead_features: i64,
     pre_norm_auxk_loss: Option<Tensor>,
 }
 
@@ -334,7 +334,6 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
         let dead = self.fired.silent_for(self.settings.dead_feature_threshold);
         let dead = dead.nonzero().reshape([-1]);
         let count = dead.size()[0];
-        self.figures.dead_features = count;
         let Some(decoder) = pass.dictionary.decoder().filter(|_| count > 0) else {
             return Ok(Tensor::zeros([0_i64; 0], (residual.kind(), residual.device())));
         };
@@ -347,7 +346,12 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
         let loss = mean_of_sums(&(residual - kept.matmul(&directions)).square());
         self.figures.pre_norm_auxk_loss = Some(loss.detach());
         let centred = residual - residual.mean_dim([0].as_slice(), true, residual.kind());
-        Ok((loss / mean_of_sums(&centred.square())).nan_to_num(0.0, None::<f64>, None::<f64>))
+        let variance = mean_of_sums(&centred.square());
+        if variance.double_value(&[]) <= 0.0 {
+            // Of one activation, or of equal ones: dividing by it would make every gradient NaN.
+            return Ok(variance);
+        }
+        Ok(loss / variance)
     }
 }
 
@@ -411,7 +415,8 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> Trainer for TopKTrainer<R> {
 
     fn log(&self, row: &mut Map<String, Value>) {
         row.insert("effective_l0".to_owned(), self.figures.effective_l0.into());
-        row.insert("dead_features".to_owned(), self.figures.dead_features.into());
+        let dead = self.fired.silent_for(self.settings.dead_feature_threshold).sum(Kind::Int64).int64_value(&[]);
+        row.insert("dead_features".to_owned(), dead.into());
         // −1 where there is none, as the reference logs it.
         let pre_norm = self.figures.pre_norm_auxk_loss.as_ref().map_or(Value::from(-1), number);
         row.insert("pre_norm_auxk_loss".to_owned(), pre_norm);

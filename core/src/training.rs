@@ -15,7 +15,6 @@ use crate::rng::{rng, Rng};
 use crate::saved;
 use crate::source::Batch;
 use crate::state::State;
-use crate::top_k::Selection;
 use crate::trainer::{float, AfterStep, Pass, Terms, Trainer, TrainerCx};
 
 /// What a dictionary in training is built for.
@@ -71,12 +70,17 @@ impl Training {
             .field("dictionary"));
         }
         if let Some(path) = &config.init_from {
-            // A file may hold a k that annealing was on its way from; the config says the one to train.
-            let k = dictionary.selection().map(Selection::k);
+            // Counts are the config's (groups, and k: annealing may have been on its way when the file was saved).
+            let counts = |dictionary: &dyn Dictionary| {
+                let buffers = dictionary.buffers().into_iter();
+                buffers.map(|(_, tensor)| tensor).filter(|tensor| tensor.kind() != Kind::Float)
+            };
+            let configured: Vec<Tensor> = counts(&*dictionary).map(|tensor| tensor.copy()).collect();
             saved::load_weights(&mut *dictionary, path.as_path()).under("init_from")?;
-            if let Some((k, selection)) = k.zip(dictionary.selection_mut()) {
-                selection.set_k(k);
+            for (mut tensor, configured) in counts(&*dictionary).zip(&configured) {
+                tensor.copy_(configured);
             }
+            dictionary.loaded();
         }
         let trainer_cx = TrainerCx { dictionary: &*dictionary, steps: cx.steps, seed: cx.seed };
         let trainer = config.trainer.build(&trainer_cx).under("trainer")?;
@@ -108,8 +112,10 @@ impl Training {
         let (loss, figures) = match self.loss(step, batch, logging) {
             Ok(found) => found,
             Err(error) => {
-                self.set_back(&before)?;
-                return Err(error);
+                return Err(match self.set_back(&before) {
+                    Ok(()) => error,
+                    Err(other) => error.context(format!("and what it had counted could not be set back: {other:#}")),
+                });
             }
         };
         if self.dictionary.parameters().is_empty() {

@@ -90,6 +90,37 @@ fn a_sweep_trains_side_by_side_on_one_stream() {
 }
 
 #[test]
+fn an_endless_source_is_written_as_far_as_is_said() {
+    let desk = Desk::new();
+    desk.write("config.yaml", "source: {type: synthetic, batch_size: 64}\n");
+    let said = desk.refused(&["activations", "config.yaml", "--out", "acts"]);
+    assert!(said.contains("has no end") && said.contains("--limit"), "{said}");
+    assert_eq!(desk.files(), ["config.yaml"]);
+    desk.ok(&["activations", "config.yaml", "--out", "acts", "--limit", "100"]);
+    let written = TensorFile::open(&desk.path("acts/activations-00000.safetensors")).unwrap();
+    assert_eq!(written.shape("activations").unwrap(), [100, 64]);
+}
+
+#[test]
+fn a_batch_of_equal_activations_leaves_weights_finite() {
+    // Their residual has no variance for the auxiliary loss to be divided by.
+    let desk = Desk::new();
+    let x = Tensor::ones([40, 8], (Kind::Float, Device::Cpu));
+    tensors::write(&desk.path("x.safetensors"), &[("activations", x)]).unwrap();
+    desk.write(
+        "config.yaml",
+        "steps: 8\noutput_dir: run\nsource: {type: tensor_file, path: x.safetensors, batch_size: 4, shuffle: false}\n\
+         saes:\n- trainer: {type: top_k, warmup_steps: 1, lr: 1e-3, dead_feature_threshold: 4}\n  \
+         dictionary: {k: 2, dict_size: 16}\nmetrics: []\n",
+    );
+    desk.ok(&["train", "config.yaml"]);
+    let weights = TensorFile::open(&desk.path("run/top_k/ae.safetensors")).unwrap().tensors().unwrap();
+    for (name, tensor) in weights {
+        assert!(bool::try_from(tensor.isfinite().all()).unwrap(), "{name}");
+    }
+}
+
+#[test]
 fn an_annealed_k_loads_again() {
     let desk = Desk::new();
     tensors::write(&desk.path("x.safetensors"), &[("x", Tensor::randn([4, 32], (Kind::Float, Device::Cpu)))]).unwrap();

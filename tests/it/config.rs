@@ -325,7 +325,8 @@ fn a_sweep_is_the_cartesian_product() {
     assert_eq!(names.len(), 4);
     for (name, lr, k) in &found {
         assert!(
-            name.starts_with("top_k-") && name.contains(&format!("lr={lr}")) && name.contains(&format!("k={k}")),
+            // In the order in which they are written.
+            *name == format!("top_k-lr={lr}-k={k}"),
             "{name}"
         );
     }

@@ -135,9 +135,17 @@ fn sweep_variants(sae: Dict, sweep: &Value, index: usize, merged: &Merged) -> Re
         Err(check.error(value, &path, false, InputError::new(message).help(help)))
     };
     let Value::Dict(_, axes) = sweep else { return refused(sweep, format!("`{path}` is not a map")) };
+    // Names follow the order in which the axes are written, which a map does not keep.
+    let mut ordered: Vec<(&String, &Value)> = axes.iter().collect();
+    ordered.sort_by_key(|(key, values)| {
+        let (_, text, inside) = merged.origin(values.tag())?;
+        let path = format!("{path}.[{key}]");
+        let path = inside.map_or_else(|| path.clone(), |inside| format!("{inside}.{path}"));
+        super::spans::position(text, &path, true).map(|(at, _)| at)
+    });
     let last = |key: &str| key.rsplit('.').next().unwrap_or(key).to_owned();
     let mut variants = vec![sae];
-    for (key, values) in axes {
+    for (key, values) in ordered {
         let Value::Array(_, values) = values else {
             return refused(values, format!("`{path}`: the values of `{key}` are not a list"));
         };

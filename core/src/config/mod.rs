@@ -98,7 +98,8 @@ pub struct SaeConfig {
     /// What is changed about the trainer.
     #[serde(default)]
     pub modifiers: Vec<Box<dyn ModifierConfig>>,
-    /// Weights to start from: an SAE's directory or a .safetensors file with its tensors. `k` stays the dictionary's.
+    /// Weights to start from: an SAE's directory or a .safetensors file with its tensors. `k` and
+    /// groups stay the dictionary's, and what a trainer starts from the first batch (`b_dec` of the TopK family) still is.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
 }

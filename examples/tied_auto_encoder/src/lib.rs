@@ -123,7 +123,8 @@ register! {
 
 #[typetag::serde(name = TRAINER)]
 impl TrainerConfig for TiedTrainer {
-    fn build(&self, _: &TrainerCx) -> Result<Box<dyn Trainer>> {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        penalizable(cx.dictionary, TRAINER)?;
         Ok(Box::new(self.clone()))
     }
 
@@ -147,7 +148,7 @@ impl Trainer for TiedTrainer {
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         terms.add("mse_loss", mean_of_sums(&pass.residual().square()), 1.0);
-        terms.add("sparsity_loss", mean_of_sums(&pass.code.features), self.l1_penalty);
+        terms.add("sparsity_loss", mean_of_sums(pass.code.penalized()), self.l1_penalty);
         Ok(())
     }
 }

@@ -15,7 +15,9 @@
 //! mean and the annealing of k are in [`dictlearn_core::top_k`].
 //!
 //! As in the reference, the weights wᵢ are 1/n unless given, and the loss is their mean once more: against the paper's
-//! plain sum the auxiliary loss counts n² times as much. `group_weights: [n, n, ...]` gives the sum.
+//! plain sum the auxiliary loss counts n² times as much. `group_weights: [n, n, ...]` gives the sum. Where this differs from
+//! the reference: a batch without any positive feature leaves the threshold as it is; `effective_l0` in the log is the k
+//! of the step, also while k is annealed.
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::top_k::{Selection, TopKTrainer};
@@ -69,6 +71,11 @@ impl DictionaryConfig for MatryoshkaDictionaryConfig {
 
 /// Whole numbers of features, as the reference rounds them.
 fn group_sizes(fractions: &[f64], features: i64) -> Result<Vec<i64>> {
+    if fractions.is_empty() {
+        bail!(InputError::new("there are no `group_fractions`")
+            .field("group_fractions")
+            .help("give each group's part, for example `[0.25, 0.25, 0.5]`; they must add up to 1"));
+    }
     let sum: f64 = fractions.iter().sum();
     if (sum - 1.0).abs() > 1e-9 {
         bail!(InputError::new(format!("the `group_fractions` add up to {sum}"))

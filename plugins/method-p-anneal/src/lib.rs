@@ -7,7 +7,8 @@
 //!
 //! ```text
 //! L       = ‖x − x̂‖² + λ_s ‖a‖_p^p     `Lp^p`: Σᵢ aᵢ^p,   or  λ_s ‖a‖_p     `Lp`: (Σᵢ aᵢ^p)^(1/p)
-//! p       = p_start … p_end in n_sparsity_updates equal parts, at as many steps from anneal_start to anneal_end
+//! p       takes n_sparsity_updates evenly spaced values, p_start first and p_end last, at as many steps from anneal_start
+//!         to anneal_end (a single update leaves it at p_start)
 //! λ_{s+1} = λ_s E‖a‖_{p_s} / E‖a‖_{p_{s+1}}, means over the last sparsity_queue_length batches
 //! ```
 //!
@@ -301,7 +302,7 @@ impl Annealing {
         })
     }
 
-    /// The number of the update that comes after `done` of them, if it is due at a step.
+    /// Whether the update that comes after `done` of them is due at a step.
     fn due(&self, step: u64, done: usize) -> bool {
         self.steps.get(done) == Some(&step)
     }

@@ -15,7 +15,8 @@
 //!
 //! In the reference a pass of this autoencoder gives features that already carry ‖dᵢ‖, and the trainer multiplies by it
 //! once more: its penalty is Σᵢ fᵢ ‖dᵢ‖². With `norm_weight: reference`, the default, so is ours, on this dictionary;
-//! `paper` weighs once. On dictionaries whose penalised activations carry no norm (`auto_encoder`) both are the paper's.
+//! `paper` weighs once. On `auto_encoder` both are the paper's. A gated dictionary is refused: its magnitudes are not what
+//! the penalty sees, so that free columns could shrink while they grow.
 //! Where this differs from the reference: the autoencoder has `scale_biases`, so that it can train on normalised
 //! activations, and config.json names the class that was trained (there always `AutoEncoder`).
 
@@ -167,8 +168,8 @@ pub enum NormWeight {
 }
 
 /// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
-/// features, each times the norm of its decoder column, both averaged over the batch. The columns are free; gradients
-/// are clipped to norm 1.
+/// features, each times the norm of its decoder column (on auto_encoder_new times its square, as in the reference, unless
+/// norm_weight is paper), both averaged over the batch. The columns are free; gradients are clipped to norm 1.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AprilUpdateConfig {
@@ -213,6 +214,14 @@ register! {
 impl TrainerConfig for AprilUpdateConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         penalizable(cx.dictionary, TRAINER)?;
+        if cx.dictionary.exposes("gate") {
+            bail!(InputError::new(format!(
+                "the trainer `{TRAINER}` cannot train the class {}: its decoder could evade the penalty on the gate by \
+                 columns of small norm",
+                cx.dictionary.class()
+            ))
+            .help(format!("use {}, or the dictionary `{DICTIONARY}`", cx.dictionary.usual_trainers())));
+        }
         let schedule = Schedule {
             steps: cx.steps,
             warmup_steps: self.warmup_steps,

@@ -7,8 +7,8 @@
 //! l1_loss                       mean ‖f‖₁
 //! l0                            mean number of features that are not 0
 //! frac_variance_explained       1 − Σ Var(x − x̂) / Σ Var(x), sums over dimensions
-//! cossim                        mean cosine of x and x̂
-//! l2_ratio                      mean ‖x̂‖ / ‖x‖
+//! cossim                        mean cosine of x and x̂, over the x that are not 0
+//! l2_ratio                      mean ‖x̂‖ / ‖x‖, over the same
 //! relative_reconstruction_bias  mean ‖x̂‖² / mean x·x̂   (Rajamanoharan et al. 2024, eq. 10)
 //! frac_alive                    part of the features that were ever not 0
 //! ```
@@ -82,6 +82,7 @@ struct Totals {
     l2: f64,
     l1: f64,
     l0: f64,
+    nonzero: f64,
     cossim: f64,
     l2_ratio: f64,
     x_hat_squared: f64,
@@ -99,6 +100,7 @@ impl Totals {
             l2: 0.0,
             l1: 0.0,
             l0: 0.0,
+            nonzero: 0.0,
             cossim: 0.0,
             l2_ratio: 0.0,
             x_hat_squared: 0.0,
@@ -123,8 +125,12 @@ impl Totals {
         self.l2 += sum(norm(&residual));
         self.l1 += sum(features.abs());
         self.l0 += active.sum(Kind::Int64).double_value(&[]);
-        self.cossim += sum(&dot / (&target_norm * &x_hat_norm));
-        self.l2_ratio += sum(&x_hat_norm / &target_norm);
+        // An activation that is 0 has no direction, and its reconstruction's norm no ratio to it.
+        let some = target_norm.gt(0.0);
+        self.nonzero += some.sum(Kind::Int64).double_value(&[]);
+        let least = f64::from(f32::MIN_POSITIVE);
+        self.cossim += sum(&dot / (&target_norm * &x_hat_norm).clamp_min(least) * &some);
+        self.l2_ratio += sum(&x_hat_norm / target_norm.clamp_min(least) * &some);
         self.x_hat_squared += sum(x_hat_norm.square());
         self.x_dot_x_hat += sum(dot);
         self.variance.add(target);
@@ -143,8 +149,8 @@ impl Totals {
             ("l1_loss", self.l1 / self.count),
             ("l0", self.l0 / self.count),
             ("frac_variance_explained", 1.0 - self.residual_variance.total() / self.variance.total()),
-            ("cossim", self.cossim / self.count),
-            ("l2_ratio", self.l2_ratio / self.count),
+            ("cossim", self.cossim / self.nonzero),
+            ("l2_ratio", self.l2_ratio / self.nonzero),
             ("relative_reconstruction_bias", self.x_hat_squared / self.x_dot_x_hat),
             ("frac_alive", alive / self.features),
         ])

@@ -13,7 +13,7 @@
 //! largest values (a Gaussian copula), so that their frequencies stay what they are. Every such group has common and
 //! rare features: i counts through the groups in turn.
 //!
-//! The stream has no end, and the same seed gives the same features and the same activations on every machine.
+//! The stream has no end, and the same seeds give the same features and the same activations on every machine.
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::rng::{rng, Rng};
@@ -53,8 +53,10 @@ pub struct SyntheticConfig {
     /// Activations in a batch.
     #[schemars(range(min = 1))]
     pub batch_size: i64,
-    /// Seed of the features and activations; null for the run's.
+    /// Seed of the activations; null for the run's. Held-out ones have another, of the same features.
     pub seed: Option<u64>,
+    /// Seed of the features; null for the run's.
+    pub features_seed: Option<u64>,
 }
 
 impl Default for SyntheticConfig {
@@ -70,6 +72,7 @@ impl Default for SyntheticConfig {
             noise: 0.0,
             batch_size: 1024,
             seed: None,
+            features_seed: None,
         }
     }
 }
@@ -98,8 +101,8 @@ impl SourceConfig for SyntheticConfig {
             ))
             .field("n_active"));
         }
-        let seed = self.seed.unwrap_or(cx.seed);
-        let directions = normal(&mut rng(seed, "synthetic features"), [self.n_features, self.activation_dim]);
+        let features_seed = self.features_seed.unwrap_or(cx.seed);
+        let directions = normal(&mut rng(features_seed, "synthetic features"), [self.n_features, self.activation_dim]);
         let directions = &directions / directions.norm_scalaropt_dim(2.0, [1], true);
         let frequencies = frequencies(self.n_features as usize, self.n_active, self.frequency_exponent);
         // Φ⁻¹(1 − p): what a standard normal number exceeds with probability p.
@@ -114,7 +117,7 @@ impl SourceConfig for SyntheticConfig {
             groups: (self.n_features as usize).div_ceil(self.correlation_group as usize),
             noise: self.noise,
             batch_size: self.batch_size,
-            rng: rng(seed, "synthetic activations"),
+            rng: rng(self.seed.unwrap_or(cx.seed), "synthetic activations"),
             device: cx.device,
         }))
     }
@@ -199,6 +202,10 @@ impl ActivationSource for Synthetic {
                 normal(&mut self.rng, [self.batch_size, self.directions.size()[1]]).to_device(self.device) * self.noise;
         }
         Ok(Some(Batch::of(x)))
+    }
+
+    fn is_endless(&self) -> bool {
+        true
     }
 
     /// There is no beginning to go back to: what comes is new.
