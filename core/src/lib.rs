@@ -12,6 +12,7 @@ pub mod dictionary;
 pub mod evaluate;
 pub mod firing;
 pub mod harvest;
+pub mod hub;
 pub mod interrupt;
 pub mod lm;
 pub mod logger;
