@@ -36,6 +36,14 @@ impl Precision {
     }
 }
 
+/// Whether the CPU has instructions for products of bfloat16 (AVX512-BF16, and AMX, which comes with it).
+pub fn cpu_multiplies_bfloat16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// The first GPU where there is one, otherwise the CPU.
 pub fn best() -> Device {
     load_cuda();

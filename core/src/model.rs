@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
-use crate::lm::Names;
+use crate::lm::{Linear, Names};
 use crate::registry::nearest;
 
 /// A batch of contexts: B rows of L positions.
@@ -154,6 +154,18 @@ impl<'a> Hooks<'a> {
         Ok(output)
     }
 
+    /// Calls a linear map by its name, as [`Hooks::module`]. A pass that only records computes no product.
+    pub fn linear(&mut self, name: &str, input: &Tensor, linear: &Linear) -> Result<Tensor, Stop> {
+        self.module(name, input, |hooks, x| {
+            if hooks.visits.is_none() {
+                return Ok(linear.forward(x));
+            }
+            let mut size = x.size();
+            *size.last_mut().expect("a linear map's input has a width") = linear.width();
+            Ok(Tensor::zeros(size, (x.kind(), x.device())))
+        })
+    }
+
     fn meet(&mut self, io: Io, value: &Tensor) -> Result<Tensor, Stop> {
         let mut value = value.shallow_clone();
         for (point, action) in &mut self.actions {
@@ -200,6 +212,9 @@ pub trait LanguageModel: Send {
     /// Number of layers.
     fn n_layers(&self) -> usize;
 
+    /// Number of attention heads of a layer.
+    fn n_heads(&self) -> i64;
+
     /// Number of token ids that it embeds.
     fn vocab_size(&self) -> i64;
 
@@ -214,6 +229,9 @@ pub trait LanguageModel: Send {
 
     /// Every weight by its Hugging Face name, sharing memory with the model's, to train or to save.
     fn parameters(&self) -> Vec<(String, Tensor)>;
+
+    /// Every module in the order of a forward pass.
+    fn modules(&self) -> Vec<Visit>;
 
     /// Embeds tokens.
     fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop>;
@@ -253,7 +271,9 @@ impl dyn LanguageModel + '_ {
     pub fn before<'a>(&'a self, tokens: &'a Tokens, point: &HookPoint) -> Prefix<'a> {
         let names = self.names();
         let layer = match names.layer_of(&point.module) {
-            None if point.module == names.embed => return Prefix { model: self, tokens, hidden: None },
+            None if point.module == names.embed || Some(&point.module) == names.positions.as_ref() => {
+                return Prefix { model: self, tokens, hidden: None }
+            }
             None => self.n_layers(),
             Some(layer) => layer,
         };
@@ -265,15 +285,6 @@ impl dyn LanguageModel + '_ {
             Ok::<_, Stop>((layer, hidden))
         };
         Prefix { model: self, tokens, hidden: run(&mut Hooks::none()).ok() }
-    }
-
-    /// Every module in the order of a forward pass.
-    pub fn modules(&self) -> Vec<Visit> {
-        let ids = Tensor::zeros([1, 2], (Kind::Int64, self.device()));
-        let mask = Tensor::ones([1, 2], (Kind::Bool, self.device()));
-        let mut hooks = Hooks::record();
-        let _ = tch::no_grad(|| self.forward(&Tokens { ids, mask }, &mut hooks));
-        hooks.into_visits()
     }
 
     /// The point that a user names by a module path and `io`, or by a TransformerLens name; with its width.

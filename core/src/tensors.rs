@@ -192,6 +192,33 @@ impl TensorFile {
         Some(self.parsed().tensor(name).ok()?.shape().iter().map(|n| *n as i64).collect())
     }
 
+    /// The type of a tensor in the file, without reading it.
+    pub fn kind(&self, name: &str) -> Result<Kind> {
+        let parsed = self.parsed();
+        let dtype = parsed.tensor(name)?.dtype();
+        kind(dtype).ok_or_else(|| {
+            InputError::new(format!(
+                "{}: tensor `{name}` has the type {dtype:?}, which is not supported",
+                self.path.display()
+            ))
+            .help("supported are F64, F32, F16, BF16, I64, I32, I16, I8, U8 and BOOL")
+            .into()
+        })
+    }
+
+    /// Lets the system take back the memory that reading a tensor brought in. Reading it again reads the file again.
+    pub fn forget(&self, name: &str) {
+        #[cfg(unix)]
+        if let (Bytes::Mapped(map), Ok(view)) = (&self.bytes, self.parsed().tensor(name)) {
+            // Whole pages only: those at the ends may hold parts of other tensors, which is harmless.
+            let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
+            // SAFETY: the map is of a file and read-only, so pages that are dropped come back as they were.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, view.data().len()) };
+        }
+        #[cfg(not(unix))]
+        let _ = name;
+    }
+
     /// An entry of the file's metadata.
     pub fn metadata(&self, key: &str) -> Option<String> {
         let (_, header) = SafeTensors::read_metadata(self.bytes()).ok()?;
@@ -209,14 +236,7 @@ impl TensorFile {
                 None => format!("it has: {}", names.join(", ")),
             })
         })?;
-        let kind = kind(view.dtype()).ok_or_else(|| {
-            InputError::new(format!(
-                "{}: tensor `{name}` has the type {:?}, which is not supported",
-                self.path.display(),
-                view.dtype()
-            ))
-            .help("supported are F64, F32, F16, BF16, I64, I32, I16, I8, U8 and BOOL")
-        })?;
+        let kind = self.kind(name)?;
         let shape: Vec<i64> = view.shape().iter().map(|n| *n as i64).collect();
         Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
     }

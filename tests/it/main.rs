@@ -6,5 +6,6 @@ mod cli;
 mod config;
 mod contract;
 mod docs;
+mod families;
 mod golden;
 mod language_model;

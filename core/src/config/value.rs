@@ -200,4 +200,15 @@ impl PrecisionChoice {
             PrecisionChoice::Auto => (Precision::Float32, "auto: the device is a CPU"),
         }
     }
+
+    /// The precision that it means for a language model on a device, and why. Its weights are published in bfloat16 as a
+    /// rule, and its activations lose nothing that a dictionary could find.
+    pub fn model_precision(self, device: Device) -> (Precision, &'static str) {
+        match self {
+            PrecisionChoice::Auto if !device.is_cuda() && crate::device::cpu_multiplies_bfloat16() => {
+                (Precision::BFloat16, "auto: the CPU multiplies bfloat16")
+            }
+            other => other.precision(device),
+        }
+    }
 }

@@ -1,8 +1,9 @@
-//! The blocks that families are made of.
+//! The blocks that families are made of: attention, linear maps, norms, activations.
 
 use anyhow::{bail, Result};
 use tch::{Device, Kind, Tensor};
 
+use super::rotary::Rotary;
 use crate::config::InputError;
 use crate::device::Precision;
 use crate::model::Tokens;
@@ -10,79 +11,102 @@ use crate::model::Tokens;
 /// What the layers of one forward pass share.
 #[derive(Debug)]
 pub struct Context {
-    /// Which key a query may see, [B, 1, L, L], bool; `None` where there is no padding and causality is all.
-    mask: Option<Tensor>,
-    /// Cosines and sines of the rotary embedding, [L, rotated width], where the family has one.
-    rotary: Option<(Tensor, Tensor)>,
+    /// Which key a query may see, [B, 1, L, L] or [L, L], bool, for each window that layers of the model have; `None`
+    /// where causality is all.
+    masks: Vec<(Option<i64>, Option<Tensor>)>,
+    /// Cosines and sines of each rotary embedding of the model, [L, rotated width].
+    rotary: Vec<(Tensor, Tensor)>,
 }
 
 impl Context {
-    /// The context of a batch. Positions are counted from the row's first column, padded or not, as Hugging Face's
-    /// models do when they are given no positions.
-    pub fn new(tokens: &Tokens, rotary: Option<&Rotary>) -> Self {
+    /// The context of a batch, for layers of these windows. Positions are counted from the row's first column, padded
+    /// or not, as Hugging Face's models do when they are given no positions.
+    pub fn new(tokens: &Tokens, windows: &[Option<i64>], rotary: &[Rotary], kind: Kind) -> Self {
         let (_, length) = tokens.size();
         let device = tokens.ids.device();
-        let all = bool::try_from(tokens.mask.all()).unwrap_or(false);
-        let mask = (!all).then(|| {
-            let causal = Tensor::ones([length, length], (Kind::Bool, device)).tril(0);
-            let visible = tokens.mask.unsqueeze(1).unsqueeze(1).logical_and(&causal);
-            // A padded position sees nothing and would divide 0 by 0; let it see itself, nobody reads it.
-            visible.logical_or(&Tensor::eye(length, (Kind::Bool, device)))
-        });
-        Context { mask, rotary: rotary.map(|rotary| rotary.tables(length, device)) }
-    }
-}
-
-/// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>), in the half-split form of GPT-NeoX.
-#[derive(Debug, Clone)]
-pub struct Rotary {
-    /// How many of a head's dimensions are rotated; the rest stay.
-    pub width: i64,
-    /// Base of the frequencies.
-    pub theta: f64,
-}
-
-impl Rotary {
-    fn tables(&self, length: i64, device: Device) -> (Tensor, Tensor) {
-        let float = (Kind::Float, device);
-        let powers = Tensor::arange_start_step(0, self.width, 2, float) / self.width as f64;
-        let frequencies = (powers * -self.theta.ln()).exp();
-        let angles = Tensor::arange(length, float).unsqueeze(1) * frequencies.unsqueeze(0);
-        let angles = Tensor::cat(&[&angles, &angles], -1);
-        (angles.cos(), angles.sin())
-    }
-
-    /// Rotates heads [B, H, L, D].
-    fn rotate(&self, x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Tensor {
-        let rotated = x.narrow(-1, 0, self.width);
-        let half = self.width / 2;
-        let turned = Tensor::cat(&[-rotated.narrow(-1, half, half), rotated.narrow(-1, 0, half)], -1);
-        let rotated = &rotated * cos + turned * sin;
-        let rest = x.size()[3] - self.width;
-        if rest == 0 {
-            return rotated;
+        let padded = !bool::try_from(tokens.mask.all()).unwrap_or(false);
+        let mask = |window: Option<i64>| {
+            let window = window.filter(|window| *window < length);
+            if !padded && window.is_none() {
+                return None;
+            }
+            let mut visible = Tensor::ones([length, length], (Kind::Bool, device)).tril(0);
+            if let Some(window) = window {
+                // A query sees itself and the `window - 1` positions before it.
+                visible = visible.triu(1 - window);
+            }
+            if padded {
+                visible = tokens.mask.unsqueeze(1).unsqueeze(1).logical_and(&visible);
+                // A padded position sees nothing and would divide 0 by 0; let it see itself, nobody reads it.
+                visible = visible.logical_or(&Tensor::eye(length, (Kind::Bool, device)));
+            }
+            Some(visible)
+        };
+        let table = |rotary: &Rotary| {
+            let (cos, sin) = rotary.tables(length, device);
+            (cos.to_kind(kind), sin.to_kind(kind))
+        };
+        Context {
+            masks: windows.iter().map(|window| (*window, mask(*window))).collect(),
+            rotary: rotary.iter().map(table).collect(),
         }
-        Tensor::cat(&[rotated, x.narrow(-1, self.width, rest)], -1)
+    }
+
+    fn mask(&self, window: Option<i64>) -> Option<&Tensor> {
+        self.masks.iter().find(|(known, _)| *known == window).and_then(|(_, mask)| mask.as_ref())
     }
 }
 
 /// Scaled dot-product attention over heads, causal.
 #[derive(Debug, Clone)]
 pub struct Attention {
-    /// Rotary embedding, where the family has one.
-    pub rotary: Option<Rotary>,
+    /// What scores are multiplied by; usually 1 / √D.
+    pub scale: f64,
+    /// How many positions a query sees, itself among them; `None` for all before it.
+    pub window: Option<i64>,
+    /// Which of the model's rotary embeddings turns queries and keys, if one does.
+    pub rotary: Option<usize>,
+    /// Scores are bounded to ± this by `cap · tanh(score / cap)`, where the family does that (Gemma 2,
+    /// <https://arxiv.org/abs/2408.00118>).
+    pub soft_cap: Option<f64>,
 }
 
 impl Attention {
-    /// Every head's output side by side, [B, L, H·D], of queries, keys and values [B, H, L, D].
+    /// Every head's output side by side, [B, L, H·D], of queries [B, H, L, D] and keys and values [B, G, L, D], where
+    /// H / G neighbouring heads share a key and a value (grouped-query attention, Ainslie et al. 2023,
+    /// <https://arxiv.org/abs/2305.13245>).
     pub fn heads(&self, q: &Tensor, k: &Tensor, v: &Tensor, context: &Context) -> Tensor {
-        let (q, k) = match (&self.rotary, &context.rotary) {
-            (Some(rotary), Some(tables)) => (rotary.rotate(q, tables), rotary.rotate(k, tables)),
-            _ => (q.shallow_clone(), k.shallow_clone()),
+        let (q, k) = match self.rotary.map(|index| &context.rotary[index]) {
+            Some(tables) => (Rotary::rotate(q, tables), Rotary::rotate(k, tables)),
+            None => (q.shallow_clone(), k.shallow_clone()),
         };
-        let causal = context.mask.is_none();
-        let z = Tensor::scaled_dot_product_attention(&q, &k, v, context.mask.as_ref(), 0.0, causal, None, false);
-        let size = z.size();
+        let mask = context.mask(self.window);
+        let size = q.size();
+        let grouped = size[1] != k.size()[1];
+        let z = match self.soft_cap {
+            None => {
+                let causal = mask.is_none();
+                Tensor::scaled_dot_product_attention(&q, &k, v, mask, 0.0, causal, Some(self.scale), grouped)
+            }
+            Some(cap) => {
+                let groups = size[1] / k.size()[1];
+                let each = |x: &Tensor| {
+                    if grouped {
+                        x.repeat_interleave_self_int(groups, 1, size[1])
+                    } else {
+                        x.shallow_clone()
+                    }
+                };
+                let scores = q.matmul(&each(&k).transpose(-2, -1)).to_kind(Kind::Float) * (self.scale / cap);
+                let scores = scores.tanh() * cap;
+                let hidden = match mask {
+                    Some(mask) => mask.logical_not(),
+                    None => Tensor::ones([size[2], size[2]], (Kind::Bool, q.device())).triu(1),
+                };
+                let weights = scores.masked_fill(&hidden, f64::NEG_INFINITY).softmax(-1, Kind::Float);
+                weights.to_kind(v.kind()).matmul(&each(v))
+            }
+        };
         z.transpose(1, 2).reshape([size[0], size[2], size[1] * size[3]])
     }
 }
@@ -94,36 +118,62 @@ pub struct Linear {
     pub weight: Tensor,
     /// `[out]`.
     pub bias: Option<Tensor>,
-    /// The type of its product.
+    /// The type of its product, and of its output.
     pub precision: Precision,
 }
 
 impl Linear {
     /// x [.., in] to [.., out].
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(x, &self.weight, self.bias.as_ref())
+        let kind = self.precision.kind();
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
+        x.to_kind(kind).linear(&self.weight.to_kind(kind), bias)
+    }
+
+    /// Width of its output.
+    pub fn width(&self) -> i64 {
+        self.weight.size()[0]
     }
 }
 
-/// Layer norm.
+/// What a norm does to its input before it is scaled.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum NormKind {
+    /// Layer norm: mean 0 and variance 1 (Ba et al. 2016, <https://arxiv.org/abs/1607.06450>).
+    Layer,
+    /// RMS norm: mean square 1 (Zhang and Sennrich 2019, <https://arxiv.org/abs/1910.07467>).
+    Rms,
+    /// RMS norm that scales by 1 + weight, as Gemma's do.
+    RmsPlusOne,
+}
+
+/// A norm over the last dimension.
 #[derive(Debug)]
 pub struct Norm {
+    /// What it does.
+    pub kind: NormKind,
     /// `[d]`.
     pub weight: Tensor,
     /// `[d]`.
     pub bias: Option<Tensor>,
-    /// Added to the variance.
+    /// Added to the variance, or to the mean square.
     pub eps: f64,
 }
 
 impl Norm {
-    /// x [.., d] with mean 0 and variance 1, scaled and shifted.
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.layer_norm(self.weight.size(), Some(&self.weight), self.bias.as_ref(), self.eps, true)
+    /// x [.., d], normalised in float32, scaled and shifted, in the type `out`.
+    pub fn forward(&self, x: &Tensor, out: Kind) -> Tensor {
+        let x = x.to_kind(Kind::Float);
+        let normed = match self.kind {
+            NormKind::Layer => x.layer_norm(self.weight.size(), Some(&self.weight), self.bias.as_ref(), self.eps, true),
+            NormKind::Rms => x.rms_norm(self.weight.size(), Some(&self.weight), self.eps),
+            NormKind::RmsPlusOne => x.rms_norm(self.weight.size(), Some(&(&self.weight + 1.0)), self.eps),
+        };
+        normed.to_kind(out)
     }
 }
 
-/// The activation that a Hugging Face config names by `hidden_act`.
+/// The activation that a Hugging Face config names.
 pub fn activation(name: &str) -> Result<fn(&Tensor) -> Tensor> {
     Ok(match name {
         "gelu" => |x| x.gelu("none"),
@@ -133,4 +183,9 @@ pub fn activation(name: &str) -> Result<fn(&Tensor) -> Tensor> {
         other => bail!(InputError::new(format!("config.json: the activation `{other}` is not supported"))
             .help("supported are gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu and silu")),
     })
+}
+
+/// Zeros of a shape that take no memory, for passes that only ask for widths.
+pub(super) fn shape_only(shape: &[i64]) -> Tensor {
+    Tensor::zeros([1], (Kind::Float, Device::Cpu)).expand(shape, false)
 }

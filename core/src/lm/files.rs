@@ -1,17 +1,13 @@
 //! Opening a language model by its name: a folder, a model that a plugin ships, or the Hub's cache.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, Result};
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
-use crate::device::Precision;
-use crate::model::LanguageModel;
 use crate::registry::nearest;
 use crate::tensors::TensorFile;
 
@@ -24,25 +20,6 @@ pub struct EmbeddedModel {
 }
 
 inventory::collect!(EmbeddedModel);
-
-/// A family of language models: what `model_type` in a config.json names.
-pub struct ModelFamily {
-    /// The `model_type`.
-    pub model_type: &'static str,
-    /// Builds a model of the family.
-    pub load: fn(&Value, &Weights, &ModelCx) -> Result<Box<dyn LanguageModel>>,
-}
-
-inventory::collect!(ModelFamily);
-
-/// What a model is loaded for.
-#[derive(Debug, Clone, Copy)]
-pub struct ModelCx {
-    /// Where its weights live.
-    pub device: Device,
-    /// The type of its matrix products.
-    pub precision: Precision,
-}
 
 /// The files of a model.
 pub struct ModelFiles {
@@ -122,7 +99,7 @@ impl ModelFiles {
         Ok(Some(parsed))
     }
 
-    fn tensors(&self, file: &str) -> Result<Option<TensorFile>> {
+    pub(super) fn tensors(&self, file: &str) -> Result<Option<TensorFile>> {
         match &self.place {
             FilesPlace::Embedded(model) => {
                 let found = model.files.iter().find(|(name, _)| *name == file);
@@ -151,89 +128,4 @@ fn in_hub_cache(name: &str) -> Option<PathBuf> {
     let commit = fs::read_to_string(repo.join("refs").join(revision)).unwrap_or_else(|_| revision.to_owned());
     let snapshot = repo.join("snapshots").join(commit.trim());
     snapshot.is_dir().then_some(snapshot)
-}
-
-/// The weights of a model, by Hugging Face's names, in one file or several.
-pub struct Weights {
-    name: String,
-    files: Vec<TensorFile>,
-    place: BTreeMap<String, usize>,
-    cx: ModelCx,
-}
-
-impl Weights {
-    fn open(files: &ModelFiles, cx: ModelCx) -> Result<Self> {
-        let mut weights = Weights { name: files.name.clone(), files: Vec::new(), place: BTreeMap::new(), cx };
-        let shards: Vec<String> = match files.json("model.safetensors.index.json")? {
-            Some(index) => {
-                let map = index.get("weight_map").and_then(Value::as_object);
-                let shards = map.into_iter().flat_map(|map| map.values()).filter_map(Value::as_str);
-                let mut shards: Vec<String> = shards.map(str::to_owned).collect();
-                shards.sort();
-                shards.dedup();
-                shards
-            }
-            None => vec!["model.safetensors".to_owned()],
-        };
-        for shard in shards {
-            let Some(file) = files.tensors(&shard)? else {
-                bail!(InputError::new(format!("the model {} has no {shard}", files.name)).help(
-                    "weights are read from model.safetensors, or from the shards of model.safetensors.index.json"
-                ));
-            };
-            let index = weights.files.len();
-            weights.place.extend(file.names().into_iter().map(|tensor| (tensor, index)));
-            weights.files.push(file);
-        }
-        Ok(weights)
-    }
-
-    /// Whether there is a tensor of that name.
-    pub fn has(&self, name: &str) -> bool {
-        self.place.contains_key(name)
-    }
-
-    /// The tensor of that name, as float32 on the model's device; it must have this shape.
-    pub fn get(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
-        let Some(index) = self.place.get(name) else {
-            let near = nearest(name, self.place.keys().map(String::as_str));
-            let error = InputError::new(format!("the model {} has no tensor `{name}`", self.name));
-            bail!(match near {
-                Some(near) => error.help(format!("the nearest that it has is `{near}`")),
-                None => error.help("are the weights those of another model?"),
-            });
-        };
-        let found = self.files[*index].shape(name).unwrap_or_default();
-        if found != shape {
-            bail!(InputError::new(format!(
-                "the model {}: tensor `{name}` has shape {found:?}, but config.json says {shape:?}",
-                self.name
-            ))
-            .help("config.json and the weights are not of the same model"));
-        }
-        Ok(self.files[*index].tensor(name)?.to_kind(Kind::Float).to_device(self.cx.device))
-    }
-}
-
-/// Opens a model by its name, with its files (the tokenizer is one of them).
-pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(Box<dyn LanguageModel>, ModelFiles)> {
-    let cx = ModelCx { device, precision };
-    let files = ModelFiles::find(name)?;
-    let Some(config) = files.json("config.json")? else {
-        bail!(InputError::new(format!("the model {name} has no config.json"))
-            .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json"));
-    };
-    let Some(family) = config.get("model_type").and_then(Value::as_str) else {
-        bail!(InputError::new(format!("the config.json of the model {name} names no `model_type`"))
-            .help("is it the config of a Hugging Face model?"));
-    };
-    let mut known: Vec<&str> = inventory::iter::<ModelFamily>.into_iter().map(|family| family.model_type).collect();
-    known.sort_unstable();
-    let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {
-        bail!(InputError::new(format!("the model {name} is of the family `{family}`, which is not supported"))
-            .help(format!("supported are: {} (`dictlearn list models`)", known.join(", "))));
-    };
-    let weights = Weights::open(&files, cx)?;
-    let model = (found.load)(&config, &weights, &cx).with_context(|| format!("cannot load the model {name}"))?;
-    Ok((model, files))
 }

@@ -1,9 +1,16 @@
-//! What language-model families share: blocks, names, weights, and opening a model by its name.
+//! What language-model families share: the decoder and its blocks, names, weights, and opening a model by its name.
 
 mod blocks;
+pub mod config;
+pub mod decoder;
 mod files;
 mod names;
+mod rotary;
+mod weights;
 
-pub use blocks::{activation, Attention, Context, Linear, Norm, Rotary};
-pub use files::{open_model, EmbeddedModel, ModelCx, ModelFamily, ModelFiles, Weights};
+pub use blocks::{activation, Attention, Context, Linear, Norm, NormKind};
+pub use decoder::{Decoder, DecoderConfig};
+pub use files::{EmbeddedModel, ModelFiles};
 pub use names::Names;
+pub use rotary::{Rope, Rotary};
+pub use weights::{open_model, ModelCx, ModelFamily, Weights};

@@ -16,12 +16,12 @@ use std::time::Instant;
 use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
 use dictlearn_core::device::Precision;
-use dictlearn_core::lm::{open_model, ModelCx};
+use dictlearn_core::lm::{open_model, Decoder, ModelCx, Rope};
 use dictlearn_core::model::{cross_entropy, Hooks, LanguageModel, Tokens};
 use dictlearn_core::optim::{Adam, AdamConfig};
 use dictlearn_core::rng::rng;
 use dictlearn_core::tensors;
-use dictlearn_model_gpt_neox::{GptNeox, GptNeoxConfig};
+use dictlearn_model_gpt_neox::{random, GptNeoxConfig};
 use rand::Rng;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -112,16 +112,17 @@ fn main() -> Result<()> {
         layer_norm_eps: 1e-5,
         rotary_pct: 0.25,
         rotary_emb_base: 10_000.0,
+        rope: Rope::default(),
         use_parallel_residual: true,
         attention_bias: true,
         tie_word_embeddings: true,
     };
     tch::manual_seed(SEED as i64);
     let precision = if args.bfloat16 { Precision::BFloat16 } else { Precision::Float32 };
-    let model = GptNeox::random(config, &ModelCx { device: Device::cuda_if_available(), precision })?;
+    let model = random(&config, &ModelCx { device: Device::cuda_if_available(), precision })?;
     train_model(&args, &model, &train_tokens, &held_out_tokens)?;
 
-    save(&model, &model_dir)?;
+    save(&model, &config, &model_dir)?;
     // What is shipped is what is measured: the half-precision weights, read back.
     let (saved, _) = open_model(&model_dir.to_string_lossy(), Device::cuda_if_available(), Precision::Float32)?;
     let loss = held_out_loss(&*saved, &held_out_tokens, args.context);
@@ -230,7 +231,7 @@ fn tokens(rows: &[&[i64]], device: Device) -> Tokens {
     Tokens { ids, mask }
 }
 
-fn train_model(args: &Args, model: &GptNeox, train: &[i64], held_out: &[i64]) -> Result<()> {
+fn train_model(args: &Args, model: &Decoder, train: &[i64], held_out: &[i64]) -> Result<()> {
     let parameters = model.parameters();
     for (_, parameter) in &parameters {
         let _ = parameter.set_requires_grad(true);
@@ -299,11 +300,11 @@ fn held_out_loss(model: &dyn LanguageModel, held_out: &[i64], context: usize) ->
     })
 }
 
-fn save(model: &GptNeox, dir: &Path) -> Result<()> {
+fn save(model: &Decoder, config: &GptNeoxConfig, dir: &Path) -> Result<()> {
     let weights: Vec<(String, Tensor)> =
         model.parameters().into_iter().map(|(name, tensor)| (name, tensor.detach().to_kind(Kind::Half))).collect();
     tensors::write(&dir.join("model.safetensors"), &weights)?;
-    let mut config = serde_json::to_value(model.config())?;
+    let mut config = serde_json::to_value(config)?;
     config["model_type"] = json!("gpt_neox");
     config["architectures"] = json!(["GPTNeoXForCausalLM"]);
     config["torch_dtype"] = json!("float16");
@@ -314,7 +315,7 @@ fn save(model: &GptNeox, dir: &Path) -> Result<()> {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "model_max_length": model.config().max_position_embeddings,
+        "model_max_length": config.max_position_embeddings,
     });
     fs::write(dir.join("tokenizer_config.json"), serde_json::to_string_pretty(&tokenizer)?)?;
     Ok(())

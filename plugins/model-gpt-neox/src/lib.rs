@@ -5,10 +5,12 @@
 //! after the other. Queries, keys and values come from one projection, head by head; the first dimensions of each head
 //! are rotated by position.
 
-use dictlearn_core::lm::{activation, Attention, Context, Linear, ModelCx, ModelFamily, Names, Norm, Rotary};
-use dictlearn_core::model::Hidden;
+use dictlearn_core::lm::config::read;
+use dictlearn_core::lm::decoder::{
+    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
+};
+use dictlearn_core::lm::{activation, Decoder, DecoderConfig, ModelCx, ModelFamily, NormKind, Rope};
 use dictlearn_core::prelude::*;
-use std::rc::Rc;
 
 const MODEL_TYPE: &str = "gpt_neox";
 
@@ -39,6 +41,9 @@ pub struct GptNeoxConfig {
     /// Base of the rotary frequencies.
     #[serde(default = "rotary_emb_base")]
     pub rotary_emb_base: f64,
+    /// What newer files have in the place of these two, and how frequencies are changed for long contexts.
+    #[serde(flatten)]
+    pub rope: Rope,
     /// Whether attention and MLP both read the layer's input.
     #[serde(default = "yes")]
     pub use_parallel_residual: bool,
@@ -80,237 +85,74 @@ register! {
 inventory::submit! {
     ModelFamily {
         model_type: MODEL_TYPE,
-        load: |config, weights, cx| {
-            if config.get("rope_scaling").is_some_and(|scaling| !scaling.is_null()) {
-                bail!(InputError::new("config.json: `rope_scaling` is not supported for gpt_neox")
-                    .help("it changes what the model computes, so it is not ignored"));
-            }
-            let config = GptNeoxConfig::deserialize(config)
-                .map_err(|error| InputError::new(format!("config.json: {error}")))?;
-            Ok(Box::new(GptNeox::build(config, cx, |name, shape| weights.get(name, shape))?))
-        },
+        load: |config, weights, cx| Ok(Box::new(Decoder::open(decoder(&read(config)?)?, weights, cx)?)),
     }
 }
 
-/// A GPT-NeoX model.
-pub struct GptNeox {
-    config: GptNeoxConfig,
-    device: Device,
-    names: Names,
-    embed_in: Tensor,
-    layers: Vec<Layer>,
-    final_layer_norm: Norm,
-    embed_out: Linear,
-    rotary: Rotary,
-    parameters: Vec<(String, Tensor)>,
-}
-
-struct Layer {
-    input_layernorm: Norm,
-    query_key_value: Linear,
-    dense: Linear,
-    post_attention_layernorm: Norm,
-    dense_h_to_4h: Linear,
-    dense_4h_to_h: Linear,
-    act: fn(&Tensor) -> Tensor,
-    attention: Attention,
-}
-
-impl GptNeox {
-    /// A model with random weights: normal of deviation 0.02, projections back to the stream divided by √(2 · layers).
-    pub fn random(config: GptNeoxConfig, cx: &ModelCx) -> Result<Self> {
-        let deviation = 0.02;
-        let back = deviation / (2.0 * config.num_hidden_layers as f64).sqrt();
-        Self::build(config, cx, |name, shape| {
-            let float = (Kind::Float, cx.device);
-            Ok(if name.contains("norm.weight") {
-                Tensor::ones(shape, float)
-            } else if name.ends_with("bias") {
-                Tensor::zeros(shape, float)
-            } else if name.ends_with("dense.weight") || name.ends_with("dense_4h_to_h.weight") {
-                Tensor::randn(shape, float) * back
-            } else {
-                Tensor::randn(shape, float) * deviation
-            })
-        })
-    }
-
-    /// The model's config.
-    pub fn config(&self) -> &GptNeoxConfig {
-        &self.config
-    }
-
-    fn build(
-        config: GptNeoxConfig,
-        cx: &ModelCx,
-        mut tensor: impl FnMut(&str, &[i64]) -> Result<Tensor>,
-    ) -> Result<Self> {
-        let d = config.hidden_size;
-        if config.num_attention_heads < 1 || d % config.num_attention_heads != 0 {
-            bail!(InputError::new(format!(
-                "config.json: a `hidden_size` of {d} does not divide into {} heads",
-                config.num_attention_heads
-            )));
-        }
-        let head = d / config.num_attention_heads;
-        let rotary = Rotary { width: (head as f64 * config.rotary_pct) as i64, theta: config.rotary_emb_base };
-        if rotary.width % 2 != 0 {
-            bail!(InputError::new(format!("config.json: `rotary_pct` rotates {} dimensions, not pairs", rotary.width)));
-        }
-        let act = activation(&config.hidden_act)?;
-        let mut parameters = Vec::new();
-        let mut tensor = |name: String, shape: &[i64]| -> Result<Tensor> {
-            let tensor = tensor(&name, shape)?;
-            parameters.push((name, tensor.shallow_clone()));
-            Ok(tensor)
-        };
-        macro_rules! norm {
-            ($name:expr) => {{
-                let name = $name;
-                Norm {
-                    weight: tensor(format!("{name}.weight"), &[d])?,
-                    bias: Some(tensor(format!("{name}.bias"), &[d])?),
-                    eps: config.layer_norm_eps,
-                }
-            }};
-        }
-        macro_rules! linear {
-            ($name:expr, $out:expr, $in:expr, $bias:expr) => {{
-                let name = $name;
-                Linear {
-                    weight: tensor(format!("{name}.weight"), &[$out, $in])?,
-                    bias: if $bias { Some(tensor(format!("{name}.bias"), &[$out])?) } else { None },
-                    precision: cx.precision,
-                }
-            }};
-        }
-        let wide = config.intermediate_size;
-        let embed_in = tensor("gpt_neox.embed_in.weight".to_owned(), &[config.vocab_size, d])?;
-        let layers = (0..config.num_hidden_layers)
-            .map(|index| {
-                let at = format!("gpt_neox.layers.{index}");
-                Ok(Layer {
-                    input_layernorm: norm!(format!("{at}.input_layernorm")),
-                    query_key_value: linear!(
-                        format!("{at}.attention.query_key_value"),
-                        3 * d,
-                        d,
-                        config.attention_bias
-                    ),
-                    dense: linear!(format!("{at}.attention.dense"), d, d, config.attention_bias),
-                    post_attention_layernorm: norm!(format!("{at}.post_attention_layernorm")),
-                    dense_h_to_4h: linear!(format!("{at}.mlp.dense_h_to_4h"), wide, d, true),
-                    dense_4h_to_h: linear!(format!("{at}.mlp.dense_4h_to_h"), d, wide, true),
-                    act,
-                    attention: Attention { rotary: Some(rotary.clone()) },
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let final_layer_norm = norm!("gpt_neox.final_layer_norm");
-        let embed_out = if config.tie_word_embeddings {
-            Linear { weight: embed_in.shallow_clone(), bias: None, precision: cx.precision }
+/// A model with random weights: normal of deviation 0.02, projections back to the stream divided by √(2 · layers).
+pub fn random(config: &GptNeoxConfig, cx: &ModelCx) -> Result<Decoder> {
+    let deviation = 0.02;
+    let back = deviation / (2.0 * config.num_hidden_layers as f64).sqrt();
+    Decoder::with(decoder(config)?, cx, |name, shape| {
+        let float = (Kind::Float, cx.device);
+        Ok(if name.contains("norm.weight") {
+            Tensor::ones(shape, float)
+        } else if name.ends_with("bias") {
+            Tensor::zeros(shape, float)
+        } else if name.ends_with("dense.weight") || name.ends_with("dense_4h_to_h.weight") {
+            Tensor::randn(shape, float) * back
         } else {
-            linear!("embed_out", config.vocab_size, d, false)
-        };
-        let names = Names {
-            layers: "gpt_neox.layers",
-            embed: "gpt_neox.embed_in",
-            final_norm: "gpt_neox.final_layer_norm",
-            attention: "attention",
-            attention_out: "attention.dense",
-            mlp: "mlp",
-            mlp_in: "mlp.dense_h_to_4h",
-            mlp_out: "mlp.dense_4h_to_h",
-            norm1: "input_layernorm",
-            norm2: "post_attention_layernorm",
-            sequential: !config.use_parallel_residual,
-        };
-        Ok(GptNeox {
-            device: cx.device,
-            names,
-            embed_in,
-            layers,
-            final_layer_norm,
-            embed_out,
-            rotary,
-            parameters,
-            config,
+            Tensor::randn(shape, float) * deviation
         })
-    }
-
-    /// x + attention(norm(x)) + mlp(norm(x)), or the MLP after attention; [B, L, d].
-    fn run_layer(&self, layer: &Layer, x: &Tensor, context: &Context, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let normed = hooks.module("input_layernorm", x, |_, x| Ok(layer.input_layernorm.forward(x)))?;
-        let attention = hooks.module("attention", &normed, |hooks, x| self.attend(layer, x, context, hooks))?;
-        let middle = x + &attention;
-        let mlp_reads = if self.config.use_parallel_residual { x } else { &middle };
-        let normed = hooks
-            .module("post_attention_layernorm", mlp_reads, |_, x| Ok(layer.post_attention_layernorm.forward(x)))?;
-        let mlp = hooks.module("mlp", &normed, |hooks, x| {
-            let wide = hooks.module("dense_h_to_4h", x, |_, x| Ok(layer.dense_h_to_4h.forward(x)))?;
-            let wide = hooks.module("act", &wide, |_, x| Ok((layer.act)(x)))?;
-            hooks.module("dense_4h_to_h", &wide, |_, x| Ok(layer.dense_4h_to_h.forward(x)))
-        })?;
-        // In the order in which Hugging Face adds them: rounding is the same.
-        Ok(if self.config.use_parallel_residual { mlp + attention + x } else { mlp + middle })
-    }
-
-    fn attend(&self, layer: &Layer, x: &Tensor, context: &Context, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let size = x.size();
-        let heads = self.config.num_attention_heads;
-        let qkv = hooks.module("query_key_value", x, |_, x| Ok(layer.query_key_value.forward(x)))?;
-        // [B, L, H, 3·D] to three of [B, H, L, D].
-        let qkv = qkv.view([size[0], size[1], heads, -1]).transpose(1, 2).chunk(3, -1);
-        let z = layer.attention.heads(&qkv[0], &qkv[1], &qkv[2], context);
-        hooks.module("dense", &z, |_, z| Ok(layer.dense.forward(z)))
-    }
+    })
 }
 
-impl LanguageModel for GptNeox {
-    fn hidden_size(&self) -> i64 {
-        self.config.hidden_size
-    }
-
-    fn n_layers(&self) -> usize {
-        self.layers.len()
-    }
-
-    fn vocab_size(&self) -> i64 {
-        self.config.vocab_size
-    }
-
-    fn max_positions(&self) -> Option<i64> {
-        Some(self.config.max_position_embeddings)
-    }
-
-    fn names(&self) -> &Names {
-        &self.names
-    }
-
-    fn device(&self) -> Device {
-        self.device
-    }
-
-    fn parameters(&self) -> Vec<(String, Tensor)> {
-        self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
-    }
-
-    fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop> {
-        let x = hooks.module("gpt_neox.embed_in", &tokens.ids, |_, ids| {
-            Ok(Tensor::embedding(&self.embed_in, ids, -1, false, false))
-        })?;
-        Ok(Hidden { x, context: Rc::new(Context::new(tokens, Some(&self.rotary))) })
-    }
-
-    fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
-        let x = hooks.module(&self.names.layer(index), &hidden.x, |hooks, x| {
-            self.run_layer(&self.layers[index], x, &hidden.context, hooks)
-        })?;
-        Ok(Hidden { x, context: hidden.context.clone() })
-    }
-
-    fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let x = hooks.module("gpt_neox.final_layer_norm", &hidden.x, |_, x| Ok(self.final_layer_norm.forward(x)))?;
-        hooks.module("embed_out", &x, |_, x| Ok(self.embed_out.forward(x)))
-    }
+fn decoder(config: &GptNeoxConfig) -> Result<DecoderConfig> {
+    let (d, heads) = (config.hidden_size, config.num_attention_heads);
+    let head_dim = DecoderConfig::head_dim(d, heads)?;
+    let mut rope = config.rope.clone();
+    rope.partial_rotary_factor.get_or_insert(config.rotary_pct);
+    let layer = LayerConfig { window: None, rotary: Some(0), scale: (head_dim as f64).powf(-0.5) };
+    Ok(DecoderConfig {
+        hidden_size: d,
+        vocab_size: config.vocab_size,
+        max_positions: Some(config.max_position_embeddings),
+        layers: vec![layer; config.num_hidden_layers],
+        rotary: vec![rope.rotary(head_dim, config.rotary_emb_base, config.max_position_embeddings)?],
+        layers_path: "gpt_neox.layers",
+        embed: EmbedConfig { tokens: "gpt_neox.embed_in", positions: None, scale: 1.0, scale_inside: false },
+        norm: NormConfig {
+            kind: NormKind::Layer,
+            eps: config.layer_norm_eps,
+            before_attention: Some("input_layernorm"),
+            after_attention: None,
+            before_mlp: Some("post_attention_layernorm"),
+            after_mlp: None,
+        },
+        attention: AttentionConfig {
+            path: "attention",
+            heads,
+            kv_heads: heads,
+            head_dim,
+            input: Projections::Interleaved("query_key_value"),
+            output: "dense",
+            input_bias: config.attention_bias,
+            output_bias: config.attention_bias,
+            transposed: false,
+            qk_norm: None,
+            soft_cap: None,
+        },
+        mlp: MlpConfig {
+            path: "mlp",
+            width: config.intermediate_size,
+            layout: MlpLayout::Plain { up: "dense_h_to_4h", down: "dense_4h_to_h" },
+            act_path: "act",
+            act: activation(&config.hidden_act)?,
+            bias: true,
+            transposed: false,
+        },
+        parallel: config.use_parallel_residual,
+        final_norm: "gpt_neox.final_layer_norm",
+        head: HeadConfig { path: "embed_out", tied: config.tie_word_embeddings, soft_cap: None },
+    })
 }

@@ -1,0 +1,675 @@
+//! The decoder-only transformer that nearly every family is a variant of.
+//!
+//! A family says by a [`DecoderConfig`] which norms stand where, how projections are laid out and named, and what
+//! attention sees; everything else is done once, here. Modules have Hugging Face's paths, so that a hook on any of them
+//! means what it means in Python. A family that is something else implements [`LanguageModel`] itself, with the same
+//! blocks.
+//!
+//! Layers are read from their file when a pass first comes to them: what lies past the last hook is never loaded.
+
+use std::cell::{OnceCell, RefCell};
+use std::rc::Rc;
+
+use anyhow::{bail, Result};
+use tch::{Device, Kind, Tensor};
+
+use super::blocks::{shape_only, Attention, Context, Linear, Norm, NormKind};
+use super::rotary::Rotary;
+use super::weights::Weights;
+use super::{ModelCx, Names};
+use crate::config::InputError;
+use crate::device::Precision;
+use crate::model::{Hidden, Hooks, LanguageModel, Stop, Tokens, Visit};
+
+/// A decoder: widths, names of its parts, and what makes the family.
+#[derive(Debug, Clone)]
+pub struct DecoderConfig {
+    /// Width of the residual stream.
+    pub hidden_size: i64,
+    /// Number of token ids.
+    pub vocab_size: i64,
+    /// The longest context, where there is a limit.
+    pub max_positions: Option<i64>,
+    /// What differs between layers; one for each.
+    pub layers: Vec<LayerConfig>,
+    /// Rotary embeddings that layers may use.
+    pub rotary: Vec<Rotary>,
+    /// Path of the list of layers: `model.layers`.
+    pub layers_path: &'static str,
+    /// Embeddings.
+    pub embed: EmbedConfig,
+    /// The norms.
+    pub norm: NormConfig,
+    /// Attention.
+    pub attention: AttentionConfig,
+    /// The MLP.
+    pub mlp: MlpConfig,
+    /// Whether attention and MLP both read the layer's input, instead of one after the other.
+    pub parallel: bool,
+    /// The final norm's path.
+    pub final_norm: &'static str,
+    /// The head.
+    pub head: HeadConfig,
+}
+
+/// What differs between layers.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerConfig {
+    /// How many positions a query sees, itself among them; `None` for all before it.
+    pub window: Option<i64>,
+    /// Which of [`DecoderConfig::rotary`] turns queries and keys, if one does.
+    pub rotary: Option<usize>,
+    /// What scores are multiplied by.
+    pub scale: f64,
+}
+
+/// Embeddings of tokens and positions.
+#[derive(Debug, Clone)]
+pub struct EmbedConfig {
+    /// Path of the token embedding.
+    pub tokens: &'static str,
+    /// Path of the learned position embedding, where there is one.
+    pub positions: Option<&'static str>,
+    /// What embeddings are multiplied by.
+    pub scale: f64,
+    /// Whether the token embedding's output, as a hook sees it, is multiplied already.
+    pub scale_inside: bool,
+}
+
+/// The norms of a layer, by name; those that a family does not have are `None`.
+#[derive(Debug, Clone)]
+pub struct NormConfig {
+    /// What they do.
+    pub kind: NormKind,
+    /// Added to the variance, or to the mean square.
+    pub eps: f64,
+    /// Of attention's input.
+    pub before_attention: Option<&'static str>,
+    /// Of attention's output.
+    pub after_attention: Option<&'static str>,
+    /// Of the MLP's input.
+    pub before_mlp: Option<&'static str>,
+    /// Of the MLP's output.
+    pub after_mlp: Option<&'static str>,
+}
+
+/// Attention.
+#[derive(Debug, Clone)]
+pub struct AttentionConfig {
+    /// Its path in a layer.
+    pub path: &'static str,
+    /// Number of heads.
+    pub heads: i64,
+    /// Number of keys and values, which neighbouring heads share.
+    pub kv_heads: i64,
+    /// Width of a head.
+    pub head_dim: i64,
+    /// The projections to queries, keys and values.
+    pub input: Projections,
+    /// The projection of the heads' outputs.
+    pub output: &'static str,
+    /// Whether the first have biases.
+    pub input_bias: bool,
+    /// Whether the last has one.
+    pub output_bias: bool,
+    /// Whether weights lie transposed, [in, out], as GPT-2's do.
+    pub transposed: bool,
+    /// Norms of queries and keys.
+    pub qk_norm: Option<QkNorm>,
+    /// Scores are bounded to ± this.
+    pub soft_cap: Option<f64>,
+}
+
+/// The projections to queries, keys and values.
+#[derive(Debug, Clone, Copy)]
+pub enum Projections {
+    /// One for each.
+    Separate {
+        /// To queries.
+        q: &'static str,
+        /// To keys.
+        k: &'static str,
+        /// To values.
+        v: &'static str,
+    },
+    /// One for all: queries of all heads, then keys, then values.
+    Joined(&'static str),
+    /// One for all, head by head.
+    Interleaved(&'static str),
+}
+
+/// Norms of queries (`q_norm`) and keys (`k_norm`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Over each head.
+    Head,
+    /// Over all heads together.
+    All,
+}
+
+/// The MLP.
+#[derive(Debug, Clone)]
+pub struct MlpConfig {
+    /// Its path in a layer.
+    pub path: &'static str,
+    /// Its width.
+    pub width: i64,
+    /// Its projections.
+    pub layout: MlpLayout,
+    /// The module that is its activation.
+    pub act_path: &'static str,
+    /// Its activation.
+    pub act: fn(&Tensor) -> Tensor,
+    /// Whether its projections have biases.
+    pub bias: bool,
+    /// Whether weights lie transposed, [in, out], as GPT-2's do.
+    pub transposed: bool,
+}
+
+/// The projections of an MLP, by name.
+#[derive(Debug, Clone, Copy)]
+pub enum MlpLayout {
+    /// down(act(up(x))).
+    Plain {
+        /// To the MLP's width.
+        up: &'static str,
+        /// Back to the stream's.
+        down: &'static str,
+    },
+    /// down(act(gate(x)) · up(x)) (Shazeer 2020, <https://arxiv.org/abs/2002.05202>).
+    Gated {
+        /// What is activated.
+        gate: &'static str,
+        /// What it is multiplied with.
+        up: &'static str,
+        /// Back to the stream's width.
+        down: &'static str,
+    },
+    /// The same with gate and up in one projection, in this order.
+    GatedJoined {
+        /// Gate and up.
+        gate_up: &'static str,
+        /// Back to the stream's width.
+        down: &'static str,
+    },
+}
+
+/// The head: from the last hidden state to logits.
+#[derive(Debug, Clone)]
+pub struct HeadConfig {
+    /// Its path.
+    pub path: &'static str,
+    /// Whether its weight is the token embedding's.
+    pub tied: bool,
+    /// Logits are bounded to ± this.
+    pub soft_cap: Option<f64>,
+}
+
+/// Gives the weight of a name and shape. Matrices of products and embeddings are wanted in the type of the products,
+/// everything else in float32.
+type Provide<'a> = dyn FnMut(&str, &[i64], Kind) -> Result<Tensor> + 'a;
+
+/// A decoder with its weights.
+pub struct Decoder {
+    config: DecoderConfig,
+    names: Names,
+    cx: ModelCx,
+    weights: Option<Weights>,
+    embed: OnceCell<Embed>,
+    layers: Vec<OnceCell<Layer>>,
+    end: OnceCell<End>,
+    windows: Vec<Option<i64>>,
+    /// What has been read, by name.
+    parameters: RefCell<Vec<(String, Tensor)>>,
+    visits: Vec<Visit>,
+}
+
+struct Embed {
+    tokens: Tensor,
+    positions: Option<Tensor>,
+}
+
+struct Layer {
+    norms: [Option<Norm>; 4],
+    q: Linear,
+    kv: Option<(Linear, Linear)>,
+    qk_norm: Option<(Norm, Norm)>,
+    out: Linear,
+    attention: Attention,
+    up: Linear,
+    gate: Option<Linear>,
+    down: Linear,
+}
+
+struct End {
+    norm: Norm,
+    head: Linear,
+}
+
+/// The parts of a model as they are asked for: the shapes follow from the config, the values come from `provide`.
+struct Builder<'a, 'b> {
+    config: &'a DecoderConfig,
+    precision: Precision,
+    provide: &'a mut Provide<'b>,
+}
+
+impl Builder<'_, '_> {
+    fn tensor(&mut self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        (self.provide)(name, shape, kind)
+    }
+
+    fn linear(&mut self, path: &str, output: i64, input: i64, bias: bool, transposed: bool) -> Result<Linear> {
+        let kind = self.precision.kind();
+        let name = format!("{path}.weight");
+        let weight = match transposed {
+            true => self.tensor(&name, &[input, output], kind)?.tr(),
+            false => self.tensor(&name, &[output, input], kind)?,
+        };
+        let bias = bias.then(|| self.tensor(&format!("{path}.bias"), &[output], kind)).transpose()?;
+        Ok(Linear { weight, bias, precision: self.precision })
+    }
+
+    fn norm(&mut self, path: &str, width: i64) -> Result<Norm> {
+        let NormConfig { kind, eps, .. } = self.config.norm;
+        let weight = self.tensor(&format!("{path}.weight"), &[width], Kind::Float)?;
+        let bias = kind == NormKind::Layer;
+        let bias = bias.then(|| self.tensor(&format!("{path}.bias"), &[width], Kind::Float)).transpose()?;
+        Ok(Norm { kind, weight, bias, eps })
+    }
+
+    fn embed(&mut self) -> Result<Embed> {
+        let config = self.config;
+        let (d, kind) = (config.hidden_size, self.precision.kind());
+        let tokens = self.tensor(&format!("{}.weight", config.embed.tokens), &[config.vocab_size, d], kind)?;
+        let most = config.max_positions.unwrap_or(0);
+        let positions = config.embed.positions;
+        let positions =
+            positions.map(|path| self.tensor(&format!("{path}.weight"), &[most, d], Kind::Float)).transpose()?;
+        Ok(Embed { tokens, positions })
+    }
+
+    fn layer(&mut self, index: usize) -> Result<Layer> {
+        let config = self.config;
+        let at = format!("{}.{index}", config.layers_path);
+        let d = config.hidden_size;
+        let norm = &config.norm;
+        let mut norms = [None, None, None, None];
+        let names = [norm.before_attention, norm.after_attention, norm.before_mlp, norm.after_mlp];
+        for (slot, name) in norms.iter_mut().zip(names) {
+            *slot = name.map(|name| self.norm(&format!("{at}.{name}"), d)).transpose()?;
+        }
+
+        let attention = &config.attention;
+        let path = format!("{at}.{}", attention.path);
+        let (wide, narrow) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
+        let mut input = |name: &str, width: i64| {
+            self.linear(&format!("{path}.{name}"), width, d, attention.input_bias, attention.transposed)
+        };
+        let (q, kv) = match attention.input {
+            Projections::Separate { q, k, v } => (input(q, wide)?, Some((input(k, narrow)?, input(v, narrow)?))),
+            Projections::Joined(name) | Projections::Interleaved(name) => (input(name, wide + 2 * narrow)?, None),
+        };
+        let qk_norm = match attention.qk_norm {
+            None => None,
+            Some(over) => {
+                let head = attention.head_dim;
+                let widths = if over == QkNorm::Head { (head, head) } else { (wide, narrow) };
+                Some((self.norm(&format!("{path}.q_norm"), widths.0)?, self.norm(&format!("{path}.k_norm"), widths.1)?))
+            }
+        };
+        let output = format!("{path}.{}", attention.output);
+        let out = self.linear(&output, d, wide, attention.output_bias, attention.transposed)?;
+
+        let mlp = &config.mlp;
+        let path = format!("{at}.{}", mlp.path);
+        let mut project = |name: &str, output: i64, input: i64| {
+            self.linear(&format!("{path}.{name}"), output, input, mlp.bias, mlp.transposed)
+        };
+        let (gate, up, down) = match mlp.layout {
+            MlpLayout::Plain { up, down } => (None, project(up, mlp.width, d)?, project(down, d, mlp.width)?),
+            MlpLayout::Gated { gate, up, down } => {
+                let gate = project(gate, mlp.width, d)?;
+                (Some(gate), project(up, mlp.width, d)?, project(down, d, mlp.width)?)
+            }
+            MlpLayout::GatedJoined { gate_up, down } => {
+                (None, project(gate_up, 2 * mlp.width, d)?, project(down, d, mlp.width)?)
+            }
+        };
+        let LayerConfig { window, rotary, scale } = config.layers[index];
+        let attention = Attention { scale, window, rotary, soft_cap: attention.soft_cap };
+        Ok(Layer { norms, q, kv, qk_norm, out, attention, up, gate, down })
+    }
+
+    fn end(&mut self, embed: &Embed) -> Result<End> {
+        let config = self.config;
+        let norm = self.norm(config.final_norm, config.hidden_size)?;
+        let head = if config.head.tied {
+            Linear { weight: embed.tokens.shallow_clone(), bias: None, precision: self.precision }
+        } else {
+            self.linear(config.head.path, config.vocab_size, config.hidden_size, false, false)?
+        };
+        Ok(End { norm, head })
+    }
+}
+
+impl DecoderConfig {
+    fn check(&self) -> Result<()> {
+        let AttentionConfig { heads, kv_heads, head_dim, .. } = self.attention;
+        let positive = [
+            ("the width", self.hidden_size),
+            ("the number of token ids", self.vocab_size),
+            ("the number of heads", heads),
+            ("the number of keys and values", kv_heads),
+            ("the width of a head", head_dim),
+            ("the width of the MLP", self.mlp.width),
+        ];
+        if let Some((what, found)) = positive.iter().find(|(_, number)| *number < 1) {
+            bail!(InputError::new(format!("config.json: {what} is {found}")));
+        }
+        if heads % kv_heads != 0 {
+            bail!(InputError::new(format!(
+                "config.json: {heads} heads cannot share {kv_heads} keys and values evenly"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Width of a head where the config gives none: the stream's, divided among the heads.
+    pub fn head_dim(hidden_size: i64, heads: i64) -> Result<i64> {
+        if heads < 1 || hidden_size % heads != 0 {
+            bail!(InputError::new(format!("config.json: a width of {hidden_size} does not divide into {heads} heads")));
+        }
+        Ok(hidden_size / heads)
+    }
+
+    fn names(&self) -> Names {
+        let norm = &self.norm;
+        let (mlp_in, mlp_gate, mlp_out) = match self.mlp.layout {
+            MlpLayout::Plain { up, down } => (Some(up), None, down),
+            MlpLayout::Gated { gate, up, down } => (Some(gate), Some(up), down),
+            MlpLayout::GatedJoined { down, .. } => (None, None, down),
+        };
+        let in_attention = |name: &str| format!("{}.{name}", self.attention.path);
+        let in_mlp = |name: &str| format!("{}.{name}", self.mlp.path);
+        Names {
+            layers: self.layers_path.to_owned(),
+            embed: self.embed.tokens.to_owned(),
+            positions: self.embed.positions.map(str::to_owned),
+            final_norm: self.final_norm.to_owned(),
+            attention_out: in_attention(self.attention.output),
+            attention_added: norm.after_attention.unwrap_or(self.attention.path).to_owned(),
+            mlp_in: mlp_in.map(in_mlp),
+            mlp_up: mlp_gate.map(in_mlp),
+            mlp_out: in_mlp(mlp_out),
+            mlp_added: norm.after_mlp.unwrap_or(self.mlp.path).to_owned(),
+            norm1: norm.before_attention.map(str::to_owned),
+            norm2: norm.before_mlp.map(str::to_owned),
+            middle: (!self.parallel).then(|| norm.before_mlp.unwrap_or(self.mlp.path).to_owned()),
+        }
+    }
+}
+
+impl Decoder {
+    /// A decoder whose weights are read as they are needed. All of them are checked now: that they are there, that they
+    /// have the config's shapes, and that there are no others.
+    pub fn open(config: DecoderConfig, weights: Weights, cx: &ModelCx) -> Result<Self> {
+        config.check()?;
+        let tied = config.head.tied.then(|| format!("{}.weight", config.head.path));
+        let mut asked = Vec::new();
+        let decoder = Self::build(config, cx, &mut |name, shape, _| {
+            weights.check(name, shape)?;
+            asked.push(name.to_owned());
+            Ok(shape_only(shape))
+        })?;
+        weights.check_none_left(&asked, tied.as_deref())?;
+        let visits = decoder.record();
+        Ok(Decoder { weights: Some(weights), visits, ..Self::unread(decoder.config, cx) })
+    }
+
+    /// A decoder with weights of one's own, all at once: by name and shape, in float32.
+    pub fn with(
+        config: DecoderConfig,
+        cx: &ModelCx,
+        mut provide: impl FnMut(&str, &[i64]) -> Result<Tensor>,
+    ) -> Result<Self> {
+        config.check()?;
+        let visits = Self::build(config.clone(), cx, &mut |_, shape, _| Ok(shape_only(shape)))?.record();
+        let mut parameters = Vec::new();
+        let decoder = Self::build(config, cx, &mut |name, shape, _| {
+            let tensor = provide(name, shape)?;
+            parameters.push((name.to_owned(), tensor.shallow_clone()));
+            Ok(tensor)
+        })?;
+        Ok(Decoder { visits, parameters: parameters.into(), ..decoder })
+    }
+
+    fn unread(config: DecoderConfig, cx: &ModelCx) -> Self {
+        let mut windows: Vec<_> = config.layers.iter().map(|layer| layer.window).collect();
+        windows.sort_unstable();
+        windows.dedup();
+        Decoder {
+            names: config.names(),
+            cx: *cx,
+            weights: None,
+            embed: OnceCell::new(),
+            layers: config.layers.iter().map(|_| OnceCell::new()).collect(),
+            end: OnceCell::new(),
+            windows,
+            parameters: RefCell::default(),
+            visits: Vec::new(),
+            config,
+        }
+    }
+
+    fn build(config: DecoderConfig, cx: &ModelCx, provide: &mut Provide) -> Result<Self> {
+        let mut decoder = Self::unread(config, cx);
+        let mut builder = Builder { config: &decoder.config, precision: cx.precision, provide };
+        let embed = builder.embed()?;
+        decoder.layers =
+            (0..decoder.layers.len()).map(|index| Ok(builder.layer(index)?.into())).collect::<Result<_>>()?;
+        decoder.end = builder.end(&embed)?.into();
+        decoder.embed = embed.into();
+        Ok(decoder)
+    }
+
+    /// The modules of a pass that computes no products.
+    fn record(&self) -> Vec<Visit> {
+        let ids = Tensor::zeros([1, 2], (Kind::Int64, Device::Cpu));
+        let mask = Tensor::ones([1, 2], (Kind::Bool, Device::Cpu));
+        let mut hooks = Hooks::record();
+        let _ = tch::no_grad(|| (self as &dyn LanguageModel).forward(&Tokens { ids, mask }, &mut hooks));
+        hooks.into_visits()
+    }
+
+    /// Reads a part of the model from its file.
+    fn read<T>(&self, part: impl FnOnce(&mut Builder) -> Result<T>) -> T {
+        let weights = self.weights.as_ref().expect("a decoder without a file has all its weights");
+        let mut provide = |name: &str, shape: &[i64], kind: Kind| {
+            let tensor = weights.get(name, shape, kind)?;
+            self.parameters.borrow_mut().push((name.to_owned(), tensor.shallow_clone()));
+            Ok(tensor)
+        };
+        let mut builder = Builder { config: &self.config, precision: self.cx.precision, provide: &mut provide };
+        // Names, shapes and types were checked when the file was opened.
+        tch::no_grad(|| part(&mut builder)).expect("a checked tensor can be read")
+    }
+
+    fn embedding(&self) -> &Embed {
+        self.embed.get_or_init(|| self.read(|builder| builder.embed()))
+    }
+
+    fn end_of_model(&self) -> &End {
+        self.end.get_or_init(|| self.read(|builder| builder.end(self.embedding())))
+    }
+
+    fn layer_at(&self, index: usize) -> &Layer {
+        self.layers[index].get_or_init(|| self.read(|builder| builder.layer(index)))
+    }
+
+    fn run_layer(&self, layer: &Layer, x: &Tensor, context: &Context, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let norm = &self.config.norm;
+        let kind = self.cx.precision.kind();
+        let normed =
+            |hooks: &mut Hooks, name: Option<&str>, norm: &Option<Norm>, x: &Tensor, out: Kind| match (name, norm) {
+                (Some(name), Some(norm)) => hooks.module(name, x, |_, x| Ok(norm.forward(x, out))),
+                _ => Ok(x.shallow_clone()),
+            };
+        let [before_attention, after_attention, before_mlp, after_mlp] = &layer.norms;
+        let read = normed(hooks, norm.before_attention, before_attention, x, kind)?;
+        let attend = |hooks: &mut Hooks, x: &Tensor| self.attend(layer, x, context, hooks);
+        let attention = match self.config.attention.path.split_once('.') {
+            None => hooks.module(self.config.attention.path, &read, attend)?,
+            Some((outer, inner)) => hooks.module(outer, &read, |hooks, x| hooks.module(inner, x, attend))?,
+        };
+        let attention = normed(hooks, norm.after_attention, after_attention, &attention, Kind::Float)?;
+        let middle = if self.config.parallel { x.shallow_clone() } else { x + &attention };
+        let read = normed(hooks, norm.before_mlp, before_mlp, &middle, kind)?;
+        let mlp = hooks.module(self.config.mlp.path, &read, |hooks, x| self.mlp(layer, x, hooks))?;
+        let mlp = normed(hooks, norm.after_mlp, after_mlp, &mlp, Kind::Float)?;
+        // In the order in which Hugging Face adds them: rounding is the same.
+        Ok(if self.config.parallel { mlp + attention + x } else { middle + mlp })
+    }
+
+    fn attend(&self, layer: &Layer, x: &Tensor, context: &Context, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let config = &self.config.attention;
+        let size = x.size();
+        let (rows, length, head) = (size[0], size[1], config.head_dim);
+        // [B, L, n·D] to [B, n, L, D].
+        let heads = |x: &Tensor| x.view([rows, length, -1, head]).transpose(1, 2);
+        let (q, k, v) = match (config.input, &layer.kv) {
+            (Projections::Separate { q, k, v }, Some((to_k, to_v))) => {
+                let normed = |hooks: &mut Hooks, x: Tensor, name: &str, norm: Option<&Norm>, over: QkNorm| match norm {
+                    Some(norm) if config.qk_norm == Some(over) => {
+                        hooks.module(name, &x, |_, x| Ok(norm.forward(x, x.kind())))
+                    }
+                    _ => Ok(x),
+                };
+                let norms = layer.qk_norm.as_ref();
+                let mut project = |name: &str, linear: &Linear, norm_name: &str, norm: Option<&Norm>| {
+                    let x = hooks.linear(name, x, linear)?;
+                    let x = normed(hooks, x, norm_name, norm, QkNorm::All)?;
+                    // Norms over a head come before its dimensions are moved, as in Hugging Face's models.
+                    let x = x.view([rows, length, -1, head]);
+                    Ok(normed(hooks, x, norm_name, norm, QkNorm::Head)?.transpose(1, 2))
+                };
+                let q = project(q, &layer.q, "q_norm", norms.map(|(q, _)| q))?;
+                let k = project(k, to_k, "k_norm", norms.map(|(_, k)| k))?;
+                (q, k, heads(&hooks.linear(v, x, to_v)?))
+            }
+            (Projections::Interleaved(name), _) => {
+                let joined = hooks.linear(name, x, &layer.q)?;
+                let parts = joined.view([rows, length, config.heads, 3 * head]).transpose(1, 2).chunk(3, -1);
+                (parts[0].shallow_clone(), parts[1].shallow_clone(), parts[2].shallow_clone())
+            }
+            (Projections::Joined(name) | Projections::Separate { q: name, .. }, _) => {
+                let joined = hooks.linear(name, x, &layer.q)?;
+                let (wide, narrow) = (config.heads * head, config.kv_heads * head);
+                let part = |start: i64, width: i64| {
+                    let part = joined.narrow(-1, start, width);
+                    part.reshape([rows, length, -1, head]).transpose(1, 2)
+                };
+                (part(0, wide), part(wide, narrow), part(wide + narrow, narrow))
+            }
+        };
+        let z = layer.attention.heads(&q, &k, &v, context);
+        hooks.linear(config.output, &z, &layer.out)
+    }
+
+    fn mlp(&self, layer: &Layer, x: &Tensor, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let config = &self.config.mlp;
+        let act = |hooks: &mut Hooks, x: &Tensor| hooks.module(config.act_path, x, |_, x| Ok((config.act)(x)));
+        let (wide, down) = match (config.layout, &layer.gate) {
+            (MlpLayout::Gated { gate, up, down }, Some(to_gate)) => {
+                let gate = hooks.linear(gate, x, to_gate)?;
+                let gate = act(hooks, &gate)?;
+                (gate * hooks.linear(up, x, &layer.up)?, down)
+            }
+            (MlpLayout::GatedJoined { gate_up, down }, _) => {
+                let both = hooks.linear(gate_up, x, &layer.up)?.chunk(2, -1);
+                (&both[1] * act(hooks, &both[0])?, down)
+            }
+            (MlpLayout::Plain { up, down } | MlpLayout::Gated { up, down, .. }, _) => {
+                let wide = hooks.linear(up, x, &layer.up)?;
+                (act(hooks, &wide)?, down)
+            }
+        };
+        hooks.linear(down, &wide, &layer.down)
+    }
+}
+
+impl LanguageModel for Decoder {
+    fn hidden_size(&self) -> i64 {
+        self.config.hidden_size
+    }
+
+    fn n_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn n_heads(&self) -> i64 {
+        self.config.attention.heads
+    }
+
+    fn vocab_size(&self) -> i64 {
+        self.config.vocab_size
+    }
+
+    fn max_positions(&self) -> Option<i64> {
+        self.config.max_positions
+    }
+
+    fn names(&self) -> &Names {
+        &self.names
+    }
+
+    fn device(&self) -> Device {
+        self.cx.device
+    }
+
+    fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.end_of_model();
+        for index in 0..self.layers.len() {
+            self.layer_at(index);
+        }
+        self.parameters.borrow().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+
+    fn modules(&self) -> Vec<Visit> {
+        self.visits.clone()
+    }
+
+    fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop> {
+        let embed = self.embedding();
+        let EmbedConfig { tokens: path, positions, scale, scale_inside } = self.config.embed;
+        let scaled = |x: Tensor, here: bool| if here && scale != 1.0 { x * scale } else { x };
+        let x = hooks.module(path, &tokens.ids, |_, ids| {
+            let x = Tensor::embedding(&embed.tokens, ids, -1, false, false).to_kind(Kind::Float);
+            Ok(scaled(x, scale_inside))
+        })?;
+        let mut x = scaled(x, !scale_inside);
+        if let (Some(path), Some(table)) = (positions, &embed.positions) {
+            let ids = Tensor::arange(tokens.size().1, (Kind::Int64, tokens.ids.device())).unsqueeze(0);
+            x = x + hooks.module(path, &ids, |_, ids| Ok(Tensor::embedding(table, ids, -1, false, false)))?;
+        }
+        let context = Context::new(tokens, &self.windows, &self.config.rotary, self.cx.precision.kind());
+        Ok(Hidden { x, context: Rc::new(context) })
+    }
+
+    fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
+        let x = hooks.module(&self.names.layer(index), &hidden.x, |hooks, x| {
+            self.run_layer(self.layer_at(index), x, &hidden.context, hooks)
+        })?;
+        Ok(Hidden { x, context: hidden.context.clone() })
+    }
+
+    fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let end = self.end_of_model();
+        let kind = self.cx.precision.kind();
+        let x = hooks.module(self.config.final_norm, &hidden.x, |_, x| Ok(end.norm.forward(x, kind)))?;
+        let logits = hooks.linear(self.config.head.path, &x, &end.head)?.to_kind(Kind::Float);
+        Ok(match self.config.head.soft_cap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        })
+    }
+}
