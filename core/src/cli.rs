@@ -244,7 +244,8 @@ fn measure(sae_dir: &Path, config: &RunConfig) -> Result<(String, Map<String, Va
         None => ("source", &config.source),
     };
     let cx = source_cx(config)?;
-    let saved = saved::read(sae_dir, cx.device, cx.precision)?;
+    let (precision, _) = config.precision.precision(cx.device);
+    let saved = saved::read(sae_dir, cx.device, precision)?;
     let mut source = source.build(&cx).under(key)?;
     let dims = saved.dictionary.dims();
     if (dims.input, dims.output) != source.widths() {
@@ -270,8 +271,7 @@ fn measure(sae_dir: &Path, config: &RunConfig) -> Result<(String, Map<String, Va
 
 fn source_cx(config: &RunConfig) -> Result<SourceCx> {
     let device = config.device.device().map_err(anyhow::Error::from).under("device")?;
-    let (precision, _) = config.precision.precision(device);
-    Ok(SourceCx { seed: config.seed, device, precision })
+    Ok(config.source_cx(device))
 }
 
 fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {

@@ -11,6 +11,15 @@ pub enum Precision {
     BFloat16,
 }
 
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Precision::Float32 => "float32",
+            Precision::BFloat16 => "bfloat16",
+        })
+    }
+}
+
 impl Precision {
     /// The kind of the operands.
     pub fn kind(self) -> Kind {

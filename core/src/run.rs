@@ -10,13 +10,13 @@ use tch::Device;
 
 use crate::checkpoint::Checkpoints;
 use crate::config::{InputError, RunConfig, Under};
-use crate::device::{self, Precision};
+use crate::device;
 use crate::evaluate;
 use crate::interrupt::Interrupt;
 use crate::logger::Logger;
 use crate::progress::Progress;
 use crate::saved;
-use crate::source::{ActivationSource, SourceCx, Stream};
+use crate::source::{ActivationSource, Stream};
 use crate::state::{self, State};
 use crate::tensors::{self, write_file};
 use crate::training::{check_finite, saved_config, Training, TrainingCx};
@@ -81,7 +81,6 @@ fn entries(dir: &Path) -> BTreeSet<PathBuf> {
 /// What is built from a config.
 struct Run {
     device: Device,
-    precision: Precision,
     stream: Stream,
     saes: Vec<Training>,
     cx: TrainingCx,
@@ -100,7 +99,7 @@ impl Run {
         }
         let device = config.device.device().map_err(anyhow::Error::from).under("device")?;
         let (precision, _) = config.precision.precision(device);
-        let source_cx = SourceCx { seed: config.seed, device, precision };
+        let source_cx = config.source_cx(device);
         let mut source = config.source.build(&source_cx).under("source")?;
         let widths = source.widths();
         let cx = TrainingCx { widths, steps: config.steps, seed: config.seed, device, precision };
@@ -126,7 +125,7 @@ impl Run {
                 }
             }
         }
-        Ok(Run { device, precision, stream: Stream::new(source), saes, cx, norm: 1.0, saved: false })
+        Ok(Run { device, stream: Stream::new(source), saes, cx, norm: 1.0, saved: false })
     }
 
     fn train(
@@ -227,10 +226,7 @@ impl Run {
         let dictionaries: Vec<_> = folded.iter().map(|dictionary| &**dictionary).collect();
         let mut other = match &config.eval_source {
             None => None,
-            Some(source) => {
-                let cx = SourceCx { seed: config.seed, device: self.device, precision: self.precision };
-                Some(source.build(&cx).under("eval_source")?)
-            }
+            Some(source) => Some(source.build(&config.source_cx(self.device)).under("eval_source")?),
         };
         let source: &mut dyn ActivationSource = match &mut other {
             Some(source) => &mut **source,
@@ -317,10 +313,12 @@ pub fn plan(config: &RunConfig) -> Result<String> {
     let mut run = Run::build(config)?;
     let buffer = run.stream.source().memory() as usize;
     let (precision, why) = config.precision.precision(run.device);
+    let (model_precision, model_why) = config.precision.model_precision(run.device);
     let megabytes = |bytes: usize| bytes as f64 / 1e6;
     let mut lines = vec![
         format!("device: {}", device::name(run.device)),
-        format!("matrix products: {} ({why})", if precision == Precision::Float32 { "float32" } else { "bfloat16" }),
+        format!("matrix products of dictionaries: {precision} ({why})"),
+        format!("matrix products of a language model: {model_precision} ({model_why})"),
         format!(
             "activations: width {} -> {}, {:.1} MB of them in the buffer",
             run.cx.widths.0,

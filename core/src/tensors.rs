@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, Context, Result};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, TensorView};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
@@ -128,10 +128,20 @@ pub fn serialize<S: AsRef<str>>(tensors: &[(S, Tensor)], metadata: &[(&str, &str
     Ok(safetensors::serialize(views, Some(info))?)
 }
 
+/// The header of a safetensors file, checked against the file's length, and where the tensors' bytes begin.
+fn header(bytes: &[u8]) -> std::result::Result<(Metadata, usize), safetensors::SafeTensorError> {
+    SafeTensors::deserialize(bytes)?;
+    let (length, header) = SafeTensors::read_metadata(bytes)?;
+    Ok((header, length + 8))
+}
+
 /// A safetensors file: its header checked when opened, tensors read when asked for.
 pub struct TensorFile {
     path: PathBuf,
     bytes: Bytes,
+    header: Metadata,
+    /// Where the tensors' bytes begin.
+    start: usize,
 }
 
 enum Bytes {
@@ -147,16 +157,16 @@ impl TensorFile {
         // SAFETY: the map is read-only; a file that another process shortens meanwhile would raise SIGBUS, which any
         // reader of mapped weights accepts.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|error| refused(error.to_string()))?;
-        SafeTensors::deserialize(&map).map_err(|error| {
+        let (header, start) = header(&map).map_err(|error| {
             refused("not a whole safetensors file".to_owned()).help(format!("the header says: {error}"))
         })?;
-        Ok(TensorFile { path: path.to_owned(), bytes: Bytes::Mapped(map) })
+        Ok(TensorFile { path: path.to_owned(), bytes: Bytes::Mapped(map), header, start })
     }
 
     /// A file that is part of the program; `name` is for messages.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
-        SafeTensors::deserialize(bytes).map_err(|error| anyhow!("{name} is not a safetensors file: {error}"))?;
-        Ok(TensorFile { path: name.into(), bytes: Bytes::Static(bytes) })
+        let (header, start) = header(bytes).map_err(|error| anyhow!("{name} is not a safetensors file: {error}"))?;
+        Ok(TensorFile { path: name.into(), bytes: Bytes::Static(bytes), header, start })
     }
 
     /// Where it was read from.
@@ -171,31 +181,43 @@ impl TensorFile {
         }
     }
 
-    fn parsed(&self) -> SafeTensors<'_> {
-        SafeTensors::deserialize(self.bytes()).expect("checked when opened")
+    fn data(&self, info: &TensorInfo) -> &[u8] {
+        let (from, to) = info.data_offsets;
+        &self.bytes()[self.start + from..self.start + to]
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.header.info(name).ok_or_else(|| {
+            let names = self.names();
+            let error = InputError::new(format!("{} has no tensor `{name}`", self.path.display()));
+            let error = error.help(match crate::registry::nearest(name, names.iter().map(String::as_str)) {
+                Some(near) => format!("did you mean `{near}`? it has: {}", names.join(", ")),
+                None => format!("it has: {}", names.join(", ")),
+            });
+            error.into()
+        })
     }
 
     /// The names of the tensors, sorted.
     pub fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.parsed().names().into_iter().map(str::to_owned).collect();
+        let mut names = self.header.offset_keys();
         names.sort();
         names
     }
 
     /// Whether there is a tensor of that name.
     pub fn has(&self, name: &str) -> bool {
-        self.parsed().tensor(name).is_ok()
+        self.header.info(name).is_some()
     }
 
     /// The shape of a tensor, without reading it.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
-        Some(self.parsed().tensor(name).ok()?.shape().iter().map(|n| *n as i64).collect())
+        Some(self.header.info(name)?.shape.iter().map(|n| *n as i64).collect())
     }
 
     /// The type of a tensor in the file, without reading it.
     pub fn kind(&self, name: &str) -> Result<Kind> {
-        let parsed = self.parsed();
-        let dtype = parsed.tensor(name)?.dtype();
+        let dtype = self.info(name)?.dtype;
         kind(dtype).ok_or_else(|| {
             InputError::new(format!(
                 "{}: tensor `{name}` has the type {dtype:?}, which is not supported",
@@ -209,11 +231,12 @@ impl TensorFile {
     /// Lets the system take back the memory that reading a tensor brought in. Reading it again reads the file again.
     pub fn forget(&self, name: &str) {
         #[cfg(unix)]
-        if let (Bytes::Mapped(map), Ok(view)) = (&self.bytes, self.parsed().tensor(name)) {
+        if let (Bytes::Mapped(map), Some(info)) = (&self.bytes, self.header.info(name)) {
             // Whole pages only: those at the ends may hold parts of other tensors, which is harmless.
-            let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
+            let (from, to) = info.data_offsets;
             // SAFETY: the map is of a file and read-only, so pages that are dropped come back as they were.
-            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, view.data().len()) };
+            let _ =
+                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.start + from, to - from) };
         }
         #[cfg(not(unix))]
         let _ = name;
@@ -221,37 +244,26 @@ impl TensorFile {
 
     /// An entry of the file's metadata.
     pub fn metadata(&self, key: &str) -> Option<String> {
-        let (_, header) = SafeTensors::read_metadata(self.bytes()).ok()?;
-        header.metadata().as_ref()?.get(key).cloned()
+        self.header.metadata().as_ref()?.get(key).cloned()
     }
 
     /// Reads one tensor to the CPU, in the type that the file has.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let parsed = self.parsed();
-        let view = parsed.tensor(name).map_err(|_| {
-            let names = self.names();
-            let error = InputError::new(format!("{} has no tensor `{name}`", self.path.display()));
-            error.help(match crate::registry::nearest(name, names.iter().map(String::as_str)) {
-                Some(near) => format!("did you mean `{near}`? it has: {}", names.join(", ")),
-                None => format!("it has: {}", names.join(", ")),
-            })
-        })?;
-        let kind = self.kind(name)?;
-        let shape: Vec<i64> = view.shape().iter().map(|n| *n as i64).collect();
-        Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
+        let info = self.info(name)?;
+        let shape: Vec<i64> = info.shape.iter().map(|n| *n as i64).collect();
+        Ok(Tensor::f_from_data_size(self.data(info), &shape, self.kind(name)?)?)
     }
 
     /// Reads rows of a two-dimensional tensor, in the order asked for, without reading the others.
     pub fn rows(&self, name: &str, rows: impl ExactSizeIterator<Item = usize>) -> Result<Tensor> {
-        let parsed = self.parsed();
-        let view = parsed.tensor(name)?;
-        let kind = kind(view.dtype()).ok_or_else(|| anyhow!("tensor `{name}` has the type {:?}", view.dtype()))?;
-        let width = view.shape().get(1).copied().unwrap_or(1);
+        let (info, kind) = (self.info(name)?, self.kind(name)?);
+        let data = self.data(info);
+        let width = info.shape.get(1).copied().unwrap_or(1);
         let row_bytes = width * kind.elt_size_in_bytes();
         let count = rows.len();
         let mut bytes = Vec::with_capacity(count * row_bytes);
         for row in rows {
-            let row = view.data().get(row * row_bytes..(row + 1) * row_bytes);
+            let row = data.get(row * row_bytes..(row + 1) * row_bytes);
             bytes.extend_from_slice(row.ok_or_else(|| anyhow!("tensor `{name}` has fewer rows than asked for"))?);
         }
         Ok(Tensor::f_from_data_size(&bytes, &[count as i64, width as i64], kind)?)

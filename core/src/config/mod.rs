@@ -23,7 +23,7 @@ use crate::dictionary::DictionaryConfig;
 use crate::logger::LoggerConfig;
 use crate::metric::MetricConfig;
 use crate::modifier::ModifierConfig;
-use crate::source::SourceConfig;
+use crate::source::{SourceConfig, SourceCx};
 use crate::trainer::TrainerConfig;
 
 /// One experiment: a stream of activations and the dictionaries that train on it.
@@ -83,6 +83,13 @@ pub struct RunConfig {
     /// The files that say it.
     #[serde(skip)]
     pub written: Written,
+}
+
+impl RunConfig {
+    /// What its sources are built for.
+    pub fn source_cx(&self, device: tch::Device) -> SourceCx {
+        SourceCx { seed: self.seed, device, precision: self.precision.model_precision(device).0 }
+    }
 }
 
 /// One dictionary of a run and how it is trained.

@@ -649,7 +649,9 @@ impl LanguageModel for Decoder {
         let mut x = scaled(x, !scale_inside);
         if let (Some(path), Some(table)) = (positions, &embed.positions) {
             let ids = Tensor::arange(tokens.size().1, (Kind::Int64, tokens.ids.device())).unsqueeze(0);
-            x = x + hooks.module(path, &ids, |_, ids| Ok(Tensor::embedding(table, ids, -1, false, false)))?;
+            let positions = hooks.module(path, &ids, |_, ids| Ok(Tensor::embedding(table, ids, -1, false, false)))?;
+            // Not in place: a hook may have read the embeddings.
+            x = &x + positions;
         }
         let context = Context::new(tokens, &self.windows, &self.config.rotary, self.cx.precision.kind());
         Ok(Hidden { x, context: Rc::new(context) })

@@ -103,7 +103,7 @@ fn decoder(config: &Value) -> Result<DecoderConfig> {
     decoder.attention.soft_cap = fields.attn_logit_softcapping;
     decoder.head.soft_cap = fields.final_logit_softcapping;
     let pattern = fields.sliding_window_pattern.or(fields.private_sliding_window_pattern).unwrap_or(6).max(1);
-    let usual = |layer: usize| (layer + 1) % pattern != 0;
+    let usual = |layer: usize| !(layer + 1).is_multiple_of(pattern);
     let sliding = sliding_layers(fields.layer_types.as_deref(), decoder.layers.len(), usual)?;
     for (layer, sliding) in decoder.layers.iter_mut().zip(sliding) {
         layer.scale = fields.query_pre_attn_scalar.powf(-0.5);

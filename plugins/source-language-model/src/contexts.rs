@@ -28,6 +28,13 @@ pub struct Row {
     pub origin: String,
 }
 
+impl Row {
+    /// Positions, padding among them.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+}
+
 /// Contexts of a text stream.
 pub struct Contexts {
     text: Box<dyn TextStream>,
@@ -147,7 +154,7 @@ impl Contexts {
     }
 
     /// Rows as one batch, padded on the right to the longest.
-    pub fn batch(rows: &[Row], device: Device) -> Tokens {
+    pub fn batch(rows: &[&Row], device: Device) -> Tokens {
         let length = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
         let (mut ids, mut mask) = (Vec::new(), Vec::new());
         for row in rows {

@@ -22,6 +22,10 @@ use contexts::{Contexts, ContextsCx, Row};
 
 const NAME: &str = "language_model";
 
+/// Tokens that a CPU runs through the model at once: few enough for a layer's intermediate values to stay in its caches,
+/// enough for products to be efficient.
+const AT_ONCE: usize = 1024;
+
 /// Activations of a language model.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -214,32 +218,58 @@ impl Harvest {
             self.ended = true;
             return Ok(None);
         }
-        let tokens = Contexts::batch(&rows, self.model.device());
         let points: Vec<HookPoint> = self.points.iter().map(|(point, _)| point.clone()).collect();
+        // Rows of like length go together, so that little is padded, and no more of them than the caches hold.
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_by_key(|row| rows[*row].len());
+        let mut harvested: Vec<Option<Vec<Tensor>>> = rows.iter().map(|_| None).collect();
+        let mut rest = &order[..];
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(self.rows_at_once(&rows, rest).max(1));
+            rest = later;
+            let batch: Vec<&Row> = now.iter().map(|row| &rows[*row]).collect();
+            for (row, values) in now.iter().zip(self.forward_at_once(&batch, &points)?) {
+                harvested[*row] = Some(values);
+            }
+        }
+        let column = |index: usize| {
+            let rows = harvested.iter().flatten().map(|values| values[index].shallow_clone());
+            Tensor::cat(&rows.collect::<Vec<_>>(), 0)
+        };
+        let values: Vec<Tensor> = (0..points.len()).map(column).collect();
+        let Some(multiple) = self.max_norm else { return Ok(Some(values)) };
+        let norms = values[0].norm_scalaropt_dim(2.0, [-1], false);
+        let kept = norms.le_tensor(&(norms.median() * multiple)).nonzero().reshape([-1]);
+        Ok(Some(values.iter().map(|value| value.index_select(0, &kept)).collect()))
+    }
+
+    /// How many of the first `order`ed rows to run together.
+    fn rows_at_once(&self, rows: &[Row], order: &[usize]) -> usize {
+        if !matches!(self.model.device(), Device::Cpu) {
+            return order.len();
+        }
+        // Lengths ascend: row n is the longest of the first n + 1.
+        order.iter().enumerate().take_while(|(n, row)| (n + 1) * rows[**row].len() <= AT_ONCE).count()
+    }
+
+    /// Activations at the text positions of each row, [n, width] for each point.
+    fn forward_at_once(&self, rows: &[&Row], points: &[HookPoint]) -> Result<Vec<Vec<Tensor>>> {
+        let tokens = Contexts::batch(rows, self.model.device());
         tch::no_grad(|| {
-            let mut hooks = Hooks::read(&points, true);
+            let mut hooks = Hooks::read(points, true);
             let _ = self.model.forward(&tokens, &mut hooks);
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
-            self.check_finite(&values, &mask, &rows)?;
-            let mask = match self.max_norm {
-                None => mask,
-                Some(multiple) => {
-                    let norms = values[0].norm_scalaropt_dim(2.0, [-1], false);
-                    let median = norms.masked_select(&mask).median();
-                    mask.logical_and(&norms.le_tensor(&(median * multiple)))
-                }
+            self.check_finite(&values, &mask, rows)?;
+            let kept = |row: usize| {
+                let kept = mask.get(row as i64).nonzero().reshape([-1]);
+                values.iter().map(|value| value.get(row as i64).index_select(0, &kept).to_kind(Kind::Float)).collect()
             };
-            let kept = mask.reshape([-1]).nonzero().reshape([-1]);
-            let keep = |value: &Tensor| {
-                let width = value.size().last().copied().unwrap_or(0);
-                value.reshape([-1, width]).index_select(0, &kept).to_kind(Kind::Float)
-            };
-            Ok(Some(values.iter().map(keep).collect()))
+            Ok((0..rows.len()).map(kept).collect())
         })
     }
 
-    fn check_finite(&self, values: &[Tensor], mask: &Tensor, rows: &[Row]) -> Result<()> {
+    fn check_finite(&self, values: &[Tensor], mask: &Tensor, rows: &[&Row]) -> Result<()> {
         for (value, (point, _)) in values.iter().zip(&self.points) {
             let bad = value.isfinite().all_dim(-1, false).logical_not().logical_and(mask);
             if bool::try_from(bad.any())? {
@@ -417,6 +447,6 @@ impl ModelSource for LanguageModelSource {
 
     fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>> {
         let rows = self.harvest.contexts.next_rows(rows as usize)?;
-        Ok((!rows.is_empty()).then(|| Contexts::batch(&rows, self.harvest.model.device())))
+        Ok((!rows.is_empty()).then(|| Contexts::batch(&rows.iter().collect::<Vec<_>>(), self.harvest.model.device())))
     }
 }
