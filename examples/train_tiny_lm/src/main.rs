@@ -300,11 +300,11 @@ fn held_out_loss(model: &dyn LanguageModel, held_out: &[i64], context: usize) ->
     })
 }
 
-fn save(model: &Decoder, config: &GptNeoxConfig, dir: &Path) -> Result<()> {
+fn save(model: &Decoder, model_config: &GptNeoxConfig, dir: &Path) -> Result<()> {
     let weights: Vec<(String, Tensor)> =
         model.parameters().into_iter().map(|(name, tensor)| (name, tensor.detach().to_kind(Kind::Half))).collect();
     tensors::write(&dir.join("model.safetensors"), &weights)?;
-    let mut config = serde_json::to_value(config)?;
+    let mut config = serde_json::to_value(model_config)?;
     config["model_type"] = json!("gpt_neox");
     config["architectures"] = json!(["GPTNeoXForCausalLM"]);
     config["torch_dtype"] = json!("float16");
@@ -315,7 +315,7 @@ fn save(model: &Decoder, config: &GptNeoxConfig, dir: &Path) -> Result<()> {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": model_config.max_position_embeddings,
     });
     fs::write(dir.join("tokenizer_config.json"), serde_json::to_string_pretty(&tokenizer)?)?;
     Ok(())
