@@ -1,6 +1,7 @@
 //! JSON Schema of a config: the registry fills the slots that components go into.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 
 use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
 use serde_json::{json, Map, Value};
@@ -9,6 +10,20 @@ use crate::registry::{components, Kind};
 
 /// One of the components of a kind, told apart by `type`.
 fn slot(kind: Kind, generator: &mut SchemaGenerator) -> Schema {
+    thread_local! {
+        static OPEN: RefCell<Vec<Kind>> = const { RefCell::new(Vec::new()) };
+    }
+    // A component may hold others of its kind. What stands here then is a reference to the definition that is being made.
+    if OPEN.with_borrow(|open| open.contains(&kind)) {
+        return json_schema!({});
+    }
+    OPEN.with_borrow_mut(|open| open.push(kind));
+    let schema = variants(kind, generator);
+    OPEN.with_borrow_mut(|open| open.pop());
+    schema
+}
+
+fn variants(kind: Kind, generator: &mut SchemaGenerator) -> Schema {
     let mut variants = Vec::new();
     for component in components(kind) {
         let mut schema: Map<String, Value> = (component.schema)().to_value().as_object().cloned().unwrap_or_default();

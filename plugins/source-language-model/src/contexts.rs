@@ -66,6 +66,16 @@ impl Contexts {
             bail!(InputError::new(format!("the model {} has no tokenizer.json", files.name()))
                 .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`"));
         }
+        // Embeddings are often longer than the vocabulary, for speed, but never shorter.
+        let ids = tokenizer.iter().flat_map(|tokenizer| tokenizer.get_vocab(true)).map(|(_, id)| i64::from(id));
+        if let Some(largest) = ids.max().filter(|largest| *largest >= cx.vocab_size && !text.is_tokenized()) {
+            bail!(InputError::new(format!(
+                "the tokenizer of {} has token ids up to {largest}, but the model embeds only 0 to {}",
+                files.name(),
+                cx.vocab_size - 1
+            ))
+            .help("the tokenizer and the model do not belong together"));
+        }
         let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or_default();
         let model_config = files.json("config.json")?.unwrap_or_default();
         // A special token is a string, or an object with the string as `content`.

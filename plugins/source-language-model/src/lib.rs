@@ -353,7 +353,10 @@ impl ActivationSource for LanguageModelSource {
     fn next_batch(&mut self) -> Result<Option<Batch>> {
         let Some(capacity) = self.capacity else { return self.next_in_order() };
         let batch_size = self.batch_size;
-        Ok(self.filled_buffer(capacity)?.take(batch_size).map(Self::batch))
+        let buffer = self.filled_buffer(capacity)?;
+        // At the end of the text what is left makes a smaller batch.
+        let count = batch_size.min(buffer.unread());
+        Ok(if count == 0 { None } else { buffer.take(count).map(Self::batch) })
     }
 
     fn rewind(&mut self) -> Result<()> {

@@ -1,25 +1,30 @@
-//! Text from .txt and .jsonl files, read as a stream: memory does not grow with the files.
+//! Text from .txt, .jsonl and .parquet files, read as a stream: memory does not grow with the files. Text and JSON may be
+//! compressed (.gz, .zst).
 //!
 //! In a .txt file documents are paragraphs, lines or the whole file; in a .jsonl file each line is a JSON object with
-//! the text in one field. A bad record is skipped and counted, or ends the run with `strict: true`; either way the
-//! message names file and line.
+//! the text in one field; in a .parquet file it is a column of strings. A bad record is skipped and counted, or ends the
+//! run with `strict: true`; either way the message names file and line (or row). Where a compressed file breaks off, what
+//! stands before is used, and the break is a bad record.
+
+mod rows;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use dictlearn_core::prelude::*;
 
 const NAME: &str = "text_files";
-const EXTENSIONS: [&str; 2] = ["txt", "jsonl"];
+/// What a file's name may end with.
+const ENDINGS: [&str; 7] = ["txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"];
 
-/// Text from .txt and .jsonl files.
+/// Text from .txt, .jsonl and .parquet files.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TextFilesConfig {
     /// A file, a folder, or a glob; several files are read in the order of their names.
     pub path: ConfigPath,
-    /// The field of a .jsonl record that holds the text.
+    /// The field of a .jsonl record, or the column of a .parquet file, that holds the text.
     #[serde(default = "column")]
     pub column: String,
     /// What a document is in a .txt file.
@@ -50,7 +55,7 @@ pub enum Documents {
 
 register! {
     text TextFilesConfig, NAME,
-    summary: "Text from .txt and .jsonl files, folders and globs",
+    summary: "Text from .txt, .jsonl (plain, .gz, .zst) and .parquet files, folders and globs",
     paper: "",
     example: "{type: text_files, path: corpus.txt}",
 }
@@ -71,16 +76,20 @@ impl TextConfig for TextFilesConfig {
     }
 }
 
+/// Which of the endings a file's name has.
+fn ending(path: &Path) -> Option<&'static str> {
+    let name = path.file_name()?.to_str()?;
+    ENDINGS.into_iter().find(|ending| name.strip_suffix(ending).is_some_and(|stem| stem.ends_with('.')))
+}
+
 /// The text files that a path means, sorted.
 fn files(path: &Path) -> Result<Vec<PathBuf>> {
-    let extension = |path: &Path| path.extension().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-    let supported = |path: &PathBuf| EXTENSIONS.contains(&extension(path).as_str());
-    let help = "text is read from .txt and .jsonl files";
+    let supported = |path: &PathBuf| ending(path).is_some();
+    let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
     if path.is_file() {
         let path = path.to_owned();
         if !supported(&path) {
-            bail!(InputError::new(format!("{}: files of type `{}` are not read", path.display(), extension(&path)))
-                .help(help));
+            bail!(InputError::new(format!("{}: files of this kind are not read", path.display())).help(help));
         }
         return Ok(vec![path]);
     }
@@ -113,23 +122,67 @@ struct TextFiles {
 
 struct OpenFile {
     path: PathBuf,
-    reader: BufReader<File>,
+    content: Content,
+    /// Lines or rows read so far.
     line: u64,
 }
 
-/// A line of a file, or why it is none.
+enum Content {
+    Text(Box<dyn BufRead + Send>),
+    Json(Box<dyn BufRead + Send>),
+    Rows(rows::Rows),
+}
+
+/// One line or row of a file, or why it is none.
 enum Line {
     Text(String),
     Bad(String),
 }
 
 impl OpenFile {
+    fn open(path: &Path, column: &str) -> Result<Self> {
+        let refused = |error: std::io::Error| InputError::new(format!("cannot read {}: {error}", path.display()));
+        let file = File::open(path).map_err(refused)?;
+        let ending = ending(path).unwrap_or_default();
+        let lines = |file: File| -> Result<Box<dyn BufRead + Send>> {
+            Ok(match ending.rsplit_once('.').map(|(_, packed)| packed) {
+                Some("gz") => Box::new(BufReader::new(flate2::read::MultiGzDecoder::new(BufReader::new(file)))),
+                Some("zst") => Box::new(BufReader::new(zstd::Decoder::new(file).map_err(refused)?)),
+                _ => Box::new(BufReader::new(file)),
+            })
+        };
+        let content = match ending {
+            "parquet" => Content::Rows(rows::Rows::open(path, file, column)?),
+            json if json.starts_with("jsonl") => Content::Json(lines(file)?),
+            _ => Content::Text(lines(file)?),
+        };
+        Ok(OpenFile { path: path.to_owned(), content, line: 0 })
+    }
+
     fn line(&mut self) -> Result<Option<Line>> {
+        let reader = match &mut self.content {
+            Content::Rows(rows) => {
+                self.line += 1;
+                return Ok(rows.next().map(|row| row.map_or_else(Line::Bad, Line::Text)));
+            }
+            Content::Text(reader) | Content::Json(reader) => reader,
+        };
         let mut bytes = Vec::new();
-        let read = self.reader.read_until(b'\n', &mut bytes);
-        let read = read.map_err(|error| anyhow::anyhow!("cannot read {}: {error}", self.path.display()))?;
-        if read == 0 {
-            return Ok(None);
+        match reader.read_until(b'\n', &mut bytes) {
+            Ok(0) => return Ok(None),
+            Ok(_) => {}
+            // The file was cut off, or is damaged from here on; what a record before it said has been read.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::UnexpectedEof | ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other
+                ) =>
+            {
+                self.line += 1;
+                *reader = Box::new(std::io::empty());
+                return Ok(Some(Line::Bad(format!("the file is damaged or breaks off: {error}"))));
+            }
+            Err(error) => return Err(anyhow::anyhow!("cannot read {}: {error}", self.path.display())),
         }
         self.line += 1;
         while matches!(bytes.last(), Some(b'\n' | b'\r')) {
@@ -146,35 +199,42 @@ impl OpenFile {
     }
 }
 
+/// The text of a JSON record, or why there is none.
+fn field(line: &str, column: &str) -> std::result::Result<String, String> {
+    let record: Value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
+    match record.get(column) {
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(_) => Err(format!("field `{column}` is not a string")),
+        None => {
+            let fields: Vec<&str> = record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+            Err(format!("no field `{column}`, it has: {}", fields.join(", ")))
+        }
+    }
+}
+
 impl TextFiles {
     /// The next document of the open file; `None` at its end.
     fn document(&mut self) -> Result<Option<Document>> {
         let Some(file) = &mut self.open else { return Ok(None) };
-        let json = file.path.extension().is_some_and(|extension| extension == "jsonl");
         let (mut text, mut start) = (String::new(), file.line + 1);
         loop {
             let line = file.line()?;
             let ended = line.is_none();
             let mut bad = None;
-            match line {
-                Some(Line::Bad(why)) => bad = Some(why),
-                Some(Line::Text(line)) if json => {
+            match (line, &file.content) {
+                (None, _) => {}
+                (Some(Line::Bad(why)), _) => bad = Some(why),
+                (Some(Line::Text(row)), Content::Rows(_)) => (text, start) = (row, file.line),
+                (Some(Line::Text(line)), Content::Json(_)) => {
                     start = file.line;
-                    match serde_json::from_str::<Value>(&line) {
-                        _ if line.trim().is_empty() => {}
-                        Err(error) => bad = Some(format!("not JSON: {error}")),
-                        Ok(record) => match record.get(&self.config.column).map(Value::as_str) {
-                            Some(Some(found)) => text = found.to_owned(),
-                            Some(None) => bad = Some(format!("field `{}` is not a string", self.config.column)),
-                            None => {
-                                let fields: Vec<&str> =
-                                    record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
-                                bad = Some(format!("no field `{}`, it has: {}", self.config.column, fields.join(", ")));
-                            }
-                        },
+                    if !line.trim().is_empty() {
+                        match field(&line, &self.config.column) {
+                            Ok(found) => text = found,
+                            Err(why) => bad = Some(why),
+                        }
                     }
                 }
-                Some(Line::Text(line)) => {
+                (Some(Line::Text(line)), Content::Text(_)) => {
                     let whole = self.config.documents == Documents::File;
                     if !line.trim().is_empty() || whole {
                         if !text.is_empty() {
@@ -186,7 +246,6 @@ impl TextFiles {
                         }
                     }
                 }
-                None => {}
             }
             if let Some(why) = bad {
                 let place = format!("{}: {why}", file.origin(file.line));
@@ -217,9 +276,7 @@ impl TextStream for TextFiles {
                 return Ok(Some(Record::Text(document)));
             }
             let Some(path) = self.files.get(self.next) else { return Ok(None) };
-            let file = File::open(path)
-                .map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
-            self.open = Some(OpenFile { path: path.clone(), reader: BufReader::new(file), line: 0 });
+            self.open = Some(OpenFile::open(path, &self.config.column)?);
             self.next += 1;
         }
     }
@@ -291,6 +348,53 @@ mod tests {
         let (_dir, mut strict) = stream("a.jsonl", content, Documents::Paragraph, true);
         strict.next_record().unwrap();
         assert!(strict.next_record().unwrap_err().to_string().contains("a.jsonl:2"));
+    }
+
+    fn packed(ending: &str, content: &[u8]) -> Vec<u8> {
+        use std::io::Write;
+        if ending.ends_with("gz") {
+            let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            packer.write_all(content).unwrap();
+            packer.finish().unwrap()
+        } else {
+            zstd::encode_all(content, 3).unwrap()
+        }
+    }
+
+    #[test]
+    fn compressed_files_are_the_same_text() {
+        for ending in ["gz", "zst"] {
+            let name = format!("a.txt.{ending}");
+            let (_dir, mut text) = stream(&name, &packed(ending, TEXT), Documents::Line, true);
+            assert_eq!(texts(&mut *text), ["one", "two", "three", "four"], "{name}");
+            let name = format!("a.jsonl.{ending}");
+            // Two members, as files have that were joined.
+            let json = [packed(ending, b"{\"text\": \"a\"}\n"), packed(ending, b"{\"text\": \"b\"}\n")].concat();
+            let (_dir, mut text) = stream(&name, &json, Documents::Paragraph, true);
+            assert_eq!(texts(&mut *text), ["a", "b"], "{name}");
+        }
+    }
+
+    #[test]
+    fn what_stands_before_a_break_is_used() {
+        let lines: String = (0..20_000).map(|line| format!("{{\"text\": \"{} {line}\"}}\n", line * 7919)).collect();
+        for ending in ["gz", "zst"] {
+            let whole = packed(ending, lines.as_bytes());
+            let name = format!("a.jsonl.{ending}");
+            let (_dir, mut cut) = stream(&name, &whole[..whole.len() / 2], Documents::Paragraph, false);
+            let found = texts(&mut *cut);
+            assert!(found.len() > 5_000 && found.len() < 15_000, "{name}: {}", found.len());
+            let (skipped, first) = cut.skipped();
+            assert_eq!(skipped, 1, "{name}: {first:?}");
+            assert!(first.unwrap().contains(&format!("{name}:{}: the file is damaged or breaks off", found.len() + 1)));
+            let (_dir, mut strict) = stream(&name, &whole[..whole.len() / 2], Documents::Paragraph, true);
+            let error = loop {
+                if let Err(error) = strict.next_record() {
+                    break error.to_string();
+                }
+            };
+            assert!(error.contains("breaks off"), "{error}");
+        }
     }
 
     #[test]
