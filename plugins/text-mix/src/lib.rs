@@ -22,7 +22,7 @@ pub struct MixConfig {
 #[serde(deny_unknown_fields)]
 pub struct Weighted {
     /// How many of its documents there are in proportion to the others'.
-    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
     /// The text.
     pub text: Box<dyn TextConfig>,
@@ -40,6 +40,11 @@ register! {
 impl TextConfig for MixConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let streams = self.streams.iter().enumerate().map(|(index, Weighted { weight, text })| {
+            if weight.is_nan() || *weight <= 0.0 {
+                bail!(InputError::new(format!("a weight of {weight} gives the text no share"))
+                    .field(format!("streams[{index}].weight"))
+                    .help("give a number above 0, or leave the text out"));
+            }
             let text = text.build().under("text").under(format_args!("streams[{index}]"))?;
             if text.is_tokenized() {
                 bail!(InputError::new("rows of tokens cannot be mixed with documents")
