@@ -14,10 +14,11 @@ use crate::device;
 use crate::evaluate;
 use crate::harvest;
 use crate::interrupt::Interrupt;
+use crate::metric::Subject;
 use crate::registry::{self, component, components, nearest, Component, Kind};
 use crate::run::{self, Ending};
-use crate::saved;
-use crate::source::SourceCx;
+use crate::saved::{self, Saved};
+use crate::source::{Site, SourceCx};
 use crate::tensors::{self, TensorFile};
 
 /// Train, evaluate, import and publish sparse autoencoders on language-model activations, from YAML.
@@ -68,6 +69,9 @@ enum Command {
         /// Stop after so many activations; by default the data is read once to its end.
         #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(i64).range(1..))]
         limit: Option<i64>,
+        /// The type to write them in.
+        #[arg(long, default_value_t)]
+        dtype: harvest::Dtype,
     },
     /// Features and reconstructions of activations in a file.
     Encode {
@@ -175,7 +179,7 @@ fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Train { config, output_dir, resume, dry_run } => train(&config, output_dir, resume, dry_run),
         Command::Eval { sae_dir, config, set, json } => eval(&sae_dir, config, set, json),
-        Command::Activations { config, out, limit } => activations(&config, &out, limit),
+        Command::Activations { config, out, limit, dtype } => activations(&config, &out, limit, dtype),
         Command::Encode { sae_dir, input, output } => encode(&sae_dir, &input, &output),
         Command::List { kind } => list(kind.as_deref()),
         Command::Describe { kind, name } => describe(&kind, &name),
@@ -247,13 +251,15 @@ fn measure(sae_dir: &Path, config: &RunConfig) -> Result<(String, Map<String, Va
     let (precision, _) = config.precision.precision(cx.device);
     let saved = saved::read(sae_dir, cx.device, precision)?;
     let mut source = source.build(&cx).under(key)?;
+    let sites = source.sites();
+    let site = own_site(&saved, &sites).under(key)?;
     let dims = saved.dictionary.dims();
-    if (dims.input, dims.output) != source.widths() {
+    if (dims.input, dims.output) != sites[site].widths() {
         bail!(InputError::new(format!(
             "{} takes activations of width {}, but the source's have width {}",
             sae_dir.display(),
             dims.input,
-            source.widths().0
+            sites[site].activation_dim
         ))
         .field(key)
         .help("evaluate it on the model and submodule that it was trained on"));
@@ -265,8 +271,24 @@ fn measure(sae_dir: &Path, config: &RunConfig) -> Result<(String, Map<String, Va
     } else {
         &config.metrics
     };
-    let result = evaluate::evaluate(metrics, &[&*saved.dictionary], &mut *source, true)?.remove(0);
+    let subject = Subject { dictionary: &*saved.dictionary, site };
+    let result = evaluate::evaluate(metrics, &[subject], &mut *source, true)?.remove(0);
     Ok((saved.name(), result))
+}
+
+/// The number of the site that an SAE was trained on, by what its config.json says.
+fn own_site(saved: &Saved, sites: &[Site]) -> Result<usize> {
+    let buffer = &saved.config["buffer"];
+    let name = buffer["site"].as_str().or(buffer["submodule"].as_str());
+    let Some(site) = Site::find(sites, name.unwrap_or_default()) else {
+        let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
+        bail!(InputError::new(match name {
+            Some(name) => format!("{} was trained at {name}, where the source has no site", saved.dir.display()),
+            None => format!("{} does not say at which of the source's sites it was trained", saved.dir.display()),
+        })
+        .help(format!("its sites: {}", names.join(", "))));
+    };
+    Ok(site)
 }
 
 fn source_cx(config: &RunConfig) -> Result<SourceCx> {
@@ -308,7 +330,7 @@ fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>) -> Result<ExitCode> {
+fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dtype: harvest::Dtype) -> Result<ExitCode> {
     let mut config = args.load()?;
     let source = component(Kind::Source, config.source.typetag_name()).map(|source| (source.schema)());
     if source.is_some_and(|schema| schema.pointer("/properties/shuffle").is_some()) {
@@ -319,9 +341,9 @@ fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>) -> Result<Exit
     let source = source_cx(&config).and_then(|cx| config.source.build(&cx).under("source"));
     let mut source = source.map_err(|error| config.written.locate(error))?;
     let interrupt = Interrupt::listen()?;
-    let harvested = harvest::write(&mut *source, out, limit, &interrupt)?;
-    eprintln!("{} activations written to {}", harvested.activations, out.display());
-    Ok(ExitCode::from(if harvested.interrupted { 130 } else { 0 }))
+    let manifest = harvest::write(&mut *source, out, limit, dtype, &interrupt)?;
+    eprintln!("{} activations written to {}", manifest.activations, out.display());
+    Ok(ExitCode::from(if manifest.complete { 0 } else { 130 }))
 }
 
 fn kind(name: &str) -> Result<Kind> {

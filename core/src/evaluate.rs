@@ -7,8 +7,7 @@ use comfy_table::{presets, CellAlignment, Table};
 use serde_json::{Map, Value};
 
 use crate::config::{from_yaml, InputError, Under};
-use crate::dictionary::Dictionary;
-use crate::metric::MetricConfig;
+use crate::metric::{MetricConfig, Subject};
 use crate::registry::{self, Kind};
 use crate::source::ActivationSource;
 use crate::tensors::write_file;
@@ -37,23 +36,22 @@ pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn MetricConf
     Ok(metrics)
 }
 
-/// Measures dictionaries, all on the same data. One object of figures for each, in their order.
+/// Measures dictionaries, each on its site and all on the same data. One object of figures for each, in their order.
 ///
 /// Each metric goes on where the one before it left the source, or starts again `from_the_beginning`.
 pub fn evaluate(
     metrics: &[Box<dyn MetricConfig>],
-    dictionaries: &[&dyn Dictionary],
+    subjects: &[Subject],
     source: &mut dyn ActivationSource,
     from_the_beginning: bool,
 ) -> Result<Vec<Map<String, Value>>> {
-    let mut results = vec![Map::new(); dictionaries.len()];
+    let mut results = vec![Map::new(); subjects.len()];
     check(metrics, source)?;
     for (index, metric) in metrics.iter().enumerate() {
         if from_the_beginning && index > 0 {
             source.rewind()?;
         }
-        let measure =
-            |source: &mut dyn ActivationSource| tch::no_grad(|| metric.build()?.evaluate(dictionaries, source));
+        let measure = |source: &mut dyn ActivationSource| tch::no_grad(|| metric.build()?.evaluate(subjects, source));
         let mut found = measure(source)?;
         if found.is_none() {
             source.rewind()?;

@@ -1,37 +1,178 @@
 //! A source's activations on disk, in order: `dictlearn activations`.
+//!
+//! A folder of activations holds shards, `activations-00000.safetensors` and so on, and `meta.json`, the manifest, which
+//! is written last: a folder without one is not whole. A shard has the tensor `activations` [N, d], or `in` and `out`
+//! where the source has pairs; with several sites each tensor's name begins with the site's and a slash. Where tokens are
+//! known, `token_ids` [N], `contexts` [N] and `positions` [N] say of which token each row is.
 
-use std::fs;
+use std::fmt;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
-use tch::Tensor;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
-use crate::source::{ActivationSource, Batch};
+use crate::saved::read_json;
+use crate::source::{ActivationSource, Activations, Site};
 use crate::tensors;
 
-/// Activations in one file.
-const SHARD: i64 = 65_536;
+/// Rows in one shard, at most.
+const SHARD_ROWS: i64 = 65_536;
+/// Bytes of activations in one shard, at most.
+const SHARD_BYTES: i64 = 64 << 20;
 
-/// How a harvest ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Harvested {
-    /// How many activations were written.
-    pub activations: i64,
-    /// Whether a signal ended it early; what is written is whole and described all the same.
-    pub interrupted: bool,
+/// The names of a shard's tensors that say of which token a row is.
+pub const TOKENS: [&str; 3] = ["token_ids", "contexts", "positions"];
+
+/// The type of activations on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lower")]
+pub enum Dtype {
+    /// As they are.
+    #[default]
+    Float32,
+    /// Half the size, of the same range.
+    BFloat16,
+    /// Half the size, to 65504.
+    Float16,
 }
 
-/// Writes one pass over a source, or its first `limit` activations, as `activations-00000.safetensors`, ... with tensor
-/// `activations` [N, d] (`in` and `out` where the source has pairs), and `meta.json`. After an error nothing is left.
+impl Dtype {
+    /// As libtorch's.
+    pub fn kind(self) -> Kind {
+        match self {
+            Dtype::Float32 => Kind::Float,
+            Dtype::BFloat16 => Kind::BFloat16,
+            Dtype::Float16 => Kind::Half,
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Dtype::Float32 => "float32",
+            Dtype::BFloat16 => "bfloat16",
+            Dtype::Float16 => "float16",
+        })
+    }
+}
+
+/// What a folder of activations holds: its `meta.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Rows in all shards.
+    pub activations: u64,
+    /// Whether they are all that was asked for; a signal may have ended it early.
+    pub complete: bool,
+    /// Their type.
+    pub dtype: Dtype,
+    /// The places in the model that they are from.
+    pub sites: Vec<CachedSite>,
+    /// Whether shards say of which token each row is.
+    pub tokens: bool,
+    /// What the source says of itself: model, text and so on.
+    pub source: Value,
+    /// The files, in order.
+    pub shards: Vec<Shard>,
+    /// Of the shards' hashes, a line each.
+    pub sha256: String,
+}
+
+/// A site, and the tensors that hold its activations.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CachedSite {
+    /// The site.
+    #[serde(flatten)]
+    pub site: Site,
+    /// What dictionaries read and what they reconstruct, or one tensor for both.
+    pub tensors: Vec<String>,
+}
+
+/// One file of activations.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Its name in the folder.
+    pub file: String,
+    /// Its rows.
+    pub activations: u64,
+    /// Its length.
+    pub bytes: u64,
+    /// The hash of its bytes, in hexadecimal.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// Reads the manifest of a folder and sees that it agrees with itself.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join("meta.json");
+        if !path.exists() {
+            let what = if dir.is_dir() { "holds no meta.json" } else { "is no folder of activations" };
+            bail!(InputError::new(format!("{} {what}", dir.display()))
+                .help("`dictlearn activations CONFIG.yaml --out DIR` writes such a folder, its meta.json last"));
+        }
+        let refused = |why: String| {
+            InputError::new(format!("{}: {why}", path.display()))
+                .help("the folder is not one that `dictlearn activations` wrote, or it was changed since")
+        };
+        let manifest: Manifest =
+            serde_json::from_value(read_json(&path)?).map_err(|error| refused(error.to_string()))?;
+        let rows: u64 = manifest.shards.iter().map(|shard| shard.activations).sum();
+        if rows != manifest.activations {
+            bail!(refused(format!("its shards have {rows} activations, but it says {}", manifest.activations)));
+        }
+        if manifest.sha256 != hash_of_all(&manifest.shards) {
+            bail!(refused("its `sha256` is not that of its shards' hashes".to_owned()));
+        }
+        if manifest.sites.is_empty() || manifest.sites.iter().any(|site| !matches!(site.tensors.len(), 1 | 2)) {
+            bail!(refused("it needs sites, of one tensor or two each".to_owned()));
+        }
+        if let Some(shard) =
+            manifest.shards.iter().find(|shard| Path::new(&shard.file).file_name() != Some(shard.file.as_ref()))
+        {
+            bail!(refused(format!("`{}` is not the name of a file", shard.file)));
+        }
+        Ok(manifest)
+    }
+}
+
+/// The hash of a file's bytes, in hexadecimal.
+pub fn hash_of_file(path: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    let read = |hash: &mut Sha256| std::io::copy(&mut File::open(path)?, hash);
+    read(&mut hash).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(format!("{:x}", hash.finalize()))
+}
+
+fn hash_of_all(shards: &[Shard]) -> String {
+    let lines: String = shards.iter().map(|shard| format!("{}\n", shard.sha256)).collect();
+    format!("{:x}", Sha256::digest(lines))
+}
+
+/// The files in a folder that are named as shards are.
+pub fn shards_in(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut shards: Vec<String> =
+        names.filter(|name| name.starts_with("activations-") && name.ends_with(".safetensors")).collect();
+    shards.sort();
+    shards
+}
+
+/// Writes one pass over a source, or its first `limit` activations, to a folder. After an error nothing is left.
 pub fn write(
     source: &mut dyn ActivationSource,
     out: &Path,
     limit: Option<i64>,
+    dtype: Dtype,
     interrupt: &Interrupt,
-) -> Result<Harvested> {
+) -> Result<Manifest> {
     if out.is_file() {
         bail!(InputError::new(format!("{} is a file", out.display())).help("give a folder to write to"));
     }
@@ -39,13 +180,17 @@ pub fn write(
         bail!(InputError::new(format!("{} already holds activations", out.display()))
             .help("choose another --out, or remove it"));
     }
+    if let Some(shard) = shards_in(out).first() {
+        bail!(InputError::new(format!("{} holds {shard} and no meta.json: its writer was killed", out.display()))
+            .help("choose another --out, or remove it"));
+    }
     let created = !out.exists();
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
-    let mut shards = Shards { out, pending: Vec::new(), rows: 0, written: Vec::new() };
-    let result = shards.harvest(source, limit, interrupt);
-    if result.is_err() {
-        for path in shards.written {
-            let _ = fs::remove_file(path);
+    let mut writer = Writer::new(source, out, dtype);
+    let result = writer.harvest(source, limit, interrupt);
+    if !result.as_ref().is_ok_and(|manifest| manifest.activations > 0) {
+        for shard in writer.written {
+            let _ = fs::remove_file(out.join(shard.file));
         }
         if created {
             let _ = fs::remove_dir(out);
@@ -55,20 +200,46 @@ pub fn write(
 }
 
 /// The files written so far, and what is to go into the next.
-struct Shards<'a> {
-    out: &'a Path,
-    pending: Vec<Batch>,
+struct Writer {
+    out: PathBuf,
+    dtype: Dtype,
+    sites: Vec<Site>,
+    /// Rows in one shard.
+    shard_rows: i64,
+    /// Rows harvested, not yet written: a tensor for each part of each site, and the tokens.
+    pending: Vec<Vec<(String, Tensor)>>,
     rows: i64,
-    written: Vec<PathBuf>,
+    /// The tensors of each site.
+    tensors: Vec<Vec<String>>,
+    tokens: bool,
+    written: Vec<Shard>,
 }
 
-impl Shards<'_> {
+impl Writer {
+    fn new(source: &dyn ActivationSource, out: &Path, dtype: Dtype) -> Self {
+        let sites = source.sites();
+        // As if all had pairs: what matters is that there is a limit.
+        let width: i64 = sites.iter().map(|site| site.activation_dim + site.output_dim).sum();
+        let row = width * dtype.kind().elt_size_in_bytes() as i64;
+        Writer {
+            out: out.to_owned(),
+            dtype,
+            sites,
+            shard_rows: (SHARD_BYTES / row).clamp(1, SHARD_ROWS),
+            pending: Vec::new(),
+            rows: 0,
+            tensors: Vec::new(),
+            tokens: false,
+            written: Vec::new(),
+        }
+    }
+
     fn harvest(
         &mut self,
         source: &mut dyn ActivationSource,
         limit: Option<i64>,
         interrupt: &Interrupt,
-    ) -> Result<Harvested> {
+    ) -> Result<Manifest> {
         if limit.is_none() && source.is_endless() {
             bail!(InputError::new("the source has no end")
                 .field("source")
@@ -81,14 +252,10 @@ impl Shards<'_> {
             if interrupted {
                 break;
             }
-            let Some(batch) = source.next_batch()? else { break };
-            let batch = limit.map_or(batch.first(batch.len()), |limit| batch.first(limit - count));
-            self.rows += batch.len();
-            count += batch.len();
-            self.pending.push(batch);
-            if self.rows >= SHARD {
-                self.write()?;
-            }
+            let Some(activations) = source.next_batch()? else { break };
+            let rows = limit.map_or(activations.len(), |limit| activations.len().min(limit - count));
+            self.add(&activations, rows)?;
+            count += rows;
             progress.step(count as u64, 0);
         }
         self.write()?;
@@ -97,35 +264,92 @@ impl Shards<'_> {
             bail!(InputError::new("the source gave not one activation")
                 .help("its data is shorter than one batch: add data, or make the batches smaller"));
         }
-        let (activation_dim, output_dim) = source.widths();
-        let names: Vec<_> = self.written.iter().filter_map(|path| path.file_name()?.to_str()).collect();
-        let meta = serde_json::json!({
-            "activations": count,
-            "complete": !interrupted,
-            "shards": names,
-            "activation_dim": activation_dim,
-            "output_dim": output_dim,
-            "source": source.describe(),
-        });
-        tensors::write_file(&self.out.join("meta.json"), serde_json::to_string_pretty(&meta)?.as_bytes())?;
-        Ok(Harvested { activations: count, interrupted })
+        let sites = self.sites.iter().zip(&self.tensors);
+        let manifest = Manifest {
+            activations: count as u64,
+            complete: !interrupted,
+            dtype: self.dtype,
+            sites: sites.map(|(site, tensors)| CachedSite { site: site.clone(), tensors: tensors.clone() }).collect(),
+            tokens: self.tokens,
+            source: source.describe(),
+            sha256: hash_of_all(&self.written),
+            shards: self.written.clone(),
+        };
+        let json = serde_json::to_string_pretty(&manifest)?;
+        if count > 0 {
+            tensors::write_file(&self.out.join("meta.json"), json.as_bytes())?;
+        }
+        Ok(manifest)
+    }
+
+    /// Takes the first rows of some activations, and writes what fills a shard.
+    fn add(&mut self, activations: &Activations, rows: i64) -> Result<()> {
+        let tensors = self.named(activations)?;
+        let mut from = 0;
+        while from < rows {
+            let count = (rows - from).min(self.shard_rows - self.rows);
+            let part = |(name, tensor): &(String, Tensor)| (name.clone(), tensor.narrow(0, from, count));
+            self.pending.push(tensors.iter().map(part).collect());
+            self.rows += count;
+            from += count;
+            if self.rows == self.shard_rows {
+                self.write()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The tensors that a shard has of some activations.
+    fn named(&mut self, activations: &Activations) -> Result<Vec<(String, Tensor)>> {
+        let (mut tensors, mut names) = (Vec::new(), Vec::new());
+        for (site, batch) in self.sites.iter().zip(&activations.sites) {
+            let prefix = if self.sites.len() == 1 { String::new() } else { format!("{}/", site.name) };
+            let parts = match batch.is_autoencoding() {
+                true => vec![("activations", &batch.x)],
+                false => vec![("in", &batch.x), ("out", &batch.target)],
+            };
+            let mut own = Vec::new();
+            for (name, tensor) in parts {
+                let stored = tensor.detach().to_device(Device::Cpu).to_kind(self.dtype.kind());
+                if !bool::try_from(stored.isfinite().all())? {
+                    let greatest = tensor.abs().max().double_value(&[]);
+                    bail!(InputError::new(format!(
+                        "an activation of {greatest} at {} does not fit into {}",
+                        site.name, self.dtype
+                    ))
+                    .help("write them with `--dtype bfloat16` or `--dtype float32`"));
+                }
+                own.push(format!("{prefix}{name}"));
+                tensors.push((format!("{prefix}{name}"), stored));
+            }
+            names.push(own);
+        }
+        self.tensors = names;
+        self.tokens = activations.tokens.is_some();
+        if let Some(tokens) = &activations.tokens {
+            let tokens = tokens.to_device(Device::Cpu);
+            for ((name, column), kind) in TOKENS.iter().zip(0..).zip([Kind::Int, Kind::Int64, Kind::Int]) {
+                tensors.push(((*name).to_owned(), tokens.select(1, column).to_kind(kind)));
+            }
+        }
+        Ok(tensors)
     }
 
     fn write(&mut self) -> Result<()> {
         let Some(first) = self.pending.first() else { return Ok(()) };
-        let join = |part: fn(&Batch) -> &Tensor| {
-            Tensor::cat(&self.pending.iter().map(|batch| part(batch).shallow_clone()).collect::<Vec<_>>(), 0)
+        let join = |index: usize| {
+            let parts: Vec<&Tensor> = self.pending.iter().map(|tensors| &tensors[index].1).collect();
+            (first[index].0.clone(), Tensor::cat(&parts, 0))
         };
-        let tensors = if first.is_autoencoding() {
-            vec![("activations", join(|batch| &batch.x))]
-        } else {
-            vec![("in", join(|batch| &batch.x)), ("out", join(|batch| &batch.target))]
-        };
-        let path = self.out.join(format!("activations-{:05}.safetensors", self.written.len()));
-        tensors::write(&path, &tensors)?;
-        self.written.push(path);
+        let tensors: Vec<(String, Tensor)> = (0..first.len()).map(join).collect();
+        let activations = self.rows as u64;
         self.pending.clear();
         self.rows = 0;
+        let bytes = tensors::serialize(&tensors, &[])?;
+        let file = format!("activations-{:05}.safetensors", self.written.len());
+        tensors::write_file(&self.out.join(&file), &bytes)?;
+        let sha256 = format!("{:x}", Sha256::digest(&bytes));
+        self.written.push(Shard { file, activations, bytes: bytes.len() as u64, sha256 });
         Ok(())
     }
 }

@@ -9,14 +9,17 @@ use serde_json::{Map, Value};
 use tch::Device;
 
 use crate::checkpoint::Checkpoints;
-use crate::config::{InputError, RunConfig, Under};
+use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
 use crate::device;
+use crate::dictionary::Dictionary;
 use crate::evaluate;
 use crate::interrupt::Interrupt;
 use crate::logger::Logger;
+use crate::metric::Subject;
 use crate::progress::Progress;
+use crate::registry::nearest;
 use crate::saved;
-use crate::source::{ActivationSource, Stream};
+use crate::source::{describe_site, ActivationSource, Activations, Batch, Site, Stream};
 use crate::state::{self, State};
 use crate::tensors::{self, write_file};
 use crate::training::{check_finite, saved_config, Training, TrainingCx};
@@ -37,7 +40,7 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     let checkpoints = Checkpoints::new(run_dir);
     let checkpoint = if resume { checkpoints.latest()? } else { None };
     if checkpoint.is_none() {
-        refuse_other_run(config, run_dir, resume)?;
+        refuse_other_run(run_dir, resume)?;
     } else {
         checkpoints.check_config(&fs::read_to_string(run_dir.join("config.yaml"))?, yaml)?;
     }
@@ -82,12 +85,21 @@ fn entries(dir: &Path) -> BTreeSet<PathBuf> {
 struct Run {
     device: Device,
     stream: Stream,
-    saes: Vec<Training>,
-    cx: TrainingCx,
-    /// What activations are divided by while training.
-    norm: f64,
+    sites: Vec<Site>,
+    saes: Vec<Sae>,
+    /// What each site's activations are divided by while training.
+    norms: Vec<f64>,
     /// Whether weights were written.
     saved: bool,
+}
+
+/// An SAE on one of the source's sites.
+struct Sae {
+    training: Training,
+    cx: TrainingCx,
+    site: usize,
+    /// Its number in the config, where an SAE that trains on several sites stands once.
+    entry: usize,
 }
 
 impl Run {
@@ -101,31 +113,82 @@ impl Run {
         let (precision, _) = config.precision.precision(device);
         let source_cx = config.source_cx(device);
         let mut source = config.source.build(&source_cx).under("source")?;
-        let widths = source.widths();
-        let cx = TrainingCx { widths, steps: config.steps, seed: config.seed, device, precision };
-        let saes = config
-            .saes
-            .iter()
-            .enumerate()
-            .map(|(index, sae)| Training::new(sae, &cx).under(format_args!("saes[{index}]")))
-            .collect::<Result<_>>()?;
+        let sites = source.sites();
+        let mut saes: Vec<Sae> = Vec::new();
+        for (entry, sae) in config.saes.iter().enumerate() {
+            let key = format!("saes[{entry}]");
+            let chosen = chosen_sites(sae, &sites).under(&key)?;
+            for site in &chosen {
+                let widths = sites[*site].widths();
+                let cx = TrainingCx { widths, steps: config.steps, seed: config.seed, device, precision };
+                let mut training = Training::new(sae, &cx).under(&key)?;
+                if chosen.len() > 1 {
+                    training.name = format!("{}-{}", sae.name, sites[*site].name.replace(['/', '\\'], "_"));
+                    folder_name(&training.name).map_err(anyhow::Error::from).under(format_args!("{key}.name"))?;
+                }
+                if let Some(other) = saes.iter().find(|other| other.training.name == training.name) {
+                    bail!(InputError::new(format!("two SAEs are named `{}`", training.name))
+                        .field(format!("{key}.name"))
+                        .help(format!("the other is made of saes[{}]: give each a `name` of its own", other.entry)));
+                }
+                saes.push(Sae { training, cx, site: *site, entry });
+            }
+        }
         match &config.eval_source {
             None => evaluate::check(&config.metrics, &mut *source)?,
             // Opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
             Some(other) => {
                 let mut other = other.build(&source_cx).under("eval_source")?;
                 evaluate::check(&config.metrics, &mut *other)?;
-                if other.widths() != widths {
-                    bail!(InputError::new(format!(
-                        "the activations of `eval_source` have width {}, but those of `source` {}",
-                        other.widths().0,
-                        widths.0
-                    ))
-                    .field("eval_source"));
+                for sae in &saes {
+                    eval_site(&*other, &sites[sae.site])?;
                 }
             }
         }
-        Ok(Run { device, stream: Stream::new(source), saes, cx, norm: 1.0, saved: false })
+        let norms = vec![1.0; sites.len()];
+        Ok(Run { device, stream: Stream::new(source), sites, saes, norms, saved: false })
+    }
+
+    /// Words that tell a site from the others, if there are others.
+    fn at(&self, site: usize) -> String {
+        if self.sites.len() == 1 {
+            String::new()
+        } else {
+            format!(" at {}", self.sites[site].name)
+        }
+    }
+
+    /// Takes each site's norm from the beginning of the stream.
+    fn normalize(&mut self, config: &RunConfig) -> Result<()> {
+        self.norms = self.stream.source().mean_squared_norms()?.into_iter().map(f64::sqrt).collect();
+        for (site, norm) in self.norms.iter().enumerate() {
+            let at = self.at(site);
+            if *norm <= 0.0 || !norm.is_finite() {
+                bail!(InputError::new(format!("activations{at} cannot be normalised: their norm is {norm}")));
+            }
+            eprintln!("activations{at} are divided by {norm:.4} while training");
+        }
+        for sae in &mut self.saes {
+            // What is loaded takes activations as the model makes them.
+            if config.saes[sae.entry].init_from.is_some() {
+                sae.training.dictionary.scale_biases(1.0 / self.norms[sae.site]);
+            }
+        }
+        Ok(())
+    }
+
+    /// A step's batches as the SAEs take them, one for each site.
+    fn scaled(&self, activations: Activations, step: u64) -> Result<Vec<Batch>> {
+        let scaled = activations.sites.into_iter().enumerate().map(|(site, batch)| {
+            for tensor in [&batch.x, &batch.target] {
+                check_finite(tensor, || {
+                    format!("step {step}: the batch{} has values that are not finite", self.at(site))
+                })?;
+            }
+            let norm = self.norms[site];
+            Ok(if norm == 1.0 { batch } else { batch.scaled(1.0 / norm) })
+        });
+        scaled.collect()
     }
 
     fn train(
@@ -138,17 +201,7 @@ impl Run {
         interrupt: &Interrupt,
     ) -> Result<Ending> {
         if config.normalize_activations && first == 0 {
-            self.norm = self.stream.source().mean_squared_norm()?.sqrt();
-            if self.norm <= 0.0 || !self.norm.is_finite() {
-                bail!(InputError::new(format!("activations cannot be normalised: their norm is {}", self.norm)));
-            }
-            eprintln!("activations are divided by {:.4} while training", self.norm);
-            for (sae, sae_config) in self.saes.iter_mut().zip(&config.saes) {
-                // What is loaded takes activations as the model makes them.
-                if sae_config.init_from.is_some() {
-                    sae.dictionary.scale_biases(1.0 / self.norm);
-                }
-            }
+            self.normalize(config)?;
         }
         let resume_at = resume.then_some(first);
         let mut loggers: Vec<Box<dyn Logger>> = config
@@ -168,19 +221,17 @@ impl Run {
                 progress.finish();
                 return Ok(Ending::Interrupted(step));
             }
-            let Some(batch) = self.stream.next_batch().with_context(|| format!("step {step}"))? else {
+            let Some(activations) = self.stream.next_batch().with_context(|| format!("step {step}"))? else {
                 progress.say(&format!("the data ended after {step} of {last} steps"));
                 break;
             };
-            for tensor in [&batch.x, &batch.target] {
-                check_finite(tensor, || format!("step {step}: the batch has values that are not finite"))?;
-            }
-            let batch = if self.norm == 1.0 { batch } else { batch.scaled(1.0 / self.norm) };
+            let tokens = activations.len();
+            let batches = self.scaled(activations, step)?;
 
             let logging = step.is_multiple_of(config.log_every) || step + 1 == last;
             let mut rows = Vec::new();
             for sae in &mut self.saes {
-                rows.extend(sae.step(step, &batch, logging)?);
+                rows.extend(sae.training.step(step, &batches[sae.site], logging)?);
             }
             for row in &rows {
                 loggers.iter_mut().try_for_each(|logger| logger.log(row))?;
@@ -189,7 +240,7 @@ impl Run {
                 progress.figures(&rows);
             }
             step += 1;
-            progress.step(step, batch.len());
+            progress.step(step, tokens);
 
             if due(config.save_every, step) {
                 self.save_weights(run_dir, step)?;
@@ -222,8 +273,7 @@ impl Run {
     }
 
     fn evaluate(&mut self, config: &RunConfig, run_dir: &Path) -> Result<Vec<(String, Map<String, Value>)>> {
-        let folded: Vec<_> = self.saes.iter().map(|sae| sae.folded(self.norm)).collect::<Result<_>>()?;
-        let dictionaries: Vec<_> = folded.iter().map(|dictionary| &**dictionary).collect();
+        let folded: Vec<_> = self.saes.iter().map(|sae| self.folded(sae)).collect::<Result<_>>()?;
         let mut other = match &config.eval_source {
             None => None,
             Some(source) => Some(source.build(&config.source_cx(self.device)).under("eval_source")?),
@@ -232,8 +282,12 @@ impl Run {
             Some(source) => &mut **source,
             None => self.stream.source(),
         };
-        let results = evaluate::evaluate(&config.metrics, &dictionaries, source, config.eval_source.is_some())?;
-        let names = self.saes.iter().map(|sae| sae.name.clone());
+        let mut subjects = Vec::new();
+        for (sae, dictionary) in self.saes.iter().zip(&folded) {
+            subjects.push(Subject { dictionary: &**dictionary, site: eval_site(source, &self.sites[sae.site])? });
+        }
+        let results = evaluate::evaluate(&config.metrics, &subjects, source, config.eval_source.is_some())?;
+        let names = self.saes.iter().map(|sae| sae.training.name.clone());
         let results: Vec<_> = names.zip(results).collect();
         for (name, result) in &results {
             evaluate::write(&run_dir.join(name), result)?;
@@ -241,12 +295,17 @@ impl Run {
         Ok(results)
     }
 
+    /// An SAE as it is saved.
+    fn folded(&self, sae: &Sae) -> Result<Box<dyn Dictionary>> {
+        sae.training.folded(self.norms[sae.site])
+    }
+
     fn save(&mut self, config: &RunConfig, run_dir: &Path) -> Result<()> {
         self.saved = true;
-        let buffer = self.stream.source().describe();
-        for (sae, sae_config) in self.saes.iter().zip(&config.saes) {
-            let saved = saved_config(sae_config, sae, &self.cx, &buffer)?;
-            saved::write(&run_dir.join(&sae.name), &*sae.folded(self.norm)?, &saved)?;
+        for sae in &self.saes {
+            let buffer = describe_site(self.stream.source_ref(), sae.site);
+            let saved = saved_config(&config.saes[sae.entry], &sae.training, &sae.cx, &buffer)?;
+            saved::write(&run_dir.join(&sae.training.name), &*self.folded(sae)?, &saved)?;
         }
         Ok(())
     }
@@ -255,32 +314,73 @@ impl Run {
     fn save_weights(&mut self, run_dir: &Path, step: u64) -> Result<()> {
         self.saved = true;
         for sae in &self.saes {
-            let dir = run_dir.join(&sae.name).join("checkpoints");
+            let dir = run_dir.join(&sae.training.name).join("checkpoints");
             fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
             let path = dir.join(format!("ae_{step}.safetensors"));
-            tensors::write(&path, &sae.folded(self.norm)?.state_dict())?;
+            tensors::write(&path, &self.folded(sae)?.state_dict())?;
         }
         Ok(())
     }
 
     fn state(&self) -> Result<State> {
         let mut state = State::new();
-        state.put("norm", self.norm)?;
+        state.put("norms", &self.norms)?;
         state.put_all("stream", self.stream.state()?);
         for sae in &self.saes {
-            state.put_all(&format!("saes/{}", sae.name), sae.state()?);
+            state.put_all(&format!("saes/{}", sae.training.name), sae.training.state()?);
         }
         Ok(state)
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
-        self.norm = state.get("norm")?;
+        self.norms = state.get("norms")?;
         self.stream.restore(&state.under("stream"))?;
         for sae in &mut self.saes {
-            sae.restore(&state.under(&format!("saes/{}", sae.name)))?;
+            sae.training.restore(&state.under(&format!("saes/{}", sae.training.name)))?;
         }
         Ok(())
     }
+}
+
+/// The sites that an SAE of the config trains on.
+fn chosen_sites(sae: &SaeConfig, sites: &[Site]) -> Result<Vec<usize>> {
+    let Some(wanted) = &sae.site else { return Ok((0..sites.len()).collect()) };
+    // A name may have characters that mean something else in a glob.
+    if let Some(site) = sites.iter().position(|site| site.name == *wanted) {
+        return Ok(vec![site]);
+    }
+    let glob = glob::Pattern::new(wanted).ok();
+    let chosen: Vec<usize> =
+        (0..sites.len()).filter(|site| glob.as_ref().is_some_and(|glob| glob.matches(&sites[*site].name))).collect();
+    if !chosen.is_empty() {
+        return Ok(chosen);
+    }
+    let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
+    let near = nearest(wanted, names.iter().copied()).map(|near| format!("did you mean `{near}`? "));
+    bail!(InputError::new(format!("the source has no site `{wanted}`")).field("site").help(format!(
+        "{}its sites: {}",
+        near.unwrap_or_default(),
+        names.join(", ")
+    )));
+}
+
+/// The number of a site in `eval_source`.
+fn eval_site(source: &dyn ActivationSource, site: &Site) -> Result<usize> {
+    let sites = source.sites();
+    let Some(found) = Site::find(&sites, &site.name) else {
+        let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
+        bail!(InputError::new(format!("`eval_source` has no site `{}`, on which an SAE trains", site.name))
+            .field("eval_source")
+            .help(format!("its sites: {}", names.join(", "))));
+    };
+    if sites[found].widths() != site.widths() {
+        bail!(InputError::new(format!(
+            "the activations of `eval_source` have width {}, but those of `source` {}",
+            sites[found].activation_dim, site.activation_dim
+        ))
+        .field("eval_source"));
+    }
+    Ok(found)
 }
 
 fn due(every: Option<u64>, step: u64) -> bool {
@@ -292,11 +392,11 @@ fn flush(loggers: &mut [Box<dyn Logger>]) -> Result<()> {
 }
 
 /// Refuses an output directory that holds another run, or anything else that a run would write over.
-fn refuse_other_run(config: &RunConfig, run_dir: &Path, resume: bool) -> Result<()> {
+fn refuse_other_run(run_dir: &Path, resume: bool) -> Result<()> {
     if run_dir.is_file() {
         bail!(InputError::new(format!("the output directory {} is a file", run_dir.display())));
     }
-    let trained = config.saes.iter().any(|sae| run_dir.join(&sae.name).join("ae.safetensors").exists());
+    let trained = entries(run_dir).iter().any(|sae| sae.join("ae.safetensors").exists());
     if resume && trained {
         bail!(InputError::new(format!("{} holds trained SAEs and no checkpoint to go on from", run_dir.display()))
             .help("to train anew, choose another `--output-dir` or remove it"));
@@ -319,28 +419,27 @@ pub fn plan(config: &RunConfig) -> Result<String> {
         format!("device: {}", device::name(run.device)),
         format!("matrix products of dictionaries: {precision} ({why})"),
         format!("matrix products of a language model: {model_precision} ({model_why})"),
-        format!(
-            "activations: width {} -> {}, {:.1} MB of them in the buffer",
-            run.cx.widths.0,
-            run.cx.widths.1,
-            megabytes(buffer)
-        ),
     ];
+    for (site, Site { activation_dim, output_dim, .. }) in run.sites.iter().enumerate() {
+        lines.push(format!("activations{}: width {activation_dim} -> {output_dim}", run.at(site)));
+    }
+    lines.push(format!("buffer: {:.1} MB of activations", megabytes(buffer)));
     let mut total = 0;
     for sae in &run.saes {
-        let weights: usize = sae.dictionary.state_dict().iter().map(|(_, tensor)| state::bytes(tensor)).sum();
-        let dims = sae.dictionary.dims();
+        let dictionary = &sae.training.dictionary;
+        let weights: usize = dictionary.state_dict().iter().map(|(_, tensor)| state::bytes(tensor)).sum();
+        let dims = dictionary.dims();
         // Weights, their gradients and two moments.
         total += 4 * weights;
         lines.push(format!(
             "{}: {} {} x {} features, {:.1} MB with gradients and moments",
-            sae.name,
-            sae.dictionary.class(),
+            sae.training.name,
+            dictionary.class(),
             dims.input,
             dims.features,
             megabytes(4 * weights)
         ));
-        for (name, tensor) in sae.dictionary.state_dict() {
+        for (name, tensor) in dictionary.state_dict() {
             lines.push(format!("  {name} {:?}", tensor.size()));
         }
     }

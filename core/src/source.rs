@@ -3,6 +3,8 @@
 use std::fmt::Debug;
 
 use anyhow::{bail, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
@@ -28,7 +30,67 @@ pub trait SourceConfig: Debug + Send + Sync {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>>;
 }
 
-/// A batch of activations.
+/// A place whose activations a source gives: a module's value, one attention head's, a tensor of a file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Site {
+    /// Its name, by which an SAE of the config chooses it.
+    pub name: String,
+    /// Width of an activation, d.
+    pub activation_dim: i64,
+    /// Width of what is to be reconstructed.
+    pub output_dim: i64,
+    /// What an SAE's config.json says of the site, beside what [`ActivationSource::describe`] says of the source.
+    #[serde(default)]
+    pub settings: Map<String, Value>,
+}
+
+impl Site {
+    /// A site of which there is no more to say.
+    pub fn new(name: impl Into<String>, (activation_dim, output_dim): (i64, i64)) -> Self {
+        Site { name: name.into(), activation_dim, output_dim, settings: Map::new() }
+    }
+
+    /// Width of an activation, and of what is to be reconstructed.
+    pub fn widths(&self) -> (i64, i64) {
+        (self.activation_dim, self.output_dim)
+    }
+
+    /// The number of the site of that name; where there is only one it is that one, whatever its name.
+    pub fn find(sites: &[Site], name: &str) -> Option<usize> {
+        sites.iter().position(|site| site.name == name).or((sites.len() == 1).then_some(0))
+    }
+}
+
+/// Activations of the same tokens at every site of a source.
+#[derive(Debug)]
+pub struct Activations {
+    /// A batch for each site, in the order of [`ActivationSource::sites`]. A row is the same token in all of them.
+    pub sites: Vec<Batch>,
+    /// Where each row is from, if that is known: token id, number of the context in the pass, position in the context;
+    /// [B, 3], int64.
+    pub tokens: Option<Tensor>,
+}
+
+impl From<Batch> for Activations {
+    /// The activations of a source with one site.
+    fn from(batch: Batch) -> Self {
+        Activations { sites: vec![batch], tokens: None }
+    }
+}
+
+impl Activations {
+    /// Number of rows.
+    pub fn len(&self) -> i64 {
+        self.sites.first().map_or(0, Batch::len)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A batch of activations at one site.
 #[derive(Debug)]
 pub struct Batch {
     /// What the dictionary reads, [B, d], float32.
@@ -58,16 +120,6 @@ impl Batch {
         self.x.data_ptr() == self.target.data_ptr()
     }
 
-    /// The first `count` activations, or all if there are fewer.
-    #[must_use]
-    pub fn first(&self, count: i64) -> Batch {
-        let first = |tensor: &Tensor| tensor.narrow(0, 0, count.min(self.len()));
-        if self.is_autoencoding() {
-            return Batch::of(first(&self.x));
-        }
-        Batch { x: first(&self.x), target: first(&self.target) }
-    }
-
     /// The batch with every value multiplied.
     pub fn scaled(&self, factor: f64) -> Batch {
         let x = &self.x * factor;
@@ -80,12 +132,12 @@ impl Batch {
 
 /// A stream of activations.
 pub trait ActivationSource: Send {
-    /// Width of an activation, d, and of what is to be reconstructed.
-    fn widths(&self) -> (i64, i64);
+    /// The places whose activations it gives, at least one. Most sources have one: `vec![Site::new(name, widths)]`.
+    fn sites(&self) -> Vec<Site>;
 
-    /// The next batch, or `None` at the end of the data. After the end, [`ActivationSource::rewind`] starts another
+    /// The next batch of each site (`Batch::of(x).into()` where there is one site), or `None` at the end of the data. After the end, [`ActivationSource::rewind`] starts another
     /// pass.
-    fn next_batch(&mut self) -> Result<Option<Batch>>;
+    fn next_batch(&mut self) -> Result<Option<Activations>>;
 
     /// Goes back to the beginning of the data. What a shuffle draws next is not what it drew the first time.
     fn rewind(&mut self) -> Result<()>;
@@ -100,9 +152,9 @@ pub trait ActivationSource: Send {
         false
     }
 
-    /// Mean over activations of the squared norm, ‖x‖², from a sample at the beginning of the stream. No activation is
-    /// lost to training by it.
-    fn mean_squared_norm(&mut self) -> Result<f64>;
+    /// Mean over activations of the squared norm, ‖x‖², at each site, from a sample at the beginning of the stream. No
+    /// activation is lost to training by it.
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>>;
 
     /// The language model behind the activations, for metrics that change what it computes.
     fn language_model(&mut self) -> Option<&mut dyn ModelSource> {
@@ -120,7 +172,7 @@ pub trait ActivationSource: Send {
     }
 
     /// What an SAE's config.json says of it, under `buffer`.
-    fn describe(&self) -> serde_json::Value;
+    fn describe(&self) -> Value;
 
     /// Where the stream stands.
     fn state(&self) -> Result<State>;
@@ -134,17 +186,33 @@ pub trait ActivationSource: Send {
     }
 }
 
-/// [`ActivationSource::mean_squared_norm`] of the first 100 batches, which the source then goes back over.
-pub fn sampled_mean_squared_norm(source: &mut dyn ActivationSource) -> Result<f64> {
+/// [`ActivationSource::mean_squared_norms`] of the first 100 batches, which the source then goes back over.
+pub fn sampled_mean_squared_norms(source: &mut dyn ActivationSource) -> Result<Vec<f64>> {
     let before = source.state()?;
-    let (mut sum, mut count) = (0.0, 0);
+    let mut sums = vec![0.0; source.sites().len()];
+    let mut count = 0;
     while count < 100 {
-        let Some(batch) = source.next_batch()? else { break };
-        sum += batch.x.square().sum_dim_intlist(1, false, Kind::Float).mean(Kind::Float).double_value(&[]);
+        let Some(activations) = source.next_batch()? else { break };
+        for (sum, batch) in sums.iter_mut().zip(&activations.sites) {
+            *sum += batch.x.square().sum_dim_intlist(1, false, Kind::Float).mean(Kind::Float).double_value(&[]);
+        }
         count += 1;
     }
     source.restore(&before)?;
-    Ok(sum / f64::from(count.max(1)))
+    Ok(sums.into_iter().map(|sum| sum / f64::from(count.max(1))).collect())
+}
+
+/// What an SAE's config.json says, under `buffer`, of a source at one of its sites.
+pub fn describe_site(source: &dyn ActivationSource, site: usize) -> Value {
+    let mut described = source.describe();
+    let sites = source.sites();
+    if let Some(described) = described.as_object_mut() {
+        described.extend(sites[site].settings.clone());
+        if sites.len() > 1 {
+            described.insert("site".to_owned(), sites[site].name.as_str().into());
+        }
+    }
+    described
 }
 
 /// A source read over and over, as often as it allows.
@@ -165,17 +233,22 @@ impl Stream {
         &mut *self.source
     }
 
+    /// The source, to be looked at.
+    pub fn source_ref(&self) -> &dyn ActivationSource {
+        &*self.source
+    }
+
     /// How many passes over the source were begun.
     pub fn passes(&self) -> u64 {
         self.pass + 1
     }
 
     /// The next batch; `None` when the source allows no further pass.
-    pub fn next_batch(&mut self) -> Result<Option<Batch>> {
+    pub fn next_batch(&mut self) -> Result<Option<Activations>> {
         loop {
-            if let Some(batch) = self.source.next_batch()? {
+            if let Some(activations) = self.source.next_batch()? {
                 self.batches_in_pass += 1;
-                return Ok(Some(batch));
+                return Ok(Some(activations));
             }
             if self.batches_in_pass == 0 {
                 let notes = self.source.notes().join("; ");
@@ -215,12 +288,50 @@ pub trait ModelSource {
     /// The model.
     fn model(&self) -> &dyn LanguageModel;
 
-    /// The place in it whose value a dictionary reads.
-    fn reads(&self) -> &HookPoint;
+    /// The place in it whose value a dictionary on this site reads.
+    fn reads(&self, site: usize) -> &Part;
 
-    /// The place in it whose value a dictionary reconstructs; the same unless the source has pairs.
-    fn writes(&self) -> &HookPoint;
+    /// The place in it whose value a dictionary on this site reconstructs; the same unless the source has pairs.
+    fn writes(&self, site: usize) -> &Part;
 
     /// The next `rows` contexts of the text (fewer at its end), or `None` where there are no more.
     fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>>;
+}
+
+/// The value at a place in a language model, or some of its columns: those of one attention head.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// The place.
+    pub point: HookPoint,
+    /// Width of the whole value.
+    pub whole: i64,
+    /// The first of its columns.
+    pub start: i64,
+    /// How many columns.
+    pub width: i64,
+}
+
+impl Part {
+    /// A whole value.
+    pub fn whole(point: HookPoint, width: i64) -> Self {
+        Part { point, whole: width, start: 0, width }
+    }
+
+    /// Its columns of the value, [.., width].
+    pub fn of(&self, value: &Tensor) -> Tensor {
+        if self.width == self.whole {
+            return value.shallow_clone();
+        }
+        value.narrow(-1, self.start, self.width).contiguous()
+    }
+
+    /// The value with its columns replaced.
+    pub fn replaced(&self, value: &Tensor, by: &Tensor) -> Tensor {
+        if self.width == self.whole {
+            return by.shallow_clone();
+        }
+        let replaced = value.copy();
+        replaced.narrow(-1, self.start, self.width).copy_(by);
+        replaced
+    }
 }

@@ -307,7 +307,7 @@ pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, bu
     let layer = submodule.as_str().and_then(|path| path.split('.').find_map(|part| part.parse::<u64>().ok()));
     add("layer", layer.map_or(Value::Null, Value::from));
     add("lm_name", buffer.get("model").cloned().unwrap_or(Value::Null));
-    add("wandb_name", config.name.as_str().into());
+    add("wandb_name", training.name.as_str().into());
     add("submodule_name", submodule);
     Ok(serde_json::json!({"trainer": trainer, "buffer": buffer}))
 }

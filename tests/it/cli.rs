@@ -326,7 +326,7 @@ fn activations_are_written_in_order() {
     let all = TensorFile::open(&desk.path("all/activations-00000.safetensors")).unwrap().tensor("activations").unwrap();
     assert_eq!(all, expected);
     assert_eq!(desk.json("all/meta.json")["activations"], 5120);
-    assert_eq!(desk.json("all/meta.json")["shards"][0], "activations-00000.safetensors");
+    assert_eq!(desk.json("all/meta.json")["shards"][0]["file"], "activations-00000.safetensors");
 
     desk.ok(&["activations", "config.yaml", "--out", "some", "--limit", "100"]);
     let some = TensorFile::open(&desk.path("some/activations-00000.safetensors")).unwrap();

@@ -186,6 +186,7 @@ fn sae(trainer: &Component) -> SaeConfig {
     let dictionary = component(Slot::Dictionary, usual).expect("which is registered");
     SaeConfig {
         name: trainer.name.to_owned(),
+        site: None,
         dictionary: from_yaml(dictionary.example).unwrap(),
         trainer: from_yaml(trainer.example).unwrap(),
         modifiers: Vec::new(),
@@ -444,13 +445,22 @@ fn a_source_delivers_resumes_and_rewinds() {
         let name = component.name;
         let config: Box<dyn SourceConfig> = from_yaml(component.example).unwrap();
         let mut source = config.build(&cx).unwrap();
-        let (d_in, d_out) = source.widths();
-        let next =
-            |source: &mut dyn ActivationSource| tch::no_grad(|| source.next_batch().unwrap()).map(|batch| batch.x);
+        let sites = source.sites();
+        let next = |source: &mut dyn ActivationSource| {
+            let activations = tch::no_grad(|| source.next_batch().unwrap())?;
+            Some(activations.sites.into_iter().map(|batch| batch.x).collect::<Vec<_>>())
+        };
         for _ in 0..3 {
-            let batch = source.next_batch().unwrap().unwrap();
-            assert_eq!((batch.x.size()[1], batch.target.size()[1]), (d_in, d_out), "{name}");
-            assert_eq!(batch.x.kind(), Kind::Float, "{name}");
+            let activations = source.next_batch().unwrap().unwrap();
+            assert_eq!(activations.sites.len(), sites.len(), "{name}");
+            for (batch, site) in activations.sites.iter().zip(&sites) {
+                assert_eq!((batch.x.size()[1], batch.target.size()[1]), site.widths(), "{name}");
+                assert_eq!(batch.x.kind(), Kind::Float, "{name}");
+                assert_eq!(batch.len(), activations.len(), "{name}");
+            }
+            if let Some(tokens) = &activations.tokens {
+                assert_eq!((tokens.size(), tokens.kind()), (vec![activations.len(), 3], Kind::Int64), "{name}");
+            }
         }
         let state = source.state().unwrap();
         let expected: Vec<_> = (0..8).map_while(|_| next(&mut *source)).collect();
@@ -458,8 +468,9 @@ fn a_source_delivers_resumes_and_rewinds() {
         other.restore(&state).unwrap();
         let found: Vec<_> = (0..8).map_while(|_| next(&mut *other)).collect();
         assert!(!expected.is_empty() && expected == found, "{name}: a restored source goes on elsewhere");
-        let norm = source.mean_squared_norm().unwrap();
-        assert!(norm.is_finite() && norm > 0.0, "{name}: {norm}");
+        let norms = source.mean_squared_norms().unwrap();
+        assert_eq!(norms.len(), sites.len(), "{name}");
+        assert!(norms.iter().all(|norm| norm.is_finite() && *norm > 0.0), "{name}: {norms:?}");
         source.rewind().unwrap();
         assert!(next(&mut *source).is_some(), "{name}: nothing after a rewind");
         assert!(source.describe().is_object());
@@ -498,13 +509,14 @@ fn a_metric_measures_each_dictionary() {
             if metric.build().unwrap().refuses(&mut *source).is_some() {
                 continue;
             }
-            let dictionary_cx =
-                DictionaryCx { activation_dim: source.widths().0, output_dim: source.widths().1, ..dictionary_cx() };
+            let (activation_dim, output_dim) = source.sites()[0].widths();
+            let dictionary_cx = DictionaryCx { activation_dim, output_dim, ..dictionary_cx() };
             let build =
                 |yaml: &str| from_yaml::<Box<dyn DictionaryConfig>>(yaml).unwrap().build(&dictionary_cx).unwrap();
             let both: Vec<Box<dyn Dictionary>> =
                 components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
-            let both: Vec<&dyn Dictionary> = both.iter().map(|dictionary| &**dictionary).collect();
+            let both: Vec<Subject> =
+                both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
             let found = evaluate::evaluate(std::slice::from_ref(&metric), &both, &mut *source, true).unwrap();
             assert_eq!(found.len(), 2);
             assert!(found.iter().all(|figures| !figures.is_empty()), "{}", component.name);

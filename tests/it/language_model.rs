@@ -26,8 +26,8 @@ fn source(yaml: &str) -> Box<dyn ActivationSource> {
 
 fn drain(source: &mut dyn ActivationSource) -> Tensor {
     let mut all = Vec::new();
-    while let Some(batch) = source.next_batch().unwrap() {
-        all.push(batch.x);
+    while let Some(mut activations) = source.next_batch().unwrap() {
+        all.push(activations.sites.remove(0).x);
     }
     Tensor::cat(&all, 0)
 }
@@ -137,7 +137,7 @@ fn the_first_token_is_left_out_whatever_its_id() {
     // 12, 10 and 8 text positions, of which each row loses its first.
     let expected: Vec<i64> = (0..30).filter(|row| ![0, 12, 22].contains(row)).collect();
     assert_eq!(kept, all_rows.index_select(0, &Tensor::from_slice(&expected)));
-    assert_eq!(all.x, all_rows.narrow(0, 0, 5));
+    assert_eq!(all.sites[0].x, all_rows.narrow(0, 0, 5));
 
     // A BOS whose id is 0, which padding has as well, and one that stands in the middle of a row again.
     let ids = Tensor::from_slice2(&[[0_i64, 5, 0, 6], [0, 7, 8, 0]]);

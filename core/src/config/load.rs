@@ -202,6 +202,18 @@ fn put(dict: &mut Dict, key: &str, value: Value) {
 /// What else lies in a run's folder.
 const TAKEN: [&str; 3] = ["checkpoints", "config.yaml", "metrics.jsonl"];
 
+/// Refuses an SAE's name that cannot be a folder of its own in the run's.
+pub fn folder_name(name: &str) -> Result<(), InputError> {
+    let folder = !name.is_empty() && !name.contains(['/', '\\', '\0']) && !name.starts_with('.');
+    if folder && name.len() <= 200 && !TAKEN.contains(&name) {
+        return Ok(());
+    }
+    Err(InputError::new(format!("an SAE cannot be named `{name}`")).help(format!(
+        "the name is its folder's: no slash, no leading dot, not too long, none of {}",
+        TAKEN.join(", ")
+    )))
+}
+
 /// Names are folders: each its own, and none that leaves the run's.
 fn check_names(config: &RunConfig, root: &Value, check: &Check) -> Result<(), InputError> {
     let mut seen = BTreeSet::new();
@@ -218,13 +230,7 @@ fn check_names(config: &RunConfig, root: &Value, check: &Check) -> Result<(), In
                 InputError::new(format!("two SAEs are named `{}`", sae.name)).help("give each a `name` of its own")
             );
         }
-        let folder = !sae.name.is_empty() && !sae.name.contains(['/', '\\', '\0']) && !sae.name.starts_with('.');
-        if !folder || sae.name.len() > 200 || TAKEN.contains(&sae.name.as_str()) {
-            return at(InputError::new(format!("an SAE cannot be named `{}`", sae.name)).help(format!(
-                "the name is its folder's: no slash, no leading dot, not too long, none of {}",
-                TAKEN.join(", ")
-            )));
-        }
+        folder_name(&sae.name).or_else(at)?;
     }
     Ok(())
 }

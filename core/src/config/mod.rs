@@ -13,7 +13,7 @@ mod value;
 pub use error::{InputError, Origin, Place, Under};
 pub use example::example;
 pub use layers::{variables, Sources};
-pub use load::{from_yaml, json_schema, load, to_yaml, type_name, Written};
+pub use load::{folder_name, from_yaml, json_schema, load, to_yaml, type_name, Written};
 pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice};
 
 use schemars::JsonSchema;
@@ -98,6 +98,10 @@ impl RunConfig {
 pub struct SaeConfig {
     /// Its name and folder; the trainer's name by default.
     pub name: String,
+    /// The site that it trains on, where the source has several: a name or a glob. Every one by default; those that
+    /// train on more than one are named `<name>-<site>`.
+    #[serde(default)]
+    pub site: Option<String>,
     /// The architecture; the trainer's usual one by default.
     pub dictionary: Box<dyn DictionaryConfig>,
     /// The loss and its schedules.

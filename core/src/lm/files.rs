@@ -73,6 +73,13 @@ impl ModelFiles {
         &self.name
     }
 
+    /// The commit that the files are of, where the Hub's cache holds them.
+    pub fn commit(&self) -> Option<String> {
+        let FilesPlace::Dir(dir) = &self.place else { return None };
+        let snapshot = dir.parent()?.file_name()? == "snapshots";
+        snapshot.then(|| dir.file_name()?.to_str().map(str::to_owned)).flatten()
+    }
+
     /// A file's bytes, if the model has it.
     pub fn read(&self, file: &str) -> Result<Option<Cow<'static, [u8]>>> {
         match &self.place {

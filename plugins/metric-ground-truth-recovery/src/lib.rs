@@ -48,13 +48,9 @@ impl MetricConfig for RecoveryConfig {
 }
 
 impl Metric for RecoveryConfig {
-    fn evaluate(
-        &mut self,
-        dictionaries: &[&dyn Dictionary],
-        source: &mut dyn ActivationSource,
-    ) -> Result<Option<Vec<Figures>>> {
+    fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
         let Some(truth) = source.true_features() else { bail!("the source does not know its features") };
-        dictionaries.iter().map(|dictionary| self.figures(&truth, *dictionary)).collect::<Result<_>>().map(Some)
+        subjects.iter().map(|subject| self.figures(&truth, subject.dictionary)).collect::<Result<_>>().map(Some)
     }
 
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {

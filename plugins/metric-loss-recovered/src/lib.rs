@@ -8,6 +8,7 @@
 //! ```
 //!
 //! Losses are means over all predicted tokens, in nats. What comes before the hooked layer is computed once for all.
+//! Each dictionary's reconstructions take the place of its own site's value; of one attention head, that head's columns.
 //!
 //! Where this differs from the reference: padding is left out by the attention mask and not by the id of the padding
 //! token, which in many models is the end-of-text token; and the fraction is taken of the totals, not as a mean of each
@@ -57,38 +58,54 @@ impl MetricConfig for LossRecoveredConfig {
 
 impl Metric for LossRecoveredConfig {
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {
-        source.language_model().is_none().then(|| "the source has no language model".to_owned())
+        source
+            .language_model()
+            .is_none()
+            .then(|| "the source has no language model, which an `eval_source` could have".to_owned())
     }
 
-    fn evaluate(
-        &mut self,
-        dictionaries: &[&dyn Dictionary],
-        source: &mut dyn ActivationSource,
-    ) -> Result<Option<Vec<Figures>>> {
+    fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
         let Some(source) = source.language_model() else { bail!("the source has no language model") };
-        let (mut original, mut zero) = (Loss::default(), Loss::default());
-        let mut reconstructed = vec![Loss::default(); dictionaries.len()];
+        let mut sites: Vec<usize> = subjects.iter().map(|subject| subject.site).collect();
+        sites.sort_unstable();
+        sites.dedup();
+        let mut original = Loss::default();
+        let mut zeros = vec![Loss::default(); sites.len()];
+        let mut reconstructed = vec![Loss::default(); subjects.len()];
         for _ in 0..self.n_batches {
             let Some(tokens) = source.next_tokens(self.batch_size as i64)? else { break };
-            let (reads, writes) = (source.reads(), source.writes());
-            // What is read comes first, so the pass is shared up to its layer.
-            let prefix = source.model().before(&tokens, reads);
-            let run = |hooks: &mut Hooks| prefix.forward(hooks).map_err(|_| anyhow::anyhow!("the pass stopped early"));
+            for (index, (site, zero)) in sites.iter().zip(&mut zeros).enumerate() {
+                let (reads, writes) = (source.reads(*site), source.writes(*site));
+                // What is read comes first, so the pass is shared up to its layer.
+                let prefix = source.model().before(&tokens, &reads.point);
+                let run =
+                    |hooks: &mut Hooks| prefix.forward(hooks).map_err(|_| anyhow::anyhow!("the pass stopped early"));
 
-            let mut reading = Hooks::read(std::slice::from_ref(reads), false);
-            original.add(&run(&mut reading)?, &tokens);
-            let Some(x) = reading.take(reads) else { bail!("nothing was read at {reads}") };
-            for (dictionary, loss) in dictionaries.iter().zip(&mut reconstructed) {
-                let x_hat = dictionary.reconstruct(&x).0;
-                loss.add(&run(&mut Hooks::replace(writes, |_| x_hat.shallow_clone()))?, &tokens);
+                // The loss as it is is the same whichever the site, so only the first pass goes on to the end.
+                let mut reading = Hooks::read(std::slice::from_ref(&reads.point), index > 0);
+                if index == 0 {
+                    original.add(&run(&mut reading)?, &tokens);
+                } else {
+                    let _ = prefix.forward(&mut reading);
+                }
+                let Some(value) = reading.take(&reads.point) else { bail!("nothing was read at {}", reads.point) };
+                let x = reads.of(&value);
+                let own = subjects.iter().zip(&mut reconstructed).filter(|(subject, _)| subject.site == *site);
+                for (subject, loss) in own {
+                    let x_hat = subject.dictionary.reconstruct(&x).0;
+                    let splice = |value: &Tensor| writes.replaced(value, &x_hat);
+                    loss.add(&run(&mut Hooks::replace(&writes.point, splice))?, &tokens);
+                }
+                let ablate = |value: &Tensor| writes.replaced(value, &writes.of(value).zeros_like());
+                zero.add(&run(&mut Hooks::replace(&writes.point, ablate))?, &tokens);
             }
-            zero.add(&run(&mut Hooks::replace(writes, |x| x.zeros_like()))?, &tokens);
         }
         if original.count == 0.0 {
             return Ok(None);
         }
-        let (original, zero) = (original.mean(), zero.mean());
-        let figures = |reconstructed: &Loss| {
+        let original = original.mean();
+        let figures = |(subject, reconstructed): (&Subject, &Loss)| {
+            let zero = sites.binary_search(&subject.site).map_or(f64::NAN, |index| zeros[index].mean());
             let reconstructed = reconstructed.mean();
             Figures::from([
                 ("loss_original", original),
@@ -97,7 +114,7 @@ impl Metric for LossRecoveredConfig {
                 ("frac_recovered", (reconstructed - zero) / (original - zero)),
             ])
         };
-        Ok(Some(reconstructed.iter().map(figures).collect()))
+        Ok(Some(subjects.iter().zip(&reconstructed).map(figures).collect()))
     }
 }
 

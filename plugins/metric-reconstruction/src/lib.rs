@@ -53,15 +53,12 @@ impl MetricConfig for ReconstructionConfig {
 }
 
 impl Metric for ReconstructionConfig {
-    fn evaluate(
-        &mut self,
-        dictionaries: &[&dyn Dictionary],
-        source: &mut dyn ActivationSource,
-    ) -> Result<Option<Vec<Figures>>> {
-        let mut totals: Vec<Totals> = dictionaries.iter().map(|dictionary| Totals::new(*dictionary)).collect();
+    fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
+        let mut totals: Vec<Totals> = subjects.iter().map(|subject| Totals::new(subject.dictionary)).collect();
         for _ in 0..self.n_batches {
-            let Some(batch) = source.next_batch()? else { break };
-            for (dictionary, totals) in dictionaries.iter().zip(&mut totals) {
+            let Some(activations) = source.next_batch()? else { break };
+            for (Subject { dictionary, site }, totals) in subjects.iter().zip(&mut totals) {
+                let batch = &activations.sites[*site];
                 let rows = (FEATURES_AT_A_TIME / dictionary.dims().features).max(1);
                 for (x, target) in batch.x.split(rows, 0).iter().zip(batch.target.split(rows, 0)) {
                     totals.add(*dictionary, x, &target);

@@ -7,9 +7,9 @@ use rand::seq::SliceRandom;
 /// Rows copied at a time when the buffer is compacted: what it needs beside itself.
 const CHUNK: usize = 16_384;
 
-/// A buffer of pairs (or single rows) of activations.
+/// A buffer of rows of several tensors.
 pub struct Buffer {
-    /// [capacity, width] each: what is read, and what is to be reconstructed where that is something else.
+    /// [capacity, width] each.
     columns: Vec<Tensor>,
     capacity: usize,
     /// Rows in the order in which they are served.
@@ -20,9 +20,9 @@ pub struct Buffer {
 
 impl Buffer {
     /// An empty buffer; memory is taken at once, so that too little of it shows at the beginning.
-    pub fn new(widths: &[i64], capacity: usize, device: Device, rng: Rng) -> Self {
-        let column = |width: &i64| Tensor::empty([capacity as i64, *width], (Kind::Float, device));
-        Buffer { columns: widths.iter().map(column).collect(), capacity, order: Vec::new(), served: 0, rng }
+    pub fn new(columns: &[(i64, Kind)], capacity: usize, device: Device, rng: Rng) -> Self {
+        let column = |(width, kind): &(i64, Kind)| Tensor::empty([capacity as i64, *width], (*kind, device));
+        Buffer { columns: columns.iter().map(column).collect(), capacity, order: Vec::new(), served: 0, rng }
     }
 
     /// Rows not yet served.
@@ -73,14 +73,14 @@ impl Buffer {
         Some(self.columns.iter().map(|column| column.index_select(0, &rows)).collect())
     }
 
-    /// Mean squared norm of the unread rows of the first column.
-    pub fn mean_squared_norm(&self) -> f64 {
-        let filled = self.columns[0].narrow(0, 0, self.order.len() as i64);
+    /// Mean squared norm of a part of the unread rows of a column.
+    pub fn mean_squared_norm(&self, column: usize, part: &Part) -> f64 {
+        let filled = self.columns[column].narrow(0, 0, self.order.len() as i64);
         let mut sum = 0.0;
         for chunk in self.order[self.served..].chunks(CHUNK) {
             let rows: Vec<i64> = chunk.iter().map(|row| i64::from(*row)).collect();
             let rows = filled.index_select(0, &Tensor::from_slice(&rows).to_device(filled.device()));
-            sum += rows.square().sum(Kind::Double).double_value(&[]);
+            sum += part.of(&rows).square().sum(Kind::Double).double_value(&[]);
         }
         sum / self.unread().max(1) as f64
     }
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn every_row_is_served_once() {
-        let mut buffer = Buffer::new(&[1], 10, Device::Cpu, rng(1, "buffer"));
+        let mut buffer = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, "buffer"));
         let mut next = 0;
         let mut all = served(&mut buffer, &mut next, 20);
         while let Some(rows) = buffer.take(1) {
@@ -169,12 +169,12 @@ mod tests {
 
     #[test]
     fn a_restored_buffer_goes_on_bit_for_bit() {
-        let mut buffer = Buffer::new(&[1], 10, Device::Cpu, rng(1, "buffer"));
+        let mut buffer = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, "buffer"));
         let mut next = 0;
         served(&mut buffer, &mut next, 2);
         let (state, at) = (buffer.state().unwrap(), next);
         let expected = served(&mut buffer, &mut next, 15);
-        let mut other = Buffer::new(&[1], 10, Device::Cpu, rng(7, "other"));
+        let mut other = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(7, "other"));
         other.restore(&state).unwrap();
         let mut next = at;
         assert_eq!(served(&mut other, &mut next, 15), expected);

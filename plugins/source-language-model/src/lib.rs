@@ -6,12 +6,16 @@
 //!
 //! With `shuffle: false` there is no buffer: activations come in order, row by row.
 //!
+//! Several submodules, or the heads of an attention, are sites: one forward pass feeds them all, and a row is the same
+//! token at each of them.
+//!
 //! Where this differs from the reference: `remove_bos` removes each context's first token and not every token of the
 //! BOS id, `max_activation_norm_multiple` takes the median over text positions and not over padding as well,
 //! and activations that do not fit into the buffer any more wait for the next filling instead of being dropped.
 
 mod buffer;
 mod contexts;
+mod sites;
 
 use dictlearn_core::lm::open_model;
 use dictlearn_core::prelude::*;
@@ -19,6 +23,8 @@ use dictlearn_core::rng::rng;
 
 use buffer::Buffer;
 use contexts::{Contexts, ContextsCx, Row};
+use sites::{sites, LanguageModelSite};
+pub use sites::{Heads, IoChoice, Submodules};
 
 const NAME: &str = "language_model";
 
@@ -33,11 +39,15 @@ pub struct LanguageModelConfig {
     /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`.
     pub model: PathOrName,
     /// The module whose value is harvested: its path in the Hugging Face model (`gpt_neox.layers.1.mlp`), or a
-    /// TransformerLens name (`blocks.1.hook_mlp_out`).
-    pub submodule: String,
+    /// TransformerLens name (`blocks.1.hook_mlp_out`). A list of them makes as many sites.
+    pub submodule: Submodules,
     /// The module's input, its output, or pairs of both. A TransformerLens name means one of them by itself.
     #[serde(default)]
     pub io: IoChoice,
+    /// Whether the outputs of attention heads (`blocks.1.attn.hook_z`) are one site, side by side, or a site each:
+    /// `<submodule>.head0` and so on.
+    #[serde(default)]
+    pub heads: Heads,
     /// The text that the model reads.
     pub text: Box<dyn TextConfig>,
     /// Tokens in a context. The rows of a `token_file` are contexts as they stand.
@@ -63,7 +73,8 @@ pub struct LanguageModelConfig {
     /// Let the tokenizer add its special tokens to each document.
     #[serde(default = "yes")]
     pub add_special_tokens: bool,
-    /// Leave out activations whose norm is more than so many times the median of their forward pass; 10 is usual.
+    /// Leave out activations whose norm is more than so many times the median of their forward pass; 10 is usual. With
+    /// several submodules, a token that is left out at one is left out at all.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub max_activation_norm_multiple: Option<f64>,
@@ -78,20 +89,6 @@ pub struct LanguageModelConfig {
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
-}
-
-/// Which value of a module is harvested.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-#[schemars(inline)]
-pub enum IoChoice {
-    /// Its input.
-    In,
-    /// Its output.
-    #[default]
-    Out,
-    /// Its input, to predict its output.
-    InToOut,
 }
 
 fn ctx_len() -> u64 {
@@ -128,16 +125,7 @@ impl SourceConfig for LanguageModelConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let text = self.text.build().under("text")?;
         let (model, files) = open_model(&self.model.0, cx.device, cx.precision).under("model")?;
-        let io = if self.io == IoChoice::In { Io::In } else { Io::Out };
-        let mut points = vec![model.hook_point(&self.submodule, io).under("submodule")?];
-        if self.io == IoChoice::InToOut {
-            points.insert(0, model.hook_point(&self.submodule, Io::In).under("submodule")?);
-        }
-        if self.io == IoChoice::InToOut && points[0] == points[1] {
-            bail!(InputError::new(format!("`{}` names one value, and `in_to_out` needs two", self.submodule))
-                .field("submodule")
-                .help(format!("name the module, `{}`", points[0].0.module)));
-        }
+        let sites = sites(&*model, self)?;
         let too_long = |most: &i64| !text.is_tokenized() && self.ctx_len as i64 > *most;
         if let Some(most) = model.max_positions().filter(too_long) {
             bail!(InputError::new(format!(
@@ -164,8 +152,22 @@ impl SourceConfig for LanguageModelConfig {
             max_positions: model.max_positions(),
         };
         let contexts = Contexts::new(text, &files, contexts_cx).under("model")?;
+        let mut settings = serde_json::to_value(self)?;
+        if let Some(commit) = files.commit() {
+            settings["commit"] = commit.into();
+        }
+        settings["device"] = dictlearn_core::device::name(cx.device).into();
+        let mut points: Vec<(HookPoint, i64)> = Vec::new();
+        for part in sites.iter().flat_map(|site| [&site.reads, &site.writes]) {
+            if !points.iter().any(|(point, _)| *point == part.point) {
+                points.push((part.point.clone(), part.whole));
+            }
+        }
+        let read = |point: &HookPoint| sites.iter().any(|site| site.reads.point == *point);
+        let inputs = (0..points.len()).filter(|index| read(&points[*index].0)).collect();
         Ok(Box::new(LanguageModelSource {
-            settings: serde_json::to_value(self)?,
+            settings,
+            sites,
             harvest: Harvest {
                 remove_bos: self.remove_bos,
                 max_norm: self.max_activation_norm_multiple,
@@ -173,7 +175,9 @@ impl SourceConfig for LanguageModelConfig {
                 contexts,
                 model,
                 points,
+                inputs,
                 pending: Vec::new(),
+                context: 0,
                 ended: false,
             },
             buffer: None,
@@ -187,6 +191,7 @@ impl SourceConfig for LanguageModelConfig {
 
 struct LanguageModelSource {
     settings: Value,
+    sites: Vec<LanguageModelSite>,
     harvest: Harvest,
     /// Made at the first batch: a source that is only asked for tokens needs none.
     buffer: Option<Buffer>,
@@ -204,16 +209,30 @@ struct Harvest {
     rows: usize,
     contexts: Contexts,
     model: Box<dyn LanguageModel>,
+    /// The places that are read, each once, with their widths.
     points: Vec<(HookPoint, i64)>,
-    /// Activations harvested but not yet handed on, one tensor for each point; none, or of the same length.
+    /// Which of them dictionaries read; others they reconstruct.
+    inputs: Vec<usize>,
+    /// What is harvested but not yet handed on: a tensor of activations for each point, and one that says which tokens
+    /// they are of. None, or all of the same length.
     pending: Vec<Tensor>,
+    /// Contexts read so far in this pass over the text.
+    context: i64,
     ended: bool,
 }
 
 impl Harvest {
-    /// Activations at the text positions of the next forward pass, [n, width] for each point.
+    /// The next contexts of the text, and the number of the first.
+    fn next_rows(&mut self, count: usize) -> Result<(Vec<Row>, i64)> {
+        let rows = self.contexts.next_rows(count)?;
+        let first = self.context;
+        self.context += rows.len() as i64;
+        Ok((rows, first))
+    }
+
+    /// Activations at the text positions of the next forward pass, [n, width] for each point, and last their tokens.
     fn forward(&mut self) -> Result<Option<Vec<Tensor>>> {
-        let rows = self.contexts.next_rows(self.rows)?;
+        let (rows, first) = self.next_rows(self.rows)?;
         if rows.is_empty() {
             self.ended = true;
             return Ok(None);
@@ -228,19 +247,24 @@ impl Harvest {
             let (now, later) = rest.split_at(self.rows_at_once(&rows, rest).max(1));
             rest = later;
             let batch: Vec<&Row> = now.iter().map(|row| &rows[*row]).collect();
-            for (row, values) in now.iter().zip(self.forward_at_once(&batch, &points)?) {
-                harvested[*row] = Some(values);
+            let contexts: Vec<i64> = now.iter().map(|row| first + *row as i64).collect();
+            for (row, columns) in now.iter().zip(self.forward_at_once(&batch, &contexts, &points)?) {
+                harvested[*row] = Some(columns);
             }
         }
         let column = |index: usize| {
-            let rows = harvested.iter().flatten().map(|values| values[index].shallow_clone());
+            let rows = harvested.iter().flatten().map(|columns| columns[index].shallow_clone());
             Tensor::cat(&rows.collect::<Vec<_>>(), 0)
         };
-        let values: Vec<Tensor> = (0..points.len()).map(column).collect();
-        let Some(multiple) = self.max_norm else { return Ok(Some(values)) };
-        let norms = values[0].norm_scalaropt_dim(2.0, [-1], false);
-        let kept = norms.le_tensor(&(norms.median() * multiple)).nonzero().reshape([-1]);
-        Ok(Some(values.iter().map(|value| value.index_select(0, &kept)).collect()))
+        let columns: Vec<Tensor> = (0..=points.len()).map(column).collect();
+        let Some(multiple) = self.max_norm else { return Ok(Some(columns)) };
+        let mut kept = Tensor::ones([columns[0].size()[0]], (Kind::Bool, columns[0].device()));
+        for column in &self.inputs {
+            let norms = columns[*column].norm_scalaropt_dim(2.0, [-1], false);
+            kept = kept.logical_and(&norms.le_tensor(&(norms.median() * multiple)));
+        }
+        let kept = kept.nonzero().reshape([-1]);
+        Ok(Some(columns.iter().map(|column| column.index_select(0, &kept)).collect()))
     }
 
     /// How many of the first `order`ed rows to run together.
@@ -252,8 +276,8 @@ impl Harvest {
         order.iter().enumerate().take_while(|(n, row)| (n + 1) * rows[**row].len() <= AT_ONCE).count()
     }
 
-    /// Activations at the text positions of each row, [n, width] for each point.
-    fn forward_at_once(&self, rows: &[&Row], points: &[HookPoint]) -> Result<Vec<Vec<Tensor>>> {
+    /// Activations at the text positions of each row, [n, width] for each point, and last their tokens, [n, 3].
+    fn forward_at_once(&self, rows: &[&Row], contexts: &[i64], points: &[HookPoint]) -> Result<Vec<Vec<Tensor>>> {
         let tokens = Contexts::batch(rows, self.model.device());
         tch::no_grad(|| {
             let mut hooks = Hooks::read(points, true);
@@ -261,11 +285,13 @@ impl Harvest {
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
             self.check_finite(&values, &mask, rows)?;
-            let kept = |row: usize| {
-                let kept = mask.get(row as i64).nonzero().reshape([-1]);
-                values.iter().map(|value| value.get(row as i64).index_select(0, &kept).to_kind(Kind::Float)).collect()
+            let kept = |(row, context): (i64, &i64)| {
+                let kept = mask.get(row).nonzero().reshape([-1]);
+                let ids = tokens.ids.get(row).index_select(0, &kept);
+                let activations = values.iter().map(|value| value.get(row).index_select(0, &kept).to_kind(Kind::Float));
+                activations.chain([Tensor::stack(&[&ids, &kept.full_like(*context), &kept], 1)]).collect()
             };
-            Ok((0..rows.len()).map(kept).collect())
+            Ok((0..).zip(contexts).map(kept).collect())
         })
     }
 
@@ -300,22 +326,37 @@ impl Harvest {
         Ok(Some(taken))
     }
 
+    /// Width and type of what is harvested for each point, and of the tokens.
+    fn columns(&self) -> Vec<(i64, Kind)> {
+        let activations = self.points.iter().map(|(_, width)| (*width, Kind::Float));
+        activations.chain([(3, Kind::Int64)]).collect()
+    }
+
     fn available(&self) -> i64 {
         self.pending.first().map_or(0, |tensor| tensor.size()[0])
     }
 }
 
 impl LanguageModelSource {
-    fn batch(mut tensors: Vec<Tensor>) -> Batch {
-        match (tensors.pop(), tensors.pop()) {
-            (Some(target), Some(x)) => Batch { x, target },
-            (Some(x), None) => Batch::of(x),
-            _ => unreachable!("a source has a hook point"),
-        }
+    /// What each site has of a row of every column.
+    fn activations(&self, columns: &[Tensor]) -> Activations {
+        let part = |part: &Part| part.of(&columns[self.column(part)]);
+        let batch = |site: &LanguageModelSite| match site.reads == site.writes {
+            true => Batch::of(part(&site.reads)),
+            false => Batch { x: part(&site.reads), target: part(&site.writes) },
+        };
+        let tokens = columns.last().map(Tensor::shallow_clone);
+        Activations { sites: self.sites.iter().map(batch).collect(), tokens }
+    }
+
+    /// The number of the point that a part is of.
+    fn column(&self, part: &Part) -> usize {
+        let found = self.harvest.points.iter().position(|(point, _)| *point == part.point);
+        found.expect("the point of every site is harvested")
     }
 
     /// The next batch in the text's order; the last of a pass may be smaller.
-    fn next_in_order(&mut self) -> Result<Option<Batch>> {
+    fn next_in_order(&mut self) -> Result<Option<Activations>> {
         let mut parts: Vec<Vec<Tensor>> = Vec::new();
         let mut missing = self.batch_size;
         while missing > 0 {
@@ -328,15 +369,15 @@ impl LanguageModelSource {
         }
         let column =
             |index: usize| Tensor::cat(&parts.iter().map(|part| part[index].shallow_clone()).collect::<Vec<_>>(), 0);
-        Ok(Some(Self::batch((0..parts[0].len()).map(column).collect())))
+        let columns: Vec<Tensor> = (0..parts[0].len()).map(column).collect();
+        Ok(Some(self.activations(&columns)))
     }
 
     fn filled_buffer(&mut self, capacity: usize) -> Result<&mut Buffer> {
         let harvest = &mut self.harvest;
-        let buffer = self.buffer.get_or_insert_with(|| {
-            let widths: Vec<i64> = harvest.points.iter().map(|(_, width)| *width).collect();
-            Buffer::new(&widths, capacity, self.cx.device, rng(self.cx.seed, NAME))
-        });
+        let buffer = self
+            .buffer
+            .get_or_insert_with(|| Buffer::new(&harvest.columns(), capacity, self.cx.device, rng(self.cx.seed, NAME)));
         if buffer.wants_more() && !(harvest.ended && harvest.available() == 0) {
             buffer.fill(|room| harvest.take(room))?;
         }
@@ -345,22 +386,23 @@ impl LanguageModelSource {
 }
 
 impl ActivationSource for LanguageModelSource {
-    fn widths(&self) -> (i64, i64) {
-        let points = &self.harvest.points;
-        (points[0].1, points[points.len() - 1].1)
+    fn sites(&self) -> Vec<Site> {
+        self.sites.iter().map(|site| site.site.clone()).collect()
     }
 
-    fn next_batch(&mut self) -> Result<Option<Batch>> {
+    fn next_batch(&mut self) -> Result<Option<Activations>> {
         let Some(capacity) = self.capacity else { return self.next_in_order() };
         let batch_size = self.batch_size;
         let buffer = self.filled_buffer(capacity)?;
         // At the end of the text what is left makes a smaller batch.
         let count = batch_size.min(buffer.unread());
-        Ok(if count == 0 { None } else { buffer.take(count).map(Self::batch) })
+        let columns = if count == 0 { None } else { buffer.take(count) };
+        Ok(columns.map(|columns| self.activations(&columns)))
     }
 
     fn rewind(&mut self) -> Result<()> {
         self.harvest.contexts.rewind()?;
+        self.harvest.context = 0;
         self.harvest.pending.clear();
         self.harvest.ended = false;
         if let Some(buffer) = &mut self.buffer {
@@ -373,11 +415,12 @@ impl ActivationSource for LanguageModelSource {
         self.epochs
     }
 
-    fn mean_squared_norm(&mut self) -> Result<f64> {
-        match self.capacity {
-            Some(capacity) => Ok(self.filled_buffer(capacity)?.mean_squared_norm()),
-            None => dictlearn_core::source::sampled_mean_squared_norm(self),
-        }
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
+        let Some(capacity) = self.capacity else { return dictlearn_core::source::sampled_mean_squared_norms(self) };
+        self.filled_buffer(capacity)?;
+        let Some(buffer) = &self.buffer else { return Ok(Vec::new()) };
+        let norm = |site: &LanguageModelSite| buffer.mean_squared_norm(self.column(&site.reads), &site.reads);
+        Ok(self.sites.iter().map(norm).collect())
     }
 
     fn language_model(&mut self) -> Option<&mut dyn ModelSource> {
@@ -390,15 +433,13 @@ impl ActivationSource for LanguageModelSource {
     }
 
     fn describe(&self) -> Value {
-        let mut described = self.settings.clone();
-        described["d_submodule"] = self.widths().1.into();
-        described["device"] = dictlearn_core::device::name(self.cx.device).into();
-        described
+        self.settings.clone()
     }
 
     fn state(&self) -> Result<State> {
         let mut state = State::new();
         state.put_all("contexts", self.harvest.contexts.state()?);
+        state.put("context", self.harvest.context)?;
         state.put("ended", self.harvest.ended)?;
         state.put("pending", self.harvest.pending.len())?;
         for (index, tensor) in self.harvest.pending.iter().enumerate() {
@@ -413,6 +454,7 @@ impl ActivationSource for LanguageModelSource {
 
     fn restore(&mut self, state: &State) -> Result<()> {
         self.harvest.contexts.restore(&state.under("contexts"))?;
+        self.harvest.context = state.get("context")?;
         self.harvest.ended = state.get("ended")?;
         let pending: usize = state.get("pending")?;
         let device = self.cx.device;
@@ -421,8 +463,7 @@ impl ActivationSource for LanguageModelSource {
             .collect::<Result<_>>()?;
         self.buffer = None;
         if let (true, Some(capacity)) = (state.get("buffer")?, self.capacity) {
-            let widths: Vec<i64> = self.harvest.points.iter().map(|(_, width)| *width).collect();
-            let mut buffer = Buffer::new(&widths, capacity, device, rng(self.cx.seed, NAME));
+            let mut buffer = Buffer::new(&self.harvest.columns(), capacity, device, rng(self.cx.seed, NAME));
             buffer.restore(&state.under("buffer"))?;
             self.buffer = Some(buffer);
         }
@@ -439,17 +480,16 @@ impl ModelSource for LanguageModelSource {
         &*self.harvest.model
     }
 
-    fn reads(&self) -> &HookPoint {
-        &self.harvest.points[0].0
+    fn reads(&self, site: usize) -> &Part {
+        &self.sites[site].reads
     }
 
-    fn writes(&self) -> &HookPoint {
-        let points = &self.harvest.points;
-        &points[points.len() - 1].0
+    fn writes(&self, site: usize) -> &Part {
+        &self.sites[site].writes
     }
 
     fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>> {
-        let rows = self.harvest.contexts.next_rows(rows as usize)?;
+        let (rows, _) = self.harvest.next_rows(rows as usize)?;
         Ok((!rows.is_empty()).then(|| Contexts::batch(&rows.iter().collect::<Vec<_>>(), self.harvest.model.device())))
     }
 }

@@ -190,18 +190,18 @@ impl Synthetic {
 }
 
 impl ActivationSource for Synthetic {
-    fn widths(&self) -> (i64, i64) {
+    fn sites(&self) -> Vec<Site> {
         let width = self.directions.size()[1];
-        (width, width)
+        vec![Site::new(NAME, (width, width))]
     }
 
-    fn next_batch(&mut self) -> Result<Option<Batch>> {
+    fn next_batch(&mut self) -> Result<Option<Activations>> {
         let mut x = self.features().to_device(self.device).matmul(&self.directions);
         if self.noise > 0.0 {
             x +=
                 normal(&mut self.rng, [self.batch_size, self.directions.size()[1]]).to_device(self.device) * self.noise;
         }
-        Ok(Some(Batch::of(x)))
+        Ok(Some(Batch::of(x).into()))
     }
 
     fn is_endless(&self) -> bool {
@@ -213,8 +213,8 @@ impl ActivationSource for Synthetic {
         Ok(())
     }
 
-    fn mean_squared_norm(&mut self) -> Result<f64> {
-        dictlearn_core::source::sampled_mean_squared_norm(self)
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
+        dictlearn_core::source::sampled_mean_squared_norms(self)
     }
 
     fn true_features(&self) -> Option<Tensor> {

@@ -283,11 +283,12 @@ impl TensorFileSource {
 }
 
 impl ActivationSource for TensorFileSource {
-    fn widths(&self) -> (i64, i64) {
-        (self.inputs.width, self.targets.as_ref().map_or(self.inputs.width, |targets| targets.width))
+    fn sites(&self) -> Vec<Site> {
+        let output_dim = self.targets.as_ref().map_or(self.inputs.width, |targets| targets.width);
+        vec![Site::new(&self.inputs.name, (self.inputs.width, output_dim))]
     }
 
-    fn next_batch(&mut self) -> Result<Option<Batch>> {
+    fn next_batch(&mut self) -> Result<Option<Activations>> {
         let end = self.position + self.batch_size;
         if end > self.inputs.count {
             return Ok(None);
@@ -308,10 +309,11 @@ impl ActivationSource for TensorFileSource {
             ))
             .help("a dictionary trained on it would be NaN throughout: mend or remove the row"));
         }
-        Ok(Some(match &self.targets {
+        let batch = match &self.targets {
             Some(targets) => Batch { x, target: targets.take(&rows)?.to_device(self.device) },
             None => Batch::of(x),
-        }))
+        };
+        Ok(Some(batch.into()))
     }
 
     fn rewind(&mut self) -> Result<()> {
@@ -319,14 +321,13 @@ impl ActivationSource for TensorFileSource {
         Ok(())
     }
 
-    fn mean_squared_norm(&mut self) -> Result<f64> {
-        dictlearn_core::source::sampled_mean_squared_norm(self)
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
+        dictlearn_core::source::sampled_mean_squared_norms(self)
     }
 
     fn describe(&self) -> Value {
-        let (d_submodule, _) = self.widths();
         let mut described = self.config.clone();
-        described["d_submodule"] = d_submodule.into();
+        described["d_submodule"] = self.inputs.width.into();
         described["out_batch_size"] = self.batch_size.into();
         described
     }
@@ -371,8 +372,8 @@ mod tests {
 
     fn pass(source: &mut dyn ActivationSource) -> Vec<f32> {
         let mut rows = Vec::new();
-        while let Some(batch) = source.next_batch().unwrap() {
-            rows.extend(Vec::<f32>::try_from(batch.x.select(1, 0)).unwrap());
+        while let Some(activations) = source.next_batch().unwrap() {
+            rows.extend(Vec::<f32>::try_from(activations.sites[0].x.select(1, 0)).unwrap());
         }
         rows
     }

@@ -1,0 +1,151 @@
+//! Which places of a model a config means: submodules, their inputs and outputs, attention heads.
+
+use std::borrow::Cow;
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::schemars::{json_schema, Schema, SchemaGenerator};
+
+use crate::LanguageModelConfig;
+
+/// Module paths or TransformerLens names: one, or a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "OneOrMany", into = "OneOrMany")]
+pub struct Submodules(Vec<String>);
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl From<OneOrMany> for Submodules {
+    fn from(written: OneOrMany) -> Self {
+        match written {
+            OneOrMany::One(name) => Submodules(vec![name]),
+            OneOrMany::Many(names) => Submodules(names),
+        }
+    }
+}
+
+impl From<Submodules> for OneOrMany {
+    fn from(Submodules(mut names): Submodules) -> Self {
+        match names.len() {
+            1 => OneOrMany::One(names.remove(0)),
+            _ => OneOrMany::Many(names),
+        }
+    }
+}
+
+impl JsonSchema for Submodules {
+    fn schema_name() -> Cow<'static, str> {
+        "Submodules".into()
+    }
+    fn inline_schema() -> bool {
+        true
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": ["string", "array"], "items": {"type": "string"}, "minItems": 1})
+    }
+}
+
+/// Which value of a module is harvested.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum IoChoice {
+    /// Its input.
+    In,
+    /// Its output.
+    #[default]
+    Out,
+    /// Its input, to predict its output.
+    InToOut,
+}
+
+/// What becomes of the outputs of attention heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum Heads {
+    /// One site, all heads side by side.
+    #[default]
+    Joined,
+    /// A site for each head.
+    Separate,
+}
+
+/// A site of a language model.
+#[derive(Debug)]
+pub struct LanguageModelSite {
+    /// Its name and widths.
+    pub site: Site,
+    /// What a dictionary reads.
+    pub reads: Part,
+    /// What it reconstructs.
+    pub writes: Part,
+}
+
+impl LanguageModelSite {
+    fn new(name: String, submodule: &str, head: Option<i64>, reads: Part, writes: Part) -> Self {
+        let mut site = Site::new(name, (reads.width, writes.width));
+        site.settings.insert("submodule".to_owned(), submodule.into());
+        site.settings.insert("d_submodule".to_owned(), writes.width.into());
+        if let Some(head) = head {
+            site.settings.insert("head".to_owned(), head.into());
+        }
+        LanguageModelSite { site, reads, writes }
+    }
+}
+
+/// The sites of a config, in its order.
+pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<Vec<LanguageModelSite>> {
+    let Submodules(names) = &config.submodule;
+    if names.is_empty() {
+        bail!(InputError::new("`submodule` is an empty list").field("submodule").help("name at least one module"));
+    }
+    let mut sites = Vec::new();
+    for (index, name) in names.iter().enumerate() {
+        let key = if names.len() == 1 { "submodule".to_owned() } else { format!("submodule[{index}]") };
+        if names[..index].contains(name) {
+            bail!(InputError::new(format!("`{name}` is named twice")).field(key).help("leave one of them out"));
+        }
+        let part = |io| model.hook_point(name, io).map(|(point, width)| Part::whole(point, width)).under(&key);
+        let writes = part(if config.io == IoChoice::In { Io::In } else { Io::Out })?;
+        let reads = if config.io == IoChoice::InToOut { part(Io::In)? } else { writes.clone() };
+        if config.io == IoChoice::InToOut && reads == writes {
+            bail!(InputError::new(format!("`{name}` names one value, and `in_to_out` needs two"))
+                .field(key)
+                .help(format!("name the module, `{}`", writes.point.module)));
+        }
+        match config.heads {
+            Heads::Joined => sites.push(LanguageModelSite::new(name.clone(), name, None, reads, writes)),
+            Heads::Separate => {
+                let width = head_width(model, name, &reads, &writes)?;
+                for head in 0..model.n_heads() {
+                    let part = Part { start: head * width, width, ..reads.clone() };
+                    let name_of_head = format!("{name}.head{head}");
+                    sites.push(LanguageModelSite::new(name_of_head, name, Some(head), part.clone(), part));
+                }
+            }
+        }
+    }
+    Ok(sites)
+}
+
+/// Width of one head's output, if that is what the site has.
+fn head_width(model: &dyn LanguageModel, name: &str, reads: &Part, writes: &Part) -> Result<i64> {
+    let layer = model.names().layer_of(&reads.point.module);
+    let heads = |layer| model.names().transformer_lens(&format!("blocks.{layer}.attn.hook_z"));
+    if reads == writes && layer.and_then(heads).as_ref() == Some(&reads.point) {
+        return Ok(reads.whole / model.n_heads());
+    }
+    let example = heads(layer.unwrap_or(0)).map(|point| format!(", or `io: in` of `{}`", point.module));
+    bail!(InputError::new(format!("`{name}` ({}) is not the output of attention heads", reads.point))
+        .field("heads")
+        .help(format!(
+            "separate heads are those of `blocks.{}.attn.hook_z`{}",
+            layer.unwrap_or(0),
+            example.unwrap_or_default()
+        )));
+}
