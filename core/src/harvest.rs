@@ -124,15 +124,21 @@ impl Manifest {
         };
         let manifest: Manifest =
             serde_json::from_value(read_json(&path)?).map_err(|error| refused(error.to_string()))?;
-        let rows: u64 = manifest.shards.iter().map(|shard| shard.activations).sum();
+        let rows = manifest.shards.iter().fold(0_u64, |rows, shard| rows.saturating_add(shard.activations));
         if rows != manifest.activations {
             bail!(refused(format!("its shards have {rows} activations, but it says {}", manifest.activations)));
         }
         if manifest.sha256 != hash_of_all(&manifest.shards) {
             bail!(refused("its `sha256` is not that of its shards' hashes".to_owned()));
         }
-        if manifest.sites.is_empty() || manifest.sites.iter().any(|site| !matches!(site.tensors.len(), 1 | 2)) {
-            bail!(refused("it needs sites, of one tensor or two each".to_owned()));
+        let sound = |cached: &CachedSite| match cached.tensors.len() {
+            1 => cached.site.activation_dim == cached.site.output_dim,
+            tensors => tensors == 2,
+        };
+        if manifest.sites.is_empty() || !manifest.sites.iter().all(sound) {
+            bail!(refused(
+                "its sites need a tensor each, or two for what is read and what is reconstructed".to_owned()
+            ));
         }
         if let Some(shard) =
             manifest.shards.iter().find(|shard| Path::new(&shard.file).file_name() != Some(shard.file.as_ref()))
@@ -151,7 +157,8 @@ pub fn hash_of_file(path: &Path) -> Result<String> {
     Ok(format!("{:x}", hash.finalize()))
 }
 
-fn hash_of_all(shards: &[Shard]) -> String {
+/// The hash of the hashes of shards, a line each.
+pub fn hash_of_all(shards: &[Shard]) -> String {
     let lines: String = shards.iter().map(|shard| format!("{}\n", shard.sha256)).collect();
     format!("{:x}", Sha256::digest(lines))
 }

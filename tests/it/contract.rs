@@ -7,12 +7,13 @@ use std::sync::OnceLock;
 use dictlearn as _;
 use dictlearn_core::config::{from_yaml, to_yaml, RunConfig, SaeConfig};
 use dictlearn_core::dictionary::DictionaryCx;
+use dictlearn_core::interrupt::Interrupt;
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::{self, component, components, Component, Kind as Slot};
 use dictlearn_core::source::SourceCx;
 use dictlearn_core::top_k::Selection;
 use dictlearn_core::training::{Training, TrainingCx};
-use dictlearn_core::{evaluate, saved, tensors};
+use dictlearn_core::{evaluate, harvest, saved, tensors};
 use tempfile::TempDir;
 
 use crate::common::Desk;
@@ -37,6 +38,15 @@ fn example_files(dir: &Path) {
     tensors::write(&dir.join("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
     let text = "A first paragraph.\n\nA second one.\n\nAnd a third.\n\n".repeat(100);
     std::fs::write(dir.join("corpus.txt"), text).unwrap();
+    let source = format!("{{type: tensor_file, path: {:?}}}", dir.join("activations.safetensors"));
+    let source: Box<dyn SourceConfig> = from_yaml(&source.replace('}', ", batch_size: 100}")).unwrap();
+    let mut source = source.build(&source_cx()).unwrap();
+    let (out, interrupt) = (dir.join("activations"), Interrupt::default());
+    harvest::write(&mut *source, &out, None, harvest::Dtype::Float32, &interrupt).unwrap();
+}
+
+fn source_cx() -> SourceCx {
+    SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 }
 }
 
 /// Activations [n, D] of a few directions each, so that there is something to learn.
@@ -440,7 +450,7 @@ fn any_trainer_trains_any_dictionary_or_says_why_not() {
 #[test]
 fn a_source_delivers_resumes_and_rewinds() {
     enter_the_examples_folder();
-    let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+    let cx = source_cx();
     for component in components(Slot::Source) {
         let name = component.name;
         let config: Box<dyn SourceConfig> = from_yaml(component.example).unwrap();
@@ -499,7 +509,7 @@ fn a_text_says_the_same_from_any_position() {
 #[test]
 fn a_metric_measures_each_dictionary() {
     enter_the_examples_folder();
-    let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+    let cx = source_cx();
     for component in components(Slot::Metric) {
         let metric: Box<dyn MetricConfig> = from_yaml(component.example).unwrap();
         let mut measured = false;
