@@ -9,3 +9,4 @@ mod docs;
 mod families;
 mod golden;
 mod language_model;
+mod sites;
