@@ -135,8 +135,8 @@ pub trait ActivationSource: Send {
     /// The places whose activations it gives, at least one. Most sources have one: `vec![Site::new(name, widths)]`.
     fn sites(&self) -> Vec<Site>;
 
-    /// The next batch of each site (`Batch::of(x).into()` where there is one site), or `None` at the end of the data. After the end, [`ActivationSource::rewind`] starts another
-    /// pass.
+    /// The next batch of each site (`Batch::of(x).into()` where there is one), or `None` at the end of the data. The last
+    /// batch of a pass may be smaller. After the end, [`ActivationSource::rewind`] starts another pass.
     fn next_batch(&mut self) -> Result<Option<Activations>>;
 
     /// Goes back to the beginning of the data. What a shuffle draws next is not what it drew the first time.

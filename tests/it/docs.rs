@@ -29,10 +29,21 @@ fn every_config_of_the_readme_is_a_file() {
     assert!(blocks > 0);
 }
 
+/// Configs that want what the repository does not hold, and the key that says what.
+const WANTING: [(&str, &str); 2] = [("activation-cache.yaml", "source.path"), ("smollm2.yaml", "source.model")];
+
 #[test]
 fn every_config_is_sound() {
     let desk = Desk::new();
     for path in configs() {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if let Some((_, key)) = WANTING.iter().find(|(wanting, _)| *wanting == name) {
+            // All else is right with it: what is built is the last to be looked at.
+            let set = format!("{key}=\"{}\"", desk.path("absent").display());
+            let said = desk.refused(&["train", path.to_str().unwrap(), "--dry-run", "--set", &set]);
+            assert!(said.contains(&format!("({key})")), "{said}");
+            continue;
+        }
         let said = desk.ok(&["train", path.to_str().unwrap(), "--dry-run", "--output-dir", "out"]);
         assert!(said.contains("saes:"), "{}", path.display());
     }

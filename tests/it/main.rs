@@ -2,6 +2,7 @@
 
 mod common;
 
+mod activation_cache;
 mod cli;
 mod config;
 mod contract;

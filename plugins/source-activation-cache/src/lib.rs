@@ -70,16 +70,6 @@ register! {
 impl SourceConfig for ActivationCacheConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let folder = Folder::open(self.path.as_path(), self.verify).under("path")?;
-        if self.shuffle && folder.rows() < self.batch_size {
-            bail!(InputError::new(format!(
-                "{} has {} activations, fewer than one batch of {}",
-                self.path,
-                folder.rows(),
-                self.batch_size
-            ))
-            .field("batch_size")
-            .help("make `batch_size` smaller"));
-        }
         let mut described = folder.manifest().source.clone();
         if !described.is_object() {
             described = Value::Object(Map::new());
@@ -232,7 +222,6 @@ impl ActivationSource for ActivationCache {
         self.folder.manifest().sites.iter().map(|cached| cached.site.clone()).collect()
     }
 
-    /// In order the last batch of a pass may be smaller; shuffled it is left out.
     fn next_batch(&mut self) -> Result<Option<Activations>> {
         let mut parts: Vec<Vec<Tensor>> = Vec::new();
         let mut missing = self.batch_size;
@@ -249,7 +238,7 @@ impl ActivationSource for ActivationCache {
                 (self.window, self.served, self.held) = (self.window + 1, 0, None);
             }
         }
-        if parts.is_empty() || self.shuffle && missing > 0 {
+        if parts.is_empty() {
             return Ok(None);
         }
         let column = |index: usize| Tensor::cat(&parts.iter().map(|part| &part[index]).collect::<Vec<_>>(), 0);
