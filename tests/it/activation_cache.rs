@@ -41,7 +41,7 @@ fn open(desk: &Desk, more: &str) -> Result<Box<dyn ActivationSource>> {
 
 /// The rest of a pass: activations at each site, and tokens.
 fn drain(source: &mut dyn ActivationSource) -> (Vec<Tensor>, Tensor) {
-    let (mut sites, mut tokens) = (vec![Vec::new(); 0], Vec::new());
+    let (mut sites, mut tokens): (Vec<Vec<Tensor>>, Vec<Tensor>) = (Vec::new(), Vec::new());
     while let Some(activations) = source.next_batch().unwrap() {
         sites.resize_with(activations.sites.len(), Vec::new);
         for (all, batch) in sites.iter_mut().zip(activations.sites) {
@@ -104,7 +104,8 @@ fn a_shuffled_pass_has_every_row_once_and_far_from_its_neighbours() {
         source.rewind().unwrap();
     }
     assert_ne!(orders[0], orders[1]);
-    assert!(source.memory() < 1024 * 2 * 64 * 4 * 2, "{}", source.memory());
+    // 1024 rows of two sites of width 192, and where they are from.
+    assert!(source.memory() < 1024 * 1600, "{}", source.memory());
 }
 
 #[test]
