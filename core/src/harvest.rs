@@ -1,9 +1,9 @@
 //! A source's activations on disk, in order: `dictlearn activations`.
 //!
 //! A folder of activations holds shards, `activations-00000.safetensors` and so on, and `meta.json`, the manifest, which
-//! is written last: a folder without one is not whole. A shard has the tensor `activations` [N, d], or `in` and `out`
+//! is written last: a folder without one is not whole. A shard has the tensor `activations`, `[N, d]`, or `in` and `out`
 //! where the source has pairs; with several sites each tensor's name begins with the site's and a slash. Where tokens are
-//! known, `token_ids` [N], `contexts` [N] and `positions` [N] say of which token each row is.
+//! known, `token_ids`, `contexts` and `positions` (`[N]` each) say of which token each row is.
 
 use std::fmt;
 use std::fs::{self, File};
