@@ -4,7 +4,9 @@
 //! datasets and published dictionaries all come through it.
 
 use std::fmt;
+use std::io::Read;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use anyhow::{bail, Result};
 
@@ -17,6 +19,15 @@ pub enum RepoKind {
     Model,
     /// A dataset.
     Dataset,
+}
+
+impl fmt::Display for RepoKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            RepoKind::Model => "model",
+            RepoKind::Dataset => "dataset",
+        })
+    }
 }
 
 /// A repository of the Hub at a revision.
@@ -59,6 +70,10 @@ pub trait Hub: Send + Sync {
     /// does not have it. `None` where the repository has no such file.
     fn file(&self, repo: &Repo, path: &str) -> Result<Option<PathBuf>>;
 
+    /// A file of a repository from its beginning to its end: from the cache if it is there, otherwise as it arrives,
+    /// and not kept. `None` where the repository has no such file.
+    fn stream(&self, repo: &Repo, path: &str) -> Result<Option<Box<dyn Read + Send>>>;
+
     /// The paths of a repository's files, sorted. Offline, of those that the cache has.
     fn list(&self, repo: &Repo) -> Result<Vec<String>>;
 
@@ -74,10 +89,17 @@ pub struct HubPlugin {
 
 inventory::collect!(HubPlugin);
 
-/// The Hub, as the environment says.
-pub fn hub() -> Result<Box<dyn Hub>> {
+/// The Hub, as the environment says; opened once.
+pub fn hub() -> Result<&'static dyn Hub> {
+    static OPEN: OnceLock<Box<dyn Hub>> = OnceLock::new();
+    if let Some(hub) = OPEN.get() {
+        return Ok(&**hub);
+    }
     match inventory::iter::<HubPlugin>.into_iter().next() {
-        Some(plugin) => (plugin.open)(),
+        Some(plugin) => {
+            let hub = (plugin.open)()?;
+            Ok(&**OPEN.get_or_init(|| hub))
+        }
         None => bail!(InputError::new("this program was built without access to the Hugging Face Hub")
             .help("give a local path instead, or add the plugin `hub` to Cargo.toml")),
     }

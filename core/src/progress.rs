@@ -3,7 +3,7 @@
 use std::io::{stderr, IsTerminal};
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
 /// How long a command without a terminal stays silent.
@@ -14,7 +14,8 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     started: Instant,
     spoke: Instant,
-    unit: &'static str,
+    unit: String,
+    bytes: bool,
     first: u64,
     last: Option<u64>,
     activations: i64,
@@ -24,26 +25,35 @@ pub struct Progress {
 impl Progress {
     /// Progress of a run from one step to another.
     pub fn of_steps(first: u64, last: u64) -> Self {
-        Progress::new("steps", first, Some(last))
+        Progress::new("steps", first, Some(last), false)
+    }
+
+    /// Progress of fetching a file of so many bytes, of which some are there already.
+    pub fn of_bytes(file: &str, first: u64, last: u64) -> Self {
+        Progress::new(file, first, Some(last), true)
     }
 
     /// Progress of something that ends at `last`, or nobody knows when.
     pub fn counting(unit: &'static str, last: Option<u64>) -> Self {
-        Progress::new(unit, 0, last)
+        Progress::new(unit, 0, last, false)
     }
 
-    fn new(unit: &'static str, first: u64, last: Option<u64>) -> Self {
+    fn new(unit: &str, first: u64, last: Option<u64>, bytes: bool) -> Self {
         let bar = stderr().is_terminal().then(|| {
             let (bar, style) = match last {
+                Some(last) if bytes => {
+                    (ProgressBar::new(last), "{bar:24} {bytes}/{total_bytes} {prefix}, {bytes_per_sec}, {eta} left")
+                }
                 Some(last) => (ProgressBar::new(last), "{bar:24} {pos}/{len} {prefix}, {eta} left{msg}"),
                 None => (ProgressBar::new_spinner(), "{spinner} {pos} {prefix} in {elapsed}{msg}"),
             };
             bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.enable_steady_tick(Duration::from_millis(500));
-            bar.with_position(first).with_prefix(unit)
+            bar.with_position(first).with_prefix(unit.to_owned())
         });
         let now = Instant::now();
-        Progress { bar, started: now, spoke: now, unit, first, last, activations: 0, figures: String::new() }
+        let (unit, figures) = (unit.to_owned(), String::new());
+        Progress { bar, started: now, spoke: now, unit, bytes, first, last, activations: 0, figures }
     }
 
     /// Takes the figures of one logged step, one row for each SAE.
@@ -85,9 +95,16 @@ impl Progress {
             self.spoke = Instant::now();
             let of = self.last.map_or_else(String::new, |last| {
                 let left = elapsed.mul_f64(last.saturating_sub(done) as f64 / (done - self.first).max(1) as f64);
-                format!("/{last}, {} left", HumanDuration(left))
+                format!("/{}, {} left", self.amount(last), HumanDuration(left))
             });
-            eprintln!("{} {done}{of}{message}", self.unit);
+            eprintln!("{} {}{of}{message}", self.unit, self.amount(done));
+        }
+    }
+
+    fn amount(&self, count: u64) -> String {
+        match self.bytes {
+            true => HumanBytes(count).to_string(),
+            false => count.to_string(),
         }
     }
 

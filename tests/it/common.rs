@@ -51,9 +51,13 @@ impl Desk {
     pub fn program(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dictlearn"));
         command.current_dir(self.dir.path());
+        // What the tester has from the Hub, and whether it can be reached, changes nothing.
+        command.env("HF_HOME", self.path("hf")).env("HF_HUB_OFFLINE", "1");
         for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("DICTLEARN_") {
-                command.env_remove(name);
+            let name = name.to_string_lossy();
+            let theirs = ["DICTLEARN_", "HF_", "HUGGING", "TRANSFORMERS_"].iter().any(|start| name.starts_with(start));
+            if theirs && !["HF_HOME", "HF_HUB_OFFLINE"].contains(&&*name) {
+                command.env_remove(&*name);
             }
         }
         command

@@ -9,5 +9,7 @@ mod contract;
 mod docs;
 mod families;
 mod golden;
+mod hub;
+mod hub_server;
 mod language_model;
 mod sites;

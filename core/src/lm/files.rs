@@ -1,4 +1,4 @@
-//! Opening a language model by its name: a folder, a model that a plugin ships, or the Hub's cache.
+//! Opening a language model by its name: a folder, a model that a plugin ships, or a repository of the Hub.
 
 use std::borrow::Cow;
 use std::fs;
@@ -8,6 +8,7 @@ use anyhow::{bail, Result};
 use serde_json::Value;
 
 use crate::config::InputError;
+use crate::hub::{hub, Repo, RepoKind};
 use crate::registry::nearest;
 use crate::tensors::TensorFile;
 
@@ -30,10 +31,11 @@ pub struct ModelFiles {
 enum FilesPlace {
     Dir(PathBuf),
     Embedded(&'static EmbeddedModel),
+    Hub(Repo),
 }
 
 impl ModelFiles {
-    /// Finds the files of a model: `embedded:NAME`, a folder, or a repository `owner/name[@revision]` in the Hub's cache.
+    /// Finds the files of a model: `embedded:NAME`, a folder, or a repository `owner/name[@revision]` of the Hub.
     pub fn find(name: &str) -> Result<Self> {
         let found = |place| Ok(ModelFiles { name: name.to_owned(), place });
         if let Some(embedded) = name.strip_prefix("embedded:") {
@@ -57,15 +59,15 @@ impl ModelFiles {
             bail!(InputError::new(format!("the model {name} is a file"))
                 .help("give the folder that holds config.json, model.safetensors and tokenizer.json"));
         }
-        if let Some(dir) = in_hub_cache(name) {
-            return found(FilesPlace::Dir(dir));
-        }
-        let cache = hub_cache().map_or_else(|| "the Hub's cache".to_owned(), |dir| dir.display().to_string());
-        let embedded = inventory::iter::<EmbeddedModel>.into_iter().next();
-        let embedded = embedded.map_or_else(String::new, |model| format!(", or `embedded:{}`", model.name));
-        bail!(InputError::new(format!("the model `{name}` is neither a folder nor in {cache}")).help(format!(
-            "give a folder in Hugging Face's layout, a repository that the Hub's cache holds{embedded}"
-        )));
+        let Some(repo) = Repo::parse(RepoKind::Model, name) else {
+            let embedded = inventory::iter::<EmbeddedModel>.into_iter().next();
+            let embedded = embedded.map_or_else(String::new, |model| format!(", or `embedded:{}`", model.name));
+            bail!(InputError::new(format!("the model `{name}` is not a folder, and not the name of a repository"))
+                .help(format!("give a folder in Hugging Face's layout, a repository of the Hub{embedded}")));
+        };
+        // Says now whether there is such a repository.
+        hub()?.commit(&repo)?;
+        found(FilesPlace::Hub(repo))
     }
 
     /// The name that it was found by.
@@ -73,29 +75,37 @@ impl ModelFiles {
         &self.name
     }
 
-    /// The commit that the files are of, where the Hub's cache holds them.
+    /// The commit that the files are of, where they are the Hub's.
     pub fn commit(&self) -> Option<String> {
-        let FilesPlace::Dir(dir) = &self.place else { return None };
-        let snapshot = dir.parent()?.file_name()? == "snapshots";
-        snapshot.then(|| dir.file_name()?.to_str().map(str::to_owned)).flatten()
+        match &self.place {
+            FilesPlace::Hub(repo) => hub().and_then(|hub| hub.commit(repo)).ok(),
+            _ => None,
+        }
+    }
+
+    /// Where a file lies, if the model has it; fetched first if it is the Hub's.
+    fn path(&self, file: &str) -> Result<Option<PathBuf>> {
+        Ok(match &self.place {
+            FilesPlace::Embedded(_) => None,
+            FilesPlace::Dir(dir) => Some(dir.join(file)).filter(|path| path.exists()),
+            FilesPlace::Hub(repo) => hub()?.file(repo, file)?,
+        })
+    }
+
+    fn embedded(&self, file: &str) -> Option<(&'static str, &'static [u8])> {
+        let FilesPlace::Embedded(model) = &self.place else { return None };
+        model.files.iter().find(|(name, _)| *name == file).copied()
     }
 
     /// A file's bytes, if the model has it.
     pub fn read(&self, file: &str) -> Result<Option<Cow<'static, [u8]>>> {
-        match &self.place {
-            FilesPlace::Embedded(model) => {
-                Ok(model.files.iter().find(|(name, _)| *name == file).map(|(_, bytes)| Cow::Borrowed(*bytes)))
-            }
-            FilesPlace::Dir(dir) => {
-                let path = dir.join(file);
-                if !path.exists() {
-                    return Ok(None);
-                }
-                let bytes = fs::read(&path)
-                    .map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
-                Ok(Some(Cow::Owned(bytes)))
-            }
+        if let Some((_, bytes)) = self.embedded(file) {
+            return Ok(Some(Cow::Borrowed(bytes)));
         }
+        let Some(path) = self.path(file)? else { return Ok(None) };
+        let bytes =
+            fs::read(&path).map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
+        Ok(Some(Cow::Owned(bytes)))
     }
 
     /// A JSON file, if the model has it.
@@ -107,32 +117,9 @@ impl ModelFiles {
     }
 
     pub(super) fn tensors(&self, file: &str) -> Result<Option<TensorFile>> {
-        match &self.place {
-            FilesPlace::Embedded(model) => {
-                let found = model.files.iter().find(|(name, _)| *name == file);
-                found.map(|(name, bytes)| TensorFile::from_static(name, bytes)).transpose()
-            }
-            FilesPlace::Dir(dir) => {
-                let path = dir.join(file);
-                path.exists().then(|| TensorFile::open(&path)).transpose()
-            }
+        match self.embedded(file) {
+            Some((name, bytes)) => TensorFile::from_static(name, bytes).map(Some),
+            None => self.path(file)?.map(|path| TensorFile::open(&path)).transpose(),
         }
     }
-}
-
-/// The folder of the Hub's cache.
-fn hub_cache() -> Option<PathBuf> {
-    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    variable("HF_HUB_CACHE")
-        .or_else(|| variable("HF_HOME").map(|home| home.join("hub")))
-        .or_else(|| variable("HOME").map(|home| home.join(".cache/huggingface/hub")))
-}
-
-/// The snapshot of `owner/name[@revision]` in the Hub's cache, if it is there.
-fn in_hub_cache(name: &str) -> Option<PathBuf> {
-    let (repo, revision) = name.split_once('@').unwrap_or((name, "main"));
-    let repo = hub_cache()?.join(format!("models--{}", repo.replace('/', "--")));
-    let commit = fs::read_to_string(repo.join("refs").join(revision)).unwrap_or_else(|_| revision.to_owned());
-    let snapshot = repo.join("snapshots").join(commit.trim());
-    snapshot.is_dir().then_some(snapshot)
 }

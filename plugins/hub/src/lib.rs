@@ -1,0 +1,438 @@
+//! The Hugging Face Hub: files of models, datasets and published dictionaries, fetched once into the cache that every
+//! library of Hugging Face's shares, or read as they arrive.
+//!
+//! Everything is asked of the commit that a revision stands for, which is looked up once in a run: files that are used
+//! together are of one state of the repository. Without the Hub, or with `HF_HUB_OFFLINE`, what the cache has is used.
+//! A connection that breaks off is taken up where it broke; a busy Hub is asked again after a while.
+//!
+//! The environment is that of Hugging Face's own library: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH,
+//! HF_HUB_OFFLINE.
+
+mod reader;
+mod trouble;
+
+use std::collections::HashMap;
+use std::env;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{anyhow, bail, ensure, Context, Result};
+use dictlearn_core::config::InputError;
+use dictlearn_core::hub::{Hub, HubPlugin, Repo, RepoKind};
+use dictlearn_core::progress::Progress;
+use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
+use hf_hub::{Cache, CacheRepo, RepoType};
+use percent_encoding::{utf8_percent_encode, AsciiSet, NON_ALPHANUMERIC};
+use serde_json::Value;
+use ureq::http::Response;
+use ureq::Body;
+
+use reader::Remote;
+use trouble::{patiently, Failure, PATIENT};
+
+inventory::submit! { HubPlugin { open: || Ok(Box::new(Client::from_environment()?)) } }
+
+/// How long a connection may take to be made.
+const CONNECT: Duration = Duration::from_secs(20);
+/// How long a connection may be silent.
+const SILENCE: Duration = Duration::from_secs(60);
+/// What stays as it is in a segment of a file's URL.
+const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+
+/// Speaks with the Hub, or reads its cache.
+#[derive(Clone)]
+struct Client {
+    api: Api,
+    cache: Cache,
+    endpoint: String,
+    has_token: bool,
+    offline: bool,
+    /// What was looked up in this run.
+    snapshots: Arc<Mutex<HashMap<Repo, Arc<Snapshot>>>>,
+}
+
+/// A repository at a commit.
+struct Snapshot {
+    commit: String,
+    /// Paths of its files, sorted.
+    files: Vec<String>,
+    /// Whether the Hub was not asked, so that `files` are those in the cache.
+    cached: bool,
+}
+
+/// The value of the first of these environment variables that is set and not empty.
+fn variable(names: &[&str]) -> Option<String> {
+    names.iter().filter_map(|name| env::var(name).ok()).find(|value| !value.trim().is_empty())
+}
+
+/// Hugging Face's folder, where the cache and the token are.
+fn home() -> Option<PathBuf> {
+    let cache = || variable(&["XDG_CACHE_HOME"]).map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cache")));
+    variable(&["HF_HOME"]).map(PathBuf::from).or_else(|| Some(cache()?.join("huggingface")))
+}
+
+impl Client {
+    fn from_environment() -> Result<Self> {
+        let home = home().context("no folder for the Hub's cache: set HF_HOME")?;
+        let cache =
+            variable(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).map_or_else(|| home.join("hub"), PathBuf::from);
+        let endpoint = variable(&["HF_ENDPOINT"]).unwrap_or_else(|| "https://huggingface.co".to_owned());
+        let endpoint = endpoint.trim_end_matches('/').to_owned();
+        if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
+            bail!(InputError::new(format!("HF_ENDPOINT is `{endpoint}`, which is not an address"))
+                .help("give it as http://... or https://..., or unset it"));
+        }
+        let file = variable(&["HF_TOKEN_PATH"]).map_or_else(|| home.join("token"), PathBuf::from);
+        let token = variable(&["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]).or_else(|| fs::read_to_string(file).ok());
+        let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
+        let offline = variable(&["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+            .is_some_and(|value| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str()));
+        let cache = Cache::new(cache);
+        let has_token = token.is_some();
+        let api = ApiBuilder::from_cache(cache.clone())
+            .with_endpoint(endpoint.clone())
+            .with_token(token)
+            .with_user_agent("dictlearn", env!("CARGO_PKG_VERSION"))
+            .build()
+            .context("cannot set up the connection to the Hub")?;
+        Ok(Client { api, cache, endpoint, has_token, offline, snapshots: Arc::default() })
+    }
+
+    fn theirs(repo: &Repo, revision: &str) -> hf_hub::Repo {
+        let kind = match repo.kind {
+            RepoKind::Model => RepoType::Model,
+            RepoKind::Dataset => RepoType::Dataset,
+        };
+        hf_hub::Repo::with_revision(repo.id.clone(), kind, revision.to_owned())
+    }
+
+    fn at(&self, repo: &Repo, revision: &str) -> ApiRepo {
+        self.api.repo(Self::theirs(repo, revision))
+    }
+
+    fn cache_of(&self, repo: &Repo) -> CacheRepo {
+        self.cache.repo(Self::theirs(repo, &repo.revision))
+    }
+
+    /// The repository's page.
+    fn page(&self, repo: &Repo) -> String {
+        let kind = if repo.kind == RepoKind::Dataset { "datasets/" } else { "" };
+        format!("{}/{kind}{}", self.endpoint, repo.id)
+    }
+
+    /// Sends a request with the headers that hf-hub gives it (the token among them); `from` is the first byte wanted.
+    fn get(
+        &self,
+        request: ureq::RequestBuilder<ureq::typestate::WithoutBody>,
+        from: u64,
+    ) -> Result<Response<Body>, Failure> {
+        let request = if from > 0 { request.header("Range", format!("bytes={from}-")) } else { request };
+        let response = request
+            .config()
+            .http_status_as_error(false)
+            .timeout_connect(Some(CONNECT))
+            .timeout_recv_response(Some(SILENCE))
+            .timeout_per_read(Some(SILENCE))
+            .build()
+            .call()?;
+        Failure::check(response)
+    }
+
+    /// The repository's files and commit, as the Hub knows them or, if it cannot be asked, as the cache has them.
+    fn snapshot(&self, repo: &Repo) -> Result<Arc<Snapshot>> {
+        let mut known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(snapshot) = known.get(repo) {
+            return Ok(snapshot.clone());
+        }
+        let snapshot = Arc::new(self.look_up(repo)?);
+        known.insert(repo.clone(), snapshot.clone());
+        Ok(snapshot)
+    }
+
+    fn look_up(&self, repo: &Repo) -> Result<Snapshot> {
+        let kind = repo.kind;
+        let cached = self.cached(repo);
+        if self.offline {
+            return cached.ok_or_else(|| {
+                InputError::new(format!(
+                    "the {kind} `{repo}` is not in the Hub's cache, {}",
+                    self.cache.path().display()
+                ))
+                .help("HF_HUB_OFFLINE is set, so it is not fetched")
+                .into()
+            });
+        }
+        // Who has it need not wait long for the Hub.
+        let patience = if cached.is_some() { &PATIENT[..1] } else { &PATIENT };
+        let info = patiently(patience, &format!("the {kind} `{repo}`"), || {
+            let mut response = self.get(self.at(repo, &repo.revision).info_request(), 0)?;
+            Ok(response.body_mut().read_json::<Value>()?)
+        });
+        let info = match (info, cached) {
+            (Ok(info), _) => info,
+            (Err(failure), Some(cached)) if failure.is_passing() => {
+                eprintln!(
+                    "warning: the Hub cannot be asked for the {kind} `{repo}` ({failure}); the cache has it at commit {}, \
+                     which is used",
+                    cached.commit
+                );
+                return Ok(cached);
+            }
+            (Err(failure), _) => return Err(self.explain(repo, failure)),
+        };
+        let commit = info.get("sha").and_then(Value::as_str);
+        let commit = commit.with_context(|| format!("the Hub names no commit of the {kind} `{repo}`"))?;
+        ensure!(commit.chars().all(|c| c.is_ascii_alphanumeric()), "the Hub names a strange commit, `{commit}`");
+        let files = info.get("siblings").and_then(Value::as_array).into_iter().flatten();
+        let mut files: Vec<String> = files
+            .filter_map(|file| file.get("rfilename")?.as_str())
+            .filter(|path| is_plain(path))
+            .map(str::to_owned)
+            .collect();
+        files.sort();
+        Ok(Snapshot { commit: commit.to_owned(), files, cached: false })
+    }
+
+    /// The repository as far as the cache has it.
+    fn cached(&self, repo: &Repo) -> Option<Snapshot> {
+        let snapshots = self.cache_of(repo).pointer_path("");
+        let reference = snapshots.parent()?.join("refs").join(&repo.revision);
+        let commit = fs::read_to_string(reference).map_or_else(|_| repo.revision.clone(), |it| it.trim().to_owned());
+        let root = snapshots.join(&commit);
+        if !is_plain(&commit) || !root.is_dir() {
+            return None;
+        }
+        let mut files = Vec::new();
+        let mut folders = vec![root.clone()];
+        while let Some(folder) = folders.pop() {
+            for path in fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path())) {
+                if path.is_dir() {
+                    folders.push(path);
+                } else if let (true, Some(path)) = (path.exists(), path.strip_prefix(&root).ok().and_then(Path::to_str))
+                {
+                    files.push(path.to_owned());
+                }
+            }
+        }
+        files.sort();
+        Some(Snapshot { commit, files, cached: true })
+    }
+
+    /// What the user is told when a repository cannot be read.
+    fn explain(&self, repo: &Repo, failure: Failure) -> anyhow::Error {
+        let kind = repo.kind;
+        let login = match self.has_token {
+            true => "with the account that your token is of",
+            false => "then set HF_TOKEN to a token of that account (or run `hf auth login`)",
+        };
+        let error = match (failure.status(), failure.code()) {
+            (Some(401 | 403), "GatedRepo") => {
+                InputError::new(format!("the {kind} `{repo}` is gated: only who has accepted its terms may read it"))
+                    .help(format!("accept them at {}, {login}", self.page(repo)))
+            }
+            (Some(404), "RevisionNotFound") => {
+                InputError::new(format!("the {kind} `{}` has no revision `{}`", repo.id, repo.revision))
+                    .help(format!("its revisions are at {}/tree/main", self.page(repo)))
+            }
+            // To who may not see it the Hub does not say that there is such a repository.
+            (Some(404), _) | (Some(401), "RepoNotFound") => {
+                let token = match self.has_token {
+                    true => "and whether your token may read it",
+                    false => "or set HF_TOKEN to read a private one",
+                };
+                // A model's name is tried as a folder's first.
+                let folder = if kind == RepoKind::Model { "; there is no folder of that name" } else { "" };
+                InputError::new(format!("the Hub has no {kind} `{}`, or it is private", repo.id))
+                    .help(format!("check the name, {token}{folder}"))
+            }
+            (Some(401), _) if self.has_token => {
+                InputError::new(format!("the Hub does not accept your token: {failure}"))
+                    .help("make a new one at the Hub, and set HF_TOKEN or run `hf auth login`")
+            }
+            (Some(401 | 403), _) => {
+                InputError::new(format!("the Hub does not let you read the {kind} `{repo}`: {failure}"))
+                    .help(format!("ask for access at {}, {login}", self.page(repo)))
+            }
+            (Some(429), _) => {
+                let help = if self.has_token { "" } else { ", or set HF_TOKEN: who is logged in may ask more often" };
+                return anyhow!("the Hub wants fewer requests ({failure}): wait some minutes{help}");
+            }
+            _ => {
+                return anyhow!(
+                    "the {kind} `{repo}` cannot be read from the Hub at {}: {failure}; the cache, {}, does not have it",
+                    self.endpoint,
+                    self.cache.path().display()
+                )
+            }
+        };
+        error.into()
+    }
+
+    /// A file as it arrives, from byte `from` on.
+    fn remote(&self, repo: &Repo, commit: &str, path: &str, from: u64) -> Result<(Remote, String)> {
+        let segments = path.split('/').map(|segment| utf8_percent_encode(segment, SEGMENT).to_string());
+        let url = self.at(repo, commit).url(&segments.collect::<Vec<_>>().join("/"));
+        let what = format!("{path} of `{repo}`");
+        let about = patiently(&PATIENT, &what, || Ok(self.api.metadata(&url)?));
+        let about = about.map_err(|failure| self.explain_file(repo, failure))?;
+        let (client, at) = (self.clone(), self.at(repo, commit));
+        let open = move |from: u64| {
+            let response = client.get(at.info_request().uri(&url), from)?;
+            let skip = if response.status() == 206 { 0 } else { from };
+            let mut body = response.into_body().into_reader();
+            // Who answers with the whole file all the same is heard to where it broke off.
+            std::io::copy(&mut body.by_ref().take(skip), &mut std::io::sink())?;
+            Ok(Box::new(body) as Box<dyn Read + Send>)
+        };
+        Ok((Remote::new(what, about.size() as u64, from, open), about.etag().to_owned()))
+    }
+
+    /// The same of a file. What a file is refused with does not say why, so the repository is asked.
+    fn explain_file(&self, repo: &Repo, failure: Failure) -> anyhow::Error {
+        if !matches!(failure.status(), Some(401 | 403)) {
+            return self.explain(repo, failure);
+        }
+        // Everybody may read about a gated repository.
+        let gated = Failure::refused(failure.status(), "GatedRepo");
+        match self.get(self.at(repo, &repo.revision).info_request(), 0) {
+            Ok(mut response) => match response.body_mut().read_json::<Value>() {
+                Ok(info) if info.get("gated").is_none_or(|gated| *gated == Value::Bool(false)) => {
+                    self.explain(repo, failure)
+                }
+                _ => self.explain(repo, gated),
+            },
+            Err(refused) => self.explain(repo, refused),
+        }
+    }
+
+    /// Fetches a file into the cache, or what is missing of it.
+    fn fetch(&self, repo: &Repo, commit: &str, path: &str) -> Result<PathBuf> {
+        let cache = self.cache_of(repo);
+        let (mut remote, etag) = self.remote(repo, commit, path, 0)?;
+        ensure!(is_plain(&etag), "the Hub names a strange version of {path}, `{etag}`");
+        let (blob, pointer) = (cache.blob_path(&etag), cache.pointer_path(commit).join(path));
+        let made =
+            |at: &Path, done: std::io::Result<()>| done.with_context(|| format!("cannot write {}", at.display()));
+        for file in [&blob, &pointer] {
+            let folder = file.parent().context("a file of the cache lies in a folder")?;
+            made(folder, fs::create_dir_all(folder))?;
+        }
+        // Two programs that want the same file fetch it once. The lock ends with the file that it is on.
+        let lock = blob.with_extension("lock");
+        let lock = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
+        if lock.try_lock().is_err() {
+            eprintln!("another program is fetching {path} of `{repo}`; waiting for it");
+            lock.lock().context("cannot wait for the other program")?;
+        }
+        if !blob.exists() {
+            let part = blob.with_extension("incomplete");
+            made(&part, self.fetch_to(&part, path, &mut remote))?;
+            made(&blob, fs::rename(&part, &blob))?;
+        }
+        let _ = fs::remove_file(blob.with_extension("lock"));
+        // A pointer whose blob was removed is in the way of a new one.
+        if !pointer.exists() {
+            let _ = fs::remove_file(&pointer);
+            made(&pointer, point(&pointer, &blob, Path::new(path)))?;
+        }
+        if repo.revision != commit {
+            made(cache.pointer_path("").as_path(), cache.create_ref(commit))?;
+        }
+        Ok(pointer)
+    }
+
+    /// Writes what is missing of a file.
+    fn fetch_to(&self, part: &Path, path: &str, remote: &mut Remote) -> std::io::Result<()> {
+        let mut file = OpenOptions::new().append(true).create(true).open(part)?;
+        let mut there = file.metadata()?.len();
+        if there > remote.size() {
+            file.set_len(0)?;
+            there = 0;
+        }
+        remote.skip_to(there);
+        let mut progress = Progress::of_bytes(path, there, remote.size());
+        let mut bytes = vec![0; 1 << 16];
+        loop {
+            match remote.read(&mut bytes)? {
+                0 => break,
+                count => file.write_all(&bytes[..count])?,
+            }
+            progress.step(remote.position(), 0);
+        }
+        progress.finish();
+        file.sync_all()
+    }
+}
+
+/// Makes a pointer of a snapshot to its blob, as Hugging Face's own library does: `path` is the pointer's in the snapshot.
+fn point(pointer: &Path, blob: &Path, path: &Path) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        // Out of the file's folders, of the commit and of `snapshots`.
+        let up: PathBuf = std::iter::repeat_n("..", path.components().count() + 1).collect();
+        let blob = blob.strip_prefix(blob.parent().and_then(Path::parent).unwrap_or(blob)).unwrap_or(blob);
+        std::os::unix::fs::symlink(up.join(blob), pointer)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        fs::copy(blob, pointer).map(|_| ())
+    }
+}
+
+/// Whether a path stays below the folder that it is put in.
+fn is_plain(path: &str) -> bool {
+    !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+}
+
+impl Hub for Client {
+    fn file(&self, repo: &Repo, path: &str) -> Result<Option<PathBuf>> {
+        let snapshot = self.snapshot(repo)?;
+        if !snapshot.files.iter().any(|file| file == path) {
+            return Ok(None);
+        }
+        let pointer = self.cache_of(repo).pointer_path(&snapshot.commit).join(path);
+        if pointer.exists() {
+            return Ok(Some(pointer));
+        }
+        ensure!(!snapshot.cached, "{} has gone from the Hub's cache", pointer.display());
+        self.fetch(repo, &snapshot.commit, path).map(Some)
+    }
+
+    fn stream(&self, repo: &Repo, path: &str) -> Result<Option<Box<dyn Read + Send>>> {
+        let snapshot = self.snapshot(repo)?;
+        if !snapshot.files.iter().any(|file| file == path) {
+            return Ok(None);
+        }
+        let pointer = self.cache_of(repo).pointer_path(&snapshot.commit).join(path);
+        if pointer.exists() {
+            let file = File::open(&pointer).with_context(|| format!("cannot read {}", pointer.display()))?;
+            return Ok(Some(Box::new(file)));
+        }
+        Ok(Some(Box::new(self.remote(repo, &snapshot.commit, path, 0)?.0)))
+    }
+
+    fn list(&self, repo: &Repo) -> Result<Vec<String>> {
+        Ok(self.snapshot(repo)?.files.clone())
+    }
+
+    fn commit(&self, repo: &Repo) -> Result<String> {
+        Ok(self.snapshot(repo)?.commit.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_that_leave_their_folder() {
+        for path in ["", "..", "../a", "a/../../b", "/a", "."] {
+            assert!(!is_plain(path), "{path}");
+        }
+        assert!(is_plain("data/train-0.parquet"));
+    }
+}

@@ -1,0 +1,188 @@
+//! Models from the Hub: fetched, cached, broken off, refused.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::common::{fixture, Desk, Run};
+use crate::hub_server::{Fault, HubServer, COMMIT};
+
+const MODEL: &str = "someone/tiny";
+
+/// A server with a model, and a desk with a config that harvests it.
+fn desk() -> (HubServer, Desk) {
+    let server = HubServer::start();
+    server.put_folder(MODEL, &fixture("models/gpt_neox"));
+    (server, config_for(MODEL))
+}
+
+fn config_for(model: &str) -> Desk {
+    let desk = Desk::new();
+    let tokens = fixture("models/gpt_neox/io.safetensors");
+    desk.write(
+        "config.yaml",
+        &format!(
+            "precision: float32\nsource: {{type: language_model, model: {model:?}, submodule: gpt_neox.layers.1, \
+             shuffle: false, text: {{type: token_file, path: {tokens:?}}}}}\n"
+        ),
+    );
+    desk
+}
+
+fn online(server: &HubServer, desk: &Desk) -> Command {
+    let mut command = desk.program();
+    command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &server.endpoint);
+    command
+}
+
+fn harvest(command: &mut Command, out: &str) -> Run {
+    Run::of(command.args(["activations", "config.yaml", "--out", out]).output().unwrap())
+}
+
+/// Harvests online, which must succeed; what is said.
+fn harvested(server: &HubServer, desk: &Desk, out: &str) -> String {
+    let run = harvest(&mut online(server, desk), out);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    run.stderr
+}
+
+fn shard(desk: &Desk, out: &str) -> Vec<u8> {
+    fs::read(desk.path(out).join("activations-00000.safetensors")).unwrap()
+}
+
+#[test]
+fn a_model_is_fetched_once_into_the_cache_and_used_offline() {
+    let (server, desk) = desk();
+    let said = harvested(&server, &desk, "first");
+    // What is not needed is not fetched.
+    assert!(server.log("io.safetensors").is_empty());
+    let cache = desk.path("hf/hub/models--someone--tiny");
+    assert_eq!(fs::read_to_string(cache.join("refs/main")).unwrap(), COMMIT);
+    let pointer = cache.join("snapshots").join(COMMIT).join("model.safetensors");
+    let target = fs::read_link(&pointer).unwrap();
+    assert!(target.starts_with("../../blobs"), "{}", target.display());
+    assert_eq!(fs::read(&pointer).unwrap(), fs::read(fixture("models/gpt_neox/model.safetensors")).unwrap());
+    assert!(!desk.files().iter().any(|file| file.ends_with(".lock") || file.ends_with(".incomplete")), "{said}");
+    assert_eq!(desk.json("first/meta.json")["source"]["commit"], COMMIT);
+
+    // Again: nothing but the repository's state is asked for.
+    harvested(&server, &desk, "second");
+    assert!(server.log("/resolve/").is_empty());
+
+    for (index, set) in [["HF_HUB_OFFLINE", "1"], ["HF_ENDPOINT", "http://127.0.0.1:9"]].into_iter().enumerate() {
+        let out = format!("offline{index}");
+        let mut command = desk.program();
+        let run = harvest(command.env_remove("HF_HUB_OFFLINE").env(set[0], set[1]), &out);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert_eq!(shard(&desk, &out), shard(&desk, "first"));
+        let warned = run.stderr.contains(&format!("the cache has it at commit {COMMIT}"));
+        assert_eq!(warned, index == 1, "{}", run.stderr);
+    }
+
+    let folder = config_for(fixture("models/gpt_neox").to_str().unwrap());
+    folder.ok(&["activations", "config.yaml", "--out", "first"]);
+    assert_eq!(shard(&folder, "first"), shard(&desk, "first"));
+}
+
+#[test]
+fn a_cache_elsewhere_and_a_pinned_commit() {
+    let (server, _) = desk();
+    let desk = config_for(&format!("{MODEL}@{COMMIT}"));
+    let mut command = online(&server, &desk);
+    let run = harvest(command.env("HF_HUB_CACHE", desk.path("elsewhere")), "first");
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let snapshot = desk.path("elsewhere/models--someone--tiny/snapshots").join(COMMIT);
+    assert!(snapshot.join("config.json").exists());
+    // Without a branch there is no reference to make; the commit names the snapshot.
+    assert!(!desk.path("elsewhere/models--someone--tiny/refs").exists());
+    let run = harvest(desk.program().env("HF_HUB_CACHE", desk.path("elsewhere")), "second");
+    assert_eq!(run.code, 0, "{}", run.stderr);
+}
+
+#[test]
+fn what_breaks_off_is_taken_up_where_it_broke() {
+    let (server, desk) = desk();
+    let whole = fs::read(fixture("models/gpt_neox/model.safetensors")).unwrap();
+    // An earlier program was killed in the middle of the weights.
+    let etag: String = {
+        use sha2::{Digest, Sha256};
+        Sha256::digest(&whole).iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    desk.write(&format!("hf/hub/models--someone--tiny/blobs/{etag}.incomplete"), "");
+    let part = desk.path("hf/hub/models--someone--tiny/blobs").join(format!("{etag}.incomplete"));
+    fs::write(&part, &whole[..1000]).unwrap();
+    // The first fault is config.json's; the weights break off twice.
+    server.fail([Fault::Cut(3), Fault::Cut(usize::MAX), Fault::Cut(500), Fault::Cut(0), Fault::Cut(1)]);
+    harvested(&server, &desk, "first");
+    let log = server.log("/elsewhere/someone/tiny/resolve");
+    let ranges: Vec<_> = log.iter().filter(|line| !line.contains("bytes=0-0")).collect();
+    for (line, from) in ranges.iter().zip(["bytes=1000-", "bytes=1500-", "bytes=1500-", "bytes=1501-"]) {
+        assert!(line.contains(from), "{log:#?}");
+    }
+    assert!(log.iter().all(|line| line.ends_with("token=")), "the token goes to the Hub alone: {log:#?}");
+    let pointer = desk.path("hf/hub/models--someone--tiny/snapshots").join(COMMIT).join("model.safetensors");
+    assert_eq!(fs::read(pointer).unwrap(), whole);
+}
+
+#[test]
+fn a_busy_hub_is_asked_again() {
+    let (server, desk) = desk();
+    server.fail([Fault::Status(429, "Retry-After: 1\r\n"), Fault::Status(503, ""), Fault::Status(502, "")]);
+    let said = harvested(&server, &desk, "first");
+    assert!(said.contains("config.json of `someone/tiny`: status 429; trying again in 1 s"), "{said}");
+}
+
+fn refused(server: &HubServer, desk: &Desk, token: Option<&str>) -> String {
+    let mut command = online(server, desk);
+    if let Some(token) = token {
+        command.env("HF_TOKEN", token);
+    }
+    let run = harvest(&mut command, "out");
+    assert_eq!(run.code, 2, "{}", run.stderr);
+    assert!(!desk.path("out").exists());
+    run.stderr
+        .replace(&server.endpoint, "HUB")
+        .lines()
+        .filter(|line| !line.starts_with(' '))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[test]
+fn refusals_say_what_would_do() {
+    let (server, desk) = desk();
+    server.put_folder("someone/private", &fixture("models/gpt_neox"));
+    server.put_folder("someone/gated", &fixture("models/gpt_neox")).gate("someone/gated");
+    let mut said = String::new();
+    for (model, token) in [
+        ("someone/gated", None),
+        ("someone/gated", Some("other")),
+        ("someone/private", None),
+        ("someone/tinny", None),
+        ("someone/tiny@v2", None),
+        ("someone/tiny", Some("bad")),
+    ] {
+        let desk = config_for(model);
+        said += &format!("{model}, token {token:?}\n{}\n\n", refused(&server, &desk, token));
+    }
+    insta::with_settings!({filters => vec![(r"/\S*/\.tmp\w+", "DESK")]}, { insta::assert_snapshot!(said) });
+    // Who has been let in reads it; a token from the file that a login leaves will do.
+    let gated = config_for("someone/gated");
+    gated.write("hf/token", "good\n");
+    harvested(&server, &gated, "out");
+    drop(desk);
+}
+
+#[test]
+fn without_the_hub_and_without_the_cache() {
+    let desk = config_for("someone/elsewhere");
+    let run = harvest(&mut desk.program(), "out");
+    assert_eq!(run.code, 2);
+    assert!(run.stderr.contains("the model `someone/elsewhere` is not in the Hub's cache"), "{}", run.stderr);
+    assert!(run.stderr.contains("HF_HUB_OFFLINE is set"), "{}", run.stderr);
+    let mut command = desk.program();
+    let run = harvest(command.env("HF_HUB_OFFLINE", "").env("HF_ENDPOINT", "huggingface"), "out");
+    assert_eq!(run.code, 2);
+    assert!(run.stderr.contains("HF_ENDPOINT is `huggingface`, which is not an address"), "{}", run.stderr);
+    assert!(!Path::new(&desk.path("out")).exists());
+}
