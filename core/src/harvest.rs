@@ -267,9 +267,15 @@ impl Writer {
         }
         self.write()?;
         progress.finish();
+        let notes = source.notes();
         if count == 0 && !interrupted {
-            bail!(InputError::new("the source gave not one activation")
-                .help("its data is shorter than one batch: add data, or make the batches smaller"));
+            let help = "its data is shorter than one batch: add data, or make the batches smaller";
+            let notes = notes.iter().map(|note| note.trim_start_matches("warning: "));
+            let help = notes.chain([help]).collect::<Vec<_>>().join("; ");
+            bail!(InputError::new("the source gave not one activation").help(help));
+        }
+        for note in notes {
+            eprintln!("{note}");
         }
         let sites = self.sites.iter().zip(&self.tensors);
         let manifest = Manifest {

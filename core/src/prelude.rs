@@ -26,5 +26,5 @@ pub use crate::resample::{ResampleWeight, Resampling};
 pub use crate::schedule::Schedule;
 pub use crate::source::{ActivationSource, Activations, Batch, ModelSource, Part, Site, SourceConfig, SourceCx};
 pub use crate::state::State;
-pub use crate::text::{Document, Record, TextConfig, TextStream};
+pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
 pub use crate::trainer::{mean_of_sums, penalizable, AfterStep, Pass, Terms, Trainer, TrainerConfig, TrainerCx};

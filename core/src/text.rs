@@ -2,8 +2,11 @@
 
 use std::fmt::Debug;
 
-use anyhow::Result;
+use anyhow::{bail, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::InputError;
 
 /// The config of a text stream.
 #[typetag::serde(tag = "type")]
@@ -17,6 +20,8 @@ pub trait TextConfig: Debug + Send + Sync {
 pub enum Record {
     /// A document, to be tokenised.
     Text(Document),
+    /// A chat, to be put into the model's own form of chats and tokenised.
+    Chat(Chat),
     /// A row of token ids that is a context as it stands, with its attention mask.
     Tokens {
         /// Token ids, one a position.
@@ -32,6 +37,15 @@ pub struct Document {
     /// The text.
     pub text: String,
     /// Where it is from, for messages: `emma.txt:120`.
+    pub origin: String,
+}
+
+/// A chat of a text stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chat {
+    /// Its messages, objects with `role` and `content`.
+    pub messages: Vec<Value>,
+    /// Where it is from, for messages: `chats.jsonl:120`.
     pub origin: String,
 }
 
@@ -62,6 +76,11 @@ pub trait TextStream: Send {
 
     /// Goes to the beginning and skips `position` items.
     fn seek(&mut self, position: u64) -> Result<()>;
+
+    /// A record that was delivered turns out to be bad, for this reason: it is counted as skipped, or ends the run.
+    fn refuse(&mut self, origin: &str, why: &str) -> Result<()> {
+        bail!(InputError::new(format!("{origin}: {why}")));
+    }
 
     /// How many bad records were skipped, with the place and reason of the first.
     fn skipped(&self) -> (u64, Option<String>) {

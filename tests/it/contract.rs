@@ -27,6 +27,8 @@ fn enter_the_examples_folder() {
         let dir = TempDir::new().unwrap();
         example_files(dir.path());
         std::env::set_current_dir(dir.path()).unwrap();
+        std::env::set_var("HF_HOME", dir.path());
+        std::env::set_var("HF_HUB_OFFLINE", "1");
         dir
     });
 }
@@ -38,6 +40,13 @@ fn example_files(dir: &Path) {
     tensors::write(&dir.join("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
     let text = "A first paragraph.\n\nA second one.\n\nAnd a third.\n\n".repeat(100);
     std::fs::write(dir.join("corpus.txt"), text).unwrap();
+    // A dataset in the Hub's cache.
+    let dataset = dir.join("hub/datasets--monology--pile-uncopyrighted");
+    std::fs::create_dir_all(dataset.join("refs")).unwrap();
+    std::fs::write(dataset.join("refs/main"), "c0").unwrap();
+    std::fs::create_dir_all(dataset.join("snapshots/c0/train")).unwrap();
+    let records = "{\"text\": \"one\"}\n{\"text\": \"two\"}\n{\"text\": \"three\"}\n";
+    std::fs::write(dataset.join("snapshots/c0/train/00.jsonl"), records).unwrap();
     let source = format!("{{type: tensor_file, path: {:?}}}", dir.join("activations.safetensors"));
     let source: Box<dyn SourceConfig> = from_yaml(&source.replace('}', ", batch_size: 100}")).unwrap();
     let mut source = source.build(&source_cx()).unwrap();

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use dictlearn_core::tensors::TensorFile;
+
 use crate::common::{fixture, Desk, Run};
 use crate::hub_server::{Fault, HubServer, COMMIT};
 
@@ -185,4 +187,134 @@ fn without_the_hub_and_without_the_cache() {
     assert_eq!(run.code, 2);
     assert!(run.stderr.contains("HF_ENDPOINT is `huggingface`, which is not an address"), "{}", run.stderr);
     assert!(!Path::new(&desk.path("out")).exists());
+}
+
+/// A config that harvests the bundled model, reading this text.
+fn reading(text: &str) -> Desk {
+    let desk = Desk::new();
+    desk.write("config.yaml", &reading_config("embedded:austen", text));
+    desk
+}
+
+fn reading_config(model: &str, text: &str) -> String {
+    format!(
+        "precision: float32\nsource: {{type: language_model, model: {model:?}, submodule: gpt_neox.layers.0, epochs: 1, \
+         shuffle: false, ctx_len: 32, text: {text}}}\n"
+    )
+}
+
+fn lines(name: &str, count: usize) -> String {
+    (0..count).map(|n| format!("{{\"content\": \"It was number {n} of {name}, and a fine morning.\"}}\n")).collect()
+}
+
+#[test]
+fn a_dataset_is_read_as_it_arrives() {
+    let server = HubServer::start();
+    let dataset = "datasets/someone/texts";
+    let head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: 'parts/*.jsonl'}\n---\n";
+    server.put(dataset, "README.md", head);
+    let local = reading("{type: text_files, path: parts, column: content}");
+    for part in ["a 1.jsonl", "b.jsonl"] {
+        server.put(dataset, &format!("parts/{part}"), lines(part, 400));
+        local.write(&format!("parts/{part}"), &lines(part, 400));
+    }
+    server.put(dataset, "parts/notes.md", "not data");
+    local.ok(&["activations", "config.yaml", "--out", "out"]);
+    let desk = reading("{type: hub_dataset, repo: someone/texts, column: content}");
+    // README.md whole, then breaks in the middle of lines.
+    server.fail([Fault::Cut(usize::MAX), Fault::Cut(10_000), Fault::Status(503, ""), Fault::Cut(77)]);
+    harvested(&server, &desk, "out");
+    assert_eq!(shard(&desk, "out"), shard(&local, "out"));
+    let log = server.log("b.jsonl");
+    assert!(log.iter().all(|line| !line.contains("range=bytes=1")), "read from its beginning only: {log:?}");
+    let kept: Vec<_> = desk.files().into_iter().filter(|file| file.contains(".jsonl")).collect();
+    assert!(kept.is_empty(), "{kept:?}");
+    // A network that is gone for good ends the run; what is missing is no bad record.
+    server.fail((0..6).map(|_| Fault::Cut(0)));
+    let run = harvest(&mut online(&server, &desk), "gone");
+    assert_eq!(run.code, 1, "{}", run.stderr);
+    assert!(run.stderr.contains("cannot read parts/a 1.jsonl of `someone/texts`"), "{}", run.stderr);
+    assert!(!desk.path("gone/meta.json").exists());
+}
+
+#[test]
+fn a_dataset_that_cannot_be_read_is_taken_from_its_conversion() {
+    let server = HubServer::start();
+    let parquet = fs::read(fixture("text/chats.parquet")).unwrap();
+    let dataset = "datasets/someone/table";
+    server.put(dataset, "table.csv", "id,text\n").put(dataset, "table.py", "");
+    server.put_at(dataset, "refs/convert/parquet", "default/train/0000.parquet", parquet);
+    let desk = reading("{type: hub_dataset, repo: someone/table}");
+    harvested(&server, &desk, "out");
+    let local = reading(&format!("{{type: text_files, path: {:?}}}", fixture("text/chats.parquet")));
+    local.ok(&["activations", "config.yaml", "--out", "out"]);
+    assert_eq!(shard(&desk, "out"), shard(&local, "out"));
+    // A table is fetched whole, so it is there without the Hub.
+    desk.ok(&["activations", "config.yaml", "--out", "offline"]);
+    assert_eq!(shard(&desk, "offline"), shard(&local, "out"));
+}
+
+#[test]
+fn datasets_that_are_not_there() {
+    let server = HubServer::start();
+    let dataset = "datasets/someone/texts";
+    server.put(dataset, "train.jsonl", lines("train", 3)).put(dataset, "validation.jsonl", lines("validation", 3));
+    server.put("datasets/someone/pictures", "cat.png", "");
+    let head = "---\nconfigs:\n- {config_name: en, data_files: en/*.jsonl}\n- {config_name: de, data_files: de/*.jsonl}\n---\n";
+    server.put("datasets/someone/languages", "README.md", head);
+    server.put("datasets/someone/languages", "en/0.jsonl", lines("en", 3));
+    let mut said = String::new();
+    for text in [
+        "{type: hub_dataset, repo: texts of someone}",
+        "{type: hub_dataset, repo: someone/text}",
+        "{type: hub_dataset, repo: someone/texts, split: valdation}",
+        "{type: hub_dataset, repo: someone/texts, files: '*.parquet'}",
+        "{type: hub_dataset, repo: someone/pictures}",
+        "{type: hub_dataset, repo: someone/languages}",
+        "{type: hub_dataset, repo: someone/languages, subset: fr}",
+        "{type: hub_dataset, repo: someone/texts}",
+    ] {
+        said += &format!("{text}\n{}\n\n", refused(&server, &reading(text), None));
+    }
+    insta::assert_snapshot!(said);
+    let english = reading("{type: hub_dataset, repo: someone/languages, subset: en, column: content}");
+    harvested(&server, &english, "out");
+}
+
+#[test]
+fn a_chat_is_read_in_the_models_own_form() {
+    use dictlearn_core::lm::EmbeddedModel;
+    let model = Desk::new();
+    let bundled = dictlearn_core::inventory::iter::<EmbeddedModel>.into_iter().next().unwrap();
+    for (name, bytes) in bundled.files {
+        fs::write(model.path(name), bytes).unwrap();
+    }
+    let model_path = model.dir.path().to_str().unwrap();
+    let chats = format!("{{type: text_files, path: {:?}, column: messages}}", fixture("text/chats.parquet"));
+    let desk = Desk::new();
+    desk.write("config.yaml", &reading_config(model_path, &chats));
+    let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
+    assert!(said.contains("chats.parquet:1 is a chat, and the tokenizer of"), "{said}");
+    assert!(said.contains("has no chat template"), "{said}");
+
+    let template =
+        "{% for m in messages %}\n{% if '3' in m.content %}\n{{ raise_exception('not three') }}\n{% endif %}\n\
+                    {{ m.role.upper() + ': ' + m.content }}\n{% endfor %}";
+    model.write("chat_template.jinja", template);
+    let run = desk.run(&["activations", "config.yaml", "--out", "out"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(run.stderr.contains("1 bad records were skipped") && run.stderr.contains("not three"), "{}", run.stderr);
+    let written: String = (0..6)
+        .filter(|n| *n != 3)
+        .map(|n| format!("USER: Who is person {n}?\nASSISTANT: Nobody of note, number {n}.\n\n"))
+        .collect();
+    desk.write("written.txt", &written);
+    desk.write("config.yaml", &reading_config(model_path, "{type: text_files, path: written.txt}"));
+    desk.ok(&["activations", "config.yaml", "--out", "written"]);
+    let ids = |out: &str| {
+        let shard = TensorFile::open(&desk.path(out).join("activations-00000.safetensors")).unwrap();
+        let token_ids = Vec::<i64>::try_from(shard.tensor("token_ids").unwrap()).unwrap();
+        token_ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(ids("out"), ids("written"));
 }

@@ -114,7 +114,7 @@ fn answer(connection: &TcpStream, shared: &Mutex<Shared>, endpoint: &str) -> std
     }
     let mut shared = shared.lock().unwrap();
     shared.log.push(format!("{path} range={} token={token}", range.as_deref().unwrap_or("-")));
-    let mut say = |status: u16, headers: &str, body: &[u8], length: usize| {
+    let say = |status: u16, headers: &str, body: &[u8], length: usize| {
         let mut connection = connection;
         write!(connection, "HTTP/1.1 {status} -\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n")?;
         connection.write_all(body)

@@ -1,8 +1,12 @@
 //! From a text stream to contexts: rows of token ids.
 
+use std::collections::VecDeque;
+
 use dictlearn_core::lm::ModelFiles;
 use dictlearn_core::prelude::*;
 use tokenizers::Tokenizer;
+
+use crate::chat::ChatTemplate;
 
 /// How documents become contexts.
 #[derive(Debug, Clone, Copy)]
@@ -35,16 +39,39 @@ impl Row {
     }
 }
 
+/// Where a stream of contexts stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Items of the text that are in contexts with all their tokens.
+    position: u64,
+    /// Tokens of the item after them that are in contexts.
+    used: usize,
+    /// Rows of tokens that were delivered.
+    rows: u64,
+}
+
 /// Contexts of a text stream.
 pub struct Contexts {
     text: Box<dyn TextStream>,
     tokenizer: Option<Tokenizer>,
+    /// The form of chats, or why there is none.
+    chats: std::result::Result<ChatTemplate, String>,
     cx: ContextsCx,
     /// The token between documents.
     end_of_text: Option<i64>,
-    /// Tokens of the text read so far that fill no context yet.
-    carry: Vec<i64>,
+    /// Documents that were read and are not, or not wholly, in a context yet.
+    carry: VecDeque<Tokenised>,
     rows: u64,
+}
+
+/// A document as tokens.
+struct Tokenised {
+    ids: Vec<i64>,
+    origin: String,
+    /// Items of the text before it.
+    position: u64,
+    /// Tokens of it that are in a context.
+    used: usize,
 }
 
 impl Contexts {
@@ -83,72 +110,97 @@ impl Contexts {
         let name = name.and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
         let by_name = name.and_then(|token| tokenizer.as_ref()?.token_to_id(token)).map(i64::from);
         let end_of_text = by_name.or_else(|| model_config.get("eos_token_id")?.as_i64());
-        Ok(Contexts { text, tokenizer, cx, end_of_text, carry: Vec::new(), rows: 0 })
+        let chats = ChatTemplate::read(files, &tokenizer_config)?;
+        Ok(Contexts { text, tokenizer, chats, cx, end_of_text, carry: VecDeque::new(), rows: 0 })
     }
 
-    /// The next contexts, at most `count`; none at the end of the text.
-    pub fn next_rows(&mut self, count: usize) -> Result<Vec<Row>> {
-        let mut rows = Vec::with_capacity(count);
-        while rows.len() < count {
-            let Some(row) = self.next_row()? else { break };
-            rows.push(row);
+    /// The next context; `None` at the end of the text.
+    pub fn next_row(&mut self) -> Result<Option<Row>> {
+        if self.text.is_tokenized() {
+            return self.row_of_tokens();
         }
-        Ok(rows)
-    }
-
-    fn next_row(&mut self) -> Result<Option<Row>> {
         let length = self.cx.ctx_len;
         loop {
-            if self.carry.len() >= length {
-                let rest = self.carry.split_off(length);
-                return self.packed(rest).map(Some);
+            let there: usize = self.carry.iter().map(|document| document.ids.len() - document.used).sum();
+            if there >= length || (there > 0 && !self.cx.pack) {
+                return Ok(Some(self.row_of_carry(length)));
             }
-            match self.text.next_record()? {
-                None if self.carry.is_empty() => return Ok(None),
-                // The end of the text is a context too, if a shorter one.
-                None => return self.packed(Vec::new()).map(Some),
-                Some(Record::Tokens { ids, mask }) => {
-                    self.rows += 1;
-                    let origin = format!("row {}", self.rows - 1);
-                    self.check(&ids, &origin)?;
-                    if let Some(most) = self.cx.max_positions.filter(|most| ids.len() as i64 > *most) {
-                        bail!(InputError::new(format!(
-                            "{origin} has {} positions, but the model takes at most {most}",
-                            ids.len()
-                        )));
-                    }
-                    return Ok(Some(Row { ids, mask, origin }));
-                }
-                Some(Record::Text(document)) => {
-                    let mut ids = self.encode(&document)?;
-                    self.check(&ids, &document.origin)?;
-                    if self.cx.pack {
-                        self.carry.extend(self.end_of_text);
-                        self.carry.append(&mut ids);
-                    } else if !ids.is_empty() {
-                        ids.truncate(length);
-                        let mask = vec![true; ids.len()];
-                        return Ok(Some(Row { ids, mask, origin: document.origin }));
-                    }
-                }
+            // The end of the text is a context too, if a shorter one.
+            match self.document()? {
+                None => return Ok((there > 0).then(|| self.row_of_carry(length))),
+                Some(document) => self.carry.push_back(document),
             }
         }
     }
 
-    /// Everything in `carry` as a row; `rest` is carried on.
-    fn packed(&mut self, rest: Vec<i64>) -> Result<Row> {
-        let ids = std::mem::replace(&mut self.carry, rest);
-        let mask = vec![true; ids.len()];
-        Ok(Row { ids, mask, origin: format!("text up to record {}", self.text.position()) })
+    fn row_of_tokens(&mut self) -> Result<Option<Row>> {
+        let Some(Record::Tokens { ids, mask }) = self.text.next_record()? else { return Ok(None) };
+        let origin = format!("row {}", self.rows);
+        self.rows += 1;
+        self.check(&ids, &origin)?;
+        if let Some(most) = self.cx.max_positions.filter(|most| ids.len() as i64 > *most) {
+            bail!(InputError::new(format!("{origin} has {} positions, but the model takes at most {most}", ids.len())));
+        }
+        Ok(Some(Row { ids, mask, origin }))
     }
 
-    fn encode(&self, document: &Document) -> Result<Vec<i64>> {
+    /// A context of what is carried: up to `length` tokens, or of a document of its own its beginning.
+    fn row_of_carry(&mut self, length: usize) -> Row {
+        let mut ids = Vec::with_capacity(length);
+        let origin = self.carry.front().map_or_else(String::new, |document| document.origin.clone());
+        while let Some(document) = self.carry.front_mut().filter(|_| ids.len() < length) {
+            let end = document.ids.len().min(document.used + length - ids.len());
+            ids.extend(&document.ids[document.used..end]);
+            document.used = end;
+            if end == document.ids.len() || !self.cx.pack {
+                self.carry.pop_front();
+            }
+        }
+        Row { mask: vec![true; ids.len()], ids, origin }
+    }
+
+    /// The next document of the text as tokens.
+    fn document(&mut self) -> Result<Option<Tokenised>> {
+        loop {
+            let position = self.text.position();
+            let (ids, origin) = match self.text.next_record()? {
+                None => return Ok(None),
+                Some(Record::Tokens { .. }) => bail!("rows of tokens among documents"),
+                Some(Record::Text(document)) => {
+                    (self.encode(&document.text, self.cx.add_special_tokens, &document.origin)?, document.origin)
+                }
+                Some(Record::Chat(Chat { messages, origin })) => {
+                    let template = self.chats.as_ref().map_err(|why| {
+                        InputError::new(format!("{origin} is a chat, and {why}"))
+                            .help("use a model that is made for chats, or a text")
+                    })?;
+                    match template.render(&messages) {
+                        // The template has put special tokens where they belong.
+                        Ok(text) => (self.encode(&text, false, &origin)?, origin),
+                        Err(why) => {
+                            self.text.refuse(&origin, &format!("the model's chat template refuses it: {why}"))?;
+                            continue;
+                        }
+                    }
+                }
+            };
+            self.check(&ids, &origin)?;
+            let separator = self.end_of_text.filter(|_| self.cx.pack);
+            let ids: Vec<i64> = separator.into_iter().chain(ids).collect();
+            if !ids.is_empty() {
+                return Ok(Some(Tokenised { ids, origin, position, used: 0 }));
+            }
+        }
+    }
+
+    fn encode(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<Vec<i64>> {
         let Some(tokenizer) = &self.tokenizer else {
             bail!("a text that is not tokenised needs a tokenizer");
         };
+        // Without the places of tokens in the text, which nobody asks for.
         let encoding = tokenizer
-            .encode(document.text.as_str(), self.cx.add_special_tokens)
-            .map_err(|error| anyhow::anyhow!("{}: cannot tokenise: {error}", document.origin))?;
+            .encode_fast(text, add_special_tokens)
+            .map_err(|error| anyhow::anyhow!("{origin}: cannot tokenise: {error}"))?;
         Ok(encoding.get_ids().iter().map(|id| i64::from(*id)).collect())
     }
 
@@ -180,27 +232,24 @@ impl Contexts {
         }
     }
 
-    /// Goes back to the beginning.
-    pub fn rewind(&mut self) -> Result<()> {
-        self.carry.clear();
-        self.rows = 0;
-        self.text.seek(0)
-    }
-
     /// Where the stream stands.
-    pub fn state(&self) -> Result<State> {
-        let mut state = State::new();
-        state.put("position", self.text.position())?;
-        state.put("carry", &self.carry)?;
-        state.put("rows", self.rows)?;
-        Ok(state)
+    pub fn place(&self) -> Place {
+        let (position, used) = match self.carry.front() {
+            Some(document) => (document.position, document.used),
+            None => (self.text.position(), 0),
+        };
+        Place { position, used, rows: self.rows }
     }
 
-    /// Goes to where [`Contexts::state`] was called.
-    pub fn restore(&mut self, state: &State) -> Result<()> {
-        self.text.seek(state.get("position")?)?;
-        self.carry = state.get("carry")?;
-        self.rows = state.get("rows")?;
+    /// Goes to a place.
+    pub fn seek(&mut self, place: Place) -> Result<()> {
+        self.carry.clear();
+        self.text.seek(place.position)?;
+        self.rows = place.rows;
+        if place.used > 0 {
+            let document = self.document()?;
+            self.carry.extend(document.map(|document| Tokenised { used: place.used, ..document }));
+        }
         Ok(())
     }
 

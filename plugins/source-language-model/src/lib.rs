@@ -13,7 +13,9 @@
 //! BOS id, `max_activation_norm_multiple` takes the median over text positions and not over padding as well,
 //! and activations that do not fit into the buffer any more wait for the next filling instead of being dropped.
 
+mod ahead;
 mod buffer;
+mod chat;
 mod contexts;
 mod sites;
 
@@ -21,6 +23,7 @@ use dictlearn_core::lm::open_model;
 use dictlearn_core::prelude::*;
 use dictlearn_core::rng::rng;
 
+use ahead::Ahead;
 use buffer::Buffer;
 use contexts::{Contexts, ContextsCx, Row};
 use sites::{sites, LanguageModelSite};
@@ -152,6 +155,7 @@ impl SourceConfig for LanguageModelConfig {
             max_positions: model.max_positions(),
         };
         let contexts = Contexts::new(text, &files, contexts_cx).under("model")?;
+        let contexts = Ahead::new(contexts, 2 * self.refresh_batch_size as usize);
         let mut settings = serde_json::to_value(self)?;
         if let Some(commit) = files.commit() {
             settings["commit"] = commit.into();
@@ -207,7 +211,7 @@ struct Harvest {
     remove_bos: bool,
     max_norm: Option<f64>,
     rows: usize,
-    contexts: Contexts,
+    contexts: Ahead,
     model: Box<dyn LanguageModel>,
     /// The places that are read, each once, with their widths.
     points: Vec<(HookPoint, i64)>,
@@ -438,7 +442,7 @@ impl ActivationSource for LanguageModelSource {
 
     fn state(&self) -> Result<State> {
         let mut state = State::new();
-        state.put_all("contexts", self.harvest.contexts.state()?);
+        state.put("place", self.harvest.contexts.place())?;
         state.put("context", self.harvest.context)?;
         state.put("ended", self.harvest.ended)?;
         state.put("pending", self.harvest.pending.len())?;
@@ -453,7 +457,7 @@ impl ActivationSource for LanguageModelSource {
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
-        self.harvest.contexts.restore(&state.under("contexts"))?;
+        self.harvest.contexts.seek(state.get("place")?)?;
         self.harvest.context = state.get("context")?;
         self.harvest.ended = state.get("ended")?;
         let pending: usize = state.get("pending")?;

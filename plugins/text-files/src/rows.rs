@@ -1,7 +1,6 @@
-//! The strings of one column of a .parquet file, row group by row group.
+//! The values of one column of a .parquet file, row group by row group.
 
 use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
 
 use dictlearn_core::prelude::*;
@@ -11,7 +10,7 @@ use parquet::record::reader::RowIter;
 use parquet::record::Field;
 use parquet::schema::types::Type;
 
-/// The strings of a column. After a row that cannot be read there are none.
+/// The values of a column: strings, or lists of messages. After a row that cannot be read there are none.
 pub struct Rows {
     rows: RowIter<'static>,
     broken: bool,
@@ -19,22 +18,22 @@ pub struct Rows {
 
 impl Rows {
     /// Opens a file at the column of that name.
-    pub fn open(path: &Path, file: File, column: &str) -> Result<Self> {
+    pub fn open(name: &str, file: File, column: &str) -> Result<Self> {
         let refused = |error: parquet::errors::ParquetError| {
-            InputError::new(format!("{} is not a whole parquet file: {error}", path.display()))
+            InputError::new(format!("{name} is not a whole parquet file: {error}"))
         };
         let reader = SerializedFileReader::new(file).map_err(refused)?;
         let schema = reader.metadata().file_metadata().schema();
-        let strings = |column: &&Arc<Type>| column.is_primitive() && column.get_physical_type() == Physical::BYTE_ARRAY;
+        let strings = |column: &&Arc<Type>| column.is_group() || column.get_physical_type() == Physical::BYTE_ARRAY;
         let columns = schema.get_fields();
         let Some(found) = columns.iter().filter(strings).find(|known| known.name() == column) else {
             let known: Vec<&str> = columns.iter().filter(strings).map(|column| column.name()).collect();
-            bail!(InputError::new(format!("{} has no column `{column}` of strings", path.display()))
-                .field("column")
-                .help(match known.is_empty() {
+            bail!(InputError::new(format!("{name} has no column `{column}` of strings")).field("column").help(
+                match known.is_empty() {
                     true => "it has no column of strings at all".to_owned(),
                     false => format!("its columns of strings are: {}", known.join(", ")),
-                }));
+                }
+            ));
         };
         let only = Type::group_type_builder(schema.name()).with_fields(vec![found.clone()]).build().map_err(refused)?;
         let rows = RowIter::from_file_into(Box::new(reader)).project(Some(only)).map_err(refused)?;
@@ -43,7 +42,7 @@ impl Rows {
 }
 
 impl Iterator for Rows {
-    type Item = std::result::Result<String, String>;
+    type Item = std::result::Result<Value, String>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.broken {
@@ -58,9 +57,13 @@ impl Iterator for Rows {
         };
         let field = row.get_column_iter().next().map(|(_, field)| field.clone());
         Some(match field {
-            Some(Field::Str(text)) => Ok(text),
+            Some(Field::Str(text)) => Ok(text.into()),
             // A file may not say that its bytes are text.
-            Some(Field::Bytes(bytes)) => String::from_utf8(bytes.data().to_vec()).map_err(|_| "not UTF-8".to_owned()),
+            Some(Field::Bytes(bytes)) => match String::from_utf8(bytes.data().to_vec()) {
+                Ok(text) => Ok(text.into()),
+                Err(_) => Err("not UTF-8".to_owned()),
+            },
+            Some(list @ (Field::ListInternal(_) | Field::Group(_))) => Ok(list.to_json_value()),
             _ => Err("no text in this row".to_owned()),
         })
     }
@@ -68,7 +71,10 @@ impl Iterator for Rows {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+
     use parquet::basic::Compression;
     use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
     use parquet::file::properties::WriterProperties;
@@ -101,8 +107,8 @@ mod tests {
         let path = dir.path().join("a.parquet");
         for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::ZSTD(Default::default())] {
             write(&path, compression);
-            let rows: Vec<_> = Rows::open(&path, File::open(&path).unwrap(), "text").unwrap().collect();
-            let texts: Vec<_> = rows.iter().flatten().map(String::as_str).collect();
+            let rows: Vec<_> = Rows::open("a.parquet", File::open(&path).unwrap(), "text").unwrap().collect();
+            let texts: Vec<_> = rows.iter().flatten().filter_map(Value::as_str).collect();
             assert_eq!(texts, ["text 0.0", "text 0.1", "text 1.0", "text 1.1"], "{compression}");
             assert_eq!(rows.len() - texts.len(), 2, "rows without text");
         }
@@ -114,12 +120,12 @@ mod tests {
         let path = dir.path().join("a.parquet");
         write(&path, Compression::SNAPPY);
         for column in ["txt", "n"] {
-            let error = Rows::open(&path, File::open(&path).unwrap(), column).err().unwrap();
+            let error = Rows::open("a.parquet", File::open(&path).unwrap(), column).err().unwrap();
             assert!(error.to_string().contains(&format!("no column `{column}` of strings")), "{error}");
         }
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-        let error = Rows::open(&path, File::open(&path).unwrap(), "text").err().unwrap();
+        let error = Rows::open("a.parquet", File::open(&path).unwrap(), "text").err().unwrap();
         assert!(error.to_string().contains("not a whole parquet file"), "{error}");
     }
 }

@@ -53,7 +53,7 @@ impl TextConfig for MixConfig {
             }
             Ok(Part { text, weight: *weight, given: 0 })
         });
-        Ok(Box::new(Mix { parts: streams.collect::<Result<_>>()?, position: 0 }))
+        Ok(Box::new(Mix { parts: streams.collect::<Result<_>>()?, position: 0, last: 0 }))
     }
 }
 
@@ -66,19 +66,24 @@ struct Part {
 struct Mix {
     parts: Vec<Part>,
     position: u64,
+    /// The part that the last document is from.
+    last: usize,
 }
 
 impl Mix {
     /// The part whose next document is due first.
-    fn due(&mut self) -> Option<&mut Part> {
+    fn due(&self) -> Option<usize> {
         let due = |part: &Part| (part.given as f64 + 0.5) / part.weight;
-        self.parts.iter_mut().min_by(|a, b| due(a).total_cmp(&due(b)))
+        let parts = self.parts.iter().enumerate();
+        parts.min_by(|(_, a), (_, b)| due(a).total_cmp(&due(b))).map(|(index, _)| index)
     }
 }
 
 impl TextStream for Mix {
     fn next_record(&mut self) -> Result<Option<Record>> {
-        let Some(part) = self.due() else { return Ok(None) };
+        let Some(due) = self.due() else { return Ok(None) };
+        self.last = due;
+        let part = &mut self.parts[due];
         let record = part.text.next_record()?;
         if record.is_some() {
             part.given += 1;
@@ -95,12 +100,16 @@ impl TextStream for Mix {
         self.parts.iter_mut().for_each(|part| part.given = 0);
         // Who is due depends on nothing but what was given.
         for _ in 0..position {
-            if let Some(part) = self.due() {
-                part.given += 1;
+            if let Some(due) = self.due() {
+                self.parts[due].given += 1;
             }
         }
         self.position = position;
         self.parts.iter_mut().try_for_each(|part| part.text.seek(part.given))
+    }
+
+    fn refuse(&mut self, origin: &str, why: &str) -> Result<()> {
+        self.parts[self.last].text.refuse(origin, why)
     }
 
     fn skipped(&self) -> (u64, Option<String>) {
@@ -138,7 +147,7 @@ mod tests {
 
     fn mix() -> Mix {
         let part = |text, weight| Part { text: Box::new(text), weight, given: 0 };
-        Mix { parts: vec![part(Numbered("a", 0, 70), 0.75), part(Numbered("b", 0, 1000), 0.25)], position: 0 }
+        Mix { parts: vec![part(Numbered("a", 0, 70), 0.75), part(Numbered("b", 0, 1000), 0.25)], position: 0, last: 0 }
     }
 
     fn rest(mix: &mut Mix) -> Vec<String> {

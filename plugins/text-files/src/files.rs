@@ -1,0 +1,203 @@
+//! Files on this machine.
+
+use std::path::{Path, PathBuf};
+
+use dictlearn_core::prelude::*;
+
+use crate::column;
+use crate::stream::{ending, Documents, Options, Place, TextFiles, ENDINGS};
+
+const NAME: &str = "text_files";
+
+/// Text from .txt, .jsonl and .parquet files.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TextFilesConfig {
+    /// A file, a folder, or a glob; several files are read in the order of their names.
+    pub path: ConfigPath,
+    /// The field of a .jsonl record, or the column of a .parquet file, that holds the text or the messages of a chat.
+    #[serde(default = "column")]
+    pub column: String,
+    /// What a document is in a .txt file.
+    #[serde(default)]
+    pub documents: Documents,
+    /// End with an error at the first bad record instead of skipping it.
+    #[serde(default)]
+    pub strict: bool,
+}
+
+register! {
+    text TextFilesConfig, NAME,
+    summary: "Text from .txt, .jsonl (plain, .gz, .zst) and .parquet files, folders and globs",
+    paper: "",
+    example: "{type: text_files, path: corpus.txt}",
+}
+
+#[typetag::serde(name = NAME)]
+impl TextConfig for TextFilesConfig {
+    fn build(&self) -> Result<Box<dyn TextStream>> {
+        let places = files(self.path.as_path()).under("path")?.into_iter().map(Place::Local).collect();
+        let options = Options { column: self.column.clone(), documents: self.documents, strict: self.strict };
+        Ok(Box::new(TextFiles::new(places, options)))
+    }
+}
+
+/// The text files that a path means, sorted.
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    let supported = |path: &PathBuf| ending(&path.to_string_lossy()).is_some();
+    let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
+    if path.is_file() {
+        let path = path.to_owned();
+        if !supported(&path) {
+            bail!(InputError::new(format!("{}: files of this kind are not read", path.display())).help(help));
+        }
+        return Ok(vec![path]);
+    }
+    let pattern = path.to_string_lossy();
+    let pattern = if path.is_dir() { format!("{pattern}/**/*") } else { pattern.into_owned() };
+    let found = glob::glob(&pattern)
+        .map_err(|error| InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")))?;
+    let mut found: Vec<PathBuf> =
+        found.filter_map(Result::ok).filter(|path| path.is_file()).filter(supported).collect();
+    found.sort();
+    if found.is_empty() {
+        if !path.exists() && !pattern.contains(['*', '?', '[']) {
+            bail!(InputError::no_file(path));
+        }
+        bail!(InputError::new(format!("there is no text at {}", path.display())).help(help));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream(
+        file: &str,
+        content: &[u8],
+        documents: Documents,
+        strict: bool,
+    ) -> (tempfile::TempDir, Box<dyn TextStream>) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(file);
+        std::fs::write(&path, content).unwrap();
+        let config = TextFilesConfig { path: path.into(), column: column(), documents, strict };
+        let stream = config.build().unwrap();
+        (dir, stream)
+    }
+
+    fn texts(stream: &mut dyn TextStream) -> Vec<String> {
+        let mut texts = Vec::new();
+        while let Some(record) = stream.next_record().unwrap() {
+            let Record::Text(document) = record else { panic!("not a text") };
+            texts.push(document.text);
+        }
+        texts
+    }
+
+    const TEXT: &[u8] = b"one\ntwo\r\n\n\nthree\n \nfour";
+
+    #[test]
+    fn documents_of_a_text_file() {
+        for (documents, expected) in [
+            (Documents::Paragraph, vec!["one\ntwo", "three", "four"]),
+            (Documents::Line, vec!["one", "two", "three", "four"]),
+            (Documents::File, vec!["one\ntwo\n\n\nthree\n \nfour"]),
+        ] {
+            let (_dir, mut stream) = stream("a.txt", TEXT, documents, false);
+            assert_eq!(texts(&mut *stream), expected, "{documents:?}");
+        }
+    }
+
+    #[test]
+    fn bad_records_are_skipped_counted_and_named() {
+        let content = b"{\"text\": \"a\"}\n{\"text\": 3}\nnonsense\n\n{\"other\": \"x\"}\n\xff\n{\"text\": \"b\"}\n";
+        let (_dir, mut lenient) = stream("a.jsonl", content, Documents::Paragraph, false);
+        assert_eq!(texts(&mut *lenient), ["a", "b"]);
+        let (skipped, first) = lenient.skipped();
+        assert_eq!(skipped, 4);
+        assert!(first.unwrap().ends_with("a.jsonl:2: field `text` is neither a string nor the messages of a chat"));
+        let (_dir, mut strict) = stream("a.jsonl", content, Documents::Paragraph, true);
+        strict.next_record().unwrap();
+        assert!(strict.next_record().unwrap_err().to_string().contains("a.jsonl:2"));
+    }
+
+    #[test]
+    fn chats_in_every_spelling() {
+        let content = br#"{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+{"text": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+{"text": [{"role": "user"}]}
+{"text": []}
+"#;
+        let (_dir, mut stream) = stream("a.jsonl", content, Documents::Paragraph, false);
+        for line in 1..=2 {
+            let Some(Record::Chat(chat)) = stream.next_record().unwrap() else { panic!("not a chat") };
+            assert!(chat.origin.ends_with(&format!("a.jsonl:{line}")));
+            let said: Vec<_> = chat.messages.iter().map(|message| (&message["role"], &message["content"])).collect();
+            assert_eq!(said, [(&"user".into(), &"a".into()), (&"assistant".into(), &"b".into())]);
+        }
+        assert_eq!(stream.next_record().unwrap(), None);
+        assert_eq!(stream.skipped().0, 2);
+        // What only the model finds wrong with a record counts as well.
+        stream.refuse("a.jsonl:1", "roles must alternate").unwrap();
+        assert_eq!(stream.skipped().0, 3);
+    }
+
+    fn packed(ending: &str, content: &[u8]) -> Vec<u8> {
+        use std::io::Write;
+        if ending.ends_with("gz") {
+            let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            packer.write_all(content).unwrap();
+            packer.finish().unwrap()
+        } else {
+            zstd::encode_all(content, 3).unwrap()
+        }
+    }
+
+    #[test]
+    fn compressed_files_are_the_same_text() {
+        for ending in ["gz", "zst"] {
+            let name = format!("a.txt.{ending}");
+            let (_dir, mut text) = stream(&name, &packed(ending, TEXT), Documents::Line, true);
+            assert_eq!(texts(&mut *text), ["one", "two", "three", "four"], "{name}");
+            let name = format!("a.jsonl.{ending}");
+            // Two members, as files have that were joined.
+            let json = [packed(ending, b"{\"text\": \"a\"}\n"), packed(ending, b"{\"text\": \"b\"}\n")].concat();
+            let (_dir, mut text) = stream(&name, &json, Documents::Paragraph, true);
+            assert_eq!(texts(&mut *text), ["a", "b"], "{name}");
+        }
+    }
+
+    #[test]
+    fn what_stands_before_a_break_is_used() {
+        let lines: String = (0..20_000).map(|line| format!("{{\"text\": \"{} {line}\"}}\n", line * 7919)).collect();
+        for ending in ["gz", "zst"] {
+            let whole = packed(ending, lines.as_bytes());
+            let name = format!("a.jsonl.{ending}");
+            let (_dir, mut cut) = stream(&name, &whole[..whole.len() / 2], Documents::Paragraph, false);
+            let found = texts(&mut *cut);
+            assert!(found.len() > 5_000 && found.len() < 15_000, "{name}: {}", found.len());
+            let (skipped, first) = cut.skipped();
+            assert_eq!(skipped, 1, "{name}: {first:?}");
+            assert!(first.unwrap().contains(&format!("{name}:{}: the file is damaged or breaks off", found.len() + 1)));
+            let (_dir, mut strict) = stream(&name, &whole[..whole.len() / 2], Documents::Paragraph, true);
+            let error = loop {
+                if let Err(error) = strict.next_record() {
+                    break error.to_string();
+                }
+            };
+            assert!(error.contains("breaks off"), "{error}");
+        }
+    }
+
+    #[test]
+    fn seeking_continues_where_it_was() {
+        let (_dir, mut stream) = stream("a.txt", TEXT, Documents::Line, false);
+        stream.next_record().unwrap();
+        let position = stream.position();
+        let rest = texts(&mut *stream);
+        stream.seek(position).unwrap();
+        assert_eq!(texts(&mut *stream), rest);
+    }
+}
