@@ -27,7 +27,7 @@ fn enter_the_examples_folder() {
         let dir = TempDir::new().unwrap();
         example_files(dir.path());
         std::env::set_current_dir(dir.path()).unwrap();
-        std::env::set_var("HF_HOME", dir.path());
+        std::env::set_var("HF_HOME", dir.path().join("hf"));
         std::env::set_var("HF_HUB_OFFLINE", "1");
         dir
     });
@@ -41,11 +41,12 @@ fn example_files(dir: &Path) {
     let text = "A first paragraph.\n\nA second one.\n\nAnd a third.\n\n".repeat(100);
     std::fs::write(dir.join("corpus.txt"), text).unwrap();
     // A dataset in the Hub's cache.
-    let dataset = dir.join("hub/datasets--monology--pile-uncopyrighted");
+    let dataset = dir.join("hf/hub/datasets--monology--pile-uncopyrighted");
     std::fs::create_dir_all(dataset.join("refs")).unwrap();
     std::fs::write(dataset.join("refs/main"), "c0").unwrap();
     std::fs::create_dir_all(dataset.join("snapshots/c0/train")).unwrap();
-    let records = "{\"text\": \"one\"}\n{\"text\": \"two\"}\n{\"text\": \"three\"}\n";
+    let record = |n: u32| format!("{{\"text\": \"Record {n}, of several words, in a file of records.\"}}\n");
+    let records: String = (0..500).map(record).collect();
     std::fs::write(dataset.join("snapshots/c0/train/00.jsonl"), records).unwrap();
     let source = format!("{{type: tensor_file, path: {:?}}}", dir.join("activations.safetensors"));
     let source: Box<dyn SourceConfig> = from_yaml(&source.replace('}', ", batch_size: 100}")).unwrap();
