@@ -166,6 +166,12 @@ impl<'a> Hooks<'a> {
         })
     }
 
+    /// Whether a module of this name within the one that is being run is read, replaced or recorded.
+    pub fn sees(&self, name: &str) -> bool {
+        let inner = |module: &str| module.strip_prefix(&self.path)?.strip_prefix('.').map(|rest| rest == name);
+        self.visits.is_some() || self.actions.iter().any(|(point, _)| inner(&point.module) == Some(true))
+    }
+
     fn meet(&mut self, io: Io, value: &Tensor) -> Result<Tensor, Stop> {
         let mut value = value.shallow_clone();
         for (point, action) in &mut self.actions {

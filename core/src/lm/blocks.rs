@@ -3,6 +3,7 @@
 use anyhow::{bail, Result};
 use tch::{Device, Kind, Tensor};
 
+use super::kernels;
 use super::rotary::Rotary;
 use crate::config::InputError;
 use crate::device::Precision;
@@ -14,14 +15,14 @@ pub struct Context {
     /// Which key a query may see, [B, 1, L, L] or [L, L], bool, for each window that layers of the model have; `None`
     /// where causality is all.
     masks: Vec<(Option<i64>, Option<Tensor>)>,
-    /// Cosines and sines of each rotary embedding of the model, [L, rotated width].
+    /// Cosines and sines of each rotary embedding of the model, [L, rotated width], float32.
     rotary: Vec<(Tensor, Tensor)>,
 }
 
 impl Context {
     /// The context of a batch, for layers of these windows. Positions are counted from the row's first column, padded
     /// or not, as Hugging Face's models do when they are given no positions.
-    pub fn new(tokens: &Tokens, windows: &[Option<i64>], rotary: &[Rotary], kind: Kind) -> Self {
+    pub fn new(tokens: &Tokens, windows: &[Option<i64>], rotary: &[Rotary]) -> Self {
         let (_, length) = tokens.size();
         let device = tokens.ids.device();
         let padded = !bool::try_from(tokens.mask.all()).unwrap_or(false);
@@ -42,13 +43,9 @@ impl Context {
             }
             Some(visible)
         };
-        let table = |rotary: &Rotary| {
-            let (cos, sin) = rotary.tables(length, device);
-            (cos.to_kind(kind), sin.to_kind(kind))
-        };
         Context {
             masks: windows.iter().map(|window| (*window, mask(*window))).collect(),
-            rotary: rotary.iter().map(table).collect(),
+            rotary: rotary.iter().map(|rotary| rotary.tables(length, device)).collect(),
         }
     }
 
@@ -163,6 +160,11 @@ pub struct Norm {
 impl Norm {
     /// x [.., d], normalised in float32, scaled and shifted, in the type `out`.
     pub fn forward(&self, x: &Tensor, out: Kind) -> Tensor {
+        let rms = self.kind != NormKind::Layer && matches!(out, Kind::Float | Kind::BFloat16);
+        if rms && kernels::fit([x, &self.weight]) {
+            let plus_one = (self.kind == NormKind::RmsPlusOne).then(|| &self.weight + 1.0);
+            return kernels::rms_norm(x, plus_one.as_ref().unwrap_or(&self.weight), self.eps, out);
+        }
         let x = x.to_kind(Kind::Float);
         let normed = match self.kind {
             NormKind::Layer => x.layer_norm(self.weight.size(), Some(&self.weight), self.bias.as_ref(), self.eps, true),
@@ -173,16 +175,49 @@ impl Norm {
     }
 }
 
+/// What an MLP does between its projections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x Φ(x) (Hendrycks and Gimpel 2016, <https://arxiv.org/abs/1606.08415>).
+    Gelu,
+    /// The same with Φ by a hyperbolic tangent.
+    GeluTanh,
+    /// max(x, 0).
+    Relu,
+    /// x σ(x), also called swish.
+    Silu,
+}
+
 /// The activation that a Hugging Face config names.
-pub fn activation(name: &str) -> Result<fn(&Tensor) -> Tensor> {
+pub fn activation(name: &str) -> Result<Activation> {
     Ok(match name {
-        "gelu" => |x| x.gelu("none"),
-        "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => |x| x.gelu("tanh"),
-        "relu" => |x| x.relu(),
-        "silu" | "swish" => |x| x.silu(),
+        "gelu" => Activation::Gelu,
+        "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+        "relu" => Activation::Relu,
+        "silu" | "swish" => Activation::Silu,
         other => bail!(InputError::new(format!("config.json: the activation `{other}` is not supported"))
             .help("supported are gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu and silu")),
     })
+}
+
+impl Activation {
+    /// Of each number of x.
+    pub fn forward(self, x: &Tensor) -> Tensor {
+        match self {
+            Activation::Gelu => x.gelu("none"),
+            Activation::GeluTanh => x.gelu("tanh"),
+            Activation::Relu => x.relu(),
+            Activation::Silu => x.silu(),
+        }
+    }
+}
+
+/// x + y in float32, which the stream between layers is kept in whatever the products' type.
+pub(super) fn residual(x: &Tensor, y: &Tensor) -> Tensor {
+    match kernels::fit([x, y]) && x.size() == y.size() {
+        true => kernels::add(x, y),
+        false => x + y,
+    }
 }
 
 /// Zeros of a shape that take no memory, for passes that only ask for widths.

@@ -13,7 +13,8 @@ use std::rc::Rc;
 use anyhow::{bail, Result};
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::{shape_only, Attention, Context, Linear, Norm, NormKind};
+use super::blocks::{residual, shape_only, Activation, Attention, Context, Linear, Norm, NormKind};
+use super::kernels;
 use super::rotary::Rotary;
 use super::weights::Weights;
 use super::{ModelCx, Names};
@@ -159,7 +160,7 @@ pub struct MlpConfig {
     /// The module that is its activation.
     pub act_path: &'static str,
     /// Its activation.
-    pub act: fn(&Tensor) -> Tensor,
+    pub act: Activation,
     /// Whether its projections have biases.
     pub bias: bool,
     /// Whether weights lie transposed, [in, out], as GPT-2's do.
@@ -522,12 +523,12 @@ impl Decoder {
             Some((outer, inner)) => hooks.module(outer, &read, |hooks, x| hooks.module(inner, x, attend))?,
         };
         let attention = normed(hooks, norm.after_attention, after_attention, &attention, Kind::Float)?;
-        let middle = if self.config.parallel { x.shallow_clone() } else { x + &attention };
+        let middle = if self.config.parallel { x.shallow_clone() } else { residual(x, &attention) };
         let read = normed(hooks, norm.before_mlp, before_mlp, &middle, kind)?;
         let mlp = hooks.module(self.config.mlp.path, &read, |hooks, x| self.mlp(layer, x, hooks))?;
         let mlp = normed(hooks, norm.after_mlp, after_mlp, &mlp, Kind::Float)?;
         // In the order in which Hugging Face adds them: rounding is the same.
-        Ok(if self.config.parallel { mlp + attention + x } else { middle + mlp })
+        Ok(if self.config.parallel { mlp + attention + x } else { residual(&middle, &mlp) })
     }
 
     fn attend(&self, layer: &Layer, x: &Tensor, context: &Context, hooks: &mut Hooks) -> Result<Tensor, Stop> {
@@ -577,10 +578,18 @@ impl Decoder {
 
     fn mlp(&self, layer: &Layer, x: &Tensor, hooks: &mut Hooks) -> Result<Tensor, Stop> {
         let config = &self.config.mlp;
-        let act = |hooks: &mut Hooks, x: &Tensor| hooks.module(config.act_path, x, |_, x| Ok((config.act)(x)));
+        let act = |hooks: &mut Hooks, x: &Tensor| hooks.module(config.act_path, x, |_, x| Ok(config.act.forward(x)));
         let (wide, down) = match (config.layout, &layer.gate) {
             (MlpLayout::Gated { gate, up, down }, Some(to_gate)) => {
                 let gate = hooks.linear(gate, x, to_gate)?;
+                // Nobody sees the activation by itself: no tensor is made of it.
+                if config.act == Activation::Silu && !hooks.sees(config.act_path) {
+                    let up = hooks.linear(up, x, &layer.up)?;
+                    if kernels::fit([&gate, &up]) {
+                        return hooks.linear(down, &kernels::silu_times(&gate, &up), &layer.down);
+                    }
+                    return hooks.linear(down, &(gate.silu() * up), &layer.down);
+                }
                 let gate = act(hooks, &gate)?;
                 (gate * hooks.linear(up, x, &layer.up)?, down)
             }
@@ -653,7 +662,7 @@ impl LanguageModel for Decoder {
             // Not in place: a hook may have read the embeddings.
             x = &x + positions;
         }
-        let context = Context::new(tokens, &self.windows, &self.config.rotary, self.cx.precision.kind());
+        let context = Context::new(tokens, &self.windows, &self.config.rotary);
         Ok(Hidden { x, context: Rc::new(context) })
     }
 

@@ -4,11 +4,12 @@ mod blocks;
 pub mod config;
 pub mod decoder;
 mod files;
+mod kernels;
 mod names;
 mod rotary;
 mod weights;
 
-pub use blocks::{activation, Attention, Context, Linear, Norm, NormKind};
+pub use blocks::{activation, Activation, Attention, Context, Linear, Norm, NormKind};
 pub use decoder::{Decoder, DecoderConfig};
 pub use files::{EmbeddedModel, ModelFiles};
 pub use names::Names;

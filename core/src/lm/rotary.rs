@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use super::kernels;
 use crate::config::InputError;
 
 /// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>), in the half-split form that Hugging
@@ -192,8 +193,16 @@ impl Rotary {
         (angles.cos() * magnitude, angles.sin() * magnitude)
     }
 
-    /// Rotates heads [B, H, L, D] by tables [L, width].
+    /// Rotates heads [B, H, L, D] by tables [L, width], float32. The result has the heads' type.
     pub(super) fn rotate(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Tensor {
+        if kernels::fit([x]) && x.stride()[3] == 1 {
+            return kernels::rotate(x, cos, sin);
+        }
+        Self::rotate_plainly(x, &cos.to_kind(x.kind()), &sin.to_kind(x.kind()))
+    }
+
+    /// The same as a libtorch expression.
+    pub(super) fn rotate_plainly(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
         let width = cos.size()[1];
         let half = width / 2;
         let rotated = x.narrow(-1, 0, width);

@@ -1,0 +1,400 @@
+//! What stands between the products of a layer, in one pass over memory each.
+//!
+//! libtorch makes several passes of a norm, a rotation or a gate, with a tensor between each two, and on a CPU that costs
+//! a fifth (float32) to a third (bfloat16) of a model's forward pass. Every function here takes tensors that [`fit`] it
+//! and gives what the plain expression beside its caller gives, rounded once at the end. Values are computed in float32.
+//! Rows are shared among libtorch's own threads; which thread takes which row changes no result.
+
+use std::ops::Range;
+use std::slice;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use multiversion::multiversion;
+use tch::{Device, Kind, Tensor};
+
+/// Whether all of these can be handed to the functions here: on a CPU, of float32 or bfloat16, and no gradient is to flow
+/// through them.
+pub(super) fn fit<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    tensors.into_iter().all(|tensor| {
+        tensor.device() == Device::Cpu
+            && matches!(tensor.kind(), Kind::Float | Kind::BFloat16)
+            && !tensor.requires_grad()
+            && tensor.numel() > 0
+    })
+}
+
+/// A number of a tensor.
+trait Number: Copy + Send + Sync {
+    fn get(self) -> f32;
+    fn of(value: f32) -> Self;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        value
+    }
+}
+
+/// A bfloat16: the upper half of a float32.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Bf16(u16);
+
+impl Number for Bf16 {
+    #[inline(always)]
+    fn get(self) -> f32 {
+        f32::from_bits(u32::from(self.0) << 16)
+    }
+    /// To the nearest, to even where two are as near, as libtorch rounds.
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        Bf16(if value.is_nan() { 0x7fc0 } else { rounded as u16 })
+    }
+}
+
+/// The numbers of a contiguous tensor.
+fn numbers<T>(tensor: &Tensor) -> &[T] {
+    assert!(tensor.is_contiguous());
+    // SAFETY: a contiguous CPU tensor has `numel` numbers from `data_ptr` on, for as long as it is borrowed; callers take
+    // T by its kind.
+    unsafe { slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
+}
+
+/// The numbers of a tensor that was just made, to be written by several threads, each its own rows.
+struct Output<T> {
+    start: *mut T,
+    len: usize,
+}
+
+// SAFETY: `rows` hands out parts that do not overlap, which is what its callers promise.
+unsafe impl<T: Send> Sync for Output<T> {}
+
+impl<T> Output<T> {
+    fn of(tensor: &mut Tensor) -> Self {
+        assert!(tensor.is_contiguous());
+        Output { start: tensor.data_ptr().cast(), len: tensor.numel() }
+    }
+
+    /// # Safety
+    /// No two threads may ask for parts that overlap.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: it lies in the tensor, and nobody else has it.
+        unsafe { slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+/// Numbers that are worth another thread's while.
+const CHUNK: usize = 1 << 14;
+
+/// Calls `work` with ranges that together are `0..rows`, on libtorch's threads. A row has `width` numbers.
+fn share(rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
+    let chunk = (CHUNK / width.max(1)).max(1);
+    let chunks = rows.div_ceil(chunk);
+    let next = AtomicUsize::new(0);
+    threads::run(chunks.min(tch::get_num_threads().max(1) as usize), &|| loop {
+        let index = next.fetch_add(1, Ordering::Relaxed);
+        if index >= chunks {
+            break;
+        }
+        work(index * chunk..rows.min((index + 1) * chunk));
+    });
+}
+
+/// libtorch's threads. Those of another pool would stand in line with them: they go on spinning for a while after each
+/// of libtorch's operations.
+mod threads {
+    use std::ffi::{c_uint, c_void};
+    use std::sync::OnceLock;
+
+    type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
+
+    /// The entry point of the OpenMP library that libtorch runs on, where it is GNU's.
+    fn parallel() -> Option<Parallel> {
+        static FOUND: OnceLock<Option<Parallel>> = OnceLock::new();
+        *FOUND.get_or_init(|| {
+            // SAFETY: looks a name up. What GNU's OpenMP exports under it has this signature.
+            let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"GOMP_parallel".as_ptr()) };
+            (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Parallel>(found) })
+        })
+    }
+
+    extern "C" fn call(work: *mut c_void) {
+        // SAFETY: `run` passes a pointer to a reference that outlives the call.
+        let work = unsafe { *work.cast::<&(dyn Fn() + Sync)>() };
+        work();
+    }
+
+    /// Calls `work` on so many threads and waits for all; on this one alone where libtorch's cannot be had.
+    pub fn run(count: usize, work: &(dyn Fn() + Sync)) {
+        match parallel().filter(|_| count > 1) {
+            // SAFETY: all threads have returned from `call` when the call returns, and `work` may be shared.
+            Some(parallel) => unsafe {
+                let mut work = work;
+                parallel(call, (&raw mut work).cast(), count as c_uint, 0);
+            },
+            None => work(),
+        }
+    }
+}
+
+/// Calls a function with the number types of an input and an output.
+macro_rules! by_kind {
+    ($function:ident, $input:expr, $output:expr, ($($argument:expr),*)) => {
+        match ($input, $output) {
+            (Kind::Float, Kind::Float) => $function::<f32, f32>($($argument),*),
+            (Kind::Float, _) => $function::<f32, Bf16>($($argument),*),
+            (_, Kind::Float) => $function::<Bf16, f32>($($argument),*),
+            _ => $function::<Bf16, Bf16>($($argument),*),
+        }
+    };
+}
+
+/// Sums that a processor adds side by side.
+const LANES: usize = 32;
+
+/// RMS norm over the last dimension of x [.., d], scaled by `weight` [d] (float32), in the type `out`.
+pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, out: Kind) -> Tensor {
+    let x = x.contiguous();
+    let mut normed = Tensor::empty(x.size(), (out, Device::Cpu));
+    let weight = weight.to_kind(Kind::Float).contiguous();
+    by_kind!(rms_norm_of, x.kind(), out, (&x, numbers(&weight), eps as f32, &mut normed));
+    normed
+}
+
+fn rms_norm_of<A: Number, B: Number>(x: &Tensor, weight: &[f32], eps: f32, out: &mut Tensor) {
+    let (x, width, out) = (numbers::<A>(x), weight.len(), Output::<B>::of(out));
+    share(x.len() / width, width, |rows| {
+        let part = rows.start * width..rows.end * width;
+        // SAFETY: ranges of rows do not overlap.
+        rms_norm_rows(&x[part.clone()], weight, eps, unsafe { out.part(part) });
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn rms_norm_rows<A: Number, B: Number>(x: &[A], weight: &[f32], eps: f32, out: &mut [B]) {
+    for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {
+        let mut sums = [0.0_f32; LANES];
+        let (chunks, rest) = x.split_at(x.len() / LANES * LANES);
+        for chunk in chunks.chunks_exact(LANES) {
+            for (sum, x) in sums.iter_mut().zip(chunk) {
+                *sum += x.get() * x.get();
+            }
+        }
+        let sum: f32 = sums.iter().sum::<f32>() + rest.iter().map(|x| x.get() * x.get()).sum::<f32>();
+        let scale = 1.0 / (sum / weight.len() as f32 + eps).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = B::of(x.get() * scale * weight);
+        }
+    }
+}
+
+/// SiLU(gate) · up, of the same shape and kind.
+pub(super) fn silu_times(gate: &Tensor, up: &Tensor) -> Tensor {
+    let (gate, up) = (gate.contiguous(), up.contiguous());
+    let mut product = up.empty_like();
+    by_kind!(silu_times_of, up.kind(), up.kind(), (&gate, &up, &mut product));
+    product
+}
+
+fn silu_times_of<A: Number, B: Number>(gate: &Tensor, up: &Tensor, out: &mut Tensor) {
+    let (gate, up, out) = (numbers::<A>(gate), numbers::<A>(up), Output::<B>::of(out));
+    share(up.len(), 1, |part| {
+        // SAFETY: ranges do not overlap.
+        silu_times_part(&gate[part.clone()], &up[part.clone()], unsafe { out.part(part) });
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn silu_times_part<A: Number, B: Number>(gate: &[A], up: &[A], out: &mut [B]) {
+    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+        let gate = gate.get();
+        *out = B::of(gate / (1.0 + exp(-gate)) * up.get());
+    }
+}
+
+/// e^x to two units in the last place, without a branch: x = n ln 2 + r, and a polynomial for e^r (Cephes' `expf`).
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: added and taken away, it rounds to a whole number.
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4_f32;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 0.166_666_66;
+    let p = p * r + 0.5;
+    let p = p * r * r + r + 1.0;
+    p * f32::from_bits((((n as i32) + 127) << 23) as u32)
+}
+
+/// x + y of the same shape, float32.
+pub(super) fn add(x: &Tensor, y: &Tensor) -> Tensor {
+    let (x, y) = (x.contiguous(), y.contiguous());
+    let mut sum = Tensor::empty(x.size(), (Kind::Float, Device::Cpu));
+    by_kind!(add_of, x.kind(), y.kind(), (&x, &y, &mut sum));
+    sum
+}
+
+fn add_of<A: Number, B: Number>(x: &Tensor, y: &Tensor, out: &mut Tensor) {
+    let (x, y, out) = (numbers::<A>(x), numbers::<B>(y), Output::<f32>::of(out));
+    share(x.len(), 1, |part| {
+        // SAFETY: ranges do not overlap.
+        add_part(&x[part.clone()], &y[part.clone()], unsafe { out.part(part) });
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn add_part<A: Number, B: Number>(x: &[A], y: &[B], out: &mut [f32]) {
+    for ((out, x), y) in out.iter_mut().zip(x).zip(y) {
+        *out = x.get() + y.get();
+    }
+}
+
+/// Turns heads x [B, H, L, D] by tables of cosines and sines [L, width] (float32), of which the upper half repeats the
+/// lower one; what lies beyond `width` stays. The last dimension of x must be contiguous, the others may lie as they
+/// like. The result lies in memory as [B, L, H, D].
+pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let size = x.size();
+    let mut turned = Tensor::empty([size[0], size[2], size[1], size[3]], (x.kind(), Device::Cpu));
+    by_kind!(rotate_of, x.kind(), x.kind(), (x, cos, sin, &mut turned));
+    turned.transpose(1, 2)
+}
+
+fn rotate_of<A: Number, B: Number>(x: &Tensor, cos: &Tensor, sin: &Tensor, out: &mut Tensor) {
+    let (size, stride) = (x.size(), x.stride());
+    assert!(stride[3] == 1 && cos.size() == [size[2], cos.size()[1]] && cos.size() == sin.size());
+    let [heads, length, head] = [size[1], size[2], size[3]].map(|n| n as usize);
+    let [of_row, of_head, of_position] = [stride[0], stride[1], stride[2]].map(|n| n as usize);
+    let width = cos.size()[1] as usize;
+    assert!(width <= head && width % 2 == 0);
+    // From the tensor's first number to its last.
+    let span = (0..4).map(|i| (size[i] - 1) * stride[i]).sum::<i64>() as usize + 1;
+    // SAFETY: strides of a tensor reach no further than that, and it is borrowed.
+    let x: &[A] = unsafe { slice::from_raw_parts(x.data_ptr().cast(), span) };
+    let (cos, sin, out) = (numbers::<f32>(cos), numbers::<f32>(sin), Output::<B>::of(out));
+    share(size[0] as usize * length, heads * head, |rows| {
+        for row in rows {
+            let (batch, position) = (row / length, row % length);
+            let table = position * width..(position + 1) * width;
+            // SAFETY: ranges of rows do not overlap.
+            let out = unsafe { out.part(row * heads * head..(row + 1) * heads * head) };
+            let from = &x[batch * of_row + position * of_position..];
+            rotate_heads(from, of_head, &cos[table.clone()], &sin[table], out, head);
+        }
+    });
+}
+
+/// The heads of one position: each begins `stride` numbers after the one before.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn rotate_heads<A: Number, B: Number>(x: &[A], stride: usize, cos: &[f32], sin: &[f32], out: &mut [B], head: usize) {
+    let half = cos.len() / 2;
+    let (cos, sin) = (&cos[..half], &sin[..half]);
+    for (index, out) in out.chunks_exact_mut(head).enumerate() {
+        let x = &x[index * stride..][..head];
+        let (turned, rest) = out.split_at_mut(2 * half);
+        let (lower, upper) = turned.split_at_mut(half);
+        for i in 0..half {
+            let (a, b) = (x[i].get(), x[half + i].get());
+            lower[i] = B::of(a * cos[i] - b * sin[i]);
+            upper[i] = B::of(b * cos[i] + a * sin[i]);
+        }
+        for (out, x) in rest.iter_mut().zip(&x[2 * half..]) {
+            *out = B::of(x.get());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [Kind; 2] = [Kind::Float, Kind::BFloat16];
+
+    /// Numbers of either sign and of every size, zeros among them.
+    fn random(size: &[i64], kind: Kind) -> Tensor {
+        let options = (Kind::Float, Device::Cpu);
+        let large = Tensor::randn(size, options) * (Tensor::randn(size, options) * 3.0).exp();
+        (large * Tensor::rand(size, options).greater(0.1)).to_kind(kind)
+    }
+
+    /// Equal but for the last place or two of the type.
+    fn close(found: &Tensor, expected: &Tensor) {
+        assert_eq!((found.size(), found.kind()), (expected.size(), expected.kind()));
+        let precision = if expected.kind() == Kind::Float { 1e-5 } else { 2e-2 };
+        let (found, expected) = (found.to_kind(Kind::Float), expected.to_kind(Kind::Float));
+        assert!(found.allclose(&expected, precision, 1e-6, true), "{found}\n{expected}");
+    }
+
+    /// One row and many, narrower and wider than a register, in one chunk and in several.
+    const SIZES: [[i64; 2]; 6] = [[1, 1], [1, 31], [3, 64], [7, 100], [300, 576], [41, 4097]];
+
+    #[test]
+    fn norms() {
+        for (size, input, output) in
+            SIZES.iter().flat_map(|s| KINDS.iter().flat_map(move |a| KINDS.map(|b| (s, *a, b))))
+        {
+            let (x, weight) = (random(size, input), random(&size[1..], Kind::Float));
+            let expected = x.to_kind(Kind::Float).rms_norm(&size[1..], Some(&weight), 1e-6).to_kind(output);
+            close(&rms_norm(&x, &weight, 1e-6, output), &expected);
+        }
+        let zero = Tensor::zeros([2, 64], (Kind::Float, Device::Cpu));
+        close(&rms_norm(&zero, &Tensor::ones([64], (Kind::Float, Device::Cpu)), 1e-6, Kind::Float), &zero);
+    }
+
+    #[test]
+    fn gates_and_sums() {
+        for (size, kind) in SIZES.iter().flat_map(|size| KINDS.map(|kind| (size, kind))) {
+            let (a, b) = (random(size, kind), random(size, kind));
+            let float = |x: &Tensor| x.to_kind(Kind::Float);
+            close(&silu_times(&a, &b), &(float(&a).silu() * float(&b)).to_kind(kind));
+            let x = random(size, Kind::Float);
+            close(&add(&x, &b), &(x + float(&b)));
+        }
+        // What a norm cannot tame: infinities, and what is no number, stay so.
+        let odd = Tensor::from_slice(&[f32::INFINITY, f32::NAN, -200.0, 200.0]);
+        let gated = silu_times(&odd, &odd.ones_like());
+        assert_eq!(gated.double_value(&[0]), f64::INFINITY);
+        assert!(gated.double_value(&[1]).is_nan());
+        assert!(gated.double_value(&[2]).abs() < 1e-30 && gated.double_value(&[3]) == 200.0);
+    }
+
+    #[test]
+    fn rotations() {
+        for (heads, head, width) in [(1, 2, 2), (3, 64, 64), (4, 20, 8)] {
+            for kind in KINDS {
+                let x = random(&[2, 9, heads * head + 5], kind).narrow(2, 5, heads * head);
+                let x = x.unflatten(2, [heads, head]).transpose(1, 2);
+                let angles = Tensor::rand([9, width / 2], (Kind::Float, Device::Cpu)) * 6.0;
+                let angles = Tensor::cat(&[&angles, &angles], 1);
+                let (cos, sin) = (angles.cos(), angles.sin());
+                let expected = super::super::Rotary::rotate_plainly(&x.to_kind(Kind::Float), &cos, &sin);
+                close(&rotate(&x, &cos, &sin), &expected.to_kind(kind));
+            }
+        }
+    }
+
+    #[test]
+    fn threads_change_nothing() {
+        let (x, weight) = (random(&[1000, 333], Kind::Float), random(&[333], Kind::Float));
+        let on = |threads| {
+            let before = tch::get_num_threads();
+            tch::set_num_threads(threads);
+            let found = (rms_norm(&x, &weight, 1e-6, Kind::BFloat16), silu_times(&x, &x));
+            tch::set_num_threads(before);
+            found
+        };
+        let (one, three) = (on(1), on(3));
+        assert!(one.0.equal(&three.0) && one.1.equal(&three.1));
+    }
+}
