@@ -98,6 +98,12 @@ enum Command {
     },
     /// JSON Schema of a config, for completion in an editor.
     Schema,
+    /// A page for each component, as `describe` has it, in Markdown.
+    Docs {
+        /// The folder to write, one folder in it for each kind.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -187,6 +193,7 @@ fn run(command: Command) -> Result<ExitCode> {
             print(&serde_json::to_string_pretty(&config::json_schema())?)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Docs { out } => docs(&out),
     }
 }
 
@@ -390,38 +397,18 @@ fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
             known.join(", ")
         )));
     };
-    let mut text = format!("{kind} {name}\n{}\n\n", component.summary);
-    if !component.paper.is_empty() {
-        text += &format!("Paper: {}\n\n", component.paper);
+    print(&describe::text(component))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn docs(out: &Path) -> Result<ExitCode> {
+    let pages = describe::pages();
+    for (path, page) in &pages {
+        let path = out.join(path);
+        let dir = path.parent().unwrap_or(out);
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        tensors::write_file(&path, page.as_bytes())?;
     }
-    if let Some(usual) = component.usual_dictionary {
-        text += &format!("Trains the dictionary `{usual}` unless told otherwise.\n\n");
-    }
-    let schema = (component.schema)().to_value();
-    if let Some(doc) = schema.get("description").and_then(Value::as_str) {
-        text += &format!("{doc}\n\n");
-    }
-    let none = Map::new();
-    let fields = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
-    let required: Vec<&str> =
-        schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
-    if !fields.is_empty() {
-        text += "Fields:\n";
-    }
-    for (field, schema) in fields {
-        let default = match schema.get("default") {
-            Some(default) => format!("default {default}"),
-            None if required.contains(&field.as_str()) => "required".to_owned(),
-            None => "optional".to_owned(),
-        };
-        text += &format!("  {field} ({}, {default})\n", config::type_name(schema));
-        for line in schema.get("description").and_then(Value::as_str).unwrap_or_default().lines() {
-            text += &format!("      {line}\n");
-        }
-    }
-    if let Some(example) = config::example(component) {
-        text += &format!("\nExample, a config that trains as it stands:\n\n{example}");
-    }
-    print(&text)?;
+    eprintln!("{} pages written to {}", pages.len(), out.display());
     Ok(ExitCode::SUCCESS)
 }

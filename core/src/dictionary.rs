@@ -175,6 +175,13 @@ pub trait Dictionary: Any + Send {
     /// Reconstruction [.., d_out] of features [.., F].
     fn decode(&self, features: &Tensor) -> Tensor;
 
+    /// What of an activation [.., d] reaches the reconstruction past the features, [.., d_out], where something does
+    /// (a skip connection): it is added to what the features decode to.
+    fn skip(&self, x: &Tensor) -> Option<Tensor> {
+        let _ = x;
+        None
+    }
+
     /// Features [B, F] as training computes them, with what the loss needs beside them.
     fn forward(&self, x: &Tensor) -> Code {
         Code::new(self.encode(x))
@@ -196,6 +203,12 @@ pub trait Dictionary: Any + Send {
     /// The same, for the trainer that anneals it.
     fn selection_mut(&mut self) -> Option<&mut Selection> {
         None
+    }
+
+    /// Called with the first batch before anything is computed, for what is initialised from data; not if weights were
+    /// loaded (`init_from`).
+    fn begin(&mut self, batch: &Batch) {
+        let _ = batch;
     }
 
     /// A term that the architecture adds to the loss of whichever trainer, with its name in the log, where it cannot
@@ -289,7 +302,16 @@ impl dyn Dictionary + '_ {
     /// Reconstruction and features of activations.
     pub fn reconstruct(&self, x: &Tensor) -> (Tensor, Tensor) {
         let features = self.encode(x);
-        (self.decode(&features), features)
+        (self.reconstruction(&features, x), features)
+    }
+
+    /// Reconstruction [.., d_out] of features [.., F] that were encoded from activations [.., d].
+    pub fn reconstruction(&self, features: &Tensor, x: &Tensor) -> Tensor {
+        let decoded = self.decode(features);
+        match self.skip(x) {
+            Some(skipped) => decoded + skipped,
+            None => decoded,
+        }
     }
 }
 
@@ -331,6 +353,15 @@ pub fn trained(tensor: Tensor) -> Tensor {
 pub fn random_directions(dims: [i64; 2], norm: f64, device: Device) -> Tensor {
     let directions = randn(dims, device);
     &directions / directions.norm_scalaropt_dim(2.0, [0], true) * norm
+}
+
+/// The decoder [d_out, F] to go with an encoder whose rows are these directions, [d, F], of that norm: the same, where
+/// what is reconstructed is the input's width, and random directions otherwise.
+pub fn decoder_for(directions: Tensor, norm: f64, cx: &DictionaryCx) -> Tensor {
+    if cx.output_dim == cx.activation_dim {
+        return directions;
+    }
+    random_directions([cx.output_dim, directions.size()[1]], norm, cx.device)
 }
 
 /// A matrix [rows, columns] of independent normal numbers.

@@ -7,6 +7,8 @@ pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod constraint;
+pub mod contract;
+pub mod describe;
 pub mod device;
 pub mod dictionary;
 pub mod evaluate;

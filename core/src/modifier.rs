@@ -2,17 +2,82 @@
 
 use std::fmt::Debug;
 
-use anyhow::Result;
+use anyhow::{bail, Result};
+use tch::{Kind, Tensor};
 
+use crate::config::InputError;
 use crate::dictionary::Dictionary;
+use crate::resample::can_resample;
 use crate::state::State;
-use crate::trainer::{AfterStep, Pass, Terms};
+use crate::trainer::{AfterStep, Pass, Terms, Trainer};
 
 /// The config of a modifier.
 #[typetag::serde(tag = "type")]
 pub trait ModifierConfig: Debug + Send + Sync {
-    /// The modifier for this dictionary, or why it cannot work with it.
-    fn build(&self, dictionary: &dyn Dictionary) -> Result<Box<dyn Modifier>>;
+    /// What it cannot do without. Where that is missing the config is refused before anything is built.
+    fn needs(&self) -> Vec<Need> {
+        Vec::new()
+    }
+
+    /// The modifier, or why it cannot work here.
+    fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>>;
+}
+
+/// What a modifier is built for.
+pub struct ModifierCx<'a> {
+    /// The dictionary in training.
+    pub dictionary: &'a dyn Dictionary,
+    /// Its trainer.
+    pub trainer: &'a dyn Trainer,
+}
+
+/// What a modifier cannot do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// `pre_activations` [B, F] in the code: what decides whether features fire, before the nonlinearity.
+    PreActivations,
+    /// A decoder.
+    Decoder,
+    /// A sparsity term in the trainer's loss.
+    SparsityTerm,
+    /// Features that can start anew, and a trainer that does not resample them already.
+    Resampling,
+}
+
+impl Need {
+    /// Refuses a modifier whose needs are not met. `name` is the modifier's.
+    pub fn check(self, name: &str, cx: &ModifierCx) -> Result<()> {
+        let class = cx.dictionary.class();
+        let (met, why) = match self {
+            Need::PreActivations => {
+                (exposes_pre_activations(cx), format!("pre-activations, which the class {class} does not expose"))
+            }
+            Need::Decoder => {
+                (cx.dictionary.decoder().is_some(), format!("a decoder, which the class {class} does not have"))
+            }
+            Need::SparsityTerm => (
+                cx.trainer.has_sparsity_term(),
+                "a sparsity term to take the place of, and this trainer's loss has none".to_owned(),
+            ),
+            Need::Resampling if cx.trainer.resamples() => {
+                (false, "a trainer that does not resample, and this one does (`resample_steps`)".to_owned())
+            }
+            Need::Resampling => (
+                can_resample(cx.dictionary),
+                format!("features that can be resampled, and those of the class {class} cannot"),
+            ),
+        };
+        if !met {
+            bail!(InputError::new(format!("the modifier `{name}` needs {why}"))
+                .help("leave the modifier out, or choose another dictionary or trainer"));
+        }
+        Ok(())
+    }
+}
+
+fn exposes_pre_activations(cx: &ModifierCx) -> bool {
+    let x = Tensor::zeros([1, cx.dictionary.dims().input], (Kind::Float, cx.dictionary.device()));
+    tch::no_grad(|| cx.trainer.encode(cx.dictionary, &x).get("pre_activations").is_some())
 }
 
 /// A modifier.

@@ -1,6 +1,6 @@
 //! What a plugin brings into scope: `use dictlearn_core::prelude::*;`.
 
-pub use anyhow::{bail, Result};
+pub use anyhow::{bail, Context, Result};
 pub use inventory;
 pub use schemars::JsonSchema;
 pub use serde::{Deserialize, Serialize};
@@ -12,14 +12,14 @@ pub use crate::config::{ConfigPath, InputError, PathOrName, Under};
 pub use crate::constraint::Constraints;
 pub use crate::device::Precision;
 pub use crate::dictionary::{
-    dict_size, random_directions, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx,
+    decoder_for, dict_size, random_directions, saved_shape, trained, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx,
     Dims, Encoder, SavedClass,
 };
 pub use crate::firing::Firing;
 pub use crate::logger::{Logger, LoggerConfig};
 pub use crate::metric::{Figures, Metric, MetricConfig, Subject};
 pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
-pub use crate::modifier::{Modifier, ModifierConfig};
+pub use crate::modifier::{Modifier, ModifierConfig, ModifierCx, Need};
 pub use crate::optim::{Adam, AdamConfig};
 pub use crate::register;
 pub use crate::resample::{ResampleWeight, Resampling};
@@ -27,4 +27,4 @@ pub use crate::schedule::Schedule;
 pub use crate::source::{ActivationSource, Activations, Batch, ModelSource, Part, Site, SourceConfig, SourceCx};
 pub use crate::state::State;
 pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
-pub use crate::trainer::{mean_of_sums, penalizable, AfterStep, Pass, Terms, Trainer, TrainerConfig, TrainerCx};
+pub use crate::trainer::{mean_of_sums, penalizable, AfterStep, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx};

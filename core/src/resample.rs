@@ -27,7 +27,7 @@ pub enum ResampleWeight {
 }
 
 /// Whether the features of a dictionary can be resampled.
-fn can_resample(dictionary: &dyn Dictionary) -> bool {
+pub(crate) fn can_resample(dictionary: &dyn Dictionary) -> bool {
     dictionary.encoder().is_some() && dictionary.decoder().is_some()
 }
 
@@ -35,6 +35,8 @@ fn can_resample(dictionary: &dyn Dictionary) -> bool {
 #[derive(Debug)]
 pub struct Resampling {
     every: u64,
+    /// How many silent steps make a feature dead, at least.
+    dead_from: u64,
     /// It is done at the steps that leave this remainder.
     at: u64,
     weight: ResampleWeight,
@@ -52,8 +54,15 @@ impl Resampling {
                 .field("resample_steps")
                 .help("leave `resample_steps` out"));
         }
+        Ok(Some(Resampling::every(every, None, weight, dictionary)))
+    }
+
+    /// Resampling every so many steps, at the last of each, of the features that were silent for more than `dead_after`
+    /// steps; for more than half of the steps between where that is `None`.
+    pub fn every(every: u64, dead_after: Option<u64>, weight: ResampleWeight, dictionary: &dyn Dictionary) -> Self {
         let firing = Firing::new(dictionary.dims().features, dictionary.device());
-        Ok(Some(Resampling { every, at: every.saturating_sub(1), weight, firing }))
+        let dead_from = dead_after.unwrap_or(every / 2).saturating_add(1);
+        Resampling { every, dead_from, at: every.saturating_sub(1), weight, firing }
     }
 
     /// The same at the first step of each.
@@ -71,8 +80,10 @@ impl Resampling {
     /// Starts dead features anew, if it is time.
     pub fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
         if cx.step % self.every == self.at {
-            let dead = self.firing.silent_for((self.every / 2) as i64 + 1);
+            let dead = self.firing.silent_for(self.dead_from.try_into().unwrap_or(i64::MAX));
             resample(cx, &dead, self.weight)?;
+            // What starts anew is given its time.
+            self.firing.reset(&dead);
         }
         Ok(())
     }

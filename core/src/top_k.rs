@@ -2,9 +2,9 @@
 //! trainer with the auxiliary loss for dead features (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*,
 //! <https://arxiv.org/abs/2406.04093>).
 //!
-//! A dictionary of the family has a [`Selection`] and exposes in its [`Code`] `post_relu`,
-//! the features before the selection, [B, F], and `top_values`, the selected ones, [rows, k], a row for what was
-//! selected from together: an activation or a batch. With `top_indices`, of the same shape, only the features at these
+//! A dictionary of the family has a [`Selection`], which makes its [`Code`]. The code exposes `post_relu`, the features
+//! before the selection, [B, F], and `top_values`, the selected ones, [rows, k], a row for what was selected from
+//! together: an activation or a batch. With `top_indices`, of the same shape, only the features at these
 //! count as fired; without, those that are above 0.
 
 use std::collections::BTreeMap;
@@ -104,18 +104,35 @@ impl Selection {
         }
     }
 
-    /// Of the features [B, F] of a batch after ReLU the B·k largest, in training.
-    pub fn of_batch(&self, post_relu: Tensor) -> Code {
+    /// Of pre-activations [.., F] after ReLU the k largest of each activation.
+    pub fn of_each(&self, pre_activations: Tensor) -> Code {
+        let post_relu = pre_activations.relu();
+        let (values, indices) = post_relu.topk(self.k, -1, true, false);
+        let features = post_relu.zeros_like().scatter(-1, &indices, &values);
+        Code::new(features)
+            .with("pre_activations", pre_activations)
+            .with("post_relu", post_relu)
+            .with("top_values", values)
+            .with("top_indices", indices)
+    }
+
+    /// Of the pre-activations [B, F] of a batch after ReLU the B·k largest, in training.
+    pub fn of_batch(&self, pre_activations: Tensor) -> Code {
+        let post_relu = pre_activations.relu();
         let flat = post_relu.flatten(0, -1);
         let rows = flat.size()[0] / post_relu.size().last().copied().unwrap_or(1).max(1);
         let (values, indices) = flat.topk(self.k * rows, -1, true, false);
         let features = flat.zeros_like().scatter(0, &indices, &values).view_as(&post_relu);
-        Code::new(features).with("post_relu", post_relu).with("top_values", values.unsqueeze(0))
+        Code::new(features)
+            .with("pre_activations", pre_activations)
+            .with("post_relu", post_relu)
+            .with("top_values", values.unsqueeze(0))
     }
 
-    /// Of the features [.., F] after ReLU those above the threshold.
-    pub fn above_threshold(&self, post_relu: &Tensor) -> Tensor {
-        post_relu * post_relu.gt_tensor(&self.threshold)
+    /// Of pre-activations [.., F] after ReLU those above the threshold.
+    pub fn above_threshold(&self, pre_activations: &Tensor) -> Tensor {
+        let post_relu = pre_activations.relu();
+        &post_relu * post_relu.gt_tensor(&self.threshold)
     }
 
     /// θ ← β θ + (1 − β) · the mean over rows of their smallest positive value.
@@ -373,7 +390,7 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> Trainer for TopKTrainer<R> {
     fn begin(&mut self, dictionary: &mut dyn Dictionary, batch: &Batch) -> Result<()> {
         let bias = dictionary.parameters().into_iter().find(|(name, _)| *name == "b_dec");
         if let Some((_, mut bias)) = bias {
-            tch::no_grad(|| bias.copy_(&geometric_median(&batch.x)));
+            tch::no_grad(|| bias.copy_(&geometric_median(&batch.target)));
         }
         Ok(())
     }

@@ -64,7 +64,7 @@ impl<'a> Pass<'a> {
         logging: bool,
     ) -> Self {
         let code = trainer.encode(dictionary, &batch.x);
-        let x_hat = dictionary.decode(&code.features);
+        let x_hat = dictionary.reconstruction(&code.features, &batch.x);
         Pass { step, batch, dictionary, code, x_hat, logging }
     }
 
@@ -101,11 +101,24 @@ pub struct Terms {
     terms: Vec<Term>,
 }
 
+/// What a term of a loss is for, so that modifiers find it whatever its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// How far the reconstruction is off.
+    Reconstruction,
+    /// How many features there are, or how large.
+    Sparsity,
+    /// Anything else.
+    Other,
+}
+
 /// One term of a loss.
 #[derive(Debug)]
 pub struct Term {
     /// Its name in the log.
     pub name: &'static str,
+    /// What it is for.
+    pub role: Role,
     /// Its value, a scalar, before it is weighted.
     pub value: Tensor,
     /// Its weight in the loss; 0 for a figure that is only logged.
@@ -120,7 +133,17 @@ impl Terms {
 
     /// Adds `weight × value` to the loss and `value` to the log.
     pub fn add(&mut self, name: &'static str, value: Tensor, weight: f64) {
-        self.terms.push(Term { name, value, weight });
+        self.terms.push(Term { name, role: Role::Other, value, weight });
+    }
+
+    /// Adds the error of the reconstruction, with weight 1.
+    pub fn add_reconstruction(&mut self, name: &'static str, value: Tensor) {
+        self.terms.push(Term { name, role: Role::Reconstruction, value, weight: 1.0 });
+    }
+
+    /// Adds the sparsity penalty. A trainer that does says so ([`Trainer::has_sparsity_term`]).
+    pub fn add_sparsity(&mut self, name: &'static str, value: Tensor, weight: f64) {
+        self.terms.push(Term { name, role: Role::Sparsity, value, weight });
     }
 
     /// Adds a figure to the log alone.
@@ -133,6 +156,18 @@ impl Terms {
         self.terms.iter_mut().find(|term| term.name == name)
     }
 
+    /// The error of the reconstruction, a scalar, as it stands in the loss.
+    pub fn reconstruction(&self) -> Option<Tensor> {
+        sum(self.terms.iter().filter(|term| term.role == Role::Reconstruction))
+    }
+
+    /// Takes the sparsity penalty out of the loss; it stays in the log.
+    pub fn drop_sparsity(&mut self) {
+        for term in self.terms.iter_mut().filter(|term| term.role == Role::Sparsity) {
+            term.weight = 0.0;
+        }
+    }
+
     /// All terms.
     pub fn iter(&self) -> impl Iterator<Item = &Term> {
         self.terms.iter()
@@ -140,11 +175,7 @@ impl Terms {
 
     /// The loss: the weighted sum, a scalar.
     pub fn total(&self) -> Option<Tensor> {
-        self.terms
-            .iter()
-            .filter(|term| term.weight != 0.0)
-            .map(|term| if term.weight == 1.0 { term.value.shallow_clone() } else { &term.value * term.weight })
-            .reduce(|sum, term| sum + term)
+        sum(self.terms.iter())
     }
 
     /// Writes every figure into a row of the log, `loss` last.
@@ -156,6 +187,13 @@ impl Terms {
             row.insert("loss".to_owned(), number(&total));
         }
     }
+}
+
+fn sum<'a>(terms: impl Iterator<Item = &'a Term>) -> Option<Tensor> {
+    terms
+        .filter(|term| term.weight != 0.0)
+        .map(|term| if term.weight == 1.0 { term.value.shallow_clone() } else { &term.value * term.weight })
+        .reduce(|sum, term| sum + term)
 }
 
 /// A scalar tensor as a JSON number.
@@ -224,6 +262,16 @@ pub trait Trainer: Send {
     ///
     /// Counters may be kept here: should the loss turn out not to be finite, they are set back.
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()>;
+
+    /// Whether the loss has a sparsity term ([`Terms::add_sparsity`]), which modifiers may change.
+    fn has_sparsity_term(&self) -> bool {
+        false
+    }
+
+    /// Whether the trainer resamples dead features itself.
+    fn resamples(&self) -> bool {
+        false
+    }
 
     /// Acts after the optimiser's step and the constraints on weights: annealing, resampling.
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {

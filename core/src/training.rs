@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use crate::config::{InputError, SaeConfig, Under};
 use crate::device::{self, Precision};
 use crate::dictionary::{Dictionary, DictionaryCx};
-use crate::modifier::Modifier;
+use crate::modifier::{Modifier, ModifierConfig, ModifierCx};
 use crate::optim::Adam;
 use crate::rng::{rng, Rng};
 use crate::saved;
@@ -44,6 +44,8 @@ pub struct Training {
     optimizer: Adam,
     rng: Rng,
     precision: Precision,
+    /// Whether the dictionary starts from random weights.
+    fresh: bool,
 }
 
 impl Training {
@@ -67,7 +69,8 @@ impl Training {
                 dictionary.dims().output,
                 cx.widths.1
             ))
-            .field("dictionary"));
+            .field("dictionary")
+            .help("choose one that predicts vectors of another width, a transcoder (`dictlearn list dictionaries`)"));
         }
         if let Some(path) = &config.init_from {
             // Counts are the config's (groups, and k: annealing may have been on its way when the file was saved).
@@ -84,11 +87,14 @@ impl Training {
         }
         let trainer_cx = TrainerCx { dictionary: &*dictionary, steps: cx.steps, seed: cx.seed };
         let trainer = config.trainer.build(&trainer_cx).under("trainer")?;
-        let modifiers = config
-            .modifiers
-            .iter()
-            .enumerate()
-            .map(|(index, modifier)| modifier.build(&*dictionary).under(format_args!("modifiers[{index}]")))
+        let modifier_cx = ModifierCx { dictionary: &*dictionary, trainer: &*trainer };
+        let build = |modifier: &dyn ModifierConfig| {
+            modifier.needs().into_iter().try_for_each(|need| need.check(modifier.typetag_name(), &modifier_cx))?;
+            modifier.build(&modifier_cx)
+        };
+        let modifiers = config.modifiers.iter().enumerate();
+        let modifiers = modifiers
+            .map(|(index, modifier)| build(&**modifier).under(format_args!("modifiers[{index}]")))
             .collect::<Result<_>>()?;
         let optimizer = Adam::new(trainer.adam(), dictionary.parameters());
         let rng = rng(cx.seed, "training");
@@ -100,6 +106,7 @@ impl Training {
             optimizer,
             rng,
             precision: cx.precision,
+            fresh: config.init_from.is_none(),
         })
     }
 
@@ -149,6 +156,9 @@ impl Training {
     /// The loss of a step, if it is finite, and its figures.
     fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<(Tensor, Option<Map<String, Value>>)> {
         if step == 0 {
+            if self.fresh {
+                self.dictionary.begin(batch);
+            }
             self.trainer.begin(&mut *self.dictionary, batch)?;
         }
         let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);

@@ -107,6 +107,29 @@ fn wrong_configs() {
         format!("{SOURCE}steps: 100\nsaes:\n- trainer: {{{trainer}}}\n  dictionary: {{{dictionary}}}\n")
     };
     let short = "warmup_steps: 5, sparsity_warmup_steps: 5";
+    let modified = |trainer: &str, dictionary: &str, modifier: &str| {
+        format!("{}  modifiers: [{{{modifier}}}]\n", pair(trainer, dictionary))
+    };
+    case(
+        "a modifier that wants a sparsity term",
+        modified(
+            "type: top_k, warmup_steps: 5",
+            "type: top_k, k: 4",
+            "type: entropy_penalty, weight: 0.1, replace_sparsity: true",
+        ),
+    );
+    case(
+        "a modifier that wants pre-activations",
+        modified(&format!("type: standard, {short}"), "type: identity", "type: ghost_grads, threshold: 5"),
+    );
+    case(
+        "resampling twice",
+        modified(
+            &format!("type: standard, {short}, resample_steps: 20"),
+            "type: auto_encoder",
+            "type: resample, every: 20",
+        ),
+    );
     case("top_k on a gated dictionary", pair("type: top_k, warmup_steps: 5", "type: gated"));
     case("gated without a gate", pair(&format!("type: gated, {short}"), "type: auto_encoder"));
     case("gated_anneal without a gate", pair(&format!("type: gated_anneal, {short}"), "type: jump_relu"));

@@ -29,6 +29,21 @@ fn dictionary_name(class: &str) -> &'static str {
     found.unwrap_or_else(|| panic!("no dictionary is the reference's {class}")).name
 }
 
+/// What `run/sae` has is, tensor by tensor, what the reference's run ended with.
+fn same_weights(desk: &Desk, reference: &std::path::Path, tolerance: f64) {
+    let own = tensors(&desk.path("run/sae/ae.safetensors"));
+    let theirs = tensors(&reference.join("final.safetensors"));
+    assert_eq!(own.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>());
+    for (name, theirs) in &theirs {
+        let own = &own[name];
+        assert_eq!((own.size(), own.kind()), (theirs.size(), theirs.kind()), "{name}");
+        let (own, theirs) = (own.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
+        let difference = (own - &theirs).norm().double_value(&[]) / theirs.norm().double_value(&[]).max(1e-12);
+        eprintln!("{}: {name} differs by {difference:.1e}", reference.display());
+        assert!(difference < tolerance, "{}: {name} differs by {difference:e}", reference.display());
+    }
+}
+
 /// Trains as a golden run did and compares what is saved, tensor by tensor, and what was logged.
 fn golden_run(case: &str) {
     let desk = Desk::new();
@@ -69,17 +84,7 @@ fn golden_run(case: &str) {
     );
     desk.ok(&["train", "config.yaml"]);
 
-    let tolerance = settings["tolerance"].as_f64().unwrap();
-    let (own, theirs) = (tensors(&desk.path("run/sae/ae.safetensors")), tensors(&dir.join("final.safetensors")));
-    assert_eq!(own.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>());
-    for (name, theirs) in &theirs {
-        let own = &own[name];
-        assert_eq!((own.size(), own.kind()), (theirs.size(), theirs.kind()), "{case}: {name}");
-        let (own, theirs) = (own.to_kind(Kind::Double), theirs.to_kind(Kind::Double));
-        let difference = (own - &theirs).norm().double_value(&[]) / theirs.norm().double_value(&[]).max(1e-12);
-        eprintln!("{case}: {name} differs by {difference:.1e}");
-        assert!(difference < tolerance, "{case}: {name} differs by {difference:e}");
-    }
+    same_weights(&desk, &dir, settings["tolerance"].as_f64().unwrap());
 
     let (log, reference) = (desk.log("run/metrics.jsonl"), read("log.json"));
     let reference = reference.as_array().unwrap();
@@ -134,6 +139,60 @@ golden_runs! {
     batch_top_k gated gated_anneal jump_relu matryoshka_batch_top_k p_anneal p_anneal_lp standard
     standard_april_update top_k top_k_anneal
 }
+
+/// Trains as a golden run of the reference's early experiments did: `standard` with the norm of the residual, modifiers,
+/// and pairs of an input and an output.
+fn experimental_run(case: &str) {
+    let desk = Desk::new();
+    let dir = fixture("experimental").join(case);
+    let read = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
+    let settings = read("case.json");
+    let tensors = if settings["in_to_out"] == true { "tensor: in, target_tensor: out" } else { "tensor: in" };
+    let penalty = &settings["sparsity_penalty"];
+    let mut modifiers = Vec::new();
+    if settings["entropy"] == true {
+        modifiers.push(format!("{{type: entropy_penalty, weight: {penalty}, replace_sparsity: true}}"));
+    }
+    if let Some(threshold) = settings["ghost_threshold"].as_u64() {
+        modifiers.push(format!("{{type: ghost_grads, threshold: {threshold}, unit: steps}}"));
+    }
+    let config = format!(
+        "steps: {}\noutput_dir: run\nprecision: float32\nlog_every: 1\n\
+         source: {{type: tensor_file, path: {:?}, {tensors}, batch_size: {}, shuffle: false}}\n\
+         saes:\n- name: sae\n  init_from: {:?}\n  dictionary: {{type: auto_encoder, dict_size: 96}}\n  \
+         trainer: {{type: standard, reconstruction: l2_norm, lr: {}, l1_penalty: {penalty}, warmup_steps: {}, \
+         sparsity_warmup_steps: null}}\n  modifiers: [{}]\n",
+        settings["steps"],
+        fixture("experimental/pairs.safetensors"),
+        settings["batch_size"],
+        dir.join("init.safetensors"),
+        settings["lr"],
+        settings["warmup_steps"],
+        modifiers.join(", ")
+    );
+    desk.write("config.yaml", &config);
+    desk.ok(&["train", "config.yaml"]);
+
+    let tolerance = settings["tolerance"].as_f64().unwrap();
+    same_weights(&desk, &dir, tolerance);
+    let (log, reference) = (desk.log("run/metrics.jsonl"), read("log.json"));
+    for (own, theirs) in log.iter().zip(reference.as_array().unwrap()) {
+        let (loss, expected) = (own["loss"].as_f64().unwrap(), theirs["loss"].as_f64().unwrap());
+        assert!((loss - expected).abs() <= tolerance * expected, "{case}: step {}: {loss} {expected}", own["step"]);
+        assert!(own.get("ghosts").is_none_or(|ghosts| *ghosts == theirs["ghosts"]), "{case}: {own} {theirs}");
+    }
+}
+
+macro_rules! experimental_runs {
+    ($($case:ident)*) => {
+        $(#[test]
+        fn $case() {
+            experimental_run(stringify!($case));
+        })*
+    };
+}
+
+experimental_runs! { entropy ghost_grads mlp_stretcher mlp_stretcher_ghost_entropy }
 
 /// Equal to 1e-4. A fraction of differences of losses is no better known than the reference's float32 losses are.
 fn close(own: &Value, theirs: &Value, what: &str) {

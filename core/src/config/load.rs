@@ -282,7 +282,22 @@ pub fn json_schema() -> Json {
     if let Some(sae) = schema.pointer_mut("/$defs/SaeConfig").and_then(Json::as_object_mut) {
         sae.insert("required".to_owned(), serde_json::json!(["trainer"]));
     }
+    say_defaults(&mut schema);
     schema
+}
+
+/// Adds every default to the description of its field, which is what editors show.
+fn say_defaults(schema: &mut Json) {
+    match schema {
+        Json::Object(map) => {
+            if let (Some(default), Some(Json::String(doc))) = (map.get("default").cloned(), map.get_mut("description")) {
+                *doc += &format!("\n\nDefault: {default}");
+            }
+            map.values_mut().for_each(say_defaults);
+        }
+        Json::Array(values) => values.iter_mut().for_each(say_defaults),
+        _ => {}
+    }
 }
 
 /// The type of a field in words, from its schema.

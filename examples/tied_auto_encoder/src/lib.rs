@@ -146,9 +146,13 @@ impl Trainer for TiedTrainer {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
+    fn has_sparsity_term(&self) -> bool {
+        true
+    }
+
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add("mse_loss", mean_of_sums(&pass.residual().square()), 1.0);
-        terms.add("sparsity_loss", mean_of_sums(pass.code.penalized()), self.l1_penalty);
+        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
+        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), self.l1_penalty);
         Ok(())
     }
 }

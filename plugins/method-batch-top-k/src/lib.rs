@@ -101,9 +101,9 @@ impl BatchTopK {
         }
     }
 
-    /// ReLU(W_e (x − b) + b_e), [.., F].
-    fn post_relu(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x - &self.b_dec), &self.encoder_weight, Some(&self.encoder_bias)).relu()
+    /// W_e (x − b) + b_e, [.., F].
+    fn pre_activations(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(&(x - &self.b_dec), &self.encoder_weight, Some(&self.encoder_bias))
     }
 }
 
@@ -136,7 +136,7 @@ impl Dictionary for BatchTopK {
 
     /// By the threshold: an activation's features do not depend on its batch.
     fn encode(&self, x: &Tensor) -> Tensor {
-        self.selection.above_threshold(&self.post_relu(x))
+        self.selection.above_threshold(&self.pre_activations(x))
     }
 
     fn decode(&self, features: &Tensor) -> Tensor {
@@ -144,7 +144,7 @@ impl Dictionary for BatchTopK {
     }
 
     fn forward(&self, x: &Tensor) -> Code {
-        self.selection.of_batch(self.post_relu(x))
+        self.selection.of_batch(self.pre_activations(x))
     }
 
     fn decoder(&self) -> Option<Decoder> {
@@ -193,7 +193,7 @@ register! {
 impl TrainerConfig for BatchTopKConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         Ok(Box::new(TopKTrainer::new(NAME, self.settings(), cx, |pass, terms| {
-            terms.add("l2_loss", mean_of_sums(&pass.residual().square()), 1.0);
+            terms.add_reconstruction("l2_loss", mean_of_sums(&pass.residual().square()));
             Ok(())
         })?))
     }

@@ -137,7 +137,8 @@ impl Dictionary for Gated {
 
     fn forward(&self, x: &Tensor) -> Code {
         let (features, gate) = self.features_and_gate(x);
-        Code::new(features).penalize(gate.relu()).with("gate", gate)
+        // What decides whether a feature fires is its gate.
+        Code::new(features).penalize(gate.relu()).with("pre_activations", gate.shallow_clone()).with("gate", gate)
     }
 
     fn decoder(&self) -> Option<Decoder> {
@@ -251,10 +252,14 @@ impl Trainer for GatedTrainer {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
+    fn has_sparsity_term(&self) -> bool {
+        true
+    }
+
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add("mse_loss", mean_of_sums(&pass.residual().square()), 1.0);
+        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
         let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
+        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
         Ok(())
     }
 }

@@ -55,12 +55,13 @@ register! {
 impl DictionaryConfig for JumpReluDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
-        let mut dictionary = JumpRelu::zeros(cx.activation_dim, features, cx.device, cx.precision);
+        let mut dictionary = JumpRelu::zeros(cx.activation_dim, features, cx.output_dim, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose, thresholds near 0.
         let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
         tch::no_grad(|| {
             dictionary.w_enc.copy_(&directions);
-            dictionary.w_dec.copy_(&directions.transpose(0, 1));
+            let decoder = decoder_for(directions, 1.0, cx);
+            dictionary.w_dec.copy_(&decoder.transpose(0, 1));
             let _ = dictionary.threshold.fill_(1e-3);
         });
         Ok(Box::new(dictionary))
@@ -72,8 +73,8 @@ impl DictionaryConfig for JumpReluDictionaryConfig {
 pub struct JumpRelu {
     w_enc: Tensor,     // W_e [d, F]
     b_enc: Tensor,     // b_e [F]
-    w_dec: Tensor,     // W_d [F, d]
-    b_dec: Tensor,     // b_d [d]
+    w_dec: Tensor,     // W_d [F, d_out]
+    b_dec: Tensor,     // b_d [d_out]
     threshold: Tensor, // θ   [F]
     precision: Precision,
 }
@@ -84,19 +85,20 @@ inventory::submit! {
         name: NAME,
         shaped: |tensors, _, device, precision| {
             let [d, features] = saved_shape(tensors, "W_enc")?;
-            Ok(Box::new(JumpRelu::zeros(d, features, device, precision)))
+            let [d_out] = saved_shape(tensors, "b_dec")?;
+            Ok(Box::new(JumpRelu::zeros(d, features, d_out, device, precision)))
         },
     }
 }
 
 impl JumpRelu {
-    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
+    fn zeros(d: i64, features: i64, d_out: i64, device: Device, precision: Precision) -> Self {
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         JumpRelu {
             w_enc: zeros(&[d, features]),
             b_enc: zeros(&[features]),
-            w_dec: zeros(&[features, d]),
-            b_dec: zeros(&[d]),
+            w_dec: zeros(&[features, d_out]),
+            b_dec: zeros(&[d_out]),
             threshold: zeros(&[features]),
             precision,
         }
@@ -128,7 +130,7 @@ impl Dictionary for JumpRelu {
 
     fn dims(&self) -> Dims {
         let size = self.w_enc.size();
-        Dims { input: size[0], features: size[1], output: size[0] }
+        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
@@ -315,12 +317,16 @@ impl Trainer for JumpReluTrainer {
         code
     }
 
+    fn has_sparsity_term(&self) -> bool {
+        true
+    }
+
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let Some(dictionary) = pass.dictionary.downcast::<JumpRelu>() else { bail!("not a JumpReLU dictionary") };
         let features = pass.code.features.detach();
         self.fired.update(&features.gt(0.0).any_dim(0, false), pass.batch.len());
 
-        terms.add("l2_loss", mean_of_sums(&pass.residual().square()), 1.0);
+        terms.add_reconstruction("l2_loss", mean_of_sums(&pass.residual().square()));
         let seen = match self.ste_on {
             SteOn::PostJump => &features,
             SteOn::PreActivation => pass.code.extra("pre_activations")?,
@@ -330,7 +336,7 @@ impl Trainer for JumpReluTrainer {
             features.gt_tensor(&dictionary.threshold) + dictionary.straight_through(seen, &one, self.bandwidth);
         let l0 = mean_of_sums(&active);
         let penalty = self.sparsity_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add("sparsity_loss", (l0 / self.target_l0 - 1.0).square(), penalty);
+        terms.add_sparsity("sparsity_loss", (l0 / self.target_l0 - 1.0).square(), penalty);
         Ok(())
     }
 

@@ -144,9 +144,9 @@ impl Matryoshka {
         }
     }
 
-    /// ReLU((x − b) W_e + b_e), [.., F].
-    fn post_relu(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x - &self.b_dec), &self.w_enc.transpose(0, 1), Some(&self.b_enc)).relu()
+    /// (x − b) W_e + b_e, [.., F].
+    fn pre_activations(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(&(x - &self.b_dec), &self.w_enc.transpose(0, 1), Some(&self.b_enc))
     }
 
     /// f W_d for a group's features and rows.
@@ -189,7 +189,7 @@ impl Dictionary for Matryoshka {
 
     /// By the threshold: an activation's features do not depend on its batch.
     fn encode(&self, x: &Tensor) -> Tensor {
-        self.selection.above_threshold(&self.post_relu(x))
+        self.selection.above_threshold(&self.pre_activations(x))
     }
 
     fn decode(&self, features: &Tensor) -> Tensor {
@@ -197,7 +197,7 @@ impl Dictionary for Matryoshka {
     }
 
     fn forward(&self, x: &Tensor) -> Code {
-        self.selection.of_batch(self.post_relu(x))
+        self.selection.of_batch(self.pre_activations(x))
     }
 
     fn decoder(&self) -> Option<Decoder> {
@@ -300,7 +300,7 @@ fn reconstruction(weights: &[f64], pass: &Pass, terms: &mut Terms) -> Result<()>
         terms.log("min_l2_loss", losses.min());
         terms.log("max_l2_loss", losses.max());
     }
-    terms.add("l2_loss", losses.mean(losses.kind()), 1.0);
+    terms.add_reconstruction("l2_loss", losses.mean(losses.kind()));
     Ok(())
 }
 

@@ -386,8 +386,16 @@ impl Trainer for PAnneal {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
+    fn has_sparsity_term(&self) -> bool {
+        true
+    }
+
+    fn resamples(&self) -> bool {
+        self.resampling.is_some()
+    }
+
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add("mse_loss", mean_of_sums(&pass.residual().square()), 1.0);
+        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
         let activations = pass.code.penalized();
         let penalty = lp(activations, self.state.p, self.sparsity_function);
         let weight = self.state.coefficient * self.schedule.sparsity_factor(pass.step);
@@ -401,7 +409,7 @@ impl Trainer for PAnneal {
                 self.state.queue.pop_front();
             }
         }
-        terms.add("lp_loss", penalty, weight);
+        terms.add_sparsity("lp_loss", penalty, weight);
         self.update(pass.step);
         if let Some(resampling) = &mut self.resampling {
             resampling.update(&pass.code.features);

@@ -52,11 +52,11 @@ register! {
 impl DictionaryConfig for AutoEncoderNewConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
-        let mut dictionary = AutoEncoderNew::zeros(cx.activation_dim, features, cx.device, cx.precision);
+        let mut dictionary = AutoEncoderNew::zeros(cx.activation_dim, features, cx.output_dim, cx.device, cx.precision);
         let directions = random_directions([cx.activation_dim, features], 0.1, cx.device);
         tch::no_grad(|| {
             dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
-            dictionary.decoder_weight.copy_(&directions);
+            dictionary.decoder_weight.copy_(&decoder_for(directions, 0.1, cx));
         });
         Ok(Box::new(dictionary))
     }
@@ -67,8 +67,8 @@ impl DictionaryConfig for AutoEncoderNewConfig {
 pub struct AutoEncoderNew {
     encoder_weight: Tensor, // W_e [F, d]
     encoder_bias: Tensor,   // b_e [F]
-    decoder_weight: Tensor, // W_d [d, F]
-    decoder_bias: Tensor,   // b_d [d]
+    decoder_weight: Tensor, // W_d [d_out, F]
+    decoder_bias: Tensor,   // b_d [d_out]
     precision: Precision,
 }
 
@@ -78,19 +78,20 @@ inventory::submit! {
         name: DICTIONARY,
         shaped: |tensors, _, device, precision| {
             let [features, d] = saved_shape(tensors, "encoder.weight")?;
-            Ok(Box::new(AutoEncoderNew::zeros(d, features, device, precision)))
+            let [d_out] = saved_shape(tensors, "decoder.bias")?;
+            Ok(Box::new(AutoEncoderNew::zeros(d, features, d_out, device, precision)))
         },
     }
 }
 
 impl AutoEncoderNew {
-    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
+    fn zeros(d: i64, features: i64, d_out: i64, device: Device, precision: Precision) -> Self {
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         AutoEncoderNew {
             encoder_weight: zeros(&[features, d]),
             encoder_bias: zeros(&[features]),
-            decoder_weight: zeros(&[d, features]),
-            decoder_bias: zeros(&[d]),
+            decoder_weight: zeros(&[d_out, features]),
+            decoder_bias: zeros(&[d_out]),
             precision,
         }
     }
@@ -111,7 +112,7 @@ impl Dictionary for AutoEncoderNew {
 
     fn dims(&self) -> Dims {
         let size = self.encoder_weight.size();
-        Dims { input: size[1], features: size[0], output: size[1] }
+        Dims { input: size[1], features: size[0], output: self.decoder_bias.size()[0] }
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
@@ -259,13 +260,17 @@ impl Trainer for AprilUpdate {
         Constraints { unit_norm_decoder: false, clip_gradients: Some(1.0) }
     }
 
+    fn has_sparsity_term(&self) -> bool {
+        true
+    }
+
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let residual = pass.residual();
         if pass.logging {
             let norms = residual.detach().norm_scalaropt_dim(2.0, [-1], false);
             terms.log("l2_loss", norms.mean(norms.kind()));
         }
-        terms.add("mse_loss", mean_of_sums(&residual.square()), 1.0);
+        terms.add_reconstruction("mse_loss", mean_of_sums(&residual.square()));
         let activations = match self.norm_weight {
             NormWeight::Reference => pass.code.penalized(),
             NormWeight::Paper => &pass.code.features,
@@ -274,7 +279,7 @@ impl Trainer for AprilUpdate {
             Some(decoder) => mean_of_sums(&(activations * decoder.norms())),
             None => mean_of_sums(activations),
         };
-        terms.add("sparsity_loss", l1, self.l1_penalty * self.schedule.sparsity_factor(pass.step));
+        terms.add_sparsity("sparsity_loss", l1, self.l1_penalty * self.schedule.sparsity_factor(pass.step));
         Ok(())
     }
 }

@@ -152,6 +152,9 @@ pub struct StandardConfig {
     /// Learning rate.
     #[schemars(range(min = 0))]
     pub lr: f64,
+    /// What is minimised of the residual: its squared norm (`mse`), or its norm (`l2_norm`), as in the reference of
+    /// spring 2024.
+    pub reconstruction: Reconstruction,
     /// Weight λ of the L1 penalty.
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
@@ -167,10 +170,23 @@ pub struct StandardConfig {
     pub resample_weight: ResampleWeight,
 }
 
+/// What is minimised of the residual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum Reconstruction {
+    /// ‖x − x̂‖², the sum of squares.
+    #[default]
+    Mse,
+    /// ‖x − x̂‖.
+    L2Norm,
+}
+
 impl Default for StandardConfig {
     fn default() -> Self {
         StandardConfig {
             lr: 1e-3,
+            reconstruction: Reconstruction::Mse,
             l1_penalty: 1e-1,
             warmup_steps: 1000,
             sparsity_warmup_steps: Some(2000),
@@ -205,6 +221,7 @@ impl TrainerConfig for StandardConfig {
         let resampling = Resampling::new(self.resample_steps, self.resample_weight, cx.dictionary)?;
         Ok(Box::new(Standard {
             lr: self.lr,
+            reconstruction: self.reconstruction,
             l1_penalty: self.l1_penalty,
             schedule,
             resampling: resampling.map(Resampling::at_multiples),
@@ -219,6 +236,7 @@ impl TrainerConfig for StandardConfig {
 /// The reference's `StandardTrainer`.
 struct Standard {
     lr: f64,
+    reconstruction: Reconstruction,
     l1_penalty: f64,
     schedule: Schedule,
     resampling: Option<Resampling>,
@@ -237,15 +255,31 @@ impl Trainer for Standard {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
+    fn has_sparsity_term(&self) -> bool {
+        true
+    }
+
+    fn resamples(&self) -> bool {
+        self.resampling.is_some()
+    }
+
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let residual = pass.residual();
-        if pass.logging {
-            let norms = residual.detach().norm_scalaropt_dim(2.0, [-1], false);
-            terms.log("l2_loss", norms.mean(norms.kind()));
+        let norm = |residual: &Tensor| residual.norm_scalaropt_dim(2.0, [-1], false).mean(residual.kind());
+        let squared = |residual: &Tensor| mean_of_sums(&residual.square());
+        match self.reconstruction {
+            Reconstruction::Mse => terms.add_reconstruction("mse_loss", squared(&residual)),
+            Reconstruction::L2Norm => terms.add_reconstruction("l2_loss", norm(&residual)),
         }
-        terms.add("mse_loss", mean_of_sums(&residual.square()), 1.0);
+        if pass.logging {
+            let residual = residual.detach();
+            match self.reconstruction {
+                Reconstruction::Mse => terms.log("l2_loss", norm(&residual)),
+                Reconstruction::L2Norm => terms.log("mse_loss", squared(&residual)),
+            }
+        }
         let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add("sparsity_loss", mean_of_sums(&pass.code.penalized().abs()), penalty);
+        terms.add_sparsity("sparsity_loss", mean_of_sums(&pass.code.penalized().abs()), penalty);
         if let Some(resampling) = &mut self.resampling {
             resampling.update(&pass.code.features);
         }

@@ -99,15 +99,9 @@ impl TopK {
         }
     }
 
-    /// ReLU(W_e (x − b) + b_e), [.., F].
-    fn post_relu(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x - &self.b_dec), &self.encoder_weight, Some(&self.encoder_bias)).relu()
-    }
-
-    fn select(&self, post_relu: &Tensor) -> (Tensor, Tensor, Tensor) {
-        let (values, indices) = post_relu.topk(self.selection.k(), -1, true, false);
-        let features = post_relu.zeros_like().scatter(-1, &indices, &values);
-        (features, values, indices)
+    /// W_e (x − b) + b_e, [.., F].
+    fn pre_activations(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(&(x - &self.b_dec), &self.encoder_weight, Some(&self.encoder_bias))
     }
 }
 
@@ -139,7 +133,7 @@ impl Dictionary for TopK {
     }
 
     fn encode(&self, x: &Tensor) -> Tensor {
-        self.select(&self.post_relu(x)).0
+        self.selection.of_each(self.pre_activations(x)).features
     }
 
     fn decode(&self, features: &Tensor) -> Tensor {
@@ -147,9 +141,7 @@ impl Dictionary for TopK {
     }
 
     fn forward(&self, x: &Tensor) -> Code {
-        let post_relu = self.post_relu(x);
-        let (features, values, indices) = self.select(&post_relu);
-        Code::new(features).with("post_relu", post_relu).with("top_values", values).with("top_indices", indices)
+        self.selection.of_each(self.pre_activations(x))
     }
 
     fn decoder(&self) -> Option<Decoder> {
@@ -197,7 +189,7 @@ register! {
 impl TrainerConfig for TopKConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         Ok(Box::new(TopKTrainer::new(NAME, self.settings(), cx, |pass, terms| {
-            terms.add("l2_loss", mean_of_sums(&pass.residual().square()), 1.0);
+            terms.add_reconstruction("l2_loss", mean_of_sums(&pass.residual().square()));
             Ok(())
         })?))
     }

@@ -1,0 +1,276 @@
+//! Transcoders: dictionaries that predict a module's output from its input.
+//!
+//! Dunefsky et al. 2024, *Transcoders Find Interpretable LLM Feature Circuits*, <https://arxiv.org/abs/2406.11944>, with
+//! an input x `[d]`, a target y `[d_out]` and features f `[F]`:
+//!
+//! ```text
+//! f = σ(W_e x + b_e)            σ: ReLU, or the k largest of ReLU
+//! ŷ = W_d f + b_d
+//! ```
+//!
+//! Paulo et al. 2025, *Transcoders Beat Sparse Autoencoders for Interpretability*, <https://arxiv.org/abs/2501.18823>,
+//! add a linear map past the features, which takes over what is linear in the module:
+//!
+//! ```text
+//! ŷ = W_d f + W_skip x + b_d
+//! ```
+//!
+//! The source gives pairs: `io: in_to_out` on a submodule, or `tensor` and `target_tensor`. Any trainer that a dictionary
+//! with these activations makes sense with trains them: those with a penalty where there is no `k`, the TopK family's
+//! where there is one. On disk they have sae_lens's tensors.
+//!
+//! Before training, a transcoder predicts about the mean of the targets, `b_d`; one with a skip connection exactly this,
+//! since W_d and W_skip are 0 (section 3 of Paulo et al.). A trainer that keeps the decoder's norm at 1 gives W_d that
+//! norm at its first steps.
+
+use std::collections::BTreeMap;
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::top_k::Selection;
+
+const NAME: &str = "transcoder";
+const SKIP_NAME: &str = "skip_transcoder";
+
+/// A transcoder.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TranscoderConfig {
+    /// How many features each activation keeps; null for all that are positive.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub k: Option<i64>,
+    /// Number of features; or give `expansion_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features as a multiple of the input's width; 8 if neither is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+/// A transcoder with a skip connection.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct SkipTranscoderConfig(TranscoderConfig);
+
+register! {
+    dictionary TranscoderConfig, NAME,
+    summary: "Predicts a module's output from its input",
+    paper: "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, https://arxiv.org/abs/2406.11944",
+    example: "{type: transcoder, expansion_factor: 8}",
+}
+
+register! {
+    dictionary SkipTranscoderConfig, SKIP_NAME,
+    summary: "Predicts a module's output from its input, with a linear map beside the features",
+    paper: "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
+            https://arxiv.org/abs/2501.18823",
+    example: "{type: skip_transcoder, expansion_factor: 8}",
+}
+
+#[typetag::serde(name = NAME)]
+impl DictionaryConfig for TranscoderConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        Ok(Box::new(Transcoder::new(self, false, cx)?))
+    }
+}
+
+#[typetag::serde(name = SKIP_NAME)]
+impl DictionaryConfig for SkipTranscoderConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        Ok(Box::new(Transcoder::new(&self.0, true, cx)?))
+    }
+}
+
+/// A transcoder, with or without a skip connection.
+#[derive(Debug)]
+pub struct Transcoder {
+    w_enc: Tensor,          // W_e    [d, F]
+    b_enc: Tensor,          // b_e    [F]
+    w_dec: Tensor,          // W_d    [F, d_out]
+    b_dec: Tensor,          // b_d    [d_out]
+    w_skip: Option<Tensor>, // W_skip [d_out, d]
+    selection: Option<Selection>,
+    precision: Precision,
+}
+
+inventory::submit! {
+    SavedClass { class: "Transcoder", name: NAME, shaped: |tensors, trainer, device, precision| {
+        shaped(tensors, trainer, false, device, precision)
+    } }
+}
+
+inventory::submit! {
+    SavedClass { class: "SkipTranscoder", name: SKIP_NAME, shaped: |tensors, trainer, device, precision| {
+        shaped(tensors, trainer, true, device, precision)
+    } }
+}
+
+fn shaped(
+    tensors: &BTreeMap<String, Tensor>,
+    trainer: &Value,
+    skip: bool,
+    device: Device,
+    precision: Precision,
+) -> Result<Box<dyn Dictionary>> {
+    let [input, features] = saved_shape(tensors, "W_enc")?;
+    let [output] = saved_shape(tensors, "b_dec")?;
+    let k = tensors.contains_key("k").then(|| Selection::saved_k(tensors, trainer, features)).transpose()?;
+    Ok(Box::new(Transcoder::zeros(Dims { input, features, output }, k, skip, device, precision)))
+}
+
+impl Transcoder {
+    fn new(config: &TranscoderConfig, skip: bool, cx: &DictionaryCx) -> Result<Self> {
+        let features = dict_size(config.dict_size, config.expansion_factor, cx.activation_dim)?;
+        if let Some(k) = config.k {
+            Selection::check(k, features)?;
+        }
+        let dims = Dims { input: cx.activation_dim, features, output: cx.output_dim };
+        let mut dictionary = Transcoder::zeros(dims, config.k, skip, cx.device, cx.precision);
+        tch::no_grad(|| {
+            // The mean norm of PyTorch's linear layers, which both papers' code begins with.
+            dictionary.w_enc.copy_(&random_directions([dims.input, features], 3f64.sqrt().recip(), cx.device));
+            if !skip {
+                let directions = random_directions([dims.output, features], 0.1, cx.device);
+                dictionary.w_dec.copy_(&directions.transpose(0, 1));
+            }
+        });
+        Ok(dictionary)
+    }
+
+    fn zeros(dims: Dims, k: Option<i64>, skip: bool, device: Device, precision: Precision) -> Self {
+        let Dims { input, features, output } = dims;
+        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+        Transcoder {
+            w_enc: zeros(&[input, features]),
+            b_enc: zeros(&[features]),
+            w_dec: zeros(&[features, output]),
+            b_dec: zeros(&[output]),
+            w_skip: skip.then(|| zeros(&[output, input])),
+            selection: k.map(|k| Selection::new(k, false, device)),
+            precision,
+        }
+    }
+}
+
+impl Dictionary for Transcoder {
+    fn class(&self) -> &'static str {
+        match self.w_skip {
+            None => "Transcoder",
+            Some(_) => "SkipTranscoder",
+        }
+    }
+
+    fn dims(&self) -> Dims {
+        let size = self.w_enc.size();
+        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        let mut parameters = vec![
+            ("W_enc", self.w_enc.shallow_clone()),
+            ("b_enc", self.b_enc.shallow_clone()),
+            ("W_dec", self.w_dec.shallow_clone()),
+            ("b_dec", self.b_dec.shallow_clone()),
+        ];
+        parameters.extend(self.w_skip.as_ref().map(|w_skip| ("W_skip", w_skip.shallow_clone())));
+        parameters
+    }
+
+    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
+        self.selection.as_ref().map(Selection::buffers).unwrap_or_default()
+    }
+
+    fn loaded(&mut self) {
+        if let Some(selection) = &mut self.selection {
+            selection.loaded();
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.forward(x).features
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        self.precision.linear(features, &self.w_dec.transpose(0, 1), None) + &self.b_dec
+    }
+
+    fn skip(&self, x: &Tensor) -> Option<Tensor> {
+        self.w_skip.as_ref().map(|w_skip| self.precision.linear(x, w_skip, None))
+    }
+
+    fn forward(&self, x: &Tensor) -> Code {
+        let pre_activations = self.precision.linear(x, &self.w_enc.transpose(0, 1), Some(&self.b_enc));
+        match &self.selection {
+            Some(selection) => selection.of_each(pre_activations),
+            None => Code::new(pre_activations.relu()).with("pre_activations", pre_activations),
+        }
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
+    }
+
+    fn encoder(&self) -> Option<Encoder> {
+        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
+    }
+
+    fn selection(&self) -> Option<&Selection> {
+        self.selection.as_ref()
+    }
+
+    fn selection_mut(&mut self) -> Option<&mut Selection> {
+        self.selection.as_mut()
+    }
+
+    fn begin(&mut self, batch: &Batch) {
+        let mean = batch.target.mean_dim([0].as_slice(), false, Kind::Float);
+        tch::no_grad(|| self.b_dec.copy_(&mean));
+    }
+
+    fn scale_biases(&mut self, scale: f64) {
+        tch::no_grad(|| {
+            let _ = self.b_enc.g_mul_scalar_(scale);
+            let _ = self.b_dec.g_mul_scalar_(scale);
+        });
+        if let Some(selection) = &mut self.selection {
+            selection.scale(scale);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn transcoder(skip: bool) -> Transcoder {
+        let config = TranscoderConfig { k: Some(3), dict_size: Some(20), expansion_factor: None };
+        let (device, precision) = (Device::Cpu, Precision::Float32);
+        let cx = DictionaryCx { activation_dim: 8, output_dim: 5, device, precision };
+        Transcoder::new(&config, skip, &cx).unwrap()
+    }
+
+    #[test]
+    fn with_a_skip_connection_it_starts_at_the_mean_of_the_targets() {
+        let options = (Kind::Float, Device::Cpu);
+        let batch = Batch { x: Tensor::randn([50, 8], options), target: Tensor::randn([50, 5], options) + 2.0 };
+        let mut dictionary = transcoder(true);
+        dictionary.begin(&batch);
+        let (predicted, features) = (&dictionary as &dyn Dictionary).reconstruct(&batch.x);
+        let mean = batch.target.mean_dim([0].as_slice(), true, Kind::Float);
+        assert!((predicted - mean).abs().max().double_value(&[]) < 1e-6);
+        assert_eq!(features.greater(0.0).sum(Kind::Int64).int64_value(&[]), 150);
+    }
+
+    #[test]
+    fn the_skip_connection_is_added_to_what_features_decode_to() {
+        let mut dictionary = transcoder(true);
+        let x = Tensor::randn([4, 8], (Kind::Float, Device::Cpu));
+        let skip = Tensor::randn([5, 8], (Kind::Float, Device::Cpu));
+        tch::no_grad(|| dictionary.w_skip.as_mut().unwrap().copy_(&skip));
+        let predicted = (&dictionary as &dyn Dictionary).reconstruct(&x).0;
+        assert!((predicted - x.matmul(&skip.transpose(0, 1))).abs().max().double_value(&[]) < 1e-5);
+        assert!(transcoder(false).skip(&x).is_none());
+    }
+}

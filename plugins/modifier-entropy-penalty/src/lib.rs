@@ -1,0 +1,102 @@
+//! The entropy of an activation's features as a penalty: low where few features carry most of the sum, whatever the sum
+//! is, so that it does not shrink features as L1 does.
+//!
+//! With features f `[F]` of an activation and ε = 1e-8:
+//!
+//! ```text
+//! p = f / (Σ f + ε)
+//! H = − Σ p log(p + ε)        (0 where Σ f = 0)
+//! ```
+//!
+//! The penalty is the mean of H over the batch, in nats. It is the reference's of spring 2024 (its commit bc09ba4), which
+//! has no paper.
+
+use dictlearn_core::prelude::*;
+
+const NAME: &str = "entropy_penalty";
+
+/// Keeps quotients and logarithms of zeros finite; the reference's value.
+const EPSILON: f64 = 1e-8;
+
+/// The entropy of each activation's features, normalised to sum to 1.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EntropyPenaltyConfig {
+    /// Weight of the entropy, in nats, in the loss.
+    #[schemars(range(min = 0))]
+    pub weight: f64,
+    /// Whether it takes the place of the trainer's own sparsity term, which is then only logged, or stands beside it.
+    #[serde(default)]
+    pub replace_sparsity: bool,
+    /// Steps over which the weight rises from 0.
+    #[serde(default)]
+    pub warmup_steps: u64,
+}
+
+register! {
+    modifier EntropyPenaltyConfig, NAME,
+    summary: "The entropy of each activation's features, beside or instead of the sparsity term",
+    paper: "",
+    example: "{type: entropy_penalty, weight: 0.02}",
+}
+
+#[typetag::serde(name = NAME)]
+impl ModifierConfig for EntropyPenaltyConfig {
+    fn needs(&self) -> Vec<Need> {
+        if self.replace_sparsity { vec![Need::SparsityTerm] } else { Vec::new() }
+    }
+
+    fn build(&self, _: &ModifierCx) -> Result<Box<dyn Modifier>> {
+        let EntropyPenaltyConfig { weight, replace_sparsity, warmup_steps } = *self;
+        Ok(Box::new(EntropyPenalty { weight, replace_sparsity, warmup_steps }))
+    }
+}
+
+struct EntropyPenalty {
+    weight: f64,
+    replace_sparsity: bool,
+    warmup_steps: u64,
+}
+
+impl Modifier for EntropyPenalty {
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        if self.replace_sparsity {
+            terms.drop_sparsity();
+        }
+        let warm = if pass.step < self.warmup_steps { pass.step as f64 / self.warmup_steps as f64 } else { 1.0 };
+        terms.add("entropy", entropy(pass.code.penalized()), self.weight * warm);
+        Ok(())
+    }
+}
+
+/// The mean entropy of rows [B, F] of numbers that are not negative, a scalar, in nats.
+fn entropy(features: &Tensor) -> Tensor {
+    let sums = features.sum_dim_intlist([-1].as_slice(), true, features.kind());
+    let p = features / (&sums + EPSILON);
+    // Where nothing fires p is 0, and so is what it is multiplied with; its gradient must be too.
+    let terms = (-&p * (&p + EPSILON).log()).where_self(&sums.greater(0.0), &Tensor::from(0f32).to_kind(p.kind()));
+    mean_of_sums(&terms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_the_logarithm_of_how_many_features_share_the_sum() {
+        let even = Tensor::from_slice2(&[[2f32, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]]);
+        // One row of four equal features, and one of none.
+        assert!((entropy(&even).double_value(&[]) - 4f64.ln() / 2.0).abs() < 1e-6);
+        let single = Tensor::from_slice2(&[[0f32, 5.0, 0.0, 0.0]]);
+        assert!(entropy(&single).double_value(&[]).abs() < 1e-6);
+        // The sum does not matter.
+        assert!((entropy(&(&even * 10.0)) - entropy(&even)).abs().double_value(&[]) < 1e-6);
+    }
+
+    #[test]
+    fn a_row_without_features_has_no_gradient() {
+        let features = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        entropy(&features).backward();
+        assert_eq!(features.grad().abs().sum(Kind::Float).double_value(&[]), 0.0);
+    }
+}

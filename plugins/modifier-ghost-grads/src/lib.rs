@@ -1,0 +1,121 @@
+//! Ghost gradients: Jermyn and Templeton 2024, *Ghost Grads: An improvement on resampling*,
+//! <https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling>.
+//!
+//! A feature that has been silent for long gets no gradient through its ReLU. So a second reconstruction, of what the
+//! first left over, is made of the dead features alone, through an exponential. With pre-activations π `[F]`, the columns
+//! W_d of the dead, and the residual r = x − x̂:
+//!
+//! ```text
+//! g  = W_d exp(π)
+//! g' = g ‖r‖ / (2 ‖g‖)          (the norms are constants)
+//! L' = ‖r − g'‖                  (r is a constant; mean over the batch)
+//! L += L' · L_rec / L'           (the quotient is a constant)
+//! ```
+//!
+//! Dead features thus pull with as much loss as the reconstruction has, whatever the size of their exponentials. It
+//! follows the reference's code of spring 2024, which takes norms and not their squares and counts steps.
+
+use dictlearn_core::prelude::*;
+
+const NAME: &str = "ghost_grads";
+
+/// Keeps quotients of zeros finite; the reference's value.
+const EPSILON: f64 = 1e-8;
+
+/// Gradients for dead features, through the exponential of their pre-activations.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GhostGradsConfig {
+    /// A feature is dead that has been silent for more than so many steps, or tokens.
+    #[schemars(range(min = 0))]
+    pub threshold: u64,
+    /// What the threshold counts.
+    #[serde(default)]
+    pub unit: Unit,
+}
+
+/// What a threshold counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum Unit {
+    /// Batches.
+    #[default]
+    Steps,
+    /// Activations.
+    Tokens,
+}
+
+register! {
+    modifier GhostGradsConfig, NAME,
+    summary: "Dead features reconstruct the residual through their exponential",
+    paper: "Jermyn and Templeton 2024, Ghost Grads, \
+            https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling",
+    example: "{type: ghost_grads, threshold: 50}",
+}
+
+#[typetag::serde(name = NAME)]
+impl ModifierConfig for GhostGradsConfig {
+    fn needs(&self) -> Vec<Need> {
+        vec![Need::PreActivations, Need::Decoder]
+    }
+
+    fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>> {
+        let firing = Firing::new(cx.dictionary.dims().features, cx.dictionary.device());
+        Ok(Box::new(GhostGrads { threshold: self.threshold as i64, unit: self.unit, firing }))
+    }
+}
+
+struct GhostGrads {
+    threshold: i64,
+    unit: Unit,
+    firing: Firing,
+}
+
+impl GhostGrads {
+    fn dead(&self) -> Tensor {
+        self.firing.silent_for(self.threshold.saturating_add(1))
+    }
+}
+
+impl Modifier for GhostGrads {
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        // Those that were dead before this batch.
+        let dead = self.dead().nonzero().reshape([-1]);
+        if dead.size()[0] > 0 {
+            let ghost_loss = ghost_loss(pass, &dead)?;
+            if let Some(reconstruction) = terms.reconstruction() {
+                let scale = reconstruction.detach() / (ghost_loss.detach() + EPSILON);
+                terms.add("ghost_loss", ghost_loss * scale, 1.0);
+            }
+        }
+        let fired = pass.code.features.detach().not_equal(0.0).any_dim(0, false);
+        let amount = if self.unit == Unit::Steps { 1 } else { pass.batch.x.size()[0] };
+        self.firing.update(&fired, amount);
+        if pass.logging {
+            terms.log("ghosts", self.dead().sum(Kind::Int64));
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<State> {
+        Ok(self.firing.state())
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.firing.restore(state)
+    }
+}
+
+/// How far the ghosts of these features, indices `[n]`, are from the residual.
+fn ghost_loss(pass: &Pass, dead: &Tensor) -> Result<Tensor> {
+    let decoder = pass.dictionary.decoder().context("the dictionary has no decoder")?;
+    let columns = decoder.weight.index_select(decoder.feature_dim, dead);
+    let columns = if decoder.feature_dim == 0 { columns } else { columns.transpose(0, 1) };
+    let ghost = pass.code.extra("pre_activations")?.index_select(-1, dead).exp().matmul(&columns);
+    let norms = |x: &Tensor| x.detach().norm_scalaropt_dim(2.0, [-1], true);
+    let residual = pass.residual().detach();
+    let ghost = &ghost * (norms(&residual) / (norms(&ghost) * 2.0 + EPSILON));
+    let distance = (residual - ghost).norm_scalaropt_dim(2.0, [-1], false);
+    Ok(distance.mean(distance.kind()))
+}

@@ -1,0 +1,73 @@
+//! Resampling of dead features for trainers that have none of their own: Bricken et al. 2023, *Towards Monosemanticity*,
+//! "Neuron resampling", <https://transformer-circuits.pub/2023/monosemantic-features>.
+//!
+//! Every so many steps each feature that has been silent for too long starts anew from an activation that the dictionary
+//! reconstructs badly ([`Resampling`]). The learning rate goes on as the trainer says; `standard`, `p_anneal` and
+//! `gated_anneal`, which warm it up again, have a field `resample_steps` of their own.
+
+use dictlearn_core::prelude::*;
+
+const NAME: &str = "resample";
+
+/// Dead features start anew.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResampleConfig {
+    /// Resample every so many steps.
+    #[schemars(range(min = 1))]
+    pub every: u64,
+    /// A feature is dead that has been silent for more than so many steps; half of `every` if it is null.
+    #[serde(default)]
+    pub dead_after: Option<u64>,
+    /// No more resampling from this step on, so that what starts anew has time to learn; null for never.
+    #[serde(default)]
+    pub until: Option<u64>,
+    /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (the paper).
+    #[serde(default)]
+    pub weight: ResampleWeight,
+}
+
+register! {
+    modifier ResampleConfig, NAME,
+    summary: "Dead features start anew from activations that are reconstructed badly",
+    paper: "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
+    example: "{type: resample, every: 100}",
+}
+
+#[typetag::serde(name = NAME)]
+impl ModifierConfig for ResampleConfig {
+    fn needs(&self) -> Vec<Need> {
+        vec![Need::Resampling]
+    }
+
+    fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>> {
+        Ok(Box::new(Resample { until: self.until, resampling: Resampling::every(self.every, self.dead_after, self.weight, cx.dictionary) }))
+    }
+}
+
+struct Resample {
+    until: Option<u64>,
+    resampling: Resampling,
+}
+
+impl Modifier for Resample {
+    fn loss(&mut self, pass: &Pass, _: &mut Terms) -> Result<()> {
+        self.resampling.update(&pass.code.features);
+        Ok(())
+    }
+
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        if self.until.is_some_and(|until| cx.step >= until) {
+            return Ok(());
+        }
+        self.resampling.after_step(cx)
+    }
+
+    fn state(&self) -> Result<State> {
+        Ok(self.resampling.state())
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.resampling.restore(state)
+    }
+}
