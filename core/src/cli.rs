@@ -10,11 +10,13 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::config::{self, InputError, RunConfig, Sources, Under};
+use crate::describe;
 use crate::device;
 use crate::evaluate;
 use crate::harvest;
 use crate::interrupt::Interrupt;
 use crate::metric::Subject;
+use crate::new_plugin;
 use crate::registry::{self, component, components, nearest, Component, Kind};
 use crate::run::{self, Ending};
 use crate::saved::{self, Saved};
@@ -98,6 +100,19 @@ enum Command {
     },
     /// JSON Schema of a config, for completion in an editor.
     Schema,
+    /// A crate for a component of your own, which builds, with a test that passes.
+    NewPlugin {
+        /// `dictionary` (with its trainer), `modifier`, `source`, `text`, `metric`, `logger` or `model`.
+        kind: String,
+        /// Its name in a config: `log_penalty`.
+        name: String,
+        /// The folder to write.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Where the source of dictlearn is, if not where this program was built.
+        #[arg(long, value_name = "DIR")]
+        dictlearn: Option<PathBuf>,
+    },
     /// A page for each component, as `describe` has it, in Markdown.
     Docs {
         /// The folder to write, one folder in it for each kind.
@@ -191,6 +206,15 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Describe { kind, name } => describe(&kind, &name),
         Command::Schema => {
             print(&serde_json::to_string_pretty(&config::json_schema())?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::NewPlugin { kind: name_of_kind, name, out, dictlearn } => {
+            new_plugin::write(kind(&name_of_kind)?, &name, &out, &dictlearn.unwrap_or_else(new_plugin::own_source))?;
+            eprintln!(
+                "{} is written: there, `cargo test` tries it, and `cargo run --release -- train CONFIG.yaml` is dictlearn \
+                 with it",
+                out.display()
+            );
             Ok(ExitCode::SUCCESS)
         }
         Command::Docs { out } => docs(&out),

@@ -187,7 +187,11 @@ fn encodes_decodes_and_is_read_back(component: &Component) {
     let (x_hat, features) = tch::no_grad(|| dictionary.reconstruct(&x));
     assert_eq!(features.size(), [50, dims.features], "{name}");
     assert_eq!(x_hat.size(), [50, dims.output], "{name}");
-    assert_eq!(dictionary.reconstruction(&dictionary.encode(&x), &x), x_hat, "{name}: reconstruct is not decode after encode");
+    assert_eq!(
+        dictionary.reconstruction(&dictionary.encode(&x), &x),
+        x_hat,
+        "{name}: reconstruct is not decode after encode"
+    );
     // Training encodes as users do, but for what is selected over a batch, which users select by a threshold.
     if !dictionary.selection().is_some_and(Selection::by_threshold) {
         assert_eq!(dictionary.forward(&x).features, features, "{name}: forward is not encode");
@@ -200,8 +204,7 @@ fn encodes_decodes_and_is_read_back(component: &Component) {
     saved::write(&dir.path().join(name), &*dictionary, &config).unwrap();
     let read = saved::read(&dir.path().join(name), Device::Cpu, Precision::Float32).unwrap();
     assert_eq!(read.dictionary.reconstruct(&x).0, x_hat, "{name}: what is read back is another dictionary");
-    let names =
-        |dictionary: &dyn Dictionary| dictionary.state_dict().iter().map(|(name, _)| *name).collect::<Vec<_>>();
+    let names = |dictionary: &dyn Dictionary| dictionary.state_dict().iter().map(|(name, _)| *name).collect::<Vec<_>>();
     assert_eq!(names(&*read.dictionary), names(&*dictionary));
 }
 
@@ -217,7 +220,8 @@ fn predicts_another_width(component: &Component) {
     let (x_hat, _) = tch::no_grad(|| dictionary.reconstruct(&x));
     assert_eq!(x_hat.size(), [50, output_dim], "{name}");
     let dir = TempDir::new().unwrap();
-    saved::write(dir.path(), &*dictionary, &serde_json::json!({"trainer": {"dict_class": dictionary.class()}})).unwrap();
+    saved::write(dir.path(), &*dictionary, &serde_json::json!({"trainer": {"dict_class": dictionary.class()}}))
+        .unwrap();
     let read = saved::read(dir.path(), Device::Cpu, Precision::Float32).unwrap();
     assert_eq!(read.dictionary.dims(), dictionary.dims(), "{name}");
     assert_eq!(tch::no_grad(|| read.dictionary.reconstruct(&x).0), x_hat, "{name}");
@@ -524,7 +528,8 @@ fn composes_with_trainers(modifier: &Component) {
             }
         }
         let last = explained[explained.len() - 20..].iter().sum::<f64>() / 20.0;
-        assert!(last > 0.2 && last > explained[0], "{pair} has learnt nothing: {} -> {last}", explained[0]);
+        let learnt = 1.0 - last < 0.9 * (1.0 - explained[0]);
+        assert!(learnt, "{pair} has learnt nothing: {} -> {last}", explained[0]);
         assert_eq!(weights(&whole), weights(&resumed), "{pair}: a resumed run ends elsewhere");
 
         let before = whole.state().unwrap();
@@ -599,12 +604,10 @@ fn measures_each_dictionary(component: &Component) {
         }
         let (activation_dim, output_dim) = source.sites()[0].widths();
         let dictionary_cx = DictionaryCx { activation_dim, output_dim, ..dictionary_cx() };
-        let build =
-            |yaml: &str| from_yaml::<Box<dyn DictionaryConfig>>(yaml).unwrap().build(&dictionary_cx).unwrap();
+        let build = |yaml: &str| from_yaml::<Box<dyn DictionaryConfig>>(yaml).unwrap().build(&dictionary_cx).unwrap();
         let both: Vec<Box<dyn Dictionary>> =
             components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
-        let both: Vec<Subject> =
-            both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
+        let both: Vec<Subject> = both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
         let found = evaluate::evaluate(std::slice::from_ref(&metric), &both, &mut *source, true).unwrap();
         assert_eq!(found.len(), 2);
         assert!(found.iter().all(|figures| !figures.is_empty()), "{}", component.name);

@@ -77,7 +77,9 @@ pub fn text(component: &Component) -> String {
 /// The reference: a Markdown page for each linked component, by its path (`trainers/top_k.md`), and `README.md`, which
 /// lists them.
 pub fn pages() -> Vec<(PathBuf, String)> {
-    let mut index = "# Reference\n\nEvery component that a config can name, made of the registry by `cargo xtask docs`.\n".to_owned();
+    let mut index =
+        "# Reference\n\nEvery component that a config can name, made of the registry by `cargo xtask docs`.\n"
+            .to_owned();
     let mut pages = Vec::new();
     for kind in Kind::ALL {
         let components = components(kind);
@@ -121,7 +123,8 @@ fn page(component: &Component) -> String {
             None if field.required => "required".to_owned(),
             None => String::new(),
         };
-        page += &format!("| `{}` | {} | {} | {} |\n", field.name, cell(&field.type_name), cell(&default), cell(&field.doc));
+        page +=
+            &format!("| `{}` | {} | {} | {} |\n", field.name, cell(&field.type_name), cell(&default), cell(&field.doc));
     }
     if let Some(example) = config::example(component) {
         page += &format!("\nA config that trains as it stands:\n\n```yaml\n{example}```\n");

@@ -21,6 +21,7 @@ pub mod logger;
 pub mod metric;
 pub mod model;
 pub mod modifier;
+pub mod new_plugin;
 pub mod optim;
 pub mod prelude;
 pub mod progress;

@@ -3,7 +3,7 @@
 use dictlearn as _;
 use dictlearn_core::config::{from_yaml, to_yaml, RunConfig};
 use dictlearn_core::contract::{self, example_files};
-use dictlearn_core::registry::{component, components, Component, Kind as Slot};
+use dictlearn_core::registry::{component, components, Kind as Slot};
 
 use crate::common::Desk;
 

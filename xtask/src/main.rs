@@ -37,8 +37,10 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Format, lints and documentation: what must hold before a commit beside the tests.
+    /// Format, lints, documentation, and plugins outside the workspace: what must hold before a commit beside the tests.
     Ci,
+    /// Write the reference pages, docs/reference, anew.
+    Docs,
 }
 
 fn main() -> ExitCode {
@@ -71,14 +73,37 @@ fn run(cli: &Cli) -> Result<()> {
             cargo(&root, &["fmt", "--all", "--check"], &[])?;
             cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], &[])?;
             // `RUSTDOCFLAGS` would replace the flags of libtorch.toml; doc lints are denied by the manifests instead.
-            cargo(&root, &["doc", "--workspace", "--no-deps"], &[])
+            cargo(&root, &["doc", "--workspace", "--no-deps"], &[])?;
+            plugins(&root)
         }
+        Task::Docs => cargo(&root, &["run", "--quiet", "--", "docs", "--out", "docs/reference"], &[]),
     }
 }
 
 fn test(root: &Path, args: &[String]) -> Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     cargo(root, &["test", "--workspace"], &args)
+}
+
+/// Builds and tests plugins as others write them: the example outside the workspace, which also trains, and one of each
+/// kind as `dictlearn new-plugin` writes it.
+fn plugins(root: &Path) -> Result<()> {
+    const KINDS: [&str; 7] = ["dictionary", "modifier", "source", "text", "metric", "logger", "model"];
+    let example = root.join("examples/out-of-tree-plugin");
+    // The crates that the workspace was built with, so that they need not be fetched and compiled again.
+    std::fs::copy(root.join("Cargo.lock"), example.join("Cargo.lock")).context("cannot copy Cargo.lock")?;
+    cargo(&example, &["test"], &[])?;
+    let out = tempfile::tempdir()?;
+    let run_dir = out.path().join("run").display().to_string();
+    let train = ["train", "config.yaml", "--set", "steps=50", "--output-dir", &run_dir];
+    cargo(&example, &["run", "--quiet", "--"], &train)?;
+    for kind in KINDS {
+        let (name, dir) = (format!("my_{kind}"), out.path().join(kind));
+        let dir_text = dir.display().to_string();
+        cargo(root, &["run", "--quiet", "--", "new-plugin", kind, &name, "--out", &dir_text], &[])?;
+        cargo(&dir, &["test", "--quiet"], &[])?;
+    }
+    Ok(())
 }
 
 fn quickstart(root: &Path) -> Result<()> {

@@ -290,7 +290,8 @@ pub fn json_schema() -> Json {
 fn say_defaults(schema: &mut Json) {
     match schema {
         Json::Object(map) => {
-            if let (Some(default), Some(Json::String(doc))) = (map.get("default").cloned(), map.get_mut("description")) {
+            if let (Some(default), Some(Json::String(doc))) = (map.get("default").cloned(), map.get_mut("description"))
+            {
                 *doc += &format!("\n\nDefault: {default}");
             }
             map.values_mut().for_each(say_defaults);

@@ -289,7 +289,7 @@ mod tests {
     use super::*;
 
     fn penalty(norm_weight: NormWeight) -> f64 {
-        let mut dictionary = AutoEncoderNew::zeros(1, 1, Device::Cpu, Precision::Float32);
+        let mut dictionary = AutoEncoderNew::zeros(1, 1, 1, Device::Cpu, Precision::Float32);
         tch::no_grad(|| {
             let _ = dictionary.encoder_weight.fill_(1.0);
             let _ = dictionary.decoder_weight.fill_(-3.0);

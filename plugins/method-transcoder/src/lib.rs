@@ -34,6 +34,7 @@ const SKIP_NAME: &str = "skip_transcoder";
 /// A transcoder.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(inline)]
 pub struct TranscoderConfig {
     /// How many features each activation keeps; null for all that are positive.
     #[serde(default)]

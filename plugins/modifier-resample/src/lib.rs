@@ -41,7 +41,10 @@ impl ModifierConfig for ResampleConfig {
     }
 
     fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>> {
-        Ok(Box::new(Resample { until: self.until, resampling: Resampling::every(self.every, self.dead_after, self.weight, cx.dictionary) }))
+        Ok(Box::new(Resample {
+            until: self.until,
+            resampling: Resampling::every(self.every, self.dead_after, self.weight, cx.dictionary),
+        }))
     }
 }
 

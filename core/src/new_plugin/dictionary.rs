@@ -1,5 +1,6 @@
-//! A tied autoencoder: the decoder is the encoder's transpose (Cunningham et al. 2023, Sparse Autoencoders Find Highly
-//! Interpretable Features in Language Models, <https://arxiv.org/abs/2309.08600>, section 2).
+//! `example_name`: an autoencoder whose decoder is the encoder's transpose (Cunningham et al. 2023, Sparse Autoencoders Find
+//! Highly Interpretable Features in Language Models, <https://arxiv.org/abs/2309.08600>, section 2), to be changed into
+//! yours.
 //!
 //! ```text
 //! f = ReLU(W x + b)      W [F, d], rows of norm 1
@@ -9,14 +10,13 @@
 
 use dictlearn_core::prelude::*;
 
-/// The names in a config. Each is written once.
-const DICTIONARY: &str = "tied_auto_encoder";
-const TRAINER: &str = "tied";
+/// The name in a config, of the dictionary and of its trainer.
+const NAME: &str = "example_name";
 
 /// One matrix that encodes and decodes.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct TiedConfig {
+pub struct ExampleNameConfig {
     /// Number of features.
     #[serde(default)]
     #[schemars(range(min = 1))]
@@ -28,45 +28,45 @@ pub struct TiedConfig {
 }
 
 register! {
-    dictionary TiedConfig, DICTIONARY,
+    dictionary ExampleNameConfig, NAME,
     summary: "ReLU of an affine map, decoded by its transpose",
     paper: "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
-    example: "{type: tied_auto_encoder, expansion_factor: 4}",
+    example: "{type: example_name, expansion_factor: 4}",
 }
 
-#[typetag::serde(name = DICTIONARY)]
-impl DictionaryConfig for TiedConfig {
+#[typetag::serde(name = NAME)]
+impl DictionaryConfig for ExampleNameConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
         let weight = random_directions([cx.activation_dim, features], 1.0, cx.device).transpose(0, 1);
         let weight = trained(weight.contiguous());
         let bias = trained(Tensor::zeros([features], (Kind::Float, cx.device)));
-        Ok(Box::new(Tied { weight, bias, precision: cx.precision }))
+        Ok(Box::new(ExampleName { weight, bias, precision: cx.precision }))
     }
 }
 
 // How `eval` and `encode` read it back.
 inventory::submit! {
     SavedClass {
-        class: "TiedAutoEncoder",
-        name: DICTIONARY,
+        class: "ExampleName",
+        name: NAME,
         shaped: |tensors, _, device, precision| {
             let [features, d] = saved_shape(tensors, "weight")?;
             let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-            Ok(Box::new(Tied { weight: zeros(&[features, d]), bias: zeros(&[features]), precision }))
+            Ok(Box::new(ExampleName { weight: zeros(&[features, d]), bias: zeros(&[features]), precision }))
         },
     }
 }
 
-struct Tied {
+struct ExampleName {
     weight: Tensor, // W [F, d]
     bias: Tensor,   // b [F]
     precision: Precision,
 }
 
-impl Dictionary for Tied {
+impl Dictionary for ExampleName {
     fn class(&self) -> &'static str {
-        "TiedAutoEncoder"
+        "ExampleName"
     }
 
     fn dims(&self) -> Dims {
@@ -98,7 +98,7 @@ impl Dictionary for Tied {
 /// Squared error with an L1 penalty, rows of norm 1.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub struct TiedTrainer {
+pub struct ExampleNameTrainer {
     /// Learning rate.
     #[schemars(range(min = 0))]
     pub lr: f64,
@@ -107,33 +107,33 @@ pub struct TiedTrainer {
     pub l1_penalty: f64,
 }
 
-impl Default for TiedTrainer {
+impl Default for ExampleNameTrainer {
     fn default() -> Self {
-        TiedTrainer { lr: 1e-3, l1_penalty: 1e-2 }
+        ExampleNameTrainer { lr: 1e-3, l1_penalty: 1e-2 }
     }
 }
 
 register! {
-    trainer TiedTrainer, TRAINER,
-    summary: "Squared error with an L1 penalty for a tied autoencoder",
+    trainer ExampleNameTrainer, NAME,
+    summary: "Squared error with an L1 penalty for tied autoencoders",
     paper: "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
-    example: "{type: tied, lr: 1e-3, l1_penalty: 0.02}",
-    usual_dictionary: DICTIONARY,
+    example: "{type: example_name, lr: 1e-3, l1_penalty: 0.02}",
+    usual_dictionary: NAME,
 }
 
-#[typetag::serde(name = TRAINER)]
-impl TrainerConfig for TiedTrainer {
+#[typetag::serde(name = NAME)]
+impl TrainerConfig for ExampleNameTrainer {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        penalizable(cx.dictionary, TRAINER)?;
+        penalizable(cx.dictionary, NAME)?;
         Ok(Box::new(self.clone()))
     }
 
     fn class(&self) -> &'static str {
-        "TiedTrainer"
+        "ExampleNameTrainer"
     }
 }
 
-impl Trainer for TiedTrainer {
+impl Trainer for ExampleNameTrainer {
     fn adam(&self) -> AdamConfig {
         AdamConfig::default()
     }

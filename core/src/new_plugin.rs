@@ -1,0 +1,116 @@
+//! `dictlearn new-plugin`: a crate with a component that works, to be changed into the one that is wanted.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, Context, Result};
+
+use crate::config::InputError;
+use crate::registry::{component, Kind};
+
+/// What the crate of each kind begins as. Templates are Rust with the names `example_name` and `ExampleName`.
+fn template(kind: Kind) -> Option<&'static str> {
+    Some(match kind {
+        Kind::Dictionary | Kind::Trainer => include_str!("new_plugin/dictionary.rs"),
+        Kind::Modifier => include_str!("new_plugin/modifier.rs"),
+        Kind::Source => include_str!("new_plugin/source.rs"),
+        Kind::Text => include_str!("new_plugin/text.rs"),
+        Kind::Metric => include_str!("new_plugin/metric.rs"),
+        Kind::Logger => include_str!("new_plugin/logger.rs"),
+        Kind::Model => include_str!("new_plugin/model.rs"),
+        Kind::Format => return None,
+    })
+}
+
+/// The kinds that a crate can be written for. One for a dictionary holds its trainer too, and the other way round.
+pub fn kinds() -> impl Iterator<Item = Kind> {
+    Kind::ALL.into_iter().filter(|kind| template(*kind).is_some())
+}
+
+/// Writes the crate of a component `name` into the folder `out`, which must not hold anything yet. It depends on the
+/// dictlearn whose source lies in `dictlearn`.
+pub fn write(kind: Kind, name: &str, out: &Path, dictlearn: &Path) -> Result<()> {
+    let Some(template) = template(kind) else {
+        let known: Vec<&str> = kinds().map(Kind::name).collect();
+        bail!(InputError::new(format!("a {kind} cannot be written as a plugin yet"))
+            .help(format!("kinds: {}", known.join(", "))));
+    };
+    check_name(name)?;
+    let both = if kind == Kind::Trainer { [Kind::Dictionary, kind] } else { [kind, kind] };
+    if let Some(taken) = both.into_iter().find(|kind| component(*kind, name).is_some()) {
+        bail!(InputError::new(format!("there is a {taken} `{name}` already")).help("choose another name"));
+    }
+    if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file() {
+        bail!(InputError::new(format!("{} is there already", out.display())).help("choose another `--out`"));
+    }
+    let Ok(dictlearn) =
+        fs::canonicalize(dictlearn).and_then(|dir| fs::metadata(dir.join("core/Cargo.toml")).map(|_| dir))
+    else {
+        bail!(InputError::new(format!("the source of dictlearn is not in {}", dictlearn.display()))
+            .help("say where your clone is: `--dictlearn DIR`"));
+    };
+    let camel: String = name.split('_').map(capital).collect();
+    let filled = |text: &str| {
+        text.replace("ExampleName", &camel)
+            .replace("example_name", name)
+            .replace("EXAMPLE_KIND", &capital(kind.name()))
+            .replace("DICTLEARN", &toml_text(&dictlearn))
+    };
+    // Rewritten by cargo for the new crate; with it the crates that dictlearn was built with are used again.
+    let lock = fs::read_to_string(dictlearn.join("Cargo.lock")).ok();
+    let mut files = vec![
+        ("Cargo.toml", filled(include_str!("new_plugin/Cargo.toml.in"))),
+        (".cargo/config.toml", filled(include_str!("new_plugin/config.toml.in"))),
+        (".gitignore", "/target\n".to_owned()),
+        ("src/lib.rs", filled(template)),
+        ("src/main.rs", filled(include_str!("new_plugin/main.rs"))),
+        ("tests/contract.rs", filled(include_str!("new_plugin/contract.rs"))),
+    ];
+    files.extend(lock.map(|lock| ("Cargo.lock", lock)));
+    for (path, text) in files {
+        let path = out.join(path);
+        let dir = path.parent().unwrap_or(out);
+        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Where the source of this dictlearn was when it was built.
+pub fn own_source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// A name in a config is also that of a crate.
+fn check_name(name: &str) -> Result<()> {
+    let words = name.split('_');
+    let word = |word: &str| {
+        word.chars().next().is_some_and(|c| c.is_ascii_lowercase())
+            && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())
+    };
+    // Those that a crate cannot have, or that its dependencies have.
+    let reserved = ["core", "std", "alloc", "test", "dictlearn", "dictlearn_core", "serde", "schemars"];
+    if !words.clone().all(word) || reserved.contains(&name) || is_keyword(name) {
+        bail!(InputError::new(format!("`{name}` cannot be the name of a plugin"))
+            .help("names are lowercase words joined by underscores, such as `log_penalty`, and also name a crate"));
+    }
+    Ok(())
+}
+
+/// Whether it is a keyword of Rust, which no crate can be called.
+fn is_keyword(name: &str) -> bool {
+    let keywords = "as break const continue crate else enum extern false fn for if impl in let loop match mod move mut pub \
+                    ref return self static struct super trait true type unsafe use where while async await dyn abstract \
+                    become box do final macro override priv typeof unsized virtual yield try gen";
+    keywords.split_whitespace().any(|keyword| keyword == name)
+}
+
+fn capital(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
+}
+
+/// A path between quotes in TOML.
+fn toml_text(path: &Path) -> String {
+    path.display().to_string().replace('\\', "\\\\").replace('"', "\\\"")
+}

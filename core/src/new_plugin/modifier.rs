@@ -1,0 +1,42 @@
+//! `example_name`: a logarithmic penalty on features, beside whatever the trainer minimises, to be changed into yours.
+//!
+//! ```text
+//! L += weight · mean Σ log(1 + f)
+//! ```
+
+use dictlearn_core::prelude::*;
+
+/// The name in a config.
+const NAME: &str = "example_name";
+
+/// A logarithmic penalty on features.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExampleNameConfig {
+    /// Weight of the penalty in the loss.
+    #[schemars(range(min = 0))]
+    pub weight: f64,
+}
+
+register! {
+    modifier ExampleNameConfig, NAME,
+    summary: "A logarithmic penalty on features",
+    paper: "",
+    example: "{type: example_name, weight: 0.01}",
+}
+
+#[typetag::serde(name = NAME)]
+impl ModifierConfig for ExampleNameConfig {
+    // What it needs of the dictionary and the trainer, `fn needs`, is nothing here.
+
+    fn build(&self, _cx: &ModifierCx) -> Result<Box<dyn Modifier>> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl Modifier for ExampleNameConfig {
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        terms.add("example_name", mean_of_sums(&pass.code.penalized().log1p()), self.weight);
+        Ok(())
+    }
+}

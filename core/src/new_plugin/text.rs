@@ -1,0 +1,54 @@
+//! `example_name`: a text that counts, to be changed into yours.
+
+use dictlearn_core::prelude::*;
+
+/// The name in a config.
+const NAME: &str = "example_name";
+
+/// Documents that count.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExampleNameConfig {
+    /// How many documents there are.
+    #[schemars(range(min = 1))]
+    pub documents: u64,
+}
+
+register! {
+    text ExampleNameConfig, NAME,
+    summary: "Documents that count",
+    paper: "",
+    example: "{type: example_name, documents: 5000}",
+}
+
+#[typetag::serde(name = NAME)]
+impl TextConfig for ExampleNameConfig {
+    fn build(&self) -> Result<Box<dyn TextStream>> {
+        Ok(Box::new(ExampleName { documents: self.documents, position: 0 }))
+    }
+}
+
+struct ExampleName {
+    documents: u64,
+    position: u64,
+}
+
+impl TextStream for ExampleName {
+    fn next_record(&mut self) -> Result<Option<Record>> {
+        if self.position == self.documents {
+            return Ok(None);
+        }
+        self.position += 1;
+        let text = format!("This is document {} of {}.", self.position, self.documents);
+        Ok(Some(Record::Text(Document { text, origin: format!("{NAME}: document {}", self.position) })))
+    }
+
+    fn position(&self) -> u64 {
+        self.position
+    }
+
+    fn seek(&mut self, position: u64) -> Result<()> {
+        self.position = position.min(self.documents);
+        Ok(())
+    }
+}

@@ -1,0 +1,77 @@
+//! The tanh penalty: Jermyn, Templeton, Batson and Bricken 2024, *Tanh Penalty in Dictionary Learning*,
+//! <https://transformer-circuits.pub/2024/feb-update/index.html#dict-learning-tanh>.
+//!
+//! An L1 penalty pulls on large features as hard as on small ones, and so shrinks them all. A hyperbolic tangent
+//! saturates: past the scale s a feature costs the same whatever its size, so that the penalty approaches the number of
+//! active features.
+//!
+//! ```text
+//! L = mean ‖x − x̂‖² + λ mean Σ tanh(f / s)
+//! ```
+
+use dictlearn_core::prelude::*;
+
+/// The name in a config, written once.
+const NAME: &str = "tanh";
+
+/// Squared error with a penalty that saturates. Every decoder direction keeps norm 1.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TanhConfig {
+    /// Learning rate.
+    #[schemars(range(min = 0))]
+    pub lr: f64,
+    /// Weight λ of the penalty: what an active feature costs.
+    #[schemars(range(min = 0))]
+    pub sparsity_penalty: f64,
+    /// The size s of a feature at which the penalty saturates.
+    #[schemars(range(min = 1e-6))]
+    pub scale: f64,
+}
+
+impl Default for TanhConfig {
+    fn default() -> Self {
+        TanhConfig { lr: 1e-3, sparsity_penalty: 0.05, scale: 1.0 }
+    }
+}
+
+register! {
+    trainer TanhConfig, NAME,
+    summary: "Squared error with a penalty that saturates",
+    paper: "Jermyn et al. 2024, Tanh Penalty in Dictionary Learning, \
+            https://transformer-circuits.pub/2024/feb-update/index.html#dict-learning-tanh",
+    example: "{type: tanh, lr: 2e-3, sparsity_penalty: 0.02}",
+    usual_dictionary: "auto_encoder",
+}
+
+#[typetag::serde(name = NAME)]
+impl TrainerConfig for TanhConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        penalizable(cx.dictionary, NAME)?;
+        Ok(Box::new(self.clone()))
+    }
+    fn class(&self) -> &'static str {
+        "TanhTrainer"
+    }
+}
+
+impl Trainer for TanhConfig {
+    fn adam(&self) -> AdamConfig {
+        AdamConfig::default()
+    }
+    fn lr(&self, _step: u64) -> f64 {
+        self.lr
+    }
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: true, clip_gradients: None }
+    }
+    fn has_sparsity_term(&self) -> bool {
+        true
+    }
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
+        let saturating = (pass.code.penalized() / self.scale).tanh();
+        terms.add_sparsity("sparsity_loss", mean_of_sums(&saturating), self.sparsity_penalty);
+        Ok(())
+    }
+}

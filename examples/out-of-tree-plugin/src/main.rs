@@ -1,0 +1,9 @@
+//! dictlearn with this plugin in it.
+
+// Linking a plugin registers it.
+use dictlearn as _;
+use out_of_tree_plugin as _;
+
+fn main() -> std::process::ExitCode {
+    dictlearn_core::cli::main()
+}
