@@ -277,7 +277,7 @@ fn rotate_of<A: Number, B: Number>(x: &Tensor, cos: &Tensor, sin: &Tensor, out: 
     let [heads, length, head] = [size[1], size[2], size[3]].map(|n| n as usize);
     let [of_row, of_head, of_position] = [stride[0], stride[1], stride[2]].map(|n| n as usize);
     let width = cos.size()[1] as usize;
-    assert!(width <= head && width % 2 == 0);
+    assert!(width <= head && width.is_multiple_of(2));
     // From the tensor's first number to its last.
     let span = (0..4).map(|i| (size[i] - 1) * stride[i]).sum::<i64>() as usize + 1;
     // SAFETY: strides of a tensor reach no further than that, and it is borrowed.
