@@ -8,6 +8,12 @@ use tokenizers::Tokenizer;
 
 use crate::chat::ChatTemplate;
 
+/// Bytes that are tokenised at once. The tokenizer takes about a hundred times as much memory.
+const PIECE: usize = 1 << 18;
+
+/// More bytes than a token has, on average, in any text.
+const BYTES_OF_A_TOKEN: usize = 64;
+
 /// How documents become contexts.
 #[derive(Debug, Clone, Copy)]
 pub struct ContextsCx {
@@ -54,6 +60,8 @@ pub struct Place {
 pub struct Contexts {
     text: Box<dyn TextStream>,
     tokenizer: Option<Tokenizer>,
+    /// The special tokens that the tokenizer puts before and after a document.
+    special: [Vec<i64>; 2],
     /// The form of chats, or why there is none.
     chats: std::result::Result<ChatTemplate, String>,
     cx: ContextsCx,
@@ -111,7 +119,24 @@ impl Contexts {
         let by_name = name.and_then(|token| tokenizer.as_ref()?.token_to_id(token)).map(i64::from);
         let end_of_text = by_name.or_else(|| model_config.get("eos_token_id")?.as_i64());
         let chats = ChatTemplate::read(files, &tokenizer_config)?;
-        Ok(Contexts { text, tokenizer, chats, cx, end_of_text, carry: VecDeque::new(), rows: 0 })
+        let mut contexts = Contexts {
+            text,
+            tokenizer,
+            special: Default::default(),
+            chats,
+            cx,
+            end_of_text,
+            carry: VecDeque::new(),
+            rows: 0,
+        };
+        if contexts.tokenizer.is_some() && cx.add_special_tokens {
+            let [with, plain] = [true, false].map(|special| contexts.piece("a", special, files.name()));
+            let (with, plain) = (with?, plain?);
+            // The plain tokens stand in the middle of the others.
+            let start = with.windows(plain.len().max(1)).position(|window| window == plain).unwrap_or(0);
+            contexts.special = [with[..start].to_vec(), with[(start + plain.len()).min(with.len())..].to_vec()];
+        }
+        Ok(contexts)
     }
 
     /// The next context; `None` at the end of the text.
@@ -193,7 +218,29 @@ impl Contexts {
         }
     }
 
+    /// A document as tokens: all of them, or, where a context holds one document, as many as it holds.
     fn encode(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<Vec<i64>> {
+        let (piece, enough) = match self.cx.pack {
+            true => (PIECE, usize::MAX),
+            false => (PIECE.min(BYTES_OF_A_TOKEN * self.cx.ctx_len), self.cx.ctx_len),
+        };
+        if text.len() <= piece {
+            return self.piece(text, add_special_tokens, origin);
+        }
+        let none = Default::default();
+        let [before, after] = if add_special_tokens { &self.special } else { &none };
+        let (mut ids, mut rest) = (before.clone(), text);
+        while !rest.is_empty() && ids.len() < enough {
+            let (now, later) = rest.split_at(between_words(rest, piece));
+            ids.extend(self.piece(now, false, origin)?);
+            rest = later;
+        }
+        ids.extend(after);
+        Ok(ids)
+    }
+
+    /// A part of a document as tokens.
+    fn piece(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<Vec<i64>> {
         let Some(tokenizer) = &self.tokenizer else {
             bail!("a text that is not tokenised needs a tokenizer");
         };
@@ -257,5 +304,32 @@ impl Contexts {
     pub fn note(&self) -> Option<String> {
         let (count, first) = self.text.skipped();
         first.map(|first| format!("warning: {count} bad records were skipped, the first is {first}"))
+    }
+}
+
+/// Where to end a piece of at most so many bytes: before a space that stands alone between two words, where tokenizers do
+/// not join what is on its sides; where there is none, after a letter.
+fn between_words(text: &str, at_most: usize) -> usize {
+    if text.len() <= at_most {
+        return text.len();
+    }
+    let bytes = text.as_bytes();
+    let alone =
+        |at: &usize| bytes[*at] == b' ' && !bytes[at - 1].is_ascii_whitespace() && !bytes[at + 1].is_ascii_whitespace();
+    let letter = || (1..=at_most).rev().find(|at| text.is_char_boundary(*at));
+    (1..at_most).rev().find(alone).or_else(letter).unwrap_or(text.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_end_between_words() {
+        assert_eq!(between_words("one two three", 9), 7);
+        assert_eq!(between_words("one two", 100), 7);
+        // Runs of spaces are tokens of their own.
+        assert_eq!(between_words("one two   three", 11), 3);
+        assert_eq!(between_words("äääää", 3), 2);
     }
 }

@@ -124,6 +124,41 @@ mod tests {
     }
 
     #[test]
+    fn a_long_document_is_cut_between_words() {
+        // Five million bytes without a line's end, and as many lines without an empty one.
+        for text in ["word ".repeat(1_000_000), "word\n".repeat(1_000_000)] {
+            for documents in [Documents::Paragraph, Documents::File] {
+                let (_dir, mut stream) = stream("a.txt", text.as_bytes(), documents, false);
+                let texts = texts(&mut *stream);
+                assert!((4..10).contains(&texts.len()), "{}", texts.len());
+                assert!(texts.iter().all(|text| text.len() < 1 << 21));
+                assert_eq!(texts.iter().flat_map(|text| text.split_whitespace()).count(), 1_000_000);
+                assert!(texts.iter().all(|text| text.split_whitespace().all(|word| word == "word")));
+            }
+        }
+    }
+
+    #[test]
+    fn what_can_only_be_wrong_is_refused_at_once() {
+        let refused = |name: &str, content: &[u8]| {
+            let (_dir, mut stream) = stream(name, content, Documents::Paragraph, false);
+            format!("{:#}", stream.next_record().unwrap_err())
+        };
+        let error = refused("a.jsonl", "{\"txt\": \"a\"}\n".repeat(1000).as_bytes());
+        assert!(error.contains("none of the first 100 records can be used") && error.contains("it has: txt"), "{error}");
+        let error = refused("a.json", b"[{\"text\": \"a\"},\n {\"text\": \"b\"}]");
+        assert!(error.contains("a.json is a JSON array"), "{error}");
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_text() {
+        for (name, content) in [("a.txt", "\u{feff}a"), ("a.jsonl", "\u{feff}{\"text\": \"a\"}\n")] {
+            let (_dir, mut stream) = stream(name, content.as_bytes(), Documents::Paragraph, true);
+            assert_eq!(texts(&mut *stream), ["a"]);
+        }
+    }
+
+    #[test]
     fn chats_in_every_spelling() {
         let content = br#"{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 {"text": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}

@@ -15,6 +15,16 @@ use crate::rows;
 pub const ENDINGS: [&str; 10] =
     ["txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "parquet"];
 
+/// Bytes of a .txt file's longest document. What is longer is cut between two words, so that memory has a bound whatever
+/// a file holds.
+const LONGEST_DOCUMENT: usize = 1 << 20;
+
+/// Bytes of the longest line of a .jsonl file.
+const LONGEST_RECORD: usize = 1 << 28;
+
+/// Bad records at the beginning after which it is the config that is wrong.
+const HOPELESS: u64 = 100;
+
 /// What a document is in a .txt file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -96,13 +106,21 @@ pub struct TextFiles {
     next: usize,
     open: Option<OpenFile>,
     position: u64,
-    skipped: u64,
+    bad: Bad,
+}
+
+/// Bad records: how many, and the place and reason of the first.
+#[derive(Default)]
+struct Bad {
+    count: u64,
     first: Option<String>,
 }
 
 struct OpenFile {
     name: String,
     content: Content,
+    /// The beginning of the next line, where a line was cut.
+    rest: Vec<u8>,
     /// Lines or rows read so far.
     line: u64,
 }
@@ -142,20 +160,23 @@ impl OpenFile {
             json if json.starts_with("json") => Content::Json(lines()?),
             _ => Content::Text(lines()?),
         };
-        Ok(OpenFile { name, content, line: 0 })
+        Ok(OpenFile { name, content, rest: Vec::new(), line: 0 })
     }
 
     fn line(&mut self) -> Result<Option<Line>> {
-        let reader = match &mut self.content {
+        let (reader, longest) = match &mut self.content {
             Content::Rows(rows) => {
                 self.line += 1;
                 return Ok(rows.next().map(|row| row.map_or_else(Line::Bad, Line::Value)));
             }
-            Content::Text(reader) | Content::Json(reader) => reader,
+            Content::Text(reader) => (reader, LONGEST_DOCUMENT),
+            Content::Json(reader) => (reader, LONGEST_RECORD),
         };
-        let mut bytes = Vec::new();
-        match reader.read_until(b'\n', &mut bytes) {
-            Ok(0) => return Ok(None),
+        let mut bytes = std::mem::take(&mut self.rest);
+        // What is left of a line that was cut is no line of its own.
+        self.line += u64::from(bytes.is_empty());
+        match reader.by_ref().take((longest - bytes.len()) as u64).read_until(b'\n', &mut bytes) {
+            Ok(0) if bytes.is_empty() => return Ok(None),
             Ok(_) => {}
             // The file was cut off, or is damaged from here on; what a record before it said has been read.
             Err(error)
@@ -164,15 +185,23 @@ impl OpenFile {
                     ErrorKind::UnexpectedEof | ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other
                 ) =>
             {
-                self.line += 1;
                 *reader = Box::new(std::io::empty());
                 return Ok(Some(Line::Bad(format!("the file is damaged or breaks off: {error}"))));
             }
             Err(error) => return Err(anyhow::anyhow!("cannot read {}: {error}", self.name)),
         }
-        self.line += 1;
+        if bytes.len() == longest && bytes.last() != Some(&b'\n') {
+            if longest == LONGEST_RECORD {
+                skip_line(reader).with_context(|| format!("cannot read {}", self.name))?;
+                return Ok(Some(Line::Bad(format!("a record of more than {} MB", LONGEST_RECORD >> 20))));
+            }
+            self.rest = bytes.split_off(between_words(&bytes));
+        }
         while matches!(bytes.last(), Some(b'\n' | b'\r')) {
             bytes.pop();
+        }
+        if self.line == 1 && bytes.starts_with(BYTE_ORDER_MARK) {
+            bytes.drain(..BYTE_ORDER_MARK.len());
         }
         Ok(Some(match String::from_utf8(bytes) {
             Ok(text) => Line::Text(text),
@@ -183,6 +212,30 @@ impl OpenFile {
     fn origin(&self, line: u64) -> String {
         format!("{}:{line}", self.name)
     }
+}
+
+/// What some editors begin a file with.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+/// Reads to the end of a line and keeps nothing of it.
+fn skip_line(reader: &mut dyn BufRead) -> std::io::Result<()> {
+    loop {
+        let buffer = reader.fill_buf()?;
+        let end = buffer.iter().position(|byte| *byte == b'\n');
+        let read = end.map_or(buffer.len(), |end| end + 1);
+        reader.consume(read);
+        if end.is_some() || read == 0 {
+            return Ok(());
+        }
+    }
+}
+
+/// Where to cut a text that is too long: before its last space, or where there is none, before its last letter.
+fn between_words(bytes: &[u8]) -> usize {
+    let space = bytes.iter().rposition(|byte| *byte == b' ').filter(|at| *at > 0);
+    // A byte of the form 10xxxxxx continues a letter.
+    let letter = || bytes.iter().rposition(|byte| byte & 0xc0 != 0x80).filter(|at| *at > 0);
+    space.or_else(letter).unwrap_or(bytes.len())
 }
 
 /// The value of a JSON record's field, or why there is none.
@@ -217,7 +270,7 @@ fn messages(value: &[Value]) -> Option<Vec<Value>> {
 impl TextFiles {
     /// The records of these files, in this order.
     pub fn new(places: Vec<Place>, options: Options) -> Self {
-        TextFiles { options, places, next: 0, open: None, position: 0, skipped: 0, first: None }
+        TextFiles { options, places, next: 0, open: None, position: 0, bad: Bad::default() }
     }
 
     /// The next record of the open file; `None` at its end.
@@ -233,6 +286,10 @@ impl TextFiles {
                 (Some(Line::Bad(why)), _) => Err(why),
                 (Some(Line::Value(value)), _) => Ok(Some(value)),
                 (Some(Line::Text(line)), Content::Json(_)) if line.trim().is_empty() => continue,
+                (Some(Line::Text(line)), Content::Json(_)) if file.line == 1 && line.trim_start().starts_with('[') => {
+                    bail!(InputError::new(format!("{} is a JSON array, not a record on each line", file.name))
+                        .help("write each element on a line of its own: `jq -c '.[]' FILE > FILE.jsonl`"));
+                }
                 (Some(Line::Text(line)), Content::Json(_)) => field(&line, column).map(Some),
                 (Some(Line::Text(line)), _) => {
                     let whole = self.options.documents == Documents::File;
@@ -241,7 +298,8 @@ impl TextFiles {
                             text.push('\n');
                         }
                         text += &line;
-                        if self.options.documents != Documents::Line {
+                        let full = text.len() >= LONGEST_DOCUMENT || !file.rest.is_empty();
+                        if self.options.documents != Documents::Line && !full {
                             continue;
                         }
                     }
@@ -251,7 +309,7 @@ impl TextFiles {
             let place = file.origin(file.line);
             match value {
                 Err(why) => {
-                    skip(&self.options, &mut self.skipped, &mut self.first, &place, &why)?;
+                    self.bad.skip(&self.options, self.position, &place, &why)?;
                     continue;
                 }
                 Ok(None) => {}
@@ -262,7 +320,7 @@ impl TextFiles {
                     }
                     _ => {
                         let why = format!("field `{column}` is neither a string nor the messages of a chat");
-                        skip(&self.options, &mut self.skipped, &mut self.first, &place, &why)?;
+                        self.bad.skip(&self.options, self.position, &place, &why)?;
                         continue;
                     }
                 },
@@ -279,15 +337,21 @@ impl TextFiles {
     }
 }
 
-/// Counts a bad record, or ends with it.
-fn skip(options: &Options, skipped: &mut u64, first: &mut Option<String>, place: &str, why: &str) -> Result<()> {
-    let place = format!("{place}: {why}");
-    if options.strict {
-        bail!(InputError::new(place).help("mend the record, or skip such with `strict: false`"));
+impl Bad {
+    /// Counts a bad record, or ends with it. `delivered` is how many good ones there were.
+    fn skip(&mut self, options: &Options, delivered: u64, place: &str, why: &str) -> Result<()> {
+        let place = format!("{place}: {why}");
+        if options.strict {
+            bail!(InputError::new(place).help("mend the record, or skip such with `strict: false`"));
+        }
+        self.count += 1;
+        let first = self.first.get_or_insert(place);
+        if delivered == 0 && self.count == HOPELESS {
+            bail!(InputError::new(format!("none of the first {HOPELESS} records can be used; the first is {first}"))
+                .help("`column` names the field that holds the text or the messages of a chat"));
+        }
+        Ok(())
     }
-    *skipped += 1;
-    first.get_or_insert(place);
-    Ok(())
 }
 
 impl TextStream for TextFiles {
@@ -308,16 +372,16 @@ impl TextStream for TextFiles {
     }
 
     fn seek(&mut self, position: u64) -> Result<()> {
-        (self.next, self.open, self.position, self.skipped, self.first) = (0, None, 0, 0, None);
+        (self.next, self.open, self.position, self.bad) = (0, None, 0, Bad::default());
         while self.position < position && self.next_record()?.is_some() {}
         Ok(())
     }
 
     fn refuse(&mut self, origin: &str, why: &str) -> Result<()> {
-        skip(&self.options, &mut self.skipped, &mut self.first, origin, why)
+        self.bad.skip(&self.options, self.position, origin, why)
     }
 
     fn skipped(&self) -> (u64, Option<String>) {
-        (self.skipped, self.first.clone())
+        (self.bad.count, self.bad.first.clone())
     }
 }

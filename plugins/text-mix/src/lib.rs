@@ -1,8 +1,8 @@
 //! Several texts mixed by weight: pretraining text with a part of chats, say.
 //!
 //! Weights are of documents. The next document comes from the text that is furthest behind its share, so that every
-//! stretch of the stream holds the texts in their proportion, the same way each time. The mix ends where the first of its
-//! texts ends: from there on the proportion could not be kept.
+//! stretch of the stream holds the texts in their proportion, the same way each time. A text that ends begins again, and
+//! the mix ends when all of them have ended once, or, if that is wanted, where the first ends.
 
 use dictlearn_core::prelude::*;
 
@@ -12,16 +12,32 @@ const NAME: &str = "mix";
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MixConfig {
-    /// The texts.
+    /// The texts, each with its `weight` and the `text` itself.
     #[schemars(length(min = 1))]
     pub streams: Vec<Weighted>,
+    /// When the mix ends: when each text has been read to its end at least once (`all_exhausted`; those that end earlier
+    /// begin again), or where the first ends (`first_exhausted`).
+    #[serde(default)]
+    pub stopping_strategy: StoppingStrategy,
+}
+
+/// When a mix of texts ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum StoppingStrategy {
+    /// When all have ended once.
+    #[default]
+    AllExhausted,
+    /// Where the first ends.
+    FirstExhausted,
 }
 
 /// A text and its share.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Weighted {
-    /// How many of its documents there are in proportion to the others'.
+    /// How many of its documents (not tokens) there are in proportion to the others'.
     #[schemars(range(min = 0.0))]
     pub weight: f64,
     /// The text.
@@ -51,9 +67,13 @@ impl TextConfig for MixConfig {
                     .field(format!("streams[{index}].text"))
                     .help("mix texts, or harvest the rows by themselves"));
             }
-            Ok(Part { text, weight: *weight, given: 0 })
+            Ok(Part { text, weight: *weight, given: 0, ended: false })
         });
-        Ok(Box::new(Mix { parts: streams.collect::<Result<_>>()?, position: 0, last: 0 }))
+        let parts: Vec<Part> = streams.collect::<Result<_>>()?;
+        if parts.is_empty() {
+            bail!(InputError::new("a mix of no texts").field("streams").help("list texts, each with a weight"));
+        }
+        Ok(Box::new(Mix { parts, stopping: self.stopping_strategy, position: 0, last: 0 }))
     }
 }
 
@@ -61,13 +81,30 @@ struct Part {
     text: Box<dyn TextStream>,
     weight: f64,
     given: u64,
+    /// Whether it was read to its end, and began again.
+    ended: bool,
 }
 
 struct Mix {
     parts: Vec<Part>,
+    stopping: StoppingStrategy,
     position: u64,
     /// The part that the last document is from.
     last: usize,
+}
+
+impl Part {
+    /// Goes to where so many documents were given, over the end if need be.
+    fn seek(&mut self) -> Result<()> {
+        self.text.seek(self.given)?;
+        let length = self.text.position();
+        if (1..self.given).contains(&length) {
+            self.ended = true;
+            // After a last document comes the end, and not the beginning.
+            self.text.seek((self.given - 1) % length + 1)?;
+        }
+        Ok(())
+    }
 }
 
 impl Mix {
@@ -84,9 +121,27 @@ impl TextStream for Mix {
         let Some(due) = self.due() else { return Ok(None) };
         self.last = due;
         let part = &mut self.parts[due];
-        let record = part.text.next_record()?;
+        let mut record = part.text.next_record()?;
+        if record.is_none() {
+            if part.given == 0 {
+                let (_, why) = part.text.skipped();
+                let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
+                bail!(InputError::new(format!("streams[{due}] of the mix has not one document{why}")));
+            }
+            part.ended = true;
+            let over = match self.stopping {
+                StoppingStrategy::AllExhausted => self.parts.iter().all(|part| part.ended),
+                StoppingStrategy::FirstExhausted => true,
+            };
+            if over {
+                return Ok(None);
+            }
+            let part = &mut self.parts[due];
+            part.text.seek(0)?;
+            record = part.text.next_record()?;
+        }
         if record.is_some() {
-            part.given += 1;
+            self.parts[due].given += 1;
             self.position += 1;
         }
         Ok(record)
@@ -97,7 +152,7 @@ impl TextStream for Mix {
     }
 
     fn seek(&mut self, position: u64) -> Result<()> {
-        self.parts.iter_mut().for_each(|part| part.given = 0);
+        self.parts.iter_mut().for_each(|part| (part.given, part.ended) = (0, false));
         // Who is due depends on nothing but what was given.
         for _ in 0..position {
             if let Some(due) = self.due() {
@@ -105,7 +160,7 @@ impl TextStream for Mix {
             }
         }
         self.position = position;
-        self.parts.iter_mut().try_for_each(|part| part.text.seek(part.given))
+        self.parts.iter_mut().try_for_each(Part::seek)
     }
 
     fn refuse(&mut self, origin: &str, why: &str) -> Result<()> {
@@ -140,14 +195,15 @@ mod tests {
         }
 
         fn seek(&mut self, position: u64) -> Result<()> {
-            self.1 = position;
+            self.1 = position.min(self.2);
             Ok(())
         }
     }
 
-    fn mix() -> Mix {
-        let part = |text, weight| Part { text: Box::new(text), weight, given: 0 };
-        Mix { parts: vec![part(Numbered("a", 0, 70), 0.75), part(Numbered("b", 0, 1000), 0.25)], position: 0, last: 0 }
+    fn mix(stopping: StoppingStrategy) -> Mix {
+        let part = |text, weight| Part { text: Box::new(text), weight, given: 0, ended: false };
+        let parts = vec![part(Numbered("a", 0, 70), 0.75), part(Numbered("b", 0, 100), 0.25)];
+        Mix { parts, stopping, position: 0, last: 0 }
     }
 
     fn rest(mix: &mut Mix) -> Vec<String> {
@@ -161,7 +217,7 @@ mod tests {
 
     #[test]
     fn every_stretch_is_in_proportion_until_the_first_ends() {
-        let all = rest(&mut mix());
+        let all = rest(&mut mix(StoppingStrategy::FirstExhausted));
         assert!(all.len() >= 92 && all.len() <= 94, "70 of 3 in 4: {}", all.len());
         for stretch in all.chunks_exact(8) {
             assert_eq!(stretch.iter().filter(|text| text.starts_with('b')).count(), 2, "{stretch:?}");
@@ -171,14 +227,23 @@ mod tests {
     }
 
     #[test]
+    fn a_text_that_ends_begins_again_until_all_have_ended() {
+        let all = rest(&mut mix(StoppingStrategy::AllExhausted));
+        let of = |text: char| all.iter().filter(move |other| other.starts_with(text)).cloned();
+        assert_eq!(of('b').collect::<Vec<_>>(), (1..=100).map(|n| format!("b{n}")).collect::<Vec<_>>());
+        let expected = (0..).map(|n| format!("a{}", n % 70 + 1));
+        assert!(of('a').count() >= 299 && of('a').zip(expected).all(|(a, expected)| a == expected));
+    }
+
+    #[test]
     fn seeking_continues_where_it_was() {
-        let mut first = mix();
-        for _ in 0..13 {
-            first.next_record().unwrap();
+        for stopping in [StoppingStrategy::AllExhausted, StoppingStrategy::FirstExhausted] {
+            let all = rest(&mut mix(stopping));
+            for position in [0, 1, 13, 92, 93, 94, 95, 187, 200, all.len()] {
+                let mut other = mix(stopping);
+                other.seek(position.min(all.len()) as u64).unwrap();
+                assert_eq!(rest(&mut other), all[position.min(all.len())..], "{stopping:?} from {position}");
+            }
         }
-        let (position, expected) = (first.position(), rest(&mut first));
-        let mut other = mix();
-        other.seek(position).unwrap();
-        assert_eq!(rest(&mut other), expected);
     }
 }
