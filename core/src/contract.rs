@@ -109,8 +109,8 @@ fn activations(n: i64) -> Tensor {
     features.matmul(&Tensor::randn([64, D], options)) + 0.1
 }
 
-fn dictionary_cx() -> DictionaryCx {
-    DictionaryCx { activation_dim: D, output_dim: D, device: Device::Cpu, precision: Precision::Float32 }
+fn dictionary_cx() -> DictionaryCx<'static> {
+    DictionaryCx { activation_dim: D, output_dim: D, parts: &[], device: Device::Cpu, precision: Precision::Float32 }
 }
 
 fn dictionary(component: &Component) -> Box<dyn Dictionary> {
@@ -265,7 +265,14 @@ fn sae(trainer: &Component) -> SaeConfig {
 const STEPS: u64 = 200;
 
 fn training_cx() -> TrainingCx {
-    TrainingCx { widths: (D, D), steps: STEPS, seed: 3, device: Device::Cpu, precision: Precision::Float32 }
+    TrainingCx {
+        widths: (D, D),
+        parts: Vec::new(),
+        steps: STEPS,
+        seed: 3,
+        device: Device::Cpu,
+        precision: Precision::Float32,
+    }
 }
 
 fn batches() -> Vec<Batch> {

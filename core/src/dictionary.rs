@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use crate::config::InputError;
 use crate::device::Precision;
 use crate::registry;
-use crate::source::Batch;
+use crate::source::{Batch, SitePart};
 use crate::top_k::Selection;
 
 /// The widths of a dictionary's input, features and output.
@@ -51,11 +51,13 @@ pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activati
 
 /// What a dictionary is built for.
 #[derive(Debug, Clone, Copy)]
-pub struct DictionaryCx {
+pub struct DictionaryCx<'a> {
     /// Width of the activations, d.
     pub activation_dim: i64,
     /// Width of what is to be reconstructed.
     pub output_dim: i64,
+    /// What the activations are joined of, side by side; empty where they are of one place.
+    pub parts: &'a [SitePart],
     /// Where its tensors live.
     pub device: Device,
     /// The type of its matrix products.
@@ -134,6 +136,15 @@ impl Decoder {
         1 - self.feature_dim
     }
 
+    /// The features' directions as rows, [F, d], sharing memory with the weight.
+    pub fn rows(&self) -> Tensor {
+        if self.feature_dim == 0 {
+            self.weight.shallow_clone()
+        } else {
+            self.weight.transpose(0, 1)
+        }
+    }
+
     /// Norms of the features' directions, `[F]`.
     pub fn norms(&self) -> Tensor {
         self.weight.norm_scalaropt_dim(2.0, [self.direction_dim()], false)
@@ -189,6 +200,11 @@ pub trait Dictionary: Any + Send {
 
     /// The decoder, where the dictionary has one.
     fn decoder(&self) -> Option<Decoder>;
+
+    /// What each feature adds to the reconstruction, [F, d_out]: the decoder's rows, unless what they write is scaled.
+    fn directions(&self) -> Option<Tensor> {
+        self.decoder().map(|decoder| decoder.rows())
+    }
 
     /// The parts of the encoder that belong to one feature, where features can be resampled.
     fn encoder(&self) -> Option<Encoder> {

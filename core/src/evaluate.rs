@@ -64,7 +64,7 @@ pub fn evaluate(
                 .help("its data is shorter than one batch: add data, or make the batches smaller"));
         };
         for (result, figures) in results.iter_mut().zip(found) {
-            result.extend(figures.into_iter().map(|(name, value)| (name.to_owned(), value.into())));
+            result.extend(figures);
         }
     }
     Ok(results)

@@ -17,14 +17,16 @@ pub use crate::dictionary::{
 };
 pub use crate::firing::Firing;
 pub use crate::logger::{Logger, LoggerConfig};
-pub use crate::metric::{Figures, Metric, MetricConfig, Subject};
+pub use crate::metric::{figures, Figures, Metric, MetricConfig, Subject, Variance};
 pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::modifier::{Modifier, ModifierConfig, ModifierCx, Need};
 pub use crate::optim::{Adam, AdamConfig};
 pub use crate::register;
 pub use crate::resample::{ResampleWeight, Resampling};
 pub use crate::schedule::Schedule;
-pub use crate::source::{ActivationSource, Activations, Batch, ModelSource, Part, Site, SourceConfig, SourceCx};
+pub use crate::source::{
+    ActivationSource, Activations, Batch, ModelSource, Part, Site, SitePart, SourceConfig, SourceCx,
+};
 pub use crate::state::State;
 pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
 pub use crate::trainer::{mean_of_sums, penalizable, AfterStep, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx};

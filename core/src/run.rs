@@ -120,7 +120,8 @@ impl Run {
             let chosen = chosen_sites(sae, &sites).under(&key)?;
             for site in &chosen {
                 let widths = sites[*site].widths();
-                let cx = TrainingCx { widths, steps: config.steps, seed: config.seed, device, precision };
+                let parts = sites[*site].parts.clone();
+                let cx = TrainingCx { widths, parts, steps: config.steps, seed: config.seed, device, precision };
                 let mut training = Training::new(sae, &cx).under(&key)?;
                 if chosen.len() > 1 {
                     training.name = format!("{}-{}", sae.name, sites[*site].name.replace(['/', '\\'], "_"));

@@ -42,12 +42,26 @@ pub struct Site {
     /// What an SAE's config.json says of the site, beside what [`ActivationSource::describe`] says of the source.
     #[serde(default)]
     pub settings: Map<String, Value>,
+    /// What its activations are joined of, side by side, where they are: the same token at several places.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<SitePart>,
+}
+
+/// A part of a site whose activations are joined.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SitePart {
+    /// Its name.
+    pub name: String,
+    /// How many columns of the activations it has.
+    pub activation_dim: i64,
+    /// How many columns of what is to be reconstructed.
+    pub output_dim: i64,
 }
 
 impl Site {
     /// A site of which there is no more to say.
     pub fn new(name: impl Into<String>, (activation_dim, output_dim): (i64, i64)) -> Self {
-        Site { name: name.into(), activation_dim, output_dim, settings: Map::new() }
+        Site { name: name.into(), activation_dim, output_dim, settings: Map::new(), parts: Vec::new() }
     }
 
     /// Width of an activation, and of what is to be reconstructed.

@@ -351,16 +351,14 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
         let dead = self.fired.silent_for(self.settings.dead_feature_threshold);
         let dead = dead.nonzero().reshape([-1]);
         let count = dead.size()[0];
-        let Some(decoder) = pass.dictionary.decoder().filter(|_| count > 0) else {
+        let Some(directions) = pass.dictionary.directions().filter(|_| count > 0) else {
             return Ok(Tensor::zeros([0_i64; 0], (residual.kind(), residual.device())));
         };
         // Only the dead columns take part, so only they are sorted and decoded.
         let features = pass.code.extra("post_relu")?.index_select(1, &dead);
         let (values, indices) = features.topk(self.top_k_aux.min(count), -1, true, false);
         let kept = features.zeros_like().scatter(-1, &indices, &values);
-        let directions = decoder.weight.index_select(decoder.feature_dim, &dead);
-        let directions = if decoder.feature_dim == 0 { directions } else { directions.transpose(0, 1) };
-        let loss = mean_of_sums(&(residual - kept.matmul(&directions)).square());
+        let loss = mean_of_sums(&(residual - kept.matmul(&directions.index_select(0, &dead))).square());
         self.figures.pre_norm_auxk_loss = Some(loss.detach());
         let centred = residual - residual.mean_dim([0].as_slice(), true, residual.kind());
         let variance = mean_of_sums(&centred.square());

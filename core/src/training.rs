@@ -13,15 +13,17 @@ use crate::modifier::{Modifier, ModifierConfig, ModifierCx};
 use crate::optim::Adam;
 use crate::rng::{rng, Rng};
 use crate::saved;
-use crate::source::Batch;
+use crate::source::{Batch, SitePart};
 use crate::state::State;
 use crate::trainer::{float, AfterStep, Pass, Terms, Trainer, TrainerCx};
 
 /// What a dictionary in training is built for.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TrainingCx {
     /// Width of the activations, and of what is to be reconstructed.
     pub widths: (i64, i64),
+    /// What the activations are joined of; empty where they are of one place.
+    pub parts: Vec<SitePart>,
     /// How many steps the schedules are laid out for.
     pub steps: u64,
     /// Seed of initial weights and random choices.
@@ -58,6 +60,7 @@ impl Training {
             .build(&DictionaryCx {
                 activation_dim: cx.widths.0,
                 output_dim: cx.widths.1,
+                parts: &cx.parts,
                 device: cx.device,
                 precision: cx.precision,
             })

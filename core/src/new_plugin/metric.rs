@@ -35,18 +35,18 @@ impl MetricConfig for ExampleNameConfig {
 
 impl Metric for ExampleNameConfig {
     fn evaluate(&mut self, subjects: &[Subject], _source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
-        let figures = |subject: &Subject| {
-            let alike = subject.dictionary.decoder().map_or(f64::NAN, |decoder| self.alike(&decoder));
-            Figures::from([("example_name", alike)])
+        let found = |subject: &Subject| {
+            let alike = subject.dictionary.directions().map_or(f64::NAN, |directions| self.alike(&directions));
+            figures([("example_name", alike)])
         };
-        Ok(Some(subjects.iter().map(figures).collect()))
+        Ok(Some(subjects.iter().map(found).collect()))
     }
 }
 
 impl ExampleNameConfig {
-    fn alike(&self, decoder: &Decoder) -> f64 {
-        let rows = if decoder.feature_dim == 0 { decoder.weight.shallow_clone() } else { decoder.weight.tr() };
-        let rows = rows.narrow(0, 0, self.features.min(rows.size()[0]));
+    /// Of directions [F, d].
+    fn alike(&self, directions: &Tensor) -> f64 {
+        let rows = directions.narrow(0, 0, self.features.min(directions.size()[0]));
         let unit = &rows / rows.norm_scalaropt_dim(2.0, [1], true).clamp_min(1e-12);
         let cosines = unit.matmul(&unit.tr()).fill_diagonal_(-1.0, false);
         cosines.amax([1], false).mean(Kind::Float).double_value(&[])

@@ -367,7 +367,7 @@ mod tests {
 
     /// One feature whose pre-activation is the activation, with threshold 1.
     fn one() -> JumpRelu {
-        let mut dictionary = JumpRelu::zeros(1, 1, Device::Cpu, Precision::Float32);
+        let mut dictionary = JumpRelu::zeros(1, 1, 1, Device::Cpu, Precision::Float32);
         tch::no_grad(|| {
             let _ = dictionary.w_enc.fill_(1.0);
             let _ = dictionary.w_dec.fill_(1.0);

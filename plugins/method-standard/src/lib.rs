@@ -313,8 +313,11 @@ mod tests {
         );
         let sae: SaeConfig = from_yaml(&yaml).unwrap();
         let (device, precision) = (Device::Cpu, Precision::Float32);
-        let training =
-            Training::new(&sae, &TrainingCx { widths: (8, 8), steps: 100, seed: 1, device, precision }).unwrap();
+        let training = Training::new(
+            &sae,
+            &TrainingCx { widths: (8, 8), parts: Vec::new(), steps: 100, seed: 1, device, precision },
+        )
+        .unwrap();
         let _ = tch::no_grad(|| parameter(&training, "encoder.bias").narrow(0, 0, 4).fill_(-1e3));
         let batches = (0..21).map(|_| Batch::of(Tensor::randn([32, 8], (Kind::Float, device)))).collect();
         (training, batches)

@@ -248,7 +248,7 @@ mod tests {
     fn transcoder(skip: bool) -> Transcoder {
         let config = TranscoderConfig { k: Some(3), dict_size: Some(20), expansion_factor: None };
         let (device, precision) = (Device::Cpu, Precision::Float32);
-        let cx = DictionaryCx { activation_dim: 8, output_dim: 5, device, precision };
+        let cx = DictionaryCx { activation_dim: 8, output_dim: 5, parts: &[], device, precision };
         Transcoder::new(&config, skip, &cx).unwrap()
     }
 

@@ -64,9 +64,8 @@ impl Metric for RecoveryConfig {
 impl RecoveryConfig {
     fn figures(&self, truth: &Tensor, dictionary: &dyn Dictionary) -> Result<Figures> {
         // A dictionary without a decoder reconstructs each feature by itself.
-        let found = match dictionary.decoder() {
-            Some(decoder) if decoder.feature_dim == 0 => decoder.weight,
-            Some(decoder) => decoder.weight.transpose(0, 1),
+        let found = match dictionary.directions() {
+            Some(directions) => directions,
             None => {
                 let features = dictionary.dims().features;
                 let one_each = Tensor::eye(features, (Kind::Float, truth.device()));
@@ -77,7 +76,7 @@ impl RecoveryConfig {
         let cosines = matched(&cosines(truth, &found))?;
         let count = truth.size()[0] as f64;
         let above = cosines.iter().filter(|cosine| **cosine > self.threshold).count();
-        Ok(Figures::from([
+        Ok(figures([
             ("mean_max_cosine_similarity", cosines.iter().sum::<f64>() / count),
             ("frac_features_recovered", above as f64 / count),
         ]))

@@ -104,17 +104,17 @@ impl Metric for LossRecoveredConfig {
             return Ok(None);
         }
         let original = original.mean();
-        let figures = |(subject, reconstructed): (&Subject, &Loss)| {
+        let found = |(subject, reconstructed): (&Subject, &Loss)| {
             let zero = sites.binary_search(&subject.site).map_or(f64::NAN, |index| zeros[index].mean());
             let reconstructed = reconstructed.mean();
-            Figures::from([
+            figures([
                 ("loss_original", original),
                 ("loss_reconstructed", reconstructed),
                 ("loss_zero", zero),
                 ("frac_recovered", (reconstructed - zero) / (original - zero)),
             ])
         };
-        Ok(Some(subjects.iter().zip(&reconstructed).map(figures).collect()))
+        Ok(Some(subjects.iter().zip(&reconstructed).map(found).collect()))
     }
 }
 

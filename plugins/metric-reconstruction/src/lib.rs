@@ -72,8 +72,7 @@ impl Metric for ReconstructionConfig {
     }
 }
 
-/// Sums over activations. Scalars are added up in float64; the variances are merged from each part's mean and squared
-/// deviations (Chan et al. 1983), so that neither a large mean nor a long run loses digits.
+/// Sums over activations. Scalars are added up in float64.
 struct Totals {
     count: f64,
     l2: f64,
@@ -141,7 +140,7 @@ impl Totals {
 
     fn figures(&self) -> Figures {
         let alive = self.alive.as_ref().map_or(0.0, |alive| alive.sum(Kind::Int64).double_value(&[]));
-        Figures::from([
+        figures([
             ("l2_loss", self.l2 / self.count),
             ("l1_loss", self.l1 / self.count),
             ("l0", self.l0 / self.count),
@@ -151,54 +150,5 @@ impl Totals {
             ("relative_reconstruction_bias", self.x_hat_squared / self.x_dot_x_hat),
             ("frac_alive", alive / self.features),
         ])
-    }
-}
-
-/// Variance of vectors, dimension by dimension, over several parts.
-#[derive(Default)]
-struct Variance {
-    count: f64,
-    mean: Option<Tensor>,
-    squared_deviations: f64,
-}
-
-impl Variance {
-    fn add(&mut self, x: &Tensor) {
-        let x = x.to_kind(Kind::Double);
-        let count = x.size()[0] as f64;
-        let mean = x.mean_dim([0].as_slice(), false, Kind::Double);
-        self.squared_deviations += (x - &mean).square().sum(Kind::Double).double_value(&[]);
-        let all = self.count + count;
-        self.mean = Some(match &self.mean {
-            None => mean,
-            Some(before) => {
-                let apart = &mean - before;
-                self.squared_deviations +=
-                    apart.square().sum(Kind::Double).double_value(&[]) * self.count * count / all;
-                before + apart * (count / all)
-            }
-        });
-        self.count = all;
-    }
-
-    /// Sum over dimensions, up to a factor that all have in common.
-    fn total(&self) -> f64 {
-        self.squared_deviations
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn variance_in_parts_is_variance_of_the_whole() {
-        let x = Tensor::randn([100, 3], (Kind::Float, Device::Cpu)) + 1000.0;
-        let mut parts = Variance::default();
-        for part in x.split(7, 0) {
-            parts.add(&part);
-        }
-        let whole = x.to_kind(Kind::Double).var_dim([0].as_slice(), true, false).sum(Kind::Double).double_value(&[]);
-        assert!((parts.total() / 99.0 / whole - 1.0).abs() < 1e-9);
     }
 }

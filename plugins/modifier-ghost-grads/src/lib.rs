@@ -109,10 +109,8 @@ impl Modifier for GhostGrads {
 
 /// How far the ghosts of these features, indices `[n]`, are from the residual.
 fn ghost_loss(pass: &Pass, dead: &Tensor) -> Result<Tensor> {
-    let decoder = pass.dictionary.decoder().context("the dictionary has no decoder")?;
-    let columns = decoder.weight.index_select(decoder.feature_dim, dead);
-    let columns = if decoder.feature_dim == 0 { columns } else { columns.transpose(0, 1) };
-    let ghost = pass.code.extra("pre_activations")?.index_select(-1, dead).exp().matmul(&columns);
+    let directions = pass.dictionary.directions().context("the dictionary has no decoder")?.index_select(0, dead);
+    let ghost = pass.code.extra("pre_activations")?.index_select(-1, dead).exp().matmul(&directions);
     let norms = |x: &Tensor| x.detach().norm_scalaropt_dim(2.0, [-1], true);
     let residual = pass.residual().detach();
     let ghost = &ghost * (norms(&residual) / (norms(&ghost) * 2.0 + EPSILON));

@@ -145,7 +145,10 @@ mod tests {
             format!("{:#}", stream.next_record().unwrap_err())
         };
         let error = refused("a.jsonl", "{\"txt\": \"a\"}\n".repeat(1000).as_bytes());
-        assert!(error.contains("none of the first 100 records can be used") && error.contains("it has: txt"), "{error}");
+        assert!(
+            error.contains("none of the first 100 records can be used") && error.contains("it has: txt"),
+            "{error}"
+        );
         let error = refused("a.json", b"[{\"text\": \"a\"},\n {\"text\": \"b\"}]");
         assert!(error.contains("a.json is a JSON array"), "{error}");
     }

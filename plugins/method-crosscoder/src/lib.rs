@@ -1,0 +1,451 @@
+//! Crosscoders: Lindsey et al. 2024, *Sparse Crosscoders for Cross-Layer Features and Model Diffing*,
+//! <https://transformer-circuits.pub/2024/crosscoders/index.html>.
+//!
+//! One set of features reads and writes several places: layers of a model, or the same layer of a model and its
+//! fine-tune. The source joins their activations side by side (`type: joined`). With activations aˢ `[d_s]` of the parts
+//! s, encoders W_eˢ, decoders W_dˢ with columns d_iˢ, and features f `[F]`:
+//!
+//! ```text
+//! f  = ReLU(Σ_s W_eˢ aˢ/cˢ + b_e)
+//! âˢ = cˢ W_dˢ f + b_dˢ
+//! L  = Σ_s ‖(aˢ − âˢ)/cˢ‖² + λ Σ_i f_i Σ_s ‖d_iˢ‖        (means over the batch)
+//! ```
+//!
+//! The scale cˢ is the median norm of a part in the first batch, so that a part with large activations does not drown the
+//! others; it is kept with the weights (`scale`), and the dictionary takes activations as they are.
+//!
+//! With `k` the features are those with the k·B largest f_i Σ_s ‖d_iˢ‖ of a batch, and no penalty is needed: Minder et al.
+//! 2025, *Robustly identifying concepts introduced during chat fine-tuning using crosscoders*,
+//! <https://arxiv.org/abs/2504.02922>, section 3. After training a threshold stands for the selection.
+
+use std::collections::BTreeMap;
+
+use dictlearn_core::prelude::*;
+use dictlearn_core::top_k::{Selection, TopKTrainer};
+use dictlearn_core::top_k_config;
+
+const NAME: &str = "crosscoder";
+const TOP_K_NAME: &str = "batch_top_k_crosscoder";
+const PAPER: &str = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing, \
+                     https://transformer-circuits.pub/2024/crosscoders/index.html";
+
+const TOP_K_PAPER: &str = "Minder et al. 2025, Robustly identifying concepts introduced during chat fine-tuning using \
+                           crosscoders, https://arxiv.org/abs/2504.02922";
+
+/// A crosscoder.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CrosscoderConfig {
+    /// Number of features; or give `expansion_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features as a multiple of the parts' joint width; 8 if neither is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+/// A crosscoder that selects its features over a batch.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BatchTopKCrosscoderDictionaryConfig {
+    /// How many features each activation keeps, on average over a batch.
+    #[schemars(range(min = 1))]
+    pub k: i64,
+    /// Number of features; or give `expansion_factor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub dict_size: Option<i64>,
+    /// Number of features as a multiple of the parts' joint width; 8 if neither is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub expansion_factor: Option<f64>,
+}
+
+register! {
+    dictionary CrosscoderConfig, NAME,
+    summary: "One set of features for several places, with an encoder and a decoder for each",
+    paper: PAPER,
+    example: "{type: crosscoder, expansion_factor: 4}",
+}
+
+register! {
+    dictionary BatchTopKCrosscoderDictionaryConfig, TOP_K_NAME,
+    summary: "A crosscoder that keeps the k largest features on average over a batch",
+    paper: TOP_K_PAPER,
+    example: "{type: batch_top_k_crosscoder, expansion_factor: 4, k: 8}",
+}
+
+#[typetag::serde(name = NAME)]
+impl DictionaryConfig for CrosscoderConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        Ok(Box::new(Crosscoder::new(features, None, cx)))
+    }
+}
+
+#[typetag::serde(name = TOP_K_NAME)]
+impl DictionaryConfig for BatchTopKCrosscoderDictionaryConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        Selection::check(self.k, features)?;
+        Ok(Box::new(Crosscoder::new(features, Some(self.k), cx)))
+    }
+}
+
+/// A crosscoder. Its parts lie side by side, in the order of the source's.
+#[derive(Debug)]
+pub struct Crosscoder {
+    w_enc: Tensor, // W_e [Σ d_s, F]
+    b_enc: Tensor, // b_e [F]
+    w_dec: Tensor, // W_d [F, Σ d_s]
+    b_dec: Tensor, // b_d [Σ d_s]
+    /// The scale cˢ of each part's input and output, [S, 2].
+    scale: Tensor,
+    /// Widths of the parts' inputs and outputs, [S, 2], int64.
+    widths: Tensor,
+    selection: Option<Selection>,
+    precision: Precision,
+    /// Widths of inputs and of outputs, as numbers.
+    parts: [Vec<i64>; 2],
+}
+
+inventory::submit! { SavedClass { class: "Crosscoder", name: NAME, shaped } }
+
+inventory::submit! { SavedClass { class: "BatchTopKCrosscoder", name: TOP_K_NAME, shaped } }
+
+fn shaped(
+    tensors: &BTreeMap<String, Tensor>,
+    trainer: &Value,
+    device: Device,
+    precision: Precision,
+) -> Result<Box<dyn Dictionary>> {
+    let [_, features] = saved_shape(tensors, "W_enc")?;
+    let [parts, 2] = saved_shape(tensors, "widths")? else {
+        bail!(InputError::new("tensor `widths` does not have two columns"));
+    };
+    let widths = Vec::<i64>::try_from(tensors["widths"].to_kind(Kind::Int64).reshape([-1]))?;
+    let widths: Vec<[i64; 2]> = widths.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect();
+    if parts == 0 || widths.iter().flatten().any(|width| !(1..1 << 24).contains(width)) {
+        bail!(InputError::new("tensor `widths` has widths that no activation has"));
+    }
+    let k = tensors.contains_key("k").then(|| Selection::saved_k(tensors, trainer, features)).transpose()?;
+    Ok(Box::new(Crosscoder::zeros(&widths, features, k, device, precision)))
+}
+
+impl Crosscoder {
+    fn new(features: i64, k: Option<i64>, cx: &DictionaryCx) -> Self {
+        let parts = match cx.parts {
+            [] => vec![[cx.activation_dim, cx.output_dim]],
+            parts => parts.iter().map(|part| [part.activation_dim, part.output_dim]).collect(),
+        };
+        let mut dictionary = Crosscoder::zeros(&parts, features, k, cx.device, cx.precision);
+        tch::no_grad(|| {
+            // Each part's directions have norm 0.1, and the encoder is the decoder's transpose where widths allow.
+            let (mut read, mut write) = (Vec::new(), Vec::new());
+            for [input, output] in &parts {
+                let directions = random_directions([*input, features], 0.1, cx.device);
+                let same = input == output;
+                let written = if same {
+                    directions.shallow_clone()
+                } else {
+                    random_directions([*output, features], 0.1, cx.device)
+                };
+                read.push(directions);
+                write.push(written.transpose(0, 1));
+            }
+            dictionary.w_enc.copy_(&Tensor::cat(&read, 0));
+            dictionary.w_dec.copy_(&Tensor::cat(&write, 1));
+        });
+        dictionary
+    }
+
+    fn zeros(parts: &[[i64; 2]], features: i64, k: Option<i64>, device: Device, precision: Precision) -> Self {
+        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+        let column = |column: usize| parts.iter().map(|part| part[column]).collect::<Vec<i64>>();
+        let (inputs, outputs) = (column(0), column(1));
+        let (input, output) = (inputs.iter().sum::<i64>(), outputs.iter().sum::<i64>());
+        Crosscoder {
+            w_enc: zeros(&[input, features]),
+            b_enc: zeros(&[features]),
+            w_dec: zeros(&[features, output]),
+            b_dec: zeros(&[output]),
+            scale: Tensor::ones([parts.len() as i64, 2], (Kind::Float, device)),
+            widths: Tensor::from_slice(&parts.concat()).view([-1, 2]).to_device(device),
+            selection: k.map(|k| Selection::new(k, true, device)),
+            precision,
+            parts: [inputs, outputs],
+        }
+    }
+
+    /// The scale of each column: of inputs (0) or outputs (1).
+    fn scales(&self, side: usize) -> Tensor {
+        let widths = Tensor::from_slice(&self.parts[side]).to_device(self.scale.device());
+        self.scale.select(1, side as i64).repeat_interleave_self_tensor(
+            &widths,
+            0,
+            self.parts[side].iter().sum::<i64>(),
+        )
+    }
+
+    fn pre_activations(&self, x: &Tensor) -> Tensor {
+        self.precision.linear(&(x / self.scales(0)), &self.w_enc.transpose(0, 1), Some(&self.b_enc))
+    }
+
+    /// Σ_s ‖d_iˢ‖, `[F]`.
+    fn norms(&self) -> Tensor {
+        let parts = self.w_dec.split_with_sizes(self.parts[1].as_slice(), 1);
+        // The gradient of the norm of a direction that is 0 is 0.
+        let norms = parts.iter().map(|part| part.norm_scalaropt_dim(2.0, [1], false));
+        norms.reduce(|sum, norm| sum + norm).unwrap_or_else(|| self.b_enc.zeros_like())
+    }
+
+    /// The reconstruction's error in units of the parts' scales.
+    fn loss(&self, pass: &Pass) -> Tensor {
+        mean_of_sums(&(pass.residual() / self.scales(1)).square())
+    }
+}
+
+impl Dictionary for Crosscoder {
+    fn class(&self) -> &'static str {
+        match self.selection {
+            None => "Crosscoder",
+            Some(_) => "BatchTopKCrosscoder",
+        }
+    }
+
+    fn dims(&self) -> Dims {
+        let size = self.w_enc.size();
+        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![
+            ("W_enc", self.w_enc.shallow_clone()),
+            ("b_enc", self.b_enc.shallow_clone()),
+            ("W_dec", self.w_dec.shallow_clone()),
+            ("b_dec", self.b_dec.shallow_clone()),
+        ]
+    }
+
+    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
+        let mut buffers = vec![("scale", self.scale.shallow_clone()), ("widths", self.widths.shallow_clone())];
+        buffers.extend(self.selection.iter().flat_map(Selection::buffers));
+        buffers
+    }
+
+    fn loaded(&mut self) {
+        if let Some(selection) = &mut self.selection {
+            selection.loaded();
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Tensor {
+        let pre_activations = self.pre_activations(x);
+        match &self.selection {
+            None => pre_activations.relu(),
+            Some(selection) => {
+                let norms = self.norms().clamp_min(f64::from(f32::MIN_POSITIVE));
+                selection.above_threshold(&(pre_activations * &norms)) / norms
+            }
+        }
+    }
+
+    fn decode(&self, features: &Tensor) -> Tensor {
+        self.precision.linear(features, &self.w_dec.transpose(0, 1), None) * self.scales(1) + &self.b_dec
+    }
+
+    /// A penalty falls on f_i Σ_s ‖d_iˢ‖, which no rescaling of columns can evade.
+    fn forward(&self, x: &Tensor) -> Code {
+        let pre_activations = self.pre_activations(x);
+        let norms = self.norms();
+        match &self.selection {
+            None => {
+                let features = pre_activations.relu();
+                let weighted = &features * norms;
+                Code::new(features).penalize(weighted).with("pre_activations", pre_activations)
+            }
+            Some(selection) => {
+                // What is selected by is a matter of order: no gradient goes through the norms.
+                let norms = norms.detach().clamp_min(f64::from(f32::MIN_POSITIVE));
+                let mut code = selection.of_batch(&pre_activations * &norms);
+                code.features = &code.features / norms;
+                code.with("post_relu", pre_activations.relu()).with("pre_activations", pre_activations)
+            }
+        }
+    }
+
+    fn decoder(&self) -> Option<Decoder> {
+        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
+    }
+
+    fn directions(&self) -> Option<Tensor> {
+        Some(&self.w_dec * self.scales(1))
+    }
+
+    fn encoder(&self) -> Option<Encoder> {
+        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
+    }
+
+    fn selection(&self) -> Option<&Selection> {
+        self.selection.as_ref()
+    }
+
+    fn selection_mut(&mut self) -> Option<&mut Selection> {
+        self.selection.as_mut()
+    }
+
+    fn begin(&mut self, batch: &Batch) {
+        let medians = |values: &Tensor, widths: &[i64]| {
+            let parts = values.split_with_sizes(widths, 1);
+            let medians = parts.iter().map(|part| part.norm_scalaropt_dim(2.0, [1], false).median().clamp_min(1e-6));
+            Tensor::stack(&medians.collect::<Vec<_>>(), 0)
+        };
+        let [inputs, outputs] = &self.parts;
+        self.scale.copy_(&Tensor::stack(&[medians(&batch.x, inputs), medians(&batch.target, outputs)], 1));
+        tch::no_grad(|| self.b_dec.copy_(&batch.target.mean_dim([0].as_slice(), false, Kind::Float)));
+    }
+
+    /// Features stay what they are: the parts' scales take it all.
+    fn scale_biases(&mut self, scale: f64) {
+        let _ = self.scale.g_mul_scalar_(scale);
+        let _ = tch::no_grad(|| self.b_dec.g_mul_scalar_(scale));
+    }
+}
+
+/// The loss is the squared error of each part's reconstruction in units of the part's median norm, summed over parts and
+/// dimensions, plus l1_penalty times the sum of the features, each times the sum over parts of its decoder's norms; both
+/// averaged over the batch. Gradients are clipped to norm 1.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CrosscoderTrainerConfig {
+    /// Learning rate.
+    #[schemars(range(min = 0))]
+    pub lr: f64,
+    /// Weight λ of the penalty.
+    #[schemars(range(min = 0))]
+    pub l1_penalty: f64,
+    /// Steps over which the learning rate rises from 0.
+    pub warmup_steps: u64,
+    /// Steps over which λ rises from 0; null for none.
+    pub sparsity_warmup_steps: Option<u64>,
+    /// Step from which the learning rate falls to 0 at the last step; null for never.
+    pub decay_start: Option<u64>,
+}
+
+impl Default for CrosscoderTrainerConfig {
+    fn default() -> Self {
+        CrosscoderTrainerConfig {
+            lr: 1e-3,
+            l1_penalty: 4e-2,
+            warmup_steps: 1000,
+            sparsity_warmup_steps: Some(2000),
+            decay_start: None,
+        }
+    }
+}
+
+register! {
+    trainer CrosscoderTrainerConfig, NAME,
+    summary: "Squared error of every part, L1 penalty weighted by the norms of all decoders",
+    paper: PAPER,
+    example: "{type: crosscoder, lr: 2e-3, l1_penalty: 0.02, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary: NAME,
+}
+
+#[typetag::serde(name = NAME)]
+impl TrainerConfig for CrosscoderTrainerConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        let schedule = Schedule {
+            steps: cx.steps,
+            warmup_steps: self.warmup_steps,
+            decay_start: self.decay_start,
+            resample_steps: None,
+            sparsity_warmup_steps: self.sparsity_warmup_steps,
+        }
+        .check()?;
+        if cx.dictionary.downcast::<Crosscoder>().is_none() {
+            bail!(not_a_crosscoder(NAME, cx.dictionary));
+        }
+        penalizable(cx.dictionary, NAME)?;
+        Ok(Box::new(CrosscoderTrainer { lr: self.lr, l1_penalty: self.l1_penalty, schedule }))
+    }
+
+    fn class(&self) -> &'static str {
+        "CrosscoderTrainer"
+    }
+}
+
+fn not_a_crosscoder(trainer: &str, dictionary: &dyn Dictionary) -> InputError {
+    InputError::new(format!(
+        "the trainer `{trainer}` cannot train the class {}: it is no crosscoder",
+        dictionary.class()
+    ))
+    .help(format!("use {}, or leave `dictionary.type` out", dictionary.usual_trainers()))
+}
+
+struct CrosscoderTrainer {
+    lr: f64,
+    l1_penalty: f64,
+    schedule: Schedule,
+}
+
+impl Trainer for CrosscoderTrainer {
+    fn adam(&self) -> AdamConfig {
+        AdamConfig::default()
+    }
+
+    fn lr(&self, step: u64) -> f64 {
+        self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: false, clip_gradients: Some(1.0) }
+    }
+
+    fn has_sparsity_term(&self) -> bool {
+        true
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let Some(crosscoder) = pass.dictionary.downcast::<Crosscoder>() else { bail!("not a crosscoder") };
+        terms.add_reconstruction("mse_loss", crosscoder.loss(pass));
+        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
+        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
+        Ok(())
+    }
+}
+
+top_k_config! {
+    /// The loss is the squared error of each part's reconstruction in units of the part's median norm, plus auxk_alpha
+    /// times the error of the dead features' best reconstruction of the residual. A feature's directions have joint norm
+    /// 1, gradients are clipped to norm 1.
+    pub struct BatchTopKCrosscoderConfig {}
+}
+
+register! {
+    trainer BatchTopKCrosscoderConfig, TOP_K_NAME,
+    summary: "Squared error of every part, the k largest features on average over a batch",
+    paper: TOP_K_PAPER,
+    example: "{type: batch_top_k_crosscoder, lr: 1e-3, warmup_steps: 20, threshold_start_step: 50}",
+    usual_dictionary: TOP_K_NAME,
+}
+
+#[typetag::serde(name = TOP_K_NAME)]
+impl TrainerConfig for BatchTopKCrosscoderConfig {
+    fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
+        if cx.dictionary.downcast::<Crosscoder>().is_none() {
+            bail!(not_a_crosscoder(TOP_K_NAME, cx.dictionary));
+        }
+        Ok(Box::new(TopKTrainer::new(TOP_K_NAME, self.settings(), cx, |pass, terms| {
+            let Some(crosscoder) = pass.dictionary.downcast::<Crosscoder>() else { bail!("not a crosscoder") };
+            terms.add_reconstruction("l2_loss", crosscoder.loss(pass));
+            Ok(())
+        })?))
+    }
+
+    fn class(&self) -> &'static str {
+        "BatchTopKCrosscoderTrainer"
+    }
+}

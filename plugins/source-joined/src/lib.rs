@@ -1,0 +1,161 @@
+//! Activations of the same tokens at several places, side by side: for crosscoders, and for any dictionary that is to read
+//! several places at once.
+//!
+//! Each inner source has a name, and every one of its sites becomes a part: a model and its fine-tune that read the same
+//! text, or one model with several submodules. The parts of a row are the same token, which is checked where the sources
+//! know their tokens. They do because all of them shuffle by the run's seed: give them the same text, contexts and buffer.
+
+use std::collections::BTreeMap;
+
+use dictlearn_core::prelude::*;
+
+const NAME: &str = "joined";
+
+/// Activations of the same tokens at several places, side by side.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JoinedConfig {
+    /// The sources, by name. They must give the same tokens in the same order: language models that read the same text
+    /// with the same `ctx_len`, `n_ctxs` and batch sizes do.
+    #[schemars(length(min = 1))]
+    pub sources: BTreeMap<String, Box<dyn SourceConfig>>,
+}
+
+register! {
+    source JoinedConfig, NAME,
+    summary: "The same tokens at several places or in several models, side by side",
+    paper: "",
+    example: "{type: joined, sources: {model: {type: language_model, model: \"embedded:austen\", \
+              submodule: [gpt_neox.layers.1, gpt_neox.layers.2], text: {type: embedded, name: austen}, ctx_len: 64, \
+              n_ctxs: 64, out_batch_size: 256, pack: true}}}",
+}
+
+#[typetag::serde(name = NAME)]
+impl SourceConfig for JoinedConfig {
+    fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
+        let mut sources = Vec::new();
+        for (name, config) in &self.sources {
+            let source = config.build(cx).under(name).under("sources")?;
+            sources.push((name.clone(), source));
+        }
+        if sources.is_empty() {
+            bail!(InputError::new("no sources to join").field("sources").help("name at least one"));
+        }
+        let several = sources.len() > 1;
+        let mut parts = Vec::new();
+        for (name, source) in &sources {
+            let sites = source.sites();
+            for site in &sites {
+                let name = match (several, sites.len() > 1) {
+                    (true, true) => format!("{name}/{}", site.name),
+                    (true, false) => name.clone(),
+                    (false, _) => site.name.clone(),
+                };
+                parts.push(SitePart { name, activation_dim: site.activation_dim, output_dim: site.output_dim });
+            }
+        }
+        Ok(Box::new(Joined { sources, parts }))
+    }
+}
+
+struct Joined {
+    sources: Vec<(String, Box<dyn ActivationSource>)>,
+    parts: Vec<SitePart>,
+}
+
+/// Tensors [B, ..] side by side.
+fn side_by_side<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Tensor {
+    Tensor::cat(&tensors.collect::<Vec<_>>(), 1)
+}
+
+impl ActivationSource for Joined {
+    fn sites(&self) -> Vec<Site> {
+        let input = self.parts.iter().map(|part| part.activation_dim).sum();
+        let output = self.parts.iter().map(|part| part.output_dim).sum();
+        vec![Site { parts: self.parts.clone(), ..Site::new(NAME, (input, output)) }]
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Activations>> {
+        let mut batches: Vec<Batch> = Vec::new();
+        let mut tokens: Option<Tensor> = None;
+        let mut rows = None;
+        for (index, (name, source)) in self.sources.iter_mut().enumerate() {
+            let Some(activations) = source.next_batch()? else {
+                if index > 0 {
+                    bail!(InputError::new(format!("the source `{name}` ended before the others"))
+                        .field("sources")
+                        .help("give all of them the same text"));
+                }
+                return Ok(None);
+            };
+            let other = *rows.get_or_insert(activations.len());
+            let same = match (&tokens, &activations.tokens) {
+                // Token, context and position.
+                (Some(tokens), Some(others)) => other == activations.len() && tokens.equal(others),
+                _ => other == activations.len(),
+            };
+            if !same {
+                bail!(InputError::new(format!("the source `{name}` gives other tokens than the first"))
+                    .field("sources")
+                    .help(
+                        "give all of them the same text, tokenizer, contexts and batch sizes, and leave out \
+                         `max_activation_norm_multiple`"
+                    ));
+            }
+            tokens = tokens.or(activations.tokens);
+            batches.extend(activations.sites);
+        }
+        let x = side_by_side(batches.iter().map(|batch| &batch.x));
+        let batch = match batches.iter().all(Batch::is_autoencoding) {
+            true => Batch::of(x),
+            false => Batch { x, target: side_by_side(batches.iter().map(|batch| &batch.target)) },
+        };
+        Ok(Some(Activations { sites: vec![batch], tokens }))
+    }
+
+    fn rewind(&mut self) -> Result<()> {
+        self.sources.iter_mut().try_for_each(|(_, source)| source.rewind())
+    }
+
+    fn passes(&self) -> Option<u64> {
+        self.sources.iter().filter_map(|(_, source)| source.passes()).min()
+    }
+
+    fn is_endless(&self) -> bool {
+        self.sources.iter().all(|(_, source)| source.is_endless())
+    }
+
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
+        let mut sum = 0.0;
+        for (_, source) in &mut self.sources {
+            sum += source.mean_squared_norms()?.into_iter().sum::<f64>();
+        }
+        Ok(vec![sum])
+    }
+
+    fn memory(&self) -> u64 {
+        self.sources.iter().map(|(_, source)| source.memory()).sum()
+    }
+
+    fn describe(&self) -> Value {
+        let sources = self.sources.iter().map(|(name, source)| (name.clone(), source.describe()));
+        let names: Vec<&str> = self.parts.iter().map(|part| part.name.as_str()).collect();
+        serde_json::json!({"type": NAME, "sources": sources.collect::<Map<_, _>>(), "parts": names})
+    }
+
+    fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        for (name, source) in &self.sources {
+            state.put_all(name, source.state()?);
+        }
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.sources.iter_mut().try_for_each(|(name, source)| source.restore(&state.under(name)))
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.sources.iter().flat_map(|(_, source)| source.notes()).collect()
+    }
+}
