@@ -71,6 +71,11 @@ pub trait TextStream: Send {
         false
     }
 
+    /// Positions of the longest row of tokens, where that is known beforehand.
+    fn longest_row(&self) -> Option<i64> {
+        None
+    }
+
     /// How many items were delivered since the beginning.
     fn position(&self) -> u64;
 

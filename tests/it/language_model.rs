@@ -332,6 +332,22 @@ fn tokens_that_the_model_does_not_have_are_refused() {
 }
 
 #[test]
+fn embedded_positions_are_activations_of_every_row() {
+    let dir = fixture("models/gpt2");
+    let at = |submodule: &str| {
+        let yaml = tokens(&dir, &dir.join("io.safetensors"), "").replace("gpt_neox.layers.1", submodule);
+        drain(&mut *source(&yaml))
+    };
+    let (positions, layer) = (at("transformer.wpe"), at("transformer.h.0"));
+    assert_eq!(positions.size(), layer.size());
+    // The first position of each row is the same.
+    let width = positions.size()[1];
+    let first = positions.get(0).view([1, width]);
+    let same = (&positions - first).abs().sum_dim_intlist(-1, false, Kind::Float).eq(0.0).sum(Kind::Int64);
+    assert!(same.int64_value(&[]) > 1);
+}
+
+#[test]
 fn the_bundled_model_opens_by_name() {
     let (model, files) = open_model("embedded:austen", Device::Cpu, Precision::Float32).unwrap();
     assert_eq!(model.n_layers(), 4);

@@ -13,3 +13,4 @@ mod hub;
 mod hub_server;
 mod language_model;
 mod sites;
+mod transcoders;

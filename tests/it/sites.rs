@@ -171,6 +171,10 @@ fn submodules_that_make_no_sites_are_refused() {
     assert!(said.contains("`submodule` is an empty list") && said.contains("(source.submodule)"), "{said}");
     let said = refused("submodule: [gpt_neox.layers.1, gpt_neox.layers.1]");
     assert!(said.contains("named twice") && said.contains("(source.submodule[1])"), "{said}");
+    let said = refused("submodule: [gpt_neox.layers.1, blocks.1.hook_resid_post]");
+    assert!(said.contains("`blocks.1.hook_resid_post` is the same place as `gpt_neox.layers.1`"), "{said}");
+    let said = refused("submodule: blocks.1.hook_resid_post, io: in");
+    assert!(said.contains("names an output") && said.contains("(source.submodule)"), "{said}");
     let said = refused("submodule: [gpt_neox.layers.1, gpt_neox.layer.2]");
     assert!(said.contains("no module `gpt_neox.layer.2`") && said.contains("config.yaml:6:"), "{said}");
     let said = refused("submodule: {a: b}");

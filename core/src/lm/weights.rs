@@ -134,6 +134,9 @@ impl Weights {
     }
 }
 
+/// More layers than any model has: what is made for each of them would fill the memory before the first is found missing.
+const MOST_LAYERS: u64 = 10_000;
+
 /// Opens a model by its name, with its files (the tokenizer is one of them).
 pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(Box<dyn LanguageModel>, ModelFiles)> {
     let cx = ModelCx { device, precision };
@@ -153,6 +156,11 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
             .help(format!("supported are: {} (`dictlearn list models`)", known.join(", "))));
     };
     let load = || {
+        for name in ["num_hidden_layers", "n_layer", "num_layers"] {
+            if let Some(layers) = config.get(name).and_then(Value::as_u64).filter(|layers| *layers > MOST_LAYERS) {
+                bail!(InputError::new(format!("config.json: `{name}` is {layers}, which no model has")));
+            }
+        }
         refuse_unknown_arithmetic(&config, family)?;
         (found.load)(&config, Weights::open(&files, device)?, &cx)
     };

@@ -259,6 +259,12 @@ impl ActivationSource for ActivationCache {
         self.folder.row_bytes() * self.buffer_size.min(self.folder.rows())
     }
 
+    fn notes(&self) -> Vec<String> {
+        let manifest = self.folder.manifest();
+        let broken_off = || format!("note: the harvest was interrupted after {} activations", manifest.activations);
+        (!manifest.complete).then(broken_off).into_iter().collect()
+    }
+
     fn describe(&self) -> Value {
         self.described.clone()
     }

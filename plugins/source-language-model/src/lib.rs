@@ -129,6 +129,13 @@ impl SourceConfig for LanguageModelConfig {
         let text = self.text.build().under("text")?;
         let (model, files) = open_model(&self.model.0, cx.device, cx.precision).under("model")?;
         let sites = sites(&*model, self)?;
+        if let Some((row, most)) = text.longest_row().zip(model.max_positions()).filter(|(row, most)| row > most) {
+            bail!(InputError::new(format!(
+                "the rows of tokens have {row} positions, but the model takes at most {most}"
+            ))
+            .field("text")
+            .help("cut the rows, or choose a model with longer contexts"));
+        }
         let too_long = |most: &i64| !text.is_tokenized() && self.ctx_len as i64 > *most;
         if let Some(most) = model.max_positions().filter(too_long) {
             bail!(InputError::new(format!(
@@ -286,7 +293,11 @@ impl Harvest {
         tch::no_grad(|| {
             let mut hooks = Hooks::read(points, true);
             let _ = self.model.forward(&tokens, &mut hooks);
-            let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).collect();
+            // What is the same for all rows (embedded positions) has one row.
+            let count = rows.len() as i64;
+            let of_all =
+                |value: Tensor| if value.size()[0] < count { value.expand([count, -1, -1], true) } else { value };
+            let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).map(of_all).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
             self.check_finite(&values, &mask, rows)?;
             let kept = |(row, context): (i64, &i64)| {

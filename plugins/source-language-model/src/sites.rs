@@ -104,7 +104,7 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
     if names.is_empty() {
         bail!(InputError::new("`submodule` is an empty list").field("submodule").help("name at least one module"));
     }
-    let mut sites = Vec::new();
+    let mut sites: Vec<LanguageModelSite> = Vec::new();
     for (index, name) in names.iter().enumerate() {
         let key = if names.len() == 1 { "submodule".to_owned() } else { format!("submodule[{index}]") };
         if names[..index].contains(name) {
@@ -112,11 +112,22 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
         }
         let part = |io| model.hook_point(name, io).map(|(point, width)| Part::whole(point, width)).under(&key);
         let writes = part(if config.io == IoChoice::In { Io::In } else { Io::Out })?;
+        if config.io == IoChoice::In && writes.point.io == Io::Out {
+            bail!(InputError::new(format!("`{name}` names an output, {}, and `io` says `in`", writes.point))
+                .field(key)
+                .help(format!("leave `io` out, or name the module, `{}`", writes.point.module)));
+        }
         let reads = if config.io == IoChoice::InToOut { part(Io::In)? } else { writes.clone() };
         if config.io == IoChoice::InToOut && reads == writes {
             bail!(InputError::new(format!("`{name}` names one value, and `in_to_out` needs two"))
                 .field(key)
                 .help(format!("name the module, `{}`", writes.point.module)));
+        }
+        let same = |site: &LanguageModelSite| (&site.reads.point, &site.writes.point) == (&reads.point, &writes.point);
+        if let Some(other) = sites.iter().find(|site| same(site)) {
+            bail!(InputError::new(format!("`{name}` is the same place as `{}`", other.site.name))
+                .field(key)
+                .help("leave one of them out"));
         }
         match config.heads {
             Heads::Joined => sites.push(LanguageModelSite::new(name.clone(), name, None, reads, writes)),

@@ -74,6 +74,10 @@ impl TextStream for TokenFile {
         true
     }
 
+    fn longest_row(&self) -> Option<i64> {
+        Some(self.ids.size()[1])
+    }
+
     fn position(&self) -> u64 {
         self.row as u64
     }
