@@ -249,6 +249,10 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
             eprintln!("stopped before step {step}; everything is saved, `--resume` goes on");
             Ok(ExitCode::from(130))
         }
+        Ending::NotBegun => {
+            eprintln!("stopped before the first step; nothing is left to go on from");
+            Ok(ExitCode::from(130))
+        }
     }
 }
 
@@ -369,9 +373,12 @@ fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dtype: harvest
         let in_order = args.set.iter().cloned().chain(["source.shuffle=false".to_owned()]).collect();
         config = load(&args.config, args.profile.clone(), in_order)?;
     }
-    let source = source_cx(&config).and_then(|cx| config.source.build(&cx).under("source"));
-    let mut source = source.map_err(|error| config.written.locate(error))?;
     let interrupt = Interrupt::listen()?;
+    let source = source_cx(&config).and_then(|cx| config.source.build(&cx).under("source"));
+    if source.is_err() && interrupt.asked() {
+        return Ok(ExitCode::from(130));
+    }
+    let mut source = source.map_err(|error| config.written.locate(error))?;
     let manifest = harvest::write(&mut *source, out, limit, dtype, &interrupt)?;
     eprintln!("{} activations written to {}", manifest.activations, out.display());
     Ok(ExitCode::from(if manifest.complete { 0 } else { 130 }))

@@ -15,7 +15,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::InputError;
+use crate::config::{InputError, Under};
 use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::saved::read_json;
@@ -259,7 +259,12 @@ impl Writer {
             if interrupted {
                 break;
             }
-            let Some(activations) = source.next_batch()? else { break };
+            let activations = match source.next_batch() {
+                // It broke off because it was asked to.
+                Err(_) if interrupt.asked() => continue,
+                batch => batch.under("source")?,
+            };
+            let Some(activations) = activations else { break };
             let rows = limit.map_or(activations.len(), |limit| activations.len().min(limit - count));
             self.add(&activations, rows)?;
             count += rows;

@@ -3,7 +3,24 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
+
+/// Whether a signal has come to this process, for what works long without a run to ask.
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// Whether a signal has come, if anybody listens.
+pub fn asked() -> bool {
+    ASKED.load(Ordering::Relaxed)
+}
+
+/// Breaks off what works long (a download, the filling of a buffer) when a signal has come. Whoever calls it must be left
+/// as it could be saved; a run saves itself then.
+pub fn check() -> Result<()> {
+    if asked() {
+        bail!("interrupted");
+    }
+    Ok(())
+}
 
 /// Whether the user asked a run to end.
 #[derive(Debug, Default)]
@@ -18,12 +35,13 @@ impl Interrupt {
         let interrupt = Arc::new(Interrupt::default());
         let seen = interrupt.clone();
         ctrlc::set_handler(move || {
+            ASKED.store(true, Ordering::Relaxed);
             if seen.asked.swap(true, Ordering::Relaxed) || seen.at_once.load(Ordering::Relaxed) {
                 // SAFETY: ends the process and touches no memory. `exit` would run libtorch's destructors while its
                 // threads compute.
                 unsafe { libc::_exit(130) }
             }
-            eprintln!("\nstopping after this step; once more to stop at once");
+            eprintln!("\nstopping; once more to stop at once");
         })
         .context("cannot listen to signals")?;
         Ok(interrupt)

@@ -31,6 +31,8 @@ pub enum Ending {
     Done(Vec<(String, Map<String, Value>)>),
     /// A signal stopped it before this step; everything is saved, and `--resume` goes on.
     Interrupted(u64),
+    /// A signal stopped it before anything was trained; nothing was left behind.
+    NotBegun,
 }
 
 /// Trains every SAE of a config, saves and evaluates them.
@@ -46,7 +48,11 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     }
 
     // Everything that can be wrong with the config is found before anything is written.
-    let mut run = Run::build(config)?;
+    let mut run = match Run::build(config) {
+        // Whatever broke off then did so because it was asked to.
+        Err(_) if interrupt.asked() => return Ok(Ending::NotBegun),
+        built => built?,
+    };
     let created = !run_dir.exists();
     let before = entries(run_dir);
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
@@ -64,7 +70,8 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     }
 
     let result = run.train(config, run_dir, &checkpoints, first, resume, interrupt);
-    if result.is_err() && !run.saved && checkpoints.latest()?.is_none() {
+    let not_begun = matches!(result, Ok(Ending::NotBegun));
+    if (result.is_err() || not_begun) && !run.saved && checkpoints.latest()?.is_none() {
         // Nothing of it is of use, and a directory that holds half a run would only refuse the next one.
         for path in entries(run_dir).difference(&before) {
             let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
@@ -161,7 +168,7 @@ impl Run {
 
     /// Takes each site's norm from the beginning of the stream.
     fn normalize(&mut self, config: &RunConfig) -> Result<()> {
-        self.norms = self.stream.source().mean_squared_norms()?.into_iter().map(f64::sqrt).collect();
+        self.norms = self.stream.source().mean_squared_norms().under("source")?.into_iter().map(f64::sqrt).collect();
         for (site, norm) in self.norms.iter().enumerate() {
             let at = self.at(site);
             if *norm <= 0.0 || !norm.is_finite() {
@@ -202,7 +209,10 @@ impl Run {
         interrupt: &Interrupt,
     ) -> Result<Ending> {
         if config.normalize_activations && first == 0 {
-            self.normalize(config)?;
+            match self.normalize(config) {
+                Err(_) if interrupt.asked() => return Ok(Ending::NotBegun),
+                done => done?,
+            }
         }
         let resume_at = resume.then_some(first);
         let mut loggers: Vec<Box<dyn Logger>> = config
@@ -217,12 +227,16 @@ impl Run {
         let mut step = first;
         while step < last {
             if interrupt.asked() {
-                flush(&mut loggers)?;
-                self.finish_early(config, run_dir, checkpoints, step)?;
-                progress.finish();
-                return Ok(Ending::Interrupted(step));
+                return self.interrupted(config, run_dir, checkpoints, step, &mut loggers);
             }
-            let Some(activations) = self.stream.next_batch().with_context(|| format!("step {step}"))? else {
+            let activations = match self.stream.next_batch() {
+                // Sources break off what takes long when they are asked to stop, and can be saved then.
+                Err(_) if interrupt.asked() => {
+                    return self.interrupted(config, run_dir, checkpoints, step, &mut loggers);
+                }
+                batch => batch.under("source").with_context(|| format!("step {step}"))?,
+            };
+            let Some(activations) = activations else {
                 progress.say(&format!("the data ended after {step} of {last} steps"));
                 break;
             };
@@ -268,9 +282,21 @@ impl Run {
     }
 
     /// Stops before a step, with everything saved that a later run needs.
-    fn finish_early(&mut self, config: &RunConfig, run_dir: &Path, checkpoints: &Checkpoints, step: u64) -> Result<()> {
+    fn interrupted(
+        &mut self,
+        config: &RunConfig,
+        run_dir: &Path,
+        checkpoints: &Checkpoints,
+        step: u64,
+        loggers: &mut [Box<dyn Logger>],
+    ) -> Result<Ending> {
+        flush(loggers)?;
+        if step == 0 {
+            return Ok(Ending::NotBegun);
+        }
         checkpoints.save(step, &self.state()?)?;
-        self.save(config, run_dir)
+        self.save(config, run_dir)?;
+        Ok(Ending::Interrupted(step))
     }
 
     fn evaluate(&mut self, config: &RunConfig, run_dir: &Path) -> Result<Vec<(String, Map<String, Value>)>> {

@@ -268,7 +268,6 @@ impl Stream {
                 let notes = self.source.notes().join("; ");
                 let notes = if notes.is_empty() { notes } else { format!(" ({notes})") };
                 bail!(InputError::new(format!("the source gave not one batch of activations{notes}"))
-                    .field("source")
                     .help("its data is shorter than one batch: add data, or make the batches smaller"));
             }
             if self.source.passes().is_some_and(|passes| self.pass + 1 >= passes) {

@@ -427,6 +427,52 @@ fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
     assert!(changed.contains("`saes[0].trainer.lr`: 0.001 -> 1"), "{changed}");
 }
 
+/// On the bundled model, with a buffer that takes long to fill and is soon used up.
+const LONG_FILLS: &str = "steps: 200\noutput_dir: run\nprecision: float32\nlog_every: 1\ncheckpoint_every: 2\n\
+    source: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, pack: true, ctx_len: 64, \
+    n_ctxs: N_CTXS, refresh_batch_size: 4, out_batch_size: BATCH, text: {type: embedded, name: austen}}\n\
+    saes: [{trainer: {type: top_k, warmup_steps: 1}, dictionary: {k: 4, dict_size: 64}}]\n";
+
+#[test]
+fn a_run_is_interrupted_before_its_first_step() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "20000").replace("BATCH", "256"));
+    for (args, normalize) in
+        [(vec!["train", "config.yaml"], "true"), (vec!["train", "config.yaml", "--resume"], "false")]
+    {
+        let set = format!("normalize_activations={normalize}");
+        let args = [args, vec!["--set", &set]].concat();
+        let child = desk.program().args(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let started = Instant::now();
+        while !desk.path("run/config.yaml").exists() {
+            assert!(started.elapsed() < Duration::from_secs(120), "the run does not begin");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        let sent = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        let run = Run::of(child.wait_with_output().unwrap());
+        assert_eq!(run.code, 130, "{}", run.stderr);
+        assert!(run.stderr.contains("stopped before the first step"), "{}", run.stderr);
+        assert!(!desk.path("run").exists(), "{:?}", desk.files());
+    }
+}
+
+#[test]
+fn a_filling_of_the_buffer_is_interrupted_and_taken_up() {
+    let desk = Desk::new();
+    // Each step uses half of the buffer, so that nearly all of the time goes into filling it.
+    desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "512").replace("BATCH", "16000"));
+    let run = signal(&desk, &["train", "config.yaml"], "-INT");
+    assert_eq!(run.code, 130, "{}", run.stderr);
+    let at = desk.log("run/metrics.jsonl").last().unwrap()["step"].as_u64().unwrap() + 1;
+    let end = format!("stop_after={}", at + 2);
+    desk.ok(&["train", "config.yaml", "--resume", "--set", &end]);
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole", "--set", &end]);
+    let weights = |run: &str| fs::read(desk.path(&format!("{run}/top_k/ae.safetensors"))).unwrap();
+    assert_eq!(weights("run"), weights("whole"));
+}
+
 #[test]
 fn a_killed_run_leaves_nothing_half_written() {
     let desk = Desk::new();

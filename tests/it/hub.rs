@@ -218,7 +218,7 @@ fn a_dataset_is_read_as_it_arrives() {
         server.put(dataset, &format!("parts/{part}"), lines(part, 400));
         local.write(&format!("parts/{part}"), &lines(part, 400));
     }
-    server.put(dataset, "parts/notes.md", "not data");
+    server.put(dataset, "parts/notes.md", "not data").put(dataset, "parts/a empty.jsonl", "");
     local.ok(&["activations", "config.yaml", "--out", "out"]);
     let desk = reading("{type: hub_dataset, repo: someone/texts, column: content}");
     // README.md whole, then breaks in the middle of lines.

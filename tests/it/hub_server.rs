@@ -174,20 +174,20 @@ fn answer(connection: &TcpStream, shared: &Mutex<Shared>, endpoint: &str) -> std
         );
         return say(302, &to, b"", 0);
     }
-    if start >= content.len() {
+    if range.is_some() && start >= content.len() {
         return say(416, "", b"", 0);
     }
-    let headers = format!(
-        "ETag: \"{etag}\"\r\nX-Repo-Commit: {commit}\r\nContent-Range: bytes {start}-{}/{}\r\n",
-        end - 1,
-        content.len()
-    );
+    let mut headers = format!("ETag: \"{etag}\"\r\nX-Repo-Commit: {commit}\r\n");
+    if range.is_some() {
+        headers += &format!("Content-Range: bytes {start}-{}/{}\r\n", end - 1, content.len());
+    }
+    let status = if range.is_some() { 206 } else { 200 };
     let body = &content[start..end];
     // A request for the first byte asks for the headers.
     let fault = if range.as_deref() == Some("bytes=0-0") { None } else { shared.faults.pop_front() };
     match fault {
         Some(Fault::Status(status, header)) => say(status, &format!("{header}\r\n"), b"", 0),
-        Some(Fault::Cut(at)) => say(206, &headers, &body[..at.min(body.len())], body.len()),
-        None => say(206, &headers, body, body.len()),
+        Some(Fault::Cut(at)) => say(status, &headers, &body[..at.min(body.len())], body.len()),
+        None => say(status, &headers, body, body.len()),
     }
 }

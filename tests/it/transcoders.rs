@@ -123,8 +123,8 @@ fn crosscoders_tell_shared_features_from_those_of_one_model() {
             assert!(part["frac_variance_explained"].as_f64().unwrap() > 0.8, "{sae}: {eval}");
             assert_eq!(part["relative_decoder_norms"].as_array().unwrap().len(), 20);
             let alone = part["features_alone"].as_u64().unwrap();
-            // Four; with features to spare some of them twice.
-            assert!((3..=8).contains(&alone), "{sae}: {eval}");
+            // Four; with features to spare some of them twice, with few some of them in one.
+            assert!((2..=8).contains(&alone), "{sae}: {eval}");
         }
         let again: Value = serde_json::from_str(&desk.ok(&["eval", &format!("run/{sae}"), "--json"])).unwrap();
         assert_eq!(again["parts"].as_object().unwrap().len(), 2);

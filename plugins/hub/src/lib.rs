@@ -276,8 +276,8 @@ impl Client {
         let segments = path.split('/').map(|segment| utf8_percent_encode(segment, SEGMENT).to_string());
         let url = self.at(repo, commit).url(&segments.collect::<Vec<_>>().join("/"));
         let what = format!("{path} of `{repo}`");
-        let about = patiently(&PATIENT, &what, || Ok(self.api.metadata(&url)?));
-        let about = about.map_err(|failure| self.explain_file(repo, failure))?;
+        let about = patiently(&PATIENT, &what, || self.about(repo, commit, &url));
+        let (size, etag) = about.map_err(|failure| self.explain_file(repo, failure))?;
         let (client, at) = (self.clone(), self.at(repo, commit));
         let open = move |from: u64| {
             let response = client.get(at.info_request().uri(&url), from)?;
@@ -287,7 +287,27 @@ impl Client {
             std::io::copy(&mut body.by_ref().take(skip), &mut std::io::sink())?;
             Ok(Box::new(body) as Box<dyn Read + Send>)
         };
-        Ok((Remote::new(what, about.size() as u64, from, open), about.etag().to_owned()))
+        Ok((Remote::new(what, size, from, open), etag))
+    }
+
+    /// Size and version of a file.
+    fn about(&self, repo: &Repo, commit: &str, url: &str) -> Result<(u64, String), Failure> {
+        let failure = match self.api.metadata(url) {
+            Ok(about) => return Ok((about.size() as u64, about.etag().to_owned())),
+            Err(error) => Failure::from(error),
+        };
+        // It is asked for one byte of the file, which an empty one does not have, and some mirrors answer with all of it.
+        if failure.status() != Some(416) && !failure.to_string().contains("Content-Range") {
+            return Err(failure);
+        }
+        let response = self.get(self.at(repo, commit).info_request().uri(url), 0)?;
+        let header = |name: &str| response.headers().get(name)?.to_str().ok().map(str::to_owned);
+        let etag = header("x-linked-etag").or_else(|| header("etag"));
+        let size = header("x-linked-size").or_else(|| header("content-length")).and_then(|size| size.parse().ok());
+        match (size, etag) {
+            (Some(size), Some(etag)) => Ok((size, etag.trim_start_matches("W/").replace('"', ""))),
+            _ => Err(failure),
+        }
     }
 
     /// The same of a file. What a file is refused with does not say why, so the repository is asked.

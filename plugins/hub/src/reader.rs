@@ -2,6 +2,8 @@
 
 use std::io::{self, Read};
 
+use dictlearn_core::interrupt;
+
 use crate::trouble::{pause, Failure, PATIENT};
 
 type Body = Box<dyn Read + Send>;
@@ -67,6 +69,9 @@ impl Read for Remote {
             return Ok(0);
         }
         loop {
+            if interrupt::asked() {
+                return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "interrupted"));
+            }
             match self.attempt(&mut bytes[..wanted]) {
                 Ok(count) => {
                     self.position += count as u64;

@@ -2,16 +2,17 @@
 
 use std::fmt;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use dictlearn_core::interrupt;
 use hf_hub::api::sync::ApiError;
 use ureq::http::Response;
 use ureq::Body;
 
 /// Pauses between attempts, in milliseconds.
 pub const PATIENT: [u64; 4] = [250, 1_000, 4_000, 16_000];
-/// The longest pause that a server may ask for.
-const LONGEST: Duration = Duration::from_secs(60);
+/// The longest pause that a server may ask for: the Hub counts requests in windows of five minutes.
+const LONGEST: Duration = Duration::from_secs(300);
 
 /// Why a request gave nothing.
 #[derive(Debug)]
@@ -118,12 +119,18 @@ pub fn pause(what: &str, failure: &Failure, milliseconds: u64) {
     if pause >= Duration::from_secs(1) {
         eprintln!("{what}: {failure}; trying again in {} s", pause.as_secs());
     }
-    sleep(pause);
+    let until = Instant::now() + pause;
+    while Instant::now() < until && !interrupt::asked() {
+        sleep(Duration::from_millis(50).min(pause));
+    }
 }
 
 /// Tries again, after these pauses in milliseconds, what fails in a way that passes.
 pub fn patiently<T>(pauses: &[u64], what: &str, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
     for milliseconds in pauses {
+        if interrupt::asked() {
+            break;
+        }
         match attempt() {
             Err(failure) if failure.passing => pause(what, &failure, *milliseconds),
             done => return done,

@@ -40,6 +40,7 @@ impl Ahead {
     /// The next contexts, at most `count`; none at the end of the text.
     pub fn next_rows(&mut self, count: usize) -> Result<Vec<Row>> {
         let mut rows = Vec::with_capacity(count);
+        let before = self.place;
         while rows.len() < count {
             let Some(worker) = &self.worker else {
                 self.start()?;
@@ -50,6 +51,8 @@ impl Ahead {
                 Ok(Ok(made)) => made,
                 Ok(Err(error)) => {
                     self.stop();
+                    // The rows before it were not handed on.
+                    self.place = before;
                     return Err(error);
                 }
                 Err(_) => {

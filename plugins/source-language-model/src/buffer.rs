@@ -15,6 +15,8 @@ pub struct Buffer {
     /// Rows in the order in which they are served.
     order: Vec<u32>,
     served: usize,
+    /// Whether a filling broke off: what is there is not shuffled yet, and served only after the rest has come.
+    unfilled: bool,
     rng: Rng,
 }
 
@@ -22,7 +24,14 @@ impl Buffer {
     /// An empty buffer; memory is taken at once, so that too little of it shows at the beginning.
     pub fn new(columns: &[(i64, Kind)], capacity: usize, device: Device, rng: Rng) -> Self {
         let column = |(width, kind): &(i64, Kind)| Tensor::empty([capacity as i64, *width], (*kind, device));
-        Buffer { columns: columns.iter().map(column).collect(), capacity, order: Vec::new(), served: 0, rng }
+        Buffer {
+            columns: columns.iter().map(column).collect(),
+            capacity,
+            order: Vec::new(),
+            served: 0,
+            unfilled: false,
+            rng,
+        }
     }
 
     /// Rows not yet served.
@@ -32,11 +41,13 @@ impl Buffer {
 
     /// Whether less than half of the capacity is unread.
     pub fn wants_more(&self) -> bool {
-        self.unread() < self.capacity / 2
+        self.unfilled || self.unread() < self.capacity / 2
     }
 
     /// Fills the buffer up: unread rows move to its front, then `more` is asked for rows until there are none or no
     /// room. `more` is told how many rows there is room for and gives no more than that. Then all is shuffled.
+    ///
+    /// Where `more` fails, what it gave is kept, and the next filling goes on there, to the same end.
     pub fn fill(&mut self, mut more: impl FnMut(usize) -> Result<Option<Vec<Tensor>>>) -> Result<()> {
         let mut unread = self.order.split_off(self.served);
         unread.sort_unstable();
@@ -50,15 +61,21 @@ impl Buffer {
         }
         let mut count = unread.len();
         while count < self.capacity {
-            let Some(rows) = more(self.capacity - count)? else { break };
+            let rows = match more(self.capacity - count) {
+                Ok(Some(rows)) => rows,
+                Ok(None) => break,
+                Err(error) => {
+                    (self.order, self.served, self.unfilled) = ((0..count as u32).collect(), 0, true);
+                    return Err(error);
+                }
+            };
             let added = rows[0].size()[0];
             for (column, rows) in self.columns.iter().zip(&rows) {
                 column.narrow(0, count as i64, added).copy_(rows);
             }
             count += added as usize;
         }
-        self.served = 0;
-        self.order = (0..count as u32).collect();
+        (self.order, self.served, self.unfilled) = ((0..count as u32).collect(), 0, false);
         self.order.shuffle(&mut self.rng);
         Ok(())
     }
@@ -88,7 +105,7 @@ impl Buffer {
     /// Forgets all rows.
     pub fn clear(&mut self) {
         self.order.clear();
-        self.served = 0;
+        (self.served, self.unfilled) = (0, false);
     }
 
     /// The unread rows, their order and the generator.
@@ -106,6 +123,7 @@ impl Buffer {
         }
         let order: Vec<i32> = order.into_iter().map(|row| row as i32).collect();
         state.put_tensor("order", &Tensor::from_slice(&order));
+        state.put("unfilled", self.unfilled)?;
         state.put("rng", &self.rng)?;
         Ok(state)
     }
@@ -121,6 +139,7 @@ impl Buffer {
         }
         self.order = order.into_iter().map(|row| row as u32).collect();
         self.served = 0;
+        self.unfilled = state.get("unfilled")?;
         self.rng = state.get("rng")?;
         Ok(())
     }
@@ -165,6 +184,35 @@ mod tests {
         assert_ne!(all[..10], (0..10).map(|row| row as f32).collect::<Vec<_>>()[..]);
         all.sort_by(f32::total_cmp);
         assert_eq!(all, (0..next).map(|row| row as f32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_filling_that_breaks_off_is_taken_up() {
+        let mut buffer = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, "buffer"));
+        let mut next = 0;
+        served(&mut buffer, &mut next, 3);
+        let (state, at) = (buffer.state().unwrap(), next);
+        let expected = served(&mut buffer, &mut next, 15);
+
+        let new = || Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(7, "other"));
+        let mut broken = new();
+        broken.restore(&state).unwrap();
+        let mut next = at;
+        let broke_off = broken.fill(|room| {
+            if next > at {
+                bail!("interrupted");
+            }
+            let count = room.min(3) as i64;
+            next += count;
+            Ok(Some(vec![Tensor::arange_start(at, at + count, (Kind::Float, Device::Cpu)).unsqueeze(1)]))
+        });
+        assert!(broke_off.is_err() && broken.wants_more());
+        let state = broken.state().unwrap();
+        for mut buffer in [broken, new()] {
+            buffer.restore(&state).unwrap();
+            let mut next = next;
+            assert_eq!(served(&mut buffer, &mut next, 15), expected);
+        }
     }
 
     #[test]

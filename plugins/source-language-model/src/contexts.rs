@@ -188,7 +188,7 @@ impl Contexts {
     fn document(&mut self) -> Result<Option<Tokenised>> {
         loop {
             let position = self.text.position();
-            let (ids, origin) = match self.text.next_record()? {
+            let (ids, origin) = match self.text.next_record().under("text")? {
                 None => return Ok(None),
                 Some(Record::Tokens { .. }) => bail!("rows of tokens among documents"),
                 Some(Record::Text(document)) => {

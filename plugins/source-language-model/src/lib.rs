@@ -19,6 +19,7 @@ mod chat;
 mod contexts;
 mod sites;
 
+use dictlearn_core::interrupt;
 use dictlearn_core::lm::open_model;
 use dictlearn_core::prelude::*;
 use dictlearn_core::rng::rng;
@@ -243,6 +244,7 @@ impl Harvest {
 
     /// Activations at the text positions of the next forward pass, [n, width] for each point, and last their tokens.
     fn forward(&mut self) -> Result<Option<Vec<Tensor>>> {
+        interrupt::check()?;
         let (rows, first) = self.next_rows(self.rows)?;
         if rows.is_empty() {
             self.ended = true;

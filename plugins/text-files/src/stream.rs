@@ -273,6 +273,18 @@ impl TextFiles {
         TextFiles { options, places, next: 0, open: None, position: 0, bad: Bad::default() }
     }
 
+    /// What is said of files that hold no record.
+    fn no_text(&self) -> InputError {
+        let first = self.places.first().map(Place::to_string).unwrap_or_default();
+        let more = match self.places.len() {
+            0 | 1 => String::new(),
+            count => format!(" and {} more files", count - 1),
+        };
+        let bad = self.bad.first.as_ref().map(|bad| format!(": {} bad records, the first {bad}", self.bad.count));
+        InputError::new(format!("there is no text in {first}{more}{}", bad.unwrap_or_default()))
+            .help("a document has letters in it; `column` names the field of a record that holds it")
+    }
+
     /// The next record of the open file; `None` at its end.
     fn record(&mut self) -> Result<Option<Record>> {
         let Some(file) = &mut self.open else { return Ok(None) };
@@ -361,7 +373,12 @@ impl TextStream for TextFiles {
                 self.position += 1;
                 return Ok(Some(record));
             }
-            let Some(place) = self.places.get(self.next) else { return Ok(None) };
+            let Some(place) = self.places.get(self.next) else {
+                if self.position == 0 {
+                    bail!(self.no_text());
+                }
+                return Ok(None);
+            };
             self.open = Some(OpenFile::open(place, &self.options.column)?);
             self.next += 1;
         }
