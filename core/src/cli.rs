@@ -23,7 +23,7 @@ use crate::saved::{self, Saved};
 use crate::source::{Site, SourceCx};
 use crate::tensors::{self, TensorFile};
 
-/// Train, evaluate, import and publish sparse autoencoders on language-model activations, from YAML.
+/// Train and evaluate sparse autoencoders on language-model activations, from YAML.
 #[derive(Debug, Parser)]
 #[command(name = "dictlearn", version, max_term_width = 100)]
 struct Cli {
@@ -379,7 +379,8 @@ fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dtype: harvest
         return Ok(ExitCode::from(130));
     }
     let mut source = source.map_err(|error| config.written.locate(error))?;
-    let manifest = harvest::write(&mut *source, out, limit, dtype, &interrupt)?;
+    let manifest = harvest::write(&mut *source, out, limit, dtype, &interrupt);
+    let manifest = manifest.map_err(|error| config.written.locate(error))?;
     eprintln!("{} activations written to {}", manifest.activations, out.display());
     Ok(ExitCode::from(if manifest.complete { 0 } else { 130 }))
 }

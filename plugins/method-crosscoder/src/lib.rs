@@ -32,7 +32,7 @@ const PAPER: &str = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Fea
 const TOP_K_PAPER: &str = "Minder et al. 2025, Robustly identifying concepts introduced during chat fine-tuning using \
                            crosscoders, https://arxiv.org/abs/2504.02922";
 
-/// A crosscoder.
+/// A crosscoder. The source `joined` gives it its parts; on any other it has one.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CrosscoderConfig {
@@ -46,7 +46,7 @@ pub struct CrosscoderConfig {
     pub expansion_factor: Option<f64>,
 }
 
-/// A crosscoder that selects its features over a batch.
+/// A crosscoder that selects its features over a batch. The source `joined` gives it its parts; on any other it has one.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BatchTopKCrosscoderDictionaryConfig {

@@ -137,9 +137,10 @@ impl HubDatasetConfig {
                     Some(wanted) => format!("the dataset `{repo}` has no subset `{wanted}`"),
                     None => format!("the dataset `{repo}` has several subsets"),
                 };
-                bail!(InputError::new(found)
-                    .field("subset")
-                    .help(format!("its subsets: {}", subsets_of_head.join(", "))));
+                bail!(InputError::new(found).field("subset").help(match subsets_of_head.is_empty() {
+                    true => "it has none: leave `subset` out".to_owned(),
+                    false => format!("its subsets: {}", subsets_of_head.join(", ")),
+                }));
             }
         }
         let mut splits: Vec<&str> = head

@@ -28,7 +28,7 @@ pub struct TextFilesConfig {
 
 register! {
     text TextFilesConfig, NAME,
-    summary: "Text from .txt, .jsonl (plain, .gz, .zst) and .parquet files, folders and globs",
+    summary: "Text from .txt, .jsonl, .json (plain, .gz, .zst) and .parquet, folders and globs",
     paper: "",
     example: "{type: text_files, path: corpus.txt}",
 }
