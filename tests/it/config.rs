@@ -27,6 +27,47 @@ fn refusal(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)])
     run.stderr.replace(&dir.display().to_string(), "DIR").replace(&desk.dir.path().display().to_string(), "DIR")
 }
 
+/// The JSON Schema of a config, as an editor uses it.
+fn schema(desk: &Desk) -> jsonschema::Validator {
+    jsonschema::validator_for(&serde_json::from_str(&desk.ok(&["schema"])).unwrap()).unwrap()
+}
+
+#[test]
+fn an_editor_accepts_every_config() {
+    let schema = schema(&Desk::new());
+    let configs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    for entry in std::fs::read_dir(configs).unwrap() {
+        let path = entry.unwrap().path();
+        let config = serde_yaml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let errors: Vec<String> =
+            schema.iter_errors(&config).map(|error| format!("{}: {error}", error.instance_path())).collect();
+        assert!(errors.is_empty(), "{}: {errors:#?}", path.display());
+    }
+}
+
+#[test]
+fn the_schema_explains_every_field() {
+    let schema: serde_json::Value = serde_json::from_str(&Desk::new().ok(&["schema"])).unwrap();
+    fn fields(schema: &serde_json::Value, count: &mut usize) {
+        let Some(map) = schema.as_object() else {
+            schema.as_array().into_iter().flatten().for_each(|part| fields(part, count));
+            return;
+        };
+        for (name, field) in map.get("properties").and_then(|fields| fields.as_object()).into_iter().flatten() {
+            assert!(field["description"].is_string(), "`{name}` has no explanation: {field}");
+            *count += 1;
+        }
+        map.values().for_each(|part| fields(part, count));
+    }
+    let mut count = 0;
+    fields(&schema, &mut count);
+    assert!(count > 100, "{count}");
+    let lr = schema["$defs"]["trainer"]["oneOf"].as_array().unwrap().iter();
+    let top_k = lr.clone().find(|trainer| trainer["properties"]["type"]["const"] == "top_k").unwrap();
+    let said = top_k["properties"]["warmup_steps"]["description"].as_str().unwrap();
+    assert!(said.ends_with("Default: 1000"), "{said}");
+}
+
 /// Every way of getting a config wrong that we could think of, with what the program says.
 #[test]
 fn wrong_configs() {
@@ -258,10 +299,17 @@ fn wrong_configs() {
     let profile = format!("{plain}profiles:\n  quick:\n    log_evry: 1\n");
     cases.push(("an unknown key in a profile", profile, &["--profile", "quick"], &[]));
 
+    let schema = schema(&desk);
     let mut all = String::new();
     for (what, yaml, args, variables) in &cases {
         let shown = refusal(&desk, yaml, args, variables).replace(&fixtures.display().to_string(), "MODEL");
-        all += &format!("# {what}\n{shown}\n");
+        // What an editor says beforehand, of files that are wrong by themselves.
+        let seen = match serde_yaml::from_str::<serde_json::Value>(yaml) {
+            Ok(_) if !args.is_empty() || !variables.is_empty() => "",
+            Ok(config) if !schema.is_valid(&config) => " (an editor sees it)",
+            _ => "",
+        };
+        all += &format!("# {what}{seen}\n{shown}\n");
     }
     insta::assert_snapshot!(all);
 }

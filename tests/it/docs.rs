@@ -58,6 +58,37 @@ fn every_config_is_sound() {
 }
 
 #[test]
+fn the_reference_pages_are_what_the_program_writes() {
+    let desk = Desk::new();
+    let (written, out) = (root().join("docs/reference"), desk.path("reference"));
+    // Examples are made of what can be opened where the program stands.
+    let status = desk.program().current_dir(root()).args(["docs", "--out", out.to_str().unwrap()]).status().unwrap();
+    assert!(status.success());
+    let files = |dir: &Path| {
+        let mut found = Vec::new();
+        let mut folders = vec![dir.to_owned()];
+        while let Some(folder) = folders.pop() {
+            for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    let name = path.strip_prefix(dir).unwrap().to_owned();
+                    found.push((name, fs::read_to_string(&path).unwrap()));
+                }
+            }
+        }
+        found.sort();
+        found
+    };
+    let (written, made) = (files(&written), files(&out));
+    let names = |files: &[(PathBuf, String)]| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&written), names(&made), "run `cargo xtask docs`");
+    for ((name, written), (_, made)) in written.iter().zip(&made) {
+        assert!(written == made, "docs/reference/{} is stale: run `cargo xtask docs`", name.display());
+    }
+}
+
+#[test]
 fn the_readme_lists_what_is_registered() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let table = readme.split("## What is supported").nth(1).unwrap().split("\n## ").next().unwrap();

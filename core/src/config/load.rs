@@ -282,8 +282,58 @@ pub fn json_schema() -> Json {
     if let Some(sae) = schema.pointer_mut("/$defs/SaeConfig").and_then(Json::as_object_mut) {
         sae.insert("required".to_owned(), serde_json::json!(["trainer"]));
     }
+    // A dictionary without a type is the trainer's usual one.
+    if let Some(dictionary) = schema.pointer_mut("/$defs/SaeConfig/properties/dictionary") {
+        let named = std::mem::take(dictionary);
+        let description = named.get("description").cloned().unwrap_or_default();
+        let unnamed = serde_json::json!({"type": "object", "not": {"required": ["type"]}});
+        *dictionary = serde_json::json!({"description": description, "anyOf": [named, unnamed]});
+    }
+    // What a file includes may have what it lacks, and so may a sweep.
+    forgive(&mut schema, "include");
+    if let Some(sae) = schema.pointer_mut("/$defs/SaeConfig") {
+        forgive(sae, "sweep");
+    }
     say_defaults(&mut schema);
+    allow_underscores(&mut schema);
     schema
+}
+
+/// Lets numbers be written as `10_000` and `1e4` wherever numbers are wanted. To an editor the first is text.
+fn allow_underscores(schema: &mut Json) {
+    match schema {
+        Json::Object(map) => {
+            let types: Vec<&str> = match map.get("type") {
+                Some(Json::String(one)) => vec![one],
+                Some(Json::Array(several)) => several.iter().filter_map(Json::as_str).collect(),
+                _ => Vec::new(),
+            };
+            if types.iter().any(|name| ["integer", "number"].contains(name)) && !types.contains(&"string") {
+                let types: Vec<&str> = types.into_iter().chain(["string"]).collect();
+                let types = serde_json::json!(types);
+                map.insert("type".to_owned(), types);
+                map.insert("pattern".to_owned(), r"^[+-]?[0-9][0-9_]*(\.[0-9_]*)?([eE][+-]?[0-9]+)?$".into());
+            }
+            map.values_mut().for_each(allow_underscores);
+        }
+        Json::Array(values) => values.iter_mut().for_each(allow_underscores),
+        _ => {}
+    }
+}
+
+/// Only an object without this field must have everything, and its components whole.
+fn forgive(schema: &mut Json, field: &str) {
+    let required = schema.as_object_mut().and_then(|schema| schema.remove("required"));
+    let mut whole = serde_json::Map::new();
+    let properties = schema.get_mut("properties").and_then(Json::as_object_mut).into_iter().flatten();
+    for (name, property) in properties {
+        if property.to_string().contains("#/$defs/") {
+            let description = property.get("description").cloned().unwrap_or_default();
+            whole.insert(name.clone(), std::mem::replace(property, serde_json::json!({"description": description})));
+        }
+    }
+    schema["if"] = serde_json::json!({"not": {"required": [field]}});
+    schema["then"] = serde_json::json!({"required": required, "properties": whole});
 }
 
 /// Adds every default to the description of its field, which is what editors show.
