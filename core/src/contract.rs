@@ -48,6 +48,7 @@ pub fn keep(kind: Slot, name: &str) {
             refuses_what_is_not_finite(component);
             has_gradients_of_finite_differences(component);
             has_the_terms_that_it_declares(component);
+            finds_by_hand_what_autograd_finds(component);
             resampling_revives_the_dead(component);
             components(Slot::Dictionary).into_iter().for_each(|dictionary| learns_or_is_refused(component, dictionary));
         }
@@ -430,6 +431,47 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
         }
         assert!(verified || straight_through, "{}: nothing depends on {parameter_name}", trainer.name);
         assert!(verified || !parameter_name.contains("enc"), "{}: {parameter_name}", trainer.name);
+    }
+}
+
+/// If it has a way by hand at all.
+fn finds_by_hand_what_autograd_finds(trainer: &Component) {
+    let name = trainer.name;
+    let batches = batches();
+    let mut training = Training::new(&sae(trainer), &training_cx()).unwrap();
+    for (step, batch) in batches[..50].iter().enumerate() {
+        training.step(step as u64, batch, false).unwrap();
+    }
+    let (batch, counters) = (&batches[50], training.trainer.state().unwrap());
+    let mut by_hand = Terms::new();
+    let pass = HandPass { step: 50, batch, dictionary: &*training.dictionary, logging: true };
+    let Some(found) = tch::no_grad(|| training.trainer.by_hand(&pass, &mut by_hand)).unwrap() else { return };
+    training.trainer.restore(&counters).unwrap();
+    for (_, parameter) in training.dictionary.parameters() {
+        parameter.shallow_clone().zero_grad();
+    }
+    let terms = terms(&mut training, batch, 50);
+    terms.total().unwrap().backward();
+    let close = |what: &str, found: &Tensor, expected: &Tensor| {
+        let apart = (found - expected).norm().double_value(&[]);
+        let scale = expected.norm().double_value(&[]).max(1e-6);
+        assert!(apart < 1e-4 * scale, "{name}: {what} by hand is off by {}", apart / scale);
+    };
+    for term in terms.iter() {
+        let other = by_hand.get_mut(term.name).unwrap_or_else(|| panic!("{name} has no `{}` by hand", term.name));
+        assert_eq!((other.role, other.weight), (term.role, term.weight), "{name}: {}", term.name);
+        close(term.name, &other.value, &term.value.detach());
+    }
+    let autograd = Pass::forward(&*training.trainer, &*training.dictionary, batch, 50, false);
+    close("the features", &found.features, &autograd.code.features.detach());
+    close("the reconstruction", &found.x_hat, &autograd.x_hat.detach());
+    for (parameter_name, parameter) in training.dictionary.parameters() {
+        let expected = parameter.grad();
+        let gradient = found.gradients.iter().find(|(known, _)| *known == parameter_name);
+        match gradient {
+            Some((_, gradient)) => close(parameter_name, gradient, &expected),
+            None => assert!(expected.abs().max().double_value(&[]) == 0.0, "{name}: no gradient of {parameter_name}"),
+        }
     }
 }
 

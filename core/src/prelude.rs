@@ -29,4 +29,6 @@ pub use crate::source::{
 };
 pub use crate::state::State;
 pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
-pub use crate::trainer::{mean_of_sums, penalizable, AfterStep, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx};
+pub use crate::trainer::{
+    mean_of_sums, penalizable, AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx,
+};

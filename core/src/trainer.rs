@@ -74,6 +74,38 @@ impl<'a> Pass<'a> {
     }
 }
 
+/// What a step by hand starts from.
+pub struct HandPass<'a> {
+    /// Step, counted from 0.
+    pub step: u64,
+    /// What the dictionary reads and what it is to reconstruct.
+    pub batch: &'a Batch,
+    /// The dictionary.
+    pub dictionary: &'a dyn Dictionary,
+    /// Whether the figures of this step will be logged.
+    pub logging: bool,
+}
+
+impl HandPass<'_> {
+    /// A parameter of the dictionary, without its history.
+    pub fn parameter(&self, name: &str) -> Result<Tensor> {
+        let found = self.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
+        found
+            .map(|(_, parameter)| parameter.detach())
+            .ok_or_else(|| anyhow::anyhow!("the class {} has no parameter `{name}`", self.dictionary.class()))
+    }
+}
+
+/// What a step by hand found.
+pub struct ByHand {
+    /// The features, [B, F].
+    pub features: Tensor,
+    /// The reconstruction, [B, d_out].
+    pub x_hat: Tensor,
+    /// The loss's gradient by each parameter that has one, by state-dict names.
+    pub gradients: Vec<(&'static str, Tensor)>,
+}
+
 /// The mean over the batch of each activation's sum: of [B, n] a scalar. Of squared residuals, the reconstruction loss
 /// ‖x − x̂‖²; of features, the L1 penalty ‖f‖₁.
 pub fn mean_of_sums(rows: &Tensor) -> Tensor {
@@ -262,6 +294,14 @@ pub trait Trainer: Send {
     ///
     /// Counters may be kept here: should the loss turn out not to be finite, they are set back.
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()>;
+
+    /// The same by hand, where the trainer can: the terms of the loss, and their gradients without autograd. `None`, as by
+    /// default, leaves it to [`Trainer::loss`] and autograd; so does an SAE with modifiers, which need what autograd
+    /// differentiates. Called with gradients off. The contract test holds both to the same numbers.
+    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+        let _ = (pass, terms);
+        Ok(None)
+    }
 
     /// Whether the loss has a sparsity term ([`Terms::add_sparsity`]), which modifiers may change.
     fn has_sparsity_term(&self) -> bool {

@@ -15,7 +15,7 @@ use crate::rng::{rng, Rng};
 use crate::saved;
 use crate::source::{Batch, SitePart};
 use crate::state::State;
-use crate::trainer::{float, AfterStep, Pass, Terms, Trainer, TrainerCx};
+use crate::trainer::{float, AfterStep, HandPass, Pass, Terms, Trainer, TrainerCx};
 
 /// What a dictionary in training is built for.
 #[derive(Debug, Clone)]
@@ -48,6 +48,14 @@ pub struct Training {
     precision: Precision,
     /// Whether the dictionary starts from random weights.
     fresh: bool,
+}
+
+/// What was computed of a step before anything is changed by it.
+struct Loss {
+    loss: Tensor,
+    /// Where they were found by hand.
+    gradients: Option<Vec<(&'static str, Tensor)>>,
+    figures: Option<Map<String, Value>>,
 }
 
 impl Training {
@@ -119,7 +127,7 @@ impl Training {
     /// A loss that is not finite is refused, and then nothing has changed.
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
         let before = self.undo(step == 0)?;
-        let (loss, figures) = match self.loss(step, batch, logging) {
+        let Loss { loss, gradients, figures } = match self.loss(step, batch, logging) {
             Ok(found) => found,
             Err(error) => {
                 return Err(match self.set_back(&before) {
@@ -132,8 +140,13 @@ impl Training {
             // A baseline, which runs beside the others to be measured with them.
             return Ok(figures);
         }
-        self.optimizer.zero_grad();
-        loss.backward();
+        match gradients {
+            None => {
+                self.optimizer.zero_grad();
+                loss.backward();
+            }
+            Some(gradients) => self.take(gradients)?,
+        }
         for modifier in &mut self.modifiers {
             modifier.gradients(&*self.dictionary)?;
         }
@@ -157,15 +170,24 @@ impl Training {
     }
 
     /// The loss of a step, if it is finite, and its figures.
-    fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<(Tensor, Option<Map<String, Value>>)> {
+    fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Loss> {
         if step == 0 {
             if self.fresh {
                 self.dictionary.begin(batch);
             }
             self.trainer.begin(&mut *self.dictionary, batch)?;
         }
-        let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);
         let mut terms = Terms::new();
+        if self.modifiers.is_empty() {
+            let pass = HandPass { step, batch, dictionary: &*self.dictionary, logging };
+            if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
+                let loss = self.finite(step, &terms)?;
+                let residual = &batch.target - by_hand.x_hat;
+                let figures = logging.then(|| self.figures(step, batch, &by_hand.features, &residual, &terms));
+                return Ok(Loss { loss, gradients: Some(by_hand.gradients), figures });
+            }
+        }
+        let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);
         self.trainer.loss(&pass, &mut terms)?;
         if let Some((name, value)) = self.dictionary.auxiliary_loss(batch, &pass.code) {
             terms.add(name, value, 1.0);
@@ -173,6 +195,14 @@ impl Training {
         for modifier in &mut self.modifiers {
             modifier.loss(&pass, &mut terms)?;
         }
+        let loss = self.finite(step, &terms)?;
+        let figures =
+            logging.then(|| self.figures(step, batch, &pass.code.features.detach(), &pass.residual().detach(), &terms));
+        Ok(Loss { loss, gradients: None, figures })
+    }
+
+    /// The sum of a loss's terms, which must be finite.
+    fn finite(&self, step: u64, terms: &Terms) -> Result<Tensor> {
         let loss = terms.total().context("the trainer gave no loss")?;
         check_finite(&loss, || {
             let infinite = terms.iter().find(|term| !term.value.double_value(&[]).is_finite());
@@ -183,8 +213,28 @@ impl Training {
                 infinite.map_or("sum", |term| term.name)
             )
         })?;
-        let figures = logging.then(|| self.figures(&pass, &terms));
-        Ok((loss, figures))
+        Ok(loss)
+    }
+
+    /// Puts gradients that were found by hand where autograd puts its own.
+    fn take(&mut self, gradients: Vec<(&'static str, Tensor)>) -> Result<()> {
+        for (name, parameter) in self.dictionary.parameters() {
+            if !parameter.grad().defined() {
+                // libtorch makes the tensor; its own gradient is nothing.
+                (parameter.sum(parameter.kind()) * 0.0).backward();
+            }
+            let mut own = parameter.grad();
+            match gradients.iter().find(|(known, _)| *known == name) {
+                Some((_, gradient)) => own.copy_(gradient),
+                None => drop(own.zero_()),
+            }
+        }
+        if let Some((unknown, _)) =
+            gradients.iter().find(|(name, _)| !self.dictionary.parameters().iter().any(|(known, _)| known == name))
+        {
+            bail!("a gradient of `{unknown}`, which the class {} does not have", self.dictionary.class());
+        }
+        Ok(())
     }
 
     /// What a loss may change before it is known to be finite: counters and thresholds, and with the first batch,
@@ -208,21 +258,28 @@ impl Training {
         self.restore_counters(before)
     }
 
-    fn figures(&self, pass: &Pass, terms: &Terms) -> Map<String, Value> {
+    /// The figures of a step: of features [B, F] and what was not reconstructed, [B, d_out].
+    fn figures(
+        &self,
+        step: u64,
+        batch: &Batch,
+        features: &Tensor,
+        residual: &Tensor,
+        terms: &Terms,
+    ) -> Map<String, Value> {
         tch::no_grad(|| {
             let mut row = Map::from_iter([
-                ("step".to_owned(), Value::from(pass.step)),
+                ("step".to_owned(), Value::from(step)),
                 ("sae".to_owned(), Value::from(self.name.as_str())),
             ]);
             terms.write(&mut row);
-            let features = pass.code.features.detach();
             let l0 = features.not_equal(0.0).sum_dim_intlist(-1, false, Kind::Float).mean(Kind::Float);
             row.insert("l0".to_owned(), float(l0.double_value(&[]) as f32));
             let variance = |x: &Tensor| x.var_dim([0].as_slice(), true, false).sum(Kind::Float).double_value(&[]);
-            let explained = 1.0 - variance(&pass.residual().detach()) / variance(&pass.batch.target);
+            let explained = 1.0 - variance(residual) / variance(&batch.target);
             row.insert("frac_variance_explained".to_owned(), float(explained as f32));
             self.trainer.log(&mut row);
-            row.insert("lr".to_owned(), self.trainer.lr(pass.step).into());
+            row.insert("lr".to_owned(), self.trainer.lr(step).into());
             row
         })
     }

@@ -57,6 +57,22 @@ fn every_config_is_sound() {
     assert!(desk.files().is_empty());
 }
 
+/// `cargo xtask ci` puts the guide's files together and calls its commands; what comes of it is the example.
+#[test]
+fn the_guide_writes_the_example() {
+    let guide = fs::read_to_string(root().join("docs/writing-plugins.md")).unwrap();
+    for file in ["src/lib.rs", "src/fast.rs", "config.yaml"] {
+        let blocks = guide.split("\n```").skip(1).step_by(2);
+        let pieces = blocks.filter_map(|block| {
+            let (what, text) = block.split_once('\n')?;
+            (what.split_once(' ')?.1 == file).then_some(text)
+        });
+        let written = pieces.collect::<Vec<_>>().join("\n\n") + "\n";
+        let example = fs::read_to_string(root().join("examples/out-of-tree-plugin").join(file)).unwrap();
+        assert!(written == example, "{file} of the guide is not the example's");
+    }
+}
+
 #[test]
 fn the_reference_pages_are_what_the_program_writes() {
     let desk = Desk::new();

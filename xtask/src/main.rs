@@ -103,7 +103,46 @@ fn plugins(root: &Path) -> Result<()> {
         cargo(root, &["run", "--quiet", "--", "new-plugin", kind, &name, "--out", &dir_text], &[])?;
         cargo(&dir, &["test", "--quiet"], &[])?;
     }
-    Ok(())
+    guide(root, out.path())
+}
+
+/// Does what docs/writing-plugins.md says: writes the files that its blocks name, piece by piece, and calls its commands.
+fn guide(root: &Path, dir: &Path) -> Result<()> {
+    let guide = std::fs::read_to_string(root.join("docs/writing-plugins.md")).context("cannot read the guide")?;
+    let (mut commands, mut files) = (Vec::new(), std::collections::BTreeMap::<&str, String>::new());
+    // Every other part stands between fences, its first line says what it is.
+    for block in guide.split("\n```").skip(1).step_by(2) {
+        let (what, text) = block.split_once('\n').context("a block has a first line")?;
+        match what.split_once(' ') {
+            None if what == "sh" => commands.push(text),
+            Some((_, file)) => {
+                let content = files.entry(file).or_default();
+                if !content.is_empty() {
+                    content.push('\n');
+                }
+                content.push_str(text);
+                content.push('\n');
+            }
+            None => bail!("the guide has a block of `{what}` that nothing is done with"),
+        }
+    }
+    let (first, rest) = commands.split_first().context("the guide has commands")?;
+    let program = target_dir(root)?.join("debug");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::env::join_paths(std::iter::once(program).chain(std::env::split_paths(&path)))?;
+    let shell = |script: &str, dir: &Path| {
+        let mut command = Command::new("sh");
+        for name in libtorch::VARIABLES {
+            command.env_remove(name);
+        }
+        call(command.args(["-euc", script]).current_dir(dir).env("PATH", &path))
+    };
+    shell(first, dir)?;
+    let crate_dir = dir.join("tanh");
+    for (file, content) in files {
+        std::fs::write(crate_dir.join(file), content).with_context(|| format!("cannot write {file}"))?;
+    }
+    rest.iter().try_for_each(|script| shell(script, &crate_dir))
 }
 
 fn quickstart(root: &Path) -> Result<()> {

@@ -9,6 +9,8 @@
 //! L = mean ‖x − x̂‖² + λ mean Σ tanh(f / s)
 //! ```
 
+mod fast;
+
 use dictlearn_core::prelude::*;
 
 /// The name in a config, written once.
@@ -73,5 +75,8 @@ impl Trainer for TanhConfig {
         let saturating = (pass.code.penalized() / self.scale).tanh();
         terms.add_sparsity("sparsity_loss", mean_of_sums(&saturating), self.sparsity_penalty);
         Ok(())
+    }
+    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+        fast::by_hand(self, pass, terms)
     }
 }
