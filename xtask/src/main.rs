@@ -95,7 +95,7 @@ fn plugins(root: &Path) -> Result<()> {
     cargo(&example, &["test"], &[])?;
     let out = tempfile::tempdir()?;
     let run_dir = out.path().join("run").display().to_string();
-    let train = ["train", "config.yaml", "--set", "steps=50", "--output-dir", &run_dir];
+    let train = ["train", "config.yaml", "--set", "steps=100", "--output-dir", &run_dir];
     cargo(&example, &["run", "--quiet", "--"], &train)?;
     for kind in KINDS {
         let (name, dir) = (format!("my_{kind}"), out.path().join(kind));
