@@ -323,6 +323,18 @@ fn own_site(saved: &Saved, sites: &[Site]) -> Result<usize> {
         })
         .help(format!("its sites: {}", names.join(", "))));
     };
+    // Side by side in another order they would be read for each other.
+    let trained: Vec<&str> = buffer["parts"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let parts: Vec<&str> = sites[site].parts.iter().map(|part| part.name.as_str()).collect();
+    if !trained.is_empty() && trained != parts {
+        bail!(InputError::new(format!(
+            "{} was trained on the parts {}, and the source has {}",
+            saved.dir.display(),
+            trained.join(", "),
+            if parts.is_empty() { "none".to_owned() } else { parts.join(", ") }
+        ))
+        .help("join the same sources under the same names"));
+    }
     Ok(site)
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use crate::config;
+use crate::modifier::{ModifierConfig, Need};
 use crate::registry::{components, Component, Kind};
 
 /// A field of a component's config.
@@ -39,6 +40,16 @@ fn fields(schema: &Value) -> Vec<Field> {
     properties.iter().map(field).collect()
 }
 
+/// What a modifier cannot do without, in words; empty for one that needs nothing, and for other components.
+fn needs(component: &Component) -> String {
+    if component.kind != Kind::Modifier {
+        return String::new();
+    }
+    let config: Option<Box<dyn ModifierConfig>> = config::from_yaml(component.example).ok();
+    let needs = config.map(|config| config.needs()).unwrap_or_default();
+    needs.into_iter().map(Need::words).collect::<Vec<_>>().join(", ")
+}
+
 /// For a terminal: `dictlearn describe KIND NAME`.
 pub fn text(component: &Component) -> String {
     let Component { kind, name, summary, paper, usual_dictionary, schema, .. } = component;
@@ -52,6 +63,9 @@ pub fn text(component: &Component) -> String {
     let schema = schema().to_value();
     if !doc(&schema).is_empty() {
         text += &format!("{}\n\n", doc(&schema));
+    }
+    if !needs(component).is_empty() {
+        text += &format!("Needs {}.\n\n", needs(component));
     }
     let fields = fields(&schema);
     if !fields.is_empty() {
@@ -110,6 +124,9 @@ fn page(component: &Component) -> String {
     let schema = schema().to_value();
     if !doc(&schema).is_empty() {
         page += &format!("\n{}\n", doc(&schema));
+    }
+    if !needs(component).is_empty() {
+        page += &format!("\nNeeds {}.\n", needs(component));
     }
     let fields = fields(&schema);
     if !fields.is_empty() {

@@ -45,6 +45,16 @@ pub enum Need {
 }
 
 impl Need {
+    /// What is needed, in words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Need::PreActivations => "pre-activations",
+            Need::Decoder => "a decoder",
+            Need::SparsityTerm => "a sparsity term in the trainer's loss",
+            Need::Resampling => "features that can be resampled, by a trainer that does not",
+        }
+    }
+
     /// Refuses a modifier whose needs are not met. `name` is the modifier's.
     pub fn check(self, name: &str, cx: &ModifierCx) -> Result<()> {
         let class = cx.dictionary.class();

@@ -89,7 +89,25 @@ fn check_name(name: &str) -> Result<()> {
             && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())
     };
     // Those that a crate cannot have, or that its dependencies have.
-    let reserved = ["core", "std", "alloc", "test", "dictlearn", "dictlearn_core", "serde", "schemars"];
+    let reserved = [
+        "core",
+        "std",
+        "alloc",
+        "test",
+        "main",
+        "lib",
+        "build",
+        "contract",
+        "dictlearn",
+        "dictlearn_core",
+        "serde",
+        "serde_json",
+        "schemars",
+        "tch",
+        "typetag",
+        "inventory",
+        "anyhow",
+    ];
     if !words.clone().all(word) || reserved.contains(&name) || is_keyword(name) {
         bail!(InputError::new(format!("`{name}` cannot be the name of a plugin"))
             .help("names are lowercase words joined by underscores, such as `log_penalty`, and also name a crate"));

@@ -77,15 +77,16 @@ impl Resampling {
         self.firing.update(&features.detach().not_equal(0.0).any_dim(0, false), 1);
     }
 
-    /// Starts dead features anew, if it is time.
-    pub fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+    /// Starts dead features anew, if it is time; how many.
+    pub fn after_step(&mut self, cx: &mut AfterStep) -> Result<i64> {
+        let mut count = 0;
         if cx.step % self.every == self.at {
             let dead = self.firing.silent_for(self.dead_from.try_into().unwrap_or(i64::MAX));
-            resample(cx, &dead, self.weight)?;
+            count = resample(cx, &dead, self.weight)?;
             // What starts anew is given its time.
             self.firing.reset(&dead);
         }
-        Ok(())
+        Ok(count)
     }
 
     /// What must survive a restart.

@@ -353,6 +353,9 @@ pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, bu
     add("trainer_class", config.trainer.class().into());
     add("activation_dim", dims.input.into());
     add("dict_size", dims.features.into());
+    if dims.output != dims.input {
+        add("output_dim", dims.output.into());
+    }
     for component in [serde_json::to_value(&config.trainer)?, serde_json::to_value(&config.dictionary)?] {
         for (name, value) in component.as_object().into_iter().flatten() {
             if !["type", "dict_size", "expansion_factor"].contains(&name.as_str()) {
@@ -379,7 +382,11 @@ pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, bu
     add("lm_name", buffer.get("model").cloned().unwrap_or(Value::Null));
     add("wandb_name", training.name.as_str().into());
     add("submodule_name", submodule);
-    Ok(serde_json::json!({"trainer": trainer, "buffer": buffer}))
+    let mut saved = serde_json::json!({"trainer": trainer, "buffer": buffer});
+    if !config.modifiers.is_empty() {
+        saved["modifiers"] = serde_json::to_value(&config.modifiers)?;
+    }
+    Ok(saved)
 }
 
 /// The folder of an SAE in a run.

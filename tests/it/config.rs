@@ -404,6 +404,23 @@ fn a_sweep_is_the_cartesian_product() {
 }
 
 #[test]
+fn anchors_and_merged_maps() {
+    let desk = desk();
+    desk.write(
+        "mine.yaml",
+        &format!(
+            "steps: 100\n{SOURCE}saes:\n- name: a\n  trainer: &usual {{type: top_k, lr: 1e-3, warmup_steps: 5}}\n  \
+             dictionary: &k {{k: 4, dict_size: 64}}\n- name: b\n  trainer: {{<<: *usual, lr: 2e-3}}\n  dictionary: *k\n"
+        ),
+    );
+    let merged = merged(&desk, &[], &[]);
+    let trainer = |sae: usize| merged["saes"][sae]["trainer"].clone();
+    let (a, b) = (trainer(0), trainer(1));
+    assert_eq!((a["lr"].as_f64(), b["lr"].as_f64()), (Some(1e-3), Some(2e-3)));
+    assert_eq!((&a["type"], &a["warmup_steps"]), (&b["type"], &b["warmup_steps"]));
+}
+
+#[test]
 fn paths_are_relative_to_the_file_that_says_them() {
     let desk = desk();
     std::fs::create_dir_all(desk.path("data")).unwrap();

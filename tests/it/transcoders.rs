@@ -41,6 +41,8 @@ fn transcoders_replace_an_mlp() {
         assert_eq!(again["frac_recovered"], eval["frac_recovered"], "{sae}");
     }
     assert!(explained("skip") > explained("top_k"), "what is linear is not left to the features");
+    let modifiers = &desk.json("run/stretcher/config.json")["modifiers"];
+    assert_eq!((&modifiers[0]["type"], &modifiers[1]["weight"]), (&"ghost_grads".into(), &0.01.into()));
 }
 
 #[test]
@@ -128,7 +130,21 @@ fn crosscoders_tell_shared_features_from_those_of_one_model() {
         }
         let again: Value = serde_json::from_str(&desk.ok(&["eval", &format!("run/{sae}"), "--json"])).unwrap();
         assert_eq!(again["parts"].as_object().unwrap().len(), 2);
+        let config = desk.json(&format!("run/{sae}/config.json"));
+        assert_eq!(config["buffer"]["parts"], serde_json::json!(["base", "chat"]));
     }
+    // Under other names they might be each other.
+    desk.write("swapped.yaml", &desk.read("config.yaml").replace("base:", "other:"));
+    let said = desk.refused(&["eval", "run/l1", "--config", "swapped.yaml"]);
+    assert!(said.contains("was trained on the parts base, chat, and the source has chat, other"), "{said}");
+    desk.write("typo.yaml", &desk.read("config.yaml").replace("base: {type: tensor_file", "base: {type: tensorfile"));
+    let said = desk.refused(&["train", "typo.yaml", "--output-dir", "other"]);
+    assert!(said.contains("did you mean `tensor_file`?") && said.contains("(source.sources.base.type)"), "{said}");
+    // Nothing knows how to start a crosscoder's feature anew: its parts have scales of their own.
+    let saes = "saes: [{trainer: {type: crosscoder}, modifiers: [{type: resample, every: 50}]}]\n";
+    desk.write("resample.yaml", &format!("steps: 3000\n{source}{saes}"));
+    let said = desk.refused(&["train", "resample.yaml"]);
+    assert!(said.contains("the modifier `resample` needs features that can be resampled"), "{said}");
 }
 
 #[test]

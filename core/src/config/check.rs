@@ -170,6 +170,12 @@ impl<'a> Check<'a> {
                 return Err(self.error(value, path, false, error));
             }
         }
+        // A map from names to values of one kind.
+        if let (Value::Dict(_, map), Some(schema)) =
+            (value, schema.get("additionalProperties").filter(|it| it.is_object()))
+        {
+            map.iter().try_for_each(|(name, value)| self.value(value, schema, &format!("{path}.{name}")))?;
+        }
         if let (Value::Array(_, items), Some(schema)) = (value, schema.get("items")) {
             for (index, item) in items.iter().enumerate() {
                 self.value(item, schema, &format!("{path}[{index}]"))?;

@@ -235,7 +235,7 @@ fn read_file(
     let at = |location: Option<serde_yaml::Location>| {
         Origin::File(path.to_owned(), location.map(|location| (location.line(), location.column())))
     };
-    let parsed: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| {
+    let mut parsed: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| {
         let place = match duplicate(&error, &text) {
             Some(line) => Origin::File(path.to_owned(), Some((line, 1))),
             None => at(error.location()),
@@ -244,6 +244,8 @@ fn read_file(
             .help("check indentation, quotes and colons there")
             .at(place, "")
     })?;
+    // `<<: *base` puts the keys of another map in.
+    parsed.apply_merge().map_err(|error| InputError::new(format!("not YAML: {error}")).at(at(None), ""))?;
     let refused = |what| InputError::new(what).at(origin.clone(), "");
     let mut data = match from_yaml(parsed, &refused)? {
         Value::Dict(_, dict) => dict,

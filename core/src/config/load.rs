@@ -259,7 +259,7 @@ pub fn json_schema() -> Json {
     let profiles = serde_json::json!({
         "description": "Overlays to choose from with `--profile NAME`.",
         "type": "object",
-        "additionalProperties": {"type": "object"},
+        "additionalProperties": {"type": ["object", "null"]},
     });
     let sweep = serde_json::json!({
         "description": "Values for keys of this SAE; one SAE is trained for each combination.",

@@ -50,7 +50,8 @@ pub struct RunConfig {
     /// Where the run is written; relative to the config's folder.
     #[serde(default)]
     pub output_dir: Option<ConfigPath>,
-    /// Scale activations to unit mean squared norm while training; the factor is folded into what is saved.
+    /// Scale activations to unit mean squared norm while training; the factor is folded into what is saved. Of pairs it is
+    /// the inputs' norm, by which what is to be predicted is divided too.
     #[serde(default)]
     pub normalize_activations: bool,
     /// Log every so many steps.

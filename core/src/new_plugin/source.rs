@@ -1,4 +1,4 @@
-//! `example_name`: activations of independent normal numbers, to be changed into yours.
+//! `example_name`: activations that are waves, to be changed into yours.
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::source::sampled_mean_squared_norms;
@@ -6,7 +6,7 @@ use dictlearn_core::source::sampled_mean_squared_norms;
 /// The name in a config.
 const NAME: &str = "example_name";
 
-/// Independent normal numbers.
+/// Waves: dimension i of the n-th activation is cos((i + 1) n / 10).
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ExampleNameConfig {
@@ -25,7 +25,7 @@ fn batch_size() -> i64 {
 
 register! {
     source ExampleNameConfig, NAME,
-    summary: "Independent normal numbers",
+    summary: "Activations that are waves",
     paper: "",
     example: "{type: example_name, width: 32}",
 }
@@ -50,11 +50,13 @@ impl ActivationSource for ExampleName {
     }
 
     fn next_batch(&mut self) -> Result<Option<Activations>> {
-        // Each batch has a seed of its own, so that where the stream stands is one number.
-        tch::manual_seed(self.cx.seed as i64 + self.batch);
+        // A source that draws random numbers takes them from `dictlearn_core::rng`, whose state can be saved.
+        let options = (Kind::Float, self.cx.device);
+        let first = self.batch * self.config.batch_size;
         self.batch += 1;
-        let x = Tensor::randn([self.config.batch_size, self.config.width], (Kind::Float, Device::Cpu));
-        Ok(Some(Batch::of(x.to_device(self.cx.device)).into()))
+        let rows = Tensor::arange_start(first, first + self.config.batch_size, options).unsqueeze(1);
+        let waves = Tensor::arange_start(1, self.config.width + 1, options);
+        Ok(Some(Batch::of((rows * waves * 0.1).cos()).into()))
     }
 
     fn is_endless(&self) -> bool {

@@ -284,10 +284,6 @@ impl Dictionary for Crosscoder {
         Some(&self.w_dec * self.scales(1))
     }
 
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
-    }
-
     fn selection(&self) -> Option<&Selection> {
         self.selection.as_ref()
     }

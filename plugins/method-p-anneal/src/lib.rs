@@ -418,7 +418,7 @@ impl Trainer for PAnneal {
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
-        self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx))
+        self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx).map(drop))
     }
 
     fn log(&self, row: &mut Map<String, Value>) {

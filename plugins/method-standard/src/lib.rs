@@ -287,7 +287,7 @@ impl Trainer for Standard {
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
-        self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx))
+        self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx).map(drop))
     }
 
     fn state(&self) -> Result<State> {

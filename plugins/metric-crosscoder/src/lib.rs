@@ -22,10 +22,10 @@ pub struct CrosscoderMetricConfig {
     #[schemars(range(min = 1))]
     pub n_batches: u64,
     /// Bins of the histogram of relative decoder norms, from 0 to 1.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 10_000))]
     pub bins: u64,
-    /// A feature belongs to a part alone if its relative norm there is at least this.
-    #[schemars(range(min = 0, max = 1))]
+    /// A feature belongs to a part alone if its relative norm there is more than this.
+    #[schemars(range(min = 0.5, max = 1))]
     pub alone: f64,
 }
 
@@ -143,7 +143,7 @@ impl CrosscoderMetricConfig {
                 let bins = self.bins as i64;
                 let bin = (&relative * self.bins as f64).to_kind(Kind::Int64).clamp_max(bins - 1);
                 let histogram = bin.bincount(None::<Tensor>, bins);
-                let alone = relative.ge(self.alone).sum(Kind::Int64).int64_value(&[]);
+                let alone = relative.gt(self.alone).sum(Kind::Int64).int64_value(&[]);
                 shared -= alone;
                 if let Some(Value::Object(figures)) = found.get_mut(&part.name) {
                     figures.insert("relative_decoder_norms".to_owned(), Vec::<i64>::try_from(histogram)?.into());

@@ -8,7 +8,8 @@
 //! H = − Σ p log(p + ε)        (0 where Σ f = 0)
 //! ```
 //!
-//! The penalty is the mean of H over the batch, in nats. It is the reference's of spring 2024 (its commit bc09ba4), which
+//! Where a dictionary carries its sparsity elsewhere (a gate, features times the norms of their directions) f is that, as in
+//! any penalty. The penalty is the mean of H over the batch, in nats. It is the reference's of spring 2024 (its commit bc09ba4), which
 //! has no paper.
 
 use dictlearn_core::prelude::*;
@@ -18,7 +19,8 @@ const NAME: &str = "entropy_penalty";
 /// Keeps quotients and logarithms of zeros finite; the reference's value.
 const EPSILON: f64 = 1e-8;
 
-/// The entropy of each activation's features, normalised to sum to 1.
+/// The entropy of each activation's features, normalised to sum to 1; of what a sparsity penalty falls on, where that is
+/// not the features: a gate, or features times the norms of their directions.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EntropyPenaltyConfig {

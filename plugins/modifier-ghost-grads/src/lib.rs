@@ -62,7 +62,7 @@ impl ModifierConfig for GhostGradsConfig {
 
     fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>> {
         let firing = Firing::new(cx.dictionary.dims().features, cx.dictionary.device());
-        Ok(Box::new(GhostGrads { threshold: self.threshold as i64, unit: self.unit, firing }))
+        Ok(Box::new(GhostGrads { threshold: self.threshold.try_into().unwrap_or(i64::MAX), unit: self.unit, firing }))
     }
 }
 
@@ -110,7 +110,11 @@ impl Modifier for GhostGrads {
 /// How far the ghosts of these features, indices `[n]`, are from the residual.
 fn ghost_loss(pass: &Pass, dead: &Tensor) -> Result<Tensor> {
     let directions = pass.dictionary.directions().context("the dictionary has no decoder")?.index_select(0, dead);
-    let ghost = pass.code.extra("pre_activations")?.index_select(-1, dead).exp().matmul(&directions);
+    // Only the ghost's direction matters, so that a common factor may keep exponentials finite: in a TopK dictionary dead
+    // features can have large pre-activations.
+    let pre_activations = pass.code.extra("pre_activations")?.index_select(-1, dead);
+    let most = pre_activations.detach().amax([-1], true).clamp_min(0.0);
+    let ghost = (pre_activations - most).exp().matmul(&directions);
     let norms = |x: &Tensor| x.detach().norm_scalaropt_dim(2.0, [-1], true);
     let residual = pass.residual().detach();
     let ghost = &ghost * (norms(&residual) / (norms(&ghost) * 2.0 + EPSILON));

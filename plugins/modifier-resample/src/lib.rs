@@ -44,6 +44,7 @@ impl ModifierConfig for ResampleConfig {
         Ok(Box::new(Resample {
             until: self.until,
             resampling: Resampling::every(self.every, self.dead_after, self.weight, cx.dictionary),
+            resampled: 0,
         }))
     }
 }
@@ -51,11 +52,16 @@ impl ModifierConfig for ResampleConfig {
 struct Resample {
     until: Option<u64>,
     resampling: Resampling,
+    /// How many features started anew so far, which is logged.
+    resampled: i64,
 }
 
 impl Modifier for Resample {
-    fn loss(&mut self, pass: &Pass, _: &mut Terms) -> Result<()> {
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         self.resampling.update(&pass.code.features);
+        if pass.logging {
+            terms.log("resampled", Tensor::from(self.resampled));
+        }
         Ok(())
     }
 
@@ -63,14 +69,18 @@ impl Modifier for Resample {
         if self.until.is_some_and(|until| cx.step >= until) {
             return Ok(());
         }
-        self.resampling.after_step(cx)
+        self.resampled += self.resampling.after_step(cx)?;
+        Ok(())
     }
 
     fn state(&self) -> Result<State> {
-        Ok(self.resampling.state())
+        let mut state = self.resampling.state();
+        state.put("resampled", self.resampled)?;
+        Ok(state)
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
+        self.resampled = state.get("resampled")?;
         self.resampling.restore(state)
     }
 }

@@ -11,13 +11,16 @@ use dictlearn_core::prelude::*;
 
 const NAME: &str = "joined";
 
-/// Activations of the same tokens at several places, side by side.
+/// Activations of the same tokens at several places, side by side: of several models, or of several submodules of one. Each
+/// site of each source is a part, called by the source's name, the site's, or both with a slash between. That the tokens are
+/// the same is checked where the sources know them.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JoinedConfig {
-    /// The sources, by name. They must give the same tokens in the same order: language models that read the same text
-    /// with the same `ctx_len`, `n_ctxs` and batch sizes do.
-    #[schemars(length(min = 1))]
+    /// The sources, by name; their parts lie side by side in the order of the names' letters. They must give the same tokens
+    /// in the same order: language models that read the same text with the same `ctx_len`, `n_ctxs` and batch sizes do, and
+    /// so do files of equal length.
+    #[schemars(extend("minProperties" = 1))]
     pub sources: BTreeMap<String, Box<dyn SourceConfig>>,
 }
 
@@ -35,6 +38,11 @@ impl SourceConfig for JoinedConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let mut sources = Vec::new();
         for (name, config) in &self.sources {
+            if name.is_empty() || name.contains('/') {
+                bail!(InputError::new(format!("`{name}` cannot be the name of a source"))
+                    .field("sources")
+                    .help("names have letters and no slash"));
+            }
             let source = config.build(cx).under(name).under("sources")?;
             sources.push((name.clone(), source));
         }
@@ -79,15 +87,24 @@ impl ActivationSource for Joined {
         let mut batches: Vec<Batch> = Vec::new();
         let mut tokens: Option<Tensor> = None;
         let mut rows = None;
-        for (index, (name, source)) in self.sources.iter_mut().enumerate() {
-            let Some(activations) = source.next_batch()? else {
-                if index > 0 {
-                    bail!(InputError::new(format!("the source `{name}` ended before the others"))
-                        .field("sources")
-                        .help("give all of them the same text"));
-                }
-                return Ok(None);
+        let given: Vec<Option<Activations>> =
+            self.sources.iter_mut().map(|(_, source)| source.next_batch()).collect::<Result<_>>()?;
+        if given.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        // Whether the rows are known to be of tokens must be so for all or for none.
+        let known = given.iter().flatten().any(|activations| activations.tokens.is_some());
+        for ((name, _), activations) in self.sources.iter().zip(given) {
+            let Some(activations) = activations else {
+                bail!(InputError::new(format!("the source `{name}` ended before the others"))
+                    .field("sources")
+                    .help("give all of them the same text, or files of equal length"));
             };
+            if known && activations.tokens.is_none() {
+                bail!(InputError::new(format!("the source `{name}` does not know its tokens, and others do"))
+                    .field("sources")
+                    .help("join language models with each other, or files with files"));
+            }
             let other = *rows.get_or_insert(activations.len());
             let same = match (&tokens, &activations.tokens) {
                 // Token, context and position.
