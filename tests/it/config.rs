@@ -46,6 +46,25 @@ fn an_editor_accepts_every_config() {
 }
 
 #[test]
+fn an_editor_sees_slips_in_what_is_only_a_part() {
+    let schema = schema(&Desk::new());
+    let sweep = |sae: &str| format!("{SOURCE}saes: [{{sweep: {{dictionary.k: [4, 8]}}, {sae}}}]\n");
+    for (yaml, right) in [
+        ("include: a.yaml\nsource: {batch_size: 3}\n".to_owned(), true),
+        ("include: a.yaml\nsource: {type: tensorfile}\n".to_owned(), false),
+        ("include: a.yaml\nmetrics: all\n".to_owned(), false),
+        (sweep("trainer: {type: top_k}, dictionary: {type: top_k, dict_size: 64}"), true),
+        (sweep("trainer: {type: topk}, dictionary: {type: top_k, dict_size: 64}"), false),
+        (sweep("trainer: {type: top_k}, dictionary: {type: top_k, dict_sizes: 64}"), false),
+        (format!("{SOURCE}{SAES}eval_source: {{shuffle: false}}\n"), true),
+        (format!("{SOURCE}{SAES}eval_source: {{type: nope}}\n"), false),
+        (format!("{SOURCE}{SAES}eval_source: {{type: tensor_file, batch_sizee: 3}}\n"), false),
+    ] {
+        assert_eq!(schema.is_valid(&serde_yaml::from_str(&yaml).unwrap()), right, "{yaml}");
+    }
+}
+
+#[test]
 fn the_schema_explains_every_field() {
     let schema: serde_json::Value = serde_json::from_str(&Desk::new().ok(&["schema"])).unwrap();
     fn fields(schema: &serde_json::Value, count: &mut usize) {

@@ -272,10 +272,10 @@ pub fn json_schema() -> Json {
         }
     };
     properties(&mut schema, "/properties", &[("include", &text_or_list), ("profiles", &profiles)]);
-    // A part of a source, so that not all that a source requires need be there.
+    add_parts(&mut schema);
     let overlay = serde_json::json!({
         "description": "`source` with these keys changed, for the metrics.",
-        "type": ["object", "null"],
+        "anyOf": [{"$ref": "#/$defs/source_part"}, {"type": "null"}],
     });
     properties(&mut schema, "/properties", &[("eval_source", &overlay)]);
     properties(&mut schema, "/$defs/SaeConfig/properties", &[("sweep", &sweep)]);
@@ -321,19 +321,45 @@ fn allow_underscores(schema: &mut Json) {
     }
 }
 
-/// Only an object without this field must have everything, and its components whole.
+/// Only an object without this field must have everything; in one that has it, components may lack what they require, and
+/// even their type.
 fn forgive(schema: &mut Json, field: &str) {
     let required = schema.as_object_mut().and_then(|schema| schema.remove("required"));
-    let mut whole = serde_json::Map::new();
+    let (mut whole, mut parts) = (serde_json::Map::new(), serde_json::Map::new());
     let properties = schema.get_mut("properties").and_then(Json::as_object_mut).into_iter().flatten();
     for (name, property) in properties {
         if property.to_string().contains("#/$defs/") {
             let description = property.get("description").cloned().unwrap_or_default();
+            parts.insert(name.clone(), in_parts(property));
             whole.insert(name.clone(), std::mem::replace(property, serde_json::json!({"description": description})));
         }
     }
     schema["if"] = serde_json::json!({"not": {"required": [field]}});
     schema["then"] = serde_json::json!({"required": required, "properties": whole});
+    schema["else"] = serde_json::json!({"properties": parts});
+}
+
+/// A schema with parts of components in the place of components.
+fn in_parts(schema: &Json) -> Json {
+    let mut text = schema.to_string();
+    for kind in Kind::ALL {
+        text = text.replace(&format!("#/$defs/{}\"", kind.name()), &format!("#/$defs/{}_part\"", kind.name()));
+    }
+    text.parse().unwrap_or_default()
+}
+
+/// For each kind of component a definition of a part of one: fields of a type that it names, or any fields.
+fn add_parts(schema: &mut Json) {
+    let Some(defs) = schema.get_mut("$defs").and_then(Json::as_object_mut) else { return };
+    for kind in Kind::ALL {
+        let Some(whole) = defs.get(kind.name()) else { continue };
+        let mut named = in_parts(whole);
+        for variant in named.get_mut("oneOf").and_then(Json::as_array_mut).into_iter().flatten() {
+            variant["required"] = serde_json::json!(["type"]);
+        }
+        let unnamed = serde_json::json!({"type": "object", "not": {"required": ["type"]}});
+        defs.insert(format!("{}_part", kind.name()), serde_json::json!({"anyOf": [named, unnamed]}));
+    }
 }
 
 /// Adds every default to the description of its field, which is what editors show.

@@ -2,7 +2,9 @@
 //! "Neuron resampling", <https://transformer-circuits.pub/2023/monosemantic-features>.
 //!
 //! Every so many steps each feature that has been silent for too long starts anew from an activation that the dictionary
-//! reconstructs badly ([`Resampling`]). The learning rate goes on as the trainer says; `standard`, `p_anneal` and
+//! reconstructs badly ([`Resampling`]). As in the reference the new encoder row is the activation itself times a fifth of
+//! the living rows' norm, which the paper takes of the activation's direction: with `normalize_activations` it is about
+//! the same, without it large activations make large features. The learning rate goes on as the trainer says; `standard`, `p_anneal` and
 //! `gated_anneal`, which warm it up again, have a field `resample_steps` of their own.
 
 use dictlearn_core::prelude::*;
