@@ -92,11 +92,42 @@ pub fn example_files(dir: &Path) {
     let record = |n: u32| format!("{{\"text\": \"Record {n}, of several words, in a file of records.\"}}\n");
     let records: String = (0..500).map(record).collect();
     std::fs::write(dataset.join("snapshots/c0/train/00.jsonl"), records).unwrap();
-    let source = format!("{{type: tensor_file, path: {:?}}}", dir.join("activations.safetensors"));
-    let source: Box<dyn SourceConfig> = from_yaml(&source.replace('}', ", batch_size: 100}")).unwrap();
-    let mut source = source.build(&source_cx()).unwrap();
+    let mut source = Once(Some(activations(1000)));
     let (out, interrupt) = (dir.join("activations"), Interrupt::default());
-    harvest::write(&mut *source, &out, None, harvest::Dtype::Float32, &interrupt).unwrap();
+    harvest::write(&mut source, &out, None, harvest::Dtype::Float32, &interrupt).unwrap();
+}
+
+/// A source of one batch.
+struct Once(Option<Tensor>);
+
+impl ActivationSource for Once {
+    fn sites(&self) -> Vec<Site> {
+        vec![Site::new("activations", (D, D))]
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Activations>> {
+        Ok(self.0.take().map(|x| Batch::of(x).into()))
+    }
+
+    fn rewind(&mut self) -> Result<()> {
+        bail!("the batch was given")
+    }
+
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
+        bail!("nobody asks for its norm")
+    }
+
+    fn describe(&self) -> Value {
+        Value::Object(Map::new())
+    }
+
+    fn state(&self) -> Result<State> {
+        Ok(State::new())
+    }
+
+    fn restore(&mut self, _: &State) -> Result<()> {
+        Ok(())
+    }
 }
 
 fn source_cx() -> SourceCx {
