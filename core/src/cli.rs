@@ -13,6 +13,7 @@ use crate::config::{self, InputError, RunConfig, Sources, Under};
 use crate::describe;
 use crate::device;
 use crate::evaluate;
+use crate::format;
 use crate::harvest;
 use crate::interrupt::Interrupt;
 use crate::metric::Subject;
@@ -85,6 +86,37 @@ enum Command {
         /// The .safetensors file to write: `features` [N, F] and `recon` [N, d].
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
+    },
+    /// A published SAE as a folder of ours, for `eval`, `encode`, `export` and `init_from`.
+    Import {
+        /// `sae_lens`, `gemma_scope`, `dictionary_learning`, ... (`dictlearn list formats`).
+        format: String,
+        /// A folder or file, `owner/name[@revision]/path` on the Hub, or for sae_lens `release:sae_id`.
+        #[arg(value_name = "PATH_OR_REPO")]
+        place: Option<String>,
+        /// The folder to write; by default `saes/<name>`.
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// A name in the format's own set of published SAEs, or a glob of several.
+        #[arg(long, value_name = "NAME")]
+        pretrained: Option<String>,
+        /// sae_lens's table of releases, pretrained_saes.yaml; by default the one of the installed Python package.
+        #[arg(long, value_name = "FILE")]
+        releases: Option<String>,
+        /// Import nothing: show what the format knows by name.
+        #[arg(long, value_name = "GLOB", num_args = 0..=1, default_missing_value = "*")]
+        list: Option<String>,
+    },
+    /// An SAE in a format of the Python world.
+    Export {
+        /// The SAE's folder.
+        sae_dir: PathBuf,
+        /// `sae_lens` or `dictionary_learning`.
+        #[arg(long)]
+        format: String,
+        /// The folder to write.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
     },
     /// What is registered: dictionaries, trainers, modifiers, ...
     List {
@@ -202,6 +234,15 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Eval { sae_dir, config, set, json } => eval(&sae_dir, config, set, json),
         Command::Activations { config, out, limit, dtype } => activations(&config, &out, limit, dtype),
         Command::Encode { sae_dir, input, output } => encode(&sae_dir, &input, &output),
+        Command::Import { format, place, out, pretrained, releases, list } => {
+            import(&format, &format::Request { place, pretrained, releases }, out.as_deref(), list.as_deref())
+        }
+        Command::Export { sae_dir, format, out } => {
+            let sae = saved::read(&sae_dir, tch::Device::Cpu, device::Precision::Float32)?;
+            format::export(&sae, &format, &out)?;
+            print(&out.display().to_string())?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::List { kind } => list(kind.as_deref()),
         Command::Describe { kind, name } => describe(&kind, &name),
         Command::Schema => {
@@ -374,6 +415,23 @@ fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
     });
     tensors::write(output, &[("features", Tensor::cat(&features, 0)), ("recon", Tensor::cat(&recon, 0))])?;
     eprintln!("{} activations encoded to {}", x.size()[0], output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn import(name: &str, request: &format::Request, out: Option<&Path>, list: Option<&str>) -> Result<ExitCode> {
+    if let Some(glob) = list {
+        let wanted = format::glob(glob)?;
+        let offers = format::named(name)?.offers(request)?;
+        let shown: Vec<_> = offers.iter().filter(|(offer, _)| wanted.matches(offer)).collect();
+        let width = shown.iter().map(|(offer, _)| offer.len()).max().unwrap_or(0);
+        let line = |(offer, about): &&(String, String)| format!("{offer:width$}  {about}").trim_end().to_owned() + "\n";
+        print(&shown.iter().map(line).collect::<String>())?;
+        eprintln!("{} of {} names match", shown.len(), offers.len());
+        return Ok(ExitCode::SUCCESS);
+    }
+    for dir in format::import(name, request, out)? {
+        print(&dir.display().to_string())?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -32,7 +32,11 @@ impl Precision {
     /// `x wᵀ + b` for x [.., in], w [out, in], b `[out]`.
     pub fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
         match self {
-            Precision::Float32 => x.linear(weight, bias),
+            Precision::Float32 => match bias {
+                // A dictionary that computes in half the width (`adapted`) rounds where PyTorch code of two steps does.
+                Some(bias) if x.kind() != Kind::Float => x.linear::<Tensor>(weight, None) + bias,
+                bias => x.linear(weight, bias),
+            },
             Precision::BFloat16 => {
                 let kind = self.kind();
                 let product = x.to_kind(kind).linear::<Tensor>(&weight.to_kind(kind), None).to_kind(Kind::Float);

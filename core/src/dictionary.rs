@@ -186,11 +186,11 @@ pub trait Dictionary: Any + Send {
     /// Reconstruction [.., d_out] of features [.., F].
     fn decode(&self, features: &Tensor) -> Tensor;
 
-    /// What of an activation [.., d] reaches the reconstruction past the features, [.., d_out], where something does
-    /// (a skip connection): it is added to what the features decode to.
-    fn skip(&self, x: &Tensor) -> Option<Tensor> {
+    /// Reconstruction [.., d_out] of features [.., F] that were encoded from activations [.., d]: what the features decode
+    /// to, unless something of an activation reaches it past the features (a skip connection, a norm).
+    fn reconstruction(&self, features: &Tensor, x: &Tensor) -> Tensor {
         let _ = x;
-        None
+        self.decode(features)
     }
 
     /// Features [B, F] as training computes them, with what the loss needs beside them.
@@ -240,6 +240,9 @@ pub trait Dictionary: Any + Send {
 
     /// Called after tensors were loaded in place, for what is derived from them.
     fn loaded(&mut self) {}
+
+    /// Called after the reference's own file was loaded, for what its `from_pretrained` does to the weights then.
+    fn pretrained(&mut self) {}
 }
 
 impl dyn Dictionary + '_ {
@@ -320,15 +323,6 @@ impl dyn Dictionary + '_ {
         let features = self.encode(x);
         (self.reconstruction(&features, x), features)
     }
-
-    /// Reconstruction [.., d_out] of features [.., F] that were encoded from activations [.., d].
-    pub fn reconstruction(&self, features: &Tensor, x: &Tensor) -> Tensor {
-        let decoded = self.decode(features);
-        match self.skip(x) {
-            Some(skipped) => decoded + skipped,
-            None => decoded,
-        }
-    }
 }
 
 /// How a saved dictionary of one class is read back. Submitted by the plugin that owns the class.
@@ -354,6 +348,9 @@ pub fn saved_shape<const N: usize>(tensors: &BTreeMap<String, Tensor>, name: &st
             .help(format!("the file has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))));
     };
     let size = tensor.size();
+    if size.contains(&0) {
+        bail!(InputError::new(format!("tensor `{name}` has shape {size:?}: there is nothing in it")));
+    }
     size.as_slice().try_into().map_err(|_| {
         InputError::new(format!("tensor `{name}` has shape {size:?}, which does not have {N} dimensions")).into()
     })

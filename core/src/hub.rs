@@ -79,6 +79,9 @@ pub trait Hub: Send + Sync {
 
     /// The commit that the repository's revision stands for.
     fn commit(&self, repo: &Repo) -> Result<String>;
+
+    /// Files of that name at the root of a repository in the cache, whichever.
+    fn cached(&self, name: &str) -> Vec<PathBuf>;
 }
 
 /// The plugin that speaks the Hub's protocol.

@@ -3,6 +3,7 @@
 //! Core names no plugin. A plugin depends on this crate, implements one of the traits and registers it with
 //! [`register!`]; linking it into a binary is enough for a config to name it.
 
+pub mod adapted;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;
@@ -13,6 +14,7 @@ pub mod device;
 pub mod dictionary;
 pub mod evaluate;
 pub mod firing;
+pub mod format;
 pub mod harvest;
 pub mod hub;
 pub mod interrupt;
@@ -22,6 +24,7 @@ pub mod metric;
 pub mod model;
 pub mod modifier;
 pub mod new_plugin;
+pub mod numpy;
 pub mod optim;
 pub mod prelude;
 pub mod progress;

@@ -297,8 +297,14 @@ impl dyn LanguageModel + '_ {
     pub fn hook_point(&self, name: &str, io: Io) -> Result<(HookPoint, i64)> {
         let point = self.names().transformer_lens(name).unwrap_or_else(|| HookPoint { module: name.to_owned(), io });
         let modules = self.modules();
+        let width = |module: &Visit| if point.io == Io::In { module.input } else { module.output };
         if let Some(module) = modules.iter().find(|visit| visit.module == point.module) {
-            return Ok((point.clone(), if point.io == Io::In { module.input } else { module.output }));
+            return Ok((point.clone(), width(module)));
+        }
+        // Some libraries name modules from the model without its head: `layers.3`, not `model.layers.3`.
+        let without_head = |visit: &&Visit| visit.module.split_once('.').is_some_and(|(_, rest)| rest == name);
+        if let Some(module) = modules.iter().find(without_head) {
+            return Ok((HookPoint { module: module.module.clone(), io }, width(module)));
         }
         let modules: Vec<String> = modules.into_iter().map(|visit| visit.module).collect();
         // Who writes TransformerLens's names is offered those.

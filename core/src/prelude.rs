@@ -8,6 +8,7 @@ pub use serde_json::{Map, Value};
 pub use tch::{self, Device, Kind, Tensor};
 pub use typetag;
 
+pub use crate::adapted::{Normalization, NormalizationKind};
 pub use crate::config::{ConfigPath, InputError, PathOrName, Under};
 pub use crate::constraint::Constraints;
 pub use crate::device::Precision;

@@ -4,13 +4,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, bail, Result};
+use anyhow::{anyhow, bail, Context, Result};
+use serde::Deserialize;
 use serde_json::Value;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
 use crate::device::Precision;
 use crate::dictionary::{Dictionary, SavedClass};
+use crate::adapted::{Adapted, Normalization};
 use crate::registry::nearest;
 use crate::tensors::{self, TensorFile};
 use crate::torch_file;
@@ -21,6 +23,8 @@ pub struct Saved {
     pub dir: PathBuf,
     /// The dictionary.
     pub dictionary: Box<dyn Dictionary>,
+    /// What is done to an activation before it; the dictionary does it itself.
+    pub normalization: Option<Normalization>,
     /// The folder's config.json.
     pub config: Value,
 }
@@ -54,36 +58,75 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
     let class = config.pointer("/trainer/dict_class").and_then(Value::as_str).ok_or_else(|| {
         InputError::new(format!("{} does not say its `trainer.dict_class`", dir.join("config.json").display()))
     })?;
-    let tensors = TensorFile::open(&weights)?.tensors()?;
-    let mut dictionary = shaped(class, &tensors, &config["trainer"], device, precision)?;
+    let normalization = match config.pointer("/trainer/normalization") {
+        None | Some(Value::Null) => None,
+        Some(value) => Some(Normalization::deserialize(value).map_err(|error| {
+            InputError::new(format!("{}: `trainer.normalization`: {error}", dir.join("config.json").display()))
+        })?),
+    };
+    let tensors = tensors_of(&weights)?;
+    let mut dictionary = shaped(class, &tensors, &config["trainer"], device, precision)
+        .with_context(|| format!("cannot read {}", weights.display()))?;
     dictionary.load(&tensors, &weights)?;
-    Ok(Saved { dir: dir.to_owned(), dictionary, config })
+    if is_python(&weights) {
+        dictionary.pretrained();
+    }
+    let kind = match config.pointer("/trainer/dtype").and_then(Value::as_str) {
+        Some("bfloat16") => Some(Kind::BFloat16),
+        Some("float16") => Some(Kind::Half),
+        _ => None,
+    };
+    if normalization.is_some() || kind.is_some() {
+        dictionary = Box::new(Adapted::new(dictionary, normalization, kind));
+    }
+    Ok(Saved { dir: dir.to_owned(), dictionary, normalization, config })
 }
 
-/// The file of an SAE's weights.
+/// The file of an SAE's weights: ae.safetensors, or the reference's ae.pt where that is all there is.
 fn weights(dir: &Path) -> Result<PathBuf> {
-    let weights = dir.join("ae.safetensors");
-    if !weights.exists() {
-        let inner: Vec<String> = fs::read_dir(dir)?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.join("ae.safetensors").exists())
-            .map(|path| path.display().to_string())
-            .collect();
-        let error = InputError::new(format!("{} holds no ae.safetensors", dir.display()));
-        bail!(match inner.is_empty() {
-            true if dir.join("ae.pt").exists() => {
-                error
-                    .help("its ae.pt is Python's, which this version does not read; save the tensors as ae.safetensors")
-            }
-            true => error.help("an SAE's folder holds ae.safetensors and config.json"),
-            false => error.help(format!("it is a run; its SAEs are: {}", inner.join(", "))),
-        });
+    let weights = |dir: &Path| ["ae.safetensors", "ae.pt"].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
+    if let Some(weights) = weights(dir) {
+        return Ok(weights);
     }
-    Ok(weights)
+    let inner: Vec<String> = fs::read_dir(dir)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| weights(path).is_some())
+        .map(|path| path.display().to_string())
+        .collect();
+    let error = InputError::new(format!("{} holds no ae.safetensors", dir.display()));
+    bail!(match inner.is_empty() {
+        true => error.help(
+            "an SAE's folder holds ae.safetensors (or the reference's ae.pt) and config.json; \
+             `dictlearn import` makes one of other formats"
+        ),
+        false => error.help(format!("it is a run; its SAEs are: {}", inner.join(", "))),
+    });
+}
+
+fn is_python(weights: &Path) -> bool {
+    weights.extension().is_some_and(|extension| extension == "pt")
+}
+
+/// The tensors of a file of weights: of a .pt a state dict, or the one in a training backup.
+pub fn tensors_of(weights: &Path) -> Result<BTreeMap<String, Tensor>> {
+    if !is_python(weights) {
+        return TensorFile::open(weights)?.tensors();
+    }
+    state_dict(&torch_file::read(weights)?, &weights.display().to_string())
+}
+
+/// The tensors of a dictionary in a .pt file: the state dict that it is, or the one in a backup of a training.
+pub fn state_dict(value: &torch_file::Value, name: &str) -> Result<BTreeMap<String, Tensor>> {
+    let inner = value.get("ae").or_else(|| value.get("state_dict")).and_then(torch_file::Value::state_dict);
+    inner.or_else(|| value.state_dict()).ok_or_else(|| {
+        InputError::new(format!("{name} holds no state dict"))
+            .help("it must be a dict of tensors, or a backup with one under `ae`")
+            .into()
+    })
 }
 
 /// An empty dictionary of a class, of the shape that the tensors show.
-fn shaped(
+pub fn shaped(
     class: &str,
     tensors: &BTreeMap<String, Tensor>,
     trainer: &Value,
@@ -126,7 +169,7 @@ pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<()> 
     if !file.exists() {
         bail!(InputError::no_file(&file));
     }
-    let mut tensors = TensorFile::open(&file)?.tensors()?;
+    let mut tensors = tensors_of(&file)?;
     // Weights alone will do: `k` and `threshold` are the config's where the file does not have them.
     for (name, own) in dictionary.buffers() {
         tensors.entry(name.to_owned()).or_insert(own);

@@ -322,29 +322,48 @@ pub struct Part {
     pub start: i64,
     /// How many columns.
     pub width: i64,
+    /// Whether the mean over its columns is taken off.
+    pub center: bool,
 }
 
 impl Part {
     /// A whole value.
     pub fn whole(point: HookPoint, width: i64) -> Self {
-        Part { point, whole: width, start: 0, width }
+        Part { point, whole: width, start: 0, width, center: false }
     }
 
     /// Its columns of the value, [.., width].
     pub fn of(&self, value: &Tensor) -> Tensor {
+        let columns = self.columns(value);
+        match self.center {
+            true => &columns - mean(&columns),
+            false => columns,
+        }
+    }
+
+    /// The value with its columns replaced.
+    pub fn replaced(&self, value: &Tensor, by: &Tensor) -> Tensor {
+        let by = match self.center {
+            true => by + mean(&self.columns(value)),
+            false => by.shallow_clone(),
+        };
+        if self.width == self.whole {
+            return by;
+        }
+        let replaced = value.copy();
+        replaced.narrow(-1, self.start, self.width).copy_(&by);
+        replaced
+    }
+
+    fn columns(&self, value: &Tensor) -> Tensor {
         if self.width == self.whole {
             return value.shallow_clone();
         }
         value.narrow(-1, self.start, self.width).contiguous()
     }
+}
 
-    /// The value with its columns replaced.
-    pub fn replaced(&self, value: &Tensor, by: &Tensor) -> Tensor {
-        if self.width == self.whole {
-            return by.shallow_clone();
-        }
-        let replaced = value.copy();
-        replaced.narrow(-1, self.start, self.width).copy_(by);
-        replaced
-    }
+/// The mean over the last dimension, which is kept.
+fn mean(value: &Tensor) -> Tensor {
+    value.mean_dim([-1].as_slice(), true, value.kind())
 }

@@ -57,7 +57,9 @@ impl Selection {
     /// The k of a saved dictionary: that of its tensor, which annealing may have changed, or that of its config.
     pub fn saved_k(tensors: &BTreeMap<String, Tensor>, trainer: &Value, features: i64) -> Result<i64> {
         let k = match tensors.get("k") {
-            Some(k) => k.int64_value(&[]),
+            Some(k) if k.numel() == 1 && k.is_floating_point() => k.double_value(&[]) as i64,
+            Some(k) if k.numel() == 1 => k.reshape([1]).int64_value(&[0]),
+            Some(_) => 0,
             None => trainer.get("k").and_then(Value::as_i64).unwrap_or(0),
         };
         if !(1..=features).contains(&k) {

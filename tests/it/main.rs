@@ -8,6 +8,7 @@ mod config;
 mod contract;
 mod docs;
 mod families;
+mod formats;
 mod golden;
 mod hub;
 mod hub_server;

@@ -442,6 +442,12 @@ impl Hub for Client {
     fn commit(&self, repo: &Repo) -> Result<String> {
         Ok(self.snapshot(repo)?.commit.clone())
     }
+
+    fn cached(&self, name: &str) -> Vec<PathBuf> {
+        let inside = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let snapshots = inside(self.cache.path().clone()).flat_map(|repo| inside(repo.join("snapshots")));
+        snapshots.map(|snapshot| snapshot.join(name)).filter(|file| file.is_file()).collect()
+    }
 }
 
 #[cfg(test)]

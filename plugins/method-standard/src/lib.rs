@@ -141,6 +141,20 @@ impl Dictionary for AutoEncoder {
             let _ = self.encoder_bias.g_mul_scalar_(scale);
         });
     }
+
+    /// The norms of the decoder's columns go to the encoder, so that features are comparable.
+    fn pretrained(&mut self) {
+        tch::no_grad(|| {
+            let norms = self.decoder_weight.norm_scalaropt_dim(2.0, [0], false);
+            // A column of zeros has no direction to give a norm to.
+            let norms = norms.where_self(&norms.gt(0.0), &norms.ones_like());
+            if !norms.allclose(&norms.ones_like(), 1e-5, 1e-8, false) {
+                let _ = self.decoder_weight.g_div_(&norms);
+                let _ = self.encoder_weight.g_mul_(&norms.unsqueeze(1));
+                let _ = self.encoder_bias.g_mul_(&norms);
+            }
+        });
+    }
 }
 
 /// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the

@@ -17,7 +17,8 @@
 //!
 //! The source gives pairs: `io: in_to_out` on a submodule, or `tensor` and `target_tensor`. Any trainer that a dictionary
 //! with these activations makes sense with trains them: those with a penalty where there is no `k`, the TopK family's
-//! where there is one. On disk they have sae_lens's tensors.
+//! where there is one. On disk they have sae_lens's tensors. Published ones may have a threshold θ for each feature, which
+//! is silent below it (Gemma Scope 2); they can be used and trained further, the thresholds as they are.
 //!
 //! Before training, a transcoder predicts about the mean of the targets, `b_d`; one with a skip connection exactly this,
 //! since W_d and W_skip are 0 (section 3 of Paulo et al.). A trainer that keeps the decoder's norm at 1 gives W_d that
@@ -87,11 +88,12 @@ impl DictionaryConfig for SkipTranscoderConfig {
 /// A transcoder, with or without a skip connection.
 #[derive(Debug)]
 pub struct Transcoder {
-    w_enc: Tensor,          // W_e    [d, F]
-    b_enc: Tensor,          // b_e    [F]
-    w_dec: Tensor,          // W_d    [F, d_out]
-    b_dec: Tensor,          // b_d    [d_out]
-    w_skip: Option<Tensor>, // W_skip [d_out, d]
+    w_enc: Tensor,             // W_e    [d, F]
+    b_enc: Tensor,             // b_e    [F]
+    w_dec: Tensor,             // W_d    [F, d_out]
+    b_dec: Tensor,             // b_d    [d_out]
+    w_skip: Option<Tensor>,    // W_skip [d_out, d]
+    threshold: Option<Tensor>, // θ   [F]
     selection: Option<Selection>,
     precision: Precision,
 }
@@ -118,7 +120,11 @@ fn shaped(
     let [input, features] = saved_shape(tensors, "W_enc")?;
     let [output] = saved_shape(tensors, "b_dec")?;
     let k = tensors.contains_key("k").then(|| Selection::saved_k(tensors, trainer, features)).transpose()?;
-    Ok(Box::new(Transcoder::zeros(Dims { input, features, output }, k, skip, device, precision)))
+    let mut dictionary = Transcoder::zeros(Dims { input, features, output }, k, skip, device, precision);
+    if k.is_none() && tensors.contains_key("threshold") {
+        dictionary.threshold = Some(trained(Tensor::zeros([features], (Kind::Float, device))));
+    }
+    Ok(Box::new(dictionary))
 }
 
 impl Transcoder {
@@ -149,6 +155,7 @@ impl Transcoder {
             w_dec: zeros(&[features, output]),
             b_dec: zeros(&[output]),
             w_skip: skip.then(|| zeros(&[output, input])),
+            threshold: None,
             selection: k.map(|k| Selection::new(k, false, device)),
             precision,
         }
@@ -176,6 +183,7 @@ impl Dictionary for Transcoder {
             ("b_dec", self.b_dec.shallow_clone()),
         ];
         parameters.extend(self.w_skip.as_ref().map(|w_skip| ("W_skip", w_skip.shallow_clone())));
+        parameters.extend(self.threshold.as_ref().map(|threshold| ("threshold", threshold.shallow_clone())));
         parameters
     }
 
@@ -197,16 +205,24 @@ impl Dictionary for Transcoder {
         self.precision.linear(features, &self.w_dec.transpose(0, 1), None) + &self.b_dec
     }
 
-    fn skip(&self, x: &Tensor) -> Option<Tensor> {
-        self.w_skip.as_ref().map(|w_skip| self.precision.linear(x, w_skip, None))
+    fn reconstruction(&self, features: &Tensor, x: &Tensor) -> Tensor {
+        let decoded = self.decode(features);
+        match &self.w_skip {
+            Some(w_skip) => decoded + self.precision.linear(x, w_skip, None),
+            None => decoded,
+        }
     }
 
     fn forward(&self, x: &Tensor) -> Code {
         let pre_activations = self.precision.linear(x, &self.w_enc.transpose(0, 1), Some(&self.b_enc));
-        match &self.selection {
-            Some(selection) => selection.of_each(pre_activations),
-            None => Code::new(pre_activations.relu()).with("pre_activations", pre_activations),
+        if let Some(selection) = &self.selection {
+            return selection.of_each(pre_activations);
         }
+        let mut features = pre_activations.relu();
+        if let Some(threshold) = &self.threshold {
+            features = features * pre_activations.gt_tensor(threshold);
+        }
+        Code::new(features).with("pre_activations", pre_activations)
     }
 
     fn decoder(&self) -> Option<Decoder> {
@@ -234,6 +250,9 @@ impl Dictionary for Transcoder {
         tch::no_grad(|| {
             let _ = self.b_enc.g_mul_scalar_(scale);
             let _ = self.b_dec.g_mul_scalar_(scale);
+            if let Some(threshold) = &mut self.threshold {
+                let _ = threshold.g_mul_scalar_(scale);
+            }
         });
         if let Some(selection) = &mut self.selection {
             selection.scale(scale);
@@ -272,6 +291,8 @@ mod tests {
         tch::no_grad(|| dictionary.w_skip.as_mut().unwrap().copy_(&skip));
         let predicted = (&dictionary as &dyn Dictionary).reconstruct(&x).0;
         assert!((predicted - x.matmul(&skip.transpose(0, 1))).abs().max().double_value(&[]) < 1e-5);
-        assert!(transcoder(false).skip(&x).is_none());
+        let without = transcoder(false);
+        let features = without.encode(&x);
+        assert_eq!(without.reconstruction(&features, &x), without.decode(&features));
     }
 }

@@ -23,6 +23,8 @@ pub struct ContextsCx {
     pub pack: bool,
     /// Whether the tokenizer adds its special tokens to each document.
     pub add_special_tokens: bool,
+    /// Whether every context begins with the BOS token, whatever the tokenizer does.
+    pub prepend_bos: bool,
     /// Number of token ids that the model embeds.
     pub vocab_size: i64,
     /// The longest context that the model takes.
@@ -67,6 +69,8 @@ pub struct Contexts {
     cx: ContextsCx,
     /// The token between documents.
     end_of_text: Option<i64>,
+    /// The token that begins every context.
+    bos: Option<i64>,
     /// Documents that were read and are not, or not wholly, in a context yet.
     carry: VecDeque<Tokenised>,
     rows: u64,
@@ -113,11 +117,19 @@ impl Contexts {
         }
         let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or_default();
         let model_config = files.json("config.json")?.unwrap_or_default();
-        // A special token is a string, or an object with the string as `content`.
-        let name = tokenizer_config.get("eos_token");
-        let name = name.and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
-        let by_name = name.and_then(|token| tokenizer.as_ref()?.token_to_id(token)).map(i64::from);
-        let end_of_text = by_name.or_else(|| model_config.get("eos_token_id")?.as_i64());
+        let special = |name: &str| {
+            // A special token is a string, or an object with the string as `content`.
+            let token = tokenizer_config.get(format!("{name}_token"));
+            let token = token.and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
+            let by_name = token.and_then(|token| tokenizer.as_ref()?.token_to_id(token)).map(i64::from);
+            by_name.or_else(|| model_config.get(format!("{name}_token_id"))?.as_i64())
+        };
+        let end_of_text = special("eos");
+        let bos = cx.prepend_bos.then(|| special("bos").or(end_of_text)).flatten();
+        if cx.prepend_bos && bos.is_none() && !text.is_tokenized() {
+            bail!(InputError::new(format!("{} does not say which token is BOS", files.name()))
+                .help("leave `prepend_bos` out, or add `bos_token` to its tokenizer_config.json"));
+        }
         let chats = ChatTemplate::read(files, &tokenizer_config)?;
         let mut contexts = Contexts {
             text,
@@ -126,6 +138,7 @@ impl Contexts {
             chats,
             cx,
             end_of_text,
+            bos,
             carry: VecDeque::new(),
             rows: 0,
         };
@@ -172,6 +185,9 @@ impl Contexts {
     /// A context of what is carried: up to `length` tokens, or of a document of its own its beginning.
     fn row_of_carry(&mut self, length: usize) -> Row {
         let mut ids = Vec::with_capacity(length);
+        // The tokenizer may have put it there already.
+        let begun = self.carry.front().and_then(|document| document.ids.get(document.used)).copied();
+        ids.extend(self.bos.filter(|bos| begun != Some(*bos)));
         let origin = self.carry.front().map_or_else(String::new, |document| document.origin.clone());
         while let Some(document) = self.carry.front_mut().filter(|_| ids.len() < length) {
             let end = document.ids.len().min(document.used + length - ids.len());

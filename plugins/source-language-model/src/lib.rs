@@ -48,6 +48,14 @@ pub struct LanguageModelConfig {
     /// The module's input, its output, or pairs of both. A TransformerLens name means one of them by itself.
     #[serde(default)]
     pub io: IoChoice,
+    /// Another place, whose value is to be predicted from the submodule's: a module, of which it is the output, or a
+    /// TransformerLens name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// Take the mean over dimensions off every activation, as TransformerLens's `center_writing_weights` does to what is
+    /// written to the residual stream.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub center: bool,
     /// Whether the outputs of attention heads (`blocks.1.attn.hook_z`) are one site, side by side, or a site each:
     /// `<submodule>.head0` and so on.
     #[serde(default)]
@@ -77,6 +85,10 @@ pub struct LanguageModelConfig {
     /// Let the tokenizer add its special tokens to each document.
     #[serde(default = "yes")]
     pub add_special_tokens: bool,
+    /// Begin every context with the BOS token (`true`), whatever the tokenizer does, or let the tokenizer add nothing
+    /// (`false`); null to leave it to the tokenizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepend_bos: Option<bool>,
     /// Leave out activations whose norm is more than so many times the median of their forward pass; 10 is usual. With
     /// several submodules, a token that is left out at one is left out at all.
     #[serde(default)]
@@ -155,10 +167,14 @@ impl SourceConfig for LanguageModelConfig {
             .field("out_batch_size")
             .help("make `n_ctxs` larger or `out_batch_size` smaller"));
         }
+        if self.prepend_bos == Some(true) && self.ctx_len < 2 {
+            bail!(InputError::new("a context of one token is the BOS token alone").field("ctx_len").help("set it to 2 or more"));
+        }
         let contexts_cx = ContextsCx {
             ctx_len: self.ctx_len as usize,
             pack: self.pack,
-            add_special_tokens: self.add_special_tokens,
+            add_special_tokens: self.add_special_tokens && self.prepend_bos != Some(false),
+            prepend_bos: self.prepend_bos == Some(true),
             vocab_size: model.vocab_size(),
             max_positions: model.max_positions(),
         };

@@ -110,7 +110,23 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
         if names[..index].contains(name) {
             bail!(InputError::new(format!("`{name}` is named twice")).field(key).help("leave one of them out"));
         }
-        let part = |io| model.hook_point(name, io).map(|(point, width)| Part::whole(point, width)).under(&key);
+        let part_of = |name: &str, io| {
+            model.hook_point(name, io).map(|(point, width)| Part { center: config.center, ..Part::whole(point, width) })
+        };
+        let part = |io| part_of(name, io).under(&key);
+        if let Some(target) = &config.target {
+            if names.len() > 1 || config.heads == Heads::Separate {
+                bail!(InputError::new("`target` goes with one submodule, whole")
+                    .field("target")
+                    .help("give each pair of places a run of its own"));
+            }
+            let reads = part(if config.io == IoChoice::Out { Io::Out } else { Io::In })?;
+            let writes = part_of(target, Io::Out).under("target")?;
+            let mut site = LanguageModelSite::new(name.clone(), name, None, reads, writes);
+            site.site.settings.insert("target".to_owned(), target.as_str().into());
+            sites.push(site);
+            continue;
+        }
         let writes = part(if config.io == IoChoice::In { Io::In } else { Io::Out })?;
         if config.io == IoChoice::In && writes.point.io == Io::Out {
             bail!(InputError::new(format!("`{name}` names an output, {}, and `io` says `in`", writes.point))

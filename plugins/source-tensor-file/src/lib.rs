@@ -3,15 +3,12 @@
 //! A pass is every row once. With `shuffle: false` batches are the rows in order; with `shuffle: true` each pass has an
 //! order of its own. The last partial batch of a pass is dropped. Training passes over the file as often as it needs.
 
-use std::fs::File;
-use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
+use dictlearn_core::numpy;
 use dictlearn_core::prelude::*;
 use dictlearn_core::rng::{rng, Rng};
 use dictlearn_core::tensors::TensorFile;
-use npyz::npz::NpzArchive;
-use npyz::{NpyFile, Order};
 use rand::seq::SliceRandom;
 
 const NAME: &str = "tensor_file";
@@ -180,23 +177,10 @@ impl Rows {
 impl Part {
     fn open(path: &Path, name: &str) -> Result<Self> {
         let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-        let refused = |why: &dyn std::fmt::Display| InputError::new(format!("cannot read {}: {why}", path.display()));
         match extension {
             "safetensors" => Ok(Part::File(TensorFile::open(path)?)),
-            "npy" => {
-                let file = File::open(path).map_err(|error| refused(&error))?;
-                let array = NpyFile::new(BufReader::new(file)).map_err(|error| refused(&error))?;
-                Ok(Part::Memory(numpy(array).map_err(|error| refused(&error))?))
-            }
-            "npz" => {
-                let mut arrays = NpzArchive::open(path).map_err(|error| refused(&error))?;
-                let Some(array) = arrays.by_name(name).map_err(|error| refused(&error))? else {
-                    let names: Vec<&str> = arrays.array_names().collect();
-                    bail!(InputError::new(format!("{} has no array `{name}`", path.display()))
-                        .help(format!("it has: {}; name one as `tensor`", names.join(", "))));
-                };
-                Ok(Part::Memory(numpy(array).map_err(|error| refused(&error))?))
-            }
+            "npy" => Ok(Part::Memory(numpy::read_npy(path)?)),
+            "npz" => Ok(Part::Memory(numpy::Npz::open(path)?.array(name)?)),
             other => bail!(InputError::new(format!("{}: files of type `{other}` are not read", path.display()))
                 .help("activations are read from .safetensors, .npy and .npz")),
         }
@@ -218,42 +202,6 @@ impl Part {
             ))),
         }
     }
-}
-
-/// A NumPy array of floating-point numbers of any width, byte order and layout, as float32.
-fn numpy<R: Read>(array: NpyFile<R>) -> std::io::Result<Tensor> {
-    let (shape, order) = (array.shape().iter().map(|n| *n as i64).collect::<Vec<_>>(), array.order());
-    let kind = array.dtype().descr();
-    let array = match array.try_data::<f32>() {
-        Ok(data) => return shaped(data.collect::<std::io::Result<Vec<f32>>>()?, shape, order),
-        Err(array) => array,
-    };
-    let array = match array.try_data::<f64>() {
-        Ok(data) => {
-            let data = data.map(|value| value.map(|value| value as f32));
-            return shaped(data.collect::<std::io::Result<_>>()?, shape, order);
-        }
-        Err(array) => array,
-    };
-    match array.try_data::<half::f16>() {
-        Ok(data) => {
-            let data = data.map(|value| value.map(half::f16::to_f32));
-            shaped(data.collect::<std::io::Result<_>>()?, shape, order)
-        }
-        Err(_) => Err(std::io::Error::other(format!("its type is {kind}; float16, float32 and float64 are read"))),
-    }
-}
-
-fn shaped(values: Vec<f32>, shape: Vec<i64>, order: Order) -> std::io::Result<Tensor> {
-    let values = Tensor::from_slice(&values);
-    Ok(match order {
-        Order::C => values.reshape(shape),
-        Order::Fortran => {
-            let reversed: Vec<i64> = shape.iter().rev().copied().collect();
-            let axes: Vec<i64> = (0..shape.len() as i64).rev().collect();
-            values.reshape(reversed).permute(axes).contiguous()
-        }
-    })
 }
 
 struct TensorFileSource {
@@ -376,49 +324,6 @@ mod tests {
             rows.extend(Vec::<f32>::try_from(activations.sites[0].x.select(1, 0)).unwrap());
         }
         rows
-    }
-
-    /// An .npy file of 3 rows of 2, counted up in the order in which they are stored.
-    fn npy(order: Order, half: bool) -> Vec<u8> {
-        use npyz::WriterBuilder;
-        let mut bytes = Vec::new();
-        let values = (0..6).map(|value| value as f32);
-        if half {
-            let options = npyz::WriteOptions::new().default_dtype().shape(&[3, 2]).order(order).writer(&mut bytes);
-            let mut writer = options.begin_nd().unwrap();
-            writer.extend(values.map(half::f16::from_f32)).unwrap();
-            writer.finish().unwrap();
-        } else {
-            let options = npyz::WriteOptions::new().default_dtype().shape(&[3, 2]).order(order).writer(&mut bytes);
-            let mut writer = options.begin_nd().unwrap();
-            writer.extend(values.map(f64::from)).unwrap();
-            writer.finish().unwrap();
-        }
-        bytes
-    }
-
-    #[test]
-    fn numpys_types_and_layouts() {
-        let read = |bytes: &[u8]| numpy(NpyFile::new(bytes).unwrap());
-        for half in [false, true] {
-            let by_rows = Vec::<Vec<f32>>::try_from(read(&npy(Order::C, half)).unwrap()).unwrap();
-            assert_eq!(by_rows, [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]);
-            let by_columns = Vec::<Vec<f32>>::try_from(read(&npy(Order::Fortran, half)).unwrap()).unwrap();
-            assert_eq!(by_columns, [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]);
-        }
-    }
-
-    #[test]
-    fn numpy_files_that_are_cut_anywhere_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("cut.npy");
-        let whole = npy(Order::C, false);
-        for length in 0..whole.len() {
-            std::fs::write(&path, &whole[..length]).unwrap();
-            assert!(Part::open(&path, "activations").is_err(), "{length} of {} bytes", whole.len());
-        }
-        std::fs::write(&path, &whole).unwrap();
-        assert!(Part::open(&path, "activations").is_ok());
     }
 
     #[test]

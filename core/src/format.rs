@@ -1,0 +1,668 @@
+//! Formats: dictionaries that others published, read; ours, written for others.
+//!
+//! A format is a component of its own: it says which files make an SAE, and turns them into one of the registered
+//! classes, exactly, or refuses by name what it cannot. Where the files lie, a folder here or a repository of the Hub, is
+//! no concern of it.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Debug};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{anyhow, bail, Context, Result};
+use serde_json::{json, Map, Value};
+use tch::{Device, Tensor};
+
+use crate::config::{from_yaml, InputError};
+use crate::device::Precision;
+use crate::hub::{hub, Repo, RepoKind};
+use crate::adapted::Normalization;
+use crate::registry::{self, nearest, Kind};
+use crate::saved::{self, Saved};
+use crate::tensors::{self, write_file};
+
+/// A format of dictionaries on disk.
+#[typetag::serde(tag = "type")]
+pub trait Format: Debug + Send + Sync {
+    /// The SAEs that a request means, at least one; none of them is read yet.
+    fn find(&self, request: &Request) -> Result<Vec<Place>> {
+        Ok(vec![Place::parse(request.named()?)?])
+    }
+
+    /// Reads the SAE at a place.
+    fn read(&self, place: &Place) -> Result<Published>;
+
+    /// What can be had by name, for `--list`: names that [`Format::find`] takes, and a word on each.
+    fn offers(&self, request: &Request) -> Result<Vec<(String, String)>> {
+        let _ = request;
+        bail!(InputError::new("this format has no table of what was published")
+            .help("name the folder or the Hub repository that you know of"))
+    }
+
+    /// Writes an SAE into a folder, which is there and empty, as the format's own readers take it.
+    fn write(&self, sae: &Saved, dir: &Path) -> Result<()> {
+        let _ = (sae, dir);
+        let able: Vec<&str> = writers();
+        bail!(InputError::new("this format can be imported, and not exported")
+            .help(format!("those that can be: {}", able.join(", "))))
+    }
+
+    /// Whether [`Format::write`] can write anything.
+    fn writes(&self) -> bool {
+        false
+    }
+}
+
+/// The names of the formats that can be exported to.
+pub fn writers() -> Vec<&'static str> {
+    registry::names(Kind::Format).into_iter().filter(|name| named(name).is_ok_and(|format| format.writes())).collect()
+}
+
+/// The format of that name.
+pub fn named(name: &str) -> Result<Box<dyn Format>> {
+    let known = registry::names(Kind::Format);
+    if !known.contains(&name) {
+        let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
+        bail!(InputError::new(format!("unknown format `{name}`"))
+            .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", "))));
+    }
+    Ok(from_yaml(&format!("{{type: {name}}}"))?)
+}
+
+/// What a user asks a format for.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// A folder, a file, `owner/name/path` on the Hub, or a name that the format knows.
+    pub place: Option<String>,
+    /// A name, or a glob of names, in the format's own set of published SAEs.
+    pub pretrained: Option<String>,
+    /// The file of sae_lens's table of releases.
+    pub releases: Option<String>,
+}
+
+impl Request {
+    /// The place, which most formats need.
+    pub fn named(&self) -> Result<&str> {
+        match (&self.place, &self.pretrained) {
+            (Some(place), None) => Ok(place),
+            (_, Some(_)) => bail!(InputError::new("this format has no set of published SAEs for `--pretrained`")
+                .help("name the folder or the Hub repository that you know of")),
+            (None, None) => bail!(InputError::new("nothing is named that could be imported")
+                .help("give a folder, or `owner/name/path` of a repository on the Hub")),
+        }
+    }
+}
+
+/// Where an SAE's files lie: in a folder here, or in a repository of the Hub, below some path.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// What to call the SAE: its path, or the name by which it was asked for.
+    pub name: String,
+    root: Root,
+    /// Below the root, of parts joined by `/`; empty for the root itself.
+    path: String,
+    /// What a table of releases says of it beside that.
+    pub table: Map<String, Value>,
+    /// The format whose files they are, where a table names another than the one that was asked.
+    pub format: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+enum Root {
+    Folder(PathBuf),
+    Hub(Repo),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slash = if self.path.is_empty() { "" } else { "/" };
+        match &self.root {
+            Root::Folder(folder) if self.path.is_empty() => write!(f, "{}", folder.display()),
+            Root::Folder(folder) => write!(f, "{}", folder.join(&self.path).display()),
+            Root::Hub(repo) => write!(f, "{repo}{slash}{}", self.path),
+        }
+    }
+}
+
+impl Place {
+    /// A folder or file that is there, or `owner/name[@revision][/path]` on the Hub.
+    pub fn parse(text: &str) -> Result<Self> {
+        let local = Path::new(text);
+        if local.exists() {
+            return Place::local(local);
+        }
+        let parts: Vec<&str> = text.split('/').collect();
+        if !local.is_absolute() && parts.len() >= 2 && !parts.iter().any(|part| ["", ".", ".."].contains(part)) {
+            if let Some(repo) = Repo::parse(RepoKind::Model, &parts[..2].join("/")) {
+                return Ok(Place::on_hub(repo, &parts[2..].join("/")));
+            }
+        }
+        bail!(InputError::new(format!("`{text}` is no folder here, and cannot be a repository of the Hub"))
+            .help("give a folder, or `owner/name[@revision]/path` of a repository on the Hub"))
+    }
+
+    /// A folder or file here.
+    pub fn local(path: &Path) -> Result<Self> {
+        let path = std::path::absolute(path)?;
+        let last = || path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let new = |root: &Path, inner: String, name: String| Place {
+            name,
+            root: Root::Folder(root.to_owned()),
+            path: inner,
+            table: Map::new(),
+            format: None,
+        };
+        if path.is_dir() {
+            return Ok(new(&path, String::new(), last().unwrap_or_else(|| "sae".to_owned())));
+        }
+        let (Some(folder), Some(file)) = (path.parent(), last()) else {
+            bail!(InputError::no_file(&path));
+        };
+        Ok(new(folder, file.clone(), file))
+    }
+
+    /// A path in a repository; empty for the repository itself.
+    pub fn on_hub(repo: Repo, path: &str) -> Self {
+        let name = if path.is_empty() { repo.id.clone() } else { format!("{}/{path}", repo.id) };
+        Place { name, root: Root::Hub(repo), path: path.to_owned(), table: Map::new(), format: None }
+    }
+
+    /// A place further below.
+    pub fn below(&self, path: &str) -> Self {
+        let path = if self.path.is_empty() { path.to_owned() } else { format!("{}/{path}", self.path) };
+        let name = match &self.root {
+            Root::Hub(repo) => format!("{}/{path}", repo.id),
+            Root::Folder(_) => path.clone(),
+        };
+        Place { name, root: self.root.clone(), path, ..self.clone() }
+    }
+
+    /// The place that this one lies in; none for a root.
+    pub fn above(&self) -> Option<Self> {
+        if self.path.is_empty() {
+            let Root::Folder(folder) = &self.root else { return None };
+            return folder.parent().and_then(|folder| Place::local(folder).ok());
+        }
+        let path = self.path.rsplit_once('/').map_or("", |(above, _)| above).to_owned();
+        Some(Place { path, ..self.clone() })
+    }
+
+    /// The repository, if it is on the Hub.
+    pub fn repo(&self) -> Option<&Repo> {
+        match &self.root {
+            Root::Hub(repo) => Some(repo),
+            Root::Folder(_) => None,
+        }
+    }
+
+    /// Everything that its path says, from the repository's name or the file system's root down: formats read layers and
+    /// widths from it.
+    pub fn words(&self) -> String {
+        match &self.root {
+            Root::Hub(repo) => format!("{}/{}", repo.id, self.path),
+            Root::Folder(folder) => format!("{}/{}", folder.display(), self.path),
+        }
+    }
+
+    /// A file below it (or the place itself, if `name` is empty), fetched if need be; `None` where there is none.
+    pub fn file(&self, name: &str) -> Result<Option<PathBuf>> {
+        let path = [self.path.as_str(), name].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
+        match &self.root {
+            Root::Folder(folder) => Ok(Some(folder.join(path)).filter(|path| path.is_file())),
+            Root::Hub(repo) => hub()?.file(repo, &path),
+        }
+    }
+
+    /// A file below it that must be there.
+    pub fn need(&self, name: &str) -> Result<PathBuf> {
+        if let Some(file) = self.file(name)? {
+            return Ok(file);
+        }
+        let files = self.files().unwrap_or_default();
+        let mut folders: Vec<&str> = files.iter().filter_map(|file| file.strip_suffix(&format!("/{name}"))).collect();
+        folders.sort_by_key(|folder| folder.len());
+        let error = InputError::new(format!("{self} has no {name}"));
+        bail!(if folders.is_empty() {
+            let shown: Vec<&str> = files.iter().take(8).map(String::as_str).collect();
+            error.help(match shown.is_empty() {
+                true => "there is nothing; look at the name".to_owned(),
+                false => format!("there are: {}{}", shown.join(", "), if files.len() > 8 { ", ..." } else { "" }),
+            })
+        } else {
+            let more = if folders.len() > 12 { ", ..." } else { "" };
+            folders.truncate(12);
+            error.help(format!("name one of its folders that have one: {}{more}", folders.join(", ")))
+        })
+    }
+
+    /// A JSON file below it that must be there.
+    pub fn json(&self, name: &str) -> Result<Value> {
+        saved::read_json(&self.need(name)?)
+    }
+
+    /// The files below it, by their paths from it, sorted.
+    pub fn files(&self) -> Result<Vec<String>> {
+        let prefix = if self.path.is_empty() { String::new() } else { format!("{}/", self.path) };
+        match &self.root {
+            Root::Hub(repo) => {
+                let files = hub()?.list(repo)?;
+                Ok(files.iter().filter_map(|file| file.strip_prefix(&prefix)).map(str::to_owned).collect())
+            }
+            Root::Folder(folder) => {
+                let mut found = Vec::new();
+                collect(&folder.join(&self.path), "", 0, &mut found);
+                found.sort();
+                Ok(found)
+            }
+        }
+    }
+}
+
+/// Files of a folder and of those in it.
+fn collect(folder: &Path, prefix: &str, depth: usize, found: &mut Vec<String>) {
+    /// Published sets have layer, width and sparsity at most, and no user wants his home searched.
+    const DEEPEST: usize = 6;
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => {
+                if depth < DEEPEST && !name.starts_with('.') {
+                    collect(&entry.path(), &format!("{prefix}{name}/"), depth + 1, found);
+                }
+            }
+            _ => found.push(format!("{prefix}{name}")),
+        }
+    }
+}
+
+/// A place in a language model that a published SAE reads.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ModelSite {
+    /// The model's repository on the Hub.
+    pub model: String,
+    /// A TransformerLens name or a module path.
+    pub submodule: String,
+    /// `in` or `out`, where the name leaves it open.
+    pub io: Option<&'static str>,
+    /// For transcoders: the place whose value is predicted.
+    pub target: Option<String>,
+    /// For an SAE on one attention head: its number.
+    pub head: Option<i64>,
+    /// Whether each context begins with the BOS token.
+    pub prepend_bos: Option<bool>,
+    /// Tokens in a context.
+    pub ctx_len: Option<i64>,
+    /// The dataset's repository on the Hub.
+    pub dataset: Option<String>,
+    /// Whether the mean over dimensions is taken off each activation, as TransformerLens does.
+    pub center: bool,
+}
+
+impl ModelSite {
+    /// Takes a module path with the value's end, `model.layers.3.output`, as some formats write it.
+    pub fn at(&mut self, hook: &str) {
+        (self.submodule, self.io) = match hook.rsplit_once('.') {
+            Some((module, "input")) => (module.to_owned(), Some("in")),
+            Some((module, "output")) => (module.to_owned(), Some("out")),
+            _ => (hook.to_owned(), None),
+        };
+    }
+
+    /// What config.json says of it under `buffer`.
+    fn buffer(&self) -> Value {
+        let mut buffer = Map::new();
+        let mut add = |name: &str, value: Value| {
+            if !value.is_null() {
+                buffer.insert(name.to_owned(), value);
+            }
+        };
+        add("model", self.model.as_str().into());
+        add("submodule", self.submodule.as_str().into());
+        add("io", self.io.into());
+        add("target", self.target.as_deref().into());
+        add("head", self.head.into());
+        add("site", self.head.map(|head| format!("{}.head{head}", self.submodule)).into());
+        add("ctx_len", self.ctx_len.into());
+        add("prepend_bos", self.prepend_bos.into());
+        add("center", if self.center { true.into() } else { Value::Null });
+        Value::Object(buffer)
+    }
+
+    /// The source of a config that gives its activations.
+    fn source(&self) -> Value {
+        let text = match &self.dataset {
+            Some(dataset) => json!({"type": "hub_dataset", "repo": dataset}),
+            None => json!({"type": "embedded"}),
+        };
+        let mut source = json!({"type": "language_model"});
+        let described = self.buffer();
+        for (name, value) in described.as_object().into_iter().flatten() {
+            if !["head", "site"].contains(&name.as_str()) {
+                source[name] = value.clone();
+            }
+        }
+        if self.head.is_some() {
+            source["heads"] = "separate".into();
+        }
+        source["text"] = text;
+        source
+    }
+
+    /// The number of the layer, if the name has one.
+    fn layer(&self) -> Option<u64> {
+        self.submodule.split('.').find_map(|part| part.parse().ok())
+    }
+}
+
+/// A published SAE, read.
+#[derive(Debug, Default)]
+pub struct Published {
+    /// Which of the registered classes it is: `JumpReluAutoEncoder`.
+    pub class: String,
+    /// The class's tensors.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// What is done to an activation before all that.
+    pub normalization: Option<Normalization>,
+    /// `bfloat16` or `float16`, where its publishers compute in these.
+    pub dtype: Option<&'static str>,
+    /// Where it reads, as far as that is known.
+    pub site: Option<ModelSite>,
+    /// What else config.json is to say under `trainer`.
+    pub trainer: Map<String, Value>,
+    /// log10 of how often each feature fires, `[F]`, where it was published.
+    pub sparsity: Option<Tensor>,
+    /// Whether it is a file of the reference's, to which its `from_pretrained` does what it does.
+    pub pretrained: bool,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// An SAE as most formats have it: x̂ = σ((x [− b_dec]) W_enc + b_enc) W_dec + b_dec.
+#[derive(Debug)]
+pub struct Affine {
+    /// [d, F].
+    pub w_enc: Tensor,
+    /// `[F]`.
+    pub b_enc: Tensor,
+    /// [F, d_out].
+    pub w_dec: Tensor,
+    /// `[d_out]`.
+    pub b_dec: Tensor,
+    /// [d_out, d], of a skip connection.
+    pub w_skip: Option<Tensor>,
+    /// Whether b_dec is subtracted from an activation first.
+    pub subtract_b_dec: bool,
+    /// Whether it predicts something else than it reads.
+    pub transcodes: bool,
+    /// σ.
+    pub activation: Activation,
+}
+
+/// How pre-activations become features.
+#[derive(Debug)]
+pub enum Activation {
+    /// The positive ones.
+    Relu,
+    /// The k largest of the positive ones.
+    TopK(i64),
+    /// Those above a threshold, `[F]`, and above 0.
+    Jump(Tensor),
+}
+
+/// The shape of a tensor that must have N dimensions.
+fn shape<const N: usize>(name: &str, tensor: &Tensor) -> Result<[i64; N]> {
+    let size = tensor.size();
+    let wrong = || InputError::new(format!("`{name}` has shape {size:?}, which does not have {N} dimensions"));
+    let shape: [i64; N] = size.as_slice().try_into().map_err(|_| wrong())?;
+    if shape.contains(&0) {
+        bail!(InputError::new(format!("`{name}` has shape {size:?}: there is nothing in it")));
+    }
+    Ok(shape)
+}
+
+impl Affine {
+    /// Checks that the tensors fit each other; gives d, F, d_out.
+    pub fn check(&self) -> Result<(i64, i64, i64)> {
+        let [d, features] = shape("W_enc", &self.w_enc)?;
+        let [rows, d_out] = shape("W_dec", &self.w_dec)?;
+        let fits = |name: &str, tensor: &Tensor, wanted: &[i64]| -> Result<()> {
+            if tensor.size() != wanted {
+                bail!(InputError::new(format!("`{name}` has shape {:?}, not {wanted:?}", tensor.size()))
+                    .help(format!("with W_enc {:?} and W_dec {:?}", self.w_enc.size(), self.w_dec.size())));
+            }
+            Ok(())
+        };
+        if rows != features {
+            bail!(InputError::new(format!("W_enc has {features} features and W_dec has {rows}"))
+                .help("W_enc is [d, F], W_dec [F, d]"));
+        }
+        fits("b_enc", &self.b_enc, &[features])?;
+        fits("b_dec", &self.b_dec, &[d_out])?;
+        if let Some(w_skip) = &self.w_skip {
+            fits("W_skip", w_skip, &[d_out, d])?;
+        }
+        match &self.activation {
+            Activation::Jump(threshold) => fits("threshold", threshold, &[features])?,
+            Activation::TopK(k) if !(1..=features).contains(k) => {
+                bail!(InputError::new(format!("`k` is {k}, and there are {features} features")))
+            }
+            _ => {}
+        }
+        if !self.transcodes && d != d_out {
+            bail!(InputError::new(format!("it reads activations of width {d} and reconstructs width {d_out}"))
+                .help("only a transcoder does, and this is not said to be one"));
+        }
+        if self.transcodes && self.subtract_b_dec && d != d_out {
+            bail!(InputError::new("b_dec cannot be subtracted from activations of another width"));
+        }
+        Ok((d, features, d_out))
+    }
+
+    /// The class that does exactly this, and its tensors, in float32: biases are moved between encoder and input where
+    /// the class has them elsewhere.
+    pub fn into_class(self) -> Result<(&'static str, BTreeMap<String, Tensor>)> {
+        let (.., features, _) = self.check()?;
+        let double = |tensor: &Tensor| tensor.to_device(Device::Cpu).to_kind(tch::Kind::Double);
+        let float = |tensor: Tensor| tensor.to_kind(tch::Kind::Float).contiguous();
+        let (w_enc, w_dec) = (float(self.w_enc.to_device(Device::Cpu)), float(self.w_dec.to_device(Device::Cpu)));
+        let mut tensors = BTreeMap::new();
+        let mut add = |name: &str, tensor: Tensor| {
+            tensors.insert(name.to_owned(), tensor);
+        };
+        // The class with b_dec in its input, or the one without.
+        let pre_bias = !self.transcodes && self.w_skip.is_none() && !matches!(self.activation, Activation::Jump(_));
+        let mut b_enc = double(&self.b_enc);
+        if pre_bias != self.subtract_b_dec {
+            let moved = double(&self.b_dec).unsqueeze(0).matmul(&double(&self.w_enc)).squeeze_dim(0);
+            b_enc = if pre_bias { b_enc + moved } else { b_enc - moved };
+        }
+        let (b_enc, b_dec) = (float(b_enc), float(self.b_dec.to_device(Device::Cpu)));
+        let selection = |k: i64| [("k", Tensor::from(k as i32)), ("threshold", Tensor::from(-1f32))];
+        if pre_bias {
+            add("encoder.weight", w_enc.transpose(0, 1).contiguous());
+            add("encoder.bias", b_enc);
+            add("decoder.weight", w_dec.transpose(0, 1).contiguous());
+            return Ok(match self.activation {
+                Activation::TopK(k) => {
+                    add("b_dec", b_dec);
+                    selection(k).into_iter().for_each(|(name, tensor)| add(name, tensor));
+                    ("AutoEncoderTopK", tensors)
+                }
+                _ => {
+                    add("bias", b_dec);
+                    ("AutoEncoder", tensors)
+                }
+            });
+        }
+        add("W_enc", w_enc);
+        add("b_enc", b_enc);
+        add("W_dec", w_dec);
+        add("b_dec", b_dec);
+        let skips = self.w_skip.is_some();
+        if let Some(w_skip) = self.w_skip {
+            add("W_skip", float(w_skip.to_device(Device::Cpu)));
+        }
+        let transcoder = if skips { "SkipTranscoder" } else { "Transcoder" };
+        Ok(match self.activation {
+            Activation::Relu => (transcoder, tensors),
+            Activation::TopK(k) => {
+                debug_assert!(k <= features);
+                selection(k).into_iter().for_each(|(name, tensor)| add(name, tensor));
+                (transcoder, tensors)
+            }
+            Activation::Jump(threshold) => {
+                add("threshold", float(threshold.to_device(Device::Cpu)));
+                (if skips { transcoder } else { "JumpReluAutoEncoder" }, tensors)
+            }
+        })
+    }
+}
+
+/// Imports what a request means into folders, each whole or not at all, and gives their paths.
+///
+/// One SAE becomes the folder `out`; several become folders in it, by name. Without `out` they go to `saes/<name>`.
+pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Result<Vec<PathBuf>> {
+    let format = named(format_name)?;
+    let places = format.find(request)?;
+    let mut written = Vec::new();
+    for place in &places {
+        let dir = match out {
+            Some(out) if places.len() == 1 => out.to_owned(),
+            Some(out) => out.join(folder(&place.name)),
+            None => Path::new("saes").join(folder(&place.name)),
+        };
+        refuse_other(&dir)?;
+        let read = match &place.format {
+            Some(other) => named(other)?.read(place),
+            None => format.read(place),
+        };
+        let cannot = || format!("cannot import {place}");
+        let published = read.with_context(cannot)?;
+        for note in &published.notes {
+            eprintln!("warning: {place}: {note}");
+        }
+        let origin = json!({"format": place.format.as_deref().unwrap_or(format_name), "from": place.to_string()});
+        whole_folder(&dir, |dir| write(dir, &published, &origin).with_context(cannot))?;
+        written.push(dir);
+    }
+    Ok(written)
+}
+
+/// A name as the path of a folder below another: no part of it leads anywhere else.
+fn folder(name: &str) -> PathBuf {
+    let part = |part: &str| -> String {
+        part.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.=".contains(c) { c } else { '_' }).collect()
+    };
+    name.split(['/', ':']).filter(|part| !["", ".", ".."].contains(part)).map(part).collect()
+}
+
+/// Refuses to write over something else.
+fn refuse_other(dir: &Path) -> Result<()> {
+    let empty = match fs::read_dir(dir) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    };
+    if !empty {
+        bail!(InputError::new(format!("{} is there already", dir.display()))
+            .help("give another folder with `--out`, or remove it first"));
+    }
+    Ok(())
+}
+
+/// Makes a folder that is whole or not there: filled beside its place, then renamed.
+pub fn whole_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let dir = std::path::absolute(dir)?;
+    let above = dir.parent().unwrap_or(Path::new("/"));
+    let cannot = || format!("cannot write {}", dir.display());
+    fs::create_dir_all(above).with_context(cannot)?;
+    let beside = tempfile::Builder::new().prefix(".partial-").tempdir_in(above).with_context(cannot)?;
+    fill(beside.path())?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // A temporary folder is private; a result is as readable as anything else the user writes.
+        fs::set_permissions(beside.path(), fs::Permissions::from_mode(0o755)).with_context(cannot)?;
+    }
+    // A rename replaces an empty folder, and nothing else.
+    fs::rename(beside.path(), &dir).with_context(cannot)?;
+    let _ = beside.keep();
+    Ok(())
+}
+
+/// Writes an imported SAE's folder: weights, config.json, and the config.yaml that says where it reads.
+fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
+    for (name, tensor) in &published.tensors {
+        if tensor.is_floating_point() && tensor.isnan().any().int64_value(&[]) != 0 {
+            bail!(InputError::new(format!("tensor `{name}` has values that are not numbers"))
+                .help("the file is damaged, or was saved after training had failed"));
+        }
+    }
+    let mut trainer = published.trainer.clone();
+    trainer.insert("dict_class".to_owned(), published.class.as_str().into());
+    let mut dictionary =
+        saved::shaped(&published.class, &published.tensors, &Value::Object(trainer.clone()), Device::Cpu, Precision::Float32)?;
+    let origin_path = origin["from"].as_str().unwrap_or_default();
+    dictionary.load(&published.tensors, Path::new(origin_path))?;
+    if published.pretrained {
+        dictionary.pretrained();
+    }
+    let dims = dictionary.dims();
+    let mut add = |name: &str, value: Value| {
+        trainer.entry(name).or_insert(value);
+    };
+    add("activation_dim", dims.input.into());
+    add("dict_size", dims.features.into());
+    if dims.output != dims.input {
+        add("output_dim", dims.output.into());
+    }
+    if let Some(selection) = dictionary.selection() {
+        add("k", selection.k().into());
+    }
+    if let Some(normalization) = published.normalization {
+        add("normalization", serde_json::to_value(normalization)?);
+    }
+    if let Some(dtype) = published.dtype {
+        add("dtype", dtype.into());
+    }
+    if let Some(site) = &published.site {
+        add("lm_name", site.model.as_str().into());
+        add("submodule_name", site.submodule.as_str().into());
+        add("layer", site.layer().into());
+    }
+    let mut config = json!({"trainer": trainer});
+    if let Some(site) = &published.site {
+        config["buffer"] = site.buffer();
+    }
+    config["imported"] = origin.clone();
+    saved::write(dir, &*dictionary, &config)?;
+    if let Some(sparsity) = &published.sparsity {
+        tensors::write(&dir.join("sparsity.safetensors"), &[("sparsity", sparsity.shallow_clone())])?;
+    }
+    if let Some(site) = &published.site {
+        let yaml = serde_yaml::to_string(&json!({"source": site.source()}))?;
+        let yaml = format!("# Where this SAE reads, for `dictlearn eval` and `dictlearn encode --text`.\n{yaml}");
+        write_file(&dir.join("config.yaml"), yaml.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Exports an SAE into a folder, whole or not at all.
+pub fn export(sae: &Saved, format_name: &str, out: &Path) -> Result<()> {
+    let format = named(format_name)?;
+    refuse_other(out)?;
+    whole_folder(out, |dir| format.write(sae, dir))
+}
+
+/// A glob of names, in which `*` stands for `/` too.
+pub fn glob(text: &str) -> Result<glob::Pattern> {
+    glob::Pattern::new(text).map_err(|error| InputError::new(format!("`{text}` is no glob: {error}")).into())
+}
+
+/// A tensor of a file of weights, or an error that lists what there is.
+pub fn take(tensors: &mut BTreeMap<String, Tensor>, name: &str) -> Result<Tensor> {
+    match tensors.remove(name) {
+        Some(tensor) => Ok(tensor),
+        None => Err(anyhow!(InputError::new(format!("tensor `{name}` is missing"))
+            .help(format!("the file has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))))),
+    }
+}

@@ -1,0 +1,223 @@
+//! dictionary_learning: `ae.pt` and `config.json`, as the reference saves them, of every class.
+//!
+//! <https://github.com/saprmarks/dictionary_learning>. Also read are backups of a training (the dictionary in them), and
+//! state dicts alone, whose class is told by their tensors. What the reference's `from_pretrained` does to weights is done
+//! here too: decoder norms of an `AutoEncoder` go to its encoder.
+//!
+//! Its own set of dictionaries, `10_32768` on every submodule of Pythia-70m, comes with `--pretrained`, one or several:
+//! `pythia-70m-deduped/mlp_out_layer1/10_32768`, `*/10_32768`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use dictlearn_core::format::{glob, Format, ModelSite, Place, Published, Request};
+use dictlearn_core::hub::{hub, Repo, RepoKind};
+use dictlearn_core::prelude::*;
+use dictlearn_core::saved::{self, Saved};
+use dictlearn_core::{tensors, torch_file};
+
+mod pretrained;
+
+const NAME: &str = "dictionary_learning";
+
+/// The reference's dictionaries.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DictionaryLearning {}
+
+register! {
+    format DictionaryLearning, NAME,
+    summary: "ae.pt and config.json of the Python library, and its set on Pythia-70m",
+    paper: "Marks, Karvonen and Mueller 2024, https://github.com/saprmarks/dictionary_learning",
+    example: "{type: dictionary_learning}",
+}
+
+/// The classes that the reference can load.
+const CLASSES: [&str; 7] = [
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "GatedAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "JumpReluAutoEncoder",
+    "MatryoshkaBatchTopKSAE",
+];
+
+#[typetag::serde(name = NAME)]
+impl Format for DictionaryLearning {
+    /// One folder or file, or every folder below that has an ae.pt.
+    fn find(&self, request: &Request) -> Result<Vec<Place>> {
+        if let Some(names) = &request.pretrained {
+            return pretrained::find(names);
+        }
+        let place = Place::parse(request.named()?)?;
+        if place.file("ae.pt")?.is_some() || place.file("")?.is_some() {
+            return Ok(vec![place]);
+        }
+        let files = place.files()?;
+        let folders = files.iter().filter_map(|file| file.strip_suffix("/ae.pt"));
+        let found: Vec<Place> = folders.map(|folder| place.below(folder)).collect();
+        if found.is_empty() {
+            place.need("ae.pt")?;
+        }
+        Ok(found)
+    }
+
+    fn offers(&self, _: &Request) -> Result<Vec<(String, String)>> {
+        pretrained::offers()
+    }
+
+    fn read(&self, place: &Place) -> Result<Published> {
+        if let Some(entry) = place.table.get(pretrained::ENTRY).and_then(Value::as_str) {
+            return pretrained::read(place, entry);
+        }
+        let (weights, config) = match place.file("")? {
+            Some(file) => (file, place.above().map(|above| above.file("config.json")).transpose()?.flatten()),
+            None => (place.need("ae.pt")?, place.file("config.json")?),
+        };
+        let config = config.map(|file| saved::read_json(&file)).transpose()?;
+        published(&torch_file::read(&weights)?, &weights.display().to_string(), config)
+    }
+
+    fn write(&self, sae: &Saved, dir: &Path) -> Result<()> {
+        let class = sae.dictionary.class();
+        if !CLASSES.contains(&class) {
+            bail!(InputError::new(format!("the reference has no class that does what {class} does"))
+                .help(format!("it has: {}", CLASSES.join(", "))));
+        }
+        let dims = sae.dictionary.dims();
+        if dims.input != dims.output {
+            bail!(InputError::new(format!("the reference's {class} reconstructs what it reads: {} and {} differ", dims.input, dims.output)));
+        }
+        if sae.normalization.is_some() {
+            bail!(InputError::new("the reference's classes do not normalise what they read")
+                .help("`--format sae_lens` can say it"));
+        }
+        let mut config = sae.config.clone();
+        // What its loader looks at.
+        let trainer = &mut config["trainer"];
+        trainer["dict_class"] = class.into();
+        trainer["activation_dim"] = dims.input.into();
+        trainer["dict_size"] = dims.features.into();
+        if let Some(selection) = sae.dictionary.selection() {
+            trainer["k"] = selection.k().into();
+        }
+        torch_file::write(&dir.join("ae.pt"), &sae.dictionary.state_dict())?;
+        tensors::write_file(&dir.join("config.json"), serde_json::to_string_pretty(&config)?.as_bytes())
+    }
+
+    fn writes(&self) -> bool {
+        true
+    }
+}
+
+/// A dictionary from its .pt file and, where there is one, its config.json.
+fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Result<Published> {
+    let mut tensors = saved::state_dict(value, name)?;
+    let trainer = config.as_ref().and_then(|config| config.get("trainer")).cloned().unwrap_or(Value::Null);
+    let class = match trainer.get("dict_class").and_then(Value::as_str).map(short) {
+        Some(class) => class.to_owned(),
+        None => by_tensors(&tensors)?.to_owned(),
+    };
+    if !CLASSES.contains(&class.as_str()) {
+        bail!(InputError::new(format!("the class `{class}` is not supported")).help(format!("supported are: {}", CLASSES.join(", "))));
+    }
+    // Older files of these classes have no threshold, and k in the config alone.
+    let k = trainer.get("k").and_then(Value::as_i64);
+    if ["AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"].contains(&class.as_str()) {
+        if let (false, Some(k)) = (tensors.contains_key("k"), k.and_then(|k| i32::try_from(k).ok())) {
+            tensors.insert("k".to_owned(), Tensor::from(k));
+        }
+        tensors.entry("threshold".to_owned()).or_insert_with(|| Tensor::from(-1f32));
+    }
+    // The annealing of k had ended, or had not; the reference takes the config's, and refuses where they differ.
+    let mut notes = Vec::new();
+    if let (Some(said), Some(tensor)) = (k, tensors.get("k")) {
+        if tensor.numel() == 1 && tensor.double_value(&vec![0; tensor.dim()]) as i64 != said {
+            notes.push(format!("config.json says k is {said}, and the weights say otherwise, which is what counts"));
+        }
+    }
+    let site = config.as_ref().and_then(site);
+    let mut kept = trainer.as_object().cloned().unwrap_or_default();
+    kept.remove("device");
+    Ok(Published { class, tensors, site, trainer: kept, pretrained: true, notes, ..Published::default() })
+}
+
+/// Old configs name a class with its module, or as Python prints it.
+fn short(name: &str) -> &str {
+    let name = name.trim_start_matches("<class '").trim_end_matches("'>");
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+/// The class that has these tensors.
+fn by_tensors(tensors: &BTreeMap<String, Tensor>) -> Result<&'static str> {
+    let has = |name: &str| tensors.contains_key(name);
+    Ok(match () {
+        () if has("gate_bias") => "GatedAutoEncoder",
+        () if has("group_sizes") => "MatryoshkaBatchTopKSAE",
+        () if has("W_enc") && has("threshold") => "JumpReluAutoEncoder",
+        // TopK and BatchTopK have the same tensors, and select in other ways.
+        () if has("b_dec") && has("encoder.weight") => {
+            bail!(InputError::new("the weights may be of AutoEncoderTopK or of BatchTopKSAE")
+                .help("put a config.json beside them: {\"trainer\": {\"dict_class\": \"AutoEncoderTopK\", \"k\": 32}}"))
+        }
+        () if has("bias") && has("encoder.weight") => "AutoEncoder",
+        () if has("decoder.bias") && has("encoder.weight") => "AutoEncoderNew",
+        () => bail!(InputError::new("the weights are of no class of the reference's").help(format!(
+            "they have: {}",
+            tensors.keys().cloned().collect::<Vec<_>>().join(", ")
+        ))),
+    })
+}
+
+/// Where it reads, by what config.json says.
+fn site(config: &Value) -> Option<ModelSite> {
+    let (trainer, buffer) = (&config["trainer"], &config["buffer"]);
+    let model = trainer["lm_name"].as_str().filter(|name| !name.is_empty())?;
+    let layer = trainer["layer"].as_u64();
+    let named = trainer["submodule_name"].as_str().filter(|name| !name.is_empty());
+    let submodule = match (named, layer) {
+        // A module's path is one; a name of the user's own, such as resid_post_layer_3, is not.
+        (Some(path), _) if path.contains('.') => path.to_owned(),
+        (Some(name), Some(layer)) => {
+            let hook = [("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"), ("att", "hook_attn_out")];
+            let (_, hook) = hook.iter().find(|(part, _)| name.contains(part))?;
+            format!("blocks.{layer}.{hook}")
+        }
+        (None, Some(layer)) => format!("blocks.{layer}.hook_resid_post"),
+        (Some(_), None) | (None, None) => return None,
+    };
+    let io = match buffer["io"].as_str() {
+        Some("in") => Some("in"),
+        Some("out") => Some("out"),
+        Some("in_and_out" | "in_to_out") => Some("in_to_out"),
+        _ => None,
+    };
+    Some(ModelSite {
+        model: model.to_owned(),
+        io: io.filter(|_| submodule.contains('.') && !submodule.starts_with("blocks.")),
+        submodule,
+        ctx_len: buffer["ctx_len"].as_i64().filter(|length| *length > 0),
+        ..ModelSite::default()
+    })
+}
+
+/// A file of the Hub's, by repository and path.
+fn hub_file(repo: &str, path: &str) -> Result<PathBuf> {
+    let Some(repo) = Repo::parse(RepoKind::Model, repo) else { bail!("`{repo}` is no repository") };
+    match hub()?.file(&repo, path)? {
+        Some(file) => Ok(file),
+        None => bail!(InputError::new(format!("{repo} has no {path}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_by_name() {
+        assert_eq!(short("<class 'dictionary_learning.dictionary.AutoEncoder'>"), "AutoEncoder");
+        assert_eq!(short("AutoEncoderTopK"), "AutoEncoderTopK");
+    }
+}

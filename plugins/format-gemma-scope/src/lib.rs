@@ -1,0 +1,281 @@
+//! Gemma Scope: JumpReLU SAEs and transcoders on every layer of Gemma 2 and Gemma 3.
+//!
+//! Lieberum et al. 2024, *Gemma Scope*, <https://arxiv.org/abs/2408.05147>: `params.npz` in a folder
+//! `layer_L/width_W/average_l0_N`, or `embedding/...`; there is nothing beside it, so that model and place are read from the
+//! names of repository and folders. Gemma Scope 2 has `params.safetensors` and, mostly, a `config.json`.
+//!
+//! ```text
+//! f = π ⊙ H(π − θ),  π = x W_enc + b_enc          x̂ = f W_dec + b_dec [+ x A]      A: an affine skip connection
+//! ```
+//!
+//! SAEs on the embedding were trained on activations √d times as large: W_enc is divided by √d and W_dec multiplied, as
+//! sae_lens does. Of a cross-layer transcoder (`clt`) what it writes to all layers is summed, as sae_lens does too.
+
+use dictlearn_core::format::{take, Activation, Affine, Format, ModelSite, Place, Published};
+use dictlearn_core::numpy::Npz;
+use dictlearn_core::prelude::*;
+use dictlearn_core::tensors::TensorFile;
+
+const NAME: &str = "gemma_scope";
+
+/// Gemma Scope's SAEs.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GemmaScope {}
+
+register! {
+    format GemmaScope, NAME,
+    summary: "params.npz of Gemma Scope, params.safetensors of Gemma Scope 2",
+    paper: "Lieberum et al. 2024, Gemma Scope, https://arxiv.org/abs/2408.05147",
+    example: "{type: gemma_scope}",
+}
+
+/// What is read of a folder's files, under the names of the first Gemma Scope.
+type Tensors = std::collections::BTreeMap<String, Tensor>;
+
+#[typetag::serde(name = NAME)]
+impl Format for GemmaScope {
+    fn read(&self, place: &Place) -> Result<Published> {
+        let words = place.words();
+        let second = place.file("params.npz")?.is_none();
+        let (mut tensors, clt) = if second { second_tensors(place)? } else { (first_tensors(place)?, false) };
+        if let Some(factor) = tensors.remove("scaling_factor") {
+            if !factor.allclose(&factor.ones_like(), 1e-5, 1e-8, false) {
+                bail!(InputError::new("the features have a `scaling_factor`, which Gemma Scope's do not"));
+            }
+        }
+        let embedding = !second && words.contains("embedding");
+        let transcodes = words.contains("transcoder") || clt;
+        let (mut w_enc, mut w_dec) = (take(&mut tensors, "W_enc")?, take(&mut tensors, "W_dec")?);
+        if clt && w_dec.dim() == 3 {
+            // [F, layers, d_out].
+            w_dec = w_dec.sum_dim_intlist([1].as_slice(), false, Kind::Float);
+        }
+        if embedding {
+            let root = (w_enc.size().first().copied().unwrap_or(1) as f64).sqrt();
+            (w_enc, w_dec) = (w_enc / root, w_dec * root);
+        }
+        let w_skip = tensors.remove("affine_skip_connection").map(|skip| skip.transpose(-2, -1).contiguous());
+        let affine = Affine {
+            w_enc,
+            b_enc: take(&mut tensors, "b_enc")?,
+            w_dec,
+            b_dec: take(&mut tensors, "b_dec")?,
+            w_skip,
+            subtract_b_dec: false,
+            transcodes,
+            activation: Activation::Jump(take(&mut tensors, "threshold")?),
+        };
+        if !tensors.is_empty() {
+            let names: Vec<String> = tensors.into_keys().collect();
+            bail!(InputError::new(format!("there are tensors that Gemma Scope's SAEs do not have: {}", names.join(", "))));
+        }
+        let (_, features, _) = affine.check()?;
+        if let Some(said) = width(&words).filter(|said| *said != features) {
+            bail!(InputError::new(format!("the folder's name says {said} features, and the weights have {features}")));
+        }
+        let mut notes = Vec::new();
+        let site = if second { second_site(place, &words)? } else { first_site(&words) };
+        if site.is_none() {
+            notes.push(
+                "its path does not say which model and layer it belongs to: `eval` and `encode --text` will need \
+                 `source.model` and `source.submodule`"
+                    .to_owned(),
+            );
+        }
+        let mut trainer = Map::new();
+        if let Some(l0) = words.split("average_l0_").nth(1).and_then(|rest| rest.split('/').next()?.parse::<i64>().ok()) {
+            trainer.insert("average_l0".to_owned(), l0.into());
+        }
+        let (class, tensors) = affine.into_class()?;
+        Ok(Published { class: class.to_owned(), tensors, site, trainer, notes, ..Published::default() })
+    }
+}
+
+fn first_tensors(place: &Place) -> Result<Tensors> {
+    let file = match place.file("params.npz")? {
+        Some(file) => file,
+        None => place.need("params.npz")?,
+    };
+    let arrays = Npz::open(&file)?.arrays()?;
+    // The transcoders' are spelt in several ways.
+    let spelt = |name: String| match name.to_lowercase().as_str() {
+        "w_enc" | "wenc" | "w_e" => "W_enc".to_owned(),
+        "w_dec" | "wdec" | "w_d" => "W_dec".to_owned(),
+        "b_enc" | "benc" | "b_e" => "b_enc".to_owned(),
+        "b_dec" | "bdec" | "b_d" => "b_dec".to_owned(),
+        _ => name,
+    };
+    Ok(arrays.into_iter().map(|(name, tensor)| (spelt(name), tensor)).collect())
+}
+
+/// The tensors of Gemma Scope 2, and whether they are of a cross-layer transcoder, whose file is named by its layer.
+fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
+    let clt = place.words().contains("clt");
+    let file = match place.file("params.safetensors")? {
+        Some(file) => file,
+        // A file of its own, named or with its ending left out.
+        None => match place.file("")? {
+            Some(file) if file.extension().is_some_and(|extension| extension == "npz") => {
+                return Ok((Npz::open(&file)?.arrays()?, false));
+            }
+            Some(file) => file,
+            None => match place.above().map(|above| above.file(&format!("{}.safetensors", last(&place.words())))).transpose()? {
+                Some(Some(file)) if clt => file,
+                _ => {
+                    // The first Gemma Scope is what most people mean.
+                    place.need("params.npz")?;
+                    place.need("params.safetensors")?
+                }
+            },
+        },
+    };
+    let tensors = TensorFile::open(&file)?.tensors()?;
+    for (name, tensor) in &tensors {
+        if !tensor.is_floating_point() {
+            bail!(InputError::new(format!("tensor `{name}` has the type {:?}, not one of floating point", tensor.kind())));
+        }
+    }
+    let spelt = |name: String| match name.as_str() {
+        "w_enc" => "W_enc".to_owned(),
+        "w_dec" => "W_dec".to_owned(),
+        _ => name,
+    };
+    Ok((tensors.into_iter().map(|(name, tensor)| (spelt(name), tensor.to_kind(Kind::Float))).collect(), clt))
+}
+
+fn last(words: &str) -> &str {
+    words.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
+}
+
+/// The number that follows a word: the layer after `layer_`.
+fn number_after(words: &str, word: &str) -> Option<u64> {
+    let rest = &words[words.rfind(word)? + word.len()..];
+    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
+/// The number of features that a path says: `width_16k`.
+fn width(words: &str) -> Option<i64> {
+    let rest = &words[words.rfind("width_")? + 6..];
+    let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+    let number: i64 = digits.parse().ok()?;
+    match rest[digits.len()..].chars().next() {
+        // 16k is 2^14, 131k 2^17, 1m 2^20.
+        Some('k') => number.checked_mul(1000).and_then(|near| (8..40).map(|e| 1_i64 << e).min_by_key(|n| (n - near).abs())),
+        Some('m') => number.checked_mul(1 << 20),
+        _ => Some(number),
+    }
+}
+
+/// The model and the place of a Gemma Scope SAE, where the names of its folders tell.
+fn first_site(words: &str) -> Option<ModelSite> {
+    // gemma-scope-2b-pt-res, gemma-scope-9b-it-res, and not gemma-scope-2-4b-pt.
+    let name = words.split('/').find(|part| part.contains("gemma-scope-"))?;
+    let rest = name.split("gemma-scope-").nth(1)?;
+    let mut parts = rest.split('-');
+    let (size, tuning, kind) = (parts.next()?, parts.next()?, parts.next()?);
+    let model = format!("google/gemma-2-{size}{}", if tuning == "it" { "-it" } else { "" });
+    let (submodule, target) = if words.contains("embedding") {
+        ("hook_embed".to_owned(), None)
+    } else {
+        let layer = number_after(words, "layer_")?;
+        match kind {
+            "res" => (format!("blocks.{layer}.hook_resid_post"), None),
+            "mlp" => (format!("blocks.{layer}.hook_mlp_out"), None),
+            "att" => (format!("blocks.{layer}.attn.hook_z"), None),
+            "transcoders" => (format!("blocks.{layer}.ln2.hook_normalized"), Some(format!("blocks.{layer}.hook_mlp_out"))),
+            _ => return None,
+        }
+    };
+    Some(ModelSite { model, submodule, target, ..usual() })
+}
+
+/// The same of Gemma Scope 2: what config.json says, or what the names do.
+fn second_site(place: &Place, words: &str) -> Result<Option<ModelSite>> {
+    let said = match place.file("config.json")? {
+        Some(file) => dictlearn_core::saved::read_json(&file)?,
+        None => Value::Null,
+    };
+    let text = |key: &str| said.get(key).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
+    if let Some(other) = text("architecture").filter(|name| name != "jump_relu") {
+        bail!(InputError::new(format!("config.json says the architecture is `{other}`")).help("Gemma Scope 2 has jump_relu"));
+    }
+    let repo = words.split('/').find(|part| part.contains("gemma-scope-2-")).map(|part| {
+        let part = part.rsplit("--").next().unwrap_or(part);
+        part.replace("gemma-scope-2", "gemma-3")
+    });
+    let Some(model) = text("model_name").or(repo) else { return Ok(None) };
+    let mut model = model.replace("-v3", "-3");
+    if !model.contains('/') {
+        model = format!("google/{model}");
+    }
+    if model.contains("270m") {
+        // The base model of that size is called so on the Hub.
+        model = model.trim_end_matches("-pt").to_owned();
+    }
+    let Some(layer) = number_after(words, "layer_") else { return Ok(None) };
+    let module = |rest: &str| format!("model.layers.{layer}{rest}");
+    let (reads, writes) = if words.contains("transcoder") || words.contains("clt") {
+        (module(".pre_feedforward_layernorm.output"), Some(module(".post_feedforward_layernorm.output")))
+    } else if words.contains("resid_post") {
+        (module(".output"), None)
+    } else if words.contains("attn_out") {
+        (module(".self_attn.o_proj.input"), None)
+    } else if words.contains("mlp_out") {
+        (module(".post_feedforward_layernorm.output"), None)
+    } else if let Some(reads) = text("hf_hook_point_in") {
+        (reads, text("hf_hook_point_out"))
+    } else {
+        return Ok(None);
+    };
+    let reads = text("hf_hook_point_in").unwrap_or(reads);
+    let writes = writes.map(|writes| text("hf_hook_point_out").unwrap_or(writes));
+    let mut site = ModelSite { model, ..usual() };
+    site.at(&reads);
+    site.target = writes.map(|writes| writes.trim_end_matches(".output").to_owned());
+    Ok(Some(site))
+}
+
+/// What holds of all of them.
+fn usual() -> ModelSite {
+    ModelSite {
+        prepend_bos: Some(true),
+        ctx_len: Some(1024),
+        dataset: Some("monology/pile-uncopyrighted".to_owned()),
+        ..ModelSite::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_tell_model_and_place() {
+        for (words, model, submodule) in [
+            ("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "google/gemma-2-2b", "blocks.20.hook_resid_post"),
+            ("google/gemma-scope-9b-it-res/layer_9/width_131k/average_l0_121", "google/gemma-2-9b-it", "blocks.9.hook_resid_post"),
+            ("/x/models--google--gemma-scope-27b-pt-att/snapshots/c/layer_3/width_80/average_l0_7", "google/gemma-2-27b", "blocks.3.attn.hook_z"),
+            ("google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "google/gemma-2-2b", "hook_embed"),
+        ] {
+            let site = first_site(words).unwrap();
+            assert_eq!((site.model.as_str(), site.submodule.as_str()), (model, submodule));
+        }
+        assert!(first_site("/tmp/layer_3/width_80/average_l0_7").is_none());
+    }
+
+    #[test]
+    fn widths() {
+        for (words, features) in [
+            ("width_16k/", Some(16384)),
+            ("width_65k", Some(65536)),
+            ("width_131k", Some(131_072)),
+            ("width_262k_l0_big", Some(262_144)),
+            ("width_1m/", Some(1 << 20)),
+            ("width_80/", Some(80)),
+            ("none", None),
+        ] {
+            assert_eq!(width(words), features, "{words}");
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! cfg.json, in the forms it had over the years.
+
+use dictlearn_core::prelude::*;
+
+use dictlearn_core::format::ModelSite;
+
+use crate::models;
+
+/// Architectures that become one of the registered classes.
+const ARCHITECTURES: [&str; 10] = [
+    "standard",
+    "gated",
+    "topk",
+    "jumprelu",
+    "batchtopk",
+    "matryoshka_batchtopk",
+    "transcoder",
+    "skip_transcoder",
+    "jumprelu_transcoder",
+    "jumprelu_skip_transcoder",
+];
+
+/// What was done to activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Normalize {
+    None,
+    ExpectedAverageOnlyIn,
+    ConstantNormRescale,
+    LayerNorm,
+}
+
+impl Normalize {
+    pub fn name(self) -> &'static str {
+        match self {
+            Normalize::None => "none",
+            Normalize::ExpectedAverageOnlyIn => "expected_average_only_in",
+            Normalize::ConstantNormRescale => "constant_norm_rescale",
+            Normalize::LayerNorm => "layer_norm",
+        }
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        use Normalize::{ConstantNormRescale, ExpectedAverageOnlyIn, LayerNorm, None};
+        [None, ExpectedAverageOnlyIn, ConstantNormRescale, LayerNorm].into_iter().find(|known| known.name() == name)
+    }
+}
+
+/// What cfg.json says, whatever its age.
+#[derive(Debug)]
+pub struct Cfg {
+    pub architecture: String,
+    d_in: Option<i64>,
+    d_sae: Option<i64>,
+    d_out: Option<i64>,
+    pub k: Option<i64>,
+    pub apply_b_dec_to_input: bool,
+    pub normalize: Normalize,
+    pub rescale_acts_by_decoder_norm: bool,
+    pub finetuning_scaling_factor: bool,
+    /// `bfloat16` or `float16`, where it is not float32.
+    pub dtype: Option<&'static str>,
+    pub site: ModelSite,
+    /// What TransformerLens did to the model that cannot be done to activations.
+    pub center: Vec<String>,
+    /// What our config.json keeps of it.
+    pub kept: Map<String, Value>,
+}
+
+/// A value of a type, or an error that names the key; `null` is as good as absent.
+fn get<T>(cfg: &Value, key: &str, wanted: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+    match cfg.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match read(value) {
+            Some(read) => Ok(Some(read)),
+            None => bail!(InputError::new(format!("cfg.json: `{key}` is {value}")).help(format!("it must be {wanted}"))),
+        },
+    }
+}
+
+fn text(cfg: &Value, key: &str) -> Result<Option<String>> {
+    get(cfg, key, "text", |value| value.as_str().map(str::to_owned))
+}
+
+fn flag(cfg: &Value, key: &str) -> Result<Option<bool>> {
+    get(cfg, key, "true or false", Value::as_bool)
+}
+
+fn count(cfg: &Value, key: &str) -> Result<Option<i64>> {
+    // Some writers made 64.0 of it.
+    let whole = |value: &Value| value.as_i64().or_else(|| value.as_f64().filter(|n| n.fract() == 0.0).map(|n| n as i64));
+    get(cfg, key, "a whole number above 0", |value| whole(value).filter(|n| *n > 0))
+}
+
+impl Cfg {
+    pub fn read(raw: &Value) -> Result<Self> {
+        if !raw.is_object() {
+            bail!(InputError::new("cfg.json is not a JSON object"));
+        }
+        let metadata = raw.get("metadata").filter(|metadata| metadata.is_object()).unwrap_or(&Value::Null);
+        let version = text(raw, "sae_lens_version")?.or(text(metadata, "sae_lens_version")?);
+        let major = version.and_then(|version| version.split('.').next()?.parse::<u64>().ok());
+        let old = major.is_none_or(|major| major < 6);
+        // Before 6.0 everything stood side by side.
+        let about = |key: &str| if old { raw } else { metadata.get(key).map_or(raw, |_| metadata) };
+
+        let mut architecture = text(raw, "architecture")?.unwrap_or_else(|| "standard".to_owned());
+        let mut k = count(raw, "k")?;
+        let activation = text(raw, "activation_fn_str")?.or(text(raw, "activation_fn")?).unwrap_or_else(|| "relu".to_owned());
+        match activation.as_str() {
+            "relu" => {}
+            "topk" if old || architecture == "topk" => {
+                architecture = "topk".to_owned();
+                k = raw.get("activation_fn_kwargs").map_or(Ok(None), |kwargs| count(kwargs, "k"))?.or(k);
+            }
+            other => bail!(InputError::new(format!("the activation function `{other}` is not supported"))
+                .help("supported are `relu` and `topk`")),
+        }
+        if !ARCHITECTURES.contains(&architecture.as_str()) {
+            bail!(InputError::new(format!("the architecture `{architecture}` is not supported"))
+                .help(format!("supported are: {}", ARCHITECTURES.join(", "))));
+        }
+        let transcodes = architecture.ends_with("transcoder");
+        let normalize = match raw.get("normalize_activations") {
+            None | Some(Value::Null | Value::Bool(false)) => Normalize::None,
+            Some(Value::Bool(true)) => Normalize::ExpectedAverageOnlyIn,
+            Some(Value::String(name)) => Normalize::parse(name).ok_or_else(|| {
+                InputError::new(format!("`normalize_activations: {name}` is not supported")).help(
+                    "supported are none, expected_average_only_in, constant_norm_rescale and layer_norm; \
+                     covariance_whitening can be folded in sae_lens before saving",
+                )
+            })?,
+            Some(other) => bail!(InputError::new(format!("cfg.json: `normalize_activations` is {other}"))),
+        };
+        match text(raw, "reshape_activations")?.as_deref() {
+            // Heads side by side, as our sites have them.
+            None | Some("none" | "hook_z") => {}
+            Some(other) => bail!(InputError::new(format!("`reshape_activations: {other}` is not supported"))
+                .help("supported are none and hook_z")),
+        }
+        let dtype = text(raw, "dtype")?.unwrap_or_else(|| "float32".to_owned());
+        let dtype = match dtype.trim_start_matches("torch.") {
+            "float32" | "float64" | "float" | "double" => None,
+            "bfloat16" => Some("bfloat16"),
+            "float16" | "half" => Some("float16"),
+            other => bail!(InputError::new(format!("the dtype `{other}` is not supported"))
+                .help("supported are float32, float64, bfloat16 and float16")),
+        };
+        let apply = flag(raw, "apply_b_dec_to_input")?;
+        if transcodes && apply == Some(true) {
+            bail!(InputError::new("`apply_b_dec_to_input: true` means nothing for a transcoder")
+                .help("b_dec has the width of the output"));
+        }
+
+        let mut site = ModelSite {
+            model: models::hugging_face(&text(about("model_name"), "model_name")?.unwrap_or_default()),
+            prepend_bos: flag(about("prepend_bos"), "prepend_bos")?.or(old.then_some(true)),
+            ctx_len: count(about("context_size"), "context_size")?,
+            head: get(about("hook_head_index"), "hook_head_index", "a whole number", Value::as_i64)?
+                .or(get(raw, "hook_point_head_index", "a whole number", Value::as_i64)?),
+            dataset: text(about("dataset_path"), "dataset_path")?.filter(|path| is_repo(path)),
+            ..ModelSite::default()
+        };
+        let hook = text(about("hook_name"), "hook_name")?.or(text(raw, "hook_point")?).unwrap_or_default();
+        let target = text(about("hook_name_out"), "hook_name_out")?.filter(|target| transcodes && *target != hook);
+        match text(metadata, "hf_hook_name")? {
+            Some(name) => {
+                site.at(&name);
+                site.target = text(metadata, "hf_hook_name_out")?
+                    .filter(|_| transcodes)
+                    .map(|name| name.trim_end_matches(".output").to_owned())
+                    .or(target);
+            }
+            None => (site.submodule, site.target) = (hook.clone(), target),
+        }
+        let mut center = Vec::new();
+        for (name, value) in about("model_from_pretrained_kwargs")
+            .get("model_from_pretrained_kwargs")
+            .and_then(Value::as_object)
+            .into_iter()
+            .flatten()
+        {
+            let on = value.as_bool() == Some(true);
+            let stream = ["resid", "attn_out", "mlp_out", "embed"].iter().any(|part| hook.contains(part));
+            match name.as_str() {
+                "center_writing_weights" if on && stream => site.center = true,
+                "fold_ln" if on && hook.contains("normalized") => center.push(name.clone()),
+                "fold_value_biases" | "refactor_factored_attn_matrices" if on && hook.contains("hook_z") => {
+                    center.push(name.clone());
+                }
+                _ => {}
+            }
+        }
+        let mut kept = Map::new();
+        for key in ["sae_lens_training_version", "neuronpedia_id", "dataset_path", "hook_name", "hook_name_out"] {
+            let value = about(key).get(key).cloned().unwrap_or(Value::Null);
+            if !value.is_null() {
+                kept.insert(key.to_owned(), value);
+            }
+        }
+        Ok(Cfg {
+            d_in: count(raw, "d_in")?,
+            d_sae: count(raw, "d_sae")?,
+            d_out: count(raw, "d_out")?.filter(|_| transcodes),
+            k,
+            // Before 6.0 `apply_b_dec_to_input` was not written where it was meant.
+            apply_b_dec_to_input: apply.unwrap_or(true) && !transcodes,
+            normalize,
+            rescale_acts_by_decoder_norm: flag(raw, "rescale_acts_by_decoder_norm")?
+                .unwrap_or(architecture.ends_with("batchtopk"))
+                && architecture.ends_with("topk"),
+            finetuning_scaling_factor: flag(raw, "finetuning_scaling_factor")?.unwrap_or(false),
+            dtype,
+            architecture,
+            site,
+            center,
+            kept,
+        })
+    }
+
+    /// What is done to each activation by itself.
+    pub fn normalization(&self) -> Option<Normalization> {
+        let kind = match self.normalize {
+            Normalize::ConstantNormRescale => NormalizationKind::ConstantNormRescale,
+            Normalize::LayerNorm => NormalizationKind::LayerNorm,
+            Normalize::None | Normalize::ExpectedAverageOnlyIn => return None,
+        };
+        Some(Normalization { kind, input_only: self.architecture.ends_with("transcoder") })
+    }
+
+    /// Checks the widths that are said against those of the weights: d, F, d_out.
+    pub fn fits(&self, (d, features, d_out): (i64, i64, i64)) -> Result<()> {
+        for (key, said, found) in [("d_in", self.d_in, d), ("d_sae", self.d_sae, features), ("d_out", self.d_out, d_out)] {
+            if let Some(said) = said.filter(|said| *said != found) {
+                bail!(InputError::new(format!("cfg.json says `{key}` is {said}, and the weights say {found}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether it may be a dataset on the Hub; runs of their own often name a folder.
+fn is_repo(path: &str) -> bool {
+    path.split('/').count() == 2 && dictlearn_core::hub::Repo::parse(dictlearn_core::hub::RepoKind::Dataset, path).is_some()
+}

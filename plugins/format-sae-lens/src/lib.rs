@@ -1,0 +1,276 @@
+//! sae_lens: `cfg.json` and `sae_weights.safetensors`, of every version, and the table of what was released with it.
+//!
+//! <https://github.com/decoderesearch/SAELens>. What its SAEs compute, for an activation x `[d]`:
+//!
+//! ```text
+//! f = σ((norm(x) [− b_dec]) W_enc + b_enc)         σ: ReLU, the k largest, or those above a threshold
+//! x̂ = norm⁻¹(f W_dec + b_dec) [+ W_skip x]
+//! ```
+//!
+//! The class that is exactly this is made of it: a bias on the other side of the encoder is moved, a factor is folded into
+//! the weights, norms of decoder rows too. What has no such class is refused by name.
+
+mod cfg;
+mod export;
+mod models;
+mod table;
+
+use dictlearn_core::format::{take, Activation, Affine, Format, Place, Published, Request};
+use dictlearn_core::prelude::*;
+use dictlearn_core::saved::Saved;
+use dictlearn_core::tensors::TensorFile;
+
+use cfg::{Cfg, Normalize};
+
+const NAME: &str = "sae_lens";
+
+/// SAEs of sae_lens.
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SaeLens {}
+
+register! {
+    format SaeLens, NAME,
+    summary: "cfg.json and sae_weights.safetensors, old and new; release names",
+    paper: "Bloom et al., SAELens, https://github.com/decoderesearch/SAELens",
+    example: "{type: sae_lens}",
+}
+
+#[typetag::serde(name = NAME)]
+impl Format for SaeLens {
+    fn find(&self, request: &Request) -> Result<Vec<Place>> {
+        if let Some(names) = &request.pretrained {
+            return table::find(names, request);
+        }
+        let name = request.named()?;
+        match name.split_once(':') {
+            Some((release, id)) if !std::path::Path::new(name).exists() => Ok(vec![table::place(release, id, request)?]),
+            _ => Ok(vec![Place::parse(name)?]),
+        }
+    }
+
+    fn offers(&self, request: &Request) -> Result<Vec<(String, String)>> {
+        table::offers(request)
+    }
+
+    fn read(&self, place: &Place) -> Result<Published> {
+        read(place)
+    }
+
+    fn write(&self, sae: &Saved, dir: &std::path::Path) -> Result<()> {
+        export::write(sae, dir)
+    }
+
+    fn writes(&self) -> bool {
+        true
+    }
+}
+
+fn read(place: &Place) -> Result<Published> {
+    let mut raw = place.json("cfg.json")?;
+    if let Some(overrides) = place.table.get("config_overrides").and_then(Value::as_object) {
+        // Since 6.0 half of it stands one level down.
+        if let Some(metadata) = raw.get_mut("metadata").and_then(Value::as_object_mut) {
+            metadata.extend(overrides.clone());
+        }
+        if let Some(raw) = raw.as_object_mut() {
+            raw.extend(overrides.clone());
+        }
+    }
+    let cfg = Cfg::read(&raw)?;
+    let mut tensors = TensorFile::open(&place.need("sae_weights.safetensors")?)?.tensors()?;
+    let mut notes = Vec::new();
+
+    // What training had scaled activations by, which its weights expect.
+    let mut scale = None;
+    if cfg.normalize == Normalize::ExpectedAverageOnlyIn {
+        scale = norm_factor(place, &raw)?;
+        if scale.is_none() {
+            notes.push(
+                "`normalize_activations` is `expected_average_only_in`, and no factor is said anywhere: activations are \
+                 taken as they are, as sae_lens does"
+                    .to_owned(),
+            );
+        }
+    }
+    if !cfg.center.is_empty() {
+        notes.push(format!(
+            "it was trained with TransformerLens's {}, which changes what `{}` holds: features may differ",
+            cfg.center.join(", "),
+            cfg.site.submodule
+        ));
+    }
+    // Bytes of a whole number can hold anything a damaged header says.
+    for (name, tensor) in &tensors {
+        if !tensor.is_floating_point() {
+            bail!(InputError::new(format!("tensor `{name}` has the type {:?}, not one of floating point", tensor.kind())));
+        }
+    }
+    let sparsity = match place.file("sparsity.safetensors")? {
+        Some(file) => TensorFile::open(&file)?.tensors()?.remove("sparsity"),
+        None => None,
+    };
+    let published = |class: &str, tensors| Published {
+        class: class.to_owned(),
+        tensors,
+        normalization: cfg.normalization(),
+        dtype: cfg.dtype,
+        site: (!cfg.site.submodule.is_empty()).then(|| cfg.site.clone()),
+        trainer: cfg.kept.clone(),
+        sparsity,
+        pretrained: false,
+        notes,
+    };
+    let output = |tensors: &mut std::collections::BTreeMap<String, Tensor>| -> Result<(Tensor, Tensor)> {
+        let (w_dec, b_dec) = (float(take(tensors, "W_dec")?), float(take(tensors, "b_dec")?));
+        let factor = finetuning_factor(tensors, &cfg)?;
+        let w_dec = match factor {
+            Some(factor) if factor.size() == [w_dec.size().first().copied().unwrap_or(0)] => w_dec * factor.unsqueeze(1),
+            Some(factor) => bail!(InputError::new(format!("`scaling_factor` has shape {:?}", factor.size()))),
+            None => w_dec,
+        };
+        Ok(match scale {
+            Some(scale) => (w_dec / scale, b_dec / scale),
+            None => (w_dec, b_dec),
+        })
+    };
+    // sae_lens holds the weights in this type, whatever the file has.
+    if let Some(dtype) = cfg.dtype {
+        let kind = if dtype == "bfloat16" { Kind::BFloat16 } else { Kind::Half };
+        tensors.values_mut().for_each(|tensor| *tensor = tensor.to_kind(kind));
+    }
+    let w_enc = float(take(&mut tensors, "W_enc")?) * scale.unwrap_or(1.0);
+
+    if cfg.architecture == "gated" {
+        let (w_dec, b_dec) = output(&mut tensors)?;
+        let [b_gate, b_mag, r_mag] = ["b_gate", "b_mag", "r_mag"].map(|name| take(&mut tensors, name));
+        let (b_gate, b_mag, r_mag) = (float(b_gate?), float(b_mag?), float(r_mag?));
+        nothing_left(&tensors)?;
+        // As the one with a plain encoder, which tells whether the shapes fit.
+        let check = |bias: &Tensor| Affine {
+            w_enc: w_enc.shallow_clone(),
+            b_enc: bias.shallow_clone(),
+            w_dec: w_dec.shallow_clone(),
+            b_dec: b_dec.shallow_clone(),
+            w_skip: None,
+            subtract_b_dec: cfg.apply_b_dec_to_input,
+            transcodes: false,
+            activation: Activation::Relu,
+        };
+        for bias in [&b_gate, &b_mag, &r_mag] {
+            cfg.fits(check(bias).check()?)?;
+        }
+        // The class subtracts b_dec from its input; where sae_lens did not, the biases take it back.
+        let moved = match cfg.apply_b_dec_to_input {
+            true => b_gate.zeros_like(),
+            false => b_dec.unsqueeze(0).matmul(&w_enc).squeeze_dim(0),
+        };
+        let (b_gate, b_mag) = (b_gate + &moved, b_mag + moved * r_mag.exp());
+        let tensors = [
+            ("encoder.weight", w_enc.transpose(0, 1).contiguous()),
+            ("decoder.weight", w_dec.transpose(0, 1).contiguous()),
+            ("decoder_bias", b_dec),
+            ("gate_bias", b_gate),
+            ("mag_bias", b_mag),
+            ("r_mag", r_mag),
+        ];
+        let single = |(name, tensor): (&str, Tensor)| (name.to_owned(), tensor.to_kind(Kind::Float));
+        return Ok(published("GatedAutoEncoder", tensors.into_iter().map(single).collect()));
+    }
+
+    let (mut w_dec, b_dec) = output(&mut tensors)?;
+    let mut affine = Affine {
+        w_enc,
+        b_enc: float(take(&mut tensors, "b_enc")?),
+        w_dec: w_dec.shallow_clone(),
+        b_dec,
+        w_skip: tensors.remove("W_skip").map(float),
+        subtract_b_dec: cfg.apply_b_dec_to_input,
+        transcodes: cfg.architecture.ends_with("transcoder"),
+        activation: Activation::Relu,
+    };
+    if affine.w_skip.is_some() != cfg.architecture.contains("skip") {
+        bail!(InputError::new(format!("the architecture is `{}`, and the weights {} `W_skip`", cfg.architecture, match affine.w_skip {
+            Some(_) => "have",
+            None => "have no",
+        })));
+    }
+    // The class adds W_skip of what it reads; so does sae_lens, of what stands before the normalisation.
+    if affine.w_skip.is_some() && cfg.normalization().is_some() {
+        bail!(InputError::new(format!("a skip connection beside `normalize_activations: {}` is not supported", cfg.normalize.name())));
+    }
+    cfg.fits(affine.check()?)?;
+    let norms = || w_dec.norm_scalaropt_dim(2.0, [1], false);
+    affine.activation = match cfg.architecture.as_str() {
+        "topk" => Activation::TopK(cfg.k.ok_or_else(|| InputError::new("the architecture is `topk`, and `k` is not said"))?),
+        // A batchtopk that is still in training keeps one threshold for all.
+        "batchtopk" | "matryoshka_batchtopk" => {
+            let threshold = float(take(&mut tensors, "topk_threshold")?);
+            if threshold.numel() != 1 {
+                bail!(InputError::new(format!("`topk_threshold` has shape {:?}", threshold.size())));
+            }
+            let scale = if cfg.rescale_acts_by_decoder_norm { scale.unwrap_or(1.0) } else { 1.0 };
+            Activation::Jump(affine.b_enc.ones_like() * threshold.reshape([1]) / scale)
+        }
+        "jumprelu" | "jumprelu_transcoder" | "jumprelu_skip_transcoder" => Activation::Jump(match tensors.remove("log_threshold") {
+            Some(threshold) => float(threshold).exp(),
+            None => float(take(&mut tensors, "threshold")?),
+        }),
+        _ => Activation::Relu,
+    };
+    if cfg.rescale_acts_by_decoder_norm {
+        // Features in units of the decoder's rows: encoder times norms, rows divided by them.
+        let norms = norms();
+        affine.w_enc = affine.w_enc * norms.unsqueeze(0);
+        affine.b_enc = affine.b_enc * &norms;
+        w_dec = w_dec / norms.unsqueeze(1);
+        affine.w_dec = w_dec;
+    }
+    nothing_left(&tensors)?;
+    cfg.fits(affine.check()?)?;
+    let (class, tensors) = affine.into_class()?;
+    Ok(published(class, tensors))
+}
+
+/// In double precision, so that folding loses nothing.
+fn float(tensor: Tensor) -> Tensor {
+    tensor.to_kind(Kind::Double)
+}
+
+/// What a file has beside what was asked for would change the SAE, and nobody knows how.
+fn nothing_left(tensors: &std::collections::BTreeMap<String, Tensor>) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    bail!(InputError::new(format!(
+        "the weights have tensors that such an SAE does not: {}",
+        tensors.keys().cloned().collect::<Vec<_>>().join(", ")
+    )))
+}
+
+/// The factor by which activations were multiplied in training: of the table, the config or a checkpoint's scaler.
+fn norm_factor(place: &Place, raw: &Value) -> Result<Option<f64>> {
+    let mut factor = place.table.get("norm_scaling_factor").or(raw.get("norm_scaling_factor")).and_then(Value::as_f64);
+    if factor.is_none() && place.file("activation_scaler.json")?.is_some() {
+        factor = place.json("activation_scaler.json")?["scaling_factor"].as_f64();
+    }
+    if let Some(factor) = factor.filter(|factor| *factor <= 0.0 || !factor.is_finite()) {
+        bail!(InputError::new(format!("the factor that activations are scaled by is {factor}")));
+    }
+    Ok(factor)
+}
+
+/// What features are multiplied with before they are decoded, in SAEs that were finetuned so.
+fn finetuning_factor(tensors: &mut std::collections::BTreeMap<String, Tensor>, cfg: &Cfg) -> Result<Option<Tensor>> {
+    let Some(factor) = tensors.remove("finetuning_scaling_factor").or_else(|| tensors.remove("scaling_factor")) else {
+        return Ok(None);
+    };
+    let factor = float(factor);
+    if factor.allclose(&factor.ones_like(), 1e-5, 1e-8, false) {
+        return Ok(None);
+    }
+    if !cfg.finetuning_scaling_factor {
+        bail!(InputError::new("the weights have a `scaling_factor`, and cfg.json says that there is none"));
+    }
+    Ok(Some(factor))
+}

@@ -1,0 +1,123 @@
+//! TransformerLens's names of models, as repositories of the Hub.
+
+/// Where the repositories of names that begin so are.
+const OWNERS: [(&str, &str); 8] = [
+    ("pythia-", "EleutherAI"),
+    ("gpt-neo", "EleutherAI"),
+    ("gemma-", "google"),
+    ("opt-", "facebook"),
+    ("bloom-", "bigscience"),
+    ("OLMo-", "allenai"),
+    ("phi-", "microsoft"),
+    ("Llama-", "meta-llama"),
+];
+
+/// Names that say little of the repository's.
+const NAMES: [(&str, &str); 14] = [
+    ("gpt2-small", "gpt2"),
+    ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
+    ("mistral-7b-instruct", "mistralai/Mistral-7B-Instruct-v0.1"),
+    ("llama-7b", "huggyllama/llama-7b"),
+    ("llama-2-7b", "meta-llama/Llama-2-7b-hf"),
+    ("llama3-8b", "meta-llama/Meta-Llama-3-8B"),
+    ("llama3-8b-instruct", "meta-llama/Meta-Llama-3-8B-Instruct"),
+    ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"),
+    ("llama-3.1-8b", "meta-llama/Llama-3.1-8B"),
+    ("llama3.1-8b", "meta-llama/Llama-3.1-8B"),
+    ("phi-3", "microsoft/Phi-3-mini-4k-instruct"),
+    ("deepseek-r1-distill-llama-8b", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
+    ("tiny-stories-1L-21M", "roneneldan/TinyStories-1Layer-21M"),
+    ("tiny-stories-2L-33M", "roneneldan/TinyStories-2Layers-33M"),
+];
+
+/// The repository of a model that TransformerLens calls so; a name that is one already stays.
+pub fn hugging_face(name: &str) -> String {
+    if name.contains('/') {
+        return name.to_owned();
+    }
+    if let Some((_, repo)) = NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)) {
+        return (*repo).to_owned();
+    }
+    if let Some(size) = name.strip_prefix("tiny-stories-") {
+        return format!("roneneldan/TinyStories-{}", size.replace("instruct-", "Instruct-"));
+    }
+    if let Some(rest) = name.strip_prefix("qwen") {
+        // qwen2.5-7b-instruct is Qwen/Qwen2.5-7B-Instruct.
+        let part = |part: &str| match part {
+            "instruct" => "Instruct".to_owned(),
+            "chat" => "Chat".to_owned(),
+            "base" => "Base".to_owned(),
+            size => size.to_uppercase(),
+        };
+        return format!("Qwen/Qwen{}", rest.split('-').map(part).collect::<Vec<_>>().join("-"));
+    }
+    match OWNERS.iter().find(|(start, _)| name.starts_with(start)) {
+        Some((_, owner)) => format!("{owner}/{name}"),
+        None => name.to_owned(),
+    }
+}
+
+/// Whether a site is named as TransformerLens does.
+pub fn is_transformer_lens(submodule: &str) -> bool {
+    submodule.starts_with("blocks.") || submodule.contains("hook_")
+}
+
+/// TransformerLens's name of the value at a module's end, where the module's path tells: the families that are supported
+/// call their parts so.
+pub fn transformer_lens(submodule: &str, io: &str) -> Option<String> {
+    if is_transformer_lens(submodule) {
+        return Some(submodule.to_owned());
+    }
+    let parts: Vec<&str> = submodule.split('.').collect();
+    let Some(at) = parts.iter().position(|part| part.parse::<u64>().is_ok()) else {
+        let embeds = ["embed_in", "wte", "embed_tokens"].contains(parts.last()?) && io == "out";
+        return embeds.then(|| "hook_embed".to_owned());
+    };
+    // A norm after attention or MLP is where families of Gemma's and OLMo's kind have it; elsewhere the name is another's.
+    let hook = match (parts[at + 1..].join(".").as_str(), io) {
+        ("", "in") => "hook_resid_pre",
+        ("", _) => "hook_resid_post",
+        ("mlp" | "post_feedforward_layernorm", "out") => "hook_mlp_out",
+        ("attn" | "attention" | "self_attn" | "attn.attention", "out") => "hook_attn_out",
+        ("self_attn.o_proj" | "attn.c_proj" | "attention.dense" | "attn.attention.out_proj", "in") => "attn.hook_z",
+        ("mlp", "in") | ("ln_2" | "pre_feedforward_layernorm", "out") => "ln2.hook_normalized",
+        ("mlp.down_proj" | "mlp.c_proj" | "mlp.dense_4h_to_h", "in") => "mlp.hook_post",
+        _ => return None,
+    };
+    Some(format!("blocks.{}.{hook}", parts[at]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{hugging_face, transformer_lens};
+
+    #[test]
+    fn names_of_transformer_lens() {
+        for (name, repo) in [
+            ("gpt2-small", "gpt2"),
+            ("gpt2-xl", "gpt2-xl"),
+            ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+            ("gemma-2-2b", "google/gemma-2-2b"),
+            ("qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B-Instruct"),
+            ("tiny-stories-instruct-33M", "roneneldan/TinyStories-Instruct-33M"),
+            ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+            ("", ""),
+        ] {
+            assert_eq!(hugging_face(name), repo);
+        }
+    }
+
+    #[test]
+    fn paths_as_transformer_lens_names_them() {
+        for (path, io, name) in [
+            ("gpt_neox.layers.3", "out", Some("blocks.3.hook_resid_post")),
+            ("transformer.h.0", "in", Some("blocks.0.hook_resid_pre")),
+            ("model.layers.11.self_attn.o_proj", "in", Some("blocks.11.attn.hook_z")),
+            ("blocks.2.hook_mlp_out", "out", Some("blocks.2.hook_mlp_out")),
+            ("transformer.wte", "out", Some("hook_embed")),
+            ("model.layers.1.mlp.gate_proj", "out", None),
+        ] {
+            assert_eq!(transformer_lens(path, io).as_deref(), name);
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! Published SAEs in, ours out: what other libraries computed with their files, through `import` and `encode`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dictlearn_core::tensors::{self, TensorFile};
+use serde_json::{json, Value};
+use tch::{Kind, Tensor};
+
+use crate::common::{fixture, Desk};
+
+/// The largest difference, relative to the largest value.
+fn difference(found: &Tensor, wanted: &Tensor) -> f64 {
+    assert_eq!(found.size(), wanted.size());
+    let (found, wanted) = (found.to_kind(Kind::Double), wanted.to_kind(Kind::Double));
+    ((found - &wanted).abs().max() / wanted.abs().max()).double_value(&[])
+}
+
+/// Encodes the fixture's activations with an SAE and compares with what its own library computed.
+fn matches(desk: &Desk, sae: &Path, io: &Path, tolerance: f64) {
+    desk.ok(&["encode", sae.to_str().unwrap(), "--input", io.to_str().unwrap(), "--output", "y.safetensors"]);
+    let (found, wanted) = (TensorFile::open(&desk.path("y.safetensors")).unwrap(), TensorFile::open(io).unwrap());
+    for name in ["features", "recon"] {
+        let difference = difference(&found.tensor(name).unwrap(), &wanted.tensor(name).unwrap());
+        assert!(difference < tolerance, "{}: {name} differ by {difference:e}", sae.display());
+    }
+}
+
+/// The cases of sae_lens's fixtures.
+fn cases() -> Vec<PathBuf> {
+    let mut cases: Vec<PathBuf> =
+        fs::read_dir(fixture("sae_lens")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.retain(|case| case.join("cfg.json").exists());
+    cases.sort();
+    assert_eq!(cases.len(), 16);
+    cases
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().unwrap().to_str().unwrap()
+}
+
+#[test]
+fn every_sae_of_sae_lens_computes_what_it_did_there() {
+    let desk = Desk::new();
+    for case in cases() {
+        let printed = desk.ok(&["import", "sae_lens", case.to_str().unwrap(), "--out", name(&case)]);
+        assert_eq!(printed.trim(), name(&case));
+        let tolerance = if name(&case).ends_with("bf16") { 1e-2 } else { 1e-5 };
+        matches(&desk, &desk.path(name(&case)), &case.join("io.safetensors"), tolerance);
+    }
+}
+
+#[test]
+fn what_is_exported_to_sae_lens_is_imported_again_as_it_was() {
+    let desk = Desk::new();
+    for case in cases() {
+        let (first, out, again) = ("first", "out", "again");
+        desk.ok(&["import", "sae_lens", case.to_str().unwrap(), "--out", first]);
+        desk.ok(&["export", first, "--format", "sae_lens", "--out", out]);
+        desk.ok(&["import", "sae_lens", out, "--out", again]);
+        let tolerance = if name(&case).ends_with("bf16") { 1e-2 } else { 1e-5 };
+        matches(&desk, &desk.path(again), &case.join("io.safetensors"), tolerance);
+        let (cfg, old): (Value, Value) = (desk.json("out/cfg.json"), serde_json::from_str(&fs::read_to_string(case.join("cfg.json")).unwrap()).unwrap());
+        let about = if old["metadata"].is_object() { &old["metadata"] } else { &old };
+        assert_eq!(cfg["metadata"]["context_size"], about["context_size"], "{}", case.display());
+        assert_eq!(cfg["metadata"]["dataset_path"], about["dataset_path"], "{}", case.display());
+        for dir in [first, out, again] {
+            fs::remove_dir_all(desk.path(dir)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn gemma_scope_is_read_from_its_folder_and_from_the_hubs_cache() {
+    let desk = Desk::new();
+    let folder = fixture("sae_lens/gemma_scope");
+    let sae = "layer_3/width_80/average_l0_7";
+    let case = folder.join(sae);
+    desk.ok(&["import", "gemma_scope", case.to_str().unwrap(), "--out", "here"]);
+    matches(&desk, &desk.path("here"), &case.join("io.safetensors"), 1e-5);
+    assert!(!desk.path("here/config.yaml").exists(), "nothing says which model it is of");
+
+    // Offline, by the name under which it was published, and by its release's.
+    let repo = desk.path("hf/hub/models--google--gemma-scope-2b-pt-res");
+    fs::create_dir_all(repo.join("refs")).unwrap();
+    fs::write(repo.join("refs/main"), "c0").unwrap();
+    let cached = repo.join("snapshots/c0").join(sae);
+    fs::create_dir_all(&cached).unwrap();
+    fs::copy(case.join("params.npz"), cached.join("params.npz")).unwrap();
+    for (format, place) in [
+        ("gemma_scope", format!("google/gemma-scope-2b-pt-res/{sae}")),
+        ("sae_lens", format!("gemma-scope-2b-pt-res:{sae}")),
+        ("sae_lens", "gemma-scope-2b-pt-res-canonical:layer_3/width_80/canonical".to_owned()),
+    ] {
+        desk.ok(&["import", format, &place, "--out", "cached"]);
+        matches(&desk, &desk.path("cached"), &case.join("io.safetensors"), 1e-5);
+        let config = desk.read("cached/config.yaml");
+        for line in ["model: google/gemma-2-2b", "submodule: blocks.3.hook_resid_post", "prepend_bos: true", "ctx_len: 1024"] {
+            assert!(config.contains(line), "{config}");
+        }
+        fs::remove_dir_all(desk.path("cached")).unwrap();
+    }
+    let refused = desk.refused(&["import", "gemma_scope", "google/gemma-scope-2b-pt-res/layer_3/width_80"]);
+    assert!(refused.contains("average_l0_7"), "{refused}");
+}
+
+/// A case of sae_lens's with its config changed and tensors added or replaced.
+fn changed(desk: &Desk, case: &str, change: impl FnOnce(&mut Value), tensors: &[(&str, Tensor)]) -> PathBuf {
+    let (from, dir) = (fixture("sae_lens").join(case), desk.path("changed"));
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).unwrap();
+    let mut cfg: Value = serde_json::from_str(&fs::read_to_string(from.join("cfg.json")).unwrap()).unwrap();
+    change(&mut cfg);
+    fs::write(dir.join("cfg.json"), cfg.to_string()).unwrap();
+    let mut all = TensorFile::open(&from.join("sae_weights.safetensors")).unwrap().tensors().unwrap();
+    all.extend(tensors.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.shallow_clone())));
+    let all: Vec<(String, Tensor)> = all.into_iter().collect();
+    tensors::write(&dir.join("sae_weights.safetensors"), &all).unwrap();
+    dir
+}
+
+#[test]
+fn what_has_no_class_is_refused_by_name() {
+    let desk = Desk::new();
+    let ones = |n: i64| Tensor::ones([n], tch::kind::FLOAT_CPU);
+    let twos = || ("scaling_factor", ones(80) * 2.0);
+    type Change = fn(&mut Value);
+    let cases: [(&str, Change, Vec<(&str, Tensor)>, &str); 10] = [
+        ("standard", |cfg| cfg["architecture"] = "temporal".into(), vec![], "`temporal`"),
+        ("standard", |cfg| cfg["architecture"] = "standart".into(), vec![], "`standart`"),
+        ("standard", |cfg| cfg["normalize_activations"] = "covariance_whitening".into(), vec![], "covariance_whitening"),
+        ("legacy_v2_standard", |cfg| cfg["activation_fn_str"] = "tanh-relu".into(), vec![], "`tanh-relu`"),
+        ("standard", |cfg| cfg["d_sae"] = 81.into(), vec![], "`d_sae` is 81"),
+        ("standard", |cfg| cfg["d_in"] = "many".into(), vec![], "`d_in` is \"many\""),
+        ("topk", |cfg| cfg["k"] = 81.into(), vec![], "`k` is 81"),
+        ("standard", |_| (), vec![twos()], "scaling_factor"),
+        ("standard", |_| (), vec![("odd", ones(3))], "odd"),
+        ("transcoder", |cfg| cfg["apply_b_dec_to_input"] = true.into(), vec![], "apply_b_dec_to_input"),
+    ];
+    for (case, change, tensors, word) in cases {
+        let dir = changed(&desk, case, change, &tensors);
+        let message = desk.refused(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]);
+        assert!(message.contains(word), "{message}");
+        assert!(!desk.path("out").exists(), "{case}: something half-written stays behind");
+    }
+}
+
+#[test]
+fn factors_are_folded() {
+    let desk = Desk::new();
+    let case = fixture("sae_lens/standard");
+    let io = TensorFile::open(&case.join("io.safetensors")).unwrap();
+    let encoded = |dir: &Path, more: &[&str]| {
+        let _ = fs::remove_dir_all(desk.path("out"));
+        let args = [&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"], more].concat();
+        desk.ok(&args);
+        let x = (io.tensor("x").unwrap() / 3.0).contiguous();
+        tensors::write(&desk.path("x.safetensors"), &[("x", x)]).unwrap();
+        desk.ok(&["encode", "out", "--input", "x.safetensors", "--output", "y.safetensors"]);
+        let y = TensorFile::open(&desk.path("y.safetensors")).unwrap();
+        (y.tensor("features").unwrap(), y.tensor("recon").unwrap())
+    };
+    // It was trained on activations three times as large.
+    let dir = changed(&desk, "standard", |cfg| {
+        cfg["normalize_activations"] = "expected_average_only_in".into();
+        cfg["norm_scaling_factor"] = 3.0.into();
+    }, &[]);
+    let (features, recon) = encoded(&dir, &[]);
+    assert!(difference(&features, &io.tensor("features").unwrap()) < 1e-5);
+    assert!(difference(&(recon * 3.0), &io.tensor("recon").unwrap()) < 1e-5);
+    // The factor is nowhere: as they are, with a warning.
+    let dir = changed(&desk, "standard", |cfg| cfg["normalize_activations"] = "expected_average_only_in".into(), &[]);
+    let run = desk.run(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "unscaled"]);
+    assert!(run.code == 0 && run.stderr.contains("expected_average_only_in"), "{}", run.stderr);
+    matches(&desk, &desk.path("unscaled"), &case.join("io.safetensors"), 1e-5);
+    // A finetuned SAE's features stay as they are, and count twice when they are decoded.
+    let twos = Tensor::ones([80], tch::kind::FLOAT_CPU) * 2.0;
+    let dir = changed(&desk, "legacy_v2_standard", |cfg| cfg["finetuning_scaling_factor"] = true.into(), &[("scaling_factor", twos)]);
+    desk.ok(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "tuned"]);
+    let own = fixture("sae_lens/legacy_v2_standard/io.safetensors");
+    desk.ok(&["encode", "tuned", "--input", own.to_str().unwrap(), "--output", "y.safetensors"]);
+    let (found, wanted) = (TensorFile::open(&desk.path("y.safetensors")).unwrap(), TensorFile::open(&own).unwrap());
+    assert!(difference(&found.tensor("features").unwrap(), &wanted.tensor("features").unwrap()) < 1e-5);
+    let b_dec = TensorFile::open(&fixture("sae_lens/legacy_v2_standard/sae_weights.safetensors")).unwrap().tensor("b_dec").unwrap();
+    let twice = wanted.tensor("recon").unwrap() * 2.0 - b_dec;
+    assert!(difference(&found.tensor("recon").unwrap(), &twice) < 1e-5);
+}
+
+#[test]
+fn a_table_of_releases_names_what_the_cache_has() {
+    let desk = Desk::new();
+    let case = fixture("sae_lens/jumprelu");
+    let repo = desk.path("hf/hub/models--someone--saes");
+    fs::create_dir_all(repo.join("refs")).unwrap();
+    fs::write(repo.join("refs/main"), "c0").unwrap();
+    let cached = repo.join("snapshots/c0/deep/blocks.5");
+    fs::create_dir_all(&cached).unwrap();
+    for file in ["cfg.json", "sae_weights.safetensors"] {
+        fs::copy(case.join(file), cached.join(file)).unwrap();
+    }
+    let table = json!({"some-release": {
+        "repo_id": "someone/saes", "model": "gpt2-small", "conversion_func": null,
+        "config_overrides": {"dataset_path": "some/dataset", "model_from_pretrained_kwargs": {"center_writing_weights": true}},
+        "saes": [
+            {"id": "five", "path": "deep/blocks.5", "l0": 12.5, "variance_explained": 0.9},
+            {"id": "six", "path": "deep/blocks.6"},
+        ],
+    }, "other-release": {
+        "repo_id": "someone/others", "model": "gpt2-small", "conversion_func": "temporal", "saes": [{"id": "one", "path": "one"}],
+    }});
+    let file = desk.write("pretrained_saes.yaml", &serde_yaml::to_string(&table).unwrap());
+    let releases = ["--releases", file.to_str().unwrap()];
+    let with = |args: &[&str]| -> Vec<String> { args.iter().chain(&releases).map(|arg| (*arg).to_owned()).collect() };
+    let run = |args: &[&str]| desk.run(&with(args).iter().map(String::as_str).collect::<Vec<_>>());
+
+    let listed = run(&["import", "sae_lens", "--list", "some-*"]);
+    assert_eq!(listed.code, 0, "{}", listed.stderr);
+    assert_eq!(listed.stdout.lines().count(), 2);
+    assert!(listed.stdout.contains("some-release:five  gpt2-small of someone/saes, L0 12.5, variance explained 0.9"), "{}", listed.stdout);
+
+    let imported = run(&["import", "sae_lens", "some-release:five"]);
+    assert_eq!(imported.stdout.trim(), "saes/some-release/five", "{}", imported.stderr);
+    matches(&desk, &desk.path("saes/some-release/five"), &case.join("io.safetensors"), 1e-5);
+    let config = desk.read("saes/some-release/five/config.yaml");
+    for line in ["model: gpt2\n", "submodule: blocks.5.hook_resid_pre", "center: true", "repo: some/dataset"] {
+        assert!(config.contains(line), "{config}");
+    }
+    for (name, word) in [
+        ("some-release:fife", "did you mean `five`?"),
+        ("some-releese:five", "did you mean `some-release`?"),
+        ("other-release:one", "`temporal`"),
+    ] {
+        let refused = run(&["import", "sae_lens", name, "--out", "out"]);
+        assert!(refused.code == 2 && refused.stderr.contains(word), "{}", refused.stderr);
+    }
+    // A glob imports what it matches; the first that fails ends it.
+    let several = run(&["import", "sae_lens", "--pretrained", "some-release:f*", "--out", "several"]);
+    assert_eq!(several.stdout.trim(), "several", "{}", several.stderr);
+}
