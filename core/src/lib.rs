@@ -25,6 +25,7 @@ pub mod new_plugin;
 pub mod optim;
 pub mod prelude;
 pub mod progress;
+pub mod push;
 pub mod registry;
 pub mod resample;
 pub mod rng;

@@ -12,5 +12,6 @@ mod golden;
 mod hub;
 mod hub_server;
 mod language_model;
+mod push;
 mod sites;
 mod transcoders;
