@@ -15,9 +15,11 @@ use crate::device;
 use crate::evaluate;
 use crate::format;
 use crate::harvest;
+use crate::hub;
 use crate::interrupt::Interrupt;
 use crate::metric::Subject;
 use crate::new_plugin;
+use crate::push::Push;
 use crate::registry::{self, component, components, nearest, Component, Kind};
 use crate::run::{self, Ending};
 use crate::saved::{self, Saved};
@@ -117,6 +119,26 @@ enum Command {
         /// The folder to write.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
+    },
+    /// Upload a trained SAE to the Hugging Face Hub, with a model card.
+    Push {
+        /// The SAE's folder.
+        sae_dir: PathBuf,
+        /// `owner/name` of the Hub, made if there is none; `@BRANCH` for another branch than main.
+        #[arg(value_name = "REPO[@BRANCH]")]
+        repo: String,
+        /// The folder of the repository to put it in; its root by default.
+        #[arg(long, value_name = "PATH_IN_REPO")]
+        path: Option<String>,
+        /// Make the repository private.
+        #[arg(long)]
+        private: bool,
+        /// What the commit says of itself.
+        #[arg(long, value_name = "TEXT")]
+        message: Option<String>,
+        /// Print what would be uploaded, and the card; upload nothing.
+        #[arg(long)]
+        dry_run: bool,
     },
     /// What is registered: dictionaries, trainers, modifiers, ...
     List {
@@ -242,6 +264,24 @@ fn run(command: Command) -> Result<ExitCode> {
             format::export(&sae, &format, &out)?;
             print(&out.display().to_string())?;
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Push { sae_dir, repo, path, private, message, dry_run } => {
+            let push = Push::of(&sae_dir, &repo, path.as_deref().unwrap_or_default())?;
+            if dry_run {
+                print(&push.to_string())?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let interrupt = Interrupt::listen()?;
+            match push.upload(hub::hub()?, message.as_deref(), private) {
+                Err(_) if interrupt.asked() => {
+                    eprintln!("stopped; nothing was committed");
+                    Ok(ExitCode::from(130))
+                }
+                done => {
+                    print(&done?)?;
+                    Ok(ExitCode::SUCCESS)
+                }
+            }
         }
         Command::List { kind } => list(kind.as_deref()),
         Command::Describe { kind, name } => describe(&kind, &name),

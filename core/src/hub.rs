@@ -64,7 +64,42 @@ impl fmt::Display for Repo {
     }
 }
 
-/// Files of repositories: from the cache, or fetched into it.
+/// A file to upload.
+#[derive(Debug, Clone)]
+pub struct Upload {
+    /// Its path in the repository: `layer_3/ae.safetensors`.
+    pub path: String,
+    /// What it holds.
+    pub content: Content,
+}
+
+/// What a file to upload holds.
+#[derive(Debug, Clone)]
+pub enum Content {
+    /// These bytes.
+    Bytes(Vec<u8>),
+    /// The bytes of a file on this machine, which is read as it is sent.
+    File(PathBuf),
+}
+
+/// What a commit says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommitMessage {
+    /// One line.
+    pub summary: String,
+    /// More, or nothing.
+    pub description: String,
+}
+
+impl CommitMessage {
+    /// The message that a text is: its first line, and what follows.
+    pub fn of(text: &str) -> Self {
+        let (summary, description) = text.trim().split_once('\n').unwrap_or((text.trim(), ""));
+        CommitMessage { summary: summary.trim().to_owned(), description: description.trim().to_owned() }
+    }
+}
+
+/// Files of repositories: from the cache, or fetched into it; and to them.
 pub trait Hub: Send + Sync {
     /// Where a file of a repository lies on this machine, by its path in the repository; fetched first if the cache
     /// does not have it. `None` where the repository has no such file.
@@ -82,6 +117,15 @@ pub trait Hub: Send + Sync {
 
     /// Files of that name at the root of a repository in the cache, whichever.
     fn cached(&self, name: &str) -> Vec<PathBuf>;
+
+    /// The paths of the files of a repository that is to be uploaded to, as the Hub has them now. `None` where there is
+    /// no such repository or branch yet; an error where nothing can be uploaded at all, without a token or offline.
+    fn before_upload(&self, repo: &Repo) -> Result<Option<Vec<String>>>;
+
+    /// Uploads files in one commit, of which all become visible at once or none does; the commit's URL. Repository and
+    /// branch are made if need be, the repository `private` if that is asked; one that is there and public is then
+    /// refused. Where the repository has all of it already, no commit is made and the URL is its last one's.
+    fn upload(&self, repo: &Repo, files: &[Upload], message: &CommitMessage, private: bool) -> Result<String>;
 }
 
 /// The plugin that speaks the Hub's protocol.
@@ -111,6 +155,16 @@ pub fn hub() -> Result<&'static dyn Hub> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_of_commits() {
+        let message = |summary: &str, description: &str| CommitMessage {
+            summary: summary.to_owned(),
+            description: description.to_owned(),
+        };
+        assert_eq!(CommitMessage::of(" One line\n"), message("One line", ""));
+        assert_eq!(CommitMessage::of("One line\n\nand more\n"), message("One line", "and more"));
+    }
 
     #[test]
     fn names_of_repositories() {

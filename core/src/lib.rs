@@ -28,6 +28,7 @@ pub mod numpy;
 pub mod optim;
 pub mod prelude;
 pub mod progress;
+pub mod push;
 pub mod registry;
 pub mod resample;
 pub mod rng;

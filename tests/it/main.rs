@@ -13,5 +13,6 @@ mod golden;
 mod hub;
 mod hub_server;
 mod language_model;
+mod push;
 mod sites;
 mod transcoders;

@@ -1,5 +1,5 @@
 //! The Hugging Face Hub: files of models, datasets and published dictionaries, fetched once into the cache that every
-//! library of Hugging Face's shares, or read as they arrive.
+//! library of Hugging Face's shares, or read as they arrive; and dictionaries uploaded.
 //!
 //! Everything is asked of the commit that a revision stands for, which is looked up once in a run: files that are used
 //! together are of one state of the repository. Without the Hub, or with `HF_HUB_OFFLINE`, what the cache has is used.
@@ -10,6 +10,7 @@
 
 mod reader;
 mod trouble;
+mod upload;
 
 use std::collections::HashMap;
 use std::env;
@@ -21,14 +22,14 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use dictlearn_core::config::InputError;
-use dictlearn_core::hub::{Hub, HubPlugin, Repo, RepoKind};
+use dictlearn_core::hub::{CommitMessage, Hub, HubPlugin, Repo, RepoKind, Upload};
 use dictlearn_core::progress::Progress;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
 use hf_hub::{Cache, CacheRepo, RepoType};
 use percent_encoding::{utf8_percent_encode, AsciiSet, NON_ALPHANUMERIC};
 use serde_json::Value;
 use ureq::http::Response;
-use ureq::Body;
+use ureq::{Agent, Body};
 
 use reader::Remote;
 use trouble::{patiently, Failure, PATIENT};
@@ -46,9 +47,11 @@ const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'
 #[derive(Clone)]
 struct Client {
     api: Api,
+    /// Sends what is uploaded, with no header of its own.
+    agent: Agent,
     cache: Cache,
     endpoint: String,
-    has_token: bool,
+    token: Option<String>,
     offline: bool,
     /// What was looked up in this run.
     snapshots: Arc<Mutex<HashMap<Repo, Arc<Snapshot>>>>,
@@ -91,14 +94,14 @@ impl Client {
         let offline = variable(&["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
             .is_some_and(|value| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str()));
         let cache = Cache::new(cache);
-        let has_token = token.is_some();
         let api = ApiBuilder::from_cache(cache.clone())
             .with_endpoint(endpoint.clone())
-            .with_token(token)
+            .with_token(token.clone())
             .with_user_agent("dictlearn", env!("CARGO_PKG_VERSION"))
             .build()
             .context("cannot set up the connection to the Hub")?;
-        Ok(Client { api, cache, endpoint, has_token, offline, snapshots: Arc::default() })
+        let agent = upload::agent();
+        Ok(Client { api, agent, cache, endpoint, token, offline, snapshots: Arc::default() })
     }
 
     fn theirs(repo: &Repo, revision: &str) -> hf_hub::Repo {
@@ -224,7 +227,7 @@ impl Client {
     /// What the user is told when a repository cannot be read.
     fn explain(&self, repo: &Repo, failure: Failure) -> anyhow::Error {
         let kind = repo.kind;
-        let login = match self.has_token {
+        let login = match self.token.is_some() {
             true => "with the account that your token is of",
             false => "then set HF_TOKEN to a token of that account (or run `hf auth login`)",
         };
@@ -239,7 +242,7 @@ impl Client {
             }
             // To who may not see it the Hub does not say that there is such a repository.
             (Some(404), _) | (Some(401), "RepoNotFound") => {
-                let token = match self.has_token {
+                let token = match self.token.is_some() {
                     true => "and whether your token may read it",
                     false => "or set HF_TOKEN to read a private one",
                 };
@@ -248,7 +251,7 @@ impl Client {
                 InputError::new(format!("the Hub has no {kind} `{}`, or it is private", repo.id))
                     .help(format!("check the name, {token}{folder}"))
             }
-            (Some(401), _) if self.has_token => {
+            (Some(401), _) if self.token.is_some() => {
                 InputError::new(format!("the Hub does not accept your token: {failure}"))
                     .help("make a new one at the Hub, and set HF_TOKEN or run `hf auth login`")
             }
@@ -257,7 +260,8 @@ impl Client {
                     .help(format!("ask for access at {}, {login}", self.page(repo)))
             }
             (Some(429), _) => {
-                let help = if self.has_token { "" } else { ", or set HF_TOKEN: who is logged in may ask more often" };
+                let help =
+                    if self.token.is_some() { "" } else { ", or set HF_TOKEN: who is logged in may ask more often" };
                 return anyhow!("the Hub wants fewer requests ({failure}): wait some minutes{help}");
             }
             _ => {
@@ -447,6 +451,14 @@ impl Hub for Client {
         let inside = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
         let snapshots = inside(self.cache.path().clone()).flat_map(|repo| inside(repo.join("snapshots")));
         snapshots.map(|snapshot| snapshot.join(name)).filter(|file| file.is_file()).collect()
+    }
+
+    fn before_upload(&self, repo: &Repo) -> Result<Option<Vec<String>>> {
+        self.paths_now(repo)
+    }
+
+    fn upload(&self, repo: &Repo, files: &[Upload], message: &CommitMessage, private: bool) -> Result<String> {
+        self.send(repo, files, message, private)
     }
 }
 

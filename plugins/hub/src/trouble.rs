@@ -41,6 +41,21 @@ impl Failure {
         Failure { status, code: code.to_owned(), ..Failure::new(code.to_owned(), false) }
     }
 
+    /// What stays as it is: an answer that makes no sense, a file that cannot be read.
+    pub fn lasting(why: impl Into<String>) -> Self {
+        Failure::new(why.into(), false)
+    }
+
+    /// The user breaks it off.
+    pub fn interrupted() -> Self {
+        Failure::lasting("interrupted")
+    }
+
+    /// The same, which passes.
+    pub fn passing(self) -> Self {
+        Failure { passing: true, ..self }
+    }
+
     /// Passes on a response that is a success.
     pub fn check(mut response: Response<Body>) -> Result<Response<Body>, Failure> {
         let status = response.status();
