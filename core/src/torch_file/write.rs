@@ -1,4 +1,4 @@
-//! `ae.pt`: a state dict as `torch.save` writes it, so that `torch.load(path, weights_only=True)` reads it.
+//! A state dict as `torch.save` writes it, so that `torch.load(path, weights_only=True)` reads it.
 //!
 //! The file is a zip archive of `archive/data.pkl`, a pickle that rebuilds an `OrderedDict` of tensors, and of one
 //! uncompressed entry for each tensor's storage (PyTorch's serialization notes,
@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
+use super::STORAGES;
 use crate::tensors::write_file;
 
 /// Writes a state dict, whole or not at all.
@@ -19,7 +20,7 @@ pub fn write(path: &Path, tensors: &[(&str, Tensor)]) -> Result<()> {
     write_file(path, &serialize(tensors)?)
 }
 
-fn serialize(tensors: &[(&str, Tensor)]) -> Result<Vec<u8>> {
+pub(super) fn serialize(tensors: &[(&str, Tensor)]) -> Result<Vec<u8>> {
     let mut archive = ZipWriter::new(Cursor::new(Vec::new()));
     // PyTorch maps storages where they lie, so they are stored as they are and aligned as it aligns them.
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored).with_alignment(64);
@@ -33,7 +34,9 @@ fn serialize(tensors: &[(&str, Tensor)]) -> Result<Vec<u8>> {
     entry("byteorder", b"little")?;
     for (index, (_, tensor)) in tensors.iter().enumerate() {
         let mut bytes = vec![0_u8; crate::state::bytes(tensor)];
-        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        if !bytes.is_empty() {
+            tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        }
         entry(&format!("data/{index}"), &bytes)?;
     }
     entry("version", b"3\n")?;
@@ -98,14 +101,8 @@ fn tuple(out: &mut Vec<u8>, values: &[i64]) {
 }
 
 fn storage_class(kind: Kind) -> Result<&'static str> {
-    Ok(match kind {
-        Kind::Float => "FloatStorage",
-        Kind::Double => "DoubleStorage",
-        Kind::Half => "HalfStorage",
-        Kind::BFloat16 => "BFloat16Storage",
-        Kind::Int64 => "LongStorage",
-        Kind::Int => "IntStorage",
-        Kind::Bool => "BoolStorage",
-        other => bail!("a .pt file of type {other:?} is not written"),
-    })
+    match STORAGES.iter().find(|(_, known)| *known == kind) {
+        Some((class, _)) => Ok(class),
+        None => bail!("a .pt file of type {kind:?} is not written"),
+    }
 }
