@@ -10,7 +10,7 @@ use tch::Kind;
 use super::STORAGES;
 
 /// How many instructions and copied values a pickle may have. A tensor of a state dict takes about forty.
-const MAX_WORK: usize = 8 << 20;
+const MAX_WORK: usize = 4 << 20;
 /// As many dimensions as libtorch's own loops take.
 const MAX_DIMS: usize = 64;
 
@@ -79,7 +79,8 @@ pub(super) enum Node<'a> {
     Device(String),
     NumpyType(NumpyType),
     Storage(Storage<'a>),
-    Tensor(Layout<'a>),
+    /// In a box, because it is larger than the others, and a hostile pickle has millions of those.
+    Tensor(Box<Layout<'a>>),
 }
 
 /// What a tensor's elements are part of: an entry of the archive.
@@ -685,7 +686,7 @@ impl<'a> Machine<'a> {
             }
             // What follows says of gradients and hooks, which a loaded tensor has none of.
             (Call::Tensor, [storage, offset, sizes, strides, ..]) => {
-                Node::Tensor(self.layout(*storage, *offset, *sizes, *strides)?)
+                Node::Tensor(Box::new(self.layout(*storage, *offset, *sizes, *strides)?))
             }
             (Call::Parameter, [tensor, ..]) if matches!(self.held(*tensor), Some(Node::Tensor(_))) => {
                 return Ok(*tensor)
@@ -779,10 +780,13 @@ impl<'a> Machine<'a> {
     /// The storage of a persistent id: `("storage", class, key, device, number of elements)`.
     fn storage(&mut self, id: Item<'a>) -> Result<Storage<'a>> {
         match self.items(id)?[..] {
-            [Item::Text("storage"), Item::Global(Global { call: Call::Storage(kind), .. }), Item::Text(key), _, Item::Int(elements), ..]
+            [Item::Text("storage"), Item::Global(class), Item::Text(key), _, Item::Int(elements), ..]
                 if elements >= 0 =>
             {
-                Ok(Storage { key, kind: *kind, elements })
+                match class.call {
+                    Call::Storage(kind) => Ok(Storage { key, kind, elements }),
+                    _ => Err(Fault::damaged(format!("its pickle takes `{}` for a storage", class.name))),
+                }
             }
             _ => Err(Fault::damaged("its pickle refers to something outside that is no storage")),
         }

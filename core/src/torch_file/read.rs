@@ -172,7 +172,7 @@ struct Values<'a, 'p> {
 }
 
 impl<'p> Values<'_, 'p> {
-    /// Counts memory before it is taken. A pickle can refer to one value often, and a tensor be longer than its storage.
+    /// Counts memory before it is taken: a pickle can refer to one value often, a tensor be longer than its storage.
     fn charge(&mut self, bytes: usize) -> std::result::Result<(), Fault> {
         let left = self.budget.checked_sub(bytes);
         self.budget = left.ok_or_else(|| Fault::new("has values that take far more memory than the file is long"))?;
@@ -254,7 +254,7 @@ impl<'p> Values<'_, 'p> {
             .iter()
             .zip(strides)
             .try_fold(*offset, |last, (size, stride)| last.checked_add((size - 1).checked_mul(*stride)?));
-        if !last.is_some_and(|last| last < storage.elements) {
+        if last.is_none_or(|last| last >= storage.elements) {
             let key = quoted(storage.key);
             return Err(Fault::damaged(format!("a tensor of size {sizes:?} goes beyond its storage `{key}`")));
         }
