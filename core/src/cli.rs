@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{bail, Context, Result};
 use clap::{Args, Parser, Subcommand};
-use serde_json::{Map, Value};
+use serde_json::{json, Map, Value};
 use tch::Tensor;
 
 use crate::config::{self, InputError, RunConfig, Sources, Under};
@@ -78,17 +78,8 @@ enum Command {
         #[arg(long, default_value_t)]
         dtype: harvest::Dtype,
     },
-    /// Features and reconstructions of activations in a file.
-    Encode {
-        /// The SAE's folder.
-        sae_dir: PathBuf,
-        /// A .safetensors file with a tensor `x` [N, d].
-        #[arg(long, value_name = "FILE")]
-        input: PathBuf,
-        /// The .safetensors file to write: `features` [N, F] and `recon` [N, d].
-        #[arg(long, value_name = "FILE")]
-        output: PathBuf,
-    },
+    /// Features and reconstructions of activations in a file, or the features of each token of a text.
+    Encode(EncodeArgs),
     /// A published SAE as a folder of ours, for `eval`, `encode`, `export` and `init_from`.
     Import {
         /// `sae_lens`, `gemma_scope`, `dictionary_learning`, ... (`dictlearn list formats`).
@@ -176,6 +167,33 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
+struct EncodeArgs {
+    /// The SAE's folder.
+    sae_dir: PathBuf,
+    /// A .safetensors file with a tensor `x` [N, d].
+    #[arg(long, value_name = "FILE", required_unless_present = "text", conflicts_with = "text", requires = "output")]
+    input: Option<PathBuf>,
+    /// The .safetensors file to write: `features` [N, F] and `recon` [N, d_out]; of a text also `x` [N, d] and `tokens` [N].
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// A text for the SAE's model to read: each token's strongest features are shown. May be given several times.
+    #[arg(long, value_name = "TEXT")]
+    text: Vec<String>,
+    /// How many features to show of each token.
+    #[arg(long, value_name = "COUNT", default_value_t = 5, value_parser = clap::value_parser!(i64).range(1..))]
+    top: i64,
+    /// Print the tokens and their features as one JSON value instead of a table.
+    #[arg(long, requires = "text")]
+    json: bool,
+    /// The config whose source says which model to run and where to read it; by default the SAE's own.
+    #[arg(long, value_name = "CONFIG.yaml")]
+    config: Option<PathBuf>,
+    /// Change a key of the config: `--set source.model=folder`.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
 struct ConfigArgs {
     /// The config.
     config: PathBuf,
@@ -255,7 +273,10 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Train { config, output_dir, resume, dry_run } => train(&config, output_dir, resume, dry_run),
         Command::Eval { sae_dir, config, set, json } => eval(&sae_dir, config, set, json),
         Command::Activations { config, out, limit, dtype } => activations(&config, &out, limit, dtype),
-        Command::Encode { sae_dir, input, output } => encode(&sae_dir, &input, &output),
+        Command::Encode(args) => match (&args.input, &args.output) {
+            (Some(input), Some(output)) => encode(&args.sae_dir, input, output),
+            _ => encode_text(&args),
+        },
         Command::Import { format, place, out, pretrained, releases, list } => {
             import(&format, &format::Request { place, pretrained, releases }, out.as_deref(), list.as_deref())
         }
@@ -342,12 +363,7 @@ fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -
     if !sae_dir.is_dir() {
         saved::read(sae_dir, tch::Device::Cpu, device::Precision::Float32)?;
     }
-    let own = std::path::absolute(sae_dir)?.parent().map(|run| run.join("config.yaml"));
-    let Some(file) = config.or(own.filter(|file| file.exists())) else {
-        bail!(InputError::new(format!("{} is in no run whose config says what to evaluate on", sae_dir.display()))
-            .help("give a config with a `source`: `--config CONFIG.yaml`"));
-    };
-    let config = load(&file, None, set)?;
+    let config = load(&own_config(sae_dir, config)?, None, set)?;
     let (name, result) = measure(sae_dir, &config).map_err(|error| config.written.locate(error))?;
     if json {
         print(&serde_json::to_string(&result)?)?;
@@ -355,6 +371,17 @@ fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -
         print(&evaluate::table(&[(name, result)]))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The config that says where an SAE reads: the one that the user names, an imported SAE's own, or its run's.
+fn own_config(sae_dir: &Path, named: Option<PathBuf>) -> Result<PathBuf> {
+    let dir = std::path::absolute(sae_dir)?;
+    let own = [Some(&*dir), dir.parent()].into_iter().flatten().map(|dir| dir.join("config.yaml"));
+    let Some(file) = named.or_else(|| own.into_iter().find(|file| file.exists())) else {
+        bail!(InputError::new(format!("nothing says which model {} reads, and where", sae_dir.display()))
+            .help("give a config with a `source`: `--config CONFIG.yaml`"));
+    };
+    Ok(file)
 }
 
 /// An SAE's name and figures, by the metrics of a config on its source.
@@ -456,6 +483,116 @@ fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
     tensors::write(output, &[("features", Tensor::cat(&features, 0)), ("recon", Tensor::cat(&recon, 0))])?;
     eprintln!("{} activations encoded to {}", x.size()[0], output.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Shows the strongest features of each token of a text.
+fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
+    // The source takes texts from files, so it is given one, in which each is a record.
+    let dir = tempfile::tempdir().context("no folder for temporary files")?;
+    let file = dir.path().join("text.jsonl");
+    let records: String = args.text.iter().map(|text| json!({"text": text}).to_string() + "\n").collect();
+    tensors::write_file(&file, records.as_bytes())?;
+    let own = own_config(&args.sae_dir, args.config.clone())?;
+    let text = json!({"type": "text_files", "path": file});
+    let given = ["source.shuffle=false".to_owned(), "source.pack=false".to_owned(), format!("source.text={text}")];
+    let config = load(&own, None, args.set.iter().cloned().chain(given).collect())?;
+    let (saved, shown) = features_of_text(args, &config).map_err(|error| config.written.locate(error))?;
+    if let Some(output) = &args.output {
+        let column = |tensor: fn(&Shown) -> &Tensor| {
+            Tensor::cat(&shown.iter().map(|part| tensor(part).shallow_clone()).collect::<Vec<_>>(), 0)
+        };
+        tensors::write(output, &[
+            ("x", column(|part| &part.x)),
+            ("features", column(|part| &part.features)),
+            ("recon", column(|part| &part.recon)),
+            ("tokens", column(|part| &part.ids)),
+        ])?;
+        eprintln!("written to {}", output.display());
+    }
+    let tokens: Vec<Value> = shown.iter().map(|part| part.tokens(args.top)).collect::<Result<Vec<_>>>()?.concat();
+    if tokens.is_empty() {
+        bail!(InputError::new("there is no token in the text"));
+    }
+    if args.json {
+        print(&serde_json::to_string(&json!({"sae": saved.name(), "tokens": tokens}))?)?;
+    } else {
+        print(&evaluate::token_table(&tokens))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Tokens, and what an SAE made of them.
+struct Shown {
+    x: Tensor,
+    features: Tensor,
+    recon: Tensor,
+    /// Token ids.
+    ids: Tensor,
+    /// Number of the text, and position in it.
+    places: Vec<(i64, i64)>,
+    texts: Vec<String>,
+}
+
+impl Shown {
+    /// An object for each token, with its strongest features.
+    fn tokens(&self, top: i64) -> Result<Vec<Value>> {
+        let (values, indices) = self.features.topk(top.min(self.features.size()[1]), 1, true, true);
+        let (values, indices): (Vec<Vec<f64>>, Vec<Vec<i64>>) =
+            (values.to_kind(tch::Kind::Double).try_into()?, indices.try_into()?);
+        let ids: Vec<i64> = (&self.ids).try_into()?;
+        let l0: Vec<i64> = self.features.gt(0.0).sum_dim_intlist(1, false, tch::Kind::Int64).try_into()?;
+        let of = |row: usize| {
+            let pairs = indices[row].iter().zip(&values[row]).filter(|(_, value)| **value > 0.0);
+            let features: Vec<Value> =
+                pairs.map(|(index, value)| json!({"index": index, "activation": *value as f32})).collect();
+            let (text, position) = self.places[row];
+            json!({"text": text, "position": position, "token_id": ids[row], "token": self.texts[row], "l0": l0[row],
+                   "features": features})
+        };
+        Ok((0..ids.len()).map(of).collect())
+    }
+}
+
+fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<(Saved, Vec<Shown>)> {
+    let cx = source_cx(config)?;
+    let saved = saved::read(&args.sae_dir, cx.device, device::Precision::Float32)?;
+    let mut source = config.source.build(&cx).under("source")?;
+    let sites = source.sites();
+    let site = own_site(&saved, &sites).under("source")?;
+    let width = saved.dictionary.dims().input;
+    if width != sites[site].activation_dim {
+        bail!(InputError::new(format!(
+            "{} takes activations of width {width}, but the model's have width {}",
+            args.sae_dir.display(),
+            sites[site].activation_dim
+        ))
+        .field("source")
+        .help("name the model and submodule that it was trained on"));
+    }
+    let longest = serde_json::to_value(&config.source)?["ctx_len"].as_i64();
+    let mut shown: Vec<Shown> = Vec::new();
+    while let Some(batch) = source.next_batch()? {
+        let Some(tokens) = batch.tokens else { bail!("the source does not say which tokens its activations are of") };
+        let x = batch.sites[site].x.shallow_clone();
+        let (recon, features) = tch::no_grad(|| saved.dictionary.reconstruct(&x));
+        let cpu = |tensor: &Tensor| tensor.to_device(tch::Device::Cpu);
+        let columns: Vec<Vec<i64>> = cpu(&tokens).try_into()?;
+        let ids: Vec<i64> = columns.iter().map(|row| row[0]).collect();
+        let Some(model) = source.language_model() else { bail!("the source has no language model") };
+        shown.push(Shown {
+            x: cpu(&x),
+            features: cpu(&features),
+            recon: cpu(&recon),
+            texts: model.token_texts(&ids)?,
+            ids: Tensor::from_slice(&ids),
+            places: columns.iter().map(|row| (row[1], row[2])).collect(),
+        });
+    }
+    let places = shown.iter().flat_map(|part| &part.places);
+    if let Some(length) = longest.filter(|length| places.clone().any(|(_, position)| position + 1 >= *length)) {
+        eprintln!("a text is cut to a context of {length} tokens; `--set source.ctx_len=N` takes more");
+    }
+    Ok((saved, shown))
 }
 
 fn import(name: &str, request: &format::Request, out: Option<&Path>, list: Option<&str>) -> Result<ExitCode> {

@@ -104,6 +104,31 @@ pub fn table(rows: &[(String, Map<String, Value>)]) -> String {
     table.to_string()
 }
 
+/// A table of tokens and their strongest features, as `encode --text` has them.
+pub fn token_table(tokens: &[Value]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["", "Token", "L0", "Strongest features"]);
+    let several = tokens.iter().any(|token| token["text"] != tokens[0]["text"]);
+    for token in tokens {
+        let place = if several { format!("{}:{}", token["text"], token["position"]) } else { token["position"].to_string() };
+        let features = token["features"].as_array().into_iter().flatten();
+        let feature = |feature: &Value| {
+            format!("{} {:.3}", feature["index"], feature["activation"].as_f64().unwrap_or_default())
+        };
+        let features: Vec<String> = features.map(feature).collect();
+        // Spaces at its ends are part of a token, and line ends must not break the table.
+        let text = format!("{:?}", token["token"].as_str().unwrap_or_default());
+        table.add_row([place, text.replace('|', "\\|"), token["l0"].to_string(), features.join(", ")]);
+    }
+    for column in [0, 2] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.to_string()
+}
+
 fn percent(fraction: f64) -> String {
     format!("{:.1}", 100.0 * fraction)
 }

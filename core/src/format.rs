@@ -15,6 +15,7 @@ use tch::{Device, Tensor};
 
 use crate::config::{from_yaml, InputError};
 use crate::device::Precision;
+use crate::dictionary::Dictionary;
 use crate::hub::{hub, Repo, RepoKind};
 use crate::adapted::Normalization;
 use crate::registry::{self, nearest, Kind};
@@ -589,8 +590,8 @@ pub fn whole_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resul
     Ok(())
 }
 
-/// Writes an imported SAE's folder: weights, config.json, and the config.yaml that says where it reads.
-fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
+/// The dictionary that a published SAE is, and what config.json says of it under `trainer`.
+pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictionary>, Map<String, Value>)> {
     for (name, tensor) in &published.tensors {
         if tensor.is_floating_point() && tensor.isnan().any().int64_value(&[]) != 0 {
             bail!(InputError::new(format!("tensor `{name}` has values that are not numbers"))
@@ -599,10 +600,10 @@ fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
     }
     let mut trainer = published.trainer.clone();
     trainer.insert("dict_class".to_owned(), published.class.as_str().into());
+    let settings = Value::Object(trainer.clone());
     let mut dictionary =
-        saved::shaped(&published.class, &published.tensors, &Value::Object(trainer.clone()), Device::Cpu, Precision::Float32)?;
-    let origin_path = origin["from"].as_str().unwrap_or_default();
-    dictionary.load(&published.tensors, Path::new(origin_path))?;
+        saved::shaped(&published.class, &published.tensors, &settings, Device::Cpu, Precision::Float32)?;
+    dictionary.load(&published.tensors, Path::new(origin))?;
     if published.pretrained {
         dictionary.pretrained();
     }
@@ -629,6 +630,12 @@ fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
         add("submodule_name", site.submodule.as_str().into());
         add("layer", site.layer().into());
     }
+    Ok((dictionary, trainer))
+}
+
+/// Writes an imported SAE's folder: weights, config.json, and the config.yaml that says where it reads.
+fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
+    let (dictionary, trainer) = dictionary(published, origin["from"].as_str().unwrap_or_default())?;
     let mut config = json!({"trainer": trainer});
     if let Some(site) = &published.site {
         config["buffer"] = site.buffer();

@@ -309,6 +309,11 @@ pub trait ModelSource {
 
     /// The next `rows` contexts of the text (fewer at its end), or `None` where there are no more.
     fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>>;
+
+    /// The text of each of these tokens; their numbers where there is no tokenizer.
+    fn token_texts(&self, ids: &[i64]) -> Result<Vec<String>> {
+        Ok(ids.iter().map(i64::to_string).collect())
+    }
 }
 
 /// The value at a place in a language model, or some of its columns: those of one attention head.

@@ -89,18 +89,7 @@ struct Tokenised {
 impl Contexts {
     /// Contexts of a text for a model.
     pub fn new(text: Box<dyn TextStream>, files: &ModelFiles, cx: ContextsCx) -> Result<Self> {
-        let tokenizer = match files.read("tokenizer.json")? {
-            None => None,
-            Some(bytes) => {
-                let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| {
-                    InputError::new(format!("the tokenizer.json of {} cannot be read: {error}", files.name()))
-                })?;
-                // Length and padding are ours to decide, whatever the file was saved with.
-                tokenizer.with_padding(None);
-                let _ = tokenizer.with_truncation(None);
-                Some(tokenizer)
-            }
-        };
+        let tokenizer = tokenizer(files)?;
         if tokenizer.is_none() && !text.is_tokenized() {
             bail!(InputError::new(format!("the model {} has no tokenizer.json", files.name()))
                 .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`"));
@@ -321,6 +310,32 @@ impl Contexts {
         let (count, first) = self.text.skipped();
         first.map(|first| format!("warning: {count} bad records were skipped, the first is {first}"))
     }
+}
+
+/// The model's tokenizer, if it has one.
+fn tokenizer(files: &ModelFiles) -> Result<Option<Tokenizer>> {
+    let Some(bytes) = files.read("tokenizer.json")? else { return Ok(None) };
+    let mut tokenizer = Tokenizer::from_bytes(&bytes)
+        .map_err(|error| InputError::new(format!("the tokenizer.json of {} cannot be read: {error}", files.name())))?;
+    // Length and padding are ours to decide, whatever the file was saved with.
+    tokenizer.with_padding(None);
+    let _ = tokenizer.with_truncation(None);
+    Ok(Some(tokenizer))
+}
+
+/// The text of each of these tokens; their numbers where there is no tokenizer.
+pub fn token_texts(files: &ModelFiles, ids: &[i64]) -> Result<Vec<String>> {
+    let tokenizer = tokenizer(files)?;
+    let text = |id: &i64| {
+        let known = tokenizer.as_ref().zip(u32::try_from(*id).ok());
+        // A token that begins in the middle of a character has no text of its own; its name in the vocabulary says more.
+        let decoded = known.and_then(|(tokenizer, id)| {
+            let text = tokenizer.decode(&[id], false).ok().filter(|text| !text.is_empty() && !text.contains('\u{fffd}'));
+            text.or_else(|| tokenizer.id_to_token(id))
+        });
+        decoded.unwrap_or_else(|| id.to_string())
+    };
+    Ok(ids.iter().map(text).collect())
 }
 
 /// Where to end a piece of at most so many bytes: before a space that stands alone between two words, where tokenizers do

@@ -20,7 +20,7 @@ mod contexts;
 mod sites;
 
 use dictlearn_core::interrupt;
-use dictlearn_core::lm::open_model;
+use dictlearn_core::lm::{open_model, ModelFiles};
 use dictlearn_core::prelude::*;
 use dictlearn_core::rng::rng;
 
@@ -195,6 +195,7 @@ impl SourceConfig for LanguageModelConfig {
         let inputs = (0..points.len()).filter(|index| read(&points[*index].0)).collect();
         Ok(Box::new(LanguageModelSource {
             settings,
+            files,
             sites,
             harvest: Harvest {
                 remove_bos: self.remove_bos,
@@ -219,6 +220,7 @@ impl SourceConfig for LanguageModelConfig {
 
 struct LanguageModelSource {
     settings: Value,
+    files: ModelFiles,
     sites: Vec<LanguageModelSite>,
     harvest: Harvest,
     /// Made at the first batch: a source that is only asked for tokens needs none.
@@ -509,6 +511,11 @@ impl ActivationSource for LanguageModelSource {
 }
 
 impl ModelSource for LanguageModelSource {
+    fn token_texts(&self, ids: &[i64]) -> Result<Vec<String>> {
+        contexts::token_texts(&self.files, ids)
+    }
+
+
     fn model(&self) -> &dyn LanguageModel {
         &*self.harvest.model
     }
