@@ -9,6 +9,7 @@ mod contract;
 mod docs;
 mod families;
 mod formats;
+mod fuzz;
 mod golden;
 mod hub;
 mod hub_server;

@@ -1,0 +1,387 @@
+//! Hostile files: every reader of a published format on damaged copies of good files. What is damaged is refused or read;
+//! nothing panics, fills the memory, or leaves the folder that it is given.
+//!
+//! `cargo test` gives each reader a second. A long run is
+//! `DICTLEARN_FUZZ_SECONDS=600 cargo test --release --test it fuzz -- --nocapture`, one reader of it
+//! `DICTLEARN_FUZZ_READER=sae_lens` beside that. A run is a process of its own, with little memory more than libtorch needs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use dictlearn_core::device::Precision;
+use dictlearn_core::format::{self, Request};
+use dictlearn_core::{saved, tensors, torch_file};
+use serde_json::json;
+use tch::{kind::FLOAT_CPU, Device, Tensor};
+use tempfile::TempDir;
+
+use crate::common::fixture;
+
+/// Readers, each with its formats' good files in folders of their own.
+const READERS: [&str; 10] = [
+    "sae_lens",
+    "gemma_scope",
+    "gemma_scope_2",
+    "llama_scope",
+    "sparsify",
+    "openai",
+    "dictionary_learning",
+    "pretrained",
+    "releases",
+    "saved",
+];
+
+/// Memory that a run may take beside what it has when it begins.
+const MEMORY: u64 = 2 << 30;
+
+#[test]
+fn damaged_files_are_refused_or_read() {
+    let only = std::env::var("DICTLEARN_FUZZ_READER").ok();
+    for reader in READERS.iter().filter(|reader| only.as_deref().is_none_or(|only| only == **reader)) {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "fuzz::run_of_one_reader", "--ignored", "--nocapture"])
+            .env("DICTLEARN_FUZZ_READER", reader)
+            .env("RUST_BACKTRACE", "0")
+            .env("HF_HUB_OFFLINE", "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let summary = said.lines().find(|line| line.starts_with("fuzz: "));
+        assert!(output.status.success() && summary.is_some(), "{reader}: {}\n{said}\n{errors}", output.status);
+        println!("{}", summary.unwrap());
+    }
+}
+
+#[test]
+#[ignore = "started by damaged_files_are_refused_or_read"]
+fn run_of_one_reader() {
+    let Ok(reader) = std::env::var("DICTLEARN_FUZZ_READER") else { return };
+    let seconds = std::env::var("DICTLEARN_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    let dir = TempDir::new().unwrap();
+    std::env::set_var("HF_HOME", dir.path().join("hf"));
+    let seeds = seeds(&reader, dir.path());
+    let before = inventory_of(dir.path());
+    limit_memory();
+    std::panic::set_hook(Box::new(|_| {}));
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let (mut tried, mut read) = (0_u64, 0_u64);
+    let mut damage = Damage::new(&seeds);
+    while Instant::now() < until {
+        let (file, bytes) = damage.next();
+        // Beside it and renamed: a reader may have mapped the one before.
+        let beside = file.with_extension("next");
+        fs::write(&beside, &bytes).unwrap();
+        fs::rename(&beside, &file).unwrap();
+        let result = catch_unwind(AssertUnwindSafe(|| open(&reader, &file, dir.path())));
+        tried += 1;
+        match result {
+            Ok(Ok(())) => read += 1,
+            Ok(Err(_)) => {}
+            Err(panic) => {
+                let kept = std::env::temp_dir().join(format!("dictlearn-fuzz-{reader}"));
+                fs::write(&kept, &bytes).unwrap();
+                let message = panic.downcast_ref::<String>().map(String::as_str);
+                let message = message.or(panic.downcast_ref::<&str>().copied()).unwrap_or_default();
+                let name = file.strip_prefix(dir.path()).unwrap().display();
+                println!("{name} of {reader}, kept as {}: {message}", kept.display());
+                std::process::exit(1);
+            }
+        }
+        damage.mend();
+    }
+    assert_eq!(before, inventory_of(dir.path()), "files were left behind");
+    println!("fuzz: {reader}: {tried} damaged files, {read} of them read, in {seconds} s");
+}
+
+/// Reads the SAE that a damaged file belongs to, and uses it.
+fn open(reader: &str, file: &Path, root: &Path) -> anyhow::Result<()> {
+    let folder = |file: &Path| {
+        // The folder of the SAE: the seed's, two levels below the root.
+        let inner = file.strip_prefix(root).unwrap();
+        root.join(inner.components().take(2).collect::<PathBuf>())
+    };
+    if reader == "saved" {
+        let saved = saved::read(&folder(file), Device::Cpu, Precision::Float32)?;
+        return use_it(&*saved.dictionary);
+    }
+    if reader == "releases" {
+        let releases = Some(file.display().to_string());
+        let request = Request { place: Some("some-release:five".to_owned()), releases, ..Request::default() };
+        let format = format::named("sae_lens")?;
+        format.offers(&request)?;
+        format.find(&request)?;
+        return Ok(());
+    }
+    let format = format::named(match reader {
+        "gemma_scope_2" => "gemma_scope",
+        "pretrained" => "dictionary_learning",
+        other => other,
+    })?;
+    let request = match reader {
+        "pretrained" => Request { pretrained: Some("*".to_owned()), ..Request::default() },
+        "openai" => Request { place: Some(file.display().to_string()), ..Request::default() },
+        _ => Request { place: Some(folder(file).display().to_string()), ..Request::default() },
+    };
+    for place in format.find(&request)? {
+        let published = format.read(&place)?;
+        let (dictionary, _) = format::dictionary(&published, "damaged")?;
+        use_it(&*dictionary)?;
+    }
+    Ok(())
+}
+
+fn use_it(dictionary: &dyn dictlearn_core::dictionary::Dictionary) -> anyhow::Result<()> {
+    let x = Tensor::ones([2, dictionary.dims().input], FLOAT_CPU);
+    let (recon, features) = tch::no_grad(|| dictionary.reconstruct(&x));
+    anyhow::ensure!(recon.size() == [2, dictionary.dims().output]);
+    anyhow::ensure!(features.size() == [2, dictionary.dims().features]);
+    Ok(())
+}
+
+/// The good files of a reader, in `root/<reader>/<case>/...`.
+fn seeds(reader: &str, root: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut copy = |from: PathBuf, to: &str| {
+        let to = root.join(reader).join(to);
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(&from, &to).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
+        files.push(to);
+    };
+    match reader {
+        "sae_lens" => {
+            for case in ["jumprelu", "gated", "topk_rescaled", "legacy_v5_topk", "skip_transcoder", "jumprelu_layer_norm"] {
+                for file in ["cfg.json", "sae_weights.safetensors"] {
+                    copy(fixture(&format!("sae_lens/{case}/{file}")), &format!("{case}/{file}"));
+                }
+            }
+        }
+        "gemma_scope" => {
+            copy(fixture("sae_lens/gemma_scope/layer_3/width_80/average_l0_7/params.npz"), "layer_3-width_80/params.npz");
+        }
+        "dictionary_learning" | "saved" => {
+            for case in ["standard", "gated", "top_k", "batch_top_k", "jump_relu", "matryoshka_batch_top_k"] {
+                copy(fixture(&format!("trainers/{case}/ae.pt")), &format!("{case}/ae.pt"));
+                copy(fixture(&format!("trainers/{case}/config.json")), &format!("{case}/config.json"));
+            }
+            if reader == "saved" {
+                for case in ["standard", "matryoshka_batch_top_k"] {
+                    let name = format!("{case}-safe");
+                    copy(fixture(&format!("trainers/{case}/final.safetensors")), &format!("{name}/ae.safetensors"));
+                    copy(fixture(&format!("trainers/{case}/config.json")), &format!("{name}/config.json"));
+                }
+            }
+        }
+        _ => {}
+    }
+    let mut write = |name: &str, bytes: &[u8]| {
+        let path = root.join(reader).join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, bytes).unwrap();
+        files.push(path);
+    };
+    let random = |size: &[i64]| Tensor::randn(size, FLOAT_CPU);
+    let (d, f) = (6, 10);
+    match reader {
+        "gemma_scope_2" => {
+            let tensors = [
+                ("w_enc", random(&[d, f])),
+                ("w_dec", random(&[f, d])),
+                ("b_enc", random(&[f])),
+                ("b_dec", random(&[d])),
+                ("threshold", random(&[f])),
+                ("affine_skip_connection", random(&[d, d])),
+            ];
+            write("transcoder-layer_3/params.safetensors", &tensors::serialize(&tensors, &[]).unwrap());
+            let config = json!({"architecture": "jump_relu", "model_name": "gemma-v3-270m", "hf_hook_point_in": "model.layers.3.output"});
+            write("transcoder-layer_3/config.json", config.to_string().as_bytes());
+        }
+        "llama_scope" => {
+            let tensors = [
+                ("encoder.weight", random(&[f, d])),
+                ("decoder.weight", random(&[d, f])),
+                ("encoder.bias", random(&[f])),
+                ("decoder.bias", random(&[d])),
+            ];
+            write("l3/checkpoints/final.safetensors", &tensors::serialize(&tensors, &[]).unwrap());
+            let config = json!({"d_model": d, "d_sae": f, "jump_relu_threshold": 0.5, "hook_point_in": "blocks.3.hook_resid_post",
+                                "dataset_average_activation_norm": {"in": 1.5, "out": 1.5}, "act_fn": "jumprelu"});
+            write("l3/hyperparams.json", config.to_string().as_bytes());
+        }
+        "sparsify" => {
+            let tensors = [
+                ("encoder.weight", random(&[f, d])),
+                ("encoder.bias", random(&[f])),
+                ("W_dec", random(&[f, d])),
+                ("b_dec", random(&[d])),
+                ("W_skip", random(&[d, d])),
+            ];
+            write("run/layers.3.mlp/sae.safetensors", &tensors::serialize(&tensors, &[]).unwrap());
+            let cfg = json!({"k": 3, "d_in": d, "transcode": true, "skip_connection": true, "activation": "topk"});
+            write("run/layers.3.mlp/cfg.json", cfg.to_string().as_bytes());
+            write("run/config.json", json!({"model": "gpt2", "ctx_len": 64}).to_string().as_bytes());
+        }
+        "openai" | "pretrained" => {
+            let path = root.join("weights.pt");
+            let openai = [
+                ("pre_bias", random(&[d])),
+                ("encoder.weight", random(&[f, d])),
+                ("latent_bias", random(&[f])),
+                ("decoder.weight", random(&[d, f])),
+            ];
+            let reference = [
+                ("bias", random(&[d])),
+                ("encoder.weight", random(&[f, d])),
+                ("encoder.bias", random(&[f])),
+                ("decoder.weight", random(&[d, f])),
+            ];
+            torch_file::write(&path, if reader == "openai" { &openai } else { &reference }).unwrap();
+            let weights = fs::read(&path).unwrap();
+            fs::remove_file(&path).unwrap();
+            if reader == "openai" {
+                write("resid_post_mlp/8.pt", &weights);
+            } else {
+                let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+                for (name, bytes) in [("ae.pt", &weights[..]), ("config.json", b"{\"dict_size\": 10}")] {
+                    let name = format!("dictionaries/pythia-70m-deduped/embed/10_32768/{name}");
+                    archive.start_file(name, zip::write::SimpleFileOptions::default()).unwrap();
+                    std::io::Write::write_all(&mut archive, bytes).unwrap();
+                }
+                let bytes = archive.finish().unwrap().into_inner();
+                let repo = root.join("hf/hub/models--saprmarks--pythia-70m-deduped-saes");
+                fs::create_dir_all(repo.join("refs")).unwrap();
+                fs::write(repo.join("refs/main"), "c0").unwrap();
+                let file = repo.join("snapshots/c0/dictionaries_pythia-70m-deduped_10.zip");
+                fs::create_dir_all(file.parent().unwrap()).unwrap();
+                fs::write(&file, bytes).unwrap();
+                files.push(file);
+            }
+        }
+        "releases" => write("table/pretrained_saes.yaml", b"some-release:\n  repo_id: a/b\n  model: gpt2-small\n  \
+            conversion_func: null\n  config_overrides: {dataset_path: c/d}\n  saes:\n  - {id: five, path: e/f, l0: 12.5}\n  \
+            - id: six\n    path: 6\n    norm_scaling_factor: 1.5\n"),
+        _ => {}
+    }
+    files
+}
+
+/// Every file below a folder, with its length.
+fn inventory_of(dir: &Path) -> BTreeMap<PathBuf, u64> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                found.insert(path.clone(), fs::metadata(&path).unwrap().len());
+            }
+        }
+    }
+    found
+}
+
+/// Lets this process have so much memory more, so that what asks for more fails here and nowhere else.
+fn limit_memory() {
+    #[cfg(target_os = "linux")]
+    {
+        let status = fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: u64 = status.split(' ').next().unwrap().parse().unwrap();
+        let most = pages * 4096 + MEMORY;
+        let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+        // SAFETY: a plain system call on a struct that lives through it.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
+    }
+}
+
+/// Damaged copies of files: every truncation and bit flip of each in random order, and worse in between.
+struct Damage {
+    files: Vec<(PathBuf, Vec<u8>)>,
+    random: fastrand::Rng,
+    /// The file that is damaged now.
+    current: usize,
+}
+
+/// What numbers in text are replaced with.
+const NUMBERS: [&str; 12] =
+    ["-1", "0", "1", "1e400", "99999999999999999999", "9223372036854775807", "NaN", "null", "\"x\"", "[]", "{}", "1.5"];
+
+impl Damage {
+    fn new(files: &[PathBuf]) -> Self {
+        let files = files.iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect();
+        Damage { files, random: fastrand::Rng::with_seed(7), current: 0 }
+    }
+
+    /// A file and what is to stand in it.
+    fn next(&mut self) -> (PathBuf, Vec<u8>) {
+        let random = &mut self.random;
+        self.current = random.usize(..self.files.len());
+        let (path, whole) = &self.files[self.current];
+        let mut bytes = whole.clone();
+        let is_text = path.extension().is_some_and(|extension| extension == "json" || extension == "yaml");
+        // What describes the rest stands at the beginning, in archives at the end, and is the more dangerous part.
+        let place = |random: &mut fastrand::Rng, length: usize| match random.u8(..4) {
+            0 => random.usize(..length),
+            1 => length - 1 - random.usize(..length.min(600)),
+            _ => random.usize(..length.min(1200)),
+        };
+        for _ in 0..=random.u8(..3) {
+            if bytes.is_empty() {
+                break;
+            }
+            let at = place(random, bytes.len());
+            match random.u8(..10) {
+                0 => bytes.truncate(at),
+                1..=3 => bytes[at] ^= 1 << random.u8(..8),
+                4 => bytes[at] = random.u8(..),
+                5 => {
+                    // A field of eight bytes at an end of its range.
+                    let end = bytes.len().min(at + 8);
+                    let value = [u64::MAX, i64::MAX as u64, 1 << 32, 1 << 40, 0][random.usize(..5)].to_le_bytes();
+                    bytes[at..end].copy_from_slice(&value[..end - at]);
+                }
+                6 => {
+                    let end = bytes.len().min(at + random.usize(1..64));
+                    let piece = bytes[at..end].to_vec();
+                    bytes.splice(at..at, piece);
+                }
+                7 => {
+                    let end = bytes.len().min(at + random.usize(1..64));
+                    bytes.drain(at..end);
+                }
+                _ if is_text => replace_a_value(&mut bytes, random),
+                _ => replace_a_number(&mut bytes, at, random),
+            }
+        }
+        (path.clone(), bytes)
+    }
+
+    /// Puts the good file back.
+    fn mend(&self) {
+        let (path, whole) = &self.files[self.current];
+        let beside = path.with_extension("next");
+        fs::write(&beside, whole).unwrap();
+        fs::rename(&beside, path).unwrap();
+    }
+}
+
+/// Replaces a value of a text with another.
+fn replace_a_value(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
+    let starts: Vec<usize> = (1..bytes.len()).filter(|at| bytes[at - 1] == b':').collect();
+    let Some(start) = random.choice(starts) else { return };
+    let length = bytes[start..].iter().position(|byte| b",}\n".contains(byte)).unwrap_or(bytes.len() - start);
+    let value = random.choice(NUMBERS).unwrap_or_default();
+    bytes.splice(start..start + length, format!(" {value}").bytes());
+}
+
+/// Replaces the digits at or after a place, as headers of tensor files have them, with others.
+fn replace_a_number(bytes: &mut [u8], at: usize, random: &mut fastrand::Rng) {
+    for byte in bytes[at..].iter_mut().skip_while(|byte| !byte.is_ascii_digit()).take_while(|byte| byte.is_ascii_digit()) {
+        *byte = b'0' + random.u8(..10);
+    }
+}
