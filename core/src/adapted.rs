@@ -33,13 +33,7 @@ pub enum NormalizationKind {
 impl Normalization {
     /// An activation [.., d] normalised.
     pub fn apply(self, x: &Tensor) -> Tensor {
-        match self.kind {
-            NormalizationKind::LayerNorm => {
-                let (mean, deviation) = moments(x);
-                (x - mean) / (deviation + 1e-5)
-            }
-            NormalizationKind::ConstantNormRescale => x * coefficient(x),
-        }
+        self.apply_as(x, x)
     }
 
     /// A reconstruction [.., d_out] of the normalised activation `x` [.., d], as one of the activation itself.
@@ -53,6 +47,29 @@ impl Normalization {
                 x_hat * deviation + mean
             }
             NormalizationKind::ConstantNormRescale => x_hat / coefficient(x),
+        }
+    }
+}
+
+impl Normalization {
+    /// A batch as the dictionary inside trains on it.
+    pub fn batch(self, batch: &Batch) -> Batch {
+        let x = self.apply(&batch.x);
+        if batch.is_autoencoding() {
+            return Batch::of(x);
+        }
+        let target = if self.input_only { batch.target.shallow_clone() } else { self.apply_as(&batch.target, &batch.x) };
+        Batch { x, target }
+    }
+
+    /// What is to be reconstructed, on the scale of the activation `x` normalised: what [`Normalization::undo`] undoes.
+    fn apply_as(self, target: &Tensor, x: &Tensor) -> Tensor {
+        match self.kind {
+            NormalizationKind::LayerNorm => {
+                let (mean, deviation) = moments(x);
+                (target - mean) / (deviation + 1e-5)
+            }
+            NormalizationKind::ConstantNormRescale => target * coefficient(x),
         }
     }
 }

@@ -147,7 +147,7 @@ enum Command {
     Schema,
     /// A crate for a component of your own, which builds, with a test that passes.
     NewPlugin {
-        /// `dictionary` (with its trainer), `modifier`, `source`, `text`, `metric`, `logger` or `model`.
+        /// `dictionary` (with its trainer), `modifier`, `source`, `text`, `metric`, `logger`, `model` or `format`.
         kind: String,
         /// Its name in a config: `log_penalty`.
         name: String,
@@ -167,11 +167,12 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").required(true).args(["input", "text"])))]
 struct EncodeArgs {
     /// The SAE's folder.
     sae_dir: PathBuf,
     /// A .safetensors file with a tensor `x` [N, d].
-    #[arg(long, value_name = "FILE", required_unless_present = "text", conflicts_with = "text", requires = "output")]
+    #[arg(long, value_name = "FILE", requires = "output")]
     input: Option<PathBuf>,
     /// The .safetensors file to write: `features` [N, F] and `recon` [N, d_out]; of a text also `x` [N, d] and `tokens` [N].
     #[arg(long, value_name = "FILE")]

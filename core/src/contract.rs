@@ -23,7 +23,7 @@ use crate::prelude::*;
 use crate::registry::{self, component, components, Component, Kind as Slot};
 use crate::top_k::Selection;
 use crate::training::{Training, TrainingCx};
-use crate::{evaluate, harvest, run, saved, tensors};
+use crate::{evaluate, format, harvest, run, saved, tensors};
 
 /// Tests a registered component.
 ///
@@ -57,7 +57,11 @@ pub fn keep(kind: Slot, name: &str) {
         Slot::Text => says_the_same_from_any_position(component),
         Slot::Metric => measures_each_dictionary(component),
         Slot::Logger => writes_and_goes_on(component),
-        Slot::Model | Slot::Format => {}
+        Slot::Format => {
+            refuses_a_folder_with_nothing_in_it(component);
+            reads_what_it_writes(component);
+        }
+        Slot::Model => {}
     }
 }
 
@@ -706,4 +710,49 @@ fn writes_and_goes_on(component: &Component) {
         logger.log(&row(1)).unwrap();
         logger.flush().unwrap();
     }
+}
+
+fn refuses_a_folder_with_nothing_in_it(component: &Component) {
+    let dir = TempDir::new().unwrap();
+    let format = format::named(component.name).unwrap();
+    let request = format::Request { place: Some(dir.path().display().to_string()), ..format::Request::default() };
+    let read = format.find(&request).and_then(|places| places.iter().try_for_each(|place| format.read(place).map(|_| ())));
+    let error = read.expect_err("an empty folder was read as an SAE");
+    assert!(InputError::take(error).is_ok(), "{}: it must be an error of the input", component.name);
+}
+
+/// Every dictionary goes through the format unharmed, or is refused; some do.
+fn reads_what_it_writes(component: &Component) {
+    let format = format::named(component.name).unwrap();
+    if !format.writes() {
+        return;
+    }
+    let x = activations(50);
+    let mut written = 0;
+    for other in components(Slot::Dictionary) {
+        let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+        let config: Box<dyn DictionaryConfig> = from_yaml(other.example).unwrap();
+        let Ok(mut built) = config.build(&dictionary_cx()) else { continue };
+        // The reference's loader would do it, and change the scale of features.
+        built.pretrained();
+        let config = serde_json::json!({"trainer": {"dict_class": built.class(), "activation_dim": D}});
+        saved::write(dir.path(), &*built, &config).unwrap();
+        let sae = saved::read(dir.path(), Device::Cpu, Precision::Float32).unwrap();
+        let out = out.path().join("out");
+        if let Err(error) = format::export(&sae, component.name, &out) {
+            assert!(InputError::take(error).is_ok(), "{} with {}", component.name, other.name);
+            assert!(!out.exists(), "{} with {}: something stays behind", component.name, other.name);
+            continue;
+        }
+        written += 1;
+        let again = format::load(component.name, &out.display().to_string(), Device::Cpu).unwrap();
+        let (x_hat, features) = tch::no_grad(|| sae.dictionary.reconstruct(&x));
+        let (x_hat_again, features_again) = tch::no_grad(|| again.reconstruct(&x));
+        for (one, two) in [(x_hat, x_hat_again), (features, features_again)] {
+            assert_eq!(one.size(), two.size());
+            let far = ((&one - two).abs().max() / one.abs().max().clamp_min(1e-9)).double_value(&[]);
+            assert!(far < 1e-4, "{} with {}: differs by {far}", component.name, other.name);
+        }
+    }
+    assert!(written > 0, "{} writes no dictionary", component.name);
 }

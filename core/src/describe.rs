@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 use crate::config;
+use crate::format;
 use crate::modifier::{ModifierConfig, Need};
 use crate::registry::{components, Component, Kind};
 
@@ -85,7 +86,22 @@ pub fn text(component: &Component) -> String {
     if let Some(example) = config::example(component) {
         text += &format!("\nExample, a config that trains as it stands:\n\n{example}");
     }
+    for command in commands(component) {
+        text += &format!("  {command}\n");
+    }
     text
+}
+
+/// The commands in which a format is named; none for other components.
+fn commands(component: &Component) -> Vec<String> {
+    if component.kind != Kind::Format {
+        return Vec::new();
+    }
+    let mut commands = vec![component.example.to_owned()];
+    if format::named(component.name).is_ok_and(|format| format.writes()) {
+        commands.push(format!("dictlearn export SAE_DIR --format {} --out DIR", component.name));
+    }
+    commands
 }
 
 /// The reference: a Markdown page for each linked component, by its path (`trainers/top_k.md`), and `README.md`, which
@@ -145,6 +161,10 @@ fn page(component: &Component) -> String {
     }
     if let Some(example) = config::example(component) {
         page += &format!("\nA config that trains as it stands:\n\n```yaml\n{example}```\n");
+    }
+    let commands = commands(component);
+    if !commands.is_empty() {
+        page += &format!("\n```sh\n{}\n```\n", commands.join("\n"));
     }
     page
 }

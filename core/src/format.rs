@@ -21,6 +21,7 @@ use crate::adapted::Normalization;
 use crate::registry::{self, nearest, Kind};
 use crate::saved::{self, Saved};
 use crate::tensors::{self, write_file};
+use crate::text::EmbeddedText;
 
 /// A format of dictionaries on disk.
 #[typetag::serde(tag = "type")]
@@ -133,6 +134,10 @@ impl Place {
             return Place::local(local);
         }
         let parts: Vec<&str> = text.split('/').collect();
+        // Who names a folder that is there means what is in it.
+        if parts.len() > 1 && !parts[0].is_empty() && Path::new(parts[0]).is_dir() || text.starts_with('/') {
+            bail!(InputError::new(format!("there is no {text}")).help("look at the path"));
+        }
         if !local.is_absolute() && parts.len() >= 2 && !parts.iter().any(|part| ["", ".", ".."].contains(part)) {
             if let Some(repo) = Repo::parse(RepoKind::Model, &parts[..2].join("/")) {
                 return Ok(Place::on_hub(repo, &parts[2..].join("/")));
@@ -333,7 +338,10 @@ impl ModelSite {
     fn source(&self) -> Value {
         let text = match &self.dataset {
             Some(dataset) => json!({"type": "hub_dataset", "repo": dataset}),
-            None => json!({"type": "embedded"}),
+            None => {
+                let bundled = inventory::iter::<EmbeddedText>.into_iter().map(|text| text.name).min();
+                json!({"type": "embedded", "name": bundled})
+            }
         };
         let mut source = json!({"type": "language_model"});
         let described = self.buffer();
@@ -533,12 +541,8 @@ pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Resul
             None => Path::new("saes").join(folder(&place.name)),
         };
         refuse_other(&dir)?;
-        let read = match &place.format {
-            Some(other) => named(other)?.read(place),
-            None => format.read(place),
-        };
         let cannot = || format!("cannot import {place}");
-        let published = read.with_context(cannot)?;
+        let published = read(&*format, place)?;
         for note in &published.notes {
             eprintln!("warning: {place}: {note}");
         }
@@ -631,6 +635,33 @@ pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictio
         add("layer", site.layer().into());
     }
     Ok((dictionary, trainer))
+}
+
+/// Loads a published SAE without writing anything: from its folder, the Hub's cache or the Hub.
+///
+/// `place` is what `dictlearn import` takes: a folder, `owner/name/path`, for `sae_lens` also `release:sae_id`.
+pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Dictionary>> {
+    let format = named(format_name)?;
+    let places = format.find(&Request { place: Some(place.to_owned()), ..Request::default() })?;
+    let [place] = &places[..] else {
+        let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
+        bail!(InputError::new(format!("`{place}` means {} SAEs", places.len()))
+            .help(format!("name one of them: {}", names.join(", "))));
+    };
+    let published = read(&*format, place)?;
+    let (read, trainer) = dictionary(&published, &place.to_string())?;
+    let tensors = read.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
+    let mut moved = saved::shaped(&published.class, &tensors, &Value::Object(trainer), device, Precision::Float32)?;
+    moved.load(&tensors, Path::new(&place.to_string()))?;
+    Ok(saved::adapted(moved, published.normalization, published.dtype))
+}
+
+fn read(format: &dyn Format, place: &Place) -> Result<Published> {
+    let read = match &place.format {
+        Some(other) => named(other)?.read(place),
+        None => format.read(place),
+    };
+    read.with_context(|| format!("cannot import {place}"))
 }
 
 /// Writes an imported SAE's folder: weights, config.json, and the config.yaml that says where it reads.

@@ -99,7 +99,7 @@ pub struct Component {
     pub summary: &'static str,
     /// Where it is from: authors, year and address of the paper; empty where there is none.
     pub paper: &'static str,
-    /// YAML of the component alone, with the fields that a first user sets, that runs as it stands.
+    /// YAML of the component alone, with the fields that a first user sets, that runs as it stands; of a format, a command.
     pub example: &'static str,
     /// For a trainer: the name of the dictionary that it trains unless told otherwise.
     pub usual_dictionary: Option<&'static str>,

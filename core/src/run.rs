@@ -179,7 +179,7 @@ impl Run {
         for sae in &mut self.saes {
             // What is loaded takes activations as the model makes them.
             if config.saes[sae.entry].init_from.is_some() {
-                sae.training.dictionary.scale_biases(1.0 / self.norms[sae.site]);
+                sae.training.takes_divided(self.norms[sae.site])?;
             }
         }
         Ok(())

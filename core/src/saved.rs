@@ -58,12 +58,7 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
     let class = config.pointer("/trainer/dict_class").and_then(Value::as_str).ok_or_else(|| {
         InputError::new(format!("{} does not say its `trainer.dict_class`", dir.join("config.json").display()))
     })?;
-    let normalization = match config.pointer("/trainer/normalization") {
-        None | Some(Value::Null) => None,
-        Some(value) => Some(Normalization::deserialize(value).map_err(|error| {
-            InputError::new(format!("{}: `trainer.normalization`: {error}", dir.join("config.json").display()))
-        })?),
-    };
+    let normalization = normalization(&config, &dir.join("config.json"))?;
     let tensors = tensors_of(&weights)?;
     let mut dictionary = shaped(class, &tensors, &config["trainer"], device, precision)
         .with_context(|| format!("cannot read {}", weights.display()))?;
@@ -71,15 +66,26 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
     if is_python(&weights) {
         dictionary.pretrained();
     }
-    let kind = match config.pointer("/trainer/dtype").and_then(Value::as_str) {
+    let dtype = config.pointer("/trainer/dtype").and_then(Value::as_str);
+    let dictionary = adapted(dictionary, normalization, dtype);
+    Ok(Saved { dir: dir.to_owned(), dictionary, normalization, config })
+}
+
+/// The dictionary with what stands before it: a normalisation, and numbers of half the width.
+pub(crate) fn adapted(
+    dictionary: Box<dyn Dictionary>,
+    normalization: Option<Normalization>,
+    dtype: Option<&str>,
+) -> Box<dyn Dictionary> {
+    let kind = match dtype {
         Some("bfloat16") => Some(Kind::BFloat16),
         Some("float16") => Some(Kind::Half),
         _ => None,
     };
-    if normalization.is_some() || kind.is_some() {
-        dictionary = Box::new(Adapted::new(dictionary, normalization, kind));
+    if normalization.is_none() && kind.is_none() {
+        return dictionary;
     }
-    Ok(Saved { dir: dir.to_owned(), dictionary, normalization, config })
+    Box::new(Adapted::new(dictionary, normalization, kind))
 }
 
 /// The file of an SAE's weights: ae.safetensors, or the reference's ae.pt where that is all there is.
@@ -163,8 +169,9 @@ pub fn folded(dictionary: &dyn Dictionary, scale: f64, precision: Precision) -> 
     Ok(copy)
 }
 
-/// Loads initial weights from an SAE's folder or from a .safetensors file of its tensors.
-pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<()> {
+/// Loads initial weights from an SAE's folder or from a .safetensors file of its tensors; gives what that SAE does to
+/// activations before it reads them.
+pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<Option<Normalization>> {
     let file = if path.is_dir() { weights(path)? } else { path.to_owned() };
     if !file.exists() {
         bail!(InputError::no_file(&file));
@@ -174,7 +181,25 @@ pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<()> 
     for (name, own) in dictionary.buffers() {
         tensors.entry(name.to_owned()).or_insert(own);
     }
-    dictionary.load(&tensors, &file)
+    dictionary.load(&tensors, &file)?;
+    if is_python(&file) {
+        dictionary.pretrained();
+    }
+    let config = file.with_file_name("config.json");
+    match file.file_stem().is_some_and(|stem| stem == "ae") && config.is_file() {
+        true => normalization(&read_json(&config)?, &config),
+        false => Ok(None),
+    }
+}
+
+/// What an SAE does to activations before it reads them, by its config.json.
+fn normalization(config: &Value, path: &Path) -> Result<Option<Normalization>> {
+    match config.pointer("/trainer/normalization") {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => Normalization::deserialize(value).map(Some).map_err(|error| {
+            InputError::new(format!("{}: `trainer.normalization`: {error}", path.display())).into()
+        }),
+    }
 }
 
 /// Reads a JSON file.

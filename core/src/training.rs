@@ -6,6 +6,7 @@ use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
+use crate::adapted::{Adapted, Normalization};
 use crate::config::{InputError, SaeConfig, Under};
 use crate::device::{self, Precision};
 use crate::dictionary::{Dictionary, DictionaryCx};
@@ -48,6 +49,10 @@ pub struct Training {
     precision: Precision,
     /// Whether the dictionary starts from random weights.
     fresh: bool,
+    /// Whether it is an SAE that trains on, so that nothing is initialised from data.
+    goes_on: bool,
+    /// What is done to each activation by itself; the dictionary is trained on what comes of it.
+    normalization: Option<Normalization>,
 }
 
 /// What was computed of a step before anything is changed by it.
@@ -83,6 +88,7 @@ impl Training {
             .field("dictionary")
             .help("choose one that predicts vectors of another width, a transcoder (`dictlearn list dictionaries`)"));
         }
+        let mut normalization = None;
         if let Some(path) = &config.init_from {
             // Counts are the config's (groups, and k: annealing may have been on its way when the file was saved).
             let counts = |dictionary: &dyn Dictionary| {
@@ -90,7 +96,7 @@ impl Training {
                 buffers.map(|(_, tensor)| tensor).filter(|tensor| tensor.kind() != Kind::Float)
             };
             let configured: Vec<Tensor> = counts(&*dictionary).map(|tensor| tensor.copy()).collect();
-            saved::load_weights(&mut *dictionary, path.as_path()).under("init_from")?;
+            normalization = saved::load_weights(&mut *dictionary, path.as_path()).under("init_from")?;
             for (mut tensor, configured) in counts(&*dictionary).zip(&configured) {
                 tensor.copy_(configured);
             }
@@ -118,6 +124,8 @@ impl Training {
             rng,
             precision: cx.precision,
             fresh: config.init_from.is_none(),
+            goes_on: config.init_from.as_ref().is_some_and(|path| path.as_path().is_dir()),
+            normalization,
         })
     }
 
@@ -126,6 +134,8 @@ impl Training {
     ///
     /// A loss that is not finite is refused, and then nothing has changed.
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
+        let normalized = self.normalization.map(|normalization| normalization.batch(batch));
+        let batch = normalized.as_ref().unwrap_or(batch);
         let before = self.undo(step == 0)?;
         let Loss { loss, gradients, figures } = match self.loss(step, batch, logging) {
             Ok(found) => found,
@@ -175,7 +185,9 @@ impl Training {
             if self.fresh {
                 self.dictionary.begin(batch);
             }
-            self.trainer.begin(&mut *self.dictionary, batch)?;
+            if !self.goes_on {
+                self.trainer.begin(&mut *self.dictionary, batch)?;
+            }
         }
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
@@ -287,7 +299,26 @@ impl Training {
     /// The dictionary as it is saved: for activations as the model makes them, though it trains on activations divided
     /// by `norm`.
     pub fn folded(&self, norm: f64) -> Result<Box<dyn Dictionary>> {
-        saved::folded(&*self.dictionary, norm, self.precision)
+        match self.normalization {
+            None => saved::folded(&*self.dictionary, norm, self.precision),
+            // What each activation is divided by has no say in what comes of it.
+            Some(_) => {
+                let dictionary = saved::folded(&*self.dictionary, 1.0, self.precision)?;
+                Ok(Box::new(Adapted::new(dictionary, self.normalization, None)))
+            }
+        }
+    }
+
+    /// Lets what was loaded take activations divided by `norm`.
+    pub fn takes_divided(&mut self, norm: f64) -> Result<()> {
+        match self.normalization {
+            None => self.dictionary.scale_biases(1.0 / norm),
+            Some(Normalization { input_only: false, .. }) => {}
+            Some(_) => bail!(InputError::new("it normalises what it reads and not what it predicts, which is scaled here")
+                .field("normalize_activations")
+                .help("set it to false")),
+        }
+        Ok(())
     }
 
     /// Everything that a resumed run needs.
@@ -373,6 +404,9 @@ pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, bu
     let mut add = |name: &str, value: Value| {
         trainer.insert(name.to_owned(), value);
     };
+    if let Some(normalization) = training.normalization {
+        add("normalization", serde_json::to_value(normalization)?);
+    }
     add("steps", cx.steps.into());
     add("seed", cx.seed.into());
     add("device", device::name(cx.device).into());

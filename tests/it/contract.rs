@@ -30,6 +30,7 @@ keep! {
     texts: Text
     metrics: Metric
     loggers: Logger
+    formats: Format
     models: Model
 }
 

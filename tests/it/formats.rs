@@ -238,3 +238,84 @@ fn a_table_of_releases_names_what_the_cache_has() {
     let several = run(&["import", "sae_lens", "--pretrained", "some-release:f*", "--out", "several"]);
     assert_eq!(several.stdout.trim(), "several", "{}", several.stderr);
 }
+
+#[test]
+fn an_imported_sae_trains_on() {
+    let desk = Desk::new();
+    for (case, dictionary, trainer) in [
+        ("jumprelu_layer_norm", "jump_relu", "{type: jump_relu, lr: 1e-12, warmup_steps: 0, sparsity_warmup_steps: null}"),
+        ("topk", "top_k", "{type: top_k, lr: 1e-12, warmup_steps: 0}"),
+        ("transcoder", "transcoder", "{type: standard, lr: 1e-12, warmup_steps: 0, sparsity_warmup_steps: null}"),
+    ] {
+        let from = fixture("sae_lens").join(case);
+        desk.ok(&["import", "sae_lens", from.to_str().unwrap(), "--out", case]);
+        let io = TensorFile::open(&from.join("io.safetensors")).unwrap();
+        let tensors = ["x", "recon"].map(|name| (name, io.tensor(name).unwrap().repeat([4, 1])));
+        tensors::write(&desk.path("pairs.safetensors"), &tensors).unwrap();
+        let target = if case == "transcoder" { "target_tensor: recon, " } else { "" };
+        let k = if dictionary == "top_k" { ", k: 7" } else { "" };
+        desk.write(
+            "config.yaml",
+            &format!(
+                "steps: 4\noutput_dir: run-{case}\nprecision: float32\n\
+                 source: {{type: tensor_file, path: pairs.safetensors, tensor: x, {target}batch_size: 40}}\n\
+                 saes:\n- name: tuned\n  init_from: {case}\n  dictionary: {{type: {dictionary}, dict_size: 80{k}}}\n  \
+                 trainer: {trainer}\nmetrics: []\n"
+            ),
+        );
+        desk.ok(&["train", "config.yaml"]);
+        // Nothing is thrown away that was learnt: at next to no learning rate it does what it did.
+        let tuned = desk.path(&format!("run-{case}/tuned"));
+        desk.ok(&["encode", tuned.to_str().unwrap(), "--input", from.join("io.safetensors").to_str().unwrap(), "--output", "y.safetensors"]);
+        let features = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("features").unwrap();
+        let far = difference(&features, &io.tensor("features").unwrap());
+        assert!(far < 1e-4, "{case}: {far:e}");
+        let config = desk.json(&format!("run-{case}/tuned/config.json"));
+        assert_eq!(config["trainer"]["normalization"].is_null(), case != "jumprelu_layer_norm");
+    }
+}
+
+#[test]
+fn an_imported_sae_needs_no_config() {
+    let desk = Desk::new();
+    desk.write(
+        "config.yaml",
+        "steps: 30\noutput_dir: run\nprecision: float32\n\
+         source: {type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, ctx_len: 64, n_ctxs: 64,\n  \
+         out_batch_size: 256, text: {type: embedded, name: austen}}\n\
+         saes:\n- name: sae\n  trainer: {type: batch_top_k, warmup_steps: 0}\n  dictionary: {k: 16}\nmetrics: []\n",
+    );
+    desk.ok(&["train", "config.yaml"]);
+    desk.ok(&["export", "run/sae", "--format", "sae_lens", "--out", "out"]);
+    let metadata = &desk.json("out/cfg.json")["metadata"];
+    assert_eq!(metadata["model_name"], "embedded:austen");
+    assert_eq!(metadata["hook_name"], "blocks.2.hook_resid_post");
+    assert_eq!(metadata["hf_hook_name"], "gpt_neox.layers.2.output");
+    assert_eq!(metadata["context_size"], 64);
+    desk.ok(&["import", "sae_lens", "out", "--out", "again"]);
+
+    let figures: Value = serde_json::from_str(&desk.ok(&["eval", "again", "--json"])).unwrap();
+    assert!(figures["frac_variance_explained"].is_f64() && figures["frac_recovered"].is_f64(), "{figures}");
+
+    let text = "It is a truth universally acknowledged, that a single man";
+    let tokens = |sae: &str| -> Value {
+        serde_json::from_str(&desk.ok(&["encode", sae, "--text", text, "--top", "3", "--json"])).unwrap()
+    };
+    let (first, again) = (tokens("run/sae"), tokens("again"));
+    let words: String = again["tokens"].as_array().unwrap().iter().map(|token| token["token"].as_str().unwrap()).collect();
+    assert_eq!(words, text);
+    for (one, two) in first["tokens"].as_array().unwrap().iter().zip(again["tokens"].as_array().unwrap()) {
+        assert_eq!(one["l0"], two["l0"]);
+        for (one, two) in one["features"].as_array().unwrap().iter().zip(two["features"].as_array().unwrap()) {
+            assert_eq!(one["index"], two["index"]);
+            let [one, two] = [one, two].map(|feature| feature["activation"].as_f64().unwrap());
+            assert!((one - two).abs() < 1e-4 * one.abs(), "{one} {two}");
+        }
+    }
+    let table = desk.ok(&["encode", "again", "--text", text, "--output", "tokens.safetensors"]);
+    assert!(table.contains("\" truth\""), "{table}");
+    let written = TensorFile::open(&desk.path("tokens.safetensors")).unwrap();
+    assert_eq!(written.shape("x").unwrap()[0], written.shape("tokens").unwrap()[0]);
+    let refused = desk.refused(&["encode", "again"]);
+    assert!(refused.contains("--input") && refused.contains("--text"), "{refused}");
+}

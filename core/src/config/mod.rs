@@ -110,8 +110,9 @@ pub struct SaeConfig {
     /// What is changed about the trainer.
     #[serde(default)]
     pub modifiers: Vec<Box<dyn ModifierConfig>>,
-    /// Weights to start from: an SAE's directory or a .safetensors file with its tensors. `k` and
-    /// groups stay the dictionary's, and what a trainer starts from the first batch (`b_dec` of the TopK family) still is.
+    /// Weights to start from: the directory of an SAE, trained or imported, that trains on as it is, or a .safetensors
+    /// file of initial weights, of which what a trainer takes from the first batch (`b_dec` of the TopK family) still is
+    /// taken from it. `k` and groups stay the dictionary's.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
 }

@@ -20,7 +20,11 @@ mod pretrained;
 
 const NAME: &str = "dictionary_learning";
 
-/// The reference's dictionaries.
+/// A folder with ae.pt and config.json, of any of the library's classes, or a folder of such folders; a backup of a training;
+/// or a .pt file with a state dict alone. Nothing in the file is run. Norms of an AutoEncoder's decoder go to its encoder, as
+/// the library's `from_pretrained` does.
+///
+/// `--pretrained` takes from the library's own set on Pythia-70m, one or, with a glob, several; `--list` shows it.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DictionaryLearning {}
@@ -29,7 +33,7 @@ register! {
     format DictionaryLearning, NAME,
     summary: "ae.pt and config.json of the Python library, and its set on Pythia-70m",
     paper: "Marks, Karvonen and Mueller 2024, https://github.com/saprmarks/dictionary_learning",
-    example: "{type: dictionary_learning}",
+    example: "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768",
 }
 
 /// The classes that the reference can load.

@@ -18,7 +18,9 @@ use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "gemma_scope";
 
-/// Gemma Scope's SAEs.
+/// Gemma Scope: a folder with params.npz, `layer_L/width_W/average_l0_N`. Gemma Scope 2: a folder with params.safetensors
+/// and mostly config.json. Model and layer are read from the names of repository and folders. Transcoders have an affine
+/// skip connection where they were published with one; of cross-layer transcoders what they write is summed.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GemmaScope {}
@@ -27,7 +29,7 @@ register! {
     format GemmaScope, NAME,
     summary: "params.npz of Gemma Scope, params.safetensors of Gemma Scope 2",
     paper: "Lieberum et al. 2024, Gemma Scope, https://arxiv.org/abs/2408.05147",
-    example: "{type: gemma_scope}",
+    example: "dictlearn import gemma_scope google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71",
 }
 
 /// What is read of a folder's files, under the names of the first Gemma Scope.

@@ -17,7 +17,9 @@ use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "llama_scope";
 
-/// Llama Scope's SAEs.
+/// A folder with hyperparams.json and checkpoints/final.safetensors, or of those on DeepSeek-R1-Distill config.json and
+/// sae_weights.safetensors. The scale of activations in training is folded into the weights as sae_lens does, so that
+/// features have the same values as there.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LlamaScope {}
@@ -26,7 +28,7 @@ register! {
     format LlamaScope, NAME,
     summary: "hyperparams.json and checkpoints/final.safetensors of Llama Scope",
     paper: "He et al. 2024, Llama Scope, https://arxiv.org/abs/2410.20526",
-    example: "{type: llama_scope}",
+    example: "dictlearn import llama_scope fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x",
 }
 
 #[typetag::serde(name = NAME)]

@@ -14,7 +14,7 @@ use dictlearn_core::torch_file;
 
 const NAME: &str = "openai";
 
-/// The SAEs of openai/sparse_autoencoder.
+/// A .pt file of openai/sparse_autoencoder, read without running anything of it: ReLU, or TopK with its layer norm.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OpenAi {}
@@ -23,7 +23,7 @@ register! {
     format OpenAi, NAME,
     summary: "The .pt files of openai/sparse_autoencoder, with their layer norm",
     paper: "Gao et al. 2024, https://github.com/openai/sparse_autoencoder",
-    example: "{type: openai}",
+    example: "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt",
 }
 
 #[typetag::serde(name = NAME)]

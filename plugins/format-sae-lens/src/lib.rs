@@ -24,7 +24,16 @@ use cfg::{Cfg, Normalize};
 
 const NAME: &str = "sae_lens";
 
-/// SAEs of sae_lens.
+/// A folder with cfg.json and sae_weights.safetensors, of any version of sae_lens, here or on the Hub, or a name of its
+/// table of releases, `release:sae_id`. The table is read where you have it: `--releases FILE`, the installed Python
+/// package, or the Hub's cache; Gemma Scope's and Llama Scope's releases are known without. `--list` shows what it has.
+///
+/// Architectures: standard, gated, topk, jumprelu, transcoder, skip_transcoder, jumprelu_transcoder and
+/// jumprelu_skip_transcoder, and batchtopk and matryoshka_batchtopk still in training. Of activations normalised in training,
+/// the factor is folded into the weights (`expected_average_only_in`), or each is normalised here too (layer_norm,
+/// constant_norm_rescale). An SAE in bfloat16 or float16 computes in that, as sae_lens does.
+///
+/// Exported, batch_top_k and matryoshka_batch_top_k become jumprelu with one threshold.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SaeLens {}
@@ -33,7 +42,7 @@ register! {
     format SaeLens, NAME,
     summary: "cfg.json and sae_weights.safetensors, old and new; release names",
     paper: "Bloom et al., SAELens, https://github.com/decoderesearch/SAELens",
-    example: "{type: sae_lens}",
+    example: "dictlearn import sae_lens gpt2-small-res-jb:blocks.8.hook_resid_pre",
 }
 
 #[typetag::serde(name = NAME)]

@@ -13,7 +13,8 @@ use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "sparsify";
 
-/// sparsify's SAEs.
+/// A folder with cfg.json and sae.safetensors, named by its module, or a run with a folder for each: TopK SAEs and
+/// transcoders, with a skip connection or without. The activation `groupmax` is refused.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sparsify {}
@@ -22,7 +23,7 @@ register! {
     format Sparsify, NAME,
     summary: "cfg.json and sae.safetensors of EleutherAI's sparsify",
     paper: "EleutherAI, sparsify, https://github.com/EleutherAI/sparsify",
-    example: "{type: sparsify}",
+    example: "dictlearn import sparsify EleutherAI/sae-llama-3-8b-32x/layers.10",
 }
 
 #[typetag::serde(name = NAME)]
