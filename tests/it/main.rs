@@ -15,5 +15,6 @@ mod hub;
 mod hub_server;
 mod language_model;
 mod push;
+mod python;
 mod sites;
 mod transcoders;
