@@ -58,7 +58,8 @@ impl Normalization {
         if batch.is_autoencoding() {
             return Batch::of(x);
         }
-        let target = if self.input_only { batch.target.shallow_clone() } else { self.apply_as(&batch.target, &batch.x) };
+        let target =
+            if self.input_only { batch.target.shallow_clone() } else { self.apply_as(&batch.target, &batch.x) };
         Batch { x, target }
     }
 
@@ -122,7 +123,11 @@ impl Adapted {
     }
 
     fn widen(&self, tensor: Tensor) -> Tensor {
-        if self.kind.is_some() { tensor.to_kind(Kind::Float) } else { tensor }
+        if self.kind.is_some() {
+            tensor.to_kind(Kind::Float)
+        } else {
+            tensor
+        }
     }
 }
 

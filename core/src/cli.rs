@@ -502,12 +502,15 @@ fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
         let column = |tensor: fn(&Shown) -> &Tensor| {
             Tensor::cat(&shown.iter().map(|part| tensor(part).shallow_clone()).collect::<Vec<_>>(), 0)
         };
-        tensors::write(output, &[
-            ("x", column(|part| &part.x)),
-            ("features", column(|part| &part.features)),
-            ("recon", column(|part| &part.recon)),
-            ("tokens", column(|part| &part.ids)),
-        ])?;
+        tensors::write(
+            output,
+            &[
+                ("x", column(|part| &part.x)),
+                ("features", column(|part| &part.features)),
+                ("recon", column(|part| &part.recon)),
+                ("tokens", column(|part| &part.ids)),
+            ],
+        )?;
         eprintln!("written to {}", output.display());
     }
     let tokens: Vec<Value> = shown.iter().map(|part| part.tokens(args.top)).collect::<Result<Vec<_>>>()?.concat();

@@ -716,7 +716,8 @@ fn refuses_a_folder_with_nothing_in_it(component: &Component) {
     let dir = TempDir::new().unwrap();
     let format = format::named(component.name).unwrap();
     let request = format::Request { place: Some(dir.path().display().to_string()), ..format::Request::default() };
-    let read = format.find(&request).and_then(|places| places.iter().try_for_each(|place| format.read(place).map(|_| ())));
+    let read =
+        format.find(&request).and_then(|places| places.iter().try_for_each(|place| format.read(place).map(|_| ())));
     let error = read.expect_err("an empty folder was read as an SAE");
     assert!(InputError::take(error).is_ok(), "{}: it must be an error of the input", component.name);
 }

@@ -111,11 +111,11 @@ pub fn token_table(tokens: &[Value]) -> String {
     table.set_header(["", "Token", "L0", "Strongest features"]);
     let several = tokens.iter().any(|token| token["text"] != tokens[0]["text"]);
     for token in tokens {
-        let place = if several { format!("{}:{}", token["text"], token["position"]) } else { token["position"].to_string() };
+        let place =
+            if several { format!("{}:{}", token["text"], token["position"]) } else { token["position"].to_string() };
         let features = token["features"].as_array().into_iter().flatten();
-        let feature = |feature: &Value| {
-            format!("{} {:.3}", feature["index"], feature["activation"].as_f64().unwrap_or_default())
-        };
+        let feature =
+            |feature: &Value| format!("{} {:.3}", feature["index"], feature["activation"].as_f64().unwrap_or_default());
         let features: Vec<String> = features.map(feature).collect();
         // Spaces at its ends are part of a token, and line ends must not break the table.
         let text = format!("{:?}", token["token"].as_str().unwrap_or_default());

@@ -13,11 +13,11 @@ use anyhow::{anyhow, bail, Context, Result};
 use serde_json::{json, Map, Value};
 use tch::{Device, Tensor};
 
+use crate::adapted::Normalization;
 use crate::config::{from_yaml, InputError};
 use crate::device::Precision;
 use crate::dictionary::Dictionary;
 use crate::hub::{hub, Repo, RepoKind};
-use crate::adapted::Normalization;
 use crate::registry::{self, nearest, Kind};
 use crate::saved::{self, Saved};
 use crate::tensors::{self, write_file};
@@ -65,8 +65,11 @@ pub fn named(name: &str) -> Result<Box<dyn Format>> {
     let known = registry::names(Kind::Format);
     if !known.contains(&name) {
         let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
-        bail!(InputError::new(format!("unknown format `{name}`"))
-            .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", "))));
+        bail!(InputError::new(format!("unknown format `{name}`")).help(format!(
+            "{}known: {}",
+            near.unwrap_or_default(),
+            known.join(", ")
+        )));
     }
     Ok(from_yaml(&format!("{{type: {name}}}"))?)
 }
@@ -331,18 +334,15 @@ impl ModelSite {
         add("ctx_len", self.ctx_len.into());
         add("prepend_bos", self.prepend_bos.into());
         add("center", if self.center { true.into() } else { Value::Null });
+        add(
+            "text",
+            self.dataset.as_deref().map_or(Value::Null, |dataset| json!({"type": "hub_dataset", "repo": dataset})),
+        );
         Value::Object(buffer)
     }
 
     /// The source of a config that gives its activations.
     fn source(&self) -> Value {
-        let text = match &self.dataset {
-            Some(dataset) => json!({"type": "hub_dataset", "repo": dataset}),
-            None => {
-                let bundled = inventory::iter::<EmbeddedText>.into_iter().map(|text| text.name).min();
-                json!({"type": "embedded", "name": bundled})
-            }
-        };
         let mut source = json!({"type": "language_model"});
         let described = self.buffer();
         for (name, value) in described.as_object().into_iter().flatten() {
@@ -353,7 +353,10 @@ impl ModelSite {
         if self.head.is_some() {
             source["heads"] = "separate".into();
         }
-        source["text"] = text;
+        if self.dataset.is_none() {
+            let bundled = inventory::iter::<EmbeddedText>.into_iter().map(|text| text.name).min();
+            source["text"] = json!({"type": "embedded", "name": bundled});
+        }
         source
     }
 
@@ -380,6 +383,8 @@ pub struct Published {
     pub trainer: Map<String, Value>,
     /// log10 of how often each feature fires, `[F]`, where it was published.
     pub sparsity: Option<Tensor>,
+    /// What biases and thresholds are still to be multiplied with, in backups of a training on scaled activations.
+    pub scale: Option<f64>,
     /// Whether it is a file of the reference's, to which its `from_pretrained` does what it does.
     pub pretrained: bool,
     /// What the user should know.
@@ -482,7 +487,7 @@ impl Affine {
         let pre_bias = !self.transcodes && self.w_skip.is_none() && !matches!(self.activation, Activation::Jump(_));
         let mut b_enc = double(&self.b_enc);
         if pre_bias != self.subtract_b_dec {
-            let moved = double(&self.b_dec).unsqueeze(0).matmul(&double(&self.w_enc)).squeeze_dim(0);
+            let moved = through(&double(&self.b_dec), &w_enc);
             b_enc = if pre_bias { b_enc + moved } else { b_enc - moved };
         }
         let (b_enc, b_dec) = (float(b_enc), float(self.b_dec.to_device(Device::Cpu)));
@@ -525,6 +530,15 @@ impl Affine {
             }
         })
     }
+}
+
+/// b W, `[F]`, of a vector `[d]` and an encoder [d, F], added up in double precision.
+pub fn through(vector: &Tensor, encoder: &Tensor) -> Tensor {
+    // A copy of the whole encoder in double precision may not fit into memory.
+    let row = vector.to_kind(tch::Kind::Double).unsqueeze(0);
+    let pieces =
+        encoder.split(4096, 1).into_iter().map(|piece| row.matmul(&piece.to_kind(tch::Kind::Double)).squeeze_dim(0));
+    Tensor::cat(&pieces.collect::<Vec<_>>(), 0)
 }
 
 /// Imports what a request means into folders, each whole or not at all, and gives their paths.
@@ -606,8 +620,12 @@ pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictio
     trainer.insert("dict_class".to_owned(), published.class.as_str().into());
     let settings = Value::Object(trainer.clone());
     let mut dictionary =
-        saved::shaped(&published.class, &published.tensors, &settings, Device::Cpu, Precision::Float32)?;
+        saved::fitting(&published.class, &published.tensors, &settings, Device::Cpu, Precision::Float32)?;
     dictionary.load(&published.tensors, Path::new(origin))?;
+    trainer.insert("dict_class".to_owned(), dictionary.class().into());
+    if let Some(scale) = published.scale {
+        dictionary.scale_biases(scale);
+    }
     if published.pretrained {
         dictionary.pretrained();
     }
@@ -651,7 +669,7 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Di
     let published = read(&*format, place)?;
     let (read, trainer) = dictionary(&published, &place.to_string())?;
     let tensors = read.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
-    let mut moved = saved::shaped(&published.class, &tensors, &Value::Object(trainer), device, Precision::Float32)?;
+    let mut moved = saved::shaped(read.class(), &tensors, &Value::Object(trainer), device, Precision::Float32)?;
     moved.load(&tensors, Path::new(&place.to_string()))?;
     Ok(saved::adapted(moved, published.normalization, published.dtype))
 }

@@ -84,8 +84,12 @@ fn array(bytes: Vec<u8>) -> Result<Tensor, String> {
     let text = |error: std::io::Error| error.to_string();
     // What the header claims of its own length is not taken on trust.
     let header = match bytes.get(..12) {
-        Some([0x93, b'N', b'U', b'M', b'P', b'Y', 1, _, low, high, ..]) => 10 + u64::from(u16::from_le_bytes([*low, *high])),
-        Some([0x93, b'N', b'U', b'M', b'P', b'Y', 2 | 3, _, a, b, c, d]) => 12 + u64::from(u32::from_le_bytes([*a, *b, *c, *d])),
+        Some([0x93, b'N', b'U', b'M', b'P', b'Y', 1, _, low, high, ..]) => {
+            10 + u64::from(u16::from_le_bytes([*low, *high]))
+        }
+        Some([0x93, b'N', b'U', b'M', b'P', b'Y', 2 | 3, _, a, b, c, d]) => {
+            12 + u64::from(u32::from_le_bytes([*a, *b, *c, *d]))
+        }
         _ => return Err("it is no NumPy file".to_owned()),
     };
     if header > bytes.len() as u64 {
@@ -102,8 +106,15 @@ fn array(bytes: Vec<u8>) -> Result<Tensor, String> {
     }
     let file = NpyFile::new(Cursor::new(&bytes[..])).map_err(text)?;
     let shape: Option<Vec<i64>> = file.shape().iter().map(|n| i64::try_from(*n).ok()).collect();
-    let (Some(shape), order) = (shape, file.order()) else { return Err("its shape is larger than the file".to_owned()) };
-    if !file.shape().iter().try_fold(1_u64, |all, n| all.checked_mul(*n)).is_some_and(|count| count <= bytes.len() as u64) {
+    let (Some(shape), order) = (shape, file.order()) else {
+        return Err("its shape is larger than the file".to_owned());
+    };
+    if !file
+        .shape()
+        .iter()
+        .try_fold(1_u64, |all, n| all.checked_mul(*n))
+        .is_some_and(|count| count <= bytes.len() as u64)
+    {
         return Err("its shape is larger than the file".to_owned());
     }
     let kind = file.dtype().descr();

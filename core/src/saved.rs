@@ -1,6 +1,6 @@
 //! A dictionary on disk: a folder with `ae.safetensors`, `ae.pt` and `config.json`, named as the reference names them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -9,10 +9,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use crate::adapted::{Adapted, Normalization};
 use crate::config::InputError;
 use crate::device::Precision;
 use crate::dictionary::{Dictionary, SavedClass};
-use crate::adapted::{Adapted, Normalization};
 use crate::registry::nearest;
 use crate::tensors::{self, TensorFile};
 use crate::torch_file;
@@ -59,10 +59,13 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
         InputError::new(format!("{} does not say its `trainer.dict_class`", dir.join("config.json").display()))
     })?;
     let normalization = normalization(&config, &dir.join("config.json"))?;
-    let tensors = tensors_of(&weights)?;
-    let mut dictionary = shaped(class, &tensors, &config["trainer"], device, precision)
+    let (tensors, scale) = tensors_of(&weights)?;
+    let mut dictionary = fitting(class, &tensors, &config["trainer"], device, precision)
         .with_context(|| format!("cannot read {}", weights.display()))?;
     dictionary.load(&tensors, &weights)?;
+    if let Some(scale) = scale {
+        dictionary.scale_biases(scale);
+    }
     if is_python(&weights) {
         dictionary.pretrained();
     }
@@ -90,7 +93,8 @@ pub(crate) fn adapted(
 
 /// The file of an SAE's weights: ae.safetensors, or the reference's ae.pt where that is all there is.
 fn weights(dir: &Path) -> Result<PathBuf> {
-    let weights = |dir: &Path| ["ae.safetensors", "ae.pt"].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
+    let weights =
+        |dir: &Path| ["ae.safetensors", "ae.pt"].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
     if let Some(weights) = weights(dir) {
         return Ok(weights);
     }
@@ -113,22 +117,58 @@ fn is_python(weights: &Path) -> bool {
     weights.extension().is_some_and(|extension| extension == "pt")
 }
 
-/// The tensors of a file of weights: of a .pt a state dict, or the one in a training backup.
-pub fn tensors_of(weights: &Path) -> Result<BTreeMap<String, Tensor>> {
+/// The tensors of a file of weights, of a .pt as [`state_dict`] has them.
+pub fn tensors_of(weights: &Path) -> Result<(BTreeMap<String, Tensor>, Option<f64>)> {
     if !is_python(weights) {
-        return TensorFile::open(weights)?.tensors();
+        return Ok((TensorFile::open(weights)?.tensors()?, None));
     }
     state_dict(&torch_file::read(weights)?, &weights.display().to_string())
 }
 
-/// The tensors of a dictionary in a .pt file: the state dict that it is, or the one in a backup of a training.
-pub fn state_dict(value: &torch_file::Value, name: &str) -> Result<BTreeMap<String, Tensor>> {
-    let inner = value.get("ae").or_else(|| value.get("state_dict")).and_then(torch_file::Value::state_dict);
-    inner.or_else(|| value.state_dict()).ok_or_else(|| {
+/// The tensors of a dictionary in a .pt file: the state dict that it is, or the one in a backup of a training; with a
+/// backup, what its biases are still to be multiplied with ([`Dictionary::scale_biases`]).
+pub fn state_dict(value: &torch_file::Value, name: &str) -> Result<(BTreeMap<String, Tensor>, Option<f64>)> {
+    if let Some(inner) = value.get("ae").or_else(|| value.get("state_dict")).and_then(torch_file::Value::state_dict) {
+        let scale = value.get("norm_factor").and_then(torch_file::Value::as_f64);
+        return Ok((inner, scale.filter(|scale| *scale > 0.0 && scale.is_finite())));
+    }
+    let tensors = value.state_dict().ok_or_else(|| {
         InputError::new(format!("{name} holds no state dict"))
             .help("it must be a dict of tensors, or a backup with one under `ae`")
-            .into()
-    })
+    })?;
+    Ok((tensors, None))
+}
+
+/// An empty dictionary of a class, or of the one other class that has the tensors' names: the reference's trainer
+/// `StandardTrainerAprilUpdate` calls an AutoEncoderNew an AutoEncoder.
+pub fn fitting(
+    class: &str,
+    tensors: &BTreeMap<String, Tensor>,
+    trainer: &Value,
+    device: Device,
+    precision: Precision,
+) -> Result<Box<dyn Dictionary>> {
+    let fits = |dictionary: &dyn Dictionary| {
+        let own: BTreeSet<&str> = dictionary.state_dict().into_iter().map(|(name, _)| name).collect();
+        own == tensors.keys().map(String::as_str).collect()
+    };
+    let named = shaped(class, tensors, trainer, device, precision);
+    if named.as_ref().is_ok_and(|named| fits(&**named)) || tensors.is_empty() {
+        return named;
+    }
+    let classes = inventory::iter::<SavedClass>.into_iter().filter(|saved| saved.class != class);
+    let mut others: Vec<_> = classes
+        .filter_map(|saved| (saved.shaped)(tensors, trainer, device, precision).ok())
+        .filter(|dictionary| fits(&**dictionary))
+        .collect();
+    match others.len() {
+        1 if inventory::iter::<SavedClass>.into_iter().any(|saved| saved.class == class) => {
+            let other = others.remove(0);
+            eprintln!("warning: the class is said to be {class}, and the tensors are those of {}", other.class());
+            Ok(other)
+        }
+        _ => named,
+    }
 }
 
 /// An empty dictionary of a class, of the shape that the tensors show.
@@ -176,12 +216,15 @@ pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<Opti
     if !file.exists() {
         bail!(InputError::no_file(&file));
     }
-    let mut tensors = tensors_of(&file)?;
+    let (mut tensors, scale) = tensors_of(&file)?;
     // Weights alone will do: `k` and `threshold` are the config's where the file does not have them.
     for (name, own) in dictionary.buffers() {
         tensors.entry(name.to_owned()).or_insert(own);
     }
     dictionary.load(&tensors, &file)?;
+    if let Some(scale) = scale {
+        dictionary.scale_biases(scale);
+    }
     if is_python(&file) {
         dictionary.pretrained();
     }
@@ -196,9 +239,9 @@ pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<Opti
 fn normalization(config: &Value, path: &Path) -> Result<Option<Normalization>> {
     match config.pointer("/trainer/normalization") {
         None | Some(Value::Null) => Ok(None),
-        Some(value) => Normalization::deserialize(value).map(Some).map_err(|error| {
-            InputError::new(format!("{}: `trainer.normalization`: {error}", path.display())).into()
-        }),
+        Some(value) => Normalization::deserialize(value)
+            .map(Some)
+            .map_err(|error| InputError::new(format!("{}: `trainer.normalization`: {error}", path.display())).into()),
     }
 }
 

@@ -314,9 +314,11 @@ impl Training {
         match self.normalization {
             None => self.dictionary.scale_biases(1.0 / norm),
             Some(Normalization { input_only: false, .. }) => {}
-            Some(_) => bail!(InputError::new("it normalises what it reads and not what it predicts, which is scaled here")
-                .field("normalize_activations")
-                .help("set it to false")),
+            Some(_) => {
+                bail!(InputError::new("it normalises what it reads and not what it predicts, which is scaled here")
+                    .field("normalize_activations")
+                    .help("set it to false"))
+            }
         }
         Ok(())
     }

@@ -61,7 +61,10 @@ fn what_is_exported_to_sae_lens_is_imported_again_as_it_was() {
         desk.ok(&["import", "sae_lens", out, "--out", again]);
         let tolerance = if name(&case).ends_with("bf16") { 1e-2 } else { 1e-5 };
         matches(&desk, &desk.path(again), &case.join("io.safetensors"), tolerance);
-        let (cfg, old): (Value, Value) = (desk.json("out/cfg.json"), serde_json::from_str(&fs::read_to_string(case.join("cfg.json")).unwrap()).unwrap());
+        let (cfg, old): (Value, Value) = (
+            desk.json("out/cfg.json"),
+            serde_json::from_str(&fs::read_to_string(case.join("cfg.json")).unwrap()).unwrap(),
+        );
         let about = if old["metadata"].is_object() { &old["metadata"] } else { &old };
         assert_eq!(cfg["metadata"]["context_size"], about["context_size"], "{}", case.display());
         assert_eq!(cfg["metadata"]["dataset_path"], about["dataset_path"], "{}", case.display());
@@ -96,7 +99,9 @@ fn gemma_scope_is_read_from_its_folder_and_from_the_hubs_cache() {
         desk.ok(&["import", format, &place, "--out", "cached"]);
         matches(&desk, &desk.path("cached"), &case.join("io.safetensors"), 1e-5);
         let config = desk.read("cached/config.yaml");
-        for line in ["model: google/gemma-2-2b", "submodule: blocks.3.hook_resid_post", "prepend_bos: true", "ctx_len: 1024"] {
+        for line in
+            ["model: google/gemma-2-2b", "submodule: blocks.3.hook_resid_post", "prepend_bos: true", "ctx_len: 1024"]
+        {
             assert!(config.contains(line), "{config}");
         }
         fs::remove_dir_all(desk.path("cached")).unwrap();
@@ -129,7 +134,12 @@ fn what_has_no_class_is_refused_by_name() {
     let cases: [(&str, Change, Vec<(&str, Tensor)>, &str); 10] = [
         ("standard", |cfg| cfg["architecture"] = "temporal".into(), vec![], "`temporal`"),
         ("standard", |cfg| cfg["architecture"] = "standart".into(), vec![], "`standart`"),
-        ("standard", |cfg| cfg["normalize_activations"] = "covariance_whitening".into(), vec![], "covariance_whitening"),
+        (
+            "standard",
+            |cfg| cfg["normalize_activations"] = "covariance_whitening".into(),
+            vec![],
+            "covariance_whitening",
+        ),
         ("legacy_v2_standard", |cfg| cfg["activation_fn_str"] = "tanh-relu".into(), vec![], "`tanh-relu`"),
         ("standard", |cfg| cfg["d_sae"] = 81.into(), vec![], "`d_sae` is 81"),
         ("standard", |cfg| cfg["d_in"] = "many".into(), vec![], "`d_in` is \"many\""),
@@ -162,10 +172,15 @@ fn factors_are_folded() {
         (y.tensor("features").unwrap(), y.tensor("recon").unwrap())
     };
     // It was trained on activations three times as large.
-    let dir = changed(&desk, "standard", |cfg| {
-        cfg["normalize_activations"] = "expected_average_only_in".into();
-        cfg["norm_scaling_factor"] = 3.0.into();
-    }, &[]);
+    let dir = changed(
+        &desk,
+        "standard",
+        |cfg| {
+            cfg["normalize_activations"] = "expected_average_only_in".into();
+            cfg["norm_scaling_factor"] = 3.0.into();
+        },
+        &[],
+    );
     let (features, recon) = encoded(&dir, &[]);
     assert!(difference(&features, &io.tensor("features").unwrap()) < 1e-5);
     assert!(difference(&(recon * 3.0), &io.tensor("recon").unwrap()) < 1e-5);
@@ -176,13 +191,21 @@ fn factors_are_folded() {
     matches(&desk, &desk.path("unscaled"), &case.join("io.safetensors"), 1e-5);
     // A finetuned SAE's features stay as they are, and count twice when they are decoded.
     let twos = Tensor::ones([80], tch::kind::FLOAT_CPU) * 2.0;
-    let dir = changed(&desk, "legacy_v2_standard", |cfg| cfg["finetuning_scaling_factor"] = true.into(), &[("scaling_factor", twos)]);
+    let dir = changed(
+        &desk,
+        "legacy_v2_standard",
+        |cfg| cfg["finetuning_scaling_factor"] = true.into(),
+        &[("scaling_factor", twos)],
+    );
     desk.ok(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "tuned"]);
     let own = fixture("sae_lens/legacy_v2_standard/io.safetensors");
     desk.ok(&["encode", "tuned", "--input", own.to_str().unwrap(), "--output", "y.safetensors"]);
     let (found, wanted) = (TensorFile::open(&desk.path("y.safetensors")).unwrap(), TensorFile::open(&own).unwrap());
     assert!(difference(&found.tensor("features").unwrap(), &wanted.tensor("features").unwrap()) < 1e-5);
-    let b_dec = TensorFile::open(&fixture("sae_lens/legacy_v2_standard/sae_weights.safetensors")).unwrap().tensor("b_dec").unwrap();
+    let b_dec = TensorFile::open(&fixture("sae_lens/legacy_v2_standard/sae_weights.safetensors"))
+        .unwrap()
+        .tensor("b_dec")
+        .unwrap();
     let twice = wanted.tensor("recon").unwrap() * 2.0 - b_dec;
     assert!(difference(&found.tensor("recon").unwrap(), &twice) < 1e-5);
 }
@@ -217,7 +240,11 @@ fn a_table_of_releases_names_what_the_cache_has() {
     let listed = run(&["import", "sae_lens", "--list", "some-*"]);
     assert_eq!(listed.code, 0, "{}", listed.stderr);
     assert_eq!(listed.stdout.lines().count(), 2);
-    assert!(listed.stdout.contains("some-release:five  gpt2-small of someone/saes, L0 12.5, variance explained 0.9"), "{}", listed.stdout);
+    assert!(
+        listed.stdout.contains("some-release:five  gpt2-small of someone/saes, L0 12.5, variance explained 0.9"),
+        "{}",
+        listed.stdout
+    );
 
     let imported = run(&["import", "sae_lens", "some-release:five"]);
     assert_eq!(imported.stdout.trim(), "saes/some-release/five", "{}", imported.stderr);
@@ -243,7 +270,11 @@ fn a_table_of_releases_names_what_the_cache_has() {
 fn an_imported_sae_trains_on() {
     let desk = Desk::new();
     for (case, dictionary, trainer) in [
-        ("jumprelu_layer_norm", "jump_relu", "{type: jump_relu, lr: 1e-12, warmup_steps: 0, sparsity_warmup_steps: null}"),
+        (
+            "jumprelu_layer_norm",
+            "jump_relu",
+            "{type: jump_relu, lr: 1e-12, warmup_steps: 0, sparsity_warmup_steps: null}",
+        ),
         ("topk", "top_k", "{type: top_k, lr: 1e-12, warmup_steps: 0}"),
         ("transcoder", "transcoder", "{type: standard, lr: 1e-12, warmup_steps: 0, sparsity_warmup_steps: null}"),
     ] {
@@ -266,7 +297,14 @@ fn an_imported_sae_trains_on() {
         desk.ok(&["train", "config.yaml"]);
         // Nothing is thrown away that was learnt: at next to no learning rate it does what it did.
         let tuned = desk.path(&format!("run-{case}/tuned"));
-        desk.ok(&["encode", tuned.to_str().unwrap(), "--input", from.join("io.safetensors").to_str().unwrap(), "--output", "y.safetensors"]);
+        desk.ok(&[
+            "encode",
+            tuned.to_str().unwrap(),
+            "--input",
+            from.join("io.safetensors").to_str().unwrap(),
+            "--output",
+            "y.safetensors",
+        ]);
         let features = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("features").unwrap();
         let far = difference(&features, &io.tensor("features").unwrap());
         assert!(far < 1e-4, "{case}: {far:e}");
@@ -302,7 +340,8 @@ fn an_imported_sae_needs_no_config() {
         serde_json::from_str(&desk.ok(&["encode", sae, "--text", text, "--top", "3", "--json"])).unwrap()
     };
     let (first, again) = (tokens("run/sae"), tokens("again"));
-    let words: String = again["tokens"].as_array().unwrap().iter().map(|token| token["token"].as_str().unwrap()).collect();
+    let words: String =
+        again["tokens"].as_array().unwrap().iter().map(|token| token["token"].as_str().unwrap()).collect();
     assert_eq!(words, text);
     for (one, two) in first["tokens"].as_array().unwrap().iter().zip(again["tokens"].as_array().unwrap()) {
         assert_eq!(one["l0"], two["l0"]);

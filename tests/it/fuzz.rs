@@ -154,14 +154,19 @@ fn seeds(reader: &str, root: &Path) -> Vec<PathBuf> {
     };
     match reader {
         "sae_lens" => {
-            for case in ["jumprelu", "gated", "topk_rescaled", "legacy_v5_topk", "skip_transcoder", "jumprelu_layer_norm"] {
+            for case in
+                ["jumprelu", "gated", "topk_rescaled", "legacy_v5_topk", "skip_transcoder", "jumprelu_layer_norm"]
+            {
                 for file in ["cfg.json", "sae_weights.safetensors"] {
                     copy(fixture(&format!("sae_lens/{case}/{file}")), &format!("{case}/{file}"));
                 }
             }
         }
         "gemma_scope" => {
-            copy(fixture("sae_lens/gemma_scope/layer_3/width_80/average_l0_7/params.npz"), "layer_3-width_80/params.npz");
+            copy(
+                fixture("sae_lens/gemma_scope/layer_3/width_80/average_l0_7/params.npz"),
+                "layer_3-width_80/params.npz",
+            );
         }
         "dictionary_learning" | "saved" => {
             for case in ["standard", "gated", "top_k", "batch_top_k", "jump_relu", "matryoshka_batch_top_k"] {
@@ -381,7 +386,9 @@ fn replace_a_value(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
 
 /// Replaces the digits at or after a place, as headers of tensor files have them, with others.
 fn replace_a_number(bytes: &mut [u8], at: usize, random: &mut fastrand::Rng) {
-    for byte in bytes[at..].iter_mut().skip_while(|byte| !byte.is_ascii_digit()).take_while(|byte| byte.is_ascii_digit()) {
+    for byte in
+        bytes[at..].iter_mut().skip_while(|byte| !byte.is_ascii_digit()).take_while(|byte| byte.is_ascii_digit())
+    {
         *byte = b'0' + random.u8(..10);
     }
 }

@@ -88,7 +88,7 @@ fn test(root: &Path, args: &[String]) -> Result<()> {
 /// Builds and tests plugins as others write them: the example outside the workspace, which also trains, and one of each
 /// kind as `dictlearn new-plugin` writes it.
 fn plugins(root: &Path) -> Result<()> {
-    const KINDS: [&str; 7] = ["dictionary", "modifier", "source", "text", "metric", "logger", "model"];
+    const KINDS: [&str; 8] = ["dictionary", "modifier", "source", "text", "metric", "logger", "model", "format"];
     let example = root.join("examples/out-of-tree-plugin");
     // The crates that the workspace was built with, so that they need not be fetched and compiled again.
     std::fs::copy(root.join("Cargo.lock"), example.join("Cargo.lock")).context("cannot copy Cargo.lock")?;

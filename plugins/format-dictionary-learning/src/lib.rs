@@ -91,7 +91,10 @@ impl Format for DictionaryLearning {
         }
         let dims = sae.dictionary.dims();
         if dims.input != dims.output {
-            bail!(InputError::new(format!("the reference's {class} reconstructs what it reads: {} and {} differ", dims.input, dims.output)));
+            bail!(InputError::new(format!(
+                "the reference's {class} reconstructs what it reads: {} and {} differ",
+                dims.input, dims.output
+            )));
         }
         if sae.normalization.is_some() {
             bail!(InputError::new("the reference's classes do not normalise what they read")
@@ -106,7 +109,21 @@ impl Format for DictionaryLearning {
         if let Some(selection) = sae.dictionary.selection() {
             trainer["k"] = selection.k().into();
         }
-        torch_file::write(&dir.join("ae.pt"), &sae.dictionary.state_dict())?;
+        if trainer["dtype"].is_string() {
+            eprintln!("warning: it computes in {}, and the reference will in float32", trainer["dtype"]);
+        }
+        let mut tensors = sae.dictionary.state_dict();
+        tensors
+            .iter_mut()
+            .filter(|(_, tensor)| tensor.is_floating_point())
+            .for_each(|(_, tensor)| *tensor = tensor.to_kind(Kind::Float));
+        if class == "AutoEncoder" && !has_unit_norms(&tensors) {
+            // Its loader would move the norms to the encoder and change what features are. Of the same tensors with the
+            // bias elsewhere it leaves them.
+            tensors = without_input_bias(&tensors)?;
+            trainer["dict_class"] = "AutoEncoderNew".into();
+        }
+        torch_file::write(&dir.join("ae.pt"), &tensors)?;
         tensors::write_file(&dir.join("config.json"), serde_json::to_string_pretty(&config)?.as_bytes())
     }
 
@@ -115,16 +132,43 @@ impl Format for DictionaryLearning {
     }
 }
 
+/// Whether the columns of an AutoEncoder's decoder have norm 1, as the reference's loader sees it.
+fn has_unit_norms(tensors: &[(&str, Tensor)]) -> bool {
+    let decoder = tensors.iter().find(|(name, _)| *name == "decoder.weight");
+    decoder.is_none_or(|(_, decoder)| {
+        let norms = decoder.norm_scalaropt_dim(2.0, [0], false);
+        norms.allclose(&norms.ones_like(), 1e-5, 1e-8, false)
+    })
+}
+
+/// An AutoEncoder's tensors as an AutoEncoderNew's, which does the same: W (x − b) + b_e = W x + (b_e − W b).
+fn without_input_bias(tensors: &[(&'static str, Tensor)]) -> Result<Vec<(&'static str, Tensor)>> {
+    let get = |name: &str| {
+        let found = tensors.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor.detach());
+        found.with_context(|| format!("an AutoEncoder without `{name}`"))
+    };
+    let (encoder, bias) = (get("encoder.weight")?, get("bias")?);
+    let moved = dictlearn_core::format::through(&bias, &encoder.transpose(0, 1));
+    let encoder_bias = (get("encoder.bias")?.to_kind(Kind::Double) - moved).to_kind(Kind::Float);
+    Ok(vec![
+        ("encoder.weight", encoder),
+        ("encoder.bias", encoder_bias),
+        ("decoder.weight", get("decoder.weight")?),
+        ("decoder.bias", bias),
+    ])
+}
+
 /// A dictionary from its .pt file and, where there is one, its config.json.
 fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Result<Published> {
-    let mut tensors = saved::state_dict(value, name)?;
+    let (mut tensors, scale) = saved::state_dict(value, name)?;
     let trainer = config.as_ref().and_then(|config| config.get("trainer")).cloned().unwrap_or(Value::Null);
     let class = match trainer.get("dict_class").and_then(Value::as_str).map(short) {
         Some(class) => class.to_owned(),
         None => by_tensors(&tensors)?.to_owned(),
     };
     if !CLASSES.contains(&class.as_str()) {
-        bail!(InputError::new(format!("the class `{class}` is not supported")).help(format!("supported are: {}", CLASSES.join(", "))));
+        bail!(InputError::new(format!("the class `{class}` is not supported"))
+            .help(format!("supported are: {}", CLASSES.join(", "))));
     }
     // Older files of these classes have no threshold, and k in the config alone.
     let k = trainer.get("k").and_then(Value::as_i64);
@@ -144,7 +188,7 @@ fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Re
     let site = config.as_ref().and_then(site);
     let mut kept = trainer.as_object().cloned().unwrap_or_default();
     kept.remove("device");
-    Ok(Published { class, tensors, site, trainer: kept, pretrained: true, notes, ..Published::default() })
+    Ok(Published { class, tensors, site, trainer: kept, scale, pretrained: true, notes, ..Published::default() })
 }
 
 /// Old configs name a class with its module, or as Python prints it.
@@ -167,10 +211,8 @@ fn by_tensors(tensors: &BTreeMap<String, Tensor>) -> Result<&'static str> {
         }
         () if has("bias") && has("encoder.weight") => "AutoEncoder",
         () if has("decoder.bias") && has("encoder.weight") => "AutoEncoderNew",
-        () => bail!(InputError::new("the weights are of no class of the reference's").help(format!(
-            "they have: {}",
-            tensors.keys().cloned().collect::<Vec<_>>().join(", ")
-        ))),
+        () => bail!(InputError::new("the weights are of no class of the reference's")
+            .help(format!("they have: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", ")))),
     })
 }
 

@@ -81,7 +81,9 @@ pub fn read(place: &Place, folder: &str) -> Result<Published> {
     let name = format!("{place}/{folder}/ae.pt");
     let Some(weights) = entry("ae.pt")? else { bail!(InputError::new(format!("{ARCHIVE} has no {folder}/ae.pt"))) };
     let config = match entry("config.json")? {
-        Some(text) => serde_json::from_slice(&text).map_err(|error| InputError::new(format!("{folder}/config.json: {error}")))?,
+        Some(text) => {
+            serde_json::from_slice(&text).map_err(|error| InputError::new(format!("{folder}/config.json: {error}")))?
+        }
         None => Value::Null,
     };
     let value = torch_file::read_bytes(&name, &weights)?;

@@ -46,8 +46,8 @@ impl Format for GemmaScope {
                 bail!(InputError::new("the features have a `scaling_factor`, which Gemma Scope's do not"));
             }
         }
-        let embedding = !second && words.contains("embedding");
-        let transcodes = words.contains("transcoder") || clt;
+        let embedding = !second && is_embedding(&words);
+        let transcodes = transcodes(&words) || clt;
         let (mut w_enc, mut w_dec) = (take(&mut tensors, "W_enc")?, take(&mut tensors, "W_dec")?);
         if clt && w_dec.dim() == 3 {
             // [F, layers, d_out].
@@ -70,7 +70,10 @@ impl Format for GemmaScope {
         };
         if !tensors.is_empty() {
             let names: Vec<String> = tensors.into_keys().collect();
-            bail!(InputError::new(format!("there are tensors that Gemma Scope's SAEs do not have: {}", names.join(", "))));
+            bail!(InputError::new(format!(
+                "there are tensors that Gemma Scope's SAEs do not have: {}",
+                names.join(", ")
+            )));
         }
         let (_, features, _) = affine.check()?;
         if let Some(said) = width(&words).filter(|said| *said != features) {
@@ -86,8 +89,12 @@ impl Format for GemmaScope {
             );
         }
         let mut trainer = Map::new();
-        if let Some(l0) = words.split("average_l0_").nth(1).and_then(|rest| rest.split('/').next()?.parse::<i64>().ok()) {
+        if let Some(l0) = words.split("average_l0_").nth(1).and_then(|rest| rest.split('/').next()?.parse::<i64>().ok())
+        {
             trainer.insert("average_l0".to_owned(), l0.into());
+        }
+        if transcodes {
+            trainer.insert("transcodes".to_owned(), true.into());
         }
         let (class, tensors) = affine.into_class()?;
         Ok(Published { class: class.to_owned(), tensors, site, trainer, notes, ..Published::default() })
@@ -113,7 +120,7 @@ fn first_tensors(place: &Place) -> Result<Tensors> {
 
 /// The tensors of Gemma Scope 2, and whether they are of a cross-layer transcoder, whose file is named by its layer.
 fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
-    let clt = place.words().contains("clt");
+    let clt = is_clt(&place.words());
     let file = match place.file("params.safetensors")? {
         Some(file) => file,
         // A file of its own, named or with its ending left out.
@@ -122,7 +129,11 @@ fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
                 return Ok((Npz::open(&file)?.arrays()?, false));
             }
             Some(file) => file,
-            None => match place.above().map(|above| above.file(&format!("{}.safetensors", last(&place.words())))).transpose()? {
+            None => match place
+                .above()
+                .map(|above| above.file(&format!("{}.safetensors", last(&place.words()))))
+                .transpose()?
+            {
                 Some(Some(file)) if clt => file,
                 _ => {
                     // The first Gemma Scope is what most people mean.
@@ -135,7 +146,10 @@ fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
     let tensors = TensorFile::open(&file)?.tensors()?;
     for (name, tensor) in &tensors {
         if !tensor.is_floating_point() {
-            bail!(InputError::new(format!("tensor `{name}` has the type {:?}, not one of floating point", tensor.kind())));
+            bail!(InputError::new(format!(
+                "tensor `{name}` has the type {:?}, not one of floating point",
+                tensor.kind()
+            )));
         }
     }
     let spelt = |name: String| match name.as_str() {
@@ -144,6 +158,30 @@ fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
         _ => name,
     };
     Ok((tensors.into_iter().map(|(name, tensor)| (spelt(name), tensor.to_kind(Kind::Float))).collect(), clt))
+}
+
+/// Whether it is an SAE on the embedding: `embedding/width_4k/average_l0_6`.
+fn is_embedding(words: &str) -> bool {
+    let parts: Vec<&str> = words.split('/').collect();
+    parts.windows(2).any(|pair| pair[0] == "embedding" && pair[1].starts_with("width_"))
+}
+
+/// The parts of a path that are of a published set, and not of where it lies on this machine: from the set's name on, or
+/// where it has none, the last three.
+fn set(words: &str) -> Vec<&str> {
+    let parts: Vec<&str> = words.split('/').filter(|part| !part.is_empty()).collect();
+    let named = parts.iter().position(|part| part.contains("gemma-scope-"));
+    parts[named.unwrap_or(parts.len().saturating_sub(3))..].to_vec()
+}
+
+/// Whether a path is of a transcoder.
+fn transcodes(words: &str) -> bool {
+    set(words).iter().any(|part| part.contains("transcoder"))
+}
+
+/// Whether a path is of a cross-layer transcoder.
+fn is_clt(words: &str) -> bool {
+    set(words).iter().any(|part| part.split(['_', '-']).any(|word| word == "clt"))
 }
 
 fn last(words: &str) -> &str {
@@ -163,7 +201,9 @@ fn width(words: &str) -> Option<i64> {
     let number: i64 = digits.parse().ok()?;
     match rest[digits.len()..].chars().next() {
         // 16k is 2^14, 131k 2^17, 1m 2^20.
-        Some('k') => number.checked_mul(1000).and_then(|near| (8..40).map(|e| 1_i64 << e).min_by_key(|n| (n - near).abs())),
+        Some('k') => {
+            number.checked_mul(1000).and_then(|near| (8..40).map(|e| 1_i64 << e).min_by_key(|n| (n - near).abs()))
+        }
         Some('m') => number.checked_mul(1 << 20),
         _ => Some(number),
     }
@@ -177,7 +217,7 @@ fn first_site(words: &str) -> Option<ModelSite> {
     let mut parts = rest.split('-');
     let (size, tuning, kind) = (parts.next()?, parts.next()?, parts.next()?);
     let model = format!("google/gemma-2-{size}{}", if tuning == "it" { "-it" } else { "" });
-    let (submodule, target) = if words.contains("embedding") {
+    let (submodule, target) = if is_embedding(words) {
         ("hook_embed".to_owned(), None)
     } else {
         let layer = number_after(words, "layer_")?;
@@ -185,7 +225,9 @@ fn first_site(words: &str) -> Option<ModelSite> {
             "res" => (format!("blocks.{layer}.hook_resid_post"), None),
             "mlp" => (format!("blocks.{layer}.hook_mlp_out"), None),
             "att" => (format!("blocks.{layer}.attn.hook_z"), None),
-            "transcoders" => (format!("blocks.{layer}.ln2.hook_normalized"), Some(format!("blocks.{layer}.hook_mlp_out"))),
+            "transcoders" => {
+                (format!("blocks.{layer}.ln2.hook_normalized"), Some(format!("blocks.{layer}.hook_mlp_out")))
+            }
             _ => return None,
         }
     };
@@ -200,7 +242,8 @@ fn second_site(place: &Place, words: &str) -> Result<Option<ModelSite>> {
     };
     let text = |key: &str| said.get(key).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
     if let Some(other) = text("architecture").filter(|name| name != "jump_relu") {
-        bail!(InputError::new(format!("config.json says the architecture is `{other}`")).help("Gemma Scope 2 has jump_relu"));
+        bail!(InputError::new(format!("config.json says the architecture is `{other}`"))
+            .help("Gemma Scope 2 has jump_relu"));
     }
     let repo = words.split('/').find(|part| part.contains("gemma-scope-2-")).map(|part| {
         let part = part.rsplit("--").next().unwrap_or(part);
@@ -217,13 +260,14 @@ fn second_site(place: &Place, words: &str) -> Result<Option<ModelSite>> {
     }
     let Some(layer) = number_after(words, "layer_") else { return Ok(None) };
     let module = |rest: &str| format!("model.layers.{layer}{rest}");
-    let (reads, writes) = if words.contains("transcoder") || words.contains("clt") {
+    let has = |kind: &str| set(words).iter().any(|part| part.contains(kind));
+    let (reads, writes) = if transcodes(words) || is_clt(words) {
         (module(".pre_feedforward_layernorm.output"), Some(module(".post_feedforward_layernorm.output")))
-    } else if words.contains("resid_post") {
+    } else if has("resid_post") {
         (module(".output"), None)
-    } else if words.contains("attn_out") {
+    } else if has("attn_out") {
         (module(".self_attn.o_proj.input"), None)
-    } else if words.contains("mlp_out") {
+    } else if has("mlp_out") {
         (module(".post_feedforward_layernorm.output"), None)
     } else if let Some(reads) = text("hf_hook_point_in") {
         (reads, text("hf_hook_point_out"))
@@ -255,9 +299,21 @@ mod tests {
     #[test]
     fn paths_tell_model_and_place() {
         for (words, model, submodule) in [
-            ("google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "google/gemma-2-2b", "blocks.20.hook_resid_post"),
-            ("google/gemma-scope-9b-it-res/layer_9/width_131k/average_l0_121", "google/gemma-2-9b-it", "blocks.9.hook_resid_post"),
-            ("/x/models--google--gemma-scope-27b-pt-att/snapshots/c/layer_3/width_80/average_l0_7", "google/gemma-2-27b", "blocks.3.attn.hook_z"),
+            (
+                "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71",
+                "google/gemma-2-2b",
+                "blocks.20.hook_resid_post",
+            ),
+            (
+                "google/gemma-scope-9b-it-res/layer_9/width_131k/average_l0_121",
+                "google/gemma-2-9b-it",
+                "blocks.9.hook_resid_post",
+            ),
+            (
+                "/x/models--google--gemma-scope-27b-pt-att/snapshots/c/layer_3/width_80/average_l0_7",
+                "google/gemma-2-27b",
+                "blocks.3.attn.hook_z",
+            ),
             ("google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "google/gemma-2-2b", "hook_embed"),
         ] {
             let site = first_site(words).unwrap();

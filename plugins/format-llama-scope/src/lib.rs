@@ -41,18 +41,21 @@ impl Format for LlamaScope {
         };
         for (key, usual) in [("apply_decoder_bias_to_pre_encoder", false), ("use_glu_encoder", false)] {
             if config.get(key).and_then(Value::as_bool).is_some_and(|value| value != usual) {
-                bail!(InputError::new(format!("`{key}: {}` is not supported", !usual)).help("Llama Scope's SAEs do not have it"));
+                bail!(InputError::new(format!("`{key}: {}` is not supported", !usual))
+                    .help("Llama Scope's SAEs do not have it"));
             }
         }
         if let Some(other) = config.get("act_fn").and_then(Value::as_str).filter(|name| *name != "jumprelu") {
-            bail!(InputError::new(format!("`act_fn: {other}` is not supported")).help("Llama Scope's SAEs have jumprelu"));
+            bail!(
+                InputError::new(format!("`act_fn: {other}` is not supported")).help("Llama Scope's SAEs have jumprelu")
+            );
         }
         let mut tensors = TensorFile::open(&weights)?.tensors()?;
         for (name, tensor) in &mut tensors {
             if !tensor.is_floating_point() {
                 bail!(InputError::new(format!("tensor `{name}` has the type {:?}", tensor.kind())));
             }
-            *tensor = tensor.to_kind(Kind::Double);
+            *tensor = tensor.to_kind(Kind::Float);
         }
         let turned = |tensor: Tensor| -> Result<Tensor> {
             if tensor.dim() != 2 {
@@ -72,11 +75,13 @@ impl Format for LlamaScope {
                 .help("it is `dataset_average_activation_norm.in` of hyperparams.json, or `norm_scaling_factor` of the table \
                        of releases"));
         };
-        let threshold = match (tensors.remove("log_jumprelu_threshold"), config["jump_relu_threshold"].as_f64()) {
-            (Some(threshold), _) => threshold.exp(),
-            (None, Some(threshold)) => b_enc.ones_like() * (threshold * scale),
-            (None, None) => bail!(InputError::new("the threshold is not said").help("it is `jump_relu_threshold` of hyperparams.json")),
-        };
+        let threshold =
+            match (tensors.remove("log_jumprelu_threshold"), config["jump_relu_threshold"].as_f64()) {
+                (Some(threshold), _) => threshold.exp(),
+                (None, Some(threshold)) => b_enc.ones_like() * (threshold * scale),
+                (None, None) => bail!(InputError::new("the threshold is not said")
+                    .help("it is `jump_relu_threshold` of hyperparams.json")),
+            };
         let affine = Affine {
             w_enc: w_enc * scale,
             b_enc,

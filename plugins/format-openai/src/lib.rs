@@ -55,8 +55,11 @@ impl Format for OpenAi {
             "TopK" => {
                 let after = state.and_then(|state| state.get("postact_fn")).and_then(torch_file::Value::as_str);
                 if after.is_some_and(|after| after != "ReLU") {
-                    bail!(InputError::new(format!("TopK with `{}` after it is not supported", after.unwrap_or_default()))
-                        .help("features would be negative; supported is ReLU"));
+                    bail!(InputError::new(format!(
+                        "TopK with `{}` after it is not supported",
+                        after.unwrap_or_default()
+                    ))
+                    .help("features would be negative; supported is ReLU"));
                 }
                 let Some(k) = state.and_then(|state| state.get("k")).and_then(torch_file::Value::as_i64) else {
                     bail!(InputError::new("the file does not say `k`"));
@@ -91,7 +94,13 @@ impl Format for OpenAi {
         };
         affine.check()?;
         let (class, tensors) = affine.into_class()?;
-        Ok(Published { class: class.to_owned(), tensors, normalization, site: site(&place.words()), ..Published::default() })
+        Ok(Published {
+            class: class.to_owned(),
+            tensors,
+            normalization,
+            site: site(&place.words()),
+            ..Published::default()
+        })
     }
 }
 

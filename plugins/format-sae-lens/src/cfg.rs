@@ -72,7 +72,9 @@ fn get<T>(cfg: &Value, key: &str, wanted: &str, read: impl Fn(&Value) -> Option<
         None | Some(Value::Null) => Ok(None),
         Some(value) => match read(value) {
             Some(read) => Ok(Some(read)),
-            None => bail!(InputError::new(format!("cfg.json: `{key}` is {value}")).help(format!("it must be {wanted}"))),
+            None => {
+                bail!(InputError::new(format!("cfg.json: `{key}` is {value}")).help(format!("it must be {wanted}")))
+            }
         },
     }
 }
@@ -87,7 +89,8 @@ fn flag(cfg: &Value, key: &str) -> Result<Option<bool>> {
 
 fn count(cfg: &Value, key: &str) -> Result<Option<i64>> {
     // Some writers made 64.0 of it.
-    let whole = |value: &Value| value.as_i64().or_else(|| value.as_f64().filter(|n| n.fract() == 0.0).map(|n| n as i64));
+    let whole =
+        |value: &Value| value.as_i64().or_else(|| value.as_f64().filter(|n| n.fract() == 0.0).map(|n| n as i64));
     get(cfg, key, "a whole number above 0", |value| whole(value).filter(|n| *n > 0))
 }
 
@@ -104,13 +107,14 @@ impl Cfg {
         let about = |key: &str| if old { raw } else { metadata.get(key).map_or(raw, |_| metadata) };
 
         let mut architecture = text(raw, "architecture")?.unwrap_or_else(|| "standard".to_owned());
-        let mut k = count(raw, "k")?;
-        let activation = text(raw, "activation_fn_str")?.or(text(raw, "activation_fn")?).unwrap_or_else(|| "relu".to_owned());
+        let mut k = None;
+        let activation =
+            text(raw, "activation_fn_str")?.or(text(raw, "activation_fn")?).unwrap_or_else(|| "relu".to_owned());
         match activation.as_str() {
             "relu" => {}
             "topk" if old || architecture == "topk" => {
                 architecture = "topk".to_owned();
-                k = raw.get("activation_fn_kwargs").map_or(Ok(None), |kwargs| count(kwargs, "k"))?.or(k);
+                k = raw.get("activation_fn_kwargs").map_or(Ok(None), |kwargs| count(kwargs, "k"))?;
             }
             other => bail!(InputError::new(format!("the activation function `{other}` is not supported"))
                 .help("supported are `relu` and `topk`")),
@@ -118,6 +122,10 @@ impl Cfg {
         if !ARCHITECTURES.contains(&architecture.as_str()) {
             bail!(InputError::new(format!("the architecture `{architecture}` is not supported"))
                 .help(format!("supported are: {}", ARCHITECTURES.join(", "))));
+        }
+        // A batchtopk's k may be a fraction, and its threshold is what counts.
+        if architecture == "topk" {
+            k = k.or(count(raw, "k")?);
         }
         let transcodes = architecture.ends_with("transcoder");
         let normalize = match raw.get("normalize_activations") {
@@ -155,8 +163,12 @@ impl Cfg {
             model: models::hugging_face(&text(about("model_name"), "model_name")?.unwrap_or_default()),
             prepend_bos: flag(about("prepend_bos"), "prepend_bos")?.or(old.then_some(true)),
             ctx_len: count(about("context_size"), "context_size")?,
-            head: get(about("hook_head_index"), "hook_head_index", "a whole number", Value::as_i64)?
-                .or(get(raw, "hook_point_head_index", "a whole number", Value::as_i64)?),
+            head: get(about("hook_head_index"), "hook_head_index", "a whole number", Value::as_i64)?.or(get(
+                raw,
+                "hook_point_head_index",
+                "a whole number",
+                Value::as_i64,
+            )?),
             dataset: text(about("dataset_path"), "dataset_path")?.filter(|path| is_repo(path)),
             ..ModelSite::default()
         };
@@ -197,6 +209,9 @@ impl Cfg {
                 kept.insert(key.to_owned(), value);
             }
         }
+        if transcodes {
+            kept.insert("transcodes".to_owned(), true.into());
+        }
         Ok(Cfg {
             d_in: count(raw, "d_in")?,
             d_sae: count(raw, "d_sae")?,
@@ -229,7 +244,9 @@ impl Cfg {
 
     /// Checks the widths that are said against those of the weights: d, F, d_out.
     pub fn fits(&self, (d, features, d_out): (i64, i64, i64)) -> Result<()> {
-        for (key, said, found) in [("d_in", self.d_in, d), ("d_sae", self.d_sae, features), ("d_out", self.d_out, d_out)] {
+        for (key, said, found) in
+            [("d_in", self.d_in, d), ("d_sae", self.d_sae, features), ("d_out", self.d_out, d_out)]
+        {
             if let Some(said) = said.filter(|said| *said != found) {
                 bail!(InputError::new(format!("cfg.json says `{key}` is {said}, and the weights say {found}")));
             }
@@ -240,5 +257,6 @@ impl Cfg {
 
 /// Whether it may be a dataset on the Hub; runs of their own often name a folder.
 fn is_repo(path: &str) -> bool {
-    path.split('/').count() == 2 && dictlearn_core::hub::Repo::parse(dictlearn_core::hub::RepoKind::Dataset, path).is_some()
+    path.split('/').count() == 2
+        && dictlearn_core::hub::Repo::parse(dictlearn_core::hub::RepoKind::Dataset, path).is_some()
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use dictlearn_core::format::through;
 use dictlearn_core::prelude::*;
 use dictlearn_core::saved::Saved;
 use dictlearn_core::tensors;
@@ -20,63 +21,90 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
         found.with_context(|| format!("the class {class} has no tensor `{name}`"))
     };
     let turned = |name: &str| get(name).map(|tensor| tensor.transpose(0, 1).contiguous());
-    let threshold = |features: i64| -> Result<Tensor> {
-        // Before it is known it is negative, and every positive feature fires.
-        Ok(get("threshold")?.clamp_min(0.0).expand([features], false).contiguous())
-    };
     let dims = sae.dictionary.dims();
     let features = dims.features;
     let mut cfg = Map::new();
-    let (architecture, subtracts, weights) = match class {
-        "AutoEncoder" => ("standard", true, vec![
-            ("W_enc", turned("encoder.weight")?), ("b_enc", get("encoder.bias")?), ("W_dec", turned("decoder.weight")?), ("b_dec", get("bias")?),
-        ]),
-        "AutoEncoderNew" => ("standard", false, vec![
-            ("W_enc", turned("encoder.weight")?), ("b_enc", get("encoder.bias")?), ("W_dec", turned("decoder.weight")?), ("b_dec", get("decoder.bias")?),
-        ]),
-        "GatedAutoEncoder" => ("gated", true, vec![
-            ("W_enc", turned("encoder.weight")?), ("W_dec", turned("decoder.weight")?), ("b_dec", get("decoder_bias")?),
-            ("b_gate", get("gate_bias")?), ("b_mag", get("mag_bias")?), ("r_mag", get("r_mag")?),
-        ]),
-        "AutoEncoderTopK" => {
-            cfg.insert("k".to_owned(), get("k")?.int64_value(&[]).into());
-            cfg.insert("rescale_acts_by_decoder_norm".to_owned(), false.into());
-            ("topk", true, vec![
-                ("W_enc", turned("encoder.weight")?), ("b_enc", get("encoder.bias")?), ("W_dec", turned("decoder.weight")?), ("b_dec", get("b_dec")?),
-            ])
-        }
-        "BatchTopKSAE" => ("jumprelu", true, vec![
-            ("W_enc", turned("encoder.weight")?), ("b_enc", get("encoder.bias")?), ("W_dec", turned("decoder.weight")?), ("b_dec", get("b_dec")?),
-            ("threshold", threshold(features)?),
-        ]),
-        "MatryoshkaBatchTopKSAE" => ("jumprelu", true, vec![
-            ("W_enc", get("W_enc")?), ("b_enc", get("b_enc")?), ("W_dec", get("W_dec")?), ("b_dec", get("b_dec")?),
-            ("threshold", threshold(features)?),
-        ]),
-        "JumpReluAutoEncoder" => (if dims.input == dims.output { "jumprelu" } else { "jumprelu_transcoder" }, false, vec![
-            ("W_enc", get("W_enc")?), ("b_enc", get("b_enc")?), ("W_dec", get("W_dec")?), ("b_dec", get("b_dec")?),
-            ("threshold", get("threshold")?),
-        ]),
-        "Transcoder" | "SkipTranscoder" if sae.dictionary.selection().is_none() => {
-            let mut weights = vec![("W_enc", get("W_enc")?), ("b_enc", get("b_enc")?), ("W_dec", get("W_dec")?), ("b_dec", get("b_dec")?)];
-            let jumps = get("threshold").ok();
-            let skips = get("W_skip").ok();
-            let architecture = match (&jumps, &skips) {
-                (None, None) => "transcoder",
-                (None, Some(_)) => "skip_transcoder",
-                (Some(_), None) => "jumprelu_transcoder",
-                (Some(_), Some(_)) => "jumprelu_skip_transcoder",
-            };
-            weights.extend(jumps.map(|tensor| ("threshold", tensor)));
-            weights.extend(skips.map(|tensor| ("W_skip", tensor)));
-            (architecture, false, weights)
-        }
-        "Transcoder" | "SkipTranscoder" => bail!(InputError::new("sae_lens has no transcoder that keeps the k largest features")
-            .help("those without `k` can be exported")),
-        other => bail!(InputError::new(format!("sae_lens has nothing that does what the class {other} does"))
-            .help("it has AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, \
-                   MatryoshkaBatchTopKSAE, JumpReluAutoEncoder, Transcoder and SkipTranscoder")),
+    // The classes have weights under the reference's names, turned, or under sae_lens's own.
+    let turned_weights = |b_dec: &str| -> Result<Vec<(&str, Tensor)>> {
+        Ok(vec![("W_enc", turned("encoder.weight")?), ("W_dec", turned("decoder.weight")?), ("b_dec", get(b_dec)?)])
     };
+    let own_weights = || -> Result<Vec<(&str, Tensor)>> {
+        ["W_enc", "b_enc", "W_dec", "b_dec"].into_iter().map(|name| Ok((name, get(name)?))).collect()
+    };
+    let (mut architecture, mut subtracts, mut weights) = match class {
+        "AutoEncoder" => ("standard", true, turned_weights("bias")?),
+        "AutoEncoderNew" => ("standard", false, turned_weights("decoder.bias")?),
+        "GatedAutoEncoder" => ("gated", true, turned_weights("decoder_bias")?),
+        "AutoEncoderTopK" => ("topk", true, turned_weights("b_dec")?),
+        "BatchTopKSAE" => ("jumprelu", true, turned_weights("b_dec")?),
+        "MatryoshkaBatchTopKSAE" => ("jumprelu", true, own_weights()?),
+        "JumpReluAutoEncoder" => ("jumprelu", false, own_weights()?),
+        "Transcoder" | "SkipTranscoder" if sae.dictionary.selection().is_none() => {
+            let architecture = match (class, get("threshold").is_ok()) {
+                ("Transcoder", false) => "transcoder",
+                ("Transcoder", true) => "jumprelu_transcoder",
+                (_, false) => "skip_transcoder",
+                (_, true) => "jumprelu_skip_transcoder",
+            };
+            (architecture, false, own_weights()?)
+        }
+        "Transcoder" | "SkipTranscoder" => {
+            bail!(InputError::new("sae_lens has no transcoder that keeps the k largest features")
+                .help("those without `k` can be exported"))
+        }
+        other => bail!(InputError::new(format!("sae_lens has nothing that does what the class {other} does")).help(
+            "it has AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, \
+             MatryoshkaBatchTopKSAE, JumpReluAutoEncoder, Transcoder and SkipTranscoder"
+        )),
+    };
+    match class {
+        "GatedAutoEncoder" => {
+            weights.extend([("b_gate", get("gate_bias")?), ("b_mag", get("mag_bias")?), ("r_mag", get("r_mag")?)]);
+        }
+        "AutoEncoder" | "AutoEncoderNew" | "AutoEncoderTopK" | "BatchTopKSAE" => {
+            weights.push(("b_enc", get("encoder.bias")?));
+        }
+        _ => {}
+    }
+    if class == "AutoEncoderTopK" {
+        cfg.insert("k".to_owned(), get("k")?.int64_value(&[]).into());
+        cfg.insert("rescale_acts_by_decoder_norm".to_owned(), false.into());
+    }
+    if architecture.contains("jumprelu") {
+        // Of the TopK family it is one for all features; before it is known it is negative, and every positive feature
+        // fires.
+        let threshold = match sae.dictionary.selection() {
+            Some(_) => get("threshold")?.clamp_min(0.0).expand([features], false).contiguous(),
+            None => get("threshold")?,
+        };
+        weights.push(("threshold", threshold));
+    }
+    if let Ok(w_skip) = get("W_skip") {
+        weights.push(("W_skip", w_skip));
+    }
+    if transcodes(sae) && !architecture.ends_with("transcoder") {
+        architecture = match architecture {
+            "standard" => "transcoder",
+            "jumprelu" => "jumprelu_transcoder",
+            other => bail!(InputError::new(format!("sae_lens has no transcoder of the kind `{other}`"))
+                .help("it has transcoders with ReLU and with JumpReLU")),
+        };
+        if subtracts {
+            // Its transcoders do not subtract b_dec first: the encoder's bias takes it up.
+            let of =
+                |name: &str| weights.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor.shallow_clone());
+            if let (Some(w_enc), Some(b_enc), Some(b_dec)) = (of("W_enc"), of("b_enc"), of("b_dec")) {
+                let moved = b_enc.to_kind(Kind::Double) - through(&b_dec, &w_enc);
+                weights.retain(|(name, _)| *name != "b_enc");
+                weights.push(("b_enc", moved.to_kind(b_enc.kind())));
+            }
+            subtracts = false;
+        }
+    }
+    if architecture.ends_with("transcoder") && sae.normalization.is_some_and(|normalization| !normalization.input_only)
+    {
+        bail!(InputError::new("sae_lens's transcoders normalise what they read and not what they predict"));
+    }
     let normalize = match sae.normalization {
         None => "none",
         Some(Normalization { kind: NormalizationKind::LayerNorm, .. }) => "layer_norm",
@@ -87,7 +115,8 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
     }
     let dtype = sae.config["trainer"]["dtype"].as_str().unwrap_or("float32");
     let metadata = metadata(sae);
-    let on_heads = metadata["hook_name"].as_str().is_some_and(|name| name.ends_with("hook_z")) && metadata["hook_head_index"].is_null();
+    let on_heads = metadata["hook_name"].as_str().is_some_and(|name| name.ends_with("hook_z"))
+        && metadata["hook_head_index"].is_null();
     for (key, value) in [
         ("architecture", json!(architecture)),
         ("d_in", dims.input.into()),
@@ -109,6 +138,16 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
         tensors::write(&dir.join("sparsity.safetensors"), &[("sparsity", sparsity)])?;
     }
     Ok(())
+}
+
+/// Whether it predicts something else than it reads.
+fn transcodes(sae: &Saved) -> bool {
+    let (buffer, dims) = (&sae.config["buffer"], sae.dictionary.dims());
+    dims.input != dims.output
+        || sae.config["trainer"]["transcodes"] == true
+        || buffer["io"] == "in_to_out"
+        || buffer["target"].is_string()
+        || buffer["target_tensor"].is_string()
 }
 
 /// What the run says of the SAE, in sae_lens's words.

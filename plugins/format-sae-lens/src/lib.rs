@@ -15,7 +15,7 @@ mod export;
 mod models;
 mod table;
 
-use dictlearn_core::format::{take, Activation, Affine, Format, Place, Published, Request};
+use dictlearn_core::format::{take, through, Activation, Affine, Format, Place, Published, Request};
 use dictlearn_core::prelude::*;
 use dictlearn_core::saved::Saved;
 use dictlearn_core::tensors::TensorFile;
@@ -53,7 +53,9 @@ impl Format for SaeLens {
         }
         let name = request.named()?;
         match name.split_once(':') {
-            Some((release, id)) if !std::path::Path::new(name).exists() => Ok(vec![table::place(release, id, request)?]),
+            Some((release, id)) if !std::path::Path::new(name).exists() => {
+                Ok(vec![table::place(release, id, request)?])
+            }
             _ => Ok(vec![Place::parse(name)?]),
         }
     }
@@ -112,7 +114,10 @@ fn read(place: &Place) -> Result<Published> {
     // Bytes of a whole number can hold anything a damaged header says.
     for (name, tensor) in &tensors {
         if !tensor.is_floating_point() {
-            bail!(InputError::new(format!("tensor `{name}` has the type {:?}, not one of floating point", tensor.kind())));
+            bail!(InputError::new(format!(
+                "tensor `{name}` has the type {:?}, not one of floating point",
+                tensor.kind()
+            )));
         }
     }
     let sparsity = match place.file("sparsity.safetensors")? {
@@ -127,14 +132,16 @@ fn read(place: &Place) -> Result<Published> {
         site: (!cfg.site.submodule.is_empty()).then(|| cfg.site.clone()),
         trainer: cfg.kept.clone(),
         sparsity,
-        pretrained: false,
         notes,
+        ..Published::default()
     };
     let output = |tensors: &mut std::collections::BTreeMap<String, Tensor>| -> Result<(Tensor, Tensor)> {
-        let (w_dec, b_dec) = (float(take(tensors, "W_dec")?), float(take(tensors, "b_dec")?));
+        let (w_dec, b_dec) = (single(take(tensors, "W_dec")?), double(take(tensors, "b_dec")?));
         let factor = finetuning_factor(tensors, &cfg)?;
         let w_dec = match factor {
-            Some(factor) if factor.size() == [w_dec.size().first().copied().unwrap_or(0)] => w_dec * factor.unsqueeze(1),
+            Some(factor) if factor.size() == [w_dec.size().first().copied().unwrap_or(0)] => {
+                w_dec * single(factor).unsqueeze(1)
+            }
             Some(factor) => bail!(InputError::new(format!("`scaling_factor` has shape {:?}", factor.size()))),
             None => w_dec,
         };
@@ -148,12 +155,13 @@ fn read(place: &Place) -> Result<Published> {
         let kind = if dtype == "bfloat16" { Kind::BFloat16 } else { Kind::Half };
         tensors.values_mut().for_each(|tensor| *tensor = tensor.to_kind(kind));
     }
-    let w_enc = float(take(&mut tensors, "W_enc")?) * scale.unwrap_or(1.0);
+    let w_enc = single(take(&mut tensors, "W_enc")?);
+    let w_enc = scale.map_or_else(|| w_enc.shallow_clone(), |scale| &w_enc * scale);
 
     if cfg.architecture == "gated" {
         let (w_dec, b_dec) = output(&mut tensors)?;
         let [b_gate, b_mag, r_mag] = ["b_gate", "b_mag", "r_mag"].map(|name| take(&mut tensors, name));
-        let (b_gate, b_mag, r_mag) = (float(b_gate?), float(b_mag?), float(r_mag?));
+        let (b_gate, b_mag, r_mag) = (double(b_gate?), double(b_mag?), double(r_mag?));
         nothing_left(&tensors)?;
         // As the one with a plain encoder, which tells whether the shapes fit.
         let check = |bias: &Tensor| Affine {
@@ -172,7 +180,7 @@ fn read(place: &Place) -> Result<Published> {
         // The class subtracts b_dec from its input; where sae_lens did not, the biases take it back.
         let moved = match cfg.apply_b_dec_to_input {
             true => b_gate.zeros_like(),
-            false => b_dec.unsqueeze(0).matmul(&w_enc).squeeze_dim(0),
+            false => through(&b_dec, &w_enc),
         };
         let (b_gate, b_mag) = (b_gate + &moved, b_mag + moved * r_mag.exp());
         let tensors = [
@@ -183,55 +191,66 @@ fn read(place: &Place) -> Result<Published> {
             ("mag_bias", b_mag),
             ("r_mag", r_mag),
         ];
-        let single = |(name, tensor): (&str, Tensor)| (name.to_owned(), tensor.to_kind(Kind::Float));
-        return Ok(published("GatedAutoEncoder", tensors.into_iter().map(single).collect()));
+        let named = |(name, tensor): (&str, Tensor)| (name.to_owned(), single(tensor));
+        return Ok(published("GatedAutoEncoder", tensors.into_iter().map(named).collect()));
     }
 
     let (mut w_dec, b_dec) = output(&mut tensors)?;
     let mut affine = Affine {
         w_enc,
-        b_enc: float(take(&mut tensors, "b_enc")?),
+        b_enc: double(take(&mut tensors, "b_enc")?),
         w_dec: w_dec.shallow_clone(),
         b_dec,
-        w_skip: tensors.remove("W_skip").map(float),
+        w_skip: tensors.remove("W_skip").map(single),
         subtract_b_dec: cfg.apply_b_dec_to_input,
         transcodes: cfg.architecture.ends_with("transcoder"),
         activation: Activation::Relu,
     };
     if affine.w_skip.is_some() != cfg.architecture.contains("skip") {
-        bail!(InputError::new(format!("the architecture is `{}`, and the weights {} `W_skip`", cfg.architecture, match affine.w_skip {
-            Some(_) => "have",
-            None => "have no",
-        })));
+        bail!(InputError::new(format!(
+            "the architecture is `{}`, and the weights {} `W_skip`",
+            cfg.architecture,
+            match affine.w_skip {
+                Some(_) => "have",
+                None => "have no",
+            }
+        )));
     }
     // The class adds W_skip of what it reads; so does sae_lens, of what stands before the normalisation.
     if affine.w_skip.is_some() && cfg.normalization().is_some() {
-        bail!(InputError::new(format!("a skip connection beside `normalize_activations: {}` is not supported", cfg.normalize.name())));
+        bail!(InputError::new(format!(
+            "a skip connection beside `normalize_activations: {}` is not supported",
+            cfg.normalize.name()
+        )));
     }
     cfg.fits(affine.check()?)?;
     let norms = || w_dec.norm_scalaropt_dim(2.0, [1], false);
     affine.activation = match cfg.architecture.as_str() {
-        "topk" => Activation::TopK(cfg.k.ok_or_else(|| InputError::new("the architecture is `topk`, and `k` is not said"))?),
+        "topk" => {
+            Activation::TopK(cfg.k.ok_or_else(|| InputError::new("the architecture is `topk`, and `k` is not said"))?)
+        }
         // A batchtopk that is still in training keeps one threshold for all.
         "batchtopk" | "matryoshka_batchtopk" => {
-            let threshold = float(take(&mut tensors, "topk_threshold")?);
+            let threshold = double(take(&mut tensors, "topk_threshold")?);
             if threshold.numel() != 1 {
                 bail!(InputError::new(format!("`topk_threshold` has shape {:?}", threshold.size())));
             }
             let scale = if cfg.rescale_acts_by_decoder_norm { scale.unwrap_or(1.0) } else { 1.0 };
             Activation::Jump(affine.b_enc.ones_like() * threshold.reshape([1]) / scale)
         }
-        "jumprelu" | "jumprelu_transcoder" | "jumprelu_skip_transcoder" => Activation::Jump(match tensors.remove("log_threshold") {
-            Some(threshold) => float(threshold).exp(),
-            None => float(take(&mut tensors, "threshold")?),
-        }),
+        "jumprelu" | "jumprelu_transcoder" | "jumprelu_skip_transcoder" => {
+            Activation::Jump(match tensors.remove("log_threshold") {
+                Some(threshold) => double(threshold).exp(),
+                None => double(take(&mut tensors, "threshold")?),
+            })
+        }
         _ => Activation::Relu,
     };
     if cfg.rescale_acts_by_decoder_norm {
         // Features in units of the decoder's rows: encoder times norms, rows divided by them.
         let norms = norms();
         affine.w_enc = affine.w_enc * norms.unsqueeze(0);
-        affine.b_enc = affine.b_enc * &norms;
+        affine.b_enc = affine.b_enc * double(norms.shallow_clone());
         w_dec = w_dec / norms.unsqueeze(1);
         affine.w_dec = w_dec;
     }
@@ -241,8 +260,12 @@ fn read(place: &Place) -> Result<Published> {
     Ok(published(class, tensors))
 }
 
-/// In double precision, so that folding loses nothing.
-fn float(tensor: Tensor) -> Tensor {
+fn single(tensor: Tensor) -> Tensor {
+    tensor.to_kind(Kind::Float)
+}
+
+/// In double precision, as everything small, so that what is added up loses nothing.
+fn double(tensor: Tensor) -> Tensor {
     tensor.to_kind(Kind::Double)
 }
 
@@ -274,7 +297,7 @@ fn finetuning_factor(tensors: &mut std::collections::BTreeMap<String, Tensor>, c
     let Some(factor) = tensors.remove("finetuning_scaling_factor").or_else(|| tensors.remove("scaling_factor")) else {
         return Ok(None);
     };
-    let factor = float(factor);
+    let factor = double(factor);
     if factor.allclose(&factor.ones_like(), 1e-5, 1e-8, false) {
         return Ok(None);
     }

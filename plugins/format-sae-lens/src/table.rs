@@ -62,7 +62,8 @@ fn table_file(request: &Request) -> Result<Option<PathBuf>> {
         }
     }
     // Python knows where its packages are. Asked so, it loads nothing of the package.
-    let asks = "import importlib.util as u; s = u.find_spec('sae_lens'); print(s.submodule_search_locations[0] if s else '')";
+    let asks =
+        "import importlib.util as u; s = u.find_spec('sae_lens'); print(s.submodule_search_locations[0] if s else '')";
     for python in ["python3", "python"] {
         let Ok(answer) = Command::new(python).args(["-c", asks]).output() else { continue };
         let folder = String::from_utf8_lossy(&answer.stdout).trim().to_owned();
@@ -169,9 +170,12 @@ fn by_rule(release: &str, sae_id: &str) -> Result<Option<Place>> {
     };
     if release.starts_with("gemma-scope-2-") {
         // gemma-scope-2-4b-pt-res: the repository is without the site, which is a folder of it.
-        let Some((size, site)) = release.match_indices("-pt-").chain(release.match_indices("-it-")).next().map(|(at, _)| {
-            (&release[..at + 3], &release[at + 4..])
-        }) else {
+        let Some((size, site)) = release
+            .match_indices("-pt-")
+            .chain(release.match_indices("-it-"))
+            .next()
+            .map(|(at, _)| (&release[..at + 3], &release[at + 4..]))
+        else {
             return Ok(None);
         };
         let folder = match site {
@@ -189,7 +193,9 @@ fn by_rule(release: &str, sae_id: &str) -> Result<Option<Place>> {
     }
     if release.starts_with("gemma-scope-") {
         let repo = release.trim_end_matches("-canonical");
-        let Some(found) = place("google", repo, sae_id.trim_end_matches("/canonical"), "gemma_scope") else { return Ok(None) };
+        let Some(found) = place("google", repo, sae_id.trim_end_matches("/canonical"), "gemma_scope") else {
+            return Ok(None);
+        };
         return Ok(Some(if sae_id.ends_with("/canonical") { canonical(&found)? } else { found }));
     }
     if let Some(kind) = release.strip_prefix("llama_scope_lx") {

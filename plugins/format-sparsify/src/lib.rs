@@ -52,7 +52,9 @@ impl Format for Sparsify {
         };
         let activation = cfg.get("activation").and_then(Value::as_str).unwrap_or("topk");
         if activation != "topk" {
-            bail!(InputError::new(format!("the activation `{activation}` is not supported")).help("supported is `topk`"));
+            bail!(
+                InputError::new(format!("the activation `{activation}` is not supported")).help("supported is `topk`")
+            );
         }
         if flag("signed")? {
             bail!(InputError::new("`signed: true`, features that may be negative, is not supported"));
@@ -104,7 +106,11 @@ impl Format for Sparsify {
             io: Some(if transcodes { "in_to_out" } else { "out" }),
             prepend_bos: Some(false),
             ctx_len: run.get("ctx_len").and_then(Value::as_i64),
-            dataset: run.get("dataset").and_then(Value::as_str).filter(|name| name.split('/').count() == 2).map(str::to_owned),
+            dataset: run
+                .get("dataset")
+                .and_then(Value::as_str)
+                .filter(|name| name.split('/').count() == 2)
+                .map(str::to_owned),
             ..ModelSite::default()
         });
         let (class, tensors) = affine.into_class()?;

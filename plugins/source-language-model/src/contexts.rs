@@ -330,7 +330,8 @@ pub fn token_texts(files: &ModelFiles, ids: &[i64]) -> Result<Vec<String>> {
         let known = tokenizer.as_ref().zip(u32::try_from(*id).ok());
         // A token that begins in the middle of a character has no text of its own; its name in the vocabulary says more.
         let decoded = known.and_then(|(tokenizer, id)| {
-            let text = tokenizer.decode(&[id], false).ok().filter(|text| !text.is_empty() && !text.contains('\u{fffd}'));
+            let text =
+                tokenizer.decode(&[id], false).ok().filter(|text| !text.is_empty() && !text.contains('\u{fffd}'));
             text.or_else(|| tokenizer.id_to_token(id))
         });
         decoded.unwrap_or_else(|| id.to_string())

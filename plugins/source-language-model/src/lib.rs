@@ -168,7 +168,9 @@ impl SourceConfig for LanguageModelConfig {
             .help("make `n_ctxs` larger or `out_batch_size` smaller"));
         }
         if self.prepend_bos == Some(true) && self.ctx_len < 2 {
-            bail!(InputError::new("a context of one token is the BOS token alone").field("ctx_len").help("set it to 2 or more"));
+            bail!(InputError::new("a context of one token is the BOS token alone")
+                .field("ctx_len")
+                .help("set it to 2 or more"));
         }
         let contexts_cx = ContextsCx {
             ctx_len: self.ctx_len as usize,
@@ -514,7 +516,6 @@ impl ModelSource for LanguageModelSource {
     fn token_texts(&self, ids: &[i64]) -> Result<Vec<String>> {
         contexts::token_texts(&self.files, ids)
     }
-
 
     fn model(&self) -> &dyn LanguageModel {
         &*self.harvest.model
