@@ -205,6 +205,10 @@ impl Dictionary for Adapted {
         self.inner.loaded();
     }
 
+    fn fold_norms(&mut self) -> bool {
+        self.inner.fold_norms()
+    }
+
     fn pretrained(&mut self) {
         self.inner.pretrained();
     }

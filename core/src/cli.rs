@@ -247,11 +247,11 @@ fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
 fn fail(error: anyhow::Error) -> ExitCode {
     match InputError::take(error) {
         Ok(input) => {
-            eprintln!("error: {input}");
+            eprintln!("error: {}", config::printable(&input.to_string()));
             ExitCode::from(2)
         }
         Err(other) => {
-            eprintln!("error: {other:#}");
+            eprintln!("error: {}", config::printable(&format!("{other:#}")));
             ExitCode::from(1)
         }
     }
@@ -364,6 +364,7 @@ fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -
     if !sae_dir.is_dir() {
         saved::read(sae_dir, tch::Device::Cpu, device::Precision::Float32)?;
     }
+    saved::weights(sae_dir)?;
     let config = load(&own_config(sae_dir, config)?, None, set)?;
     let (name, result) = measure(sae_dir, &config).map_err(|error| config.written.locate(error))?;
     if json {
@@ -488,6 +489,10 @@ fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
 
 /// Shows the strongest features of each token of a text.
 fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
+    if args.text.iter().all(|text| text.trim().is_empty()) {
+        bail!(InputError::new("`--text` is empty").help("give a text for the model to read"));
+    }
+    saved::weights(&args.sae_dir)?;
     // The source takes texts from files, so it is given one, in which each is a record.
     let dir = tempfile::tempdir().context("no folder for temporary files")?;
     let file = dir.path().join("text.jsonl");
@@ -606,7 +611,7 @@ fn import(name: &str, request: &format::Request, out: Option<&Path>, list: Optio
         let shown: Vec<_> = offers.iter().filter(|(offer, _)| wanted.matches(offer)).collect();
         let width = shown.iter().map(|(offer, _)| offer.len()).max().unwrap_or(0);
         let line = |(offer, about): &&(String, String)| format!("{offer:width$}  {about}").trim_end().to_owned() + "\n";
-        print(&shown.iter().map(line).collect::<String>())?;
+        print(&config::printable(&shown.iter().map(line).collect::<String>()))?;
         eprintln!("{} of {} names match", shown.len(), offers.len());
         return Ok(ExitCode::SUCCESS);
     }

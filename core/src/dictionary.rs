@@ -151,6 +151,22 @@ impl Decoder {
     }
 }
 
+impl Decoder {
+    /// Divides the features' directions by their norms, and gives these, `[F]`, for [`Dictionary::fold_norms`]; `None`
+    /// where they are 1 already. A direction of zeros stays.
+    pub fn normalize(mut self) -> Option<Tensor> {
+        tch::no_grad(|| {
+            let norms = self.norms();
+            let norms = norms.where_self(&norms.gt(0.0), &norms.ones_like());
+            if norms.allclose(&norms.ones_like(), 1e-5, 1e-8, false) {
+                return None;
+            }
+            let _ = self.weight.g_div_(&norms.unsqueeze(self.direction_dim()));
+            Some(norms)
+        })
+    }
+}
+
 /// What feeds a feature: a row or column of the encoder's weight, and entries of vectors of length F. For resampling.
 #[derive(Debug)]
 pub struct Encoder {
@@ -240,6 +256,12 @@ pub trait Dictionary: Any + Send {
 
     /// Called after tensors were loaded in place, for what is derived from them.
     fn loaded(&mut self) {}
+
+    /// Moves the norms of the features' directions from the decoder to the encoder: directions get norm 1 and
+    /// reconstructions stay as they are. False, and nothing has changed, where that would change which features fire.
+    fn fold_norms(&mut self) -> bool {
+        false
+    }
 
     /// Called after the reference's own file was loaded, for what its `from_pretrained` does to the weights then.
     fn pretrained(&mut self) {}
@@ -366,6 +388,15 @@ pub fn trained(tensor: Tensor) -> Tensor {
 pub fn random_directions(dims: [i64; 2], norm: f64, device: Device) -> Tensor {
     let directions = randn(dims, device);
     &directions / directions.norm_scalaropt_dim(2.0, [0], true) * norm
+}
+
+/// x − b for activations x [.., d] and the bias b `[d_out]` that reconstructions end with; x alone where what is
+/// reconstructed is of another width, and the bias says nothing of the input.
+pub fn without_bias(x: &Tensor, bias: &Tensor) -> Tensor {
+    if x.size().last() == bias.size().first() {
+        return x - bias;
+    }
+    x.shallow_clone()
 }
 
 /// The decoder [d_out, F] to go with an encoder whose rows are these directions, [d, F], of that norm: the same, where

@@ -14,7 +14,7 @@ use serde_json::{json, Map, Value};
 use tch::{Device, Tensor};
 
 use crate::adapted::Normalization;
-use crate::config::{from_yaml, InputError};
+use crate::config::{from_yaml, printable, InputError};
 use crate::device::Precision;
 use crate::dictionary::Dictionary;
 use crate::hub::{hub, Repo, RepoKind};
@@ -217,6 +217,11 @@ impl Place {
     pub fn file(&self, name: &str) -> Result<Option<PathBuf>> {
         let path = [self.path.as_str(), name].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
         match &self.root {
+            // Who names one of an SAE's files means the others beside it.
+            Root::Folder(folder) if !name.is_empty() && folder.join(&self.path).is_file() => {
+                let beside = folder.join(&self.path).with_file_name(name);
+                Ok(Some(beside).filter(|path| path.is_file()))
+            }
             Root::Folder(folder) => Ok(Some(folder.join(path)).filter(|path| path.is_file())),
             Root::Hub(repo) => hub()?.file(repo, &path),
         }
@@ -554,13 +559,17 @@ pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Resul
             Some(out) => out.join(folder(&place.name)),
             None => Path::new("saes").join(folder(&place.name)),
         };
-        refuse_other(&dir)?;
+        // A name of ours may be a folder of other SAEs, which the place itself has something to say of.
+        if out.is_some() {
+            refuse_other(&dir)?;
+        }
         let cannot = || format!("cannot import {place}");
         let published = read(&*format, place)?;
+        refuse_other(&dir)?;
         for note in &published.notes {
-            eprintln!("warning: {place}: {note}");
+            eprintln!("warning: {}", printable(&format!("{place}: {note}")));
         }
-        let origin = json!({"format": place.format.as_deref().unwrap_or(format_name), "from": place.to_string()});
+        let origin = json!({"format": place.format.as_deref().unwrap_or(format_name), "from": place.to_string(), "name": place.name});
         whole_folder(&dir, |dir| write(dir, &published, &origin).with_context(cannot))?;
         written.push(dir);
     }
@@ -577,6 +586,13 @@ fn folder(name: &str) -> PathBuf {
 
 /// Refuses to write over something else.
 fn refuse_other(dir: &Path) -> Result<()> {
+    if dir.is_symlink() && !dir.exists() {
+        bail!(InputError::new(format!("{} is a link that leads nowhere", dir.display()))
+            .help("give another folder with `--out`"));
+    }
+    if dir.is_file() {
+        bail!(InputError::new(format!("{} is a file", dir.display())).help("give another folder with `--out`"));
+    }
     let empty = match fs::read_dir(dir) {
         Ok(mut entries) => entries.next().is_none(),
         Err(error) => error.kind() == std::io::ErrorKind::NotFound,
@@ -590,7 +606,8 @@ fn refuse_other(dir: &Path) -> Result<()> {
 
 /// Makes a folder that is whole or not there: filled beside its place, then renamed.
 pub fn whole_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let dir = std::path::absolute(dir)?;
+    // Where a link leads, not the link.
+    let dir = fs::canonicalize(dir).or_else(|_| std::path::absolute(dir))?;
     let above = dir.parent().unwrap_or(Path::new("/"));
     let cannot = || format!("cannot write {}", dir.display());
     fs::create_dir_all(above).with_context(cannot)?;
@@ -718,7 +735,14 @@ pub fn glob(text: &str) -> Result<glob::Pattern> {
 pub fn take(tensors: &mut BTreeMap<String, Tensor>, name: &str) -> Result<Tensor> {
     match tensors.remove(name) {
         Some(tensor) => Ok(tensor),
-        None => Err(anyhow!(InputError::new(format!("tensor `{name}` is missing"))
-            .help(format!("the file has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))))),
+        None => {
+            let mut others: Vec<&str> = tensors.keys().map(String::as_str).collect();
+            let more = if others.len() > 12 { ", ..." } else { "" };
+            others.truncate(12);
+            Err(anyhow!(InputError::new(format!("tensor `{name}` is missing")).help(match others.is_empty() {
+                true => "beside those that were read there are none".to_owned(),
+                false => format!("beside those that were read there are: {}{more}", others.join(", ")),
+            })))
+        }
     }
 }

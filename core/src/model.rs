@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
-use crate::lm::{Linear, Names};
+use crate::lm::{Linear, Names, Norm};
 use crate::registry::nearest;
 
 /// A batch of contexts: B rows of L positions.
@@ -43,6 +43,8 @@ pub enum Io {
     In,
     /// The output.
     Out,
+    /// The value inside a norm, normalised and not yet scaled and shifted by its weights.
+    Normed,
 }
 
 /// A place in a model: a module's input or output.
@@ -56,7 +58,12 @@ pub struct HookPoint {
 
 impl fmt::Display for HookPoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.module, if self.io == Io::In { "in" } else { "out" })
+        let io = match self.io {
+            Io::In => "in",
+            Io::Out => "out",
+            Io::Normed => "normed",
+        };
+        write!(f, "{}.{io}", self.module)
     }
 }
 
@@ -163,6 +170,18 @@ impl<'a> Hooks<'a> {
             let mut size = x.size();
             *size.last_mut().expect("a linear map's input has a width") = linear.width();
             Ok(Tensor::zeros(size, (x.kind(), x.device())))
+        })
+    }
+
+    /// Calls a norm by its name, as [`Hooks::module`]; what it gives is of the type `out`.
+    pub fn norm(&mut self, name: &str, input: &Tensor, norm: &Norm, out: Kind) -> Result<Tensor, Stop> {
+        self.module(name, input, |hooks, x| {
+            let asked = |(point, _): &(HookPoint, Action)| point.io == Io::Normed && point.module == hooks.path;
+            if !hooks.actions.iter().any(asked) {
+                return Ok(norm.forward(x, out));
+            }
+            let normed = hooks.meet(Io::Normed, &norm.normalize(x))?;
+            Ok(norm.scale(&normed).to_kind(out))
         })
     }
 

@@ -109,12 +109,8 @@ fn array(bytes: Vec<u8>) -> Result<Tensor, String> {
     let (Some(shape), order) = (shape, file.order()) else {
         return Err("its shape is larger than the file".to_owned());
     };
-    if !file
-        .shape()
-        .iter()
-        .try_fold(1_u64, |all, n| all.checked_mul(*n))
-        .is_some_and(|count| count <= bytes.len() as u64)
-    {
+    let count = file.shape().iter().try_fold(1_u64, |all, n| all.checked_mul(*n));
+    if count.is_none_or(|count| count > bytes.len() as u64) {
         return Err("its shape is larger than the file".to_owned());
     }
     let kind = file.dtype().descr();

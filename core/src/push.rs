@@ -13,6 +13,7 @@ use tch::Device;
 
 use crate::config::InputError;
 use crate::device::Precision;
+use crate::dictionary::Decoder;
 use crate::hub::{CommitMessage, Content, Hub, Repo, RepoKind, Upload};
 use crate::saved;
 use crate::tensors::TensorFile;
@@ -220,7 +221,7 @@ struct About {
     lens: Value,
     /// Its eval.json, or null.
     eval: Value,
-    /// Whether it has the reference's ae.pt.
+    /// Whether the reference's `load_dictionary` gets the same features of its ae.pt.
     torch_file: bool,
 }
 
@@ -230,11 +231,20 @@ impl About {
         let file = |name: &str| Some(dir.join(name)).filter(|file| file.is_file());
         let json = |name: &str| file(name).map_or(Ok(Value::Null), |file| saved::read_json(&file));
         let lens = file("cfg.json").zip(file("sae_weights.safetensors"));
+        let mut torch_file = false;
         if let (Some((_, weights)), None) = (&lens, file("ae.safetensors")) {
             TensorFile::open(weights)?;
         } else {
             // What `eval` and `encode` refuse is no use to anybody else.
-            saved::read(dir, Device::Cpu, Precision::Float32)?;
+            let sae = saved::read(dir, Device::Cpu, Precision::Float32)?;
+            // The reference normalises nothing that is read, computes in float32, and moves an AutoEncoder's norms.
+            let plain = sae.normalization.is_none() && sae.config["trainer"]["dtype"].is_null();
+            let moves = |decoder: Decoder| {
+                let norms = decoder.norms();
+                !norms.allclose(&norms.ones_like(), 1e-5, 1e-8, false)
+            };
+            let moved = sae.dictionary.class() == "AutoEncoder" && sae.dictionary.decoder().is_some_and(moves);
+            torch_file = file("ae.pt").is_some() && plain && !moved;
         }
         let dir = std::path::absolute(dir)?;
         let name = dir.file_name().map_or_else(|| "SAE".to_owned(), |name| name.to_string_lossy().into_owned());
@@ -243,7 +253,7 @@ impl About {
             config: json("config.json")?,
             lens: if lens.is_some() { json("cfg.json")? } else { Value::Null },
             eval: json("eval.json")?,
-            torch_file: file("ae.pt").is_some(),
+            torch_file,
         })
     }
 
@@ -390,6 +400,7 @@ fn facts(about: &About) -> Vec<(&'static str, String)> {
         let metadata = || about.lens.get("metadata").and_then(|metadata| metadata.get(key));
         about.lens.get(key).filter(|value| !value.is_null()).or_else(metadata).and_then(plain)
     };
+    let normalization = about.config.pointer("/trainer/normalization/type").and_then(plain);
     let rows = [
         ("class", trainer("dict_class").or_else(|| lens("architecture"))),
         ("features", trainer("dict_size").or_else(|| lens("d_sae"))),
@@ -401,7 +412,16 @@ fn facts(about: &About) -> Vec<(&'static str, String)> {
         ("side of it", buffer("io")),
         ("site", buffer("site")),
         ("layer", trainer("layer").or_else(|| lens("hook_layer"))),
+        ("predicts", buffer("target")),
         ("length of contexts", buffer("ctx_len").or_else(|| lens("context_size"))),
+        ("contexts begin with BOS", buffer("prepend_bos").or_else(|| lens("prepend_bos"))),
+        ("activations are centred", buffer("center")),
+        (
+            "each activation is normalised",
+            normalization.or_else(|| lens("normalize_activations").filter(|how| how != "none")),
+        ),
+        ("computes in", trainer("dtype")),
+        ("imported from", about.config.pointer("/imported/from").and_then(plain)),
         ("trainer", trainer("trainer_class")),
         ("steps", trainer("steps")),
         ("learning rate", trainer("lr")),
@@ -482,7 +502,7 @@ fn card(about: &About, repo: &Repo, path: &str, config: Option<&str>, mark: &str
         let links = models.iter().map(|id| format!("[{id}](https://huggingface.co/{id})"));
         text += &format!(" for activations of {}", links.collect::<Vec<_>>().join(" and "));
     }
-    text += ", trained as a sparse autoencoder.\n\n";
+    text += ".\n\n";
     text += &table(["", ""], facts(about).iter().map(|(name, value)| (*name, value.as_str())));
     let figures = figures(&about.eval);
     if !figures.is_empty() {
@@ -503,7 +523,7 @@ fn card(about: &About, repo: &Repo, path: &str, config: Option<&str>, mark: &str
         // A fence longer than any in it.
         let fence = "`".repeat(1 + config.split(|c| c != '`').map(str::len).max().unwrap_or(0).max(2));
         text += &format!(
-            "\n<details>\n<summary>The config that it was trained with</summary>\n\n{fence}yaml\n{}\n{fence}\n\n</details>\n",
+            "\n<details>\n<summary>The config that says where it reads, and of a run how it was trained</summary>\n\n{fence}yaml\n{}\n{fence}\n\n</details>\n",
             config.trim_end()
         );
     }

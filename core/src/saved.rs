@@ -48,11 +48,6 @@ pub fn write(dir: &Path, dictionary: &dyn Dictionary, config: &Value) -> Result<
 
 /// Reads a dictionary from its folder.
 pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
-    if !dir.is_dir() {
-        let what = if dir.exists() { "is a file, not an SAE's folder" } else { "does not exist" };
-        bail!(InputError::new(format!("{} {what}", dir.display()))
-            .help("an SAE's folder holds ae.safetensors and config.json; a run has one for each of its SAEs"));
-    }
     let weights = weights(dir)?;
     let config = read_json(&dir.join("config.json"))?;
     let class = config.pointer("/trainer/dict_class").and_then(Value::as_str).ok_or_else(|| {
@@ -92,7 +87,12 @@ pub(crate) fn adapted(
 }
 
 /// The file of an SAE's weights: ae.safetensors, or the reference's ae.pt where that is all there is.
-fn weights(dir: &Path) -> Result<PathBuf> {
+pub fn weights(dir: &Path) -> Result<PathBuf> {
+    if !dir.is_dir() {
+        let what = if dir.exists() { "is a file, not an SAE's folder" } else { "does not exist" };
+        bail!(InputError::new(format!("{} {what}", dir.display()))
+            .help("an SAE's folder holds ae.safetensors and config.json; a run has one for each of its SAEs"));
+    }
     let weights =
         |dir: &Path| ["ae.safetensors", "ae.pt"].map(|name| dir.join(name)).into_iter().find(|file| file.exists());
     if let Some(weights) = weights(dir) {

@@ -104,6 +104,21 @@ impl Training {
         }
         let trainer_cx = TrainerCx { dictionary: &*dictionary, steps: cx.steps, seed: cx.seed };
         let trainer = config.trainer.build(&trainer_cx).under("trainer")?;
+        let goes_on = config.init_from.as_ref().is_some_and(|path| path.as_path().is_dir());
+        if goes_on && trainer.constraints().unit_norm_decoder {
+            // Its first step would cut the norms off, and what was learnt with them.
+            let far = |dictionary: &dyn Dictionary| {
+                let norms = dictionary.decoder().map(|decoder| decoder.norms().detach());
+                norms.is_some_and(|norms| !norms.allclose(&norms.ones_like(), 1e-3, 1e-3, false))
+            };
+            if far(&*dictionary) && !dictionary.fold_norms() {
+                eprintln!(
+                    "warning: SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
+                     it will not be what it was",
+                    config.name
+                );
+            }
+        }
         let modifier_cx = ModifierCx { dictionary: &*dictionary, trainer: &*trainer };
         let build = |modifier: &dyn ModifierConfig| {
             modifier.needs().into_iter().try_for_each(|need| need.check(modifier.typetag_name(), &modifier_cx))?;
@@ -124,7 +139,7 @@ impl Training {
             rng,
             precision: cx.precision,
             fresh: config.init_from.is_none(),
-            goes_on: config.init_from.as_ref().is_some_and(|path| path.as_path().is_dir()),
+            goes_on,
             normalization,
         })
     }

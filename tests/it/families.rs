@@ -323,3 +323,31 @@ fn smollm2_says_what_it_says_in_python() {
         }
     }
 }
+
+/// TransformerLens's `hook_normalized` is the value inside a norm: normalised, and not yet scaled by the norm's weights.
+#[test]
+fn the_value_inside_a_norm_is_normalised() {
+    let mut tried = 0;
+    for case in &cases() {
+        let (model, tokens, _) = open(case);
+        let whole = model.forward(&tokens, &mut Hooks::none()).unwrap();
+        for name in ["blocks.1.ln1.hook_normalized", "blocks.1.ln2.hook_normalized", "ln_final.hook_normalized"] {
+            let Ok((point, width)) = model.hook_point(name, Io::Out) else { continue };
+            assert_eq!(point.io, Io::Normed);
+            let value = model.value_at(&tokens, &point);
+            assert_eq!(value.size().last(), Some(&width));
+            let mean_square = value.square().mean_dim([-1].as_slice(), false, Kind::Float);
+            let off = ((mean_square - 1.0).abs() * tokens.mask.to_kind(Kind::Float)).max().double_value(&[]);
+            assert!(off < 0.05, "{case}: {name} has a mean square {off} away from 1");
+            // The weights come after it.
+            let mut moved = Hooks::replace(&point, |value| value + 1.0);
+            let changed = model.forward(&tokens, &mut moved).unwrap();
+            assert!(difference(&changed, &whole, &tokens.mask) > 1e-3, "{case}: {name}");
+            let mut same = Hooks::replace(&point, Tensor::shallow_clone);
+            let same = model.forward(&tokens, &mut same).unwrap();
+            assert!(difference(&same, &whole, &tokens.mask) < 1e-5, "{case}: {name}");
+            tried += 1;
+        }
+    }
+    assert!(tried > 30, "{tried}");
+}

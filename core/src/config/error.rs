@@ -127,6 +127,12 @@ impl InputError {
     }
 }
 
+/// A text for a terminal: control characters, which files may hold, as escapes.
+pub fn printable(text: &str) -> String {
+    let escaped = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect()
+}
+
 /// Says under which key of a config something was built, so that its errors can be found there.
 pub trait Under<T> {
     /// The key that leads to what was built: `source`, `saes[1]`, `text`.

@@ -10,7 +10,7 @@ mod schema;
 mod spans;
 mod value;
 
-pub use error::{InputError, Origin, Place, Under};
+pub use error::{printable, InputError, Origin, Place, Under};
 pub use example::example;
 pub use layers::{variables, Sources};
 pub use load::{folder_name, from_yaml, json_schema, load, to_yaml, type_name, Written};

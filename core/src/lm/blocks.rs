@@ -175,6 +175,29 @@ impl Norm {
     }
 }
 
+impl Norm {
+    /// x [.., d], normalised in float32, before it is scaled and shifted.
+    pub fn normalize(&self, x: &Tensor) -> Tensor {
+        let (x, none) = (x.to_kind(Kind::Float), None::<&Tensor>);
+        match self.kind {
+            NormKind::Layer => x.layer_norm(self.weight.size(), none, none, self.eps, true),
+            NormKind::Rms | NormKind::RmsPlusOne => x.rms_norm(self.weight.size(), none, self.eps),
+        }
+    }
+
+    /// What [`Norm::normalize`] gave, scaled and shifted.
+    pub fn scale(&self, normed: &Tensor) -> Tensor {
+        let scaled = match self.kind {
+            NormKind::RmsPlusOne => normed * (&self.weight + 1.0),
+            NormKind::Layer | NormKind::Rms => normed * &self.weight,
+        };
+        match &self.bias {
+            Some(bias) => scaled + bias,
+            None => scaled,
+        }
+    }
+}
+
 /// What an MLP does between its projections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {

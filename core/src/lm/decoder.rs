@@ -512,7 +512,7 @@ impl Decoder {
         let kind = self.cx.precision.kind();
         let normed =
             |hooks: &mut Hooks, name: Option<&str>, norm: &Option<Norm>, x: &Tensor, out: Kind| match (name, norm) {
-                (Some(name), Some(norm)) => hooks.module(name, x, |_, x| Ok(norm.forward(x, out))),
+                (Some(name), Some(norm)) => hooks.norm(name, x, norm, out),
                 _ => Ok(x.shallow_clone()),
             };
         let [before_attention, after_attention, before_mlp, after_mlp] = &layer.norms;
@@ -676,7 +676,7 @@ impl LanguageModel for Decoder {
     fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
         let end = self.end_of_model();
         let kind = self.cx.precision.kind();
-        let x = hooks.module(self.config.final_norm, &hidden.x, |_, x| Ok(end.norm.forward(x, kind)))?;
+        let x = hooks.norm(self.config.final_norm, &hidden.x, &end.norm, kind)?;
         let logits = hooks.linear(self.config.head.path, &x, &end.head)?.to_kind(Kind::Float);
         Ok(match self.config.head.soft_cap {
             Some(cap) => (logits / cap).tanh() * cap,

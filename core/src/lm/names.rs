@@ -76,7 +76,7 @@ impl Names {
         match name {
             "hook_embed" => return point(self.embed.clone(), Io::Out),
             "hook_pos_embed" => return point(self.positions.clone()?, Io::Out),
-            "ln_final.hook_normalized" => return point(self.final_norm.clone(), Io::Out),
+            "ln_final.hook_normalized" => return point(self.final_norm.clone(), Io::Normed),
             _ => {}
         }
         let (index, hook) = name.strip_prefix("blocks.")?.split_once('.')?;
@@ -94,8 +94,9 @@ impl Names {
             "mlp.hook_pre" => of(&self.mlp_in, Io::Out),
             "mlp.hook_pre_linear" => of(&self.mlp_up, Io::Out),
             "mlp.hook_post" => point(inside(&self.mlp_out), Io::In),
-            "ln1.hook_normalized" => of(&self.norm1, Io::Out),
-            "ln2.hook_normalized" => of(&self.norm2, Io::Out),
+            // As its release 3 has it, before the norm's weights.
+            "ln1.hook_normalized" => of(&self.norm1, Io::Normed),
+            "ln2.hook_normalized" => of(&self.norm2, Io::Normed),
             _ => None,
         }
     }

@@ -36,6 +36,9 @@ register! {
     example: "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768",
 }
 
+/// The weights in a folder of ours.
+const OWN: &str = "ae.safetensors";
+
 /// The classes that the reference can load.
 const CLASSES: [&str; 7] = [
     "AutoEncoder",
@@ -55,11 +58,15 @@ impl Format for DictionaryLearning {
             return pretrained::find(names);
         }
         let place = Place::parse(request.named()?)?;
-        if place.file("ae.pt")?.is_some() || place.file("")?.is_some() {
+        if place.file("ae.pt")?.is_some() || place.file(OWN)?.is_some() || place.file("")?.is_some() {
             return Ok(vec![place]);
         }
         let files = place.files()?;
-        let folders = files.iter().filter_map(|file| file.strip_suffix("/ae.pt"));
+        let folders: std::collections::BTreeSet<&str> = files
+            .iter()
+            .filter_map(|file| file.strip_suffix("/ae.pt").or(file.strip_suffix("/ae.safetensors")))
+            .collect();
+        let folders = folders.into_iter();
         let found: Vec<Place> = folders.map(|folder| place.below(folder)).collect();
         if found.is_empty() {
             place.need("ae.pt")?;
@@ -74,6 +81,16 @@ impl Format for DictionaryLearning {
     fn read(&self, place: &Place) -> Result<Published> {
         if let Some(entry) = place.table.get(pretrained::ENTRY).and_then(Value::as_str) {
             return pretrained::read(place, entry);
+        }
+        if let Some(weights) = place.file(OWN)? {
+            // A folder of ours, with the weights as they are, of whichever class.
+            let config = place.json("config.json")?;
+            let trainer = config.get("trainer").and_then(Value::as_object).cloned().unwrap_or_default();
+            let Some(class) = trainer.get("dict_class").and_then(Value::as_str).map(str::to_owned) else {
+                bail!(InputError::new("config.json does not say its `trainer.dict_class`"));
+            };
+            let tensors = tensors::TensorFile::open(&weights)?.tensors()?;
+            return Ok(Published { class, tensors, site: site(&config), trainer, ..Published::default() });
         }
         let (weights, config) = match place.file("")? {
             Some(file) => (file, place.above().map(|above| above.file("config.json")).transpose()?.flatten()),
@@ -219,9 +236,10 @@ fn by_tensors(tensors: &BTreeMap<String, Tensor>) -> Result<&'static str> {
 /// Where it reads, by what config.json says.
 fn site(config: &Value) -> Option<ModelSite> {
     let (trainer, buffer) = (&config["trainer"], &config["buffer"]);
-    let model = trainer["lm_name"].as_str().filter(|name| !name.is_empty())?;
+    // Ours say it under `buffer`, with all that belongs to it.
+    let model = buffer["model"].as_str().or(trainer["lm_name"].as_str()).filter(|name| !name.is_empty())?;
     let layer = trainer["layer"].as_u64();
-    let named = trainer["submodule_name"].as_str().filter(|name| !name.is_empty());
+    let named = buffer["submodule"].as_str().or(trainer["submodule_name"].as_str()).filter(|name| !name.is_empty());
     let submodule = match (named, layer) {
         // A module's path is one; a name of the user's own, such as resid_post_layer_3, is not.
         (Some(path), _) if path.contains('.') => path.to_owned(),
@@ -244,7 +262,11 @@ fn site(config: &Value) -> Option<ModelSite> {
         io: io.filter(|_| submodule.contains('.') && !submodule.starts_with("blocks.")),
         submodule,
         ctx_len: buffer["ctx_len"].as_i64().filter(|length| *length > 0),
-        ..ModelSite::default()
+        target: buffer["target"].as_str().map(str::to_owned),
+        head: buffer["head"].as_i64(),
+        prepend_bos: buffer["prepend_bos"].as_bool(),
+        dataset: buffer["text"]["repo"].as_str().map(str::to_owned),
+        center: buffer["center"] == true,
     })
 }
 

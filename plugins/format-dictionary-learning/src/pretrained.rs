@@ -29,7 +29,7 @@ fn open() -> Result<ZipArchive<File>> {
 fn names(archive: &ZipArchive<File>) -> Vec<(String, String)> {
     let folders = archive.file_names().flatten().filter_map(|name| name.strip_suffix("/ae.pt").map(str::to_owned));
     let name = |folder: &str| folder.strip_prefix("dictionaries/").unwrap_or(folder).to_owned();
-    let folders = folders.filter(|folder| !folder.contains("__MACOSX"));
+    let folders = folders.filter(|folder| !folder.contains("__MACOSX") && !folder.split('/').any(|part| part == ".."));
     let mut names: Vec<_> = folders.map(|folder| (name(&folder), folder)).collect();
     names.sort();
     names

@@ -62,6 +62,8 @@ pub struct Cfg {
     pub site: ModelSite,
     /// What TransformerLens did to the model that cannot be done to activations.
     pub center: Vec<String>,
+    /// What the user should know.
+    pub notes: Vec<String>,
     /// What our config.json keeps of it.
     pub kept: Map<String, Value>,
 }
@@ -99,7 +101,8 @@ impl Cfg {
         if !raw.is_object() {
             bail!(InputError::new("cfg.json is not a JSON object"));
         }
-        let metadata = raw.get("metadata").filter(|metadata| metadata.is_object()).unwrap_or(&Value::Null);
+        let metadata = get(raw, "metadata", "an object", |metadata| metadata.is_object().then(|| metadata.clone()))?;
+        let metadata = &metadata.unwrap_or(Value::Null);
         let version = text(raw, "sae_lens_version")?.or(text(metadata, "sae_lens_version")?);
         let major = version.and_then(|version| version.split('.').next()?.parse::<u64>().ok());
         let old = major.is_none_or(|major| major < 6);
@@ -194,13 +197,27 @@ impl Cfg {
             let on = value.as_bool() == Some(true);
             let stream = ["resid", "attn_out", "mlp_out", "embed"].iter().any(|part| hook.contains(part));
             match name.as_str() {
-                "center_writing_weights" if on && stream => site.center = true,
+                "center_writing_weights" if on && stream => site.center = models::has_layer_norm(&site.model),
                 "fold_ln" if on && hook.contains("normalized") => center.push(name.clone()),
                 "fold_value_biases" | "refactor_factored_attn_matrices" if on && hook.contains("hook_z") => {
                     center.push(name.clone());
                 }
                 _ => {}
             }
+        }
+        // What says which tokens it was trained on, and cannot be said here.
+        let mut notes = Vec::new();
+        let said = |key: &str| about(key).get(key).filter(|value| !value.is_null()).cloned();
+        if said("seqpos_slice")
+            .is_some_and(|slice| slice.as_array().is_none_or(|ends| ends.iter().any(|end| !end.is_null())))
+        {
+            notes.push("it was trained on a part of each context, `seqpos_slice`; `eval` takes all of it".to_owned());
+        }
+        if said("exclude_special_tokens").is_some_and(|value| value != Value::Bool(false)) {
+            notes.push("it was trained without special tokens; `eval` takes them too".to_owned());
+        }
+        if let Some(class) = said("model_class_name").filter(|class| class != "HookedTransformer") {
+            notes.push(format!("its model is of the class {class}, of which nothing is known here"));
         }
         let mut kept = Map::new();
         for key in ["sae_lens_training_version", "neuronpedia_id", "dataset_path", "hook_name", "hook_name_out"] {
@@ -228,6 +245,7 @@ impl Cfg {
             architecture,
             site,
             center,
+            notes,
             kept,
         })
     }

@@ -89,7 +89,7 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
             other => bail!(InputError::new(format!("sae_lens has no transcoder of the kind `{other}`"))
                 .help("it has transcoders with ReLU and with JumpReLU")),
         };
-        if subtracts {
+        if subtracts && dims.input == dims.output {
             // Its transcoders do not subtract b_dec first: the encoder's bias takes it up.
             let of =
                 |name: &str| weights.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor.shallow_clone());
@@ -98,8 +98,8 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
                 weights.retain(|(name, _)| *name != "b_enc");
                 weights.push(("b_enc", moved.to_kind(b_enc.kind())));
             }
-            subtracts = false;
         }
+        subtracts = false;
     }
     if architecture.ends_with("transcoder") && sae.normalization.is_some_and(|normalization| !normalization.input_only)
     {
@@ -187,6 +187,9 @@ fn metadata(sae: &Saved) -> Value {
     let dataset = [&buffer["text"]["repo"], &trainer["dataset_path"]].into_iter().find(|repo| repo.is_string());
     add("dataset_path", dataset.cloned().unwrap_or(Value::Null));
     add("neuronpedia_id", trainer["neuronpedia_id"].clone());
+    if buffer["center"] == true {
+        add("model_from_pretrained_kwargs", json!({"center_writing_weights": true}));
+    }
     add("dictlearn_class", sae.dictionary.class().into());
     for key in ["trainer_class", "lr", "steps", "k", "target_l0", "l1_penalty", "seed"] {
         add(&format!("dictlearn_{key}"), trainer[key].clone());

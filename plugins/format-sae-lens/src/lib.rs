@@ -90,7 +90,7 @@ fn read(place: &Place) -> Result<Published> {
     }
     let cfg = Cfg::read(&raw)?;
     let mut tensors = TensorFile::open(&place.need("sae_weights.safetensors")?)?.tensors()?;
-    let mut notes = Vec::new();
+    let mut notes = cfg.notes.clone();
 
     // What training had scaled activations by, which its weights expect.
     let mut scale = None;
@@ -249,9 +249,9 @@ fn read(place: &Place) -> Result<Published> {
     if cfg.rescale_acts_by_decoder_norm {
         // Features in units of the decoder's rows: encoder times norms, rows divided by them.
         let norms = norms();
-        affine.w_enc = affine.w_enc * norms.unsqueeze(0);
-        affine.b_enc = affine.b_enc * double(norms.shallow_clone());
-        w_dec = w_dec / norms.unsqueeze(1);
+        affine.w_enc *= norms.unsqueeze(0);
+        affine.b_enc *= double(norms.shallow_clone());
+        w_dec /= norms.unsqueeze(1);
         affine.w_dec = w_dec;
     }
     nothing_left(&tensors)?;

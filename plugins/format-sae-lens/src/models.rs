@@ -57,6 +57,14 @@ pub fn hugging_face(name: &str) -> String {
     }
 }
 
+/// Whether a model has layer norms: TransformerLens centres what is written to the residual stream of those alone.
+pub fn has_layer_norm(model: &str) -> bool {
+    let model = model.to_lowercase();
+    ["gpt2", "gpt-neo", "pythia", "tinystories", "tiny-stories", "opt-", "bloom", "gelu", "solu", "gpt-j"]
+        .iter()
+        .any(|family| model.contains(family))
+}
+
 /// Whether a site is named as TransformerLens does.
 pub fn is_transformer_lens(submodule: &str) -> bool {
     submodule.starts_with("blocks.") || submodule.contains("hook_")
@@ -80,7 +88,6 @@ pub fn transformer_lens(submodule: &str, io: &str) -> Option<String> {
         ("mlp" | "post_feedforward_layernorm", "out") => "hook_mlp_out",
         ("attn" | "attention" | "self_attn" | "attn.attention", "out") => "hook_attn_out",
         ("self_attn.o_proj" | "attn.c_proj" | "attention.dense" | "attn.attention.out_proj", "in") => "attn.hook_z",
-        ("mlp", "in") | ("ln_2" | "pre_feedforward_layernorm", "out") => "ln2.hook_normalized",
         ("mlp.down_proj" | "mlp.c_proj" | "mlp.dense_4h_to_h", "in") => "mlp.hook_post",
         _ => return None,
     };

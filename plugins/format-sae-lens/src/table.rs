@@ -77,7 +77,7 @@ fn table_file(request: &Request) -> Result<Option<PathBuf>> {
 
 impl Table {
     fn ids(&self, release: &str) -> Vec<String> {
-        self.entries(release).filter_map(|entry| id(entry)).collect()
+        self.entries(release).filter_map(id).collect()
     }
 
     fn entries(&self, release: &str) -> impl Iterator<Item = &Value> {

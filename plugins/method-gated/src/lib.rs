@@ -48,12 +48,12 @@ register! {
 impl DictionaryConfig for GatedDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
-        let mut dictionary = Gated::zeros(cx.activation_dim, features, cx.device, cx.precision);
+        let mut dictionary = Gated::zeros(cx.activation_dim, features, cx.output_dim, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose.
         let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
         tch::no_grad(|| {
             dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
-            dictionary.decoder_weight.copy_(&directions);
+            dictionary.decoder_weight.copy_(&decoder_for(directions, 1.0, cx));
         });
         Ok(Box::new(dictionary))
     }
@@ -62,12 +62,12 @@ impl DictionaryConfig for GatedDictionaryConfig {
 /// The reference's `GatedAutoEncoder`.
 #[derive(Debug)]
 pub struct Gated {
-    decoder_bias: Tensor,   // b_d     [d]
+    decoder_bias: Tensor,   // b_d     [d_out]
     encoder_weight: Tensor, // W_e     [F, d]
     r_mag: Tensor,          // r_mag   [F]
     gate_bias: Tensor,      // b_gate  [F]
     mag_bias: Tensor,       // b_mag   [F]
-    decoder_weight: Tensor, // W_d     [d, F]
+    decoder_weight: Tensor, // W_d     [d_out, F]
     precision: Precision,
 }
 
@@ -77,28 +77,29 @@ inventory::submit! {
         name: NAME,
         shaped: |tensors, _, device, precision| {
             let [features, d] = saved_shape(tensors, "encoder.weight")?;
-            Ok(Box::new(Gated::zeros(d, features, device, precision)))
+            let [d_out] = saved_shape(tensors, "decoder_bias")?;
+            Ok(Box::new(Gated::zeros(d, features, d_out, device, precision)))
         },
     }
 }
 
 impl Gated {
-    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
+    fn zeros(d: i64, features: i64, d_out: i64, device: Device, precision: Precision) -> Self {
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         Gated {
-            decoder_bias: zeros(&[d]),
+            decoder_bias: zeros(&[d_out]),
             encoder_weight: zeros(&[features, d]),
             r_mag: zeros(&[features]),
             gate_bias: zeros(&[features]),
             mag_bias: zeros(&[features]),
-            decoder_weight: zeros(&[d, features]),
+            decoder_weight: zeros(&[d_out, features]),
             precision,
         }
     }
 
     /// Features f and gate π, both [.., F].
     fn features_and_gate(&self, x: &Tensor) -> (Tensor, Tensor) {
-        let z = self.precision.linear(&(x - &self.decoder_bias), &self.encoder_weight, None);
+        let z = self.precision.linear(&without_bias(x, &self.decoder_bias), &self.encoder_weight, None);
         let gate = &z + &self.gate_bias;
         let magnitude = (z * self.r_mag.exp() + &self.mag_bias).relu();
         let active = gate.gt(0.0).to_kind(magnitude.kind());
@@ -113,7 +114,7 @@ impl Dictionary for Gated {
 
     fn dims(&self) -> Dims {
         let size = self.encoder_weight.size();
-        Dims { input: size[1], features: size[0], output: size[1] }
+        Dims { input: size[1], features: size[0], output: self.decoder_bias.size()[0] }
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
@@ -154,6 +155,17 @@ impl Dictionary for Gated {
         let decoded = self.precision.linear(code.penalized(), &self.decoder_weight.detach(), None);
         let residual = &batch.target - (decoded + self.decoder_bias.detach());
         Some(("aux_loss", mean_of_sums(&residual.square())))
+    }
+
+    /// Magnitudes grow and gates stay.
+    fn fold_norms(&mut self) -> bool {
+        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
+            tch::no_grad(|| {
+                let _ = self.r_mag.g_add_(&norms.log());
+                let _ = self.mag_bias.g_mul_(&norms);
+            });
+        }
+        true
     }
 
     fn scale_biases(&mut self, scale: f64) {
@@ -270,7 +282,7 @@ mod tests {
 
     #[test]
     fn a_closed_gate_hides_a_magnitude_and_the_penalty_sees_the_gate() {
-        let mut dictionary = Gated::zeros(1, 3, Device::Cpu, Precision::Float32);
+        let mut dictionary = Gated::zeros(1, 3, 1, Device::Cpu, Precision::Float32);
         tch::no_grad(|| {
             dictionary.encoder_weight.copy_(&Tensor::from_slice2(&[[1.0f32], [1.0], [-1.0]]));
             dictionary.gate_bias.copy_(&Tensor::from_slice(&[0.5f32, -3.0, 4.0]));
@@ -285,7 +297,7 @@ mod tests {
 
     #[test]
     fn the_auxiliary_loss_moves_the_gate_and_not_the_decoder() {
-        let mut dictionary = Gated::zeros(2, 3, Device::Cpu, Precision::Float32);
+        let mut dictionary = Gated::zeros(2, 3, 2, Device::Cpu, Precision::Float32);
         tch::no_grad(|| {
             let _ = dictionary.encoder_weight.normal_(0.0, 1.0);
             let _ = dictionary.decoder_weight.normal_(0.0, 1.0);

@@ -165,6 +165,17 @@ impl Dictionary for JumpRelu {
         Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
     }
 
+    fn fold_norms(&mut self) -> bool {
+        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
+            tch::no_grad(|| {
+                for tensor in [&mut self.w_enc, &mut self.b_enc, &mut self.threshold] {
+                    let _ = tensor.g_mul_(&norms);
+                }
+            });
+        }
+        true
+    }
+
     fn scale_biases(&mut self, scale: f64) {
         tch::no_grad(|| {
             for bias in [&mut self.b_enc, &mut self.b_dec, &mut self.threshold] {

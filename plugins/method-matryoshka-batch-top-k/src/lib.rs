@@ -58,12 +58,13 @@ impl DictionaryConfig for MatryoshkaDictionaryConfig {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
         Selection::check(self.k, features)?;
         let groups = group_sizes(&self.group_fractions, features)?;
-        let mut dictionary = Matryoshka::zeros(cx.activation_dim, self.k, groups, cx.device, cx.precision);
+        let (d, d_out) = (cx.activation_dim, cx.output_dim);
+        let mut dictionary = Matryoshka::zeros(d, d_out, self.k, groups, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose.
         let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
         tch::no_grad(|| {
             dictionary.w_enc.copy_(&directions);
-            dictionary.w_dec.copy_(&directions.transpose(0, 1));
+            dictionary.w_dec.copy_(&decoder_for(directions, 1.0, cx).transpose(0, 1));
         });
         Ok(Box::new(dictionary))
     }
@@ -103,8 +104,8 @@ fn group_sizes(fractions: &[f64], features: i64) -> Result<Vec<i64>> {
 pub struct Matryoshka {
     w_enc: Tensor,        // W_e [d, F]
     b_enc: Tensor,        // b_e [F]
-    w_dec: Tensor,        // W_d [F, d]
-    b_dec: Tensor,        // b   [d]
+    w_dec: Tensor,        // W_d [F, d_out]
+    b_dec: Tensor,        // b   [d_out]
     group_sizes: Tensor,  // int64 [n], as it is saved
     selection: Selection, // k, θ
     groups: Vec<i64>,
@@ -123,20 +124,21 @@ inventory::submit! {
             if groups.is_empty() || groups.iter().any(|size| !(1..=features).contains(size)) || groups.iter().sum::<i64>() != features {
                 bail!(InputError::new(format!("the `group_sizes` are {groups:?}, and the dictionary has {features} features")));
             }
-            Ok(Box::new(Matryoshka::zeros(d, k, groups, device, precision)))
+            let [d_out] = saved_shape(tensors, "b_dec")?;
+            Ok(Box::new(Matryoshka::zeros(d, d_out, k, groups, device, precision)))
         },
     }
 }
 
 impl Matryoshka {
-    fn zeros(d: i64, k: i64, groups: Vec<i64>, device: Device, precision: Precision) -> Self {
+    fn zeros(d: i64, d_out: i64, k: i64, groups: Vec<i64>, device: Device, precision: Precision) -> Self {
         let features = groups.iter().sum();
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         Matryoshka {
             w_enc: zeros(&[d, features]),
             b_enc: zeros(&[features]),
-            w_dec: zeros(&[features, d]),
-            b_dec: zeros(&[d]),
+            w_dec: zeros(&[features, d_out]),
+            b_dec: zeros(&[d_out]),
             group_sizes: Tensor::from_slice(&groups).to_device(device),
             selection: Selection::new(k, true, device),
             groups,
@@ -146,7 +148,7 @@ impl Matryoshka {
 
     /// (x − b) W_e + b_e, [.., F].
     fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x - &self.b_dec), &self.w_enc.transpose(0, 1), Some(&self.b_enc))
+        self.precision.linear(&without_bias(x, &self.b_dec), &self.w_enc.transpose(0, 1), Some(&self.b_enc))
     }
 
     /// f W_d for a group's features and rows.
@@ -162,7 +164,7 @@ impl Dictionary for Matryoshka {
 
     fn dims(&self) -> Dims {
         let size = self.w_enc.size();
-        Dims { input: size[0], features: size[1], output: size[0] }
+        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
@@ -317,7 +319,7 @@ mod tests {
 
     #[test]
     fn every_prefix_of_groups_must_reconstruct() {
-        let mut dictionary = Matryoshka::zeros(2, 2, vec![1, 1], Device::Cpu, Precision::Float32);
+        let mut dictionary = Matryoshka::zeros(2, 2, 2, vec![1, 1], Device::Cpu, Precision::Float32);
         tch::no_grad(|| {
             dictionary.w_enc.copy_(&Tensor::eye(2, (Kind::Float, Device::Cpu)));
             dictionary.w_dec.copy_(&Tensor::eye(2, (Kind::Float, Device::Cpu)));

@@ -148,6 +148,16 @@ impl Dictionary for AutoEncoderNew {
         Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
     }
 
+    fn fold_norms(&mut self) -> bool {
+        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
+            tch::no_grad(|| {
+                let _ = self.encoder_weight.g_mul_(&norms.unsqueeze(1));
+                let _ = self.encoder_bias.g_mul_(&norms);
+            });
+        }
+        true
+    }
+
     fn scale_biases(&mut self, scale: f64) {
         tch::no_grad(|| {
             let _ = self.encoder_bias.g_mul_scalar_(scale);

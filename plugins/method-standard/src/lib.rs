@@ -142,18 +142,19 @@ impl Dictionary for AutoEncoder {
         });
     }
 
-    /// The norms of the decoder's columns go to the encoder, so that features are comparable.
-    fn pretrained(&mut self) {
-        tch::no_grad(|| {
-            let norms = self.decoder_weight.norm_scalaropt_dim(2.0, [0], false);
-            // A column of zeros has no direction to give a norm to.
-            let norms = norms.where_self(&norms.gt(0.0), &norms.ones_like());
-            if !norms.allclose(&norms.ones_like(), 1e-5, 1e-8, false) {
-                let _ = self.decoder_weight.g_div_(&norms);
+    fn fold_norms(&mut self) -> bool {
+        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
+            tch::no_grad(|| {
                 let _ = self.encoder_weight.g_mul_(&norms.unsqueeze(1));
                 let _ = self.encoder_bias.g_mul_(&norms);
-            }
-        });
+            });
+        }
+        true
+    }
+
+    /// So that features are comparable.
+    fn pretrained(&mut self) {
+        self.fold_norms();
     }
 }
 

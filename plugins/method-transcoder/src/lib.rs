@@ -218,10 +218,10 @@ impl Dictionary for Transcoder {
         if let Some(selection) = &self.selection {
             return selection.of_each(pre_activations);
         }
-        let mut features = pre_activations.relu();
-        if let Some(threshold) = &self.threshold {
-            features = features * pre_activations.gt_tensor(threshold);
-        }
+        let features = match &self.threshold {
+            Some(threshold) => pre_activations.relu() * pre_activations.gt_tensor(threshold),
+            None => pre_activations.relu(),
+        };
         Code::new(features).with("pre_activations", pre_activations)
     }
 
@@ -244,6 +244,21 @@ impl Dictionary for Transcoder {
     fn begin(&mut self, batch: &Batch) {
         let mean = batch.target.mean_dim([0].as_slice(), false, Kind::Float);
         tch::no_grad(|| self.b_dec.copy_(&mean));
+    }
+
+    fn fold_norms(&mut self) -> bool {
+        if self.selection.is_some() {
+            return false;
+        }
+        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
+            tch::no_grad(|| {
+                let tensors = [Some(&mut self.w_enc), Some(&mut self.b_enc), self.threshold.as_mut()];
+                for tensor in tensors.into_iter().flatten() {
+                    let _ = tensor.g_mul_(&norms);
+                }
+            });
+        }
+        true
     }
 
     fn scale_biases(&mut self, scale: f64) {

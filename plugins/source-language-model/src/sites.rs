@@ -128,7 +128,7 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
             continue;
         }
         let writes = part(if config.io == IoChoice::In { Io::In } else { Io::Out })?;
-        if config.io == IoChoice::In && writes.point.io == Io::Out {
+        if config.io == IoChoice::In && writes.point.io != Io::In {
             bail!(InputError::new(format!("`{name}` names an output, {}, and `io` says `in`", writes.point))
                 .field(key)
                 .help(format!("leave `io` out, or name the module, `{}`", writes.point.module)));
