@@ -236,7 +236,7 @@ pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<Opti
 }
 
 /// What an SAE does to activations before it reads them, by its config.json.
-fn normalization(config: &Value, path: &Path) -> Result<Option<Normalization>> {
+pub fn normalization(config: &Value, path: &Path) -> Result<Option<Normalization>> {
     match config.pointer("/trainer/normalization") {
         None | Some(Value::Null) => Ok(None),
         Some(value) => Normalization::deserialize(value)

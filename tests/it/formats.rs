@@ -61,6 +61,10 @@ fn what_is_exported_to_sae_lens_is_imported_again_as_it_was() {
         desk.ok(&["import", "sae_lens", out, "--out", again]);
         let tolerance = if name(&case).ends_with("bf16") { 1e-2 } else { 1e-5 };
         matches(&desk, &desk.path(again), &case.join("io.safetensors"), tolerance);
+        // Our own folder is taken as it is too.
+        desk.ok(&["import", "dictionary_learning", first, "--out", "own"]);
+        matches(&desk, &desk.path("own"), &case.join("io.safetensors"), tolerance);
+        fs::remove_dir_all(desk.path("own")).unwrap();
         let (cfg, old): (Value, Value) = (
             desk.json("out/cfg.json"),
             serde_json::from_str(&fs::read_to_string(case.join("cfg.json")).unwrap()).unwrap(),

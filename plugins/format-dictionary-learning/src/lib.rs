@@ -22,7 +22,8 @@ const NAME: &str = "dictionary_learning";
 
 /// A folder with ae.pt and config.json, of any of the library's classes, or a folder of such folders; a backup of a training;
 /// or a .pt file with a state dict alone. Nothing in the file is run. Norms of an AutoEncoder's decoder go to its encoder, as
-/// the library's `from_pretrained` does.
+/// the library's `from_pretrained` does. A folder of ours, which has ae.safetensors beside that, is taken as it is, whatever
+/// its class.
 ///
 /// `--pretrained` takes from the library's own set on Pythia-70m, one or, with a glob, several; `--list` shows it.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -90,7 +91,21 @@ impl Format for DictionaryLearning {
                 bail!(InputError::new("config.json does not say its `trainer.dict_class`"));
             };
             let tensors = tensors::TensorFile::open(&weights)?.tensors()?;
-            return Ok(Published { class, tensors, site: site(&config), trainer, ..Published::default() });
+            let normalization = saved::normalization(&config, &weights.with_file_name("config.json"))?;
+            let dtype = match trainer.get("dtype").and_then(Value::as_str) {
+                Some("bfloat16") => Some("bfloat16"),
+                Some("float16") => Some("float16"),
+                _ => None,
+            };
+            return Ok(Published {
+                class,
+                tensors,
+                normalization,
+                dtype,
+                site: site(&config),
+                trainer,
+                ..Published::default()
+            });
         }
         let (weights, config) = match place.file("")? {
             Some(file) => (file, place.above().map(|above| above.file("config.json")).transpose()?.flatten()),
