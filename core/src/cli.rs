@@ -25,6 +25,7 @@ use crate::run::{self, Ending};
 use crate::saved::{self, Saved};
 use crate::source::{Site, SourceCx};
 use crate::tensors::{self, TensorFile};
+use crate::text::{self, Wanted};
 
 /// Train and evaluate sparse autoencoders on language-model activations, from YAML.
 #[derive(Debug, Parser)]
@@ -499,7 +500,9 @@ fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
     let records: String = args.text.iter().map(|text| json!({"text": text}).to_string() + "\n").collect();
     tensors::write_file(&file, records.as_bytes())?;
     let own = own_config(&args.sae_dir, args.config.clone())?;
-    let text = json!({"type": "text_files", "path": file});
+    let Some(text) = text::written(Wanted::Lines(&file)) else {
+        bail!("no plugin that reads texts from files is linked in");
+    };
     let given = ["source.shuffle=false".to_owned(), "source.pack=false".to_owned(), format!("source.text={text}")];
     let config = load(&own, None, args.set.iter().cloned().chain(given).collect())?;
     let (saved, shown) = features_of_text(args, &config).map_err(|error| config.written.locate(error))?;

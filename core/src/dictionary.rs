@@ -152,8 +152,8 @@ impl Decoder {
 }
 
 impl Decoder {
-    /// Divides the features' directions by their norms, and gives these, `[F]`, for [`Dictionary::fold_norms`]; `None`
-    /// where they are 1 already. A direction of zeros stays.
+    /// Divides the features' directions by their norms, and gives these, `[F]`; `None` where they are 1 already. A
+    /// direction of zeros stays.
     pub fn normalize(mut self) -> Option<Tensor> {
         tch::no_grad(|| {
             let norms = self.norms();
@@ -164,6 +164,23 @@ impl Decoder {
             let _ = self.weight.g_div_(&norms.unsqueeze(self.direction_dim()));
             Some(norms)
         })
+    }
+
+    /// [`Dictionary::fold_norms`] where features are proportional to an encoder's weight, whose dimension `feature_dim`
+    /// counts them, and to vectors `[F]`: biases and thresholds.
+    pub fn fold_into<'a>(
+        self,
+        encoder: &mut Tensor,
+        feature_dim: i64,
+        vectors: impl IntoIterator<Item = &'a mut Tensor>,
+    ) {
+        let Some(norms) = self.normalize() else { return };
+        tch::no_grad(|| {
+            let _ = encoder.g_mul_(&norms.unsqueeze(1 - feature_dim));
+            for vector in vectors {
+                let _ = vector.g_mul_(&norms);
+            }
+        });
     }
 }
 

@@ -21,7 +21,7 @@ use crate::hub::{hub, Repo, RepoKind};
 use crate::registry::{self, nearest, Kind};
 use crate::saved::{self, Saved};
 use crate::tensors::{self, write_file};
-use crate::text::EmbeddedText;
+use crate::text::{self, Wanted};
 
 /// A format of dictionaries on disk.
 #[typetag::serde(tag = "type")]
@@ -53,6 +53,30 @@ pub trait Format: Debug + Send + Sync {
     fn writes(&self) -> bool {
         false
     }
+
+    /// Whether a folder here holds an SAE of this format, for the card of one that is uploaded.
+    fn is_in(&self, dir: &Path) -> bool {
+        let _ = dir;
+        false
+    }
+
+    /// Python that loads the SAE in such a folder with the same features, where the format's library does; the variable
+    /// `folder` is where it lies. `sae` is the SAE as we read it, if we do.
+    fn python(&self, sae: Option<&Saved>) -> Option<Python> {
+        let _ = sae;
+        None
+    }
+}
+
+/// Python that loads an SAE: [`Format::python`].
+#[derive(Debug, Clone, Copy)]
+pub struct Python {
+    /// The library, as a link in Markdown.
+    pub library: &'static str,
+    /// What is imported of it: a line.
+    pub import: &'static str,
+    /// What loads the SAE in `folder`: a line.
+    pub load: &'static str,
 }
 
 /// The names of the formats that can be exported to.
@@ -339,30 +363,15 @@ impl ModelSite {
         add("ctx_len", self.ctx_len.into());
         add("prepend_bos", self.prepend_bos.into());
         add("center", if self.center { true.into() } else { Value::Null });
-        add(
-            "text",
-            self.dataset.as_deref().map_or(Value::Null, |dataset| json!({"type": "hub_dataset", "repo": dataset})),
-        );
+        let dataset = self.dataset.as_deref().and_then(|dataset| text::written(Wanted::Dataset(dataset)));
+        add("text", dataset.unwrap_or(Value::Null));
         Value::Object(buffer)
     }
 
-    /// The source of a config that gives its activations.
-    fn source(&self) -> Value {
-        let mut source = json!({"type": "language_model"});
-        let described = self.buffer();
-        for (name, value) in described.as_object().into_iter().flatten() {
-            if !["head", "site"].contains(&name.as_str()) {
-                source[name] = value.clone();
-            }
-        }
-        if self.head.is_some() {
-            source["heads"] = "separate".into();
-        }
-        if self.dataset.is_none() {
-            let bundled = inventory::iter::<EmbeddedText>.into_iter().map(|text| text.name).min();
-            source["text"] = json!({"type": "embedded", "name": bundled});
-        }
-        source
+    /// The text that it is to be read on: its own dataset, or what there is.
+    fn text(&self) -> Value {
+        let own = self.dataset.as_deref().and_then(|dataset| text::written(Wanted::Dataset(dataset)));
+        own.or_else(|| text::written(Wanted::Bundled)).unwrap_or(Value::Null)
     }
 
     /// The number of the layer, if the name has one.
@@ -370,6 +379,14 @@ impl ModelSite {
         self.submodule.split('.').find_map(|part| part.parse().ok())
     }
 }
+
+/// How a place in a model is written as the `source` of a config. Submitted by the plugin that has the source.
+pub struct WrittenSource {
+    /// The config of a source that gives the place's activations on a text.
+    pub config: fn(&ModelSite, Value) -> Value,
+}
+
+inventory::collect!(WrittenSource);
 
 /// A published SAE, read.
 #[derive(Debug, Default)]
@@ -559,13 +576,16 @@ pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Resul
             Some(out) => out.join(folder(&place.name)),
             None => Path::new("saes").join(folder(&place.name)),
         };
-        // A name of ours may be a folder of other SAEs, which the place itself has something to say of.
+        let cannot = || format!("cannot import {place}");
+        // Before hours of fetching; but a folder of our naming may hold other SAEs of a place that is none itself, and then
+        // the place is what is wrong.
         if out.is_some() {
             refuse_other(&dir)?;
         }
-        let cannot = || format!("cannot import {place}");
         let published = read(&*format, place)?;
-        refuse_other(&dir)?;
+        if out.is_none() {
+            refuse_other(&dir)?;
+        }
         for note in &published.notes {
             eprintln!("warning: {}", printable(&format!("{place}: {note}")));
         }
@@ -711,8 +731,9 @@ fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
     if let Some(sparsity) = &published.sparsity {
         tensors::write(&dir.join("sparsity.safetensors"), &[("sparsity", sparsity.shallow_clone())])?;
     }
-    if let Some(site) = &published.site {
-        let yaml = serde_yaml::to_string(&json!({"source": site.source()}))?;
+    let source = inventory::iter::<WrittenSource>.into_iter().next();
+    if let (Some(site), Some(source)) = (&published.site, source) {
+        let yaml = serde_yaml::to_string(&json!({"source": (source.config)(site, site.text())}))?;
         let yaml = format!("# Where this SAE reads, for `dictlearn eval` and `dictlearn encode --text`.\n{yaml}");
         write_file(&dir.join("config.yaml"), yaml.as_bytes())?;
     }

@@ -13,8 +13,9 @@ use tch::Device;
 
 use crate::config::InputError;
 use crate::device::Precision;
-use crate::dictionary::Decoder;
+use crate::format::{self, Python};
 use crate::hub::{CommitMessage, Content, Hub, Repo, RepoKind, Upload};
+use crate::registry;
 use crate::saved;
 use crate::tensors::TensorFile;
 
@@ -30,16 +31,6 @@ const FILES: [&str; 7] = [
 ];
 const CARD: &str = "README.md";
 const CONFIG: &str = "config.yaml";
-/// The classes that the reference's `load_dictionary` reads.
-const REFERENCE: [&str; 7] = [
-    "AutoEncoder",
-    "AutoEncoderNew",
-    "AutoEncoderTopK",
-    "BatchTopKSAE",
-    "GatedAutoEncoder",
-    "JumpReluAutoEncoder",
-    "MatryoshkaBatchTopKSAE",
-];
 /// Folders that the Hub keeps for itself.
 const FORBIDDEN: [&str; 2] = [".git", ".cache"];
 /// How much of a repository's card is read to see whose it is.
@@ -221,8 +212,10 @@ struct About {
     lens: Value,
     /// Its eval.json, or null.
     eval: Value,
-    /// Whether the reference's `load_dictionary` gets the same features of its ae.pt.
-    torch_file: bool,
+    /// The formats that it is of here.
+    formats: Vec<&'static str>,
+    /// Python that loads it with the same features.
+    python: Vec<Python>,
 }
 
 impl About {
@@ -231,21 +224,18 @@ impl About {
         let file = |name: &str| Some(dir.join(name)).filter(|file| file.is_file());
         let json = |name: &str| file(name).map_or(Ok(Value::Null), |file| saved::read_json(&file));
         let lens = file("cfg.json").zip(file("sae_weights.safetensors"));
-        let mut torch_file = false;
+        let mut sae = None;
         if let (Some((_, weights)), None) = (&lens, file("ae.safetensors")) {
             TensorFile::open(weights)?;
         } else {
             // What `eval` and `encode` refuse is no use to anybody else.
-            let sae = saved::read(dir, Device::Cpu, Precision::Float32)?;
-            // The reference normalises nothing that is read, computes in float32, and moves an AutoEncoder's norms.
-            let plain = sae.normalization.is_none() && sae.config["trainer"]["dtype"].is_null();
-            let moves = |decoder: Decoder| {
-                let norms = decoder.norms();
-                !norms.allclose(&norms.ones_like(), 1e-5, 1e-8, false)
-            };
-            let moved = sae.dictionary.class() == "AutoEncoder" && sae.dictionary.decoder().is_some_and(moves);
-            torch_file = file("ae.pt").is_some() && plain && !moved;
+            sae = Some(saved::read(dir, Device::Cpu, Precision::Float32)?);
         }
+        let named = registry::names(registry::Kind::Format).into_iter();
+        let named = named.filter_map(|name| Some((name, format::named(name).ok()?)));
+        let own: Vec<_> = named.filter(|(_, format)| format.is_in(dir)).collect();
+        let python = own.iter().filter_map(|(_, format)| format.python(sae.as_ref())).collect();
+        let formats = own.iter().map(|(name, _)| *name).collect();
         let dir = std::path::absolute(dir)?;
         let name = dir.file_name().map_or_else(|| "SAE".to_owned(), |name| name.to_string_lossy().into_owned());
         Ok(About {
@@ -253,16 +243,13 @@ impl About {
             config: json("config.json")?,
             lens: if lens.is_some() { json("cfg.json")? } else { Value::Null },
             eval: json("eval.json")?,
-            torch_file,
+            formats,
+            python,
         })
     }
 
     fn trainer(&self, key: &str) -> Option<&Value> {
         self.config.get("trainer")?.get(key).filter(|value| !value.is_null())
-    }
-
-    fn class(&self) -> Option<&str> {
-        self.trainer("dict_class")?.as_str()
     }
 
     /// Models and datasets of the Hub that its configs name.
@@ -455,33 +442,19 @@ fn table<'a>(head: [&str; 2], rows: impl IntoIterator<Item = (&'a str, &'a str)>
     format!("| {} | {} |\n| --- | --- |\n{rows}", head[0], head[1])
 }
 
-/// Python that loads it with the reference, or with sae_lens.
+/// Python that loads it, with each library that can.
 fn python(about: &About, repo: &Repo, path: &str) -> String {
     let mut text = String::new();
-    let main = repo.revision == "main";
-    let revision = if main { String::new() } else { format!(", revision=\"{}\"", repo.revision) };
+    let revision = if repo.revision == "main" { String::new() } else { format!(", revision=\"{}\"", repo.revision) };
     let some = if path.is_empty() { String::new() } else { format!(", allow_patterns=\"{path}/*\"") };
-    let fetch = format!(
-        "from huggingface_hub import snapshot_download\n\nfolder = snapshot_download(\"{}\"{revision}{some}){}\n",
-        repo.id,
-        if path.is_empty() { String::new() } else { format!(" + \"/{path}\"") }
-    );
-    if about.torch_file && about.class().is_some_and(|class| REFERENCE.contains(&class)) {
+    let below = if path.is_empty() { String::new() } else { format!(" + \"/{path}\"") };
+    for Python { library, import, load } in &about.python {
         let _ = write!(
             text,
-            "With [dictionary_learning](https://github.com/saprmarks/dictionary_learning):\n\n```python\nfrom \
-             dictionary_learning.utils import load_dictionary\n{fetch}dictionary, config = load_dictionary(folder, \
-             device=\"cpu\")\n```\n\n"
+            "With {library}:\n\n```python\n{import}\nfrom huggingface_hub import snapshot_download\n\nfolder = \
+             snapshot_download(\"{}\"{revision}{some}){below}\n{load}\n```\n\n",
+            repo.id
         );
-    }
-    if !about.lens.is_null() {
-        text += "With [sae_lens](https://github.com/decoderesearch/SAELens):\n\n```python\nfrom sae_lens import SAE\n";
-        // It finds a folder of a repository's main branch by itself, and nothing else.
-        text += &match main && !path.is_empty() {
-            true => format!("\nsae = SAE.from_pretrained(\"{}\", \"{path}\")\n", repo.id),
-            false => format!("{fetch}sae = SAE.load_from_disk(folder)\n"),
-        };
-        text += "```\n\n";
     }
     text
 }
@@ -511,14 +484,15 @@ fn card(about: &About, repo: &Repo, path: &str, config: Option<&str>, mark: &str
     }
     text += "\n## How to load it\n\n";
     text += &python(about, repo, path);
-    let format = if about.config.is_null() { "sae_lens" } else { "dictionary_learning" };
-    let source = below(&repo.to_string(), path).trim_end_matches('/').to_owned();
-    let source = if source.contains(' ') { format!("'{source}'") } else { source };
-    text += &format!(
-        "With dictlearn:\n\n```sh\ndictlearn import {format} {source} --out {name}\ndictlearn encode {name} --input \
-         x.safetensors --output y.safetensors\n```\n",
-        name = about.name.replace(char::is_whitespace, "_")
-    );
+    if let Some(format) = about.formats.first() {
+        let source = below(&repo.to_string(), path).trim_end_matches('/').to_owned();
+        let source = if source.contains(' ') { format!("'{source}'") } else { source };
+        text += &format!(
+            "With dictlearn:\n\n```sh\ndictlearn import {format} {source} --out {name}\ndictlearn encode {name} --input \
+             x.safetensors --output y.safetensors\n```\n",
+            name = about.name.replace(char::is_whitespace, "_")
+        );
+    }
     if let Some(config) = config {
         // A fence longer than any in it.
         let fence = "`".repeat(1 + config.split(|c| c != '`').map(str::len).max().unwrap_or(0).max(2));

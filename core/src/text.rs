@@ -1,6 +1,7 @@
 //! Text streams: the documents that a language model reads.
 
 use std::fmt::Debug;
+use std::path::Path;
 
 use anyhow::{bail, Result};
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,30 @@ pub struct EmbeddedText {
 }
 
 inventory::collect!(EmbeddedText);
+
+/// A text that is wanted where no user has written one into a config.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'a> {
+    /// A dataset, by its repository on the Hub.
+    Dataset(&'a str),
+    /// A file of lines of JSON with the documents under `text`.
+    Lines(&'a Path),
+    /// Whatever ships with the program.
+    Bundled,
+}
+
+/// How such a text is written in a config. Submitted by the plugin that reads it.
+pub struct WrittenText {
+    /// The config under `text`; `None` for what this plugin does not read.
+    pub config: fn(Wanted) -> Option<Value>,
+}
+
+inventory::collect!(WrittenText);
+
+/// The config of a text that is wanted, if a plugin reads it.
+pub fn written(wanted: Wanted) -> Option<Value> {
+    inventory::iter::<WrittenText>.into_iter().find_map(|text| (text.config)(wanted))
+}
 
 /// A stream of documents, or of rows of tokens.
 pub trait TextStream: Send {

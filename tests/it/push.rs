@@ -193,7 +193,7 @@ fn below_a_folder_and_on_a_branch() {
     assert!(files.contains_key("layer_3/top_k/config.yaml") && !files.contains_key("layer_3/top_k/README.md"));
     let card = text(&files, "README.md");
     for part in [
-        "SAE.from_pretrained(\"someone/saes\", \"layer_3/top_k\")",
+        "SAE.load_from_disk(folder)",
         "snapshot_download(\"someone/saes\", allow_patterns=\"layer_3/top_k/*\") + \"/layer_3/top_k\"",
         "dictlearn import dictionary_learning someone/saes/layer_3/top_k --out top_k",
     ] {

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dictlearn_core::format::{glob, Format, ModelSite, Place, Published, Request};
+use dictlearn_core::format::{glob, Format, ModelSite, Place, Published, Python, Request};
 use dictlearn_core::hub::{hub, Repo, RepoKind};
 use dictlearn_core::prelude::*;
 use dictlearn_core::saved::{self, Saved};
@@ -161,6 +161,23 @@ impl Format for DictionaryLearning {
 
     fn writes(&self) -> bool {
         true
+    }
+
+    fn is_in(&self, dir: &Path) -> bool {
+        dir.join("config.json").is_file() && [OWN, "ae.pt"].into_iter().any(|file| dir.join(file).is_file())
+    }
+
+    fn python(&self, sae: Option<&Saved>) -> Option<Python> {
+        let sae = sae.filter(|sae| sae.dir.join("ae.pt").is_file())?;
+        // The library normalises nothing that is read, computes in float32, and moves an AutoEncoder's norms.
+        let class = sae.dictionary.class();
+        let plain = sae.normalization.is_none() && sae.config["trainer"]["dtype"].is_null();
+        let same = plain && (class != "AutoEncoder" || has_unit_norms(&sae.dictionary.state_dict()));
+        (same && CLASSES.contains(&class)).then_some(Python {
+            library: "[dictionary_learning](https://github.com/saprmarks/dictionary_learning)",
+            import: "from dictionary_learning.utils import load_dictionary",
+            load: "dictionary, config = load_dictionary(folder, device=\"cpu\")",
+        })
     }
 }
 

@@ -15,7 +15,7 @@ mod export;
 mod models;
 mod table;
 
-use dictlearn_core::format::{take, through, Activation, Affine, Format, Place, Published, Request};
+use dictlearn_core::format::{take, through, Activation, Affine, Format, Place, Published, Python, Request};
 use dictlearn_core::prelude::*;
 use dictlearn_core::saved::Saved;
 use dictlearn_core::tensors::TensorFile;
@@ -74,6 +74,18 @@ impl Format for SaeLens {
 
     fn writes(&self) -> bool {
         true
+    }
+
+    fn is_in(&self, dir: &std::path::Path) -> bool {
+        ["cfg.json", "sae_weights.safetensors"].into_iter().all(|file| dir.join(file).is_file())
+    }
+
+    fn python(&self, _: Option<&Saved>) -> Option<Python> {
+        Some(Python {
+            library: "[sae_lens](https://github.com/decoderesearch/SAELens)",
+            import: "from sae_lens import SAE",
+            load: "sae = SAE.load_from_disk(folder)",
+        })
     }
 }
 

@@ -166,12 +166,8 @@ impl Dictionary for JumpRelu {
     }
 
     fn fold_norms(&mut self) -> bool {
-        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
-            tch::no_grad(|| {
-                for tensor in [&mut self.w_enc, &mut self.b_enc, &mut self.threshold] {
-                    let _ = tensor.g_mul_(&norms);
-                }
-            });
+        if let Some(decoder) = self.decoder() {
+            decoder.fold_into(&mut self.w_enc, 1, [&mut self.b_enc, &mut self.threshold]);
         }
         true
     }

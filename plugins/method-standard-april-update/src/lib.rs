@@ -149,11 +149,8 @@ impl Dictionary for AutoEncoderNew {
     }
 
     fn fold_norms(&mut self) -> bool {
-        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
-            tch::no_grad(|| {
-                let _ = self.encoder_weight.g_mul_(&norms.unsqueeze(1));
-                let _ = self.encoder_bias.g_mul_(&norms);
-            });
+        if let Some(decoder) = self.decoder() {
+            decoder.fold_into(&mut self.encoder_weight, 0, [&mut self.encoder_bias]);
         }
         true
     }

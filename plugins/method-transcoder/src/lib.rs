@@ -250,13 +250,8 @@ impl Dictionary for Transcoder {
         if self.selection.is_some() {
             return false;
         }
-        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
-            tch::no_grad(|| {
-                let tensors = [Some(&mut self.w_enc), Some(&mut self.b_enc), self.threshold.as_mut()];
-                for tensor in tensors.into_iter().flatten() {
-                    let _ = tensor.g_mul_(&norms);
-                }
-            });
+        if let Some(decoder) = self.decoder() {
+            decoder.fold_into(&mut self.w_enc, 1, std::iter::once(&mut self.b_enc).chain(&mut self.threshold));
         }
         true
     }

@@ -19,6 +19,7 @@ mod chat;
 mod contexts;
 mod sites;
 
+use dictlearn_core::format::WrittenSource;
 use dictlearn_core::interrupt;
 use dictlearn_core::lm::{open_model, ModelFiles};
 use dictlearn_core::prelude::*;
@@ -134,6 +135,27 @@ register! {
     example: "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, \
               text: {type: embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}",
     usual: true,
+}
+
+inventory::submit! {
+    WrittenSource {
+        config: |site, text| {
+            let mut source = serde_json::json!({"type": NAME, "model": site.model, "submodule": site.submodule});
+            let mut add = |key: &str, value: Option<Value>| {
+                if let Some(value) = value {
+                    source[key] = value;
+                }
+            };
+            add("io", site.io.map(Value::from));
+            add("target", site.target.as_deref().map(Value::from));
+            add("heads", site.head.map(|_| "separate".into()));
+            add("ctx_len", site.ctx_len.map(Value::from));
+            add("prepend_bos", site.prepend_bos.map(Value::from));
+            add("center", site.center.then_some(true.into()));
+            add("text", Some(text));
+            source
+        },
+    }
 }
 
 #[typetag::serde(name = NAME)]

@@ -2,7 +2,7 @@
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::nearest;
-use dictlearn_core::text::EmbeddedText;
+use dictlearn_core::text::{EmbeddedText, Wanted, WrittenText};
 
 const NAME: &str = "embedded";
 
@@ -26,6 +26,15 @@ register! {
     summary: "Text that ships with the program",
     paper: "",
     example: "{type: embedded, name: austen}",
+}
+
+inventory::submit! {
+    WrittenText {
+        config: |wanted| {
+            let name = inventory::iter::<EmbeddedText>.into_iter().map(|text| text.name).min()?;
+            matches!(wanted, Wanted::Bundled).then(|| serde_json::json!({"type": NAME, "name": name}))
+        },
+    }
 }
 
 #[typetag::serde(name = NAME)]

@@ -9,6 +9,7 @@ use dictlearn_core::config::from_yaml;
 use dictlearn_core::hub::{hub, Repo, RepoKind};
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::nearest;
+use dictlearn_core::text::{Wanted, WrittenText};
 
 use crate::column;
 use crate::stream::{ending, Documents, Options, Place, TextFiles, ENDINGS};
@@ -52,6 +53,15 @@ register! {
     summary: "Text of a dataset of the Hub, as it arrives: .txt, .jsonl (plain, .gz, .zst) and .parquet",
     paper: "",
     example: "{type: hub_dataset, repo: monology/pile-uncopyrighted, split: train, column: text}",
+}
+
+inventory::submit! {
+    WrittenText {
+        config: |wanted| match wanted {
+            Wanted::Dataset(repo) => Some(serde_json::json!({"type": NAME, "repo": repo})),
+            _ => None,
+        },
+    }
 }
 
 #[typetag::serde(name = NAME)]

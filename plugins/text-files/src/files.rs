@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dictlearn_core::prelude::*;
+use dictlearn_core::text::{Wanted, WrittenText};
 
 use crate::column;
 use crate::stream::{ending, Documents, Options, Place, TextFiles, ENDINGS};
@@ -31,6 +32,15 @@ register! {
     summary: "Text from .txt, .jsonl, .json (plain, .gz, .zst) and .parquet, folders and globs",
     paper: "",
     example: "{type: text_files, path: corpus.txt}",
+}
+
+inventory::submit! {
+    WrittenText {
+        config: |wanted| match wanted {
+            Wanted::Lines(path) => Some(serde_json::json!({"type": NAME, "path": path})),
+            _ => None,
+        },
+    }
 }
 
 #[typetag::serde(name = NAME)]
