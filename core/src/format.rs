@@ -494,65 +494,66 @@ impl Affine {
         Ok((d, features, d_out))
     }
 
-    /// The class that does exactly this, and its tensors, in float32: biases are moved between encoder and input where
-    /// the class has them elsewhere.
-    pub fn into_class(self) -> Result<(&'static str, BTreeMap<String, Tensor>)> {
-        let (.., features, _) = self.check()?;
-        let double = |tensor: &Tensor| tensor.to_device(Device::Cpu).to_kind(tch::Kind::Double);
-        let float = |tensor: Tensor| tensor.to_kind(tch::Kind::Float).contiguous();
-        let (w_enc, w_dec) = (float(self.w_enc.to_device(Device::Cpu)), float(self.w_dec.to_device(Device::Cpu)));
-        let mut tensors = BTreeMap::new();
-        let mut add = |name: &str, tensor: Tensor| {
-            tensors.insert(name.to_owned(), tensor);
+    /// The class that does exactly this, and its tensors, in float32: what a class has in its input is moved from or to the
+    /// encoder's bias, where it is elsewhere here.
+    pub fn into_class(mut self) -> Result<(&'static str, BTreeMap<String, Tensor>)> {
+        self.check()?;
+        let Some(class) = inventory::iter::<AffineClass>.into_iter().find(|class| (class.holds)(&self)) else {
+            bail!(InputError::new(format!("no dictionary that is linked in does this: {}", self.words())));
         };
-        // The class with b_dec in its input, or the one without.
-        let pre_bias = !self.transcodes && self.w_skip.is_none() && !matches!(self.activation, Activation::Jump(_));
-        let mut b_enc = double(&self.b_enc);
-        if pre_bias != self.subtract_b_dec {
-            let moved = through(&double(&self.b_dec), &w_enc);
-            b_enc = if pre_bias { b_enc + moved } else { b_enc - moved };
+        let float = |tensor: &Tensor| tensor.to_device(Device::Cpu).to_kind(tch::Kind::Float).contiguous();
+        self.w_enc = float(&self.w_enc);
+        if class.subtracts_b_dec != self.subtract_b_dec {
+            let moved = through(&self.b_dec, &self.w_enc);
+            let b_enc = self.b_enc.to_device(Device::Cpu).to_kind(tch::Kind::Double);
+            self.b_enc = if class.subtracts_b_dec { b_enc + moved } else { b_enc - moved };
         }
-        let (b_enc, b_dec) = (float(b_enc), float(self.b_dec.to_device(Device::Cpu)));
-        let selection = |k: i64| [("k", Tensor::from(k as i32)), ("threshold", Tensor::from(-1f32))];
-        if pre_bias {
-            add("encoder.weight", w_enc.transpose(0, 1).contiguous());
-            add("encoder.bias", b_enc);
-            add("decoder.weight", w_dec.transpose(0, 1).contiguous());
-            return Ok(match self.activation {
-                Activation::TopK(k) => {
-                    add("b_dec", b_dec);
-                    selection(k).into_iter().for_each(|(name, tensor)| add(name, tensor));
-                    ("AutoEncoderTopK", tensors)
-                }
-                _ => {
-                    add("bias", b_dec);
-                    ("AutoEncoder", tensors)
-                }
-            });
+        for tensor in [&mut self.b_enc, &mut self.w_dec, &mut self.b_dec].into_iter().chain(&mut self.w_skip) {
+            *tensor = float(tensor);
         }
-        add("W_enc", w_enc);
-        add("b_enc", b_enc);
-        add("W_dec", w_dec);
-        add("b_dec", b_dec);
-        let skips = self.w_skip.is_some();
-        if let Some(w_skip) = self.w_skip {
-            add("W_skip", float(w_skip.to_device(Device::Cpu)));
+        if let Activation::Jump(threshold) = &mut self.activation {
+            *threshold = float(threshold);
         }
-        let transcoder = if skips { "SkipTranscoder" } else { "Transcoder" };
-        Ok(match self.activation {
-            Activation::Relu => (transcoder, tensors),
-            Activation::TopK(k) => {
-                debug_assert!(k <= features);
-                selection(k).into_iter().for_each(|(name, tensor)| add(name, tensor));
-                (transcoder, tensors)
-            }
-            Activation::Jump(threshold) => {
-                add("threshold", float(threshold.to_device(Device::Cpu)));
-                (if skips { transcoder } else { "JumpReluAutoEncoder" }, tensors)
-            }
-        })
+        let tensors = (class.tensors)(self).into_iter();
+        Ok((class.class, tensors.map(|(name, tensor)| (name.to_owned(), tensor.contiguous())).collect()))
+    }
+
+    fn words(&self) -> String {
+        let activation = match self.activation {
+            Activation::Relu => "ReLU",
+            Activation::TopK(_) => "TopK",
+            Activation::Jump(_) => "JumpReLU",
+        };
+        let what = if self.transcodes { "transcoder" } else { "autoencoder" };
+        let skip = if self.w_skip.is_some() { " with a skip connection" } else { "" };
+        format!("{activation} {what}{skip}")
     }
 }
+
+impl Activation {
+    /// The tensors of it that a class saves: `k` and an unknown `threshold`, or the thresholds.
+    pub fn tensors(self) -> Vec<(&'static str, Tensor)> {
+        match self {
+            Activation::Relu => Vec::new(),
+            Activation::TopK(k) => vec![("k", Tensor::from(k as i32)), ("threshold", Tensor::from(-1f32))],
+            Activation::Jump(threshold) => vec![("threshold", threshold)],
+        }
+    }
+}
+
+/// A class that some [`Affine`] SAEs are. Submitted by the plugin that owns the class.
+pub struct AffineClass {
+    /// Its name.
+    pub class: &'static str,
+    /// Whether it subtracts b_dec from what it reads.
+    pub subtracts_b_dec: bool,
+    /// Whether it does what this one does, wherever the bias is; of two classes no SAE is both.
+    pub holds: fn(&Affine) -> bool,
+    /// The class's tensors of one that it holds, in float32, its bias where the class has it.
+    pub tensors: fn(Affine) -> Vec<(&'static str, Tensor)>,
+}
+
+inventory::collect!(AffineClass);
 
 /// b W, `[F]`, of a vector `[d]` and an encoder [d, F], added up in double precision.
 pub fn through(vector: &Tensor, encoder: &Tensor) -> Tensor {

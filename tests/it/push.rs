@@ -207,7 +207,7 @@ fn below_a_folder_and_on_a_branch() {
     pushed(&server, &desk, &["--path", "other"]);
     let files = server.files(REPO, "main").unwrap();
     assert_eq!(files["README.md"], renewed["README.md"]);
-    assert!(text(&files, "other/README.md").contains("\"other\""));
+    assert!(text(&files, "other/README.md").contains("+ \"/other\""));
     // What somebody else wrote stays, unless the SAE's folder has another.
     let run = pushed(&server, &desk, &[]);
     assert!(run.stderr.contains("the repository's own README.md stays"), "{}", run.stderr);

@@ -25,6 +25,7 @@
 //! threshold has become 0 and is no longer seen, which halves the window. `pre_activation` is the paper's. Where this
 //! differs from the reference: a threshold cannot become negative.
 
+use dictlearn_core::format::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
 
 const NAME: &str = "jump_relu";
@@ -87,6 +88,19 @@ inventory::submit! {
             let [d, features] = saved_shape(tensors, "W_enc")?;
             let [d_out] = saved_shape(tensors, "b_dec")?;
             Ok(Box::new(JumpRelu::zeros(d, features, d_out, device, precision)))
+        },
+    }
+}
+
+inventory::submit! {
+    AffineClass {
+        class: "JumpReluAutoEncoder",
+        subtracts_b_dec: false,
+        holds: |sae| matches!(sae.activation, Activation::Jump(_)) && sae.w_skip.is_none(),
+        tensors: |sae| {
+            let mut tensors = sae.activation.tensors();
+            tensors.extend([("W_enc", sae.w_enc), ("b_enc", sae.b_enc), ("W_dec", sae.w_dec), ("b_dec", sae.b_dec)]);
+            tensors
         },
     }
 }

@@ -16,6 +16,7 @@
 //! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, and not at the random values
 //! of PyTorch's linear layer.
 
+use dictlearn_core::format::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
 
 const DICTIONARY: &str = "auto_encoder";
@@ -75,6 +76,20 @@ inventory::submit! {
             let [features, d] = saved_shape(tensors, "encoder.weight")?;
             Ok(Box::new(AutoEncoder::zeros(d, features, device, precision)))
         },
+    }
+}
+
+inventory::submit! {
+    AffineClass {
+        class: "AutoEncoder",
+        subtracts_b_dec: true,
+        holds: |sae| matches!(sae.activation, Activation::Relu) && !sae.transcodes && sae.w_skip.is_none(),
+        tensors: |sae| vec![
+            ("bias", sae.b_dec),
+            ("encoder.weight", sae.w_enc.transpose(0, 1)),
+            ("encoder.bias", sae.b_enc),
+            ("decoder.weight", sae.w_dec.transpose(0, 1)),
+        ],
     }
 }
 

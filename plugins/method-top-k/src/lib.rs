@@ -17,6 +17,7 @@
 //! Where this differs from the reference: the geometric median of points one of which is the guess is defined, and a
 //! row that selects no positive feature does not enter the threshold (there it makes it infinite for good).
 
+use dictlearn_core::format::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
 use dictlearn_core::top_k::{Selection, TopKTrainer};
 use dictlearn_core::top_k_config;
@@ -82,6 +83,24 @@ inventory::submit! {
             let [features, d] = saved_shape(tensors, "encoder.weight")?;
             let k = Selection::saved_k(tensors, trainer, features)?;
             Ok(Box::new(TopK::zeros(d, features, k, device, precision)))
+        },
+    }
+}
+
+inventory::submit! {
+    AffineClass {
+        class: "AutoEncoderTopK",
+        subtracts_b_dec: true,
+        holds: |sae| matches!(sae.activation, Activation::TopK(_)) && !sae.transcodes && sae.w_skip.is_none(),
+        tensors: |sae| {
+            let mut tensors = sae.activation.tensors();
+            tensors.extend([
+                ("b_dec", sae.b_dec),
+                ("encoder.weight", sae.w_enc.transpose(0, 1)),
+                ("encoder.bias", sae.b_enc),
+                ("decoder.weight", sae.w_dec.transpose(0, 1)),
+            ]);
+            tensors
         },
     }
 }

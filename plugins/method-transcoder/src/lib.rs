@@ -26,6 +26,7 @@
 
 use std::collections::BTreeMap;
 
+use dictlearn_core::format::{Activation, Affine, AffineClass};
 use dictlearn_core::prelude::*;
 use dictlearn_core::top_k::Selection;
 
@@ -108,6 +109,32 @@ inventory::submit! {
     SavedClass { class: "SkipTranscoder", name: SKIP_NAME, shaped: |tensors, trainer, device, precision| {
         shaped(tensors, trainer, true, device, precision)
     } }
+}
+
+inventory::submit! {
+    AffineClass {
+        class: "Transcoder",
+        subtracts_b_dec: false,
+        holds: |sae| !matches!(sae.activation, Activation::Jump(_)) && sae.transcodes && sae.w_skip.is_none(),
+        tensors,
+    }
+}
+
+inventory::submit! {
+    AffineClass {
+        class: "SkipTranscoder",
+        subtracts_b_dec: false,
+        holds: |sae| sae.w_skip.is_some(),
+        tensors,
+    }
+}
+
+/// A published transcoder's tensors.
+fn tensors(sae: Affine) -> Vec<(&'static str, Tensor)> {
+    let mut tensors = sae.activation.tensors();
+    tensors.extend([("W_enc", sae.w_enc), ("b_enc", sae.b_enc), ("W_dec", sae.w_dec), ("b_dec", sae.b_dec)]);
+    tensors.extend(sae.w_skip.map(|w_skip| ("W_skip", w_skip)));
+    tensors
 }
 
 fn shaped(
