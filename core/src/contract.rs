@@ -498,7 +498,9 @@ fn finds_by_hand_what_autograd_finds(trainer: &Component) {
         close(term.name, &other.value, &term.value.detach());
     }
     let autograd = Pass::forward(&*training.trainer, &*training.dictionary, batch, 50, false);
-    close("the features", &found.features, &autograd.code.features.detach());
+    let fired = found.fired.unwrap_or_else(|| panic!("{name} does not say which features fired"));
+    let active = autograd.code.features.detach().not_equal(0.0).sum_dim_intlist([0].as_slice(), false, Kind::Float);
+    close("how often features fired", &fired.to_kind(Kind::Float), &active);
     close("the reconstruction", &found.x_hat, &autograd.x_hat.detach());
     for (parameter_name, parameter) in training.dictionary.parameters() {
         let expected = parameter.grad();

@@ -29,6 +29,11 @@ impl Precision {
         }
     }
 
+    /// The float32 product of two matrices of this kind.
+    pub fn product(self, a: &Tensor, b: &Tensor) -> Tensor {
+        a.matmul(b).to_kind(Kind::Float)
+    }
+
     /// `x wᵀ + b` for x [.., in], w [out, in], b `[out]`.
     pub fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
         match self {

@@ -14,6 +14,7 @@ use crate::device::Precision;
 use crate::registry;
 use crate::source::{Batch, SitePart};
 use crate::top_k::Selection;
+use crate::two_layer::{ActivationFunction, TwoLayer};
 
 /// The widths of a dictionary's input, features and output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -244,6 +245,17 @@ pub trait Dictionary: Any + Send {
         None
     }
 
+    /// The weights, where the dictionary is two affine maps with something between that looks at one number at a time, so
+    /// that trainers can take its steps by hand ([`crate::two_layer`]).
+    fn two_layer(&self) -> Option<TwoLayer> {
+        None
+    }
+
+    /// What lies between the two layers, unless it is a [`Dictionary::selection`].
+    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
+        None
+    }
+
     /// How many features are selected, and from which value on, in dictionaries of the TopK family.
     fn selection(&self) -> Option<&Selection> {
         None
@@ -393,6 +405,13 @@ pub fn saved_shape<const N: usize>(tensors: &BTreeMap<String, Tensor>, name: &st
     size.as_slice().try_into().map_err(|_| {
         InputError::new(format!("tensor `{name}` has shape {size:?}, which does not have {N} dimensions")).into()
     })
+}
+
+/// A matrix of zeros to be trained, of which dimension `feature_dim` counts the features. In memory the numbers of a
+/// feature lie in one piece whichever it is, which is how a training step goes through them.
+pub fn trained_matrix(size: [i64; 2], feature_dim: i64, device: Device) -> Tensor {
+    let zeros = |size: [i64; 2]| Tensor::zeros(size, (Kind::Float, device));
+    trained(if feature_dim == 0 { zeros(size) } else { zeros([size[1], size[0]]).tr() })
 }
 
 /// A tensor as a parameter, to be trained.

@@ -26,6 +26,11 @@ impl Firing {
     /// Adds `amount` to every counter, then sets those of the features with these indices, int64 of any shape, to 0.
     pub fn update_indices(&mut self, indices: &Tensor, amount: i64) {
         self.since += amount;
+        self.reset_indices(indices);
+    }
+
+    /// Sets the counters of the features with these indices, int64 of any shape, to 0.
+    pub fn reset_indices(&mut self, indices: &Tensor) {
         let _ = self.since.index_fill_(0, &indices.reshape([-1]), 0);
     }
 

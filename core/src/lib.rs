@@ -26,6 +26,7 @@ pub mod modifier;
 pub mod new_plugin;
 pub mod numpy;
 pub mod optim;
+mod parallel;
 pub mod prelude;
 pub mod progress;
 pub mod push;
@@ -43,5 +44,6 @@ pub mod top_k;
 pub mod torch_file;
 pub mod trainer;
 pub mod training;
+pub mod two_layer;
 
 pub use {inventory, schemars};

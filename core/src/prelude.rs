@@ -13,7 +13,7 @@ pub use crate::config::{ConfigPath, InputError, PathOrName, Under};
 pub use crate::constraint::Constraints;
 pub use crate::device::Precision;
 pub use crate::dictionary::{
-    decoder_for, dict_size, random_directions, saved_shape, trained, without_bias, Code, Decoder, Dictionary,
+    decoder_for, dict_size, random_directions, saved_shape, trained, trained_matrix, without_bias, Code, Decoder, Dictionary,
     DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass,
 };
 pub use crate::firing::Firing;
@@ -33,3 +33,4 @@ pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
 pub use crate::trainer::{
     mean_of_sums, penalizable, AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx,
 };
+pub use crate::two_layer::{ActivationFunction, Block, Derivatives, Relu, TwoLayer, Weight};

@@ -12,7 +12,7 @@ use crate::config::InputError;
 use crate::dictionary::{Dictionary, Encoder};
 use crate::firing::Firing;
 use crate::state::State;
-use crate::trainer::AfterStep;
+use crate::trainer::{AfterStep, ByHand};
 
 /// How likely an activation is to be drawn for a dead feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -75,6 +75,13 @@ impl Resampling {
     /// Counts which features of a batch, [B, F], fired.
     pub fn update(&mut self, features: &Tensor) {
         self.firing.update(&features.detach().not_equal(0.0).any_dim(0, false), 1);
+    }
+
+    /// The same of a step by hand.
+    pub fn update_by_hand(&mut self, found: &ByHand) {
+        if let Some(fired) = &found.fired {
+            self.firing.update(&fired.gt(0.0), 1);
+        }
     }
 
     /// Starts dead features anew, if it is time; how many.

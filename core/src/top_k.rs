@@ -21,7 +21,8 @@ use crate::optim::AdamConfig;
 use crate::schedule::Schedule;
 use crate::source::Batch;
 use crate::state::State;
-use crate::trainer::{mean_of_sums, number, AfterStep, Pass, Terms, Trainer, TrainerCx};
+use crate::trainer::{mean_of_sums, number, AfterStep, ByHand, HandPass, Pass, Terms, Trainer, TrainerCx};
+use crate::two_layer::{sum_of_rows, Hand};
 
 /// How many features are selected, and from which value on.
 #[derive(Debug)]
@@ -137,13 +138,11 @@ impl Selection {
         &post_relu * post_relu.gt_tensor(&self.threshold)
     }
 
-    /// θ ← β θ + (1 − β) · the mean over rows of their smallest positive value.
+    /// θ ← β θ + (1 − β) · the mean of the smallest positive values of what was selected from together, `[rows]`.
     ///
-    /// A row without any counts for nothing; in the reference it makes the threshold infinite for good.
-    fn update_threshold(&self, top_values: &Tensor, beta: f64) -> Result<()> {
+    /// Without any, infinity, it counts for nothing; in the reference it makes the threshold infinite for good.
+    fn update_threshold(&self, smallest: &Tensor, beta: f64) -> Result<()> {
         tch::no_grad(|| {
-            let values = top_values.detach();
-            let smallest = values.masked_fill(&values.le(0.0), f64::INFINITY).amin([1], false);
             let some = smallest.isfinite();
             if !bool::try_from(some.any())? {
                 return Ok(());
@@ -254,12 +253,23 @@ macro_rules! top_k_config {
     };
 }
 
-/// A trainer of the family: everything but the reconstruction loss, which is the method's own.
+/// What a trainer of the family asks of prefixes of the features beside the whole.
+pub struct Prefixes {
+    /// How many features each has, rising; the last has all.
+    pub ends: Vec<i64>,
+    /// The weight of each one's squared error; the loss is their mean.
+    pub weights: Vec<f64>,
+    /// What each leaves to reconstruct, [B, d].
+    pub residuals: fn(&Pass) -> Result<Vec<Tensor>>,
+}
+
+/// A trainer of the family. The loss is the squared error of the reconstruction, or the mean of those of some prefixes
+/// of the features, and the auxiliary loss.
 ///
 /// The parameter `b_dec` starts at the geometric median of the first batch; the threshold's mean is kept from the step
 /// after `threshold_start_step` on; k is annealed; dead features get the auxiliary loss. The decoder keeps norm 1,
 /// gradients are clipped to norm 1.
-pub struct TopKTrainer<R> {
+pub struct TopKTrainer {
     settings: TopKSettings,
     lr: f64,
     schedule: Schedule,
@@ -269,7 +279,7 @@ pub struct TopKTrainer<R> {
     fired: Firing,
     figures: Log,
     added: Map<String, Value>,
-    reconstruction: R,
+    prefixes: Prefixes,
 }
 
 /// What the reference's trainers log beside their losses.
@@ -279,9 +289,9 @@ struct Log {
     pre_norm_auxk_loss: Option<Tensor>,
 }
 
-impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
-    /// The trainer called `name`, whose reconstruction loss adds its terms.
-    pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx, reconstruction: R) -> Result<Self> {
+impl TopKTrainer {
+    /// The trainer called `name`.
+    pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx) -> Result<Self> {
         let Some(selection) = cx.dictionary.selection() else {
             bail!(InputError::new(format!(
                 "the trainer `{name}` cannot train the class {}: it has no k, and so nothing keeps its features sparse",
@@ -336,7 +346,11 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
             figures: Log::default(),
             added: Map::new(),
             settings,
-            reconstruction,
+            prefixes: Prefixes {
+                ends: vec![dims.features],
+                weights: vec![1.0],
+                residuals: |pass| Ok(vec![pass.residual()]),
+            },
         })
     }
 
@@ -347,11 +361,58 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
         self
     }
 
+    /// Lets prefixes of the features reconstruct by themselves too.
+    #[must_use]
+    pub fn with_prefixes(mut self, prefixes: Prefixes) -> Self {
+        self.prefixes = prefixes;
+        self
+    }
+
+    /// Takes note of what was selected: the smallest positive value of what was selected from together, `[rows]`, and
+    /// which features were.
+    fn selected(&mut self, step: u64, selection: &Selection, smallest: impl FnOnce() -> Tensor) -> Result<()> {
+        self.figures = Log { effective_l0: selection.k(), ..Log::default() };
+        if step > self.settings.threshold_start_step {
+            selection.update_threshold(&smallest(), self.settings.threshold_beta)?;
+        }
+        Ok(())
+    }
+
+    /// The loss of the residuals that prefixes leave.
+    fn reconstruction(&self, residuals: &[Tensor], logging: bool, terms: &mut Terms) {
+        let losses = residuals.iter().zip(&self.prefixes.weights);
+        let losses: Vec<Tensor> = losses.map(|(residual, weight)| mean_of_sums(&residual.square()) * *weight).collect();
+        let losses = Tensor::stack(&losses, 0);
+        if logging && self.prefixes.ends.len() > 1 {
+            terms.log("min_l2_loss", losses.min());
+            terms.log("max_l2_loss", losses.max());
+        }
+        terms.add_reconstruction("l2_loss", losses.mean(losses.kind()));
+    }
+
+    /// The numbers of the features that nothing selected for long, int64.
+    fn dead(&self) -> Tensor {
+        self.fired.silent_for(self.settings.dead_feature_threshold).nonzero().reshape([-1])
+    }
+
+    /// The mean of the squared norms of e − ê, over the variance of e, and that; the mean alone is logged.
+    fn over_variance(&mut self, residual: &Tensor, off: &Tensor) -> (Tensor, f64) {
+        let loss = mean_of_sums(&off.square());
+        self.figures.pre_norm_auxk_loss = Some(loss.detach());
+        let centred = residual - residual.mean_dim([0].as_slice(), true, residual.kind());
+        let variance = mean_of_sums(&centred.square());
+        let value = variance.double_value(&[]);
+        if value <= 0.0 {
+            // Of one activation, or of equal ones: dividing by it would make every gradient NaN.
+            return (variance, value);
+        }
+        (loss / variance, value)
+    }
+
     /// ‖e − ê‖² / Var(e) for the dead features' best reconstruction ê of the residual e, [B, d], which takes no
     /// gradient.
     fn auxk_loss(&mut self, pass: &Pass, residual: &Tensor) -> Result<Tensor> {
-        let dead = self.fired.silent_for(self.settings.dead_feature_threshold);
-        let dead = dead.nonzero().reshape([-1]);
+        let dead = self.dead();
         let count = dead.size()[0];
         let Some(directions) = pass.dictionary.directions().filter(|_| count > 0) else {
             return Ok(Tensor::zeros([0_i64; 0], (residual.kind(), residual.device())));
@@ -360,19 +421,32 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> TopKTrainer<R> {
         let features = pass.code.extra("post_relu")?.index_select(1, &dead);
         let (values, indices) = features.topk(self.top_k_aux.min(count), -1, true, false);
         let kept = features.zeros_like().scatter(-1, &indices, &values);
-        let loss = mean_of_sums(&(residual - kept.matmul(&directions.index_select(0, &dead))).square());
-        self.figures.pre_norm_auxk_loss = Some(loss.detach());
-        let centred = residual - residual.mean_dim([0].as_slice(), true, residual.kind());
-        let variance = mean_of_sums(&centred.square());
-        if variance.double_value(&[]) <= 0.0 {
-            // Of one activation, or of equal ones: dividing by it would make every gradient NaN.
-            return Ok(variance);
+        let off = residual - kept.matmul(&directions.index_select(0, &dead));
+        Ok(self.over_variance(residual, &off).0)
+    }
+
+    /// The same by hand: the gradients go to `hand`.
+    fn auxk_by_hand(&mut self, hand: &mut Hand, residual: &Tensor) -> Tensor {
+        let dead = self.dead();
+        let count = dead.size()[0];
+        if count == 0 {
+            return Tensor::zeros([0_i64; 0], (residual.kind(), residual.device()));
         }
-        Ok(loss / variance)
+        let mut part = hand.of_features(&dead);
+        let block = part.select_of_each(self.top_k_aux.min(count));
+        let mut off = -residual;
+        part.decode(&block, &block.z.relu(), &mut off);
+        let (loss, variance) = self.over_variance(residual, &off);
+        if variance > 0.0 {
+            let by_off = off * (2.0 * self.settings.auxk_alpha / (variance * residual.size()[0] as f64));
+            part.backward_of_selected(&block, &by_off);
+            hand.add(&dead, &part);
+        }
+        loss
     }
 }
 
-impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> Trainer for TopKTrainer<R> {
+impl Trainer for TopKTrainer {
     fn adam(&self) -> AdamConfig {
         AdamConfig::default()
     }
@@ -400,24 +474,65 @@ impl<R: Fn(&Pass, &mut Terms) -> Result<()> + Send> Trainer for TopKTrainer<R> {
     }
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        let top_values = pass.code.extra("top_values")?;
+        let top_values = pass.code.extra("top_values")?.detach();
         if let Some(selection) = pass.dictionary.selection() {
-            if pass.step > self.settings.threshold_start_step {
-                selection.update_threshold(top_values, self.settings.threshold_beta)?;
-            }
-            self.figures = Log { effective_l0: selection.k(), ..Log::default() };
+            self.selected(pass.step, selection, || {
+                top_values.masked_fill(&top_values.le(0.0), f64::INFINITY).amin([1], false)
+            })?;
         }
         match pass.code.get("top_indices") {
             Some(indices) => self.fired.update_indices(indices, pass.batch.len()),
             None => self.fired.update(&pass.code.features.detach().gt(0.0).any_dim(0, false), pass.batch.len()),
         }
 
-        (self.reconstruction)(pass, terms)?;
+        self.reconstruction(&(self.prefixes.residuals)(pass)?, pass.logging, terms);
         if self.settings.auxk_alpha > 0.0 {
             let auxk = self.auxk_loss(pass, &pass.residual().detach())?;
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
         }
         Ok(())
+    }
+
+    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+        let Some(selection) = pass.dictionary.selection() else { return Ok(None) };
+        let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
+        let block = hand.select(selection);
+        self.selected(pass.step, selection, || {
+            let smallest = block.smallest_positive();
+            if selection.by_threshold() {
+                smallest.amin([0], true)
+            } else {
+                smallest
+            }
+        })?;
+        let mut fired = Tensor::zeros([hand.features()], (Kind::Float, block.z.device()));
+        block.sum_by_feature(&block.z.gt(0.0).to_kind(Kind::Float), &mut fired);
+        self.fired.update(&fired.gt(0.0), pass.batch.len());
+        if !selection.by_threshold() {
+            self.fired.reset_indices(&hand.selected_at_zero(&block, selection.k()));
+        }
+
+        let groups = hand.groups(block, &self.prefixes.ends);
+        let mut x_hat = hand.begin();
+        let mut residuals = Vec::with_capacity(groups.len());
+        for group in &groups {
+            hand.decode(group, &group.z.relu(), &mut x_hat);
+            residuals.push(&x_hat - &pass.batch.target);
+        }
+        self.reconstruction(&residuals, pass.logging, terms);
+        // A group's features are in the reconstruction of its prefix and of all that are longer.
+        let scale = 2.0 / (groups.len() as f64 * pass.batch.len() as f64);
+        let mut by_x_hat = x_hat.zeros_like();
+        for ((group, residual), weight) in groups.iter().zip(&residuals).zip(&self.prefixes.weights).rev() {
+            by_x_hat += residual * (scale * weight);
+            hand.backward_of_selected(group, &by_x_hat);
+        }
+        if self.settings.auxk_alpha > 0.0 {
+            let auxk = self.auxk_by_hand(&mut hand, &(&pass.batch.target - &x_hat));
+            terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
+        }
+        let gradients = hand.gradients(sum_of_rows(&by_x_hat));
+        Ok(Some(ByHand { fired: Some(fired), x_hat, gradients }))
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {

@@ -98,8 +98,8 @@ impl HandPass<'_> {
 
 /// What a step by hand found.
 pub struct ByHand {
-    /// The features, [B, F].
-    pub features: Tensor,
+    /// For how many activations of the batch each feature fired, `[F]`; needed if the step is logged.
+    pub fired: Option<Tensor>,
     /// The reconstruction, [B, d_out].
     pub x_hat: Tensor,
     /// The loss's gradient by each parameter that has one, by state-dict names.

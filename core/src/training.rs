@@ -210,7 +210,14 @@ impl Training {
             if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
                 let loss = self.finite(step, &terms)?;
                 let residual = &batch.target - by_hand.x_hat;
-                let figures = logging.then(|| self.figures(step, batch, &by_hand.features, &residual, &terms));
+                let figures = match (logging, &by_hand.fired) {
+                    (false, _) => None,
+                    (true, Some(fired)) => {
+                        let l0 = fired.sum(Kind::Double).double_value(&[]) / batch.len() as f64;
+                        Some(self.figures(step, batch, l0, &residual, &terms))
+                    }
+                    (true, None) => bail!("the trainer took the step by hand and does not say which features fired"),
+                };
                 return Ok(Loss { loss, gradients: Some(by_hand.gradients), figures });
             }
         }
@@ -223,8 +230,10 @@ impl Training {
             modifier.loss(&pass, &mut terms)?;
         }
         let loss = self.finite(step, &terms)?;
-        let figures =
-            logging.then(|| self.figures(step, batch, &pass.code.features.detach(), &pass.residual().detach(), &terms));
+        let figures = logging.then(|| {
+            let active = pass.code.features.detach().not_equal(0.0).sum(Kind::Double);
+            self.figures(step, batch, active.double_value(&[]) / batch.len() as f64, &pass.residual().detach(), &terms)
+        });
         Ok(Loss { loss, gradients: None, figures })
     }
 
@@ -252,7 +261,10 @@ impl Training {
             }
             let mut own = parameter.grad();
             match gradients.iter().find(|(known, _)| *known == name) {
-                Some((_, gradient)) => own.copy_(gradient),
+                Some((_, gradient)) if gradient.size() == own.size() => own.set_data(gradient),
+                Some((_, gradient)) => {
+                    bail!("the gradient of `{name}` has shape {:?}, not {:?}", gradient.size(), own.size())
+                }
                 None => drop(own.zero_()),
             }
         }
@@ -285,12 +297,12 @@ impl Training {
         self.restore_counters(before)
     }
 
-    /// The figures of a step: of features [B, F] and what was not reconstructed, [B, d_out].
+    /// The figures of a step: of the mean number of active features and what was not reconstructed, [B, d_out].
     fn figures(
         &self,
         step: u64,
         batch: &Batch,
-        features: &Tensor,
+        l0: f64,
         residual: &Tensor,
         terms: &Terms,
     ) -> Map<String, Value> {
@@ -300,8 +312,7 @@ impl Training {
                 ("sae".to_owned(), Value::from(self.name.as_str())),
             ]);
             terms.write(&mut row);
-            let l0 = features.not_equal(0.0).sum_dim_intlist(-1, false, Kind::Float).mean(Kind::Float);
-            row.insert("l0".to_owned(), float(l0.double_value(&[]) as f32));
+            row.insert("l0".to_owned(), float(l0 as f32));
             let variance = |x: &Tensor| x.var_dim([0].as_slice(), true, false).sum(Kind::Float).double_value(&[]);
             let explained = 1.0 - variance(residual) / variance(&batch.target);
             row.insert("frac_variance_explained".to_owned(), float(explained as f32));

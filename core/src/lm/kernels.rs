@@ -5,12 +5,12 @@
 //! and gives what the plain expression beside its caller gives, rounded once at the end. Values are computed in float32.
 //! Rows are shared among libtorch's own threads; which thread takes which row changes no result.
 
-use std::ops::Range;
 use std::slice;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
+
+use crate::parallel::{numbers, share, Output};
 
 /// Whether all of these can be handed to the functions here: on a CPU, of float32 or bfloat16, and no gradient is to flow
 /// through them.
@@ -56,93 +56,6 @@ impl Number for Bf16 {
         let bits = value.to_bits();
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         Bf16(if value.is_nan() { 0x7fc0 } else { rounded as u16 })
-    }
-}
-
-/// The numbers of a contiguous tensor.
-fn numbers<T>(tensor: &Tensor) -> &[T] {
-    assert!(tensor.is_contiguous());
-    // SAFETY: a contiguous CPU tensor has `numel` numbers from `data_ptr` on, for as long as it is borrowed; callers take
-    // T by its kind.
-    unsafe { slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
-}
-
-/// The numbers of a tensor that was just made, to be written by several threads, each its own rows.
-struct Output<T> {
-    start: *mut T,
-    len: usize,
-}
-
-// SAFETY: `rows` hands out parts that do not overlap, which is what its callers promise.
-unsafe impl<T: Send> Sync for Output<T> {}
-
-impl<T> Output<T> {
-    fn of(tensor: &mut Tensor) -> Self {
-        assert!(tensor.is_contiguous());
-        Output { start: tensor.data_ptr().cast(), len: tensor.numel() }
-    }
-
-    /// # Safety
-    /// No two threads may ask for parts that overlap.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len);
-        // SAFETY: it lies in the tensor, and nobody else has it.
-        unsafe { slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
-    }
-}
-
-/// Numbers that are worth another thread's while.
-const CHUNK: usize = 1 << 14;
-
-/// Calls `work` with ranges that together are `0..rows`, on libtorch's threads. A row has `width` numbers.
-fn share(rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
-    let chunk = (CHUNK / width.max(1)).max(1);
-    let chunks = rows.div_ceil(chunk);
-    let next = AtomicUsize::new(0);
-    threads::run(chunks.min(tch::get_num_threads().max(1) as usize), &|| loop {
-        let index = next.fetch_add(1, Ordering::Relaxed);
-        if index >= chunks {
-            break;
-        }
-        work(index * chunk..rows.min((index + 1) * chunk));
-    });
-}
-
-/// libtorch's threads. Those of another pool would stand in line with them: they go on spinning for a while after each
-/// of libtorch's operations.
-mod threads {
-    use std::ffi::{c_uint, c_void};
-    use std::sync::OnceLock;
-
-    type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
-
-    /// The entry point of the OpenMP library that libtorch runs on, where it is GNU's.
-    fn parallel() -> Option<Parallel> {
-        static FOUND: OnceLock<Option<Parallel>> = OnceLock::new();
-        *FOUND.get_or_init(|| {
-            // SAFETY: looks a name up. What GNU's OpenMP exports under it has this signature.
-            let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"GOMP_parallel".as_ptr()) };
-            (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Parallel>(found) })
-        })
-    }
-
-    extern "C" fn call(work: *mut c_void) {
-        // SAFETY: `run` passes a pointer to a reference that outlives the call.
-        let work = unsafe { *work.cast::<&(dyn Fn() + Sync)>() };
-        work();
-    }
-
-    /// Calls `work` on so many threads and waits for all; on this one alone where libtorch's cannot be had.
-    pub fn run(count: usize, work: &(dyn Fn() + Sync)) {
-        match parallel().filter(|_| count > 1) {
-            // SAFETY: all threads have returned from `call` when the call returns, and `work` may be shared.
-            Some(parallel) => unsafe {
-                let mut work = work;
-                parallel(call, (&raw mut work).cast(), count as c_uint, 0);
-            },
-            None => work(),
-        }
     }
 }
 

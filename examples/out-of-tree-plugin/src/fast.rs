@@ -40,5 +40,6 @@ pub fn by_hand(config: &TanhConfig, pass: &HandPass, terms: &mut Terms) -> Resul
         ("encoder.bias", sum(&by_pre)),
         ("bias", sum(&by_x_hat) - sum(&by_pre).matmul(&w_enc)),
     ];
-    Ok(Some(ByHand { features, x_hat, gradients }))
+    let fired = features.gt(0.0).sum_dim_intlist([0].as_slice(), false, Kind::Int64);
+    Ok(Some(ByHand { fired: Some(fired), x_hat, gradients }))
 }

@@ -21,7 +21,7 @@
 use std::collections::BTreeMap;
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k::{Selection, TopKTrainer};
+use dictlearn_core::top_k::{Prefixes, Selection, TopKTrainer};
 use dictlearn_core::top_k_config;
 
 const NAME: &str = "crosscoder";
@@ -202,8 +202,8 @@ impl Crosscoder {
     }
 
     /// The reconstruction's error in units of the parts' scales.
-    fn loss(&self, pass: &Pass) -> Tensor {
-        mean_of_sums(&(pass.residual() / self.scales(1)).square())
+    fn residual(&self, pass: &Pass) -> Tensor {
+        pass.residual() / self.scales(1)
     }
 }
 
@@ -406,7 +406,7 @@ impl Trainer for CrosscoderTrainer {
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let Some(crosscoder) = pass.dictionary.downcast::<Crosscoder>() else { bail!("not a crosscoder") };
-        terms.add_reconstruction("mse_loss", crosscoder.loss(pass));
+        terms.add_reconstruction("mse_loss", mean_of_sums(&crosscoder.residual(pass).square()));
         let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
         terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
         Ok(())
@@ -434,11 +434,15 @@ impl TrainerConfig for BatchTopKCrosscoderConfig {
         if cx.dictionary.downcast::<Crosscoder>().is_none() {
             bail!(not_a_crosscoder(TOP_K_NAME, cx.dictionary));
         }
-        Ok(Box::new(TopKTrainer::new(TOP_K_NAME, self.settings(), cx, |pass, terms| {
-            let Some(crosscoder) = pass.dictionary.downcast::<Crosscoder>() else { bail!("not a crosscoder") };
-            terms.add_reconstruction("l2_loss", crosscoder.loss(pass));
-            Ok(())
-        })?))
+        let prefixes = Prefixes {
+            ends: vec![cx.dictionary.dims().features],
+            weights: vec![1.0],
+            residuals: |pass| {
+                let Some(crosscoder) = pass.dictionary.downcast::<Crosscoder>() else { bail!("not a crosscoder") };
+                Ok(vec![crosscoder.residual(pass)])
+            },
+        };
+        Ok(Box::new(TopKTrainer::new(TOP_K_NAME, self.settings(), cx)?.with_prefixes(prefixes)))
     }
 
     fn class(&self) -> &'static str {

@@ -20,6 +20,7 @@
 //! Where this differs from the reference: nothing.
 
 use dictlearn_core::prelude::*;
+use dictlearn_core::two_layer::{self, squared_error, L1};
 
 const NAME: &str = "gated";
 
@@ -88,11 +89,11 @@ impl Gated {
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         Gated {
             decoder_bias: zeros(&[d_out]),
-            encoder_weight: zeros(&[features, d]),
+            encoder_weight: trained_matrix([features, d], 0, device),
             r_mag: zeros(&[features]),
             gate_bias: zeros(&[features]),
             mag_bias: zeros(&[features]),
-            decoder_weight: zeros(&[d_out, features]),
+            decoder_weight: trained_matrix([d_out, features], 1, device),
             precision,
         }
     }
@@ -168,12 +169,98 @@ impl Dictionary for Gated {
         true
     }
 
+    fn two_layer(&self) -> Option<TwoLayer> {
+        Some(TwoLayer {
+            encoder: Weight::matrix("encoder.weight", &self.encoder_weight, 0),
+            encoder_bias: None,
+            decoder: Weight::matrix("decoder.weight", &self.decoder_weight, 1),
+            bias: Weight::vector("decoder_bias", &self.decoder_bias),
+            centred: self.encoder_weight.size()[1] == self.decoder_bias.size()[0],
+            precision: self.precision,
+        })
+    }
+
+    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
+        let zeros = |tensor: &Tensor| tensor.detach().zeros_like();
+        Some(Box::new(Gates {
+            gate_bias: self.gate_bias.detach(),
+            mag_bias: self.mag_bias.detach(),
+            scale: self.r_mag.detach().exp(),
+            by_gate_bias: zeros(&self.gate_bias),
+            by_mag_bias: zeros(&self.mag_bias),
+            by_r_mag: zeros(&self.r_mag),
+        }))
+    }
+
     fn scale_biases(&mut self, scale: f64) {
         tch::no_grad(|| {
             for bias in [&mut self.decoder_bias, &mut self.gate_bias, &mut self.mag_bias] {
                 let _ = bias.g_mul_scalar_(scale);
             }
         });
+    }
+}
+
+/// φ: magnitudes behind gates, for steps by hand.
+struct Gates {
+    gate_bias: Tensor,
+    mag_bias: Tensor,
+    /// e^r
+    scale: Tensor,
+    by_gate_bias: Tensor,
+    by_mag_bias: Tensor,
+    by_r_mag: Tensor,
+}
+
+impl Gates {
+    /// Before ReLU, as z.
+    fn gate(&self, block: &Block) -> Tensor {
+        &block.z + block.of_features(&self.gate_bias)
+    }
+
+    /// The same.
+    fn magnitude(&self, block: &Block) -> Tensor {
+        &block.z * block.of_features(&self.scale) + block.of_features(&self.mag_bias)
+    }
+}
+
+impl ActivationFunction for Gates {
+    /// π > 0.
+    fn bounds(&self) -> Option<Tensor> {
+        Some(-&self.gate_bias)
+    }
+
+    fn features(&self, block: &Block) -> Tensor {
+        self.gate(block).threshold_backward(&self.magnitude(block).relu(), 0)
+    }
+
+    fn penalized(&self, block: &Block) -> Option<Tensor> {
+        Some(self.gate(block).relu())
+    }
+
+    fn auxiliary(&self) -> bool {
+        true
+    }
+
+    fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
+        let gate = self.gate(block);
+        // The gate is a step to the features, and passes nothing of theirs on.
+        let by_magnitude = self.magnitude(block).threshold_backward(&gate.threshold_backward(&by.features, 0), 0);
+        block.sum_by_feature(&by_magnitude, &mut self.by_mag_bias);
+        let by_scaled = by_magnitude * block.of_features(&self.scale);
+        block.sum_by_feature(&(&by_scaled * &block.z), &mut self.by_r_mag);
+        let Some(penalized) = &by.penalized else { return by_scaled };
+        let by_gate = gate.threshold_backward(&penalized.expand_as(&gate), 0);
+        block.sum_by_feature(&by_gate, &mut self.by_gate_bias);
+        by_scaled + by_gate
+    }
+
+    fn gradients(&mut self) -> Vec<(&'static str, Tensor)> {
+        vec![
+            ("gate_bias", self.by_gate_bias.shallow_clone()),
+            ("mag_bias", self.by_mag_bias.shallow_clone()),
+            ("r_mag", self.by_r_mag.shallow_clone()),
+        ]
     }
 }
 
@@ -266,6 +353,12 @@ impl Trainer for GatedTrainer {
 
     fn has_sparsity_term(&self) -> bool {
         true
+    }
+
+    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+        let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
+        let mut penalty = L1::new(self.l1_penalty * self.schedule.sparsity_factor(pass.step), pass.batch);
+        two_layer::step(pass, terms, &mut *activation, &squared_error("mse_loss"), &mut penalty, false)
     }
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {

@@ -27,6 +27,7 @@
 
 use dictlearn_core::format::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
+use dictlearn_core::two_layer::{self, squared_error, Penalty};
 
 const NAME: &str = "jump_relu";
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
@@ -109,9 +110,9 @@ impl JumpRelu {
     fn zeros(d: i64, features: i64, d_out: i64, device: Device, precision: Precision) -> Self {
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         JumpRelu {
-            w_enc: zeros(&[d, features]),
+            w_enc: trained_matrix([d, features], 1, device),
             b_enc: zeros(&[features]),
-            w_dec: zeros(&[features, d_out]),
+            w_dec: trained_matrix([features, d_out], 0, device),
             b_dec: zeros(&[d_out]),
             threshold: zeros(&[features]),
             precision,
@@ -186,12 +187,133 @@ impl Dictionary for JumpRelu {
         true
     }
 
+    fn two_layer(&self) -> Option<TwoLayer> {
+        Some(TwoLayer {
+            encoder: Weight::matrix("W_enc", &self.w_enc, 1),
+            encoder_bias: Some(Weight::vector("b_enc", &self.b_enc)),
+            decoder: Weight::matrix("W_dec", &self.w_dec, 0),
+            bias: Weight::vector("b_dec", &self.b_dec),
+            centred: false,
+            precision: self.precision,
+        })
+    }
+
+    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
+        Some(Box::new(Jump { threshold: self.threshold.detach() }))
+    }
+
     fn scale_biases(&mut self, scale: f64) {
         tch::no_grad(|| {
             for bias in [&mut self.b_enc, &mut self.b_dec, &mut self.threshold] {
                 let _ = bias.g_mul_scalar_(scale);
             }
         });
+    }
+}
+
+/// f = π ⊙ H(π − θ) for steps by hand, without a gradient to the thresholds.
+struct Jump {
+    threshold: Tensor,
+}
+
+impl ActivationFunction for Jump {
+    fn bounds(&self) -> Option<Tensor> {
+        Some(self.threshold.clamp_min(0.0))
+    }
+
+    fn features(&self, block: &Block) -> Tensor {
+        (&block.z * block.z.gt_tensor(&block.of_features(&self.threshold))).relu()
+    }
+
+    fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
+        self.features(block).threshold_backward(&by.features, 0)
+    }
+}
+
+/// The same with estimates of the thresholds' gradients. What a penalty falls on is which features are active.
+struct StraightThrough {
+    jump: Jump,
+    bandwidth: f64,
+    ste_on: SteOn,
+    by_threshold: Tensor,
+}
+
+impl StraightThrough {
+    /// K((seen − θ)/ε).
+    fn window(&self, seen: &Tensor, threshold: &Tensor) -> Tensor {
+        ((seen - threshold) / self.bandwidth).abs().lt(0.5)
+    }
+}
+
+impl ActivationFunction for StraightThrough {
+    /// The window reaches below the threshold. And if the features are looked at, whose window reaches 0, all that are 0
+    /// lie in it.
+    fn bounds(&self) -> Option<Tensor> {
+        let bounds = self.jump.bounds()?.minimum(&(&self.jump.threshold - 0.51 * self.bandwidth));
+        Some(match self.ste_on {
+            SteOn::PreActivation => bounds,
+            SteOn::PostJump => {
+                bounds.masked_fill(&self.jump.threshold.abs().le(0.51 * self.bandwidth), f64::NEG_INFINITY)
+            }
+        })
+    }
+
+    fn features(&self, block: &Block) -> Tensor {
+        self.jump.features(block)
+    }
+
+    fn penalized(&self, block: &Block) -> Option<Tensor> {
+        let active = self.features(block).gt_tensor(&block.of_features(&self.jump.threshold));
+        Some(active.to_kind(Kind::Float))
+    }
+
+    fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
+        let threshold = block.of_features(&self.jump.threshold);
+        let features = self.features(block);
+        let mut by_threshold = (&by.features * self.window(&block.z, &threshold)) * &threshold;
+        if let Some(by_active) = &by.penalized {
+            let seen = match self.ste_on {
+                SteOn::PostJump => &features,
+                SteOn::PreActivation => &block.z,
+            };
+            by_threshold += by_active * self.window(seen, &threshold);
+        }
+        block.sum_by_feature(&(by_threshold / -self.bandwidth), &mut self.by_threshold);
+        features.threshold_backward(&by.features, 0)
+    }
+
+    fn gradients(&mut self) -> Vec<(&'static str, Tensor)> {
+        vec![("threshold", self.by_threshold.shallow_clone())]
+    }
+}
+
+/// λ (L0/L0* − 1)².
+struct Target {
+    weight: f64,
+    target_l0: f64,
+    /// Active features of each row.
+    active: Tensor,
+}
+
+impl Target {
+    /// L0/L0* − 1.
+    fn off(&self) -> Tensor {
+        self.active.mean(Kind::Float) / self.target_l0 - 1.0
+    }
+}
+
+impl Penalty for Target {
+    fn see(&mut self, block: &Block, active: &Tensor) {
+        self.active += block.sum_by_row(active);
+    }
+
+    fn terms(&mut self, terms: &mut Terms) -> Result<()> {
+        terms.add_sparsity("sparsity_loss", self.off().square(), self.weight);
+        Ok(())
+    }
+
+    fn derivative(&self, _: &Block, _: &Tensor) -> Tensor {
+        self.off() * (2.0 * self.weight / (self.target_l0 * self.active.numel() as f64))
     }
 }
 
@@ -340,6 +462,28 @@ impl Trainer for JumpReluTrainer {
 
     fn has_sparsity_term(&self) -> bool {
         true
+    }
+
+    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+        let Some(dictionary) = pass.dictionary.downcast::<JumpRelu>() else { return Ok(None) };
+        let threshold = dictionary.threshold.detach();
+        let mut activation = StraightThrough {
+            by_threshold: threshold.zeros_like(),
+            jump: Jump { threshold },
+            bandwidth: self.bandwidth,
+            ste_on: self.ste_on,
+        };
+        let mut penalty = Target {
+            weight: self.sparsity_penalty * self.schedule.sparsity_factor(pass.step),
+            target_l0: self.target_l0,
+            active: Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device())),
+        };
+        let found =
+            two_layer::step(pass, terms, &mut activation, &squared_error("l2_loss"), &mut penalty, true)?;
+        if let Some(fired) = found.as_ref().and_then(|found| found.fired.as_ref()) {
+            self.fired.update(&fired.gt(0.0), pass.batch.len());
+        }
+        Ok(found)
     }
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {

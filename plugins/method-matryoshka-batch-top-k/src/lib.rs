@@ -20,7 +20,7 @@
 //! of the step, also while k is annealed.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k::{Selection, TopKTrainer};
+use dictlearn_core::top_k::{Prefixes, Selection, TopKTrainer};
 use dictlearn_core::top_k_config;
 
 const NAME: &str = "matryoshka_batch_top_k";
@@ -135,9 +135,9 @@ impl Matryoshka {
         let features = groups.iter().sum();
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         Matryoshka {
-            w_enc: zeros(&[d, features]),
+            w_enc: trained_matrix([d, features], 1, device),
             b_enc: zeros(&[features]),
-            w_dec: zeros(&[features, d_out]),
+            w_dec: trained_matrix([features, d_out], 0, device),
             b_dec: zeros(&[d_out]),
             group_sizes: Tensor::from_slice(&groups).to_device(device),
             selection: Selection::new(k, true, device),
@@ -218,6 +218,17 @@ impl Dictionary for Matryoshka {
         Some(&mut self.selection)
     }
 
+    fn two_layer(&self) -> Option<TwoLayer> {
+        Some(TwoLayer {
+            encoder: Weight::matrix("W_enc", &self.w_enc, 1),
+            encoder_bias: Some(Weight::vector("b_enc", &self.b_enc)),
+            decoder: Weight::matrix("W_dec", &self.w_dec, 0),
+            bias: Weight::vector("b_dec", &self.b_dec),
+            centred: self.w_enc.size()[0] == self.b_dec.size()[0],
+            precision: self.precision,
+        })
+    }
+
     fn scale_biases(&mut self, scale: f64) {
         tch::no_grad(|| {
             let _ = self.b_enc.g_mul_scalar_(scale);
@@ -270,8 +281,13 @@ impl TrainerConfig for MatryoshkaConfig {
                 .help("it must be at least 0"));
         }
         let (weights_saved, sizes_saved) = (weights.clone().into(), dictionary.groups.clone().into());
-        let trainer =
-            TopKTrainer::new(NAME, self.settings(), cx, move |pass, terms| reconstruction(&weights, pass, terms))?;
+        let mut end = 0;
+        let ends = dictionary.groups.iter().map(|size| {
+            end += size;
+            end
+        });
+        let prefixes = Prefixes { ends: ends.collect(), weights, residuals };
+        let trainer = TopKTrainer::new(NAME, self.settings(), cx)?.with_prefixes(prefixes);
         Ok(Box::new(trainer.with_setting("group_weights", weights_saved).with_setting("group_sizes", sizes_saved)))
     }
 
@@ -280,30 +296,21 @@ impl TrainerConfig for MatryoshkaConfig {
     }
 }
 
-/// (1/n) Σᵢ wᵢ ‖x − x̂ᵢ‖².
-fn reconstruction(weights: &[f64], pass: &Pass, terms: &mut Terms) -> Result<()> {
+/// x − x̂ᵢ of each prefix of groups.
+fn residuals(pass: &Pass) -> Result<Vec<Tensor>> {
     let Some(dictionary) = pass.dictionary.downcast::<Matryoshka>() else { bail!("not a Matryoshka dictionary") };
     let groups = &dictionary.groups;
     let (features, rows) =
         (pass.code.features.split_with_sizes(groups, 1), dictionary.w_dec.split_with_sizes(groups, 0));
     // What the groups before have left to reconstruct; the last leaves what the whole dictionary does.
     let mut residual = &pass.batch.target - &dictionary.b_dec;
-    let mut losses = Vec::with_capacity(groups.len());
-    for (index, (features, rows)) in features.iter().zip(&rows).enumerate() {
-        residual = if index + 1 == groups.len() {
-            pass.residual()
-        } else {
-            residual - dictionary.decode_group(features, rows)
-        };
-        losses.push(mean_of_sums(&residual.square()) * weights[index]);
+    let mut residuals = Vec::with_capacity(groups.len());
+    for (features, rows) in features[..groups.len() - 1].iter().zip(&rows) {
+        residual = residual - dictionary.decode_group(features, rows);
+        residuals.push(residual.shallow_clone());
     }
-    let losses = Tensor::stack(&losses, 0);
-    if pass.logging {
-        terms.log("min_l2_loss", losses.min());
-        terms.log("max_l2_loss", losses.max());
-    }
-    terms.add_reconstruction("l2_loss", losses.mean(losses.kind()));
-    Ok(())
+    residuals.push(pass.residual());
+    Ok(residuals)
 }
 
 #[cfg(test)]
@@ -325,11 +332,11 @@ mod tests {
             dictionary.w_dec.copy_(&Tensor::eye(2, (Kind::Float, Device::Cpu)));
         });
         let config = MatryoshkaConfig { auxk_alpha: 0.0, warmup_steps: 0, ..MatryoshkaConfig::default() };
-        let trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();
+        let mut trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();
         let batch = Batch::of(Tensor::from_slice2(&[[3.0f32, 4.0]]));
         let pass = Pass::forward(&*trainer, &dictionary, &batch, 0, true);
         let mut terms = Terms::new();
-        reconstruction(&[0.5, 0.5], &pass, &mut terms).unwrap();
+        trainer.loss(&pass, &mut terms).unwrap();
         // The first group leaves 4, both nothing: (0.5 · 16 + 0.5 · 0) / 2.
         assert_eq!(terms.total().unwrap().double_value(&[]), 4.0);
         assert_eq!(terms.get_mut("max_l2_loss").unwrap().value.double_value(&[]), 8.0);

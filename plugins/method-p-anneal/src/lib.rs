@@ -27,6 +27,7 @@
 use std::collections::VecDeque;
 
 use dictlearn_core::prelude::*;
+use dictlearn_core::two_layer::{self, squared_error, Penalty};
 
 const P_ANNEAL: &str = "p_anneal";
 const GATED_ANNEAL: &str = "gated_anneal";
@@ -350,7 +351,85 @@ fn lp(activations: &Tensor, p: f64, function: SparsityFunction) -> Tensor {
     norms.mean(norms.kind())
 }
 
+/// The same penalty by hand, with what the next p would make of it.
+struct Lp {
+    weight: f64,
+    function: SparsityFunction,
+    p: f64,
+    next_p: Option<f64>,
+    /// Σ a^p of each row, with p and with the next p.
+    sums: [Tensor; 2],
+}
+
+impl Lp {
+    fn value(&self, sums: &Tensor, p: f64) -> Tensor {
+        if self.function == SparsityFunction::LpToTheP || p == 1.0 || p == 0.0 {
+            return sums.mean(Kind::Float);
+        }
+        sums.pow_tensor_scalar(1.0 / p).mean(Kind::Float)
+    }
+}
+
+/// a^p where a is above 0, and 0 elsewhere.
+fn powers(activations: &Tensor, p: f64) -> Tensor {
+    if p == 1.0 {
+        return activations.relu();
+    }
+    let active = activations.gt(0.0);
+    if p == 0.0 {
+        return active.to_kind(Kind::Float);
+    }
+    activations.where_self(&active, &activations.ones_like()).pow_tensor_scalar(p) * active
+}
+
+impl Penalty for Lp {
+    fn see(&mut self, block: &Block, activations: &Tensor) {
+        for (p, sums) in [Some(self.p), self.next_p].into_iter().zip(&mut self.sums) {
+            if let Some(p) = p {
+                *sums += block.sum_by_row(&powers(activations, p));
+            }
+        }
+    }
+
+    fn terms(&mut self, terms: &mut Terms) -> Result<()> {
+        terms.add_sparsity("lp_loss", self.value(&self.sums[0], self.p), self.weight);
+        Ok(())
+    }
+
+    fn derivative(&self, block: &Block, activations: &Tensor) -> Tensor {
+        let (p, weight) = (self.p, self.weight / self.sums[0].numel() as f64);
+        if p == 0.0 {
+            return Tensor::zeros([0_i64; 0], (Kind::Float, activations.device()));
+        }
+        let slope = powers(activations, p - 1.0) * weight;
+        match self.function {
+            _ if p == 1.0 => slope,
+            SparsityFunction::LpToTheP => slope * p,
+            SparsityFunction::Lp => {
+                let sums = &self.sums[0];
+                let some = sums.gt(0.0);
+                let outer = sums.where_self(&some, &sums.ones_like()).pow_tensor_scalar(1.0 / p - 1.0) * some;
+                slope * block.of_rows(&outer)
+            }
+        }
+    }
+}
+
 impl PAnneal {
+    /// Takes note of the penalty with the next p, where there is one.
+    fn queue(&mut self, penalty: &Tensor, next: impl FnOnce(f64) -> Tensor) {
+        if let Some(next_p) = self.state.next_p {
+            self.state.queue.push_back((penalty.double_value(&[]), next(next_p).double_value(&[])));
+            if self.state.queue.len() > self.queue_length {
+                self.state.queue.pop_front();
+            }
+        }
+    }
+
+    fn weight(&self, step: u64) -> f64 {
+        self.state.coefficient * self.schedule.sparsity_factor(step)
+    }
+
     /// p and λ for the steps to come, if it is time for the next ones.
     fn update(&mut self, step: u64) {
         let Annealing { values, p_end, .. } = &self.annealing;
@@ -394,21 +473,43 @@ impl Trainer for PAnneal {
         self.resampling.is_some()
     }
 
+    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+        let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
+        let zeros = || Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device()));
+        let weight = self.weight(pass.step);
+        let mut penalty = Lp {
+            weight,
+            function: self.sparsity_function,
+            p: self.state.p,
+            next_p: self.state.next_p,
+            sums: [zeros(), zeros()],
+        };
+        let reconstruction = squared_error("mse_loss");
+        let count = self.resampling.is_some();
+        let found = two_layer::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
+        let Some(found) = found else { return Ok(None) };
+        let value = penalty.value(&penalty.sums[0], penalty.p);
+        if pass.logging {
+            terms.log("scaled_lp_loss", &value * weight);
+        }
+        self.queue(&value, |next_p| penalty.value(&penalty.sums[1], next_p));
+        self.update(pass.step);
+        if let Some(resampling) = &mut self.resampling {
+            resampling.update_by_hand(&found);
+        }
+        Ok(Some(found))
+    }
+
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
         let activations = pass.code.penalized();
         let penalty = lp(activations, self.state.p, self.sparsity_function);
-        let weight = self.state.coefficient * self.schedule.sparsity_factor(pass.step);
+        let weight = self.weight(pass.step);
         if pass.logging {
             terms.log("scaled_lp_loss", &penalty * weight);
         }
-        if let Some(next_p) = self.state.next_p {
-            let next = lp(&activations.detach(), next_p, self.sparsity_function);
-            self.state.queue.push_back((penalty.double_value(&[]), next.double_value(&[])));
-            if self.state.queue.len() > self.queue_length {
-                self.state.queue.pop_front();
-            }
-        }
+        let function = self.sparsity_function;
+        self.queue(&penalty, |next_p| lp(&activations.detach(), next_p, function));
         terms.add_sparsity("lp_loss", penalty, weight);
         self.update(pass.step);
         if let Some(resampling) = &mut self.resampling {

@@ -18,6 +18,7 @@
 
 use dictlearn_core::format::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
+use dictlearn_core::two_layer::{self, L1};
 
 const DICTIONARY: &str = "auto_encoder";
 const TRAINER: &str = "standard";
@@ -98,9 +99,9 @@ impl AutoEncoder {
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         AutoEncoder {
             bias: zeros(&[d]),
-            encoder_weight: zeros(&[features, d]),
+            encoder_weight: trained_matrix([features, d], 0, device),
             encoder_bias: zeros(&[features]),
-            decoder_weight: zeros(&[d, features]),
+            decoder_weight: trained_matrix([d, features], 1, device),
             precision,
         }
     }
@@ -148,6 +149,21 @@ impl Dictionary for AutoEncoder {
 
     fn encoder(&self) -> Option<Encoder> {
         Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
+    }
+
+    fn two_layer(&self) -> Option<TwoLayer> {
+        Some(TwoLayer {
+            encoder: Weight::matrix("encoder.weight", &self.encoder_weight, 0),
+            encoder_bias: Some(Weight::vector("encoder.bias", &self.encoder_bias)),
+            decoder: Weight::matrix("decoder.weight", &self.decoder_weight, 1),
+            bias: Weight::vector("bias", &self.bias),
+            centred: true,
+            precision: self.precision,
+        })
+    }
+
+    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
+        Some(Box::new(Relu))
     }
 
     fn scale_biases(&mut self, scale: f64) {
@@ -269,6 +285,25 @@ struct Standard {
     resampling: Option<Resampling>,
 }
 
+impl Standard {
+    /// What is minimised of the residual [B, d], and if the step is logged the other.
+    fn reconstruction_terms(&self, residual: &Tensor, logging: bool, terms: &mut Terms) {
+        let norm = |residual: &Tensor| residual.norm_scalaropt_dim(2.0, [-1], false).mean(residual.kind());
+        let squared = |residual: &Tensor| mean_of_sums(&residual.square());
+        match self.reconstruction {
+            Reconstruction::Mse => terms.add_reconstruction("mse_loss", squared(residual)),
+            Reconstruction::L2Norm => terms.add_reconstruction("l2_loss", norm(residual)),
+        }
+        if logging {
+            let residual = residual.detach();
+            match self.reconstruction {
+                Reconstruction::Mse => terms.log("l2_loss", norm(&residual)),
+                Reconstruction::L2Norm => terms.log("mse_loss", squared(&residual)),
+            }
+        }
+    }
+}
+
 impl Trainer for Standard {
     fn adam(&self) -> AdamConfig {
         AdamConfig::default()
@@ -290,21 +325,31 @@ impl Trainer for Standard {
         self.resampling.is_some()
     }
 
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        let residual = pass.residual();
-        let norm = |residual: &Tensor| residual.norm_scalaropt_dim(2.0, [-1], false).mean(residual.kind());
-        let squared = |residual: &Tensor| mean_of_sums(&residual.square());
-        match self.reconstruction {
-            Reconstruction::Mse => terms.add_reconstruction("mse_loss", squared(&residual)),
-            Reconstruction::L2Norm => terms.add_reconstruction("l2_loss", norm(&residual)),
-        }
-        if pass.logging {
-            let residual = residual.detach();
+    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+        let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
+        let reconstruction = |residual: &Tensor, terms: &mut Terms| {
+            self.reconstruction_terms(residual, pass.logging, terms);
+            let count = pass.batch.len() as f64;
             match self.reconstruction {
-                Reconstruction::Mse => terms.log("l2_loss", norm(&residual)),
-                Reconstruction::L2Norm => terms.log("mse_loss", squared(&residual)),
+                Reconstruction::Mse => residual * (2.0 / count),
+                Reconstruction::L2Norm => {
+                    let norms = residual.norm_scalaropt_dim(2.0, [-1], true);
+                    // Where nothing is left, no direction is better than another.
+                    (residual / &norms).masked_fill(&norms.le(0.0), 0.0) / count
+                }
             }
+        };
+        let mut penalty = L1::new(self.l1_penalty * self.schedule.sparsity_factor(pass.step), pass.batch);
+        let count = self.resampling.is_some();
+        let found = two_layer::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
+        if let Some((resampling, found)) = self.resampling.as_mut().zip(found.as_ref()) {
+            resampling.update_by_hand(found);
         }
+        Ok(found)
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        self.reconstruction_terms(&pass.residual(), pass.logging, terms);
         let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
         terms.add_sparsity("sparsity_loss", mean_of_sums(&pass.code.penalized().abs()), penalty);
         if let Some(resampling) = &mut self.resampling {

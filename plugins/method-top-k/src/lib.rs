@@ -110,9 +110,9 @@ impl TopK {
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         TopK {
             b_dec: zeros(&[d]),
-            encoder_weight: zeros(&[features, d]),
+            encoder_weight: trained_matrix([features, d], 0, device),
             encoder_bias: zeros(&[features]),
-            decoder_weight: zeros(&[d, features]),
+            decoder_weight: trained_matrix([d, features], 1, device),
             selection: Selection::new(k, false, device),
             precision,
         }
@@ -179,6 +179,17 @@ impl Dictionary for TopK {
         Some(&mut self.selection)
     }
 
+    fn two_layer(&self) -> Option<TwoLayer> {
+        Some(TwoLayer {
+            encoder: Weight::matrix("encoder.weight", &self.encoder_weight, 0),
+            encoder_bias: Some(Weight::vector("encoder.bias", &self.encoder_bias)),
+            decoder: Weight::matrix("decoder.weight", &self.decoder_weight, 1),
+            bias: Weight::vector("b_dec", &self.b_dec),
+            centred: true,
+            precision: self.precision,
+        })
+    }
+
     fn scale_biases(&mut self, scale: f64) {
         tch::no_grad(|| {
             let _ = self.b_dec.g_mul_scalar_(scale);
@@ -207,10 +218,7 @@ register! {
 #[typetag::serde(name = NAME)]
 impl TrainerConfig for TopKConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        Ok(Box::new(TopKTrainer::new(NAME, self.settings(), cx, |pass, terms| {
-            terms.add_reconstruction("l2_loss", mean_of_sums(&pass.residual().square()));
-            Ok(())
-        })?))
+        Ok(Box::new(TopKTrainer::new(NAME, self.settings(), cx)?))
     }
 
     fn class(&self) -> &'static str {

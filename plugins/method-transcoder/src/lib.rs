@@ -177,9 +177,9 @@ impl Transcoder {
         let Dims { input, features, output } = dims;
         let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
         Transcoder {
-            w_enc: zeros(&[input, features]),
+            w_enc: trained_matrix([input, features], 1, device),
             b_enc: zeros(&[features]),
-            w_dec: zeros(&[features, output]),
+            w_dec: trained_matrix([features, output], 0, device),
             b_dec: zeros(&[output]),
             w_skip: skip.then(|| zeros(&[output, input])),
             threshold: None,
@@ -281,6 +281,22 @@ impl Dictionary for Transcoder {
             decoder.fold_into(&mut self.w_enc, 1, std::iter::once(&mut self.b_enc).chain(&mut self.threshold));
         }
         true
+    }
+
+    /// Not with a skip connection, whose weights such a step does not know.
+    fn two_layer(&self) -> Option<TwoLayer> {
+        self.w_skip.is_none().then(|| TwoLayer {
+            encoder: Weight::matrix("W_enc", &self.w_enc, 1),
+            encoder_bias: Some(Weight::vector("b_enc", &self.b_enc)),
+            decoder: Weight::matrix("W_dec", &self.w_dec, 0),
+            bias: Weight::vector("b_dec", &self.b_dec),
+            centred: false,
+            precision: self.precision,
+        })
+    }
+
+    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
+        (self.threshold.is_none() && self.selection.is_none()).then(|| Box::new(Relu) as Box<dyn ActivationFunction>)
     }
 
     fn scale_biases(&mut self, scale: f64) {

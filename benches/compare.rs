@@ -1,0 +1,305 @@
+//! A training step here and in Python, in turn: `cargo bench --bench compare -- --python PYTHON`.
+//!
+//! PYTHON has the reference (`pip install dictionary-learning`); `--sae-lens` names one that has sae_lens. For each size
+//! and trainer it starts a process for each side, so that neither sees what the other left in memory, in turn and
+//! several times over, and prints medians over all steps, ratios, and how much memory a step took beyond weights,
+//! gradients and moments, as a part of one float32 tensor of a batch's features. Both sides draw the same activations
+//! from the same seed.
+//!
+//! `--grow` shows how a step grows with the dictionary, the batch and k, and `--share` how much several SAEs on one stream
+//! cost.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::Parser;
+use dictlearn_core::config::from_yaml;
+use dictlearn_core::device::{cpu_multiplies_bfloat16, keep_freed_memory, Precision};
+use dictlearn_core::source::Batch;
+use dictlearn_core::training::{Training, TrainingCx};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+// Links the plugins.
+use dictlearn as _;
+
+const TRAINERS: [&str; 8] =
+    ["standard", "p_anneal", "gated", "gated_anneal", "jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k"];
+
+#[derive(Debug, Parser)]
+struct Args {
+    /// A Python that has the reference.
+    #[arg(long, env = "DICTLEARN_BENCH_PYTHON")]
+    python: Option<PathBuf>,
+    /// A Python that has sae_lens.
+    #[arg(long, env = "DICTLEARN_BENCH_PYTHON_SAE_LENS")]
+    sae_lens: Option<PathBuf>,
+    /// Widths of activations and dictionaries.
+    #[arg(long, value_delimiter = ',', default_value = "512x8192")]
+    sizes: Vec<String>,
+    /// Activations of a batch.
+    #[arg(long, default_value_t = 2048)]
+    batch: i64,
+    /// Active features, in the TopK family.
+    #[arg(long, default_value_t = 64)]
+    k: i64,
+    /// Which trainers; all that the reference has if none is named.
+    #[arg(long, value_delimiter = ',')]
+    trainers: Vec<String>,
+    /// How often both sides take their turn.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Steps of a turn, after two that are not counted.
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+    /// Also with bfloat16 products on all sides.
+    #[arg(long)]
+    bfloat16: bool,
+    /// Also for growing dictionaries, batches and k.
+    #[arg(long)]
+    grow: bool,
+    /// Also for 1, 2, 4 and 8 SAEs on one stream.
+    #[arg(long)]
+    share: bool,
+    /// Also on activations for which few features fire, as after the beginning of training.
+    #[arg(long)]
+    trained: bool,
+    /// One turn of our side: the trainer, and the case as JSON.
+    #[arg(long, hide = true, num_args = 2)]
+    turn: Option<Vec<String>>,
+    /// `cargo bench` says so.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Case {
+    d: i64,
+    f: i64,
+    batch: i64,
+    k: i64,
+    steps: usize,
+    saes: usize,
+    autocast: bool,
+}
+
+/// What a turn of a side took.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Took {
+    ms: Vec<f64>,
+    peak_mb: f64,
+    before_mb: f64,
+}
+
+fn main() -> Result<()> {
+    keep_freed_memory();
+    let args = Args::parse();
+    if let Some(turn) = &args.turn {
+        println!("{}", serde_json::to_string(&our_turn(&turn[0], &serde_json::from_str(&turn[1])?)?)?);
+        return Ok(());
+    }
+    let trainers: Vec<&str> = if args.trainers.is_empty() {
+        TRAINERS.to_vec()
+    } else {
+        args.trainers.iter().map(String::as_str).collect()
+    };
+    println!("{}; bfloat16 products: {}\n", machine(), if cpu_multiplies_bfloat16() { "yes" } else { "no" });
+    let case = Case {
+        d: 0,
+        f: 0,
+        batch: args.batch,
+        k: args.k,
+        steps: args.steps,
+        saes: 1,
+        autocast: false,
+    };
+    for size in &args.sizes {
+        let (d, f) = size.split_once('x').with_context(|| format!("`{size}` is no size; 512x8192 is one"))?;
+        let case = Case { d: d.parse()?, f: f.parse()?, ..case.clone() };
+        for autocast in [false, true] {
+            if !autocast || args.bfloat16 {
+                let case = Case { autocast, ..case.clone() };
+                println!("Activations of {d}, {f} features, batch {}, k {}, {}:\n", case.batch, case.k, kind(autocast));
+                heading("trainer");
+                for trainer in &trainers {
+                    row(&args, trainer, trainer, &case)?;
+                }
+                println!();
+            }
+        }
+        if args.grow {
+            for trainer in &trainers {
+                println!("{trainer}, one thing growing, others as above, float32:\n");
+                heading("");
+                for f in [case.f / 2, case.f, case.f * 2] {
+                    row(&args, &format!("{f} features"), trainer, &Case { f, ..case.clone() })?;
+                }
+                for batch in [case.batch / 2, case.batch * 2] {
+                    row(&args, &format!("batch {batch}"), trainer, &Case { batch, ..case.clone() })?;
+                }
+                for k in [case.k / 2, case.k * 2, case.k * 4] {
+                    row(&args, &format!("k {k}"), trainer, &Case { k, ..case.clone() })?;
+                }
+                println!();
+            }
+        }
+        if args.share {
+            for trainer in &trainers {
+                println!("{trainer}, several SAEs on one stream, float32:\n");
+                heading("");
+                for saes in [1, 2, 4, 8] {
+                    row(&args, &format!("{saes} SAEs"), trainer, &Case { saes, ..case.clone() })?;
+                }
+                println!();
+            }
+        }
+    }
+    Ok(())
+}
+
+fn kind(autocast: bool) -> &'static str {
+    if autocast {
+        "bfloat16"
+    } else {
+        "float32"
+    }
+}
+
+fn machine() -> String {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, name)| name);
+    format!("{}, {} threads", model.unwrap_or("unknown processor"), tch::get_num_threads())
+}
+
+fn heading(what: &str) {
+    println!("| {what} | dictlearn, ms | dictionary_learning, ms | sae_lens, ms | times as fast as these | memory of a step / (batch x F x 4) | theirs |");
+    println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
+}
+
+/// All sides in turn, several times over.
+fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<()> {
+    let json = serde_json::to_string(case)?;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/compare.py");
+    let mut took = [Took::default(), Took::default(), Took::default()];
+    for _ in 0..args.rounds {
+        let mut own = Command::new(std::env::current_exe()?);
+        own.args(["--turn", trainer, &json]);
+        add(&mut took[0], turn(&mut own)?);
+        for (index, python, library) in
+            [(1, &args.python, "dictionary_learning"), (2, &args.sae_lens, "sae_lens")]
+        {
+            let Some(python) = python else { continue };
+            if index == 2 && !["standard", "gated", "jump_relu", "top_k", "batch_top_k"].contains(&trainer) {
+                continue;
+            }
+            let mut other = Command::new(python);
+            other.args(["-W", "ignore", script, library, trainer, &json]);
+            add(&mut took[index], turn(&mut other)?);
+        }
+    }
+    let ms: Vec<f64> = took.iter_mut().map(|took| median(&mut took.ms)).collect();
+    let shown = |value: f64, digits: usize| if value.is_nan() { String::new() } else { format!("{value:.digits$}") };
+    let ratios: Vec<String> = ms[1..].iter().map(|other| shown(other / ms[0], 1)).filter(|s| !s.is_empty()).collect();
+    // Weights, gradients and two moments stay.
+    let kept = case.saes as f64 * 4.0 * (2 * case.d * case.f) as f64 * 4.0 / 1e6;
+    let one = (case.batch * case.f * 4) as f64 / 1e6;
+    let beyond = |took: &Took| shown(if took.ms.is_empty() { f64::NAN } else { (took.peak_mb - took.before_mb - kept) / one }, 2);
+    println!(
+        "| {what} | {} | {} | {} | {} | {} | {} |",
+        shown(ms[0], 0),
+        shown(ms[1], 0),
+        shown(ms[2], 0),
+        ratios.join(" / "),
+        beyond(&took[0]),
+        beyond(&took[1]),
+    );
+    Ok(())
+}
+
+fn add(sum: &mut Took, took: Took) {
+    sum.ms.extend(took.ms);
+    // The least: what else the process did is not the step's.
+    let less = |a: f64, b: f64| if a == 0.0 { b } else { a.min(b) };
+    let beyond = less(sum.peak_mb - sum.before_mb, took.peak_mb - took.before_mb);
+    (sum.peak_mb, sum.before_mb) = (beyond, 0.0);
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn turn(command: &mut Command) -> Result<Took> {
+    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+    ensure!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout);
+    let last = text.lines().last().context("nothing was printed")?;
+    serde_json::from_str(last).with_context(|| format!("{command:?} printed {last}"))
+}
+
+fn megabytes(field: &str) -> Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|line| line.starts_with(field)).context("no memory is known")?;
+    Ok(line.split_whitespace().nth(1).context("no memory is known")?.parse::<f64>()? / 1e3)
+}
+
+/// The dictionary and the trainer, as YAML.
+fn sae(trainer: &str, case: &Case) -> Result<String> {
+    let Case { f, k, .. } = case;
+    let penalty = "warmup_steps: 10, sparsity_warmup_steps: 20";
+    let (dictionary, dictionary_fields, fields) = match trainer {
+        "standard" => ("auto_encoder", String::new(), penalty.to_owned()),
+        "p_anneal" => ("auto_encoder", String::new(), format!("{penalty}, anneal_start: 900")),
+        "standard_april_update" => ("auto_encoder_new", String::new(), penalty.to_owned()),
+        "gated" => ("gated", String::new(), penalty.to_owned()),
+        "gated_anneal" => ("gated", String::new(), format!("{penalty}, anneal_start: 900")),
+        "jump_relu" => ("jump_relu", String::new(), penalty.to_owned()),
+        "top_k" | "batch_top_k" => (trainer, format!(", k: {k}"), "warmup_steps: 10".to_owned()),
+        "matryoshka_batch_top_k" => (
+            trainer,
+            format!(", k: {k}, group_fractions: [0.03125, 0.0625, 0.125, 0.25, 0.53125]"),
+            "warmup_steps: 10".to_owned(),
+        ),
+        other => bail!("no trainer `{other}` is measured"),
+    };
+    Ok(format!(
+        "{{name: a, dictionary: {{type: {dictionary}, dict_size: {f}{dictionary_fields}}}, \
+         trainer: {{type: {trainer}, {fields}}}}}"
+    ))
+}
+
+fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
+    let precision = if case.autocast { Precision::BFloat16 } else { Precision::Float32 };
+    let build = |f: i64, seed: u64| {
+        let cx = TrainingCx {
+            widths: (case.d, case.d),
+            parts: Vec::new(),
+            steps: 1000,
+            seed,
+            device: Device::Cpu,
+            precision,
+        };
+        Training::new(&from_yaml(&sae(trainer, &Case { f, ..case.clone() })?)?, &cx)
+    };
+    tch::manual_seed(0);
+    let batches: Vec<Batch> =
+        (0..4).map(|_| Batch::of(Tensor::randn([case.batch, case.d], (Kind::Float, Device::Cpu)))).collect();
+    // What a first step sets up.
+    build(case.f.min(256), 0)?.step(1, &Batch::of(batches[0].x.narrow(0, 0, 8)), false)?;
+    let before_mb = megabytes("VmRSS")?;
+    let mut trainings = (0..case.saes as u64).map(|seed| build(case.f, seed)).collect::<Result<Vec<_>>>()?;
+    let mut ms = Vec::new();
+    for step in 0..case.steps + 2 {
+        let started = Instant::now();
+        for training in &mut trainings {
+            training.step(step as u64 + 1, &batches[step % 4], false)?;
+        }
+        if step >= 2 {
+            ms.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    Ok(Took { ms, peak_mb: megabytes("VmHWM")?, before_mb })
+}

@@ -1,0 +1,542 @@
+//! A training step by hand for dictionaries of two layers.
+//!
+//! Nearly all dictionaries are two affine maps with something between them that looks at one number at a time:
+//!
+//! ```text
+//! z = W_e (x − b) + b_e        f = φ(z)        x̂ = W_d f + b
+//! ```
+//!
+//! For these there is no need of a graph. With r = ∂L/∂x̂ [B, d] and s = ∂L/∂z [B, F]:
+//!
+//! ```text
+//! ∂L/∂f = r W_d     s = ∂L/∂f φ'(z)     ∂L/∂W_d = rᵀ f     ∂L/∂W_e = sᵀ (x − b)
+//! ∂L/∂b_e = Σ s     ∂L/∂b = Σ r − (Σ s) W_e
+//! ```
+//!
+//! The last line sums over the batch before it multiplies, which autograd does not: five products of B·d·F numbers are
+//! left of six. They are taken a tile of features at a time ([`Block`]), so that what is calculated between them stays
+//! in the caches. And where few features fire, in training after its beginning nearly always, only the first is taken in
+//! full: a tile of which less than [`SPARSE`] matters is kept as a list of entries, and the four other products are
+//! taken of these alone.
+//!
+//! What lies between the layers is an [`ActivationFunction`], which the dictionary has; what is asked of the features beside the
+//! reconstruction, a [`Penalty`], which the trainer has. [`step`] puts them together. Trainers of the TopK family use
+//! the parts ([`Hand`]).
+
+mod block;
+mod pattern;
+mod select;
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+pub use block::Block;
+
+use crate::device::Precision;
+use crate::dictionary::Dictionary;
+use crate::parallel::numbers;
+use crate::source::Batch;
+use crate::top_k::Selection;
+use crate::trainer::{mean_of_sums, ByHand, HandPass, Terms};
+use select::{Kept, Selector};
+
+/// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
+/// columns runs at full speed.
+const TILE: i64 = 512;
+
+/// Below which part of a tile's entries they are listed. Taking the products of a list costs as much for each entry as
+/// dense products for so many (measured; docs/performance.md).
+fn sparse(precision: Precision) -> f64 {
+    match precision {
+        Precision::Float32 => 0.1,
+        Precision::BFloat16 => 0.02,
+    }
+}
+
+/// A weight or bias by its state-dict name.
+#[derive(Debug)]
+pub struct Weight {
+    /// Its state-dict name.
+    pub name: &'static str,
+    /// Its numbers, without history, sharing memory with the parameter.
+    pub tensor: Tensor,
+    /// Which of a matrix's two dimensions counts the features; 0 for a vector.
+    pub feature_dim: i64,
+}
+
+impl Weight {
+    /// A vector.
+    pub fn vector(name: &'static str, tensor: &Tensor) -> Self {
+        Weight { name, tensor: tensor.detach(), feature_dim: 0 }
+    }
+
+    /// A matrix, of which this dimension counts the features.
+    pub fn matrix(name: &'static str, tensor: &Tensor, feature_dim: i64) -> Self {
+        Weight { name, tensor: tensor.detach(), feature_dim }
+    }
+
+    /// Of a matrix, the features as rows: [F, d].
+    fn rows(&self) -> Tensor {
+        if self.feature_dim == 0 {
+            self.tensor.shallow_clone()
+        } else {
+            self.tensor.tr()
+        }
+    }
+
+    /// A gradient of rows in the parameter's shape.
+    fn of_rows(&self, rows: Tensor) -> (&'static str, Tensor) {
+        (self.name, if self.feature_dim == 0 { rows } else { rows.tr() })
+    }
+}
+
+/// The weights of a dictionary of two layers.
+#[derive(Debug)]
+pub struct TwoLayer {
+    /// W_e.
+    pub encoder: Weight,
+    /// b_e; none where the activation has biases of its own.
+    pub encoder_bias: Option<Weight>,
+    /// W_d.
+    pub decoder: Weight,
+    /// b, which the reconstruction ends with.
+    pub bias: Weight,
+    /// Whether b is taken from what the encoder reads.
+    pub centred: bool,
+    /// The type of the products.
+    pub precision: Precision,
+}
+
+/// What a dictionary of two layers makes of its pre-activations, one by one.
+pub trait ActivationFunction {
+    /// Up to where pre-activations are no features, and take no gradient: `[F]`; none if that is 0 for all.
+    fn bounds(&self) -> Option<Tensor> {
+        None
+    }
+
+    /// Features of a block, as z.
+    fn features(&self, block: &Block) -> Tensor;
+
+    /// What a penalty falls on, as z and never negative, where that is not the features.
+    fn penalized(&self, block: &Block) -> Option<Tensor> {
+        let _ = block;
+        None
+    }
+
+    /// Whether the loss has a term `aux_loss`, the squared error of what the penalised activations decode to, which the
+    /// decoder takes no gradient of.
+    fn auxiliary(&self) -> bool {
+        false
+    }
+
+    /// ∂L/∂z, as z, for the derivatives of the loss by features and by penalised activations. It adds the gradients of
+    /// parameters of its own.
+    fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor;
+
+    /// The gradients of parameters of its own, by state-dict names.
+    fn gradients(&mut self) -> Vec<(&'static str, Tensor)> {
+        Vec::new()
+    }
+}
+
+/// Derivatives of the loss.
+#[derive(Debug)]
+pub struct Derivatives {
+    /// By the features, as z.
+    pub features: Tensor,
+    /// By what a penalty falls on, as z or a scalar. Where that is the features, it is in their derivative already, and
+    /// this is `None`.
+    pub penalized: Option<Tensor>,
+}
+
+/// f = ReLU(z).
+#[derive(Debug)]
+pub struct Relu;
+
+impl ActivationFunction for Relu {
+    fn features(&self, block: &Block) -> Tensor {
+        block.z.relu()
+    }
+
+    fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
+        // At 0 ReLU passes nothing on, in libtorch either.
+        block.z.threshold_backward(&by.features, 0)
+    }
+}
+
+/// What is asked of features beside the reconstruction.
+pub trait Penalty {
+    /// Sees the activations that it falls on, of one block after the other, as z.
+    fn see(&mut self, block: &Block, penalized: &Tensor);
+
+    /// Adds its terms, when all were seen.
+    fn terms(&mut self, terms: &mut Terms) -> Result<()>;
+
+    /// Its derivative, weight included, by these activations: as z or a scalar.
+    fn derivative(&self, block: &Block, penalized: &Tensor) -> Tensor;
+}
+
+/// λ times the mean of the sums of activations.
+#[derive(Debug)]
+pub struct L1 {
+    weight: f64,
+    rows: i64,
+    sum: Tensor,
+}
+
+impl L1 {
+    /// λ, for this batch.
+    pub fn new(weight: f64, batch: &Batch) -> Self {
+        let rows = batch.len();
+        L1 { weight, rows, sum: Tensor::zeros([rows], (Kind::Float, batch.x.device())) }
+    }
+}
+
+impl Penalty for L1 {
+    fn see(&mut self, block: &Block, penalized: &Tensor) {
+        self.sum += block.sum_by_row(penalized);
+    }
+
+    fn terms(&mut self, terms: &mut Terms) -> Result<()> {
+        terms.add_sparsity("sparsity_loss", self.sum.mean(Kind::Float), self.weight);
+        Ok(())
+    }
+
+    fn derivative(&self, _: &Block, penalized: &Tensor) -> Tensor {
+        Tensor::full([0_i64; 0], self.weight / self.rows as f64, (Kind::Float, penalized.device()))
+    }
+}
+
+/// A factor of products: its numbers, and these in the type that products are computed in.
+#[derive(Debug)]
+pub(crate) struct Operand {
+    exact: Tensor,
+    cast: Option<Tensor>,
+}
+
+impl Operand {
+    fn new(exact: Tensor, precision: Precision) -> Self {
+        let cast = (precision != Precision::Float32).then(|| exact.to_kind(precision.kind()));
+        Operand { exact, cast }
+    }
+
+    fn exact(&self) -> &Tensor {
+        &self.exact
+    }
+
+    fn for_products(&self) -> &Tensor {
+        self.cast.as_ref().unwrap_or(&self.exact)
+    }
+
+    /// Some rows.
+    fn select(&self, rows: &Tensor) -> Self {
+        let select = |tensor: &Tensor| tensor.index_select(0, rows);
+        Operand { exact: select(&self.exact), cast: self.cast.as_ref().map(select) }
+    }
+}
+
+/// The parts of a step by hand: weights, what is encoded, and gradients as they are found.
+pub struct Hand {
+    layers: TwoLayer,
+    /// x or x − b, [B, d].
+    x: Operand,
+    w_enc: Operand,
+    b_enc: Option<Tensor>,
+    w_dec: Operand,
+    by_w_enc: Tensor,
+    /// Σ ∂L/∂z, `[F]`.
+    by_z: Tensor,
+    by_w_dec: Tensor,
+    /// Whether lists of entries can be used: on a CPU, with the features' weights in one piece each.
+    lists: bool,
+}
+
+impl Hand {
+    /// For a batch, if the dictionary has two layers.
+    pub fn new(dictionary: &dyn Dictionary, batch: &Batch) -> Option<Self> {
+        let layers = dictionary.two_layer()?;
+        let precision = layers.precision;
+        let x = if layers.centred { &batch.x - &layers.bias.tensor } else { batch.x.shallow_clone() };
+        let (w_enc, w_dec) = (layers.encoder.rows(), layers.decoder.rows());
+        let lists = x.device() == Device::Cpu
+            && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous() && matrix.kind() == Kind::Float);
+        Some(Hand {
+            by_w_enc: w_enc.empty_like(),
+            by_z: Tensor::zeros([w_enc.size()[0]], (Kind::Float, x.device())),
+            by_w_dec: w_dec.empty_like(),
+            b_enc: layers.encoder_bias.as_ref().map(|bias| bias.tensor.shallow_clone()),
+            x: Operand::new(x, precision),
+            w_enc: Operand::new(w_enc, precision),
+            w_dec: Operand::new(w_dec, precision),
+            layers,
+            lists,
+        })
+    }
+
+    /// How many features the dictionary has.
+    pub fn features(&self) -> i64 {
+        self.by_z.size()[0]
+    }
+
+    /// Pre-activations of the features from `first` on, [B, n].
+    fn tile(&self, first: i64, count: i64) -> Tensor {
+        let weight = self.w_enc.for_products().narrow(0, first, count).tr();
+        let bias = self.b_enc.as_ref().map(|bias| bias.narrow(0, first, count));
+        match (self.layers.precision, bias) {
+            (Precision::Float32, Some(bias)) => bias.addmm(self.x.exact(), &weight),
+            (precision, bias) => {
+                let mut z = precision.product(self.x.for_products(), &weight);
+                if let Some(bias) = bias {
+                    z += bias;
+                }
+                z
+            }
+        }
+    }
+
+    /// The tiles that the pre-activations are computed in: first features and how many.
+    fn tiles(&self) -> impl Iterator<Item = (i64, i64)> {
+        let features = self.features();
+        // A GPU takes everything at once.
+        let tile = if self.x.exact().device() == Device::Cpu { TILE } else { features };
+        (0..features).step_by(tile.max(1) as usize).map(move |first| (first, tile.min(features - first)))
+    }
+
+    /// The pre-activations above `bounds` `[F]`, or above 0, and perhaps others.
+    pub fn encode(&self, bounds: Option<&Tensor>) -> Vec<Block> {
+        let bounds = bounds.map(Tensor::contiguous).unwrap_or_else(|| self.by_z.zeros_like());
+        let precision = self.layers.precision;
+        let block = |(first, count)| {
+            let z = self.tile(first, count);
+            if self.lists {
+                let bounds = &numbers::<f32>(&bounds)[first as usize..(first + count) as usize];
+                if (select::count_above(&z, bounds) as f64) < sparse(precision) * z.numel() as f64 {
+                    return Block::sparse(select::above(&z, bounds), first, precision);
+                }
+            }
+            Block::dense(z, first, precision)
+        };
+        self.tiles().map(block).collect()
+    }
+
+    /// The pre-activations that a dictionary of the TopK family selects in training, and perhaps some that are not above
+    /// 0: no features either.
+    pub fn select(&self, selection: &Selection) -> Block {
+        let rows = self.x.exact().size()[0];
+        let k = selection.k();
+        let of_batch = selection.by_threshold();
+        if self.lists {
+            let kept = if of_batch { Kept::OfBatch((k * rows) as usize) } else { Kept::OfEach(k as usize) };
+            return self.list(kept);
+        }
+        let z = self.tile(0, self.features()).relu();
+        self.masked(if of_batch { z.reshape([1, -1]) } else { z.shallow_clone() }, if of_batch { k * rows } else { k }, z)
+    }
+
+    /// The k largest pre-activations above 0 of each row.
+    pub fn select_of_each(&self, k: i64) -> Block {
+        if self.lists {
+            return self.list(Kept::OfEach(k as usize));
+        }
+        let z = self.tile(0, self.features()).relu();
+        self.masked(z.shallow_clone(), k, z)
+    }
+
+    fn list(&self, kept: Kept) -> Block {
+        let mut selector = Selector::new(kept, self.x.exact().size()[0] as usize);
+        self.tiles().for_each(|(first, count)| selector.offer(&self.tile(first, count)));
+        Block::sparse(selector.finish(), 0, self.layers.precision)
+    }
+
+    /// The same as libtorch has it: everything else is 0.
+    fn masked(&self, rows: Tensor, k: i64, z: Tensor) -> Block {
+        let (values, indices) = rows.topk(k, -1, true, false);
+        let selected = rows.zeros_like().scatter(-1, &indices, &values).view_as(&z);
+        Block::dense(selected, 0, self.layers.precision)
+    }
+
+    /// A block in the groups that end at these features.
+    pub fn groups(&self, block: Block, ends: &[i64]) -> Vec<Block> {
+        if ends.len() == 1 {
+            return vec![block];
+        }
+        let starts = std::iter::once(0).chain(ends.iter().copied());
+        starts.zip(ends).map(|(start, end)| block.narrow(start..*end)).collect()
+    }
+
+    /// The features that the k largest of a row after ReLU have among them though they are 0, of the rows that have less
+    /// than k above: int64 of any shape. Which these are of many is libtorch's choice.
+    pub fn selected_at_zero(&self, block: &Block, k: i64) -> Tensor {
+        let few = block.sum_by_row(&block.z.gt(0.0).to_kind(Kind::Float)).less(k as f64).nonzero().reshape([-1]);
+        if few.size()[0] == 0 {
+            return few;
+        }
+        let x = self.x.select(&few);
+        let mut z = self.layers.precision.product(x.for_products(), &self.w_enc.for_products().tr());
+        if let Some(bias) = &self.b_enc {
+            z += bias;
+        }
+        z.relu().topk(k, -1, true, false).1
+    }
+
+    /// What reconstructions begin with: b for every row, [B, d].
+    pub fn begin(&self) -> Tensor {
+        let rows = self.x.exact().size()[0];
+        self.layers.bias.tensor.unsqueeze(0).expand([rows, -1], true).contiguous()
+    }
+
+    /// Adds to x̂ [B, d] what values of a block's features, as z, decode to.
+    pub fn decode(&self, block: &Block, values: &Tensor, x_hat: &mut Tensor) {
+        block.decode(values, &self.w_dec, x_hat);
+    }
+
+    /// ∂L/∂x̂ [B, d], to be multiplied with.
+    fn operand(&self, by_x_hat: &Tensor) -> Operand {
+        Operand::new(by_x_hat.contiguous(), self.layers.precision)
+    }
+
+    /// Takes gradients of features that pass what comes to them on to z where this is above 0, given ∂L/∂x̂ [B, d].
+    pub fn backward_of_selected(&mut self, block: &Block, by_x_hat: &Tensor) {
+        let by_x_hat = self.operand(by_x_hat);
+        block.accumulate(&block.z.relu(), &by_x_hat, &mut self.by_w_dec);
+        let by_z = block.z.threshold_backward(&block.products(&by_x_hat, &self.w_dec), 0);
+        self.backward_of_encoder(block, &by_z);
+    }
+
+    fn backward_of_encoder(&mut self, block: &Block, by_z: &Tensor) {
+        block.accumulate(by_z, &self.x, &mut self.by_w_enc);
+        block.sum_by_feature(by_z, &mut self.by_z);
+    }
+
+    /// The same step for some features alone, `[n]` int64; its gradients are added by [`Hand::add`].
+    pub fn of_features(&self, features: &Tensor) -> Hand {
+        let select = |weight: &Weight| Weight::vector(weight.name, &weight.tensor.index_select(weight.feature_dim, features));
+        let like = |tensor: &Tensor| Tensor::empty([features.size()[0], tensor.size()[1]], (Kind::Float, tensor.device()));
+        Hand {
+            layers: TwoLayer {
+                encoder: Weight { feature_dim: self.layers.encoder.feature_dim, ..select(&self.layers.encoder) },
+                encoder_bias: self.layers.encoder_bias.as_ref().map(select),
+                decoder: Weight { feature_dim: self.layers.decoder.feature_dim, ..select(&self.layers.decoder) },
+                bias: Weight::vector(self.layers.bias.name, &self.layers.bias.tensor),
+                ..self.layers
+            },
+            x: Operand { exact: self.x.exact.shallow_clone(), cast: self.x.cast.as_ref().map(Tensor::shallow_clone) },
+            w_enc: self.w_enc.select(features),
+            b_enc: self.b_enc.as_ref().map(|bias| bias.index_select(0, features)),
+            w_dec: self.w_dec.select(features),
+            by_w_enc: like(&self.by_w_enc),
+            by_z: Tensor::zeros([features.size()[0]], (Kind::Float, features.device())),
+            by_w_dec: like(&self.by_w_dec),
+            lists: self.lists,
+        }
+    }
+
+    /// Adds the gradients of a step for some features alone.
+    pub fn add(&mut self, features: &Tensor, part: &Hand) {
+        let _ = self.by_w_enc.index_add_(0, features, &part.by_w_enc);
+        let _ = self.by_z.index_add_(0, features, &part.by_z);
+        let _ = self.by_w_dec.index_add_(0, features, &part.by_w_dec);
+    }
+
+    /// The gradients of the two layers, by state-dict names, where `by_x_hat` `[d]` is the sum of ∂L/∂x̂ over the batch.
+    pub fn gradients(self, by_x_hat: Tensor) -> Vec<(&'static str, Tensor)> {
+        let layers = &self.layers;
+        let through_encoder = layers.centred.then(|| self.by_z.unsqueeze(0).matmul(self.w_enc.exact()).squeeze_dim(0));
+        let by_bias = match through_encoder {
+            Some(through_encoder) => by_x_hat - through_encoder,
+            None => by_x_hat,
+        };
+        let mut gradients = vec![
+            layers.encoder.of_rows(self.by_w_enc),
+            layers.decoder.of_rows(self.by_w_dec),
+            (layers.bias.name, by_bias),
+        ];
+        gradients.extend(layers.encoder_bias.as_ref().map(|bias| (bias.name, self.by_z)));
+        gradients
+    }
+}
+
+/// The sum over rows, `[d]` of [B, d].
+pub fn sum_of_rows(rows: &Tensor) -> Tensor {
+    rows.sum_dim_intlist([0].as_slice(), false, Kind::Float)
+}
+
+/// How far a reconstruction is off: adds its terms, given the residual x̂ − x [B, d], and gives the derivative by x̂.
+pub type Reconstruction<'a> = &'a dyn Fn(&Tensor, &mut Terms) -> Tensor;
+
+/// ‖x − x̂‖², under a name in the log.
+pub fn squared_error(name: &'static str) -> impl Fn(&Tensor, &mut Terms) -> Tensor {
+    move |residual, terms| {
+        terms.add_reconstruction(name, mean_of_sums(&residual.square()));
+        residual * (2.0 / residual.size()[0] as f64)
+    }
+}
+
+/// A step of a dictionary that a penalty keeps sparse, if it has two layers: terms and gradients of
+///
+/// ```text
+/// L = reconstruction(x̂) + penalty + the activation's auxiliary loss
+/// ```
+///
+/// `count` if it is asked which features fired.
+pub fn step(
+    pass: &HandPass,
+    terms: &mut Terms,
+    activation: &mut dyn ActivationFunction,
+    reconstruction: Reconstruction,
+    penalty: &mut dyn Penalty,
+    count: bool,
+) -> Result<Option<ByHand>> {
+    let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
+    let target = &pass.batch.target;
+    let blocks = hand.encode(activation.bounds().as_ref());
+    let mut x_hat = hand.begin();
+    let mut auxiliary = activation.auxiliary().then(|| x_hat.copy());
+    let mut fired = (count || pass.logging).then(|| hand.by_z.zeros_like());
+    for block in &blocks {
+        let features = activation.features(block);
+        hand.decode(block, &features, &mut x_hat);
+        let penalized = activation.penalized(block);
+        penalty.see(block, penalized.as_ref().unwrap_or(&features));
+        if let (Some(auxiliary), Some(penalized)) = (&mut auxiliary, &penalized) {
+            hand.decode(block, penalized, auxiliary);
+        }
+        if let Some(fired) = &mut fired {
+            block.sum_by_feature(&features.not_equal(0.0).to_kind(Kind::Float), fired);
+        }
+    }
+    let by_x_hat = reconstruction(&(&x_hat - target), terms);
+    penalty.terms(terms)?;
+    let by_auxiliary = auxiliary.map(|auxiliary| {
+        let residual = auxiliary - target;
+        terms.add("aux_loss", mean_of_sums(&residual.square()), 1.0);
+        hand.operand(&(residual * (2.0 / pass.batch.len() as f64)))
+    });
+
+    let by_sum = sum_of_rows(&by_x_hat);
+    let by_x_hat = hand.operand(&by_x_hat);
+    for block in blocks {
+        let features = activation.features(&block);
+        block.accumulate(&features, &by_x_hat, &mut hand.by_w_dec);
+        let mut by_features = block.products(&by_x_hat, &hand.w_dec);
+        let by_penalized = match activation.penalized(&block) {
+            None => {
+                by_features += penalty.derivative(&block, &features);
+                None
+            }
+            Some(penalized) => {
+                let derivative = penalty.derivative(&block, &penalized);
+                Some(match &by_auxiliary {
+                    Some(by_auxiliary) => block.products(by_auxiliary, &hand.w_dec) + derivative,
+                    None => derivative,
+                })
+            }
+        };
+        drop(features);
+        let by_z = activation.backward(&block, &Derivatives { features: by_features, penalized: by_penalized });
+        hand.backward_of_encoder(&block, &by_z);
+    }
+    let mut gradients = hand.gradients(by_sum);
+    gradients.extend(activation.gradients());
+    Ok(Some(ByHand { fired, x_hat, gradients }))
+}
