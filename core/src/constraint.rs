@@ -16,7 +16,7 @@ pub struct Constraints {
 
 impl Constraints {
     /// Between the backward pass and the optimiser's step.
-    pub fn on_gradients(&self, dictionary: &dyn Dictionary) {
+    pub(crate) fn on_gradients(&self, dictionary: &dyn Dictionary) {
         if let Some(decoder) = dictionary.decoder().filter(|_| self.unit_norm_decoder) {
             remove_parallel_gradient(&decoder);
         }
@@ -26,7 +26,7 @@ impl Constraints {
     }
 
     /// After the optimiser's step.
-    pub fn on_weights(&self, dictionary: &dyn Dictionary) {
+    pub(crate) fn on_weights(&self, dictionary: &dyn Dictionary) {
         if let Some(decoder) = dictionary.decoder().filter(|_| self.unit_norm_decoder) {
             normalize_decoder(&decoder);
         }
@@ -34,7 +34,7 @@ impl Constraints {
 }
 
 /// So small that only a direction of norm 0 is touched by it, which then stays 0 instead of becoming NaN.
-const LEAST_NORM: f64 = 1e-30;
+pub(crate) const LEAST_NORM: f64 = 1e-30;
 
 fn norms(decoder: &Decoder) -> Tensor {
     decoder.weight.detach().norm_scalaropt_dim(2.0, [decoder.direction_dim()], true).clamp_min(LEAST_NORM)

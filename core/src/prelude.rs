@@ -33,4 +33,4 @@ pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
 pub use crate::trainer::{
     mean_of_sums, penalizable, AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx,
 };
-pub use crate::two_layer::{ActivationFunction, Block, Derivatives, Relu, TwoLayer, Weight};
+pub use crate::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope, TwoLayer, Weight};

@@ -176,9 +176,7 @@ impl Training {
             modifier.gradients(&*self.dictionary)?;
         }
         let constraints = self.trainer.constraints();
-        constraints.on_gradients(&*self.dictionary);
-        self.optimizer.step(self.trainer.lr(step));
-        constraints.on_weights(&*self.dictionary);
+        self.optimizer.step(self.trainer.lr(step), &constraints, &*self.dictionary);
 
         let mut cx = AfterStep {
             step,

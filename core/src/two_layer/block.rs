@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
+use super::map;
 use super::pattern::Pattern;
 use super::Operand;
 use crate::device::Precision;
@@ -17,6 +18,17 @@ pub struct Block {
     features: Range<i64>,
     precision: Precision,
     entries: Option<Entries>,
+}
+
+/// One number for each entry of a block, to calculate with.
+#[derive(Debug)]
+pub enum Input<'a> {
+    /// Its own: a tensor as z.
+    Each(&'a Tensor),
+    /// Its feature's: of a vector `[F]`.
+    Feature(&'a Tensor),
+    /// The same for all.
+    Same(f64),
 }
 
 /// Of a block that holds some entries alone.
@@ -49,12 +61,40 @@ impl Block {
         of_all.narrow(0, self.features.start, self.features.end - self.features.start)
     }
 
-    /// Of a vector `[F]` each entry's number: what can be calculated with z.
-    pub fn of_features(&self, vector: &Tensor) -> Tensor {
+    /// Calculates for each entry O numbers, as z, and S numbers of which each feature's sum is taken, `[n]`, in one pass
+    /// over memory. The block must be on a CPU.
+    pub fn map<const I: usize, const O: usize, const S: usize>(
+        &self,
+        inputs: [Input; I],
+        function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
+    ) -> ([Tensor; O], [Tensor; S]) {
+        let owned = inputs.map(|input| match (input, &self.entries) {
+            (Input::Each(tensor), _) => map::Row::of_each(tensor),
+            (Input::Feature(vector), None) => map::Row::repeated(&self.own(vector)),
+            (Input::Feature(vector), Some(entries)) => {
+                map::Row::of_each(&self.own(vector).index_select(0, &entries.feature))
+            }
+            (Input::Same(value), _) => map::Row::same(value as f32),
+        });
         match &self.entries {
-            None => self.own(vector),
-            Some(entries) => self.own(vector).index_select(0, &entries.feature),
+            None => map::tile(&self.z.size(), owned, function),
+            Some(entries) => {
+                let (outputs, summed) = map::list(self.z.size()[0], owned, function);
+                let features = [self.features.end - self.features.start];
+                let sums = summed.map(|values| {
+                    let mut sums = Tensor::zeros(features, (Kind::Float, values.device()));
+                    entries.pattern.sum_by_feature(&values, &mut sums);
+                    sums
+                });
+                (outputs, sums)
+            }
         }
+    }
+
+    /// Adds to each feature of `sums` `[F]` what [`Block::map`] found for the block's.
+    pub fn add_sums(&self, found: &Tensor, sums: &Tensor) {
+        let mut own = self.own(sums);
+        own += found;
     }
 
     /// Of a vector `[B]` each entry's number: what can be calculated with z.

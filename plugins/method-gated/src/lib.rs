@@ -201,6 +201,15 @@ impl Dictionary for Gated {
     }
 }
 
+/// ReLU, which lets pass what is no number.
+fn relu(value: f32) -> f32 {
+    if value <= 0.0 {
+        0.0
+    } else {
+        value
+    }
+}
+
 /// φ: magnitudes behind gates, for steps by hand.
 struct Gates {
     gate_bias: Tensor,
@@ -212,18 +221,6 @@ struct Gates {
     by_r_mag: Tensor,
 }
 
-impl Gates {
-    /// Before ReLU, as z.
-    fn gate(&self, block: &Block) -> Tensor {
-        &block.z + block.of_features(&self.gate_bias)
-    }
-
-    /// The same.
-    fn magnitude(&self, block: &Block) -> Tensor {
-        &block.z * block.of_features(&self.scale) + block.of_features(&self.mag_bias)
-    }
-}
-
 impl ActivationFunction for Gates {
     /// π > 0.
     fn bounds(&self) -> Option<Tensor> {
@@ -231,28 +228,47 @@ impl ActivationFunction for Gates {
     }
 
     fn features(&self, block: &Block) -> Tensor {
-        self.gate(block).threshold_backward(&self.magnitude(block).relu(), 0)
+        let vectors = [&self.gate_bias, &self.scale, &self.mag_bias].map(Input::Feature);
+        let [gate_bias, scale, mag_bias] = vectors;
+        let ([features], []) = block.map([Input::Each(&block.z), gate_bias, scale, mag_bias], |[z, gate_bias, scale, bias]| {
+            ([if z + gate_bias > 0.0 { relu(z * scale + bias) } else { 0.0 }], [])
+        });
+        features
     }
 
     fn penalized(&self, block: &Block) -> Option<Tensor> {
-        Some(self.gate(block).relu())
+        let inputs = [Input::Each(&block.z), Input::Feature(&self.gate_bias)];
+        let ([gate], []) = block.map(inputs, |[z, gate_bias]| ([relu(z + gate_bias)], []));
+        Some(gate)
     }
 
     fn auxiliary(&self) -> bool {
         true
     }
 
+    /// The gate is a step to the features, and passes nothing of theirs on.
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
-        let gate = self.gate(block);
-        // The gate is a step to the features, and passes nothing of theirs on.
-        let by_magnitude = self.magnitude(block).threshold_backward(&gate.threshold_backward(&by.features, 0), 0);
-        block.sum_by_feature(&by_magnitude, &mut self.by_mag_bias);
-        let by_scaled = by_magnitude * block.of_features(&self.scale);
-        block.sum_by_feature(&(&by_scaled * &block.z), &mut self.by_r_mag);
-        let Some(penalized) = &by.penalized else { return by_scaled };
-        let by_gate = gate.threshold_backward(&penalized.expand_as(&gate), 0);
-        block.sum_by_feature(&by_gate, &mut self.by_gate_bias);
-        by_scaled + by_gate
+        let inputs = [
+            Input::Each(&block.z),
+            Input::Each(&by.features),
+            by.auxiliary.as_ref().map_or(Input::Same(0.0), Input::Each),
+            by.penalized.input(),
+            Input::Feature(&self.gate_bias),
+            Input::Feature(&self.scale),
+            Input::Feature(&self.mag_bias),
+        ];
+        let ([by_z], [by_gate, by_magnitude, by_r_mag]) =
+            block.map(inputs, |[z, by_feature, by_auxiliary, slope, gate_bias, scale, mag_bias]| {
+                let open = z + gate_bias > 0.0;
+                let by_magnitude = if open && z * scale + mag_bias > 0.0 { by_feature } else { 0.0 };
+                let by_gate = if open { by_auxiliary + slope } else { 0.0 };
+                let by_scaled = by_magnitude * scale;
+                ([by_scaled + by_gate], [by_gate, by_magnitude, by_scaled * z])
+            });
+        block.add_sums(&by_gate, &self.by_gate_bias);
+        block.add_sums(&by_magnitude, &self.by_mag_bias);
+        block.add_sums(&by_r_mag, &self.by_r_mag);
+        by_z
     }
 
     fn gradients(&mut self) -> Vec<(&'static str, Tensor)> {

@@ -222,11 +222,28 @@ impl ActivationFunction for Jump {
     }
 
     fn features(&self, block: &Block) -> Tensor {
-        (&block.z * block.z.gt_tensor(&block.of_features(&self.threshold))).relu()
+        let ([features], []) = block.map([Input::Each(&block.z), Input::Feature(&self.threshold)], |[z, threshold]| {
+            ([jump(z, threshold)], [])
+        });
+        features
     }
 
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
-        self.features(block).threshold_backward(&by.features, 0)
+        let threshold = Input::Feature(&self.threshold);
+        let inputs = [Input::Each(&block.z), threshold, Input::Each(&by.features), by.penalized.input()];
+        let ([by_z], []) = block.map(inputs, |[z, threshold, by_feature, slope]| {
+            ([if jump(z, threshold) > 0.0 { by_feature + slope } else { 0.0 }], [])
+        });
+        by_z
+    }
+}
+
+/// The feature of a pre-activation.
+fn jump(z: f32, threshold: f32) -> f32 {
+    if z <= threshold || z <= 0.0 {
+        0.0
+    } else {
+        z
     }
 }
 
@@ -236,13 +253,6 @@ struct StraightThrough {
     bandwidth: f64,
     ste_on: SteOn,
     by_threshold: Tensor,
-}
-
-impl StraightThrough {
-    /// K((seen − θ)/ε).
-    fn window(&self, seen: &Tensor, threshold: &Tensor) -> Tensor {
-        ((seen - threshold) / self.bandwidth).abs().lt(0.5)
-    }
 }
 
 impl ActivationFunction for StraightThrough {
@@ -263,23 +273,27 @@ impl ActivationFunction for StraightThrough {
     }
 
     fn penalized(&self, block: &Block) -> Option<Tensor> {
-        let active = self.features(block).gt_tensor(&block.of_features(&self.jump.threshold));
-        Some(active.to_kind(Kind::Float))
+        let inputs = [Input::Each(&block.z), Input::Feature(&self.jump.threshold)];
+        let ([active], []) =
+            block.map(inputs, |[z, threshold]| ([f32::from(jump(z, threshold) > threshold)], []));
+        Some(active)
     }
 
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
-        let threshold = block.of_features(&self.jump.threshold);
-        let features = self.features(block);
-        let mut by_threshold = (&by.features * self.window(&block.z, &threshold)) * &threshold;
-        if let Some(by_active) = &by.penalized {
-            let seen = match self.ste_on {
-                SteOn::PostJump => &features,
-                SteOn::PreActivation => &block.z,
-            };
-            by_threshold += by_active * self.window(seen, &threshold);
-        }
-        block.sum_by_feature(&(by_threshold / -self.bandwidth), &mut self.by_threshold);
-        features.threshold_backward(&by.features, 0)
+        let threshold = Input::Feature(&self.jump.threshold);
+        let inputs = [Input::Each(&block.z), threshold, Input::Each(&by.features), by.penalized.input()];
+        let (bandwidth, on_features) = (self.bandwidth as f32, self.ste_on == SteOn::PostJump);
+        // −K((z − θ)/ε)/ε
+        let window =
+            move |z: f32, threshold: f32| if ((z - threshold) / bandwidth).abs() < 0.5 { -1.0 / bandwidth } else { 0.0 };
+        let ([by_z], [by_threshold]) = block.map(inputs, |[z, threshold, by_feature, by_active]| {
+            let feature = jump(z, threshold);
+            let seen = if on_features { feature } else { z };
+            let by_threshold = by_feature * threshold * window(z, threshold) + by_active * window(seen, threshold);
+            ([if feature > 0.0 { by_feature } else { 0.0 }], [by_threshold])
+        });
+        block.add_sums(&by_threshold, &self.by_threshold);
+        by_z
     }
 
     fn gradients(&mut self) -> Vec<(&'static str, Tensor)> {
@@ -312,8 +326,9 @@ impl Penalty for Target {
         Ok(())
     }
 
-    fn derivative(&self, _: &Block, _: &Tensor) -> Tensor {
-        self.off() * (2.0 * self.weight / (self.target_l0 * self.active.numel() as f64))
+    fn slope(&self, _: &Block, _: &dyn Fn() -> Tensor) -> Slope {
+        let off = self.off().double_value(&[]);
+        Slope::Same(off * 2.0 * self.weight / (self.target_l0 * self.active.numel() as f64))
     }
 }
 

@@ -396,14 +396,13 @@ impl Penalty for Lp {
         Ok(())
     }
 
-    fn derivative(&self, block: &Block, activations: &Tensor) -> Tensor {
+    fn slope(&self, block: &Block, activations: &dyn Fn() -> Tensor) -> Slope {
         let (p, weight) = (self.p, self.weight / self.sums[0].numel() as f64);
-        if p == 0.0 {
-            return Tensor::zeros([0_i64; 0], (Kind::Float, activations.device()));
+        if p == 0.0 || p == 1.0 {
+            return Slope::Same(p * weight);
         }
-        let slope = powers(activations, p - 1.0) * weight;
-        match self.function {
-            _ if p == 1.0 => slope,
+        let slope = powers(&activations(), p - 1.0) * weight;
+        Slope::Each(match self.function {
             SparsityFunction::LpToTheP => slope * p,
             SparsityFunction::Lp => {
                 let sums = &self.sums[0];
@@ -411,7 +410,7 @@ impl Penalty for Lp {
                 let outer = sums.where_self(&some, &sums.ones_like()).pow_tensor_scalar(1.0 / p - 1.0) * some;
                 slope * block.of_rows(&outer)
             }
-        }
+        })
     }
 }
 

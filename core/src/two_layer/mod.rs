@@ -24,13 +24,14 @@
 //! the parts ([`Hand`]).
 
 mod block;
+mod map;
 mod pattern;
 mod select;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-pub use block::Block;
+pub use block::{Block, Input};
 
 use crate::device::Precision;
 use crate::dictionary::Dictionary;
@@ -107,7 +108,8 @@ pub struct TwoLayer {
     pub precision: Precision,
 }
 
-/// What a dictionary of two layers makes of its pre-activations, one by one.
+/// What a dictionary of two layers makes of its pre-activations, one by one. Implementations calculate with
+/// [`Block::map`], in one pass.
 pub trait ActivationFunction {
     /// Up to where pre-activations are no features, and take no gradient: `[F]`; none if that is 0 for all.
     fn bounds(&self) -> Option<Tensor> {
@@ -129,8 +131,7 @@ pub trait ActivationFunction {
         false
     }
 
-    /// ∂L/∂z, as z, for the derivatives of the loss by features and by penalised activations. It adds the gradients of
-    /// parameters of its own.
+    /// ∂L/∂z, as z, for the derivatives of the loss. It adds the gradients of parameters of its own.
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor;
 
     /// The gradients of parameters of its own, by state-dict names.
@@ -142,11 +143,31 @@ pub trait ActivationFunction {
 /// Derivatives of the loss.
 #[derive(Debug)]
 pub struct Derivatives {
-    /// By the features, as z.
+    /// Of the reconstruction, by the features, as z.
     pub features: Tensor,
-    /// By what a penalty falls on, as z or a scalar. Where that is the features, it is in their derivative already, and
-    /// this is `None`.
-    pub penalized: Option<Tensor>,
+    /// Of the penalty, by what it falls on.
+    pub penalized: Slope,
+    /// Of the auxiliary loss, by the penalised activations, as z.
+    pub auxiliary: Option<Tensor>,
+}
+
+/// A penalty's derivative by what it falls on.
+#[derive(Debug)]
+pub enum Slope {
+    /// The same everywhere.
+    Same(f64),
+    /// One number each, as z.
+    Each(Tensor),
+}
+
+impl Slope {
+    /// To calculate with.
+    pub fn input(&self) -> Input<'_> {
+        match self {
+            Slope::Same(value) => Input::Same(*value),
+            Slope::Each(tensor) => Input::Each(tensor),
+        }
+    }
 }
 
 /// f = ReLU(z).
@@ -159,8 +180,10 @@ impl ActivationFunction for Relu {
     }
 
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
+        let inputs = [Input::Each(&block.z), Input::Each(&by.features), by.penalized.input()];
         // At 0 ReLU passes nothing on, in libtorch either.
-        block.z.threshold_backward(&by.features, 0)
+        let ([by_z], []) = block.map(inputs, |[z, by_feature, slope]| ([if z > 0.0 { by_feature + slope } else { 0.0 }], []));
+        by_z
     }
 }
 
@@ -172,8 +195,8 @@ pub trait Penalty {
     /// Adds its terms, when all were seen.
     fn terms(&mut self, terms: &mut Terms) -> Result<()>;
 
-    /// Its derivative, weight included, by these activations: as z or a scalar.
-    fn derivative(&self, block: &Block, penalized: &Tensor) -> Tensor;
+    /// Its derivative, weight included, by these activations.
+    fn slope(&self, block: &Block, penalized: &dyn Fn() -> Tensor) -> Slope;
 }
 
 /// λ times the mean of the sums of activations.
@@ -202,8 +225,8 @@ impl Penalty for L1 {
         Ok(())
     }
 
-    fn derivative(&self, _: &Block, penalized: &Tensor) -> Tensor {
-        Tensor::full([0_i64; 0], self.weight / self.rows as f64, (Kind::Float, penalized.device()))
+    fn slope(&self, _: &Block, _: &dyn Fn() -> Tensor) -> Slope {
+        Slope::Same(self.weight / self.rows as f64)
     }
 }
 
@@ -487,6 +510,10 @@ pub fn step(
     penalty: &mut dyn Penalty,
     count: bool,
 ) -> Result<Option<ByHand>> {
+    if pass.batch.x.device() != Device::Cpu {
+        // There libtorch's own operations are as fast as ours could be.
+        return Ok(None);
+    }
     let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
     let target = &pass.batch.target;
     let blocks = hand.encode(activation.bounds().as_ref());
@@ -502,7 +529,8 @@ pub fn step(
             hand.decode(block, penalized, auxiliary);
         }
         if let Some(fired) = &mut fired {
-            block.sum_by_feature(&features.not_equal(0.0).to_kind(Kind::Float), fired);
+            let ([], [count]) = block.map([Input::Each(&features)], |[feature]| ([], [f32::from(feature != 0.0)]));
+            block.add_sums(&count, fired);
         }
     }
     let by_x_hat = reconstruction(&(&x_hat - target), terms);
@@ -516,24 +544,15 @@ pub fn step(
     let by_sum = sum_of_rows(&by_x_hat);
     let by_x_hat = hand.operand(&by_x_hat);
     for block in blocks {
-        let features = activation.features(&block);
-        block.accumulate(&features, &by_x_hat, &mut hand.by_w_dec);
-        let mut by_features = block.products(&by_x_hat, &hand.w_dec);
-        let by_penalized = match activation.penalized(&block) {
-            None => {
-                by_features += penalty.derivative(&block, &features);
-                None
-            }
-            Some(penalized) => {
-                let derivative = penalty.derivative(&block, &penalized);
-                Some(match &by_auxiliary {
-                    Some(by_auxiliary) => block.products(by_auxiliary, &hand.w_dec) + derivative,
-                    None => derivative,
-                })
-            }
+        block.accumulate(&activation.features(&block), &by_x_hat, &mut hand.by_w_dec);
+        let penalized = || activation.penalized(&block).unwrap_or_else(|| activation.features(&block));
+        let by = Derivatives {
+            features: block.products(&by_x_hat, &hand.w_dec),
+            penalized: penalty.slope(&block, &penalized),
+            auxiliary: by_auxiliary.as_ref().map(|by_auxiliary| block.products(by_auxiliary, &hand.w_dec)),
         };
-        drop(features);
-        let by_z = activation.backward(&block, &Derivatives { features: by_features, penalized: by_penalized });
+        let by_z = activation.backward(&block, &by);
+        drop(by);
         hand.backward_of_encoder(&block, &by_z);
     }
     let mut gradients = hand.gradients(by_sum);

@@ -1,8 +1,12 @@
 //! Adam with moments in the open: resampling resets rows of them and a checkpoint holds them.
 
+mod fused;
+
 use anyhow::Result;
 use tch::Tensor;
 
+use crate::constraint::Constraints;
+use crate::dictionary::Dictionary;
 use crate::state::State;
 
 /// Adam's settings (Kingma and Ba 2014, <https://arxiv.org/abs/1412.6980>), with PyTorch's defaults.
@@ -73,8 +77,20 @@ impl Adam {
         }
     }
 
-    /// One step with the parameters' gradients: θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays.
-    pub fn step(&mut self, lr: f64) {
+    /// One step with the gradients of a dictionary's parameters, within constraints.
+    pub fn step(&mut self, lr: f64, constraints: &Constraints, dictionary: &dyn Dictionary) {
+        let decoder = dictionary.decoder();
+        if fused::step(self.config, self.steps + 1, &mut self.moments, lr, constraints, decoder.as_ref()) {
+            self.steps += 1;
+            return;
+        }
+        constraints.on_gradients(dictionary);
+        self.unconstrained(lr);
+        constraints.on_weights(dictionary);
+    }
+
+    /// θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays.
+    fn unconstrained(&mut self, lr: f64) {
         self.steps += 1;
         let AdamConfig { betas: (beta1, beta2), eps } = self.config;
         let steps = self.steps as f64;
@@ -124,7 +140,101 @@ impl Adam {
 
 #[cfg(test)]
 mod tests {
+    use tch::{Device, Kind};
+
     use super::*;
+    use crate::dictionary::{trained_matrix, Decoder, Dims};
+
+    /// Weights and nothing that is done with them.
+    struct Weights {
+        encoder: Tensor,
+        bias: Tensor,
+        decoder: Tensor,
+        feature_dim: i64,
+    }
+
+    impl Dictionary for Weights {
+        fn class(&self) -> &'static str {
+            "Weights"
+        }
+        fn dims(&self) -> Dims {
+            Dims { input: 1, features: 1, output: 1 }
+        }
+        fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+            let clone = Tensor::shallow_clone;
+            vec![("encoder", clone(&self.encoder)), ("bias", clone(&self.bias)), ("decoder", clone(&self.decoder))]
+        }
+        fn encode(&self, x: &Tensor) -> Tensor {
+            x.shallow_clone()
+        }
+        fn decode(&self, features: &Tensor) -> Tensor {
+            features.shallow_clone()
+        }
+        fn decoder(&self) -> Option<Decoder> {
+            let weight = self.decoder.shallow_clone();
+            Some(Decoder { name: "decoder", weight, feature_dim: self.feature_dim })
+        }
+        fn scale_biases(&mut self, _: f64) {}
+    }
+
+    #[test]
+    fn one_pass_does_what_the_parts_do() {
+        let options = (Kind::Float, Device::Cpu);
+        for (features, d) in [(1, 1), (7, 19), (300, 64)] {
+            for feature_dim in [0, 1] {
+                for (unit_norm_decoder, clip_gradients) in
+                    [(false, None), (true, None), (false, Some(0.5)), (true, Some(0.5)), (true, Some(1e9))]
+                {
+                    for betas in [(0.9, 0.999), (0.0, 0.999)] {
+                        let size = if feature_dim == 0 { [features, d] } else { [d, features] };
+                        let [one, other] = [0, 1].map(|_| Weights {
+                            encoder: trained_matrix([features, d], 0, Device::Cpu),
+                            bias: Tensor::zeros([d], options).set_requires_grad(true),
+                            decoder: trained_matrix(size, feature_dim, Device::Cpu),
+                            feature_dim,
+                        });
+                        for ((_, mut one), (_, mut other)) in one.parameters().into_iter().zip(other.parameters()) {
+                            let start = Tensor::randn(one.size(), options);
+                            tch::no_grad(|| [one.copy_(&start), other.copy_(&start)]);
+                        }
+                        // A direction of zeros stays.
+                        for weights in [&one, &other] {
+                            let _ = tch::no_grad(|| weights.decoder.select(feature_dim, 0).zero_());
+                        }
+                        let constraints = Constraints { unit_norm_decoder, clip_gradients };
+                        let config = AdamConfig { betas, ..AdamConfig::default() };
+                        let [mut fused, mut plain] = [&one, &other].map(|weights| Adam::new(config, weights.parameters()));
+                        for step in 0..4 {
+                            for ((_, one), (_, other)) in one.parameters().into_iter().zip(other.parameters()) {
+                                let gradient = Tensor::randn(one.size(), options);
+                                (one * &gradient).sum(Kind::Float).backward();
+                                (other * &gradient).sum(Kind::Float).backward();
+                            }
+                            let lr = 0.05 * f64::from(step);
+                            let decoder = one.decoder();
+                            let done =
+                                fused::step(config, step as u64 + 1, &mut fused.moments, lr, &constraints, decoder.as_ref());
+                            assert!(done, "it does not fit");
+                            constraints.on_gradients(&other);
+                            plain.unconstrained(lr);
+                            constraints.on_weights(&other);
+                            fused.zero_grad();
+                            plain.zero_grad();
+                            for (a, b) in fused.moments.iter().zip(&plain.moments) {
+                                for (a, b) in [
+                                    (&a.parameter, &b.parameter),
+                                    (&a.exp_avg, &b.exp_avg),
+                                    (&a.exp_avg_sq, &b.exp_avg_sq),
+                                ] {
+                                    assert!(a.allclose(b, 1e-4, 1e-6, false), "{constraints:?} {betas:?}\n{a}\n{b}");
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn first_step_is_the_learning_rate_against_the_sign() {
@@ -132,7 +242,7 @@ mod tests {
         let weight = Tensor::from_slice(&[1.0f32, -2.0, 0.5]).set_requires_grad(true);
         let mut adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
         (&weight * Tensor::from_slice(&[3.0f32, -4.0, 0.0])).sum(tch::Kind::Float).backward();
-        adam.step(0.1);
+        adam.unconstrained(0.1);
         let expected = Tensor::from_slice(&[0.9f32, -1.9, 0.5]);
         assert!((weight.detach() - expected).abs().max().double_value(&[]) < 1e-6);
     }
@@ -150,7 +260,7 @@ mod tests {
                 }
                 adam.zero_grad();
                 (weight.square() * (step + 1)).sum(tch::Kind::Float).backward();
-                adam.step(0.01);
+                adam.unconstrained(0.01);
             }
             Vec::<f32>::try_from(weight.detach()).unwrap()
         };
