@@ -6,6 +6,42 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tch::Tensor;
 
+/// A number of a tensor.
+pub(crate) trait Number: Copy + Send + Sync {
+    fn get(self) -> f32;
+    fn of(value: f32) -> Self;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn get(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        value
+    }
+}
+
+/// A bfloat16: the upper half of a float32.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Bf16(u16);
+
+impl Number for Bf16 {
+    #[inline(always)]
+    fn get(self) -> f32 {
+        f32::from_bits(u32::from(self.0) << 16)
+    }
+    /// To the nearest, to even where two are as near, as libtorch rounds.
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        Bf16(if value.is_nan() { 0x7fc0 } else { rounded as u16 })
+    }
+}
+
 /// The numbers of a contiguous tensor.
 pub(crate) fn numbers<T>(tensor: &Tensor) -> &[T] {
     assert!(tensor.is_contiguous());

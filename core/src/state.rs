@@ -46,6 +46,11 @@ impl State {
         }
     }
 
+    /// All tensors by their names.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
     /// The tensor of that name.
     pub fn tensor(&self, name: &str) -> Result<&Tensor> {
         self.tensors.get(name).ok_or_else(|| anyhow!("the saved state has no tensor `{name}`"))

@@ -10,7 +10,7 @@ use std::slice;
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
-use crate::parallel::{numbers, share, Output};
+use crate::parallel::{numbers, share, Bf16, Number, Output};
 
 /// Whether all of these can be handed to the functions here: on a CPU, of float32 or bfloat16, and no gradient is to flow
 /// through them.
@@ -21,42 +21,6 @@ pub(super) fn fit<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
             && !tensor.requires_grad()
             && tensor.numel() > 0
     })
-}
-
-/// A number of a tensor.
-trait Number: Copy + Send + Sync {
-    fn get(self) -> f32;
-    fn of(value: f32) -> Self;
-}
-
-impl Number for f32 {
-    #[inline(always)]
-    fn get(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn of(value: f32) -> Self {
-        value
-    }
-}
-
-/// A bfloat16: the upper half of a float32.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-struct Bf16(u16);
-
-impl Number for Bf16 {
-    #[inline(always)]
-    fn get(self) -> f32 {
-        f32::from_bits(u32::from(self.0) << 16)
-    }
-    /// To the nearest, to even where two are as near, as libtorch rounds.
-    #[inline(always)]
-    fn of(value: f32) -> Self {
-        let bits = value.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-        Bf16(if value.is_nan() { 0x7fc0 } else { rounded as u16 })
-    }
 }
 
 /// Calls a function with the number types of an input and an output.

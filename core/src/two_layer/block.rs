@@ -61,7 +61,7 @@ impl Block {
         of_all.narrow(0, self.features.start, self.features.end - self.features.start)
     }
 
-    /// Calculates for each entry O numbers, as z, and S numbers of which each feature's sum is taken, `[n]`, in one pass
+    /// Calculates for each entry O numbers, as z but of the kind of the products' operands, and S numbers of which each feature's sum is taken, `[n]`, in one pass
     /// over memory. The block must be on a CPU.
     pub fn map<const I: usize, const O: usize, const S: usize>(
         &self,
@@ -77,7 +77,7 @@ impl Block {
             (Input::Same(value), _) => map::Row::same(value as f32),
         });
         match &self.entries {
-            None => map::tile(&self.z.size(), owned, function),
+            None => map::tile(&self.z.size(), self.precision.kind(), owned, function),
             Some(entries) => {
                 let (outputs, summed) = map::list(self.z.size()[0], owned, function);
                 let features = [self.features.end - self.features.start];
@@ -158,10 +158,11 @@ impl Block {
         }
     }
 
-    /// As z, each entry's product of its row of X [B, d] and its feature's row of W [F, d].
+    /// As z, but of the kind of the products' operands, each entry's product of its row of X [B, d] and its feature's row of
+    /// W [F, d].
     pub(super) fn products(&self, vectors: &Operand, weight: &Operand) -> Tensor {
         match &self.entries {
-            None => self.precision.product(vectors.for_products(), &self.own(weight.for_products()).tr()),
+            None => vectors.for_products().matmul(&self.own(weight.for_products()).tr()),
             Some(entries) => entries.pattern.products(vectors.exact(), &self.own(weight.exact())),
         }
     }

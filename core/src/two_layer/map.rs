@@ -3,7 +3,7 @@
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
-use crate::parallel::{numbers, share_in, Output};
+use crate::parallel::{numbers, share_in, Bf16, Number, Output};
 
 /// An input of a calculation: a matrix, a row that is repeated, or a number.
 pub(super) enum Row {
@@ -27,6 +27,7 @@ impl Row {
 
     fn numbers(&self) -> Numbers<'_> {
         match self {
+            Row::Each(tensor) if tensor.kind() == Kind::BFloat16 => Numbers::EachBf16(numbers(tensor)),
             Row::Each(tensor) => Numbers::Each(numbers(tensor)),
             Row::Repeated(vector) => Numbers::Repeated(numbers(vector)),
             Row::Same(value) => Numbers::Same(value),
@@ -37,17 +38,52 @@ impl Row {
 /// The same, to be shared by threads.
 enum Numbers<'a> {
     Each(&'a [f32]),
+    EachBf16(&'a [Bf16]),
     Repeated(&'a [f32]),
     Same(&'a [f32; WIDTH]),
 }
 
 impl Numbers<'_> {
-    /// The numbers for entries from `start` on of a row of this width.
-    fn part(&self, row: usize, width: usize, start: usize, count: usize) -> &[f32] {
+    /// Copies the numbers for entries from `start` on of a row of this width.
+    #[inline(always)]
+    fn copy(&self, row: usize, width: usize, start: usize, out: &mut [f32]) {
         match self {
-            Numbers::Each(numbers) => &numbers[row * width + start..][..count],
-            Numbers::Repeated(numbers) => &numbers[start..][..count],
-            Numbers::Same(value) => &value[..count],
+            Numbers::Each(numbers) => out.copy_from_slice(&numbers[row * width + start..][..out.len()]),
+            Numbers::EachBf16(numbers) => {
+                out.iter_mut().zip(&numbers[row * width + start..]).for_each(|(out, number)| *out = number.get());
+            }
+            Numbers::Repeated(numbers) => out.copy_from_slice(&numbers[start..][..out.len()]),
+            Numbers::Same(value) => out.copy_from_slice(&value[..out.len()]),
+        }
+    }
+}
+
+/// Where outputs go.
+enum Results {
+    Float(Output<f32>),
+    BFloat16(Output<Bf16>),
+}
+
+impl Results {
+    fn of(tensor: &mut Tensor) -> Self {
+        match tensor.kind() {
+            Kind::BFloat16 => Results::BFloat16(Output::of(tensor)),
+            _ => Results::Float(Output::of(tensor)),
+        }
+    }
+
+    /// # Safety
+    /// No two threads may write parts that overlap.
+    #[inline(always)]
+    unsafe fn write(&self, start: usize, values: &[f32]) {
+        let range = start..start + values.len();
+        // SAFETY: as the caller promises.
+        match self {
+            Results::Float(out) => unsafe { out.part(range) }.copy_from_slice(values),
+            Results::BFloat16(out) => {
+                let out = unsafe { out.part(range) };
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = Bf16::of(*value));
+            }
         }
     }
 }
@@ -61,13 +97,13 @@ const SHARES: usize = 16;
 /// Of tiles of that size, [B, n]: outputs of that size, and sums over rows, `[n]`.
 pub(super) fn tile<const I: usize, const O: usize, const S: usize>(
     size: &[i64],
+    kind: Kind,
     inputs: [Row; I],
     function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
 ) -> ([Tensor; O], [Tensor; S]) {
     let (rows, width) = (size[0] as usize, size[1] as usize);
-    let options = (Kind::Float, Device::Cpu);
-    let mut outputs: [Tensor; O] = std::array::from_fn(|_| Tensor::empty(size, options));
-    let out: [Output<f32>; O] = outputs.each_mut().map(Output::of);
+    let mut outputs: [Tensor; O] = std::array::from_fn(|_| Tensor::empty(size, (kind, Device::Cpu)));
+    let out = outputs.each_mut().map(Results::of);
     let inputs = inputs.each_ref().map(Row::numbers);
     let share = rows.div_ceil(SHARES).max(1);
     let mut sums = vec![0.0_f32; SHARES * S * width];
@@ -78,8 +114,7 @@ pub(super) fn tile<const I: usize, const O: usize, const S: usize>(
         let sums = unsafe { all_sums.part(index..index + S * width) };
         for row in range {
             // SAFETY: ranges of rows do not overlap.
-            let mut out = out.each_ref().map(|out| unsafe { out.part(row * width..(row + 1) * width) });
-            map_row(row, width, &inputs, &mut out, sums, &function);
+            unsafe { map_row(row, width, &inputs, &out, sums, &function) };
         }
     });
     let sums = std::array::from_fn(|index| {
@@ -116,20 +151,23 @@ pub(super) fn list<const I: usize, const O: usize, const S: usize>(
     (outputs, summed)
 }
 
+/// # Safety
+/// No two threads may ask for the same row.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
-fn map_row<const I: usize, const O: usize, const S: usize>(
+unsafe fn map_row<const I: usize, const O: usize, const S: usize>(
     row: usize,
     width: usize,
     inputs: &[Numbers; I],
-    out: &mut [&mut [f32]; O],
+    out: &[Results; O],
     sums: &mut [f32],
     function: &(impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync),
 ) {
     for start in (0..width).step_by(WIDTH) {
         let count = WIDTH.min(width - start);
         let (found, summed) = map_lanes(inputs, row, width, start, count, function);
-        for (out, found) in out.iter_mut().zip(&found) {
-            out[start..start + count].copy_from_slice(&found[..count]);
+        for (out, found) in out.iter().zip(&found) {
+            // SAFETY: the row is this thread's.
+            unsafe { out.write(row * width + start, &found[..count]) };
         }
         for (index, summed) in summed.iter().enumerate() {
             let sums = &mut sums[index * width + start..][..count];
@@ -162,7 +200,7 @@ fn map_lanes<const I: usize, const O: usize, const S: usize>(
 ) -> ([[f32; WIDTH]; O], [[f32; WIDTH]; S]) {
     let mut x = [[0.0_f32; WIDTH]; I];
     for (x, input) in x.iter_mut().zip(inputs) {
-        x[..count].copy_from_slice(input.part(row, width, start, count));
+        input.copy(row, width, start, &mut x[..count]);
     }
     let (mut out, mut summed) = ([[0.0_f32; WIDTH]; O], [[0.0_f32; WIDTH]; S]);
     for lane in 0..WIDTH {
@@ -189,12 +227,16 @@ mod tests {
             let rows = || [Row::of_each(&a), Row::repeated(&b), Row::same(2.0)];
             let function = |[a, b, c]: [f32; 3]| ([a * b + c, a.max(0.0)], [a - b, c]);
             let close = |found: &Tensor, expected: &Tensor| assert!(found.allclose(expected, 1e-4, 1e-4, false));
-            let ([product, relu], [difference, count]) = tile(&size, rows(), function);
+            let ([product, relu], [difference, count]) = tile(&size, Kind::Float, rows(), function);
             close(&product, &(&a * &b + 2.0));
             close(&relu, &a.relu());
             let sum = |tensor: &Tensor| tensor.sum_dim_intlist([0].as_slice(), false, Kind::Float);
             close(&difference, &sum(&(&a - &b)));
             close(&count, &(a.ones_like() * 2.0).sum_dim_intlist([0].as_slice(), false, Kind::Float));
+            // Of bfloat16 and to it.
+            let halves = [Row::of_each(&a.to_kind(Kind::BFloat16)), Row::same(1.0)];
+            let ([more], []) = tile(&size, Kind::BFloat16, halves, |[a, b]| ([a + b], []));
+            assert_eq!(more, a.to_kind(Kind::BFloat16).to_kind(Kind::Float).f_add_scalar(1.0).unwrap().to_kind(Kind::BFloat16));
             let flat = a.reshape([-1]);
             let ([doubled], [same]) = list(a.numel() as i64, [Row::of_each(&flat), Row::same(2.0)], |[a, c]| ([a * c], [a]));
             close(&doubled, &(&flat * 2.0));

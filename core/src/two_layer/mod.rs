@@ -28,6 +28,8 @@ mod map;
 mod pattern;
 mod select;
 
+use std::cell::OnceCell;
+
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
@@ -39,7 +41,7 @@ use crate::parallel::numbers;
 use crate::source::Batch;
 use crate::top_k::Selection;
 use crate::trainer::{mean_of_sums, ByHand, HandPass, Terms};
-use select::{Kept, Selector};
+use select::{Kept, Selector, Tile};
 
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed.
@@ -176,7 +178,8 @@ pub struct Relu;
 
 impl ActivationFunction for Relu {
     fn features(&self, block: &Block) -> Tensor {
-        block.z.relu()
+        let ([features], []) = block.map([Input::Each(&block.z)], |[z]| ([if z <= 0.0 { 0.0 } else { z }], []));
+        features
     }
 
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
@@ -234,13 +237,13 @@ impl Penalty for L1 {
 #[derive(Debug)]
 pub(crate) struct Operand {
     exact: Tensor,
-    cast: Option<Tensor>,
+    precision: Precision,
+    cast: OnceCell<Tensor>,
 }
 
 impl Operand {
     fn new(exact: Tensor, precision: Precision) -> Self {
-        let cast = (precision != Precision::Float32).then(|| exact.to_kind(precision.kind()));
-        Operand { exact, cast }
+        Operand { exact, precision, cast: OnceCell::new() }
     }
 
     fn exact(&self) -> &Tensor {
@@ -248,13 +251,15 @@ impl Operand {
     }
 
     fn for_products(&self) -> &Tensor {
-        self.cast.as_ref().unwrap_or(&self.exact)
+        match self.precision {
+            Precision::Float32 => &self.exact,
+            precision => self.cast.get_or_init(|| self.exact.to_kind(precision.kind())),
+        }
     }
 
     /// Some rows.
     fn select(&self, rows: &Tensor) -> Self {
-        let select = |tensor: &Tensor| tensor.index_select(0, rows);
-        Operand { exact: select(&self.exact), cast: self.cast.as_ref().map(select) }
+        Operand::new(self.exact.index_select(0, rows), self.precision)
     }
 }
 
@@ -301,19 +306,17 @@ impl Hand {
         self.by_z.size()[0]
     }
 
-    /// Pre-activations of the features from `first` on, [B, n].
-    fn tile(&self, first: i64, count: i64) -> Tensor {
-        let weight = self.w_enc.for_products().narrow(0, first, count).tr();
-        let bias = self.b_enc.as_ref().map(|bias| bias.narrow(0, first, count));
-        match (self.layers.precision, bias) {
-            (Precision::Float32, Some(bias)) => bias.addmm(self.x.exact(), &weight),
-            (precision, bias) => {
-                let mut z = precision.product(self.x.for_products(), &weight);
-                if let Some(bias) = bias {
-                    z += bias;
-                }
-                z
-            }
+    /// The product of what is encoded with the features from `first` on, [B, n], without their biases.
+    fn product(&self, first: i64, count: i64) -> Tensor {
+        self.x.for_products().matmul(&self.w_enc.for_products().narrow(0, first, count).tr())
+    }
+
+    /// Pre-activations of rows X, [n, F].
+    fn plainly(&self, x: &Operand) -> Tensor {
+        let z = self.layers.precision.product(x.for_products(), &self.w_enc.for_products().tr());
+        match &self.b_enc {
+            Some(bias) => z + bias,
+            None => z,
         }
     }
 
@@ -325,17 +328,23 @@ impl Hand {
         (0..features).step_by(tile.max(1) as usize).map(move |first| (first, tile.min(features - first)))
     }
 
-    /// The pre-activations above `bounds` `[F]`, or above 0, and perhaps others.
+    /// b_e, or zeros.
+    fn biases(&self) -> Tensor {
+        self.b_enc.as_ref().map_or_else(|| self.by_z.zeros_like(), Tensor::contiguous)
+    }
+
+    /// The pre-activations above `bounds` `[F]`, or above 0, and perhaps others. On a CPU.
     pub fn encode(&self, bounds: Option<&Tensor>) -> Vec<Block> {
         let bounds = bounds.map(Tensor::contiguous).unwrap_or_else(|| self.by_z.zeros_like());
         let precision = self.layers.precision;
+        let bias = self.biases();
         let block = |(first, count)| {
-            let z = self.tile(first, count);
-            if self.lists {
-                let bounds = &numbers::<f32>(&bounds)[first as usize..(first + count) as usize];
-                if (select::count_above(&z, bounds) as f64) < sparse(precision) * z.numel() as f64 {
-                    return Block::sparse(select::above(&z, bounds), first, precision);
-                }
+            let product = self.product(first, count);
+            let own = first as usize..(first + count) as usize;
+            let bounds = &numbers::<f32>(&bounds)[own.clone()];
+            let (z, above) = Tile::new(&product, &numbers::<f32>(&bias)[own]).finish(bounds);
+            if self.lists && (above as f64) < sparse(precision) * z.numel() as f64 {
+                return Block::sparse(select::above(&z, bounds), first, precision);
             }
             Block::dense(z, first, precision)
         };
@@ -352,7 +361,7 @@ impl Hand {
             let kept = if of_batch { Kept::OfBatch((k * rows) as usize) } else { Kept::OfEach(k as usize) };
             return self.list(kept);
         }
-        let z = self.tile(0, self.features()).relu();
+        let z = self.plainly(&self.x).relu();
         self.masked(if of_batch { z.reshape([1, -1]) } else { z.shallow_clone() }, if of_batch { k * rows } else { k }, z)
     }
 
@@ -361,13 +370,17 @@ impl Hand {
         if self.lists {
             return self.list(Kept::OfEach(k as usize));
         }
-        let z = self.tile(0, self.features()).relu();
+        let z = self.plainly(&self.x).relu();
         self.masked(z.shallow_clone(), k, z)
     }
 
     fn list(&self, kept: Kept) -> Block {
         let mut selector = Selector::new(kept, self.x.exact().size()[0] as usize);
-        self.tiles().for_each(|(first, count)| selector.offer(&self.tile(first, count)));
+        let bias = self.biases();
+        for (first, count) in self.tiles() {
+            let bias = &numbers::<f32>(&bias)[first as usize..(first + count) as usize];
+            selector.offer(&Tile::new(&self.product(first, count), bias));
+        }
         Block::sparse(selector.finish(), 0, self.layers.precision)
     }
 
@@ -394,12 +407,7 @@ impl Hand {
         if few.size()[0] == 0 {
             return few;
         }
-        let x = self.x.select(&few);
-        let mut z = self.layers.precision.product(x.for_products(), &self.w_enc.for_products().tr());
-        if let Some(bias) = &self.b_enc {
-            z += bias;
-        }
-        z.relu().topk(k, -1, true, false).1
+        self.plainly(&self.x.select(&few)).relu().topk(k, -1, true, false).1
     }
 
     /// What reconstructions begin with: b for every row, [B, d].
@@ -422,7 +430,8 @@ impl Hand {
     pub fn backward_of_selected(&mut self, block: &Block, by_x_hat: &Tensor) {
         let by_x_hat = self.operand(by_x_hat);
         block.accumulate(&block.z.relu(), &by_x_hat, &mut self.by_w_dec);
-        let by_z = block.z.threshold_backward(&block.products(&by_x_hat, &self.w_dec), 0);
+        let by_features = block.products(&by_x_hat, &self.w_dec).to_kind(Kind::Float);
+        let by_z = block.z.threshold_backward(&by_features, 0);
         self.backward_of_encoder(block, &by_z);
     }
 
@@ -443,7 +452,7 @@ impl Hand {
                 bias: Weight::vector(self.layers.bias.name, &self.layers.bias.tensor),
                 ..self.layers
             },
-            x: Operand { exact: self.x.exact.shallow_clone(), cast: self.x.cast.as_ref().map(Tensor::shallow_clone) },
+            x: Operand { exact: self.x.exact.shallow_clone(), precision: self.layers.precision, cast: self.x.cast.get().map(Tensor::shallow_clone).map_or_else(OnceCell::new, OnceCell::from) },
             w_enc: self.w_enc.select(features),
             b_enc: self.b_enc.as_ref().map(|bias| bias.index_select(0, features)),
             w_dec: self.w_dec.select(features),

@@ -7,11 +7,26 @@ use tch::{Device, Kind, Tensor};
 
 use crate::parallel::{numbers, share, share_in, Output};
 
-/// One entry of a row.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Entry {
-    pub feature: u32,
-    pub value: f32,
+/// One entry of a row: its value's bits, and below them its feature, inverted. Of values above 0 the larger is the larger
+/// integer, what is no number before all, and of equal ones that of the lower feature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Entry(u64);
+
+impl Entry {
+    #[inline(always)]
+    pub fn new(feature: u32, value: f32) -> Self {
+        Entry(u64::from(value.to_bits()) << 32 | u64::from(!feature))
+    }
+
+    #[inline(always)]
+    pub fn feature(self) -> u32 {
+        !(self.0 as u32)
+    }
+
+    #[inline(always)]
+    pub fn value(self) -> f32 {
+        f32::from_bits((self.0 >> 32) as u32)
+    }
 }
 
 /// Where the entries are. They lie one after the other by features, those of a feature by rows. A vector of numbers, one
@@ -36,7 +51,7 @@ impl Pattern {
         let count: usize = rows.iter().map(Vec::len).sum();
         let mut next = vec![0_u32; features + 1];
         for entry in rows.iter().flatten() {
-            next[entry.feature as usize + 1] += 1;
+            next[entry.feature() as usize + 1] += 1;
         }
         for feature in 0..features {
             next[feature + 1] += next[feature];
@@ -47,10 +62,10 @@ impl Pattern {
         of_row.push(0);
         for (index, entries) in rows.iter().enumerate() {
             for entry in entries {
-                let place = &mut next[entry.feature as usize];
+                let place = &mut next[entry.feature() as usize];
                 let at = *place as usize;
                 *place += 1;
-                (feature[at], row[at], values[at]) = (entry.feature, index as u32, entry.value);
+                (feature[at], row[at], values[at]) = (entry.feature(), index as u32, entry.value());
                 by_row.push(at as u32);
             }
             of_row.push(by_row.len() as u32);
@@ -245,7 +260,7 @@ mod tests {
             let list = |row: i64| -> Vec<Entry> {
                 let values = Vec::<f32>::try_from(dense.get(row)).unwrap();
                 let entries = values.into_iter().zip(0..);
-                entries.filter(|(v, _)| *v != 0.0).map(|(value, feature)| Entry { feature, value }).collect()
+                entries.filter(|(v, _)| *v != 0.0).map(|(value, feature)| Entry::new(feature, value)).collect()
             };
             let (pattern, values) = Pattern::new(&(0..rows).map(list).collect::<Vec<_>>(), features as usize);
             let (x, w) = (Tensor::randn([rows, width], options), Tensor::randn([features, width], options));

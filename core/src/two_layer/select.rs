@@ -4,10 +4,10 @@
 use std::ops::Range;
 
 use multiversion::multiversion;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::pattern::{Entry, Pattern};
-use crate::parallel::{numbers, share_in, Output};
+use crate::parallel::{numbers, share_in, Bf16, Number, Output};
 
 /// The pre-activations above 0 that are kept. What is no number counts as the largest, so that it is not overlooked.
 pub(super) enum Kept {
@@ -29,17 +29,12 @@ pub(super) struct Selector {
     features: usize,
 }
 
-/// A positive number's bucket: its exponent and five bits of its mantissa.
-fn bucket(value: f32) -> usize {
-    ((value.to_bits() & 0x7fff_ffff) >> 18) as usize
+/// An entry's bucket: its value's exponent and five bits of the mantissa.
+fn bucket(entry: Entry) -> usize {
+    ((entry.value().to_bits() & 0x7fff_ffff) >> 18) as usize
 }
 
 const BUCKETS: usize = 1 << 13;
-
-/// Larger first, and what is no number before all.
-fn larger_first(a: &f32, b: &f32) -> std::cmp::Ordering {
-    (b.is_nan(), *b).partial_cmp(&(a.is_nan(), *a)).unwrap_or(std::cmp::Ordering::Equal)
-}
 
 impl Selector {
     pub fn new(kept: Kept, rows: usize) -> Self {
@@ -50,22 +45,23 @@ impl Selector {
         Selector { kept, rows: vec![Vec::new(); rows], bounds, histogram, features: 0 }
     }
 
-    /// Takes the next features of all rows, a contiguous float32 tensor [B, n].
-    pub fn offer(&mut self, tile: &Tensor) {
-        let (count, width) = (self.rows.len(), tile.size()[1] as usize);
-        assert!(tile.size()[0] == count as i64);
-        let (first, tile) = (self.features as u32, numbers::<f32>(tile));
-        self.features += width;
-        let row_of = |row: usize| &tile[row * width..(row + 1) * width];
+    /// Takes the next features of all rows, without their biases.
+    pub fn offer(&mut self, tile: &Tile) {
+        let count = self.rows.len();
+        assert!(tile.rows() == count);
+        let first = self.features as u32;
+        self.features += tile.width();
         let rows = Output::over(&mut self.rows);
         match self.kept {
             Kept::OfEach(k) => {
                 let bounds = Output::over(&mut self.bounds);
                 share_in(count, 16, |range| {
+                    let mut buffer = vec![0.0; tile.width()];
                     // SAFETY: ranges of rows do not overlap.
                     let (rows, bounds) = unsafe { (rows.part(range.clone()), bounds.part(range.clone())) };
                     for ((row, found), bound) in range.zip(rows).zip(bounds) {
-                        scan_each(row_of(row), first, found, bound, k);
+                        tile.row(row, &mut buffer);
+                        scan_each(&buffer, first, found, bound, k);
                     }
                 });
             }
@@ -78,14 +74,16 @@ impl Selector {
                 let histogram = Output::over(&mut histograms);
                 share_in(count, share, |range| {
                     let index = range.start / share;
+                    let mut buffer = vec![0.0; tile.width()];
                     // SAFETY: ranges of rows do not overlap, and have a histogram each.
                     let (rows, histogram) =
                         unsafe { (rows.part(range.clone()), histogram.part(index * BUCKETS..(index + 1) * BUCKETS)) };
                     for (row, found) in range.zip(rows) {
                         let before = found.len();
-                        scan(row_of(row), bound, first, found);
+                        tile.row(row, &mut buffer);
+                        scan(&buffer, bound, first, found);
                         for entry in &found[before..] {
-                            histogram[bucket(entry.value)] += 1;
+                            histogram[bucket(*entry)] += 1;
                         }
                     }
                 });
@@ -126,22 +124,22 @@ impl Selector {
                         if row.len() > k {
                             trim(row, k);
                         }
-                        row.sort_unstable_by_key(|entry| entry.feature);
+                        row.sort_unstable_by_key(|entry| entry.feature());
                     }
                 });
             }
             Kept::OfBatch(n) => {
                 if let Some((last, above)) = self.last_bucket(n) {
-                    let mut values: Vec<f32> =
-                        self.rows.iter().flatten().map(|entry| entry.value).filter(|v| bucket(*v) == last).collect();
-                    // There are at least so many, and at least one.
+                    let mut values: Vec<f32> = self.rows.iter().flatten().filter(|entry| bucket(**entry) == last).map(|entry| entry.value()).collect();
+                    // There are at least so many, and at least one. Bits are in the order of values above 0.
                     let nth = n - above;
-                    let (more, least, _) = values.select_nth_unstable_by(nth.max(1) - 1, larger_first);
-                    let least = *least;
-                    let mut equal = nth - more.iter().filter(|value| larger_first(value, &least).is_lt()).count();
+                    let (more, least, _) =
+                        values.select_nth_unstable_by_key(nth.max(1) - 1, |value| std::cmp::Reverse(value.to_bits()));
+                    let least = least.to_bits();
+                    let mut equal = nth - more.iter().filter(|value| value.to_bits() > least).count();
                     for row in &mut self.rows {
-                        row.retain(|entry| match larger_first(&entry.value, &least) {
-                            std::cmp::Ordering::Less => true,
+                        row.retain(|entry| match entry.value().to_bits().cmp(&least) {
+                            std::cmp::Ordering::Greater => true,
                             std::cmp::Ordering::Equal if equal > 0 => {
                                 equal -= 1;
                                 true
@@ -158,10 +156,16 @@ impl Selector {
 
 /// Keeps the k largest of more, in any order, and gives the least of them.
 fn trim(found: &mut Vec<Entry>, k: usize) -> f32 {
-    let by_value = |a: &Entry, b: &Entry| larger_first(&a.value, &b.value).then(a.feature.cmp(&b.feature));
-    let least = found.select_nth_unstable_by(k - 1, by_value).1.value;
-    found.truncate(k);
+    let less = found.len() - k;
+    let least = found.select_nth_unstable(less).1.value();
+    found.drain(..less);
     least
+}
+
+/// An entry of a value above 0; what is no number loses its sign.
+#[inline(always)]
+fn kept(feature: u32, value: f32) -> Entry {
+    Entry::new(feature, f32::from_bits(value.to_bits() & 0x7fff_ffff))
 }
 
 /// Numbers that are looked at together, to be passed over if none is above the bound.
@@ -179,7 +183,7 @@ fn scan_each(row: &[f32], first: u32, found: &mut Vec<Entry>, bound: &mut f32, k
         }
         for (feature, value) in (first + (group * GROUP) as u32..).zip(values) {
             if !(*value <= limit) {
-                found.push(Entry { feature, value: *value });
+                found.push(kept(feature, *value));
             }
         }
         if found.len() >= full {
@@ -190,7 +194,7 @@ fn scan_each(row: &[f32], first: u32, found: &mut Vec<Entry>, bound: &mut f32, k
     }
 }
 
-/// Adds the entries of a row that are above a bound.
+/// Adds the entries of a row that are above a bound of at least 0.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
 fn scan(row: &[f32], bound: f32, first: u32, found: &mut Vec<Entry>) {
     for (group, values) in row.chunks(GROUP).enumerate() {
@@ -199,24 +203,76 @@ fn scan(row: &[f32], bound: f32, first: u32, found: &mut Vec<Entry>) {
         }
         for (feature, value) in (first + (group * GROUP) as u32..).zip(values) {
             if !(*value <= bound) {
-                found.push(Entry { feature, value: *value });
+                found.push(kept(feature, *value));
             }
         }
     }
 }
 
-/// How many entries of a tile [B, n] are above their feature's bound, `[n]`.
-pub(super) fn count_above(tile: &Tensor, bounds: &[f32]) -> usize {
-    let (rows, tile) = (tile.size()[0] as usize, numbers::<f32>(tile));
-    let mut counts = vec![0_u64; rows];
-    let out = Output::over(&mut counts);
-    share_in(rows, 64, |range| {
-        // SAFETY: ranges of rows do not overlap.
-        for (count, row) in unsafe { out.part(range.clone()) }.iter_mut().zip(row_slices(tile, bounds.len(), range)) {
-            *count = count_row(row, bounds).into();
+/// A product of some features' columns, [B, n], float32 or bfloat16, and the features' biases.
+pub(super) struct Tile<'a> {
+    numbers: Numbers<'a>,
+    bias: &'a [f32],
+}
+
+enum Numbers<'a> {
+    Float(&'a [f32]),
+    BFloat16(&'a [Bf16]),
+}
+
+impl<'a> Tile<'a> {
+    pub fn new(product: &'a Tensor, bias: &'a [f32]) -> Self {
+        assert!(product.size()[1] == bias.len() as i64);
+        let numbers = match product.kind() {
+            Kind::BFloat16 => Numbers::BFloat16(numbers(product)),
+            _ => Numbers::Float(numbers(product)),
+        };
+        Tile { numbers, bias }
+    }
+
+    fn width(&self) -> usize {
+        self.bias.len()
+    }
+
+    fn rows(&self) -> usize {
+        match self.numbers {
+            Numbers::Float(numbers) => numbers.len() / self.width(),
+            Numbers::BFloat16(numbers) => numbers.len() / self.width(),
         }
-    });
-    counts.iter().sum::<u64>() as usize
+    }
+
+    /// A row with the biases.
+    fn row(&self, row: usize, out: &mut [f32]) {
+        let part = row * self.width()..(row + 1) * self.width();
+        match self.numbers {
+            Numbers::Float(numbers) => add(&numbers[part], self.bias, out),
+            Numbers::BFloat16(numbers) => add(&numbers[part], self.bias, out),
+        }
+    }
+
+    /// All of it with the biases, and how many entries are above their feature's bound, `[n]`.
+    pub fn finish(&self, bounds: &[f32]) -> (Tensor, usize) {
+        let (rows, width) = (self.rows(), self.width());
+        let mut z = Tensor::empty([rows as i64, width as i64], (Kind::Float, Device::Cpu));
+        let mut counts = vec![0_u64; rows];
+        let (out, count) = (Output::<f32>::of(&mut z), Output::over(&mut counts));
+        share_in(rows, 64, |range| {
+            for row in range {
+                // SAFETY: ranges of rows do not overlap.
+                let (out, count) = unsafe { (out.part(row * width..(row + 1) * width), count.part(row..row + 1)) };
+                self.row(row, out);
+                count[0] = count_row(out, bounds).into();
+            }
+        });
+        (z, counts.iter().sum::<u64>() as usize)
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn add<T: Number>(row: &[T], bias: &[f32], out: &mut [f32]) {
+    for ((out, value), bias) in out.iter_mut().zip(row).zip(bias) {
+        *out = value.get() + bias;
+    }
 }
 
 fn row_slices(tile: &[f32], width: usize, rows: Range<usize>) -> impl Iterator<Item = &[f32]> {
@@ -251,7 +307,7 @@ fn scan_above(row: &[f32], bounds: &[f32], found: &mut Vec<Entry>) {
         }
         for ((feature, value), bound) in ((group * GROUP) as u32..).zip(values).zip(bounds) {
             if !(value <= bound) {
-                found.push(Entry { feature, value: *value });
+                found.push(Entry::new(feature, *value));
             }
         }
     }
@@ -259,15 +315,16 @@ fn scan_above(row: &[f32], bounds: &[f32], found: &mut Vec<Entry>) {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
-
     use super::*;
 
     fn select(kept: Kept, rows: &Tensor, tile: i64) -> Tensor {
         let size = rows.size();
         let mut selector = Selector::new(kept, size[0] as usize);
         for first in (0..size[1]).step_by(tile as usize) {
-            selector.offer(&rows.narrow(1, first, tile.min(size[1] - first)).contiguous());
+            let count = tile.min(size[1] - first);
+            // What the bias adds, the tile lacks.
+            let product = (rows.narrow(1, first, count) - 0.0).contiguous();
+            selector.offer(&Tile::new(&product, &vec![0.0; count as usize]));
         }
         let (pattern, values) = selector.finish();
         let (feature, row) = pattern.indices();
@@ -333,7 +390,13 @@ mod tests {
         let (pattern, values) = above(&z, numbers(&bounds));
         let expected = z.greater_tensor(&bounds);
         assert_eq!(pattern.len() as i64, expected.sum(Kind::Int64).int64_value(&[]));
-        assert_eq!(count_above(&z, numbers(&bounds)), pattern.len());
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let (product, bias) = (z.to_kind(kind), Tensor::randn([100], (Kind::Float, Device::Cpu)));
+            let (finished, count) = Tile::new(&product, numbers(&bias)).finish(numbers(&bounds));
+            let expected = product.to_kind(Kind::Float) + &bias;
+            same(&finished, &expected);
+            assert_eq!(count as i64, expected.greater_tensor(&bounds).sum(Kind::Int64).int64_value(&[]));
+        }
         let (feature, row) = pattern.indices();
         same(&values, &z.index(&[Some(row), Some(feature)]));
     }

@@ -370,10 +370,11 @@ impl Lp {
     }
 }
 
-/// a^p where a is above 0, and 0 elsewhere.
+/// a^p of activations, none negative: 0 where a is 0.
 fn powers(activations: &Tensor, p: f64) -> Tensor {
+    let activations = activations.to_kind(Kind::Float);
     if p == 1.0 {
-        return activations.relu();
+        return activations;
     }
     let active = activations.gt(0.0);
     if p == 0.0 {
