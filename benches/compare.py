@@ -2,8 +2,8 @@
 
 usage: compare.py LIBRARY TRAINER JSON
 
-LIBRARY is `dictionary_learning` or `sae_lens`. JSON has d, f, batch, k, steps, saes, and autocast: whether products are
-taken in bfloat16. Prints JSON: the milliseconds of each step, and megabytes at their peak, before anything was built
+LIBRARY is `dictionary_learning` or `sae_lens`. JSON has d, f, batch, k, steps, saes, autocast (whether products are taken in
+bfloat16) and few (whether few features fire). Prints JSON: the milliseconds of each step, and megabytes at their peak, before anything was built
 and of the weights.
 """
 import contextlib, json, sys, time
@@ -46,6 +46,18 @@ def reference(seed):
     cls, settings = trainers[name]
     trainer = cls(steps=1000, activation_dim=a["d"], dict_size=a["f"], layer=0, lm_name="", device="cpu",
                   warmup_steps=10, seed=seed, **settings)
+    if a["few"]:
+        # Biases so low that one feature in a hundred fires.
+        ae = trainer.ae
+        with t.no_grad():
+            if name == "jump_relu":
+                ae.b_enc -= 2.33 * (batches[0] @ ae.W_enc).std()
+            elif hasattr(ae, "gate_bias"):
+                shift = 2.33 * ae.encoder(batches[0]).std()
+                ae.gate_bias -= shift
+                ae.mag_bias -= shift
+            else:
+                ae.encoder.bias -= 2.33 * ae.encoder(batches[0]).std()
     return lambda step, batch: trainer.update(step, batch)
 
 

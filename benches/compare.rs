@@ -16,7 +16,7 @@ use std::time::Instant;
 use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
 use dictlearn_core::config::from_yaml;
-use dictlearn_core::device::{cpu_multiplies_bfloat16, keep_freed_memory, Precision};
+use dictlearn_core::device::{cpu_multiplies_bfloat16, Precision};
 use dictlearn_core::source::Batch;
 use dictlearn_core::training::{Training, TrainingCx};
 use serde::{Deserialize, Serialize};
@@ -63,7 +63,7 @@ struct Args {
     /// Also for 1, 2, 4 and 8 SAEs on one stream.
     #[arg(long)]
     share: bool,
-    /// Also on activations for which few features fire, as after the beginning of training.
+    /// Also with few features that fire, as after the beginning of training.
     #[arg(long)]
     trained: bool,
     /// One turn of our side: the trainer, and the case as JSON.
@@ -84,6 +84,7 @@ struct Case {
     steps: usize,
     saes: usize,
     autocast: bool,
+    few: bool,
 }
 
 /// What a turn of a side took.
@@ -95,27 +96,16 @@ struct Took {
 }
 
 fn main() -> Result<()> {
-    keep_freed_memory();
     let args = Args::parse();
     if let Some(turn) = &args.turn {
         println!("{}", serde_json::to_string(&our_turn(&turn[0], &serde_json::from_str(&turn[1])?)?)?);
         return Ok(());
     }
-    let trainers: Vec<&str> = if args.trainers.is_empty() {
-        TRAINERS.to_vec()
-    } else {
-        args.trainers.iter().map(String::as_str).collect()
-    };
+    let trainers: Vec<&str> =
+        if args.trainers.is_empty() { TRAINERS.to_vec() } else { args.trainers.iter().map(String::as_str).collect() };
     println!("{}; bfloat16 products: {}\n", machine(), if cpu_multiplies_bfloat16() { "yes" } else { "no" });
-    let case = Case {
-        d: 0,
-        f: 0,
-        batch: args.batch,
-        k: args.k,
-        steps: args.steps,
-        saes: 1,
-        autocast: false,
-    };
+    let case =
+        Case { d: 0, f: 0, batch: args.batch, k: args.k, steps: args.steps, saes: 1, autocast: false, few: false };
     for size in &args.sizes {
         let (d, f) = size.split_once('x').with_context(|| format!("`{size}` is no size; 512x8192 is one"))?;
         let case = Case { d: d.parse()?, f: f.parse()?, ..case.clone() };
@@ -129,6 +119,14 @@ fn main() -> Result<()> {
                 }
                 println!();
             }
+        }
+        if args.trained {
+            println!("The same, with biases so low that one feature in a hundred fires:\n");
+            heading("trainer");
+            for trainer in trainers.iter().filter(|trainer| !trainer.contains("top_k")) {
+                row(&args, trainer, trainer, &Case { few: true, ..case.clone() })?;
+            }
+            println!();
         }
         if args.grow {
             for trainer in &trainers {
@@ -188,11 +186,11 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<()> {
         let mut own = Command::new(std::env::current_exe()?);
         own.args(["--turn", trainer, &json]);
         add(&mut took[0], turn(&mut own)?);
-        for (index, python, library) in
-            [(1, &args.python, "dictionary_learning"), (2, &args.sae_lens, "sae_lens")]
-        {
+        for (index, python, library) in [(1, &args.python, "dictionary_learning"), (2, &args.sae_lens, "sae_lens")] {
             let Some(python) = python else { continue };
-            if index == 2 && !["standard", "gated", "jump_relu", "top_k", "batch_top_k"].contains(&trainer) {
+            if index == 2 && case.few
+                || index == 2 && !["standard", "gated", "jump_relu", "top_k", "batch_top_k"].contains(&trainer)
+            {
                 continue;
             }
             let mut other = Command::new(python);
@@ -206,7 +204,9 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<()> {
     // Weights, gradients and two moments stay.
     let kept = case.saes as f64 * 4.0 * (2 * case.d * case.f) as f64 * 4.0 / 1e6;
     let one = (case.batch * case.f * 4) as f64 / 1e6;
-    let beyond = |took: &Took| shown(if took.ms.is_empty() { f64::NAN } else { (took.peak_mb - took.before_mb - kept) / one }, 2);
+    let beyond = |took: &Took| {
+        shown(if took.ms.is_empty() { f64::NAN } else { (took.peak_mb - took.before_mb - kept) / one }, 2)
+    };
     println!(
         "| {what} | {} | {} | {} | {} | {} | {} |",
         shown(ms[0], 0),
@@ -291,6 +291,9 @@ fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
     build(case.f.min(256), 0)?.step(1, &Batch::of(batches[0].x.narrow(0, 0, 8)), false)?;
     let before_mb = megabytes("VmRSS")?;
     let mut trainings = (0..case.saes as u64).map(|seed| build(case.f, seed)).collect::<Result<Vec<_>>>()?;
+    if case.few {
+        trainings.iter().for_each(|training| silence(training, &batches[0]));
+    }
     let mut ms = Vec::new();
     for step in 0..case.steps + 2 {
         let started = Instant::now();
@@ -302,4 +305,17 @@ fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
         }
     }
     Ok(Took { ms, peak_mb: megabytes("VmHWM")?, before_mb })
+}
+
+/// Lowers the biases until one feature in a hundred fires.
+fn silence(training: &Training, batch: &Batch) {
+    let dictionary = &training.dictionary;
+    let (Some(encoder), Some(z)) =
+        (dictionary.encoder(), tch::no_grad(|| dictionary.forward(&batch.x).get("pre_activations").map(Tensor::copy)))
+    else {
+        return;
+    };
+    let shift = z.std(false).double_value(&[]) * 2.33;
+    let biases = dictionary.parameters().into_iter().filter(|(name, _)| encoder.biases.contains(name));
+    tch::no_grad(|| biases.filter(|(name, _)| *name != "r_mag").for_each(|(_, mut bias)| bias -= shift));
 }

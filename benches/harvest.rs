@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use anyhow::{bail, Result};
-use dictlearn_core::device::{keep_freed_memory, Precision};
+use dictlearn_core::device::Precision;
 use dictlearn_core::source::{SourceConfig, SourceCx};
 use serde_json::json;
 
@@ -17,7 +17,6 @@ use dictlearn as _;
 const PASSES: usize = 10;
 
 fn main() -> Result<()> {
-    keep_freed_memory();
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     let [model, submodule, precision] = &args[..] else { bail!("usage: harvest MODEL SUBMODULE PRECISION") };
     let precision = match precision.as_str() {

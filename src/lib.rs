@@ -3,5 +3,17 @@
 //! A binary of your own that adds a plugin needs this crate and yours:
 //! `use {dictlearn as _, my_plugin as _};`, then [`dictlearn_core::cli::main`].
 
+/// The allocator, libtorch's too. glibc's hands large blocks back to the system, and touching fresh pages costs more than
+/// most of what is computed on them; and its aligned blocks do not fit into the holes that equal ones left.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod allocator {
+    use tikv_jemallocator as _;
+
+    /// jemalloc's settings, read by it under this name: freed memory is kept, and large blocks are not treated apart.
+    #[used]
+    #[export_name = "malloc_conf"]
+    static SETTINGS: Option<&'static u8> = Some(&b"dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0\0"[0]);
+}
+
 // The plugins are those of Cargo.toml: a line there is all that the program knows of each (see build.rs).
 include!(concat!(env!("OUT_DIR"), "/plugins.rs"));

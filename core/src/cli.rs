@@ -219,7 +219,6 @@ fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunCon
 
 /// Runs the program: every plugin that is linked in can be named. Call it from `main`.
 pub fn main() -> ExitCode {
-    device::keep_freed_memory();
     let cli = Cli::parse();
     // libtorch's errors that no one foresaw, want of memory above all, arrive as panics.
     std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", unforeseen(panic))));
@@ -394,8 +393,7 @@ fn measure(sae_dir: &Path, config: &RunConfig) -> Result<(String, Map<String, Va
         None => ("source", &config.source),
     };
     let cx = source_cx(config)?;
-    let (precision, _) = config.precision.precision(cx.device);
-    let saved = saved::read(sae_dir, cx.device, precision)?;
+    let saved = saved::read(sae_dir, cx.device, device::Precision::Float32)?;
     let mut source = source.build(&cx).under(key)?;
     let sites = source.sites();
     let site = own_site(&saved, &sites).under(key)?;

@@ -485,9 +485,7 @@ enum ByHandCase {
 /// If it has a way by hand at all, on every dictionary that it trains.
 fn finds_by_hand_what_autograd_finds(trainer: &Component) {
     for dictionary in components(Slot::Dictionary) {
-        for case in
-            [ByHandCase::Usual, ByHandCase::FewFeatures, ByHandCase::DeadFeatures, ByHandCase::BFloat16]
-        {
+        for case in [ByHandCase::Usual, ByHandCase::FewFeatures, ByHandCase::DeadFeatures, ByHandCase::BFloat16] {
             is_the_same_by_hand(trainer, dictionary, case);
         }
     }
@@ -496,7 +494,8 @@ fn finds_by_hand_what_autograd_finds(trainer: &Component) {
 fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHandCase) {
     let name = format!("{} on {}, {case:?}", trainer.name, dictionary.name);
     let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
-    let has_field = |field: &str| (trainer.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some());
+    let has_field =
+        |field: &str| (trainer.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some());
     if case == ByHandCase::DeadFeatures {
         if !has_field("dead_feature_threshold") {
             return;
@@ -555,9 +554,13 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
         close(term.name, &other.value, &term.value.detach());
     }
     let fired = found.fired.unwrap_or_else(|| panic!("{name} does not say which features fired"));
+    if case == ByHandCase::FewFeatures {
+        let part = fired.mean(Kind::Double).double_value(&[]) / batch.len() as f64;
+        assert!(part > 0.0 && part < 0.1, "{name}: {part} of the features fire, which are not few");
+    }
     let active = autograd.code.features.detach().not_equal(0.0).sum_dim_intlist([0].as_slice(), false, Kind::Float);
     close("how often features fired", &fired.to_kind(Kind::Float), &active);
-    close("the reconstruction", &found.x_hat, &autograd.x_hat.detach());
+    close("the reconstruction", &(&batch.target + &found.error), &autograd.x_hat.detach());
     for (parameter_name, parameter) in training.dictionary.parameters() {
         let expected = parameter.grad();
         let gradient = found.gradients.iter().find(|(known, _)| *known == parameter_name);
@@ -572,7 +575,11 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     // A feature at its edge may fire in one and not in the other where numbers are rounded.
     if case != ByHandCase::BFloat16 {
         for (key, tensor) in training.trainer.state().unwrap().tensors() {
-            close(&format!("its state, {key},"), &counted.tensor(key).unwrap().to_kind(Kind::Float), &tensor.to_kind(Kind::Float));
+            close(
+                &format!("its state, {key},"),
+                &counted.tensor(key).unwrap().to_kind(Kind::Float),
+                &tensor.to_kind(Kind::Float),
+            );
         }
     }
 }

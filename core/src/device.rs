@@ -62,6 +62,24 @@ pub fn cpu_multiplies_bfloat16() -> bool {
     false
 }
 
+/// The widest vector instructions that the CPU has and loops of our own use.
+pub fn cpu_vectors() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let wide = std::is_x86_feature_detected!("avx512f")
+            && std::is_x86_feature_detected!("avx512bw")
+            && std::is_x86_feature_detected!("avx512vl")
+            && std::is_x86_feature_detected!("avx512dq");
+        if wide {
+            return "AVX-512";
+        }
+        if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+            return "AVX2";
+        }
+    }
+    "what every processor of its kind has"
+}
+
 /// The first GPU where there is one, otherwise the CPU.
 pub fn best() -> Device {
     load_cuda();
@@ -90,20 +108,6 @@ fn load_cuda() {
                 unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_LAZY | libc::RTLD_GLOBAL) };
             }
         });
-    }
-}
-
-/// Keeps freed memory for the next tensor instead of handing it back to the system.
-///
-/// glibc maps each large block anew, and touching fresh pages costs more than most of what is computed on them: a
-/// quarter of a training step of usual size. Call it once, before anything is allocated.
-pub fn keep_freed_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: sets parameters of the allocator, at a time when only this thread runs.
-    unsafe {
-        libc::mallopt(libc::M_MMAP_MAX, 0);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
-        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }
 

@@ -13,8 +13,8 @@ pub use crate::config::{ConfigPath, InputError, PathOrName, Under};
 pub use crate::constraint::Constraints;
 pub use crate::device::Precision;
 pub use crate::dictionary::{
-    decoder_for, dict_size, random_directions, saved_shape, trained, trained_matrix, without_bias, Code, Decoder, Dictionary,
-    DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass,
+    decoder_for, dict_size, random_directions, saved_shape, trained, trained_matrix, without_bias, Code, Decoder,
+    Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass,
 };
 pub use crate::firing::Firing;
 pub use crate::logger::{Logger, LoggerConfig};

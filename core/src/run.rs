@@ -440,26 +440,31 @@ pub fn plan(config: &RunConfig) -> Result<String> {
     let mut run = Run::build(config)?;
     let buffer = run.stream.source().memory() as usize;
     let (precision, why) = config.precision.precision(run.device);
-    let (model_precision, model_why) = config.precision.model_precision(run.device);
     let megabytes = |bytes: usize| bytes as f64 / 1e6;
     let mut lines = vec![
         format!("device: {}", device::name(run.device)),
-        format!("matrix products of dictionaries: {precision} ({why})"),
-        format!("matrix products of a language model: {model_precision} ({model_why})"),
+        format!("matrix products in training: {precision} ({why})"),
     ];
+    if run.device == Device::Cpu {
+        lines.push(format!("loops beside them: {} on {} threads", device::cpu_vectors(), tch::get_num_threads()));
+    }
     for (site, Site { activation_dim, output_dim, .. }) in run.sites.iter().enumerate() {
         lines.push(format!("activations{}: width {activation_dim} -> {output_dim}", run.at(site)));
     }
     lines.push(format!("buffer: {:.1} MB of activations", megabytes(buffer)));
     let mut total = 0;
-    for sae in &run.saes {
+    for sae in &mut run.saes {
+        let steps = match sae.training.by_hand()? {
+            true => "gradients by hand",
+            false => "gradients by autograd",
+        };
         let dictionary = &sae.training.dictionary;
         let weights: usize = dictionary.state_dict().iter().map(|(_, tensor)| state::bytes(tensor)).sum();
         let dims = dictionary.dims();
         // Weights, their gradients and two moments.
         total += 4 * weights;
         lines.push(format!(
-            "{}: {} {} x {} features, {:.1} MB with gradients and moments",
+            "{}: {} {} x {} features, {:.1} MB with gradients and moments, {steps}",
             sae.training.name,
             dictionary.class(),
             dims.input,

@@ -193,15 +193,16 @@ pub fn shaped(
     (found.shaped)(tensors, trainer, device, precision)
 }
 
-/// A copy that shares no memory, its biases scaled: what is saved of a dictionary that trained on activations divided
-/// by `scale`. The dictionary in training is left as it is, so that saving changes no bit of it.
-pub fn folded(dictionary: &dyn Dictionary, scale: f64, precision: Precision) -> Result<Box<dyn Dictionary>> {
+/// A copy that shares no memory, its biases scaled: what is saved and measured of a dictionary that trained on activations
+/// divided by `scale`. Its products are in float32, whatever training had them in. The dictionary in training is left as
+/// it is, so that saving changes no bit of it.
+pub fn folded(dictionary: &dyn Dictionary, scale: f64) -> Result<Box<dyn Dictionary>> {
     let state = dictionary.state_dict();
     let device = state.first().map_or(Device::Cpu, |(_, tensor)| tensor.device());
     let tensors: BTreeMap<String, Tensor> =
         state.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.detach())).collect();
     let trainer = serde_json::json!({"activation_dim": dictionary.dims().input});
-    let mut copy = shaped(dictionary.class(), &tensors, &trainer, device, precision)?;
+    let mut copy = shaped(dictionary.class(), &tensors, &trainer, device, Precision::Float32)?;
     copy.load(&tensors, Path::new("the dictionary"))?;
     if scale != 1.0 {
         copy.scale_biases(scale);

@@ -22,7 +22,7 @@ use crate::schedule::Schedule;
 use crate::source::Batch;
 use crate::state::State;
 use crate::trainer::{mean_of_sums, number, AfterStep, ByHand, HandPass, Pass, Terms, Trainer, TrainerCx};
-use crate::two_layer::{sum_of_rows, Hand};
+use crate::two_layer::{mean_square, sum_of_rows, Hand};
 
 /// How many features are selected, and from which value on.
 #[derive(Debug)]
@@ -378,10 +378,10 @@ impl TopKTrainer {
         Ok(())
     }
 
-    /// The loss of the residuals that prefixes leave.
-    fn reconstruction(&self, residuals: &[Tensor], logging: bool, terms: &mut Terms) {
-        let losses = residuals.iter().zip(&self.prefixes.weights);
-        let losses: Vec<Tensor> = losses.map(|(residual, weight)| mean_of_sums(&residual.square()) * *weight).collect();
+    /// The loss of the squared errors that prefixes leave.
+    fn reconstruction(&self, losses: &[Tensor], logging: bool, terms: &mut Terms) {
+        let losses: Vec<Tensor> =
+            losses.iter().zip(&self.prefixes.weights).map(|(loss, weight)| loss * *weight).collect();
         let losses = Tensor::stack(&losses, 0);
         if logging && self.prefixes.ends.len() > 1 {
             terms.log("min_l2_loss", losses.min());
@@ -425,20 +425,21 @@ impl TopKTrainer {
         Ok(self.over_variance(residual, &off).0)
     }
 
-    /// The same by hand: the gradients go to `hand`.
-    fn auxk_by_hand(&mut self, hand: &mut Hand, residual: &Tensor) -> Tensor {
+    /// The same by hand, of the error x̂ − x = −e: the gradients go to `hand`.
+    fn auxk_by_hand(&mut self, hand: &mut Hand, error: &Tensor) -> Tensor {
         let dead = self.dead();
         let count = dead.size()[0];
         if count == 0 {
-            return Tensor::zeros([0_i64; 0], (residual.kind(), residual.device()));
+            return Tensor::zeros([0_i64; 0], (error.kind(), error.device()));
         }
         let mut part = hand.of_features(&dead);
         let block = part.select_of_each(self.top_k_aux.min(count));
-        let mut off = -residual;
+        // ê − e
+        let mut off = error.copy();
         part.decode(&block, &block.z.relu(), &mut off);
-        let (loss, variance) = self.over_variance(residual, &off);
+        let (loss, variance) = self.over_variance(error, &off);
         if variance > 0.0 {
-            let by_off = off * (2.0 * self.settings.auxk_alpha / (variance * residual.size()[0] as f64));
+            let by_off = off * (2.0 * self.settings.auxk_alpha / (variance * error.size()[0] as f64));
             part.backward_of_selected(&block, &by_off);
             hand.add(&dead, &part);
         }
@@ -485,7 +486,9 @@ impl Trainer for TopKTrainer {
             None => self.fired.update(&pass.code.features.detach().gt(0.0).any_dim(0, false), pass.batch.len()),
         }
 
-        self.reconstruction(&(self.prefixes.residuals)(pass)?, pass.logging, terms);
+        let residuals = (self.prefixes.residuals)(pass)?;
+        let losses: Vec<Tensor> = residuals.iter().map(|residual| mean_of_sums(&residual.square())).collect();
+        self.reconstruction(&losses, pass.logging, terms);
         if self.settings.auxk_alpha > 0.0 {
             let auxk = self.auxk_loss(pass, &pass.residual().detach())?;
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
@@ -513,26 +516,34 @@ impl Trainer for TopKTrainer {
         }
 
         let groups = hand.groups(block, &self.prefixes.ends);
-        let mut x_hat = hand.begin();
-        let mut residuals = Vec::with_capacity(groups.len());
-        for group in &groups {
-            hand.decode(group, &group.z.relu(), &mut x_hat);
-            residuals.push(&x_hat - &pass.batch.target);
-        }
-        self.reconstruction(&residuals, pass.logging, terms);
         // A group's features are in the reconstruction of its prefix and of all that are longer.
         let scale = 2.0 / (groups.len() as f64 * pass.batch.len() as f64);
-        let mut by_x_hat = x_hat.zeros_like();
-        for ((group, residual), weight) in groups.iter().zip(&residuals).zip(&self.prefixes.weights).rev() {
-            by_x_hat += residual * (scale * weight);
-            hand.backward_of_selected(group, &by_x_hat);
+        let mut error = hand.begin(pass.batch);
+        let mut by_x_hat = error.zeros_like();
+        let mut losses = Vec::with_capacity(groups.len());
+        for (group, weight) in groups.iter().zip(&self.prefixes.weights) {
+            hand.decode(group, &group.z.relu(), &mut error);
+            losses.push(mean_square(&error));
+            let _ = by_x_hat.addcmul_(&error, &Tensor::from((scale * weight) as f32));
         }
+        self.reconstruction(&losses, pass.logging, terms);
+        let by_sum = sum_of_rows(&by_x_hat);
+        // What prefixes left off is calculated anew: it would take much room.
+        let mut shorter = (groups.len() > 1).then(|| hand.begin(pass.batch));
+        for (index, (group, weight)) in groups.iter().zip(&self.prefixes.weights).enumerate() {
+            hand.backward_of_selected(group, &by_x_hat);
+            if let Some(error) = shorter.as_mut().filter(|_| index + 1 < groups.len()) {
+                hand.decode(group, &group.z.relu(), error);
+                let _ = by_x_hat.addcmul_(error, &Tensor::from((-scale * weight) as f32));
+            }
+        }
+        drop((groups, by_x_hat, shorter));
         if self.settings.auxk_alpha > 0.0 {
-            let auxk = self.auxk_by_hand(&mut hand, &(&pass.batch.target - &x_hat));
+            let auxk = self.auxk_by_hand(&mut hand, &error);
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
         }
-        let gradients = hand.gradients(sum_of_rows(&by_x_hat));
-        Ok(Some(ByHand { fired: Some(fired), x_hat, gradients }))
+        let gradients = hand.gradients(by_sum);
+        Ok(Some(ByHand { fired: Some(fired), error, gradients }))
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {

@@ -100,8 +100,8 @@ impl HandPass<'_> {
 pub struct ByHand {
     /// For how many activations of the batch each feature fired, `[F]`; needed if the step is logged.
     pub fired: Option<Tensor>,
-    /// The reconstruction, [B, d_out].
-    pub x_hat: Tensor,
+    /// How far the reconstruction is off, x̂ − target, [B, d_out].
+    pub error: Tensor,
     /// The loss's gradient by each parameter that has one, by state-dict names.
     pub gradients: Vec<(&'static str, Tensor)>,
 }

@@ -46,7 +46,6 @@ pub struct Training {
     modifiers: Vec<Box<dyn Modifier>>,
     optimizer: Adam,
     rng: Rng,
-    precision: Precision,
     /// Whether the dictionary starts from random weights.
     fresh: bool,
     /// Whether it is an SAE that trains on, so that nothing is initialised from data.
@@ -137,7 +136,6 @@ impl Training {
             modifiers,
             optimizer,
             rng,
-            precision: cx.precision,
             fresh: config.init_from.is_none(),
             goes_on,
             normalization,
@@ -192,6 +190,17 @@ impl Training {
         Ok(figures)
     }
 
+    /// Whether its steps are taken by hand, without autograd; found out by one on zeros, so it is not for a run that goes
+    /// on.
+    pub fn by_hand(&mut self) -> Result<bool> {
+        let dims = self.dictionary.dims();
+        let zeros = |width| Tensor::zeros([1, width], (Kind::Float, self.dictionary.device()));
+        let batch = Batch { x: zeros(dims.input), target: zeros(dims.output) };
+        let pass = HandPass { step: 0, batch: &batch, dictionary: &*self.dictionary, logging: false };
+        let found = tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?;
+        Ok(found.is_some() && self.modifiers.is_empty())
+    }
+
     /// The loss of a step, if it is finite, and its figures.
     fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Loss> {
         if step == 0 {
@@ -204,15 +213,20 @@ impl Training {
         }
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
+            for (_, parameter) in self.dictionary.parameters() {
+                if !parameter.grad().defined() {
+                    // Room for the gradient, which only libtorch can make; this one is nothing.
+                    (parameter.sum(parameter.kind()) * 0.0).backward();
+                }
+            }
             let pass = HandPass { step, batch, dictionary: &*self.dictionary, logging };
             if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
                 let loss = self.finite(step, &terms)?;
-                let residual = &batch.target - by_hand.x_hat;
                 let figures = match (logging, &by_hand.fired) {
                     (false, _) => None,
                     (true, Some(fired)) => {
                         let l0 = fired.sum(Kind::Double).double_value(&[]) / batch.len() as f64;
-                        Some(self.figures(step, batch, l0, &residual, &terms))
+                        Some(self.figures(step, batch, l0, &by_hand.error, &terms))
                     }
                     (true, None) => bail!("the trainer took the step by hand and does not say which features fired"),
                 };
@@ -253,10 +267,6 @@ impl Training {
     /// Puts gradients that were found by hand where autograd puts its own.
     fn take(&mut self, gradients: Vec<(&'static str, Tensor)>) -> Result<()> {
         for (name, parameter) in self.dictionary.parameters() {
-            if !parameter.grad().defined() {
-                // libtorch makes the tensor; its own gradient is nothing.
-                (parameter.sum(parameter.kind()) * 0.0).backward();
-            }
             let mut own = parameter.grad();
             match gradients.iter().find(|(known, _)| *known == name) {
                 Some((_, gradient)) if gradient.size() == own.size() => own.set_data(gradient),
@@ -296,14 +306,7 @@ impl Training {
     }
 
     /// The figures of a step: of the mean number of active features and what was not reconstructed, [B, d_out].
-    fn figures(
-        &self,
-        step: u64,
-        batch: &Batch,
-        l0: f64,
-        residual: &Tensor,
-        terms: &Terms,
-    ) -> Map<String, Value> {
+    fn figures(&self, step: u64, batch: &Batch, l0: f64, residual: &Tensor, terms: &Terms) -> Map<String, Value> {
         tch::no_grad(|| {
             let mut row = Map::from_iter([
                 ("step".to_owned(), Value::from(step)),
@@ -324,10 +327,10 @@ impl Training {
     /// by `norm`.
     pub fn folded(&self, norm: f64) -> Result<Box<dyn Dictionary>> {
         match self.normalization {
-            None => saved::folded(&*self.dictionary, norm, self.precision),
+            None => saved::folded(&*self.dictionary, norm),
             // What each activation is divided by has no say in what comes of it.
             Some(_) => {
-                let dictionary = saved::folded(&*self.dictionary, 1.0, self.precision)?;
+                let dictionary = saved::folded(&*self.dictionary, 1.0)?;
                 Ok(Box::new(Adapted::new(dictionary, self.normalization, None)))
             }
         }

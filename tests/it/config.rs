@@ -474,4 +474,12 @@ fn a_dry_run_writes_nothing() {
     assert_eq!(desk.files(), before);
     // Defaults are spelled out, and shapes and memory are told.
     assert!(said.contains("auxk_alpha: 0.03125") && said.contains("encoder.weight [64, 32]"), "{said}");
+    // And which way the steps go: modifiers look at what autograd keeps.
+    assert!(said.contains("moments, gradients by hand"), "{said}");
+    desk.write(
+        "mine.yaml",
+        &format!("steps: 8\noutput_dir: one\n{SOURCE}{SAES}  modifiers: [{{type: ghost_grads}}]\n"),
+    );
+    let said = desk.ok(&["train", "mine.yaml", "--dry-run"]);
+    assert!(said.contains("moments, gradients by autograd"), "{said}");
 }

@@ -89,7 +89,7 @@ pub struct RunConfig {
 impl RunConfig {
     /// What its sources are built for.
     pub fn source_cx(&self, device: tch::Device) -> SourceCx {
-        SourceCx { seed: self.seed, device, precision: self.precision.model_precision(device).0 }
+        SourceCx { seed: self.seed, device, precision: self.precision.precision(device).0 }
     }
 }
 

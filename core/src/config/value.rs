@@ -197,18 +197,10 @@ impl PrecisionChoice {
             PrecisionChoice::Float32 => (Precision::Float32, "as the config says"),
             PrecisionChoice::BFloat16 => (Precision::BFloat16, "as the config says"),
             PrecisionChoice::Auto if device.is_cuda() => (Precision::BFloat16, "auto: the device is a GPU"),
-            PrecisionChoice::Auto => (Precision::Float32, "auto: the device is a CPU"),
-        }
-    }
-
-    /// The precision that it means for a language model on a device, and why. Its weights are published in bfloat16 as a
-    /// rule, and its activations lose nothing that a dictionary could find.
-    pub fn model_precision(self, device: Device) -> (Precision, &'static str) {
-        match self {
-            PrecisionChoice::Auto if !device.is_cuda() && crate::device::cpu_multiplies_bfloat16() => {
+            PrecisionChoice::Auto if crate::device::cpu_multiplies_bfloat16() => {
                 (Precision::BFloat16, "auto: the CPU multiplies bfloat16")
             }
-            other => other.precision(device),
+            PrecisionChoice::Auto => (Precision::Float32, "auto: the CPU does not multiply bfloat16"),
         }
     }
 }

@@ -203,7 +203,8 @@ mod tests {
                         }
                         let constraints = Constraints { unit_norm_decoder, clip_gradients };
                         let config = AdamConfig { betas, ..AdamConfig::default() };
-                        let [mut fused, mut plain] = [&one, &other].map(|weights| Adam::new(config, weights.parameters()));
+                        let [mut fused, mut plain] =
+                            [&one, &other].map(|weights| Adam::new(config, weights.parameters()));
                         for step in 0..4 {
                             for ((_, one), (_, other)) in one.parameters().into_iter().zip(other.parameters()) {
                                 let gradient = Tensor::randn(one.size(), options);
@@ -212,8 +213,14 @@ mod tests {
                             }
                             let lr = 0.05 * f64::from(step);
                             let decoder = one.decoder();
-                            let done =
-                                fused::step(config, step as u64 + 1, &mut fused.moments, lr, &constraints, decoder.as_ref());
+                            let done = fused::step(
+                                config,
+                                step as u64 + 1,
+                                &mut fused.moments,
+                                lr,
+                                &constraints,
+                                decoder.as_ref(),
+                            );
                             assert!(done, "it does not fit");
                             constraints.on_gradients(&other);
                             plain.unconstrained(lr);

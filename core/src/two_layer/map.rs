@@ -9,7 +9,7 @@ use crate::parallel::{numbers, share_in, Bf16, Number, Output};
 pub(super) enum Row {
     Each(Tensor),
     Repeated(Tensor),
-    Same([f32; WIDTH]),
+    Same(f32),
 }
 
 impl Row {
@@ -22,7 +22,7 @@ impl Row {
     }
 
     pub fn same(value: f32) -> Self {
-        Row::Same([value; WIDTH])
+        Row::Same(value)
     }
 
     fn numbers(&self) -> Numbers<'_> {
@@ -30,7 +30,7 @@ impl Row {
             Row::Each(tensor) if tensor.kind() == Kind::BFloat16 => Numbers::EachBf16(numbers(tensor)),
             Row::Each(tensor) => Numbers::Each(numbers(tensor)),
             Row::Repeated(vector) => Numbers::Repeated(numbers(vector)),
-            Row::Same(value) => Numbers::Same(value),
+            Row::Same(value) => Numbers::Same(*value),
         }
     }
 }
@@ -40,7 +40,7 @@ enum Numbers<'a> {
     Each(&'a [f32]),
     EachBf16(&'a [Bf16]),
     Repeated(&'a [f32]),
-    Same(&'a [f32; WIDTH]),
+    Same(f32),
 }
 
 impl Numbers<'_> {
@@ -53,7 +53,7 @@ impl Numbers<'_> {
                 out.iter_mut().zip(&numbers[row * width + start..]).for_each(|(out, number)| *out = number.get());
             }
             Numbers::Repeated(numbers) => out.copy_from_slice(&numbers[start..][..out.len()]),
-            Numbers::Same(value) => out.copy_from_slice(&value[..out.len()]),
+            Numbers::Same(value) => out.fill(*value),
         }
     }
 }
@@ -236,9 +236,13 @@ mod tests {
             // Of bfloat16 and to it.
             let halves = [Row::of_each(&a.to_kind(Kind::BFloat16)), Row::same(1.0)];
             let ([more], []) = tile(&size, Kind::BFloat16, halves, |[a, b]| ([a + b], []));
-            assert_eq!(more, a.to_kind(Kind::BFloat16).to_kind(Kind::Float).f_add_scalar(1.0).unwrap().to_kind(Kind::BFloat16));
+            assert_eq!(
+                more,
+                a.to_kind(Kind::BFloat16).to_kind(Kind::Float).f_add_scalar(1.0).unwrap().to_kind(Kind::BFloat16)
+            );
             let flat = a.reshape([-1]);
-            let ([doubled], [same]) = list(a.numel() as i64, [Row::of_each(&flat), Row::same(2.0)], |[a, c]| ([a * c], [a]));
+            let ([doubled], [same]) =
+                list(a.numel() as i64, [Row::of_each(&flat), Row::same(2.0)], |[a, c]| ([a * c], [a]));
             close(&doubled, &(&flat * 2.0));
             close(&same, &flat);
         }

@@ -16,8 +16,8 @@
 //! The last line sums over the batch before it multiplies, which autograd does not: five products of B·d·F numbers are
 //! left of six. They are taken a tile of features at a time ([`Block`]), so that what is calculated between them stays
 //! in the caches. And where few features fire, in training after its beginning nearly always, only the first is taken in
-//! full: a tile of which less than [`SPARSE`] matters is kept as a list of entries, and the four other products are
-//! taken of these alone.
+//! full: a tile of which little matters is kept as a list of entries, and the four other products are taken of these
+//! alone.
 //!
 //! What lies between the layers is an [`ActivationFunction`], which the dictionary has; what is asked of the features beside the
 //! reconstruction, a [`Penalty`], which the trainer has. [`step`] puts them together. Trainers of the TopK family use
@@ -40,12 +40,17 @@ use crate::dictionary::Dictionary;
 use crate::parallel::numbers;
 use crate::source::Batch;
 use crate::top_k::Selection;
-use crate::trainer::{mean_of_sums, ByHand, HandPass, Terms};
+use crate::trainer::{ByHand, HandPass, Terms};
 use select::{Kept, Selector, Tile};
 
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
-/// columns runs at full speed.
-const TILE: i64 = 512;
+/// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
+fn tile_width(precision: Precision) -> i64 {
+    match precision {
+        Precision::Float32 => 512,
+        Precision::BFloat16 => 1024,
+    }
+}
 
 /// Below which part of a tile's entries they are listed. Taking the products of a list costs as much for each entry as
 /// dense products for so many (measured; docs/performance.md).
@@ -65,26 +70,44 @@ pub struct Weight {
     pub tensor: Tensor,
     /// Which of a matrix's two dimensions counts the features; 0 for a vector.
     pub feature_dim: i64,
+    /// The gradient of the step before, undefined if there is none, to be written over.
+    gradient: Tensor,
 }
 
 impl Weight {
     /// A vector.
     pub fn vector(name: &'static str, tensor: &Tensor) -> Self {
-        Weight { name, tensor: tensor.detach(), feature_dim: 0 }
+        Weight { name, tensor: tensor.detach(), feature_dim: 0, gradient: tensor.grad() }
     }
 
     /// A matrix, of which this dimension counts the features.
     pub fn matrix(name: &'static str, tensor: &Tensor, feature_dim: i64) -> Self {
-        Weight { name, tensor: tensor.detach(), feature_dim }
+        Weight { name, tensor: tensor.detach(), feature_dim, gradient: tensor.grad() }
     }
 
     /// Of a matrix, the features as rows: [F, d].
     fn rows(&self) -> Tensor {
+        self.turned(&self.tensor)
+    }
+
+    fn turned(&self, tensor: &Tensor) -> Tensor {
         if self.feature_dim == 0 {
-            self.tensor.shallow_clone()
+            tensor.shallow_clone()
         } else {
-            self.tensor.tr()
+            tensor.tr()
         }
+    }
+
+    /// Room for its gradient as rows, where the last one was if possible.
+    fn room(&self) -> Tensor {
+        let rows = self.rows();
+        if self.gradient.defined() {
+            let room = self.turned(&self.gradient);
+            if room.size() == rows.size() && room.is_contiguous() && room.kind() == rows.kind() {
+                return room;
+            }
+        }
+        rows.empty_like()
     }
 
     /// A gradient of rows in the parameter's shape.
@@ -185,7 +208,8 @@ impl ActivationFunction for Relu {
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
         let inputs = [Input::Each(&block.z), Input::Each(&by.features), by.penalized.input()];
         // At 0 ReLU passes nothing on, in libtorch either.
-        let ([by_z], []) = block.map(inputs, |[z, by_feature, slope]| ([if z > 0.0 { by_feature + slope } else { 0.0 }], []));
+        let ([by_z], []) =
+            block.map(inputs, |[z, by_feature, slope]| ([if z > 0.0 { by_feature + slope } else { 0.0 }], []));
         by_z
     }
 }
@@ -286,12 +310,14 @@ impl Hand {
         let precision = layers.precision;
         let x = if layers.centred { &batch.x - &layers.bias.tensor } else { batch.x.shallow_clone() };
         let (w_enc, w_dec) = (layers.encoder.rows(), layers.decoder.rows());
-        let lists = x.device() == Device::Cpu
-            && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous() && matrix.kind() == Kind::Float);
+        if [&x, &w_enc, &w_dec].iter().any(|matrix| matrix.kind() != Kind::Float) {
+            return None;
+        }
+        let lists = x.device() == Device::Cpu && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
         Some(Hand {
-            by_w_enc: w_enc.empty_like(),
+            by_w_enc: layers.encoder.room(),
             by_z: Tensor::zeros([w_enc.size()[0]], (Kind::Float, x.device())),
-            by_w_dec: w_dec.empty_like(),
+            by_w_dec: layers.decoder.room(),
             b_enc: layers.encoder_bias.as_ref().map(|bias| bias.tensor.shallow_clone()),
             x: Operand::new(x, precision),
             w_enc: Operand::new(w_enc, precision),
@@ -306,9 +332,32 @@ impl Hand {
         self.by_z.size()[0]
     }
 
-    /// The product of what is encoded with the features from `first` on, [B, n], without their biases.
-    fn product(&self, first: i64, count: i64) -> Tensor {
-        self.x.for_products().matmul(&self.w_enc.for_products().narrow(0, first, count).tr())
+    /// Room for tiles of so many features in all.
+    fn storage(&self, features: i64, kind: Kind) -> Tensor {
+        let x = self.x.exact();
+        Tensor::empty([x.size()[0] * features], (kind, x.device()))
+    }
+
+    /// A tile in such a room, [B, count], so many features from its beginning.
+    fn tile(&self, storage: &Tensor, at: i64, count: i64) -> Tensor {
+        let rows = self.x.exact().size()[0];
+        storage.narrow(0, rows * at, rows * count).view([rows, count])
+    }
+
+    /// Calls `work` with the product of what is encoded with each tile of features, [B, n], the features' biases, and the
+    /// first one's number. All products lie in the same place, one after the other.
+    fn products(&self, mut work: impl FnMut(&Tile, i64)) {
+        let bias = self.b_enc.as_ref().map_or_else(|| self.by_z.zeros_like(), Tensor::contiguous);
+        let most = tile_width(self.layers.precision);
+        let storage = self.storage(most.min(self.features()), self.layers.precision.kind());
+        for first in (0..self.features()).step_by(most as usize) {
+            let count = most.min(self.features() - first);
+            let product = self.tile(&storage, 0, count);
+            let weight = self.w_enc.for_products().narrow(0, first, count);
+            let _ = self.x.for_products().matmul_out(&product, &weight.tr());
+            let bias = &numbers::<f32>(&bias)[first as usize..(first + count) as usize];
+            work(&Tile::new(&product, bias), first);
+        }
     }
 
     /// Pre-activations of rows X, [n, F].
@@ -320,35 +369,27 @@ impl Hand {
         }
     }
 
-    /// The tiles that the pre-activations are computed in: first features and how many.
-    fn tiles(&self) -> impl Iterator<Item = (i64, i64)> {
-        let features = self.features();
-        // A GPU takes everything at once.
-        let tile = if self.x.exact().device() == Device::Cpu { TILE } else { features };
-        (0..features).step_by(tile.max(1) as usize).map(move |first| (first, tile.min(features - first)))
-    }
-
-    /// b_e, or zeros.
-    fn biases(&self) -> Tensor {
-        self.b_enc.as_ref().map_or_else(|| self.by_z.zeros_like(), Tensor::contiguous)
-    }
-
     /// The pre-activations above `bounds` `[F]`, or above 0, and perhaps others. On a CPU.
     pub fn encode(&self, bounds: Option<&Tensor>) -> Vec<Block> {
         let bounds = bounds.map(Tensor::contiguous).unwrap_or_else(|| self.by_z.zeros_like());
         let precision = self.layers.precision;
-        let bias = self.biases();
-        let block = |(first, count)| {
-            let product = self.product(first, count);
-            let own = first as usize..(first + count) as usize;
-            let bounds = &numbers::<f32>(&bounds)[own.clone()];
-            let (z, above) = Tile::new(&product, &numbers::<f32>(&bias)[own]).finish(bounds);
-            if self.lists && (above as f64) < sparse(precision) * z.numel() as f64 {
-                return Block::sparse(select::above(&z, bounds), first, precision);
-            }
-            Block::dense(z, first, precision)
-        };
-        self.tiles().map(block).collect()
+        // In one piece: what comes and goes between pieces that stay would leave holes.
+        let storage = self.storage(self.features(), Kind::Float);
+        let mut used = 0;
+        let mut blocks = Vec::new();
+        self.products(|tile, first| {
+            let count = tile.width() as i64;
+            let bounds = &numbers::<f32>(&bounds)[first as usize..(first + count) as usize];
+            let mut z = self.tile(&storage, used, count);
+            let above = tile.finish(bounds, &mut z);
+            blocks.push(if self.lists && (above as f64) < sparse(precision) * z.numel() as f64 {
+                Block::sparse(select::above(&z, bounds), first, precision)
+            } else {
+                used += count;
+                Block::dense(z, first, precision)
+            });
+        });
+        blocks
     }
 
     /// The pre-activations that a dictionary of the TopK family selects in training, and perhaps some that are not above
@@ -362,7 +403,11 @@ impl Hand {
             return self.list(kept);
         }
         let z = self.plainly(&self.x).relu();
-        self.masked(if of_batch { z.reshape([1, -1]) } else { z.shallow_clone() }, if of_batch { k * rows } else { k }, z)
+        self.masked(
+            if of_batch { z.reshape([1, -1]) } else { z.shallow_clone() },
+            if of_batch { k * rows } else { k },
+            z,
+        )
     }
 
     /// The k largest pre-activations above 0 of each row.
@@ -376,11 +421,7 @@ impl Hand {
 
     fn list(&self, kept: Kept) -> Block {
         let mut selector = Selector::new(kept, self.x.exact().size()[0] as usize);
-        let bias = self.biases();
-        for (first, count) in self.tiles() {
-            let bias = &numbers::<f32>(&bias)[first as usize..(first + count) as usize];
-            selector.offer(&Tile::new(&self.product(first, count), bias));
-        }
+        self.products(|tile, _| selector.offer(tile));
         Block::sparse(selector.finish(), 0, self.layers.precision)
     }
 
@@ -410,15 +451,14 @@ impl Hand {
         self.plainly(&self.x.select(&few)).relu().topk(k, -1, true, false).1
     }
 
-    /// What reconstructions begin with: b for every row, [B, d].
-    pub fn begin(&self) -> Tensor {
-        let rows = self.x.exact().size()[0];
-        self.layers.bias.tensor.unsqueeze(0).expand([rows, -1], true).contiguous()
+    /// How far a reconstruction without any features is off: b − target, [B, d].
+    pub fn begin(&self, batch: &Batch) -> Tensor {
+        &self.layers.bias.tensor - &batch.target
     }
 
-    /// Adds to x̂ [B, d] what values of a block's features, as z, decode to.
-    pub fn decode(&self, block: &Block, values: &Tensor, x_hat: &mut Tensor) {
-        block.decode(values, &self.w_dec, x_hat);
+    /// Adds to an error [B, d] what values of a block's features, as z, decode to.
+    pub fn decode(&self, block: &Block, values: &Tensor, error: &mut Tensor) {
+        block.decode(values, &self.w_dec, error);
     }
 
     /// ∂L/∂x̂ [B, d], to be multiplied with.
@@ -442,8 +482,10 @@ impl Hand {
 
     /// The same step for some features alone, `[n]` int64; its gradients are added by [`Hand::add`].
     pub fn of_features(&self, features: &Tensor) -> Hand {
-        let select = |weight: &Weight| Weight::vector(weight.name, &weight.tensor.index_select(weight.feature_dim, features));
-        let like = |tensor: &Tensor| Tensor::empty([features.size()[0], tensor.size()[1]], (Kind::Float, tensor.device()));
+        let select =
+            |weight: &Weight| Weight::vector(weight.name, &weight.tensor.index_select(weight.feature_dim, features));
+        let like =
+            |tensor: &Tensor| Tensor::empty([features.size()[0], tensor.size()[1]], (Kind::Float, tensor.device()));
         Hand {
             layers: TwoLayer {
                 encoder: Weight { feature_dim: self.layers.encoder.feature_dim, ..select(&self.layers.encoder) },
@@ -452,7 +494,11 @@ impl Hand {
                 bias: Weight::vector(self.layers.bias.name, &self.layers.bias.tensor),
                 ..self.layers
             },
-            x: Operand { exact: self.x.exact.shallow_clone(), precision: self.layers.precision, cast: self.x.cast.get().map(Tensor::shallow_clone).map_or_else(OnceCell::new, OnceCell::from) },
+            x: Operand {
+                exact: self.x.exact.shallow_clone(),
+                precision: self.layers.precision,
+                cast: self.x.cast.get().map(Tensor::shallow_clone).map_or_else(OnceCell::new, OnceCell::from),
+            },
             w_enc: self.w_enc.select(features),
             b_enc: self.b_enc.as_ref().map(|bias| bias.index_select(0, features)),
             w_dec: self.w_dec.select(features),
@@ -493,14 +539,19 @@ pub fn sum_of_rows(rows: &Tensor) -> Tensor {
     rows.sum_dim_intlist([0].as_slice(), false, Kind::Float)
 }
 
-/// How far a reconstruction is off: adds its terms, given the residual x̂ − x [B, d], and gives the derivative by x̂.
+/// The mean over rows of their squared norms, a scalar of [B, d], without room for the squares.
+pub fn mean_square(rows: &Tensor) -> Tensor {
+    rows.norm_scalaropt_dim(2.0, [-1], false).square().mean(Kind::Float)
+}
+
+/// How far a reconstruction is off: adds its terms, given the error x̂ − target [B, d], and gives the derivative by x̂.
 pub type Reconstruction<'a> = &'a dyn Fn(&Tensor, &mut Terms) -> Tensor;
 
 /// ‖x − x̂‖², under a name in the log.
 pub fn squared_error(name: &'static str) -> impl Fn(&Tensor, &mut Terms) -> Tensor {
-    move |residual, terms| {
-        terms.add_reconstruction(name, mean_of_sums(&residual.square()));
-        residual * (2.0 / residual.size()[0] as f64)
+    move |error, terms| {
+        terms.add_reconstruction(name, mean_square(error));
+        error * (2.0 / error.size()[0] as f64)
     }
 }
 
@@ -524,14 +575,13 @@ pub fn step(
         return Ok(None);
     }
     let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
-    let target = &pass.batch.target;
     let blocks = hand.encode(activation.bounds().as_ref());
-    let mut x_hat = hand.begin();
-    let mut auxiliary = activation.auxiliary().then(|| x_hat.copy());
+    let mut error = hand.begin(pass.batch);
+    let mut auxiliary = activation.auxiliary().then(|| error.copy());
     let mut fired = (count || pass.logging).then(|| hand.by_z.zeros_like());
     for block in &blocks {
         let features = activation.features(block);
-        hand.decode(block, &features, &mut x_hat);
+        hand.decode(block, &features, &mut error);
         let penalized = activation.penalized(block);
         penalty.see(block, penalized.as_ref().unwrap_or(&features));
         if let (Some(auxiliary), Some(penalized)) = (&mut auxiliary, &penalized) {
@@ -542,12 +592,11 @@ pub fn step(
             block.add_sums(&count, fired);
         }
     }
-    let by_x_hat = reconstruction(&(&x_hat - target), terms);
+    let by_x_hat = reconstruction(&error, terms);
     penalty.terms(terms)?;
-    let by_auxiliary = auxiliary.map(|auxiliary| {
-        let residual = auxiliary - target;
-        terms.add("aux_loss", mean_of_sums(&residual.square()), 1.0);
-        hand.operand(&(residual * (2.0 / pass.batch.len() as f64)))
+    let by_auxiliary = auxiliary.map(|error| {
+        terms.add("aux_loss", mean_square(&error), 1.0);
+        hand.operand(&(error * (2.0 / pass.batch.len() as f64)))
     });
 
     let by_sum = sum_of_rows(&by_x_hat);
@@ -566,5 +615,5 @@ pub fn step(
     }
     let mut gradients = hand.gradients(by_sum);
     gradients.extend(activation.gradients());
-    Ok(Some(ByHand { fired, x_hat, gradients }))
+    Ok(Some(ByHand { fired, error, gradients }))
 }

@@ -276,7 +276,10 @@ mod tests {
             let mut sums = Tensor::zeros([features], options);
             pattern.sum_by_feature(&values, &mut sums);
             close(&sums, &dense.sum_dim_intlist([0].as_slice(), false, Kind::Float));
-            close(&pattern.fold_rows(&values, 0.0, |a, b| a + b), &dense.sum_dim_intlist([1].as_slice(), false, Kind::Float));
+            close(
+                &pattern.fold_rows(&values, 0.0, |a, b| a + b),
+                &dense.sum_dim_intlist([1].as_slice(), false, Kind::Float),
+            );
             let (feature, row) = pattern.indices();
             let expected = x.matmul(&w.tr()).index(&[Some(row), Some(feature)]);
             close(&pattern.products(&x, &w), &expected);

@@ -1,10 +1,13 @@
 //! Finding the entries that matter in pre-activations [B, F] that come a tile of features at a time, so that there is
 //! never more of them than a tile.
 
+// What is no number is above every bound: that is what the negated comparisons are for.
+#![allow(clippy::neg_cmp_op_on_partial_ord)]
+
 use std::ops::Range;
 
 use multiversion::multiversion;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::pattern::{Entry, Pattern};
 use crate::parallel::{numbers, share_in, Bf16, Number, Output};
@@ -38,11 +41,12 @@ const BUCKETS: usize = 1 << 13;
 
 impl Selector {
     pub fn new(kept: Kept, rows: usize) -> Self {
-        let (bounds, histogram) = match kept {
-            Kept::OfEach(_) => (vec![0.0; rows], Vec::new()),
-            Kept::OfBatch(_) => (vec![0.0], vec![0; BUCKETS]),
+        let (bounds, histogram, room) = match kept {
+            Kept::OfEach(k) => (vec![0.0; rows], Vec::new(), full(k) + GROUP),
+            Kept::OfBatch(_) => (vec![0.0], vec![0; BUCKETS], 0),
         };
-        Selector { kept, rows: vec![Vec::new(); rows], bounds, histogram, features: 0 }
+        let rows = (0..rows).map(|_| Vec::with_capacity(room)).collect();
+        Selector { kept, rows, bounds, histogram, features: 0 }
     }
 
     /// Takes the next features of all rows, without their biases.
@@ -95,7 +99,15 @@ impl Selector {
                 if let Some((bucket, _)) = self.last_bucket(n) {
                     // Just below the bucket's least number: all of it is still taken.
                     let least = f32::from_bits((bucket as u32) << 18);
-                    self.bounds[0] = bound.max(least.next_down().max(0.0));
+                    let bound = bound.max(least.next_down().max(0.0));
+                    self.bounds[0] = bound;
+                    // What was kept under a lower bound goes, so that the lists stay short.
+                    share_in(count, share, |range| {
+                        // SAFETY: ranges of rows do not overlap.
+                        for found in unsafe { rows.part(range) } {
+                            found.retain(|entry| !(entry.value() <= bound));
+                        }
+                    });
                 }
             }
         }
@@ -130,7 +142,13 @@ impl Selector {
             }
             Kept::OfBatch(n) => {
                 if let Some((last, above)) = self.last_bucket(n) {
-                    let mut values: Vec<f32> = self.rows.iter().flatten().filter(|entry| bucket(**entry) == last).map(|entry| entry.value()).collect();
+                    let mut values: Vec<f32> = self
+                        .rows
+                        .iter()
+                        .flatten()
+                        .filter(|entry| bucket(**entry) == last)
+                        .map(|entry| entry.value())
+                        .collect();
                     // There are at least so many, and at least one. Bits are in the order of values above 0.
                     let nth = n - above;
                     let (more, least, _) =
@@ -171,11 +189,15 @@ fn kept(feature: u32, value: f32) -> Entry {
 /// Numbers that are looked at together, to be passed over if none is above the bound.
 const GROUP: usize = 16;
 
+/// From how many entries on a row is trimmed to k: with room for as many again, that costs little.
+fn full(k: usize) -> usize {
+    2 * k + GROUP
+}
+
 /// Adds the entries of a row that may be among its k largest.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
 fn scan_each(row: &[f32], first: u32, found: &mut Vec<Entry>, bound: &mut f32, k: usize) {
-    // Room for as many again, so that trimming costs little.
-    let full = 2 * k + GROUP;
+    let full = full(k);
     for (group, values) in row.chunks(GROUP).enumerate() {
         let limit = *bound;
         if values.iter().map(|value| u32::from(!(*value <= limit))).sum::<u32>() == 0 {
@@ -230,7 +252,7 @@ impl<'a> Tile<'a> {
         Tile { numbers, bias }
     }
 
-    fn width(&self) -> usize {
+    pub fn width(&self) -> usize {
         self.bias.len()
     }
 
@@ -250,12 +272,12 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// All of it with the biases, and how many entries are above their feature's bound, `[n]`.
-    pub fn finish(&self, bounds: &[f32]) -> (Tensor, usize) {
+    /// Writes all of it with the biases to z [B, n]; how many entries are above their feature's bound, `[n]`.
+    pub fn finish(&self, bounds: &[f32], z: &mut Tensor) -> usize {
         let (rows, width) = (self.rows(), self.width());
-        let mut z = Tensor::empty([rows as i64, width as i64], (Kind::Float, Device::Cpu));
+        assert!(z.size() == [rows as i64, width as i64] && bounds.len() == width);
         let mut counts = vec![0_u64; rows];
-        let (out, count) = (Output::<f32>::of(&mut z), Output::over(&mut counts));
+        let (out, count) = (Output::<f32>::of(z), Output::over(&mut counts));
         share_in(rows, 64, |range| {
             for row in range {
                 // SAFETY: ranges of rows do not overlap.
@@ -264,7 +286,7 @@ impl<'a> Tile<'a> {
                 count[0] = count_row(out, bounds).into();
             }
         });
-        (z, counts.iter().sum::<u64>() as usize)
+        counts.iter().sum::<u64>() as usize
     }
 }
 
@@ -315,6 +337,8 @@ fn scan_above(row: &[f32], bounds: &[f32], found: &mut Vec<Entry>) {
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
 
     fn select(kept: Kept, rows: &Tensor, tile: i64) -> Tensor {
@@ -377,7 +401,9 @@ mod tests {
         let _ = z.get(1).narrow(0, 3, 1).fill_(f64::INFINITY);
         for kept in [Kept::OfEach(2), Kept::OfBatch(8)] {
             let selected = select(kept, &z, 100);
-            assert!(selected.get(2).isnan().any().int64_value(&[]) == 1 && selected.isinf().any().int64_value(&[]) == 1);
+            assert!(
+                selected.get(2).isnan().any().int64_value(&[]) == 1 && selected.isinf().any().int64_value(&[]) == 1
+            );
         }
         z = z.fill_(f64::NAN);
         assert!(select(Kept::OfEach(2), &z, 100).isnan().any().int64_value(&[]) == 1);
@@ -392,7 +418,8 @@ mod tests {
         assert_eq!(pattern.len() as i64, expected.sum(Kind::Int64).int64_value(&[]));
         for kind in [Kind::Float, Kind::BFloat16] {
             let (product, bias) = (z.to_kind(kind), Tensor::randn([100], (Kind::Float, Device::Cpu)));
-            let (finished, count) = Tile::new(&product, numbers(&bias)).finish(numbers(&bounds));
+            let mut finished = z.empty_like();
+            let count = Tile::new(&product, numbers(&bias)).finish(numbers(&bounds), &mut finished);
             let expected = product.to_kind(Kind::Float) + &bias;
             same(&finished, &expected);
             assert_eq!(count as i64, expected.greater_tensor(&bounds).sum(Kind::Int64).int64_value(&[]));

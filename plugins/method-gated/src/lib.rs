@@ -230,9 +230,10 @@ impl ActivationFunction for Gates {
     fn features(&self, block: &Block) -> Tensor {
         let vectors = [&self.gate_bias, &self.scale, &self.mag_bias].map(Input::Feature);
         let [gate_bias, scale, mag_bias] = vectors;
-        let ([features], []) = block.map([Input::Each(&block.z), gate_bias, scale, mag_bias], |[z, gate_bias, scale, bias]| {
-            ([if z + gate_bias > 0.0 { relu(z * scale + bias) } else { 0.0 }], [])
-        });
+        let ([features], []) = block
+            .map([Input::Each(&block.z), gate_bias, scale, mag_bias], |[z, gate_bias, scale, bias]| {
+                ([if z + gate_bias > 0.0 { relu(z * scale + bias) } else { 0.0 }], [])
+            });
         features
     }
 

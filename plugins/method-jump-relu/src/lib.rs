@@ -222,9 +222,8 @@ impl ActivationFunction for Jump {
     }
 
     fn features(&self, block: &Block) -> Tensor {
-        let ([features], []) = block.map([Input::Each(&block.z), Input::Feature(&self.threshold)], |[z, threshold]| {
-            ([jump(z, threshold)], [])
-        });
+        let ([features], []) = block
+            .map([Input::Each(&block.z), Input::Feature(&self.threshold)], |[z, threshold]| ([jump(z, threshold)], []));
         features
     }
 
@@ -274,8 +273,7 @@ impl ActivationFunction for StraightThrough {
 
     fn penalized(&self, block: &Block) -> Option<Tensor> {
         let inputs = [Input::Each(&block.z), Input::Feature(&self.jump.threshold)];
-        let ([active], []) =
-            block.map(inputs, |[z, threshold]| ([f32::from(jump(z, threshold) > threshold)], []));
+        let ([active], []) = block.map(inputs, |[z, threshold]| ([f32::from(jump(z, threshold) > threshold)], []));
         Some(active)
     }
 
@@ -284,8 +282,13 @@ impl ActivationFunction for StraightThrough {
         let inputs = [Input::Each(&block.z), threshold, Input::Each(&by.features), by.penalized.input()];
         let (bandwidth, on_features) = (self.bandwidth as f32, self.ste_on == SteOn::PostJump);
         // −K((z − θ)/ε)/ε
-        let window =
-            move |z: f32, threshold: f32| if ((z - threshold) / bandwidth).abs() < 0.5 { -1.0 / bandwidth } else { 0.0 };
+        let window = move |z: f32, threshold: f32| {
+            if ((z - threshold) / bandwidth).abs() < 0.5 {
+                -1.0 / bandwidth
+            } else {
+                0.0
+            }
+        };
         let ([by_z], [by_threshold]) = block.map(inputs, |[z, threshold, by_feature, by_active]| {
             let feature = jump(z, threshold);
             let seen = if on_features { feature } else { z };
@@ -493,8 +496,7 @@ impl Trainer for JumpReluTrainer {
             target_l0: self.target_l0,
             active: Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device())),
         };
-        let found =
-            two_layer::step(pass, terms, &mut activation, &squared_error("l2_loss"), &mut penalty, true)?;
+        let found = two_layer::step(pass, terms, &mut activation, &squared_error("l2_loss"), &mut penalty, true)?;
         if let Some(fired) = found.as_ref().and_then(|found| found.fired.as_ref()) {
             self.fired.update(&fired.gt(0.0), pass.batch.len());
         }

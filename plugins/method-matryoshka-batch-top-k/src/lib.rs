@@ -306,8 +306,9 @@ fn residuals(pass: &Pass) -> Result<Vec<Tensor>> {
     let mut residual = &pass.batch.target - &dictionary.b_dec;
     let mut residuals = Vec::with_capacity(groups.len());
     for (features, rows) in features[..groups.len() - 1].iter().zip(&rows) {
-        residual = residual - dictionary.decode_group(features, rows);
-        residuals.push(residual.shallow_clone());
+        let less = &residual - dictionary.decode_group(features, rows);
+        residuals.push(less.shallow_clone());
+        residual = less;
     }
     residuals.push(pass.residual());
     Ok(residuals)

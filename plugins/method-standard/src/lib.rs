@@ -327,15 +327,15 @@ impl Trainer for Standard {
 
     fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
         let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
-        let reconstruction = |residual: &Tensor, terms: &mut Terms| {
-            self.reconstruction_terms(residual, pass.logging, terms);
+        let reconstruction = |error: &Tensor, terms: &mut Terms| {
+            self.reconstruction_terms(error, pass.logging, terms);
             let count = pass.batch.len() as f64;
             match self.reconstruction {
-                Reconstruction::Mse => residual * (2.0 / count),
+                Reconstruction::Mse => error * (2.0 / count),
                 Reconstruction::L2Norm => {
-                    let norms = residual.norm_scalaropt_dim(2.0, [-1], true);
+                    let norms = error.norm_scalaropt_dim(2.0, [-1], true);
                     // Where nothing is left, no direction is better than another.
-                    (residual / &norms).masked_fill(&norms.le(0.0), 0.0) / count
+                    (error / &norms).masked_fill(&norms.le(0.0), 0.0) / count
                 }
             }
         };

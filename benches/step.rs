@@ -1,0 +1,141 @@
+//! One training step of every trainer, and the parts of a step: `cargo bench --bench step`.
+//!
+//! Activations of width 512, 8192 features, batches of 2048, k 64. `cargo bench --bench step -- top_k` takes those whose
+//! name has `top_k` in it. A step does what it does in training; it starts from initial weights, where half of the
+//! features fire, or from biases so low that one in a hundred does, as after the beginning of training.
+
+use criterion::{BenchmarkId, Criterion};
+use dictlearn_core::config::from_yaml;
+use dictlearn_core::constraint::Constraints;
+use dictlearn_core::device::Precision;
+use dictlearn_core::optim::Adam;
+use dictlearn_core::registry::{component, components, Component, Kind as Slot};
+use dictlearn_core::source::Batch;
+use dictlearn_core::training::{Training, TrainingCx};
+use dictlearn_core::two_layer::Hand;
+use tch::{Device, Kind, Tensor};
+
+// Links the plugins.
+use dictlearn as _;
+
+const D: i64 = 512;
+const FEATURES: i64 = 8192;
+const BATCH: i64 = 2048;
+const K: i64 = 64;
+
+fn main() {
+    let mut criterion = Criterion::default().sample_size(10).configure_from_args();
+    for trainer in components(Slot::Trainer) {
+        steps(&mut criterion, trainer);
+    }
+    parts(&mut criterion);
+    criterion.final_summary();
+}
+
+/// A dictionary's or trainer's example, with some fields changed, as YAML.
+fn example(component: &Component, fields: &[(&str, i64)]) -> String {
+    let mut example: serde_yaml::Mapping = serde_yaml::from_str(component.example).expect("an example is YAML");
+    example.remove("expansion_factor");
+    let known = |field: &str| (component.schema)().get("properties").is_some_and(|known| known.get(field).is_some());
+    for (field, value) in fields.iter().filter(|(field, _)| known(field)) {
+        example.insert((*field).into(), (*value).into());
+    }
+    // JSON is YAML too, and fits into a line.
+    serde_json::to_string(&example).expect("an example is plain")
+}
+
+fn training(trainer: &Component) -> Option<Training> {
+    let usual = component(Slot::Dictionary, trainer.usual_dictionary?)?;
+    let dictionary = example(usual, &[("dict_size", FEATURES), ("k", K)]);
+    let sae = format!("{{name: a, dictionary: {dictionary}, trainer: {}}}", example(trainer, &[]));
+    let cx = TrainingCx {
+        widths: (D, D),
+        parts: Vec::new(),
+        steps: 1_000_000,
+        seed: 0,
+        device: Device::Cpu,
+        precision: Precision::Float32,
+    };
+    // What asks for another source (a joined one) is left out.
+    Training::new(&from_yaml(&sae).ok()?, &cx).ok()
+}
+
+fn batches() -> Vec<Batch> {
+    tch::manual_seed(0);
+    (0..4).map(|_| Batch::of(Tensor::randn([BATCH, D], (Kind::Float, Device::Cpu)))).collect()
+}
+
+fn steps(criterion: &mut Criterion, trainer: &Component) {
+    let batches = batches();
+    for few in [false, true] {
+        let Some(mut training) = training(trainer) else { return };
+        if few && !silence(&training, &batches[0]) {
+            continue;
+        }
+        let name = if few { "step, one feature in a hundred" } else { "step" };
+        let mut step = 0;
+        criterion.bench_with_input(BenchmarkId::new(name, trainer.name), &(), |bencher, ()| {
+            bencher.iter(|| {
+                step += 1;
+                training.step(step, &batches[step as usize % batches.len()], false).expect("a step")
+            });
+        });
+    }
+}
+
+/// Lowers the biases until one feature in a hundred fires; not where k decides that.
+fn silence(training: &Training, batch: &Batch) -> bool {
+    let dictionary = &training.dictionary;
+    let Some(encoder) = dictionary.encoder().filter(|_| dictionary.selection().is_none()) else { return false };
+    let Ok(pre_activations) = tch::no_grad(|| dictionary.forward(&batch.x)).extra("pre_activations").map(Tensor::copy)
+    else {
+        return false;
+    };
+    let shift = pre_activations.std(false).double_value(&[]) * 2.33;
+    for (_, mut bias) in dictionary.parameters().into_iter().filter(|(name, _)| encoder.biases.contains(name)) {
+        tch::no_grad(|| bias -= shift);
+    }
+    true
+}
+
+fn parts(criterion: &mut Criterion) {
+    let batches = batches();
+    let Some(batch) = batches.first() else { return };
+    for name in ["top_k", "batch_top_k"] {
+        let Some(training) = component(Slot::Trainer, name).and_then(training) else { continue };
+        let dictionary = &*training.dictionary;
+        let hand = || Hand::new(dictionary, batch).expect("two layers");
+        let selection = dictionary.selection().expect("k");
+        criterion.bench_function(&format!("part/encode and select, {name}"), |bencher| {
+            bencher.iter(|| tch::no_grad(|| hand().select(selection)));
+        });
+        if name == "top_k" {
+            let block = tch::no_grad(|| hand().select(selection));
+            criterion.bench_function("part/decode selected", |bencher| {
+                let (hand, mut error) = (hand(), hand().begin(batch));
+                bencher.iter(|| tch::no_grad(|| hand.decode(&block, &block.z, &mut error)));
+            });
+            criterion.bench_function("part/gradients of selected", |bencher| {
+                let mut hand = hand();
+                bencher.iter(|| tch::no_grad(|| hand.backward_of_selected(&block, &batch.x)));
+            });
+        }
+    }
+    let Some(training) = component(Slot::Trainer, "standard").and_then(training) else { return };
+    let dictionary = &*training.dictionary;
+    criterion.bench_function("part/encode, half of the features", |bencher| {
+        bencher.iter(|| tch::no_grad(|| Hand::new(dictionary, batch).expect("two layers").encode(None)));
+    });
+    for (_, parameter) in dictionary.parameters() {
+        (parameter.sum(Kind::Float) * 1e-3).backward();
+    }
+    for (name, constraints) in [
+        ("Adam", Constraints::default()),
+        ("Adam, unit norms, clipped", Constraints { unit_norm_decoder: true, clip_gradients: Some(1.0) }),
+    ] {
+        let mut adam = Adam::new(training.trainer.adam(), dictionary.parameters());
+        criterion.bench_function(&format!("part/{name}"), |bencher| {
+            bencher.iter(|| adam.step(1e-6, &constraints, dictionary));
+        });
+    }
+}
