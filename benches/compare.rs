@@ -188,9 +188,8 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<()> {
         add(&mut took[0], turn(&mut own)?);
         for (index, python, library) in [(1, &args.python, "dictionary_learning"), (2, &args.sae_lens, "sae_lens")] {
             let Some(python) = python else { continue };
-            if index == 2 && case.few
-                || index == 2 && !["standard", "gated", "jump_relu", "top_k", "batch_top_k"].contains(&trainer)
-            {
+            let known = ["standard", "gated", "jump_relu", "top_k", "batch_top_k"].contains(&trainer);
+            if index == 2 && (case.few || !known) {
                 continue;
             }
             let mut other = Command::new(python);

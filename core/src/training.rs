@@ -174,7 +174,7 @@ impl Training {
             modifier.gradients(&*self.dictionary)?;
         }
         let constraints = self.trainer.constraints();
-        self.optimizer.step(self.trainer.lr(step), &constraints, &*self.dictionary);
+        self.optimizer.step_within(self.trainer.lr(step), &constraints, &*self.dictionary);
 
         let mut cx = AfterStep {
             step,

@@ -78,19 +78,19 @@ impl Adam {
     }
 
     /// One step with the gradients of a dictionary's parameters, within constraints.
-    pub fn step(&mut self, lr: f64, constraints: &Constraints, dictionary: &dyn Dictionary) {
+    pub fn step_within(&mut self, lr: f64, constraints: &Constraints, dictionary: &dyn Dictionary) {
         let decoder = dictionary.decoder();
         if fused::step(self.config, self.steps + 1, &mut self.moments, lr, constraints, decoder.as_ref()) {
             self.steps += 1;
             return;
         }
         constraints.on_gradients(dictionary);
-        self.unconstrained(lr);
+        self.step(lr);
         constraints.on_weights(dictionary);
     }
 
-    /// θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays.
-    fn unconstrained(&mut self, lr: f64) {
+    /// One step with the parameters' gradients: θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays.
+    pub fn step(&mut self, lr: f64) {
         self.steps += 1;
         let AdamConfig { betas: (beta1, beta2), eps } = self.config;
         let steps = self.steps as f64;
@@ -223,7 +223,7 @@ mod tests {
                             );
                             assert!(done, "it does not fit");
                             constraints.on_gradients(&other);
-                            plain.unconstrained(lr);
+                            plain.step(lr);
                             constraints.on_weights(&other);
                             fused.zero_grad();
                             plain.zero_grad();
@@ -249,7 +249,7 @@ mod tests {
         let weight = Tensor::from_slice(&[1.0f32, -2.0, 0.5]).set_requires_grad(true);
         let mut adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
         (&weight * Tensor::from_slice(&[3.0f32, -4.0, 0.0])).sum(tch::Kind::Float).backward();
-        adam.unconstrained(0.1);
+        adam.step(0.1);
         let expected = Tensor::from_slice(&[0.9f32, -1.9, 0.5]);
         assert!((weight.detach() - expected).abs().max().double_value(&[]) < 1e-6);
     }
@@ -267,7 +267,7 @@ mod tests {
                 }
                 adam.zero_grad();
                 (weight.square() * (step + 1)).sum(tch::Kind::Float).backward();
-                adam.unconstrained(0.01);
+                adam.step(0.01);
             }
             Vec::<f32>::try_from(weight.detach()).unwrap()
         };
