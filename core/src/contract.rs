@@ -523,8 +523,12 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     }
     if case == ByHandCase::FewFeatures {
         let encoder = training.dictionary.encoder().expect("a dictionary of two layers has an encoder");
-        let biases = training.dictionary.parameters().into_iter().filter(|(name, _)| encoder.biases.contains(name));
-        tch::no_grad(|| biases.for_each(|(_, mut bias)| bias -= 0.4));
+        let active = || tch::no_grad(|| training.dictionary.forward(&batches[20].x).features.not_equal(0.0));
+        while active().to_kind(Kind::Float).mean(Kind::Float).double_value(&[]) > 0.09 {
+            let biases = training.dictionary.parameters().into_iter();
+            let biases = biases.filter(|(name, _)| encoder.biases.contains(name));
+            tch::no_grad(|| biases.for_each(|(_, mut bias)| bias -= 0.1));
+        }
     }
     let (batch, counters) = (&batches[20], training.trainer.state().unwrap());
     let mut by_hand = Terms::new();

@@ -478,7 +478,7 @@ fn a_dry_run_writes_nothing() {
     assert!(said.contains("moments, gradients by hand"), "{said}");
     desk.write(
         "mine.yaml",
-        &format!("steps: 8\noutput_dir: one\n{SOURCE}{SAES}  modifiers: [{{type: ghost_grads}}]\n"),
+        &format!("steps: 8\noutput_dir: one\n{SOURCE}{SAES}  modifiers: [{{type: ghost_grads, threshold: 2}}]\n"),
     );
     let said = desk.ok(&["train", "mine.yaml", "--dry-run"]);
     assert!(said.contains("moments, gradients by autograd"), "{said}");
