@@ -246,7 +246,8 @@ pub trait Dictionary: Any + Send {
     }
 
     /// The weights, where the dictionary is two affine maps with something between that looks at one number at a time, so
-    /// that trainers can take its steps by hand ([`crate::two_layer`]).
+    /// that trainers can take its steps by hand ([`crate::two_layer`]). Such steps know no [`Dictionary::auxiliary_loss`] but
+    /// the activation function's, and no reconstruction past the features.
     fn two_layer(&self) -> Option<TwoLayer> {
         None
     }

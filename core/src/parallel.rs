@@ -4,15 +4,18 @@ use std::ops::Range;
 use std::slice;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// A number of a tensor.
 pub(crate) trait Number: Copy + Send + Sync {
+    /// What tensors of it are of.
+    const KIND: Kind;
     fn get(self) -> f32;
     fn of(value: f32) -> Self;
 }
 
 impl Number for f32 {
+    const KIND: Kind = Kind::Float;
     #[inline(always)]
     fn get(self) -> f32 {
         self
@@ -29,6 +32,7 @@ impl Number for f32 {
 pub(crate) struct Bf16(u16);
 
 impl Number for Bf16 {
+    const KIND: Kind = Kind::BFloat16;
     #[inline(always)]
     fn get(self) -> f32 {
         f32::from_bits(u32::from(self.0) << 16)
@@ -43,14 +47,13 @@ impl Number for Bf16 {
 }
 
 /// The numbers of a contiguous tensor.
-pub(crate) fn numbers<T>(tensor: &Tensor) -> &[T] {
-    assert!(tensor.is_contiguous());
+pub(crate) fn numbers<T: Number>(tensor: &Tensor) -> &[T] {
+    check::<T>(tensor);
     if tensor.numel() == 0 {
         // libtorch gives it no memory.
         return &[];
     }
-    // SAFETY: a contiguous CPU tensor has `numel` numbers from `data_ptr` on, for as long as it is borrowed; callers take
-    // T by its kind.
+    // SAFETY: a contiguous CPU tensor of that kind has `numel` numbers from `data_ptr` on, for as long as it is borrowed.
     unsafe { slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
@@ -63,12 +66,20 @@ pub(crate) struct Output<T> {
 // SAFETY: `part` hands out parts that do not overlap, which is what its callers promise.
 unsafe impl<T: Send> Sync for Output<T> {}
 
-impl<T> Output<T> {
+/// Refuses what has no numbers of this type in one piece.
+fn check<T: Number>(tensor: &Tensor) {
+    assert!(tensor.is_contiguous() && tensor.kind() == T::KIND && tensor.device() == Device::Cpu, "{tensor:?}");
+}
+
+impl<T: Number> Output<T> {
+    /// Those of a tensor.
     pub fn of(tensor: &mut Tensor) -> Self {
-        assert!(tensor.is_contiguous());
+        check::<T>(tensor);
         Output { start: tensor.data_ptr().cast(), len: tensor.numel() }
     }
+}
 
+impl<T> Output<T> {
     /// Over a slice, which nobody else may use as long as this is used.
     pub fn over(slice: &mut [T]) -> Self {
         Output { start: slice.as_mut_ptr(), len: slice.len() }

@@ -159,6 +159,11 @@ impl Selection {
     }
 }
 
+/// Of values [rows, k] each row's smallest above 0, `[rows]`: infinite where there is none.
+fn smallest_positive(values: &Tensor) -> Tensor {
+    values.masked_fill(&values.le(0.0), f64::INFINITY).amin([1], false)
+}
+
 /// The settings that the trainers of the family share; their meaning stands at the fields of
 /// [`top_k_config!`](crate::top_k_config).
 #[derive(Debug, Clone)]
@@ -259,7 +264,8 @@ pub struct Prefixes {
     pub ends: Vec<i64>,
     /// The weight of each one's squared error; the loss is their mean.
     pub weights: Vec<f64>,
-    /// What each leaves to reconstruct, [B, d].
+    /// What each leaves to reconstruct, [B, d]. By hand it is the difference, so where it is another a dictionary must not
+    /// say that it has two layers.
     pub residuals: fn(&Pass) -> Result<Vec<Tensor>>,
 }
 
@@ -368,8 +374,7 @@ impl TopKTrainer {
         self
     }
 
-    /// Takes note of what was selected: the smallest positive value of what was selected from together, `[rows]`, and
-    /// which features were.
+    /// Takes note of what was selected: the smallest positive value of what was selected from together, `[rows]`.
     fn selected(&mut self, step: u64, selection: &Selection, smallest: impl FnOnce() -> Tensor) -> Result<()> {
         self.figures = Log { effective_l0: selection.k(), ..Log::default() };
         if step > self.settings.threshold_start_step {
@@ -477,9 +482,7 @@ impl Trainer for TopKTrainer {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let top_values = pass.code.extra("top_values")?.detach();
         if let Some(selection) = pass.dictionary.selection() {
-            self.selected(pass.step, selection, || {
-                top_values.masked_fill(&top_values.le(0.0), f64::INFINITY).amin([1], false)
-            })?;
+            self.selected(pass.step, selection, || smallest_positive(&top_values))?;
         }
         match pass.code.get("top_indices") {
             Some(indices) => self.fired.update_indices(indices, pass.batch.len()),
@@ -618,7 +621,7 @@ mod tests {
     fn a_row_without_positive_features_leaves_the_threshold_finite() {
         let selection = Selection::new(2, false, Device::Cpu);
         let threshold = |rows: &[[f32; 2]]| {
-            selection.update_threshold(&Tensor::from_slice2(rows), 0.5).unwrap();
+            selection.update_threshold(&smallest_positive(&Tensor::from_slice2(rows)), 0.5).unwrap();
             selection.threshold().double_value(&[])
         };
         assert_eq!(threshold(&[[0.0, 0.0]]), -1.0);

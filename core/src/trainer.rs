@@ -1,6 +1,6 @@
 //! Trainers: how a dictionary learns.
 //!
-//! A trainer gives a loss, and autograd does the rest. The order of a step is the same for all and stands in
+//! A trainer gives a loss, and autograd does the rest; or it finds the gradients by hand too. The order of a step is the same for all and stands in
 //! [`Training::step`](crate::training::Training::step).
 
 use std::fmt::Debug;
@@ -102,7 +102,8 @@ pub struct ByHand {
     pub fired: Option<Tensor>,
     /// How far the reconstruction is off, x̂ − target, [B, d_out].
     pub error: Tensor,
-    /// The loss's gradient by each parameter that has one, by state-dict names.
+    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of the parameter's
+    /// own gradient, which the next step writes over.
     pub gradients: Vec<(&'static str, Tensor)>,
 }
 

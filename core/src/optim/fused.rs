@@ -69,14 +69,14 @@ pub(super) fn step(
         eps: config.eps as f32,
     };
     for rows in &mut all {
-        let (count, width, directions) = (rows.parameter.numel() / rows.width, rows.width, rows.directions);
+        let (count, width, directions) = (rows.parameter.numel().div_ceil(rows.width), rows.width, rows.directions);
         let turn = |tensor: &Tensor| if rows.transposed { tensor.tr() } else { tensor.shallow_clone() };
         let (mut mean, mut square) = (turn(&rows.moments.exp_avg), turn(&rows.moments.exp_avg_sq));
         let gradient = numbers::<f32>(&rows.gradient);
         let parts = [&mut rows.parameter, &mut mean, &mut square].map(Output::<f32>::of);
         share_in(count, (1 << 14) / width, |range| {
             for row in range {
-                let part = row * width..(row + 1) * width;
+                let part = row * width..((row + 1) * width).min(gradient.len());
                 // SAFETY: ranges of rows do not overlap, and the three tensors neither.
                 let [parameter, mean, square] = parts.each_ref().map(|output| unsafe { output.part(part.clone()) });
                 adam(parameter, mean, square, &gradient[part], update, directions);
@@ -86,7 +86,7 @@ pub(super) fn step(
     true
 }
 
-/// Width of the rows of what has none.
+/// Width of the rows of what has none; the last may be shorter.
 const PIECE: usize = 1 << 10;
 
 fn rows<'a>(moments: &'a mut Moments, decoder: Option<&Decoder>) -> Option<Rows<'a>> {
@@ -109,25 +109,19 @@ fn rows<'a>(moments: &'a mut Moments, decoder: Option<&Decoder>) -> Option<Rows<
     if ![&parameter, &gradient, &others[0], &others[1]].into_iter().all(fits) {
         return None;
     }
-    let width = if own_decoder.is_some() {
-        parameter.size()[1] as usize
-    } else {
-        let count = parameter.numel();
-        // The largest piece that divides it.
-        (1..=PIECE.min(count)).rev().find(|width| count.is_multiple_of(*width)).unwrap_or(1)
-    };
+    let width = if own_decoder.is_some() { parameter.size()[1] as usize } else { PIECE };
     Some(Rows { parameter, gradient, moments, transposed, width, directions: own_decoder.is_some() })
 }
 
 /// The squared norm of a gradient, without what lies along directions that keep their norm.
 fn squared_norm(rows: &Rows) -> f64 {
     let (parameter, gradient) = (numbers::<f32>(&rows.parameter), numbers::<f32>(&rows.gradient));
-    let mut squares = vec![0.0_f64; gradient.len() / rows.width];
+    let mut squares = vec![0.0_f64; gradient.len().div_ceil(rows.width)];
     let (out, width, directions) = (Output::over(&mut squares), rows.width, rows.directions);
-    share_in(gradient.len() / width, (1 << 14) / width, |range| {
+    share_in(gradient.len().div_ceil(width), (1 << 14) / width, |range| {
         // SAFETY: ranges of rows do not overlap.
         for (square, row) in unsafe { out.part(range.clone()) }.iter_mut().zip(range) {
-            let part = row * width..(row + 1) * width;
+            let part = row * width..((row + 1) * width).min(gradient.len());
             let sums = products(&parameter[part.clone()], &gradient[part]);
             *square = f64::from(sums.gradient);
             if directions && sums.parameter > 0.0 {

@@ -1,5 +1,6 @@
 //! A part of a batch's pre-activations, with the products that a step by hand takes of it.
 
+use std::cell::OnceCell;
 use std::ops::Range;
 
 use tch::{Kind, Tensor};
@@ -35,9 +36,18 @@ pub enum Input<'a> {
 #[derive(Debug)]
 struct Entries {
     pattern: Pattern,
-    /// Each entry's feature, counted from the block's first.
-    feature: Tensor,
-    row: Tensor,
+    /// Each entry's feature, counted from the block's first, and row, where they are asked for.
+    indices: OnceCell<(Tensor, Tensor)>,
+}
+
+impl Entries {
+    fn of_features(&self, vector: &Tensor) -> Tensor {
+        vector.index_select(0, &self.indices.get_or_init(|| self.pattern.indices()).0)
+    }
+
+    fn of_rows(&self, vector: &Tensor) -> Tensor {
+        vector.index_select(0, &self.indices.get_or_init(|| self.pattern.indices()).1)
+    }
 }
 
 impl Block {
@@ -48,13 +58,7 @@ impl Block {
 
     pub(super) fn sparse((pattern, z): (Pattern, Tensor), first: i64, precision: Precision) -> Self {
         let features = first..first + pattern.features() as i64;
-        let (feature, row) = pattern.indices();
-        Block { z, features, precision, entries: Some(Entries { pattern, feature, row }) }
-    }
-
-    /// Which features these are.
-    pub fn features(&self) -> Range<i64> {
-        self.features.clone()
+        Block { z, features, precision, entries: Some(Entries { pattern, indices: OnceCell::new() }) }
     }
 
     fn own(&self, of_all: &Tensor) -> Tensor {
@@ -69,11 +73,12 @@ impl Block {
         function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
     ) -> ([Tensor; O], [Tensor; S]) {
         let owned = inputs.map(|input| match (input, &self.entries) {
-            (Input::Each(tensor), _) => map::Row::of_each(tensor),
-            (Input::Feature(vector), None) => map::Row::repeated(&self.own(vector)),
-            (Input::Feature(vector), Some(entries)) => {
-                map::Row::of_each(&self.own(vector).index_select(0, &entries.feature))
+            (Input::Each(tensor), _) => {
+                assert!(tensor.size() == self.z.size(), "{:?} is not as z, {:?}", tensor.size(), self.z.size());
+                map::Row::of_each(tensor)
             }
+            (Input::Feature(vector), None) => map::Row::repeated(&self.own(vector)),
+            (Input::Feature(vector), Some(entries)) => map::Row::of_each(&entries.of_features(&self.own(vector))),
             (Input::Same(value), _) => map::Row::same(value as f32),
         });
         match &self.entries {
@@ -101,7 +106,7 @@ impl Block {
     pub fn of_rows(&self, vector: &Tensor) -> Tensor {
         match &self.entries {
             None => vector.unsqueeze(1),
-            Some(entries) => vector.index_select(0, &entries.row),
+            Some(entries) => entries.of_rows(vector),
         }
     }
 

@@ -92,7 +92,7 @@ impl Results {
 const WIDTH: usize = 64;
 
 /// Shares of the rows that add up by themselves, so that sums do not depend on the number of threads.
-const SHARES: usize = 16;
+const SHARES: usize = 64;
 
 /// Of tiles of that size, [B, n]: outputs of that size, and sums over rows, `[n]`.
 pub(super) fn tile<const I: usize, const O: usize, const S: usize>(

@@ -28,7 +28,7 @@ mod map;
 mod pattern;
 mod select;
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -46,10 +46,25 @@ use select::{Kept, Selector, Tile};
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
 fn tile_width(precision: Precision) -> i64 {
+    if let Some(width) = TILE_WIDTH.get() {
+        return width;
+    }
     match precision {
         Precision::Float32 => 512,
         Precision::BFloat16 => 1024,
     }
+}
+
+thread_local! {
+    static TILE_WIDTH: Cell<Option<i64>> = const { Cell::new(None) };
+}
+
+/// Does something with tiles of that many features: in tests, whose dictionaries would fit into one.
+pub(crate) fn with_tile_width<T>(width: i64, work: impl FnOnce() -> T) -> T {
+    TILE_WIDTH.set(Some(width));
+    let done = work();
+    TILE_WIDTH.set(None);
+    done
 }
 
 /// Below which part of a tile's entries they are listed. Taking the products of a list costs as much for each entry as
@@ -308,7 +323,7 @@ impl Hand {
     pub fn new(dictionary: &dyn Dictionary, batch: &Batch) -> Option<Self> {
         let layers = dictionary.two_layer()?;
         let precision = layers.precision;
-        let x = if layers.centred { &batch.x - &layers.bias.tensor } else { batch.x.shallow_clone() };
+        let x = if layers.centred { &batch.x - &layers.bias.tensor } else { batch.x.shallow_clone() }.contiguous();
         let (w_enc, w_dec) = (layers.encoder.rows(), layers.decoder.rows());
         if [&x, &w_enc, &w_dec].iter().any(|matrix| matrix.kind() != Kind::Float) {
             return None;
@@ -398,7 +413,7 @@ impl Hand {
         let rows = self.x.exact().size()[0];
         let k = selection.k();
         let of_batch = selection.by_threshold();
-        if self.lists {
+        if self.lists && self.sparse(k) {
             let kept = if of_batch { Kept::OfBatch((k * rows) as usize) } else { Kept::OfEach(k as usize) };
             return self.list(kept);
         }
@@ -412,11 +427,20 @@ impl Hand {
 
     /// The k largest pre-activations above 0 of each row.
     pub fn select_of_each(&self, k: i64) -> Block {
-        if self.lists {
+        if k >= self.features() {
+            return Block::dense(self.plainly(&self.x).relu(), 0, self.layers.precision);
+        }
+        if self.lists && self.sparse(k) {
             return self.list(Kept::OfEach(k as usize));
         }
         let z = self.plainly(&self.x).relu();
         self.masked(z.shallow_clone(), k, z)
+    }
+
+    /// Whether k features of each row are few enough to be listed. More of them would be dearer than dense products, even
+    /// with libtorch's selection before.
+    fn sparse(&self, k: i64) -> bool {
+        4 * k <= self.features()
     }
 
     fn list(&self, kept: Kept) -> Block {
@@ -448,12 +472,15 @@ impl Hand {
         if few.size()[0] == 0 {
             return few;
         }
-        self.plainly(&self.x.select(&few)).relu().topk(k, -1, true, false).1
+        // A part at a time, for there may be many, and all features of each are computed.
+        let selected = few.split(256, 0).into_iter();
+        let selected = selected.map(|few| self.plainly(&self.x.select(&few)).relu().topk(k, -1, true, false).1);
+        Tensor::cat(&selected.collect::<Vec<_>>(), 0)
     }
 
     /// How far a reconstruction without any features is off: b − target, [B, d].
     pub fn begin(&self, batch: &Batch) -> Tensor {
-        &self.layers.bias.tensor - &batch.target
+        (&self.layers.bias.tensor - &batch.target).contiguous()
     }
 
     /// Adds to an error [B, d] what values of a block's features, as z, decode to.
@@ -482,16 +509,16 @@ impl Hand {
 
     /// The same step for some features alone, `[n]` int64; its gradients are added by [`Hand::add`].
     pub fn of_features(&self, features: &Tensor) -> Hand {
-        let select =
-            |weight: &Weight| Weight::vector(weight.name, &weight.tensor.index_select(weight.feature_dim, features));
+        let same =
+            |weight: &Weight| Weight { gradient: Tensor::new(), tensor: weight.tensor.shallow_clone(), ..*weight };
         let like =
             |tensor: &Tensor| Tensor::empty([features.size()[0], tensor.size()[1]], (Kind::Float, tensor.device()));
         Hand {
             layers: TwoLayer {
-                encoder: Weight { feature_dim: self.layers.encoder.feature_dim, ..select(&self.layers.encoder) },
-                encoder_bias: self.layers.encoder_bias.as_ref().map(select),
-                decoder: Weight { feature_dim: self.layers.decoder.feature_dim, ..select(&self.layers.decoder) },
-                bias: Weight::vector(self.layers.bias.name, &self.layers.bias.tensor),
+                encoder: same(&self.layers.encoder),
+                encoder_bias: self.layers.encoder_bias.as_ref().map(same),
+                decoder: same(&self.layers.decoder),
+                bias: same(&self.layers.bias),
                 ..self.layers
             },
             x: Operand {

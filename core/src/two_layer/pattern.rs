@@ -49,6 +49,7 @@ impl Pattern {
     /// Of rows of entries, each by rising features, of `features`: the pattern, and the entries' values.
     pub fn new(rows: &[Vec<Entry>], features: usize) -> (Self, Tensor) {
         let count: usize = rows.iter().map(Vec::len).sum();
+        assert!(u32::try_from(count).is_ok(), "{count} entries are too many for a list");
         let mut next = vec![0_u32; features + 1];
         for entry in rows.iter().flatten() {
             next[entry.feature() as usize + 1] += 1;

@@ -72,7 +72,7 @@ impl Selector {
             Kept::OfBatch(n) => {
                 let bound = self.bounds[0];
                 // A histogram for each share of the rows, added up in order.
-                let shares = 16.min(count.max(1));
+                let shares = 32.min(count.max(1));
                 let share = count.div_ceil(shares);
                 let mut histograms = vec![0_u32; shares * BUCKETS];
                 let histogram = Output::over(&mut histograms);

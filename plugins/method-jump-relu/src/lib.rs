@@ -258,13 +258,14 @@ impl ActivationFunction for StraightThrough {
     /// The window reaches below the threshold. And if the features are looked at, whose window reaches 0, all that are 0
     /// lie in it.
     fn bounds(&self) -> Option<Tensor> {
-        let bounds = self.jump.bounds()?.minimum(&(&self.jump.threshold - 0.51 * self.bandwidth));
-        Some(match self.ste_on {
-            SteOn::PreActivation => bounds,
-            SteOn::PostJump => {
-                bounds.masked_fill(&self.jump.threshold.abs().le(0.51 * self.bandwidth), f64::NEG_INFINITY)
-            }
-        })
+        let threshold = &self.jump.threshold;
+        let bounds = self.jump.bounds()?.minimum(&(threshold - self.bandwidth));
+        // Below 0 even what is no feature is above the threshold.
+        let all = match self.ste_on {
+            SteOn::PreActivation => threshold.lt(0.0),
+            SteOn::PostJump => threshold.lt(self.bandwidth),
+        };
+        Some(bounds.masked_fill(&all, f64::NEG_INFINITY))
     }
 
     fn features(&self, block: &Block) -> Tensor {
