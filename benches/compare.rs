@@ -9,6 +9,8 @@
 //! `--grow` shows how a step grows with the dictionary, the batch and k, and `--share` how much several SAEs on one stream
 //! cost.
 
+mod common;
+
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
@@ -21,6 +23,8 @@ use dictlearn_core::source::Batch;
 use dictlearn_core::training::{Training, TrainingCx};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
+
+use common::silence;
 
 // Links the plugins.
 use dictlearn as _;
@@ -291,7 +295,8 @@ fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
     let before_mb = megabytes("VmRSS")?;
     let mut trainings = (0..case.saes as u64).map(|seed| build(case.f, seed)).collect::<Result<Vec<_>>>()?;
     if case.few {
-        trainings.iter().for_each(|training| silence(training, &batches[0]));
+        let silent = trainings.iter().all(|training| silence(training, &batches[0]));
+        ensure!(silent, "k decides how many features of `{trainer}` fire");
     }
     let mut ms = Vec::new();
     for step in 0..case.steps + 2 {
@@ -304,17 +309,4 @@ fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
         }
     }
     Ok(Took { ms, peak_mb: megabytes("VmHWM")?, before_mb })
-}
-
-/// Lowers the biases until one feature in a hundred fires.
-fn silence(training: &Training, batch: &Batch) {
-    let dictionary = &training.dictionary;
-    let (Some(encoder), Some(z)) =
-        (dictionary.encoder(), tch::no_grad(|| dictionary.forward(&batch.x).get("pre_activations").map(Tensor::copy)))
-    else {
-        return;
-    };
-    let shift = z.std(false).double_value(&[]) * 2.33;
-    let biases = dictionary.parameters().into_iter().filter(|(name, _)| encoder.biases.contains(name));
-    tch::no_grad(|| biases.filter(|(name, _)| *name != "r_mag").for_each(|(_, mut bias)| bias -= shift));
 }

@@ -4,6 +4,8 @@
 //! name has `top_k` in it. A step does what it does in training; it starts from initial weights, where half of the
 //! features fire, or from biases so low that one in a hundred does, as after the beginning of training.
 
+mod common;
+
 use criterion::{BenchmarkId, Criterion};
 use dictlearn_core::config::from_yaml;
 use dictlearn_core::constraint::Constraints;
@@ -14,6 +16,8 @@ use dictlearn_core::source::Batch;
 use dictlearn_core::training::{Training, TrainingCx};
 use dictlearn_core::two_layer::Hand;
 use tch::{Device, Kind, Tensor};
+
+use common::silence;
 
 // Links the plugins.
 use dictlearn as _;
@@ -81,21 +85,6 @@ fn steps(criterion: &mut Criterion, trainer: &Component) {
             });
         });
     }
-}
-
-/// Lowers the biases until one feature in a hundred fires; not where k decides that.
-fn silence(training: &Training, batch: &Batch) -> bool {
-    let dictionary = &training.dictionary;
-    let Some(encoder) = dictionary.encoder().filter(|_| dictionary.selection().is_none()) else { return false };
-    let Ok(pre_activations) = tch::no_grad(|| dictionary.forward(&batch.x)).extra("pre_activations").map(Tensor::copy)
-    else {
-        return false;
-    };
-    let shift = pre_activations.std(false).double_value(&[]) * 2.33;
-    for (_, mut bias) in dictionary.parameters().into_iter().filter(|(name, _)| encoder.biases.contains(name)) {
-        tch::no_grad(|| bias -= shift);
-    }
-    true
 }
 
 fn parts(criterion: &mut Criterion) {
