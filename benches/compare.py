@@ -3,7 +3,7 @@
 usage: compare.py LIBRARY TRAINER JSON
 
 LIBRARY is `dictionary_learning` or `sae_lens`. JSON has d, f, batch, k, steps, saes, autocast (whether products are taken in
-bfloat16) and few (whether few features fire). Prints JSON: the milliseconds of each step, and megabytes at their peak, before anything was built
+bfloat16), few (whether few features fire) and device. On a GPU a turn is timed as a whole. Prints JSON: the milliseconds of each step, and megabytes at their peak, before anything was built
 and of the weights.
 """
 import contextlib, json, sys, time
@@ -44,7 +44,7 @@ def reference(seed):
         ),
     }
     cls, settings = trainers[name]
-    trainer = cls(steps=1000, activation_dim=a["d"], dict_size=a["f"], layer=0, lm_name="", device="cpu",
+    trainer = cls(steps=1000, activation_dim=a["d"], dict_size=a["f"], layer=0, lm_name="", device=a["device"],
                   warmup_steps=10, seed=seed, **settings)
     if a["few"]:
         # Biases so low that one feature in a hundred fires.
@@ -66,7 +66,7 @@ def sae_lens(seed):
     from sae_lens.saes.sae import TrainStepInput, TrainCoefficientConfig
 
     t.manual_seed(seed)
-    common = dict(d_in=a["d"], d_sae=a["f"], device="cpu", dtype="float32")
+    common = dict(d_in=a["d"], d_sae=a["f"], device=a["device"], dtype="float32")
     sae = {
         "standard": lambda: saes.StandardTrainingSAE(saes.StandardTrainingSAEConfig(l1_coefficient=0.1, **common)),
         "gated": lambda: saes.GatedTrainingSAE(saes.GatedTrainingSAEConfig(l1_coefficient=0.1, **common)),
@@ -83,7 +83,9 @@ def sae_lens(seed):
     def step(number, batch):
         with autocast():
             out = sae.training_forward_pass(
-                TrainStepInput(sae_in=batch, coefficients=values, dead_neuron_mask=None, n_training_steps=number)
+                TrainStepInput(
+                    sae_in=batch, coefficients=values, dead_neuron_mask=None, n_training_steps=number, is_logging_step=False
+                )
             )
         optimizer.zero_grad()
         out.loss.backward()
@@ -94,21 +96,28 @@ def sae_lens(seed):
 
 
 def autocast():
-    return t.autocast("cpu", dtype=t.bfloat16) if a["autocast"] else contextlib.nullcontext()
+    return t.autocast(a["device"], dtype=t.bfloat16) if a["autocast"] else contextlib.nullcontext()
 
 
 t.manual_seed(0)
-batches = [t.randn(a["batch"], a["d"]) for _ in range(4)]
+batches = [t.randn(a["batch"], a["d"], device=a["device"]) for _ in range(4)]
 build = {"dictionary_learning": reference, "sae_lens": sae_lens}[library]
 build(0)(1, batches[0][:8])  # Imports, and what a first step sets up.
 before = megabytes("VmRSS")
 steps = [build(seed) for seed in range(a["saes"])]
 times = []
+gpu = a["device"] != "cpu"
 for i in range(a["steps"] + 2):
+    if gpu and i == 2:
+        t.cuda.synchronize()
+        turn = time.perf_counter()
     started = time.perf_counter()
     for step in steps:
         with autocast() if library == "dictionary_learning" else contextlib.nullcontext():
             step(i + 1, batches[i % 4])
     if i >= 2:
         times.append((time.perf_counter() - started) * 1e3)
+if gpu:
+    t.cuda.synchronize()
+    times = [(time.perf_counter() - turn) * 1e3 / a["steps"]]
 print(json.dumps({"ms": times, "peak_mb": megabytes("VmHWM"), "before_mb": before}))

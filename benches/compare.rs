@@ -18,7 +18,7 @@ use std::time::Instant;
 use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
 use dictlearn_core::config::from_yaml;
-use dictlearn_core::device::{cpu_multiplies_bfloat16, Precision};
+use dictlearn_core::device::{self, cpu_multiplies_bfloat16, Precision};
 use dictlearn_core::source::Batch;
 use dictlearn_core::training::{Training, TrainingCx};
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,9 @@ struct Args {
     /// Steps of a turn, after two that are not counted.
     #[arg(long, default_value_t = 5)]
     steps: usize,
+    /// `cpu`, or `cuda`: there a turn is timed as a whole, for a GPU is given steps before it has taken the last ones.
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Also with bfloat16 products on all sides.
     #[arg(long)]
     bfloat16: bool,
@@ -89,6 +92,7 @@ struct Case {
     saes: usize,
     autocast: bool,
     few: bool,
+    device: String,
 }
 
 /// What a turn of a side took.
@@ -108,29 +112,39 @@ fn main() -> Result<()> {
     let trainers: Vec<&str> =
         if args.trainers.is_empty() { TRAINERS.to_vec() } else { args.trainers.iter().map(String::as_str).collect() };
     println!("{}; bfloat16 products: {}\n", machine(), if cpu_multiplies_bfloat16() { "yes" } else { "no" });
-    let case =
-        Case { d: 0, f: 0, batch: args.batch, k: args.k, steps: args.steps, saes: 1, autocast: false, few: false };
+    let case = Case {
+        d: 0,
+        f: 0,
+        batch: args.batch,
+        k: args.k,
+        steps: args.steps,
+        saes: 1,
+        autocast: false,
+        few: false,
+        device: args.device.clone(),
+    };
     for size in &args.sizes {
         let (d, f) = size.split_once('x').with_context(|| format!("`{size}` is no size; 512x8192 is one"))?;
         let case = Case { d: d.parse()?, f: f.parse()?, ..case.clone() };
         for autocast in [false, true] {
-            if !autocast || args.bfloat16 {
-                let case = Case { autocast, ..case.clone() };
-                println!("Activations of {d}, {f} features, batch {}, k {}, {}:\n", case.batch, case.k, kind(autocast));
+            if autocast && !args.bfloat16 {
+                continue;
+            }
+            let case = Case { autocast, ..case.clone() };
+            println!("Activations of {d}, {f} features, batch {}, k {}, {}:\n", case.batch, case.k, kind(autocast));
+            heading("trainer");
+            for trainer in &trainers {
+                row(&args, trainer, trainer, &case)?;
+            }
+            println!();
+            if args.trained {
+                println!("The same, with biases so low that one feature in a hundred fires:\n");
                 heading("trainer");
-                for trainer in &trainers {
-                    row(&args, trainer, trainer, &case)?;
+                for trainer in trainers.iter().filter(|trainer| !trainer.contains("top_k")) {
+                    row(&args, trainer, trainer, &Case { few: true, ..case.clone() })?;
                 }
                 println!();
             }
-        }
-        if args.trained {
-            println!("The same, with biases so low that one feature in a hundred fires:\n");
-            heading("trainer");
-            for trainer in trainers.iter().filter(|trainer| !trainer.contains("top_k")) {
-                row(&args, trainer, trainer, &Case { few: true, ..case.clone() })?;
-            }
-            println!();
         }
         if args.grow {
             for trainer in &trainers {
@@ -275,21 +289,16 @@ fn sae(trainer: &str, case: &Case) -> Result<String> {
 }
 
 fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
+    let device = if case.device == "cuda" { device::best() } else { Device::Cpu };
+    ensure!(case.device == "cpu" || device != Device::Cpu, "there is no GPU");
     let precision = if case.autocast { Precision::BFloat16 } else { Precision::Float32 };
     let build = |f: i64, seed: u64| {
-        let cx = TrainingCx {
-            widths: (case.d, case.d),
-            parts: Vec::new(),
-            steps: 1000,
-            seed,
-            device: Device::Cpu,
-            precision,
-        };
+        let cx = TrainingCx { widths: (case.d, case.d), parts: Vec::new(), steps: 1000, seed, device, precision };
         Training::new(&from_yaml(&sae(trainer, &Case { f, ..case.clone() })?)?, &cx)
     };
     tch::manual_seed(0);
     let batches: Vec<Batch> =
-        (0..4).map(|_| Batch::of(Tensor::randn([case.batch, case.d], (Kind::Float, Device::Cpu)))).collect();
+        (0..4).map(|_| Batch::of(Tensor::randn([case.batch, case.d], (Kind::Float, device)))).collect();
     // What a first step sets up.
     build(case.f.min(256), 0)?.step(1, &Batch::of(batches[0].x.narrow(0, 0, 8)), false)?;
     let before_mb = megabytes("VmRSS")?;
@@ -299,7 +308,17 @@ fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
         ensure!(silent, "k decides how many features of `{trainer}` fire");
     }
     let mut ms = Vec::new();
+    let settle = || {
+        if let Device::Cuda(index) = device {
+            tch::Cuda::synchronize(index as i64)
+        }
+    };
+    let mut turn = Instant::now();
     for step in 0..case.steps + 2 {
+        if step == 2 {
+            settle();
+            turn = Instant::now();
+        }
         let started = Instant::now();
         for training in &mut trainings {
             training.step(step as u64 + 1, &batches[step % 4], false)?;
@@ -307,6 +326,10 @@ fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
         if step >= 2 {
             ms.push(started.elapsed().as_secs_f64() * 1e3);
         }
+    }
+    trainings.iter().try_for_each(Training::settle)?;
+    if device != Device::Cpu {
+        ms = vec![turn.elapsed().as_secs_f64() * 1e3 / case.steps as f64];
     }
     Ok(Took { ms, peak_mb: megabytes("VmHWM")?, before_mb })
 }

@@ -45,5 +45,6 @@ pub mod torch_file;
 pub mod trainer;
 pub mod training;
 pub mod two_layer;
+mod watch;
 
 pub use {inventory, schemars};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::checkpoint::Checkpoints;
 use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
@@ -22,7 +22,8 @@ use crate::saved;
 use crate::source::{describe_site, ActivationSource, Activations, Batch, Site, Stream};
 use crate::state::{self, State};
 use crate::tensors::{self, write_file};
-use crate::training::{check_finite, saved_config, Training, TrainingCx};
+use crate::training::{check_finite, not_finite, saved_config, Training, TrainingCx};
+use crate::watch::Watch;
 
 /// How a run ended.
 #[derive(Debug)]
@@ -96,6 +97,8 @@ struct Run {
     saes: Vec<Sae>,
     /// What each site's activations are divided by while training.
     norms: Vec<f64>,
+    /// Each site's activations, on a GPU.
+    watches: Vec<Watch>,
     /// Whether weights were written.
     saved: bool,
 }
@@ -154,7 +157,8 @@ impl Run {
             }
         }
         let norms = vec![1.0; sites.len()];
-        Ok(Run { device, stream: Stream::new(source), sites, saes, norms, saved: false })
+        let watches = sites.iter().map(|_| Watch::default()).collect();
+        Ok(Run { device, stream: Stream::new(source), sites, saes, norms, watches, saved: false })
     }
 
     /// Words that tell a site from the others, if there are others.
@@ -186,17 +190,35 @@ impl Run {
     }
 
     /// A step's batches as the SAEs take them, one for each site.
-    fn scaled(&self, activations: Activations, step: u64) -> Result<Vec<Batch>> {
-        let scaled = activations.sites.into_iter().enumerate().map(|(site, batch)| {
-            for tensor in [&batch.x, &batch.target] {
-                check_finite(tensor, || {
-                    format!("step {step}: the batch{} has values that are not finite", self.at(site))
-                })?;
+    fn scaled(&mut self, activations: Activations, step: u64) -> Result<Vec<Batch>> {
+        let mut batches = Vec::with_capacity(self.sites.len());
+        for (site, batch) in activations.sites.into_iter().enumerate() {
+            let tensors = [("x", &batch.x), ("target", &batch.target)];
+            let tensors = if batch.is_autoencoding() { &tensors[..1] } else { &tensors };
+            if batch.x.device().is_cuda() {
+                self.watches[site].see(step, tensors.iter().copied());
+            } else {
+                let check = |(_, tensor): &(_, &Tensor)| check_finite(tensor, || self.batch_not_finite(step, site));
+                tensors.iter().try_for_each(check)?;
             }
             let norm = self.norms[site];
-            Ok(if norm == 1.0 { batch } else { batch.scaled(1.0 / norm) })
-        });
-        scaled.collect()
+            batches.push(if norm == 1.0 { batch } else { batch.scaled(1.0 / norm) });
+        }
+        Ok(batches)
+    }
+
+    fn batch_not_finite(&self, step: u64, site: usize) -> String {
+        format!("step {step}: the batch{} has values that are not finite", self.at(site))
+    }
+
+    /// Waits for a GPU to have taken the steps that it was given, and refuses what came of numbers that were not finite.
+    fn settle(&self) -> Result<()> {
+        for (site, watch) in self.watches.iter().enumerate() {
+            if let Some((step, _)) = watch.found() {
+                return Err(not_finite(self.batch_not_finite(step, site)));
+            }
+        }
+        self.saes.iter().try_for_each(|sae| sae.training.settle())
     }
 
     fn train(
@@ -248,6 +270,9 @@ impl Run {
             for sae in &mut self.saes {
                 rows.extend(sae.training.step(step, &batches[sae.site], logging)?);
             }
+            if logging || due(config.save_every, step + 1) || due(config.checkpoint_every, step + 1) {
+                self.settle()?;
+            }
             for row in &rows {
                 loggers.iter_mut().try_for_each(|logger| logger.log(row))?;
             }
@@ -265,6 +290,7 @@ impl Run {
                 checkpoints.save(step, &self.state()?)?;
             }
         }
+        self.settle()?;
         flush(&mut loggers)?;
         progress.say(&progress.finish());
         if self.stream.passes() > 1 {
@@ -290,6 +316,7 @@ impl Run {
         step: u64,
         loggers: &mut [Box<dyn Logger>],
     ) -> Result<Ending> {
+        self.settle()?;
         flush(loggers)?;
         if step == 0 {
             return Ok(Ending::NotBegun);

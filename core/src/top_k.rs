@@ -141,21 +141,15 @@ impl Selection {
     /// θ ← β θ + (1 − β) · the mean of the smallest positive values of what was selected from together, `[rows]`.
     ///
     /// Without any, infinity, it counts for nothing; in the reference it makes the threshold infinite for good.
-    fn update_threshold(&self, smallest: &Tensor, beta: f64) -> Result<()> {
+    fn update_threshold(&self, smallest: &Tensor, beta: f64) {
         tch::no_grad(|| {
+            // Without a look at any number: a GPU would have to be waited for.
             let some = smallest.isfinite();
-            if !bool::try_from(some.any())? {
-                return Ok(());
-            }
-            let smallest = smallest.masked_select(&some).mean(Kind::Float);
+            let mean = smallest.masked_fill(&some.logical_not(), f64::NAN).nanmean([0].as_slice(), false, Kind::Float);
             let mut threshold = self.threshold.shallow_clone();
-            if threshold.double_value(&[]) < 0.0 {
-                threshold.copy_(&smallest);
-            } else {
-                threshold.copy_(&(&threshold * beta + smallest * (1.0 - beta)));
-            }
-            Ok(())
-        })
+            let moved = mean.where_self(&threshold.less(0.0), &(&threshold * beta + &mean * (1.0 - beta)));
+            threshold.copy_(&moved.where_self(&some.any(), &threshold));
+        });
     }
 }
 
@@ -375,12 +369,11 @@ impl TopKTrainer {
     }
 
     /// Takes note of what was selected: the smallest positive value of what was selected from together, `[rows]`.
-    fn selected(&mut self, step: u64, selection: &Selection, smallest: impl FnOnce() -> Tensor) -> Result<()> {
+    fn selected(&mut self, step: u64, selection: &Selection, smallest: impl FnOnce() -> Tensor) {
         self.figures = Log { effective_l0: selection.k(), ..Log::default() };
         if step > self.settings.threshold_start_step {
-            selection.update_threshold(&smallest(), self.settings.threshold_beta)?;
+            selection.update_threshold(&smallest(), self.settings.threshold_beta);
         }
-        Ok(())
     }
 
     /// The loss of the squared errors that prefixes leave.
@@ -395,36 +388,28 @@ impl TopKTrainer {
         terms.add_reconstruction("l2_loss", losses.mean(losses.kind()));
     }
 
-    /// The numbers of the features that nothing selected for long, int64.
-    fn dead(&self) -> Tensor {
-        self.fired.silent_for(self.settings.dead_feature_threshold).nonzero().reshape([-1])
-    }
-
     /// The mean of the squared norms of e − ê, over the variance of e, and that; the mean alone is logged.
-    fn over_variance(&mut self, residual: &Tensor, off: &Tensor) -> (Tensor, f64) {
+    ///
+    /// Of one activation, or of equal ones, the variance counts as infinite: dividing by 0 would make every gradient NaN.
+    fn over_variance(&mut self, residual: &Tensor, off: &Tensor) -> (Tensor, Tensor) {
         let loss = mean_of_sums(&off.square());
         self.figures.pre_norm_auxk_loss = Some(loss.detach());
         let centred = residual - residual.mean_dim([0].as_slice(), true, residual.kind());
         let variance = mean_of_sums(&centred.square());
-        let value = variance.double_value(&[]);
-        if value <= 0.0 {
-            // Of one activation, or of equal ones: dividing by it would make every gradient NaN.
-            return (variance, value);
-        }
-        (loss / variance, value)
+        let variance = variance.masked_fill(&variance.le(0.0), f64::INFINITY);
+        (loss / &variance, variance)
     }
 
     /// ‖e − ê‖² / Var(e) for the dead features' best reconstruction ê of the residual e, [B, d], which takes no
     /// gradient.
     fn auxk_loss(&mut self, pass: &Pass, residual: &Tensor) -> Result<Tensor> {
-        let dead = self.dead();
-        let count = dead.size()[0];
-        let Some(directions) = pass.dictionary.directions().filter(|_| count > 0) else {
+        let dead = self.fired.silent_indices(self.settings.dead_feature_threshold);
+        let Some((dead, directions)) = dead.zip(pass.dictionary.directions()) else {
             return Ok(Tensor::zeros([0_i64; 0], (residual.kind(), residual.device())));
         };
         // Only the dead columns take part, so only they are sorted and decoded.
         let features = pass.code.extra("post_relu")?.index_select(1, &dead);
-        let (values, indices) = features.topk(self.top_k_aux.min(count), -1, true, false);
+        let (values, indices) = features.topk(self.top_k_aux.min(dead.size()[0]), -1, true, false);
         let kept = features.zeros_like().scatter(-1, &indices, &values);
         let off = residual - kept.matmul(&directions.index_select(0, &dead));
         Ok(self.over_variance(residual, &off).0)
@@ -432,22 +417,18 @@ impl TopKTrainer {
 
     /// The same by hand, of the error x̂ − x = −e: the gradients go to `hand`.
     fn auxk_by_hand(&mut self, hand: &mut Hand, error: &Tensor) -> Tensor {
-        let dead = self.dead();
-        let count = dead.size()[0];
-        if count == 0 {
+        let Some(dead) = self.fired.silent_indices(self.settings.dead_feature_threshold) else {
             return Tensor::zeros([0_i64; 0], (error.kind(), error.device()));
-        }
+        };
         let mut part = hand.of_features(&dead);
-        let block = part.select_of_each(self.top_k_aux.min(count));
+        let block = part.select_of_each(self.top_k_aux.min(dead.size()[0]));
         // ê − e
         let mut off = error.copy();
         part.decode(&block, &block.z.relu(), &mut off);
         let (loss, variance) = self.over_variance(error, &off);
-        if variance > 0.0 {
-            let by_off = off * (2.0 * self.settings.auxk_alpha / (variance * error.size()[0] as f64));
-            part.backward_of_selected(&block, &by_off);
-            hand.add(&dead, &part);
-        }
+        let by_off = off * (variance.reciprocal() * (2.0 * self.settings.auxk_alpha / error.size()[0] as f64));
+        part.backward_of_selected(&block, &by_off);
+        hand.add(&dead, &part);
         loss
     }
 }
@@ -482,7 +463,7 @@ impl Trainer for TopKTrainer {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let top_values = pass.code.extra("top_values")?.detach();
         if let Some(selection) = pass.dictionary.selection() {
-            self.selected(pass.step, selection, || smallest_positive(&top_values))?;
+            self.selected(pass.step, selection, || smallest_positive(&top_values));
         }
         match pass.code.get("top_indices") {
             Some(indices) => self.fired.update_indices(indices, pass.batch.len()),
@@ -502,7 +483,7 @@ impl Trainer for TopKTrainer {
     fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
         let Some(selection) = pass.dictionary.selection() else { return Ok(None) };
         let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
-        let block = hand.select(selection);
+        let (block, indices) = hand.select(selection);
         self.selected(pass.step, selection, || {
             let smallest = block.smallest_positive();
             if selection.by_threshold() {
@@ -510,12 +491,13 @@ impl Trainer for TopKTrainer {
             } else {
                 smallest
             }
-        })?;
+        });
         let mut fired = Tensor::zeros([hand.features()], (Kind::Float, block.z.device()));
         block.sum_by_feature(&block.z.gt(0.0).to_kind(Kind::Float), &mut fired);
         self.fired.update(&fired.gt(0.0), pass.batch.len());
         if !selection.by_threshold() {
-            self.fired.reset_indices(&hand.selected_at_zero(&block, selection.k()));
+            let selected = indices.unwrap_or_else(|| hand.selected_at_zero(&block, selection.k()));
+            self.fired.reset_indices(&selected);
         }
 
         let groups = hand.groups(block, &self.prefixes.ends);
@@ -621,7 +603,7 @@ mod tests {
     fn a_row_without_positive_features_leaves_the_threshold_finite() {
         let selection = Selection::new(2, false, Device::Cpu);
         let threshold = |rows: &[[f32; 2]]| {
-            selection.update_threshold(&smallest_positive(&Tensor::from_slice2(rows)), 0.5).unwrap();
+            selection.update_threshold(&smallest_positive(&Tensor::from_slice2(rows)), 0.5);
             selection.threshold().double_value(&[])
         };
         assert_eq!(threshold(&[[0.0, 0.0]]), -1.0);

@@ -17,6 +17,7 @@ use crate::saved;
 use crate::source::{Batch, SitePart};
 use crate::state::State;
 use crate::trainer::{float, AfterStep, HandPass, Pass, Terms, Trainer, TrainerCx};
+use crate::watch::Watch;
 
 /// What a dictionary in training is built for.
 #[derive(Debug, Clone)]
@@ -50,6 +51,8 @@ pub struct Training {
     fresh: bool,
     /// Whether it is an SAE that trains on, so that nothing is initialised from data.
     goes_on: bool,
+    /// The loss's terms, on a GPU.
+    watch: Watch,
     /// What is done to each activation by itself; the dictionary is trained on what comes of it.
     normalization: Option<Normalization>,
 }
@@ -138,6 +141,7 @@ impl Training {
             rng,
             fresh: config.init_from.is_none(),
             goes_on,
+            watch: Watch::default(),
             normalization,
         })
     }
@@ -145,11 +149,12 @@ impl Training {
     /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
     /// from its own forward pass.
     ///
-    /// A loss that is not finite is refused, and then nothing has changed.
+    /// On a CPU a loss that is not finite is refused at once, and then nothing has changed. A GPU is not waited for: there
+    /// it is refused by the next [`Training::settle`].
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
         let normalized = self.normalization.map(|normalization| normalization.batch(batch));
         let batch = normalized.as_ref().unwrap_or(batch);
-        let before = self.undo(step == 0)?;
+        let before = if self.waits() { self.undo(step == 0)? } else { State::new() };
         let Loss { loss, gradients, figures } = match self.loss(step, batch, logging) {
             Ok(found) => found,
             Err(error) => {
@@ -241,27 +246,49 @@ impl Training {
         for modifier in &mut self.modifiers {
             modifier.loss(&pass, &mut terms)?;
         }
-        let loss = self.finite(step, &terms)?;
-        let figures = logging.then(|| {
+        let logged = logging.then(|| {
             let active = pass.code.features.detach().not_equal(0.0).sum(Kind::Double);
-            self.figures(step, batch, active.double_value(&[]) / batch.len() as f64, &pass.residual().detach(), &terms)
+            (active, pass.residual().detach())
+        });
+        let loss = self.finite(step, &terms)?;
+        let figures = logged.map(|(active, residual)| {
+            self.figures(step, batch, active.double_value(&[]) / batch.len() as f64, &residual, &terms)
         });
         Ok(Loss { loss, gradients: None, figures })
     }
 
+    /// Whether numbers can be read at each step without holding up anything.
+    fn waits(&self) -> bool {
+        !self.dictionary.device().is_cuda()
+    }
+
     /// The sum of a loss's terms, which must be finite.
-    fn finite(&self, step: u64, terms: &Terms) -> Result<Tensor> {
+    fn finite(&mut self, step: u64, terms: &Terms) -> Result<Tensor> {
         let loss = terms.total().context("the trainer gave no loss")?;
+        if !self.waits() {
+            let terms = terms.iter().filter(|term| term.weight != 0.0).map(|term| (term.name, &term.value));
+            self.watch.see(step, std::iter::once(("sum", &loss)).chain(terms));
+            return Ok(loss);
+        }
         check_finite(&loss, || {
             let infinite = terms.iter().find(|term| !term.value.double_value(&[]).is_finite());
-            format!(
-                "step {step}: the loss of SAE `{}` is {} (term `{}`)",
-                self.name,
-                loss.double_value(&[]),
-                infinite.map_or("sum", |term| term.name)
-            )
+            let name = infinite.map_or("sum", |term| term.name);
+            self.not_finite(step, name, loss.double_value(&[]))
         })?;
         Ok(loss)
+    }
+
+    fn not_finite(&self, step: u64, term: &str, loss: impl std::fmt::Display) -> String {
+        format!("step {step}: the loss of SAE `{}` is {loss} (term `{term}`)", self.name)
+    }
+
+    /// Waits for the steps that were taken, and refuses what came of a loss that was not finite. To be called before
+    /// anything is kept.
+    pub fn settle(&self) -> Result<()> {
+        match self.watch.found() {
+            None => Ok(()),
+            Some((step, term)) => Err(not_finite(self.not_finite(step, term, "not finite"))),
+        }
     }
 
     /// Puts gradients that were found by hand where autograd puts its own.
@@ -393,13 +420,18 @@ impl Training {
 }
 
 /// Refuses what is not finite, with the message.
-pub fn check_finite(tensor: &Tensor, message: impl FnOnce() -> String) -> Result<()> {
+pub(crate) fn check_finite(tensor: &Tensor, message: impl FnOnce() -> String) -> Result<()> {
     if bool::try_from(tensor.isfinite().all())? {
         return Ok(());
     }
-    bail!(InputError::new(message()).help(
-        "look at the activations (`dictlearn activations`), lower the learning rate, or set `normalize_activations: true`"
-    ));
+    Err(not_finite(message()))
+}
+
+/// The error of numbers that are not finite.
+pub(crate) fn not_finite(message: String) -> anyhow::Error {
+    anyhow::Error::from(InputError::new(message).help(
+        "look at the activations (`dictlearn activations`), lower the learning rate, or set `normalize_activations: true`",
+    ))
 }
 
 /// An SAE's config.json: what the reference's trainer and buffer would say of themselves.

@@ -67,13 +67,12 @@ pub(crate) fn with_tile_width<T>(width: i64, work: impl FnOnce() -> T) -> T {
     done
 }
 
-/// Below which part of a tile's entries they are listed. In float32 four products of a list of 0.8% of the entries took 18 ms
-/// where dense ones take 420 (two cores with AVX2), so that they would be even at 18%; this is on the safe side. For bfloat16
-/// it is an estimate: there dense products are several times as fast.
+/// Below which part of a tile's entries they are listed. Steps with lists and with dense tiles took the same time at about 18%
+/// in float32 on two cores with AVX2, above 20% with AVX-512, and at 4% in bfloat16, whose products are four times as fast.
 fn sparse(precision: Precision) -> f64 {
     match precision {
-        Precision::Float32 => 0.1,
-        Precision::BFloat16 => 0.02,
+        Precision::Float32 => 0.15,
+        Precision::BFloat16 => 0.04,
     }
 }
 
@@ -369,7 +368,8 @@ impl Hand {
         for first in (0..self.features()).step_by(most as usize) {
             let count = most.min(self.features() - first);
             let product = self.tile(&storage, 0, count);
-            let weight = self.w_enc.for_products().narrow(0, first, count);
+            // As it is needed: all of it in another type would take room, and it is needed once.
+            let weight = self.w_enc.exact().narrow(0, first, count).to_kind(self.layers.precision.kind());
             let _ = self.x.for_products().matmul_out(&product, &weight.tr());
             let bias = &numbers::<f32>(&bias)[first as usize..(first + count) as usize];
             work(&Tile::new(&product, bias), first);
@@ -409,21 +409,21 @@ impl Hand {
     }
 
     /// The pre-activations that a dictionary of the TopK family selects in training, and perhaps some that are not above
-    /// 0: no features either.
-    pub fn select(&self, selection: &Selection) -> Block {
+    /// 0: no features either. With them, where they are at hand, the selected features' numbers, those at 0 too, int64.
+    pub fn select(&self, selection: &Selection) -> (Block, Option<Tensor>) {
         let rows = self.x.exact().size()[0];
         let k = selection.k();
         let of_batch = selection.by_threshold();
         if self.lists && self.sparse(k) {
             let kept = if of_batch { Kept::OfBatch((k * rows) as usize) } else { Kept::OfEach(k as usize) };
-            return self.list(kept);
+            return (self.list(kept), None);
         }
         let z = self.plainly(&self.x).relu();
-        self.masked(
-            if of_batch { z.reshape([1, -1]) } else { z.shallow_clone() },
-            if of_batch { k * rows } else { k },
-            z,
-        )
+        if of_batch {
+            return (self.masked(z.reshape([1, -1]), k * rows, z).0, None);
+        }
+        let (block, indices) = self.masked(z.shallow_clone(), k, z);
+        (block, Some(indices))
     }
 
     /// The k largest pre-activations above 0 of each row.
@@ -435,7 +435,7 @@ impl Hand {
             return self.list(Kept::OfEach(k as usize));
         }
         let z = self.plainly(&self.x).relu();
-        self.masked(z.shallow_clone(), k, z)
+        self.masked(z.shallow_clone(), k, z).0
     }
 
     /// Whether k features of each row are few enough to be listed. More of them would be dearer than dense products, even
@@ -450,11 +450,11 @@ impl Hand {
         Block::sparse(selector.finish(), 0, self.layers.precision)
     }
 
-    /// The same as libtorch has it: everything else is 0.
-    fn masked(&self, rows: Tensor, k: i64, z: Tensor) -> Block {
+    /// The same as libtorch has it: everything else is 0. And where the largest are.
+    fn masked(&self, rows: Tensor, k: i64, z: Tensor) -> (Block, Tensor) {
         let (values, indices) = rows.topk(k, -1, true, false);
-        let selected = rows.zeros_like().scatter(-1, &indices, &values).view_as(&z);
-        Block::dense(selected, 0, self.layers.precision)
+        let selected = rows.zeros_like().scatter_(-1, &indices, &values).view_as(&z);
+        (Block::dense(selected, 0, self.layers.precision), indices)
     }
 
     /// A block in the groups that end at these features.

@@ -72,17 +72,11 @@ struct GhostGrads {
     firing: Firing,
 }
 
-impl GhostGrads {
-    fn dead(&self) -> Tensor {
-        self.firing.silent_for(self.threshold.saturating_add(1))
-    }
-}
-
 impl Modifier for GhostGrads {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         // Those that were dead before this batch.
-        let dead = self.dead().nonzero().reshape([-1]);
-        if dead.size()[0] > 0 {
+        let threshold = self.threshold.saturating_add(1);
+        if let Some(dead) = self.firing.silent_indices(threshold) {
             let ghost_loss = ghost_loss(pass, &dead)?;
             if let Some(reconstruction) = terms.reconstruction() {
                 let scale = reconstruction.detach() / (ghost_loss.detach() + EPSILON);
@@ -93,7 +87,7 @@ impl Modifier for GhostGrads {
         let amount = if self.unit == Unit::Steps { 1 } else { pass.batch.x.size()[0] };
         self.firing.update(&fired, amount);
         if pass.logging {
-            terms.log("ghosts", self.dead().sum(Kind::Int64));
+            terms.log("ghosts", self.firing.silent_for(threshold).sum(Kind::Int64));
         }
         Ok(())
     }

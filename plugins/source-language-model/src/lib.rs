@@ -344,8 +344,10 @@ impl Harvest {
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).map(of_all).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
             self.check_finite(&values, &mask, rows)?;
+            // A GPU is waited for once, not for each row.
+            let mask = mask.to_device(Device::Cpu);
             let kept = |(row, context): (i64, &i64)| {
-                let kept = mask.get(row).nonzero().reshape([-1]);
+                let kept = mask.get(row).nonzero().reshape([-1]).to_device(tokens.ids.device());
                 let ids = tokens.ids.get(row).index_select(0, &kept);
                 let activations = values.iter().map(|value| value.get(row).index_select(0, &kept).to_kind(Kind::Float));
                 activations.chain([Tensor::stack(&[&ids, &kept.full_like(*context), &kept], 1)]).collect()
