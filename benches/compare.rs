@@ -221,14 +221,23 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<()> {
     // Weights, gradients and two moments stay.
     let kept = case.saes as f64 * 4.0 * (2 * case.d * case.f) as f64 * 4.0 / 1e6;
     let one = (case.batch * case.f * 4) as f64 / 1e6;
+    let digits = if ms[0] < 10.0 { 2 } else { 0 };
+    // A process does not know its GPU's peak.
     let beyond = |took: &Took| {
-        shown(if took.ms.is_empty() { f64::NAN } else { (took.peak_mb - took.before_mb - kept) / one }, 2)
+        shown(
+            if took.ms.is_empty() || case.device != "cpu" {
+                f64::NAN
+            } else {
+                (took.peak_mb - took.before_mb - kept) / one
+            },
+            2,
+        )
     };
     println!(
         "| {what} | {} | {} | {} | {} | {} | {} |",
-        shown(ms[0], 0),
-        shown(ms[1], 0),
-        shown(ms[2], 0),
+        shown(ms[0], digits),
+        shown(ms[1], digits),
+        shown(ms[2], digits),
         ratios.join(" / "),
         beyond(&took[0]),
         beyond(&took[1]),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::Checkpoints;
 use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
@@ -23,7 +23,7 @@ use crate::source::{describe_site, ActivationSource, Activations, Batch, Site, S
 use crate::state::{self, State};
 use crate::tensors::{self, write_file};
 use crate::training::{check_finite, not_finite, saved_config, Training, TrainingCx};
-use crate::watch::Watch;
+use crate::watch::{NotFinite, Watch};
 
 /// How a run ended.
 #[derive(Debug)]
@@ -196,7 +196,9 @@ impl Run {
             let tensors = [("x", &batch.x), ("target", &batch.target)];
             let tensors = if batch.is_autoencoding() { &tensors[..1] } else { &tensors };
             if batch.x.device().is_cuda() {
-                self.watches[site].see(step, tensors.iter().copied());
+                // The sum of finite numbers is finite, unless they are far larger than any activation.
+                let sums: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor.sum(Kind::Float))).collect();
+                self.watches[site].see(step, sums.iter().map(|(name, sum)| (*name, sum)));
             } else {
                 let check = |(_, tensor): &(_, &Tensor)| check_finite(tensor, || self.batch_not_finite(step, site));
                 tensors.iter().try_for_each(check)?;
@@ -214,7 +216,7 @@ impl Run {
     /// Waits for a GPU to have taken the steps that it was given, and refuses what came of numbers that were not finite.
     fn settle(&self) -> Result<()> {
         for (site, watch) in self.watches.iter().enumerate() {
-            if let Some((step, _)) = watch.found() {
+            if let Some(NotFinite { step, .. }) = watch.found() {
                 return Err(not_finite(self.batch_not_finite(step, site)));
             }
         }

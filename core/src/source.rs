@@ -351,7 +351,8 @@ impl Part {
         let by = match self.center {
             true => by + mean(&self.columns(value)),
             false => by.shallow_clone(),
-        };
+        }
+        .to_kind(value.kind());
         if self.width == self.whole {
             return by;
         }

@@ -17,7 +17,7 @@ use crate::saved;
 use crate::source::{Batch, SitePart};
 use crate::state::State;
 use crate::trainer::{float, AfterStep, HandPass, Pass, Terms, Trainer, TrainerCx};
-use crate::watch::Watch;
+use crate::watch::{NotFinite, Watch};
 
 /// What a dictionary in training is built for.
 #[derive(Debug, Clone)]
@@ -168,13 +168,12 @@ impl Training {
             // A baseline, which runs beside the others to be measured with them.
             return Ok(figures);
         }
-        match gradients {
-            None => {
-                self.optimizer.zero_grad();
-                loss.backward();
-            }
-            Some(gradients) => self.take(gradients)?,
-        }
+        let gradients = gradients.unwrap_or_else(|| {
+            let (names, parameters): (Vec<_>, Vec<_>) = self.dictionary.parameters().into_iter().unzip();
+            let found = Tensor::run_backward(&[loss], &parameters, false, false);
+            names.into_iter().zip(found).filter(|(_, gradient)| gradient.defined()).collect()
+        });
+        self.take(gradients)?;
         for modifier in &mut self.modifiers {
             modifier.gradients(&*self.dictionary)?;
         }
@@ -218,12 +217,6 @@ impl Training {
         }
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
-            for (_, parameter) in self.dictionary.parameters() {
-                if !parameter.grad().defined() {
-                    // Room for the gradient, which only libtorch can make; this one is nothing.
-                    (parameter.sum(parameter.kind()) * 0.0).backward();
-                }
-            }
             let pass = HandPass { step, batch, dictionary: &*self.dictionary, logging };
             if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
                 let loss = self.finite(step, &terms)?;
@@ -267,19 +260,19 @@ impl Training {
         let loss = terms.total().context("the trainer gave no loss")?;
         if !self.waits() {
             let terms = terms.iter().filter(|term| term.weight != 0.0).map(|term| (term.name, &term.value));
-            self.watch.see(step, std::iter::once(("sum", &loss)).chain(terms));
+            self.watch.see(step, terms);
             return Ok(loss);
         }
         check_finite(&loss, || {
             let infinite = terms.iter().find(|term| !term.value.double_value(&[]).is_finite());
             let name = infinite.map_or("sum", |term| term.name);
-            self.not_finite(step, name, loss.double_value(&[]))
+            self.not_finite(NotFinite { step, name, value: loss.double_value(&[]) })
         })?;
         Ok(loss)
     }
 
-    fn not_finite(&self, step: u64, term: &str, loss: impl std::fmt::Display) -> String {
-        format!("step {step}: the loss of SAE `{}` is {loss} (term `{term}`)", self.name)
+    fn not_finite(&self, NotFinite { step, name, value }: NotFinite) -> String {
+        format!("step {step}: the loss of SAE `{}` is {value} (term `{name}`)", self.name)
     }
 
     /// Waits for the steps that were taken, and refuses what came of a loss that was not finite. To be called before
@@ -287,20 +280,33 @@ impl Training {
     pub fn settle(&self) -> Result<()> {
         match self.watch.found() {
             None => Ok(()),
-            Some((step, term)) => Err(not_finite(self.not_finite(step, term, "not finite"))),
+            Some(found) => Err(not_finite(self.not_finite(found))),
         }
     }
 
-    /// Puts gradients that were found by hand where autograd puts its own.
+    /// Makes what was found the parameters' gradients; those of others are 0.
     fn take(&mut self, gradients: Vec<(&'static str, Tensor)>) -> Result<()> {
+        let mut taken = Vec::new();
         for (name, parameter) in self.dictionary.parameters() {
             let mut own = parameter.grad();
-            match gradients.iter().find(|(known, _)| *known == name) {
-                Some((_, gradient)) if gradient.size() == own.size() => own.set_data(gradient),
-                Some((_, gradient)) => {
-                    bail!("the gradient of `{name}` has shape {:?}, not {:?}", gradient.size(), own.size())
-                }
-                None => drop(own.zero_()),
+            if !own.defined() {
+                // Which only libtorch can make.
+                (parameter.sum(parameter.kind()) * 0.0).backward();
+                own = parameter.grad();
+            }
+            let Some((_, gradient)) = gradients.iter().find(|(known, _)| *known == name) else {
+                let _ = own.zero_();
+                continue;
+            };
+            if gradient.size() != own.size() {
+                bail!("the gradient of `{name}` has shape {:?}, not {:?}", gradient.size(), own.size());
+            }
+            // What lies elsewhere in memory, or is another's too, may not be changed in its place.
+            if gradient.stride() == own.stride() && !taken.contains(&gradient.data_ptr()) {
+                own.set_data(gradient);
+                taken.push(gradient.data_ptr());
+            } else {
+                tch::no_grad(|| own.copy_(gradient));
             }
         }
         if let Some((unknown, _)) =

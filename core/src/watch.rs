@@ -1,40 +1,63 @@
 //! Numbers that must be finite, watched without waiting for a GPU.
 
+use std::cell::Cell;
+
 use tch::{Kind, Tensor};
 
-/// Remembers when any of some numbers was first not finite.
+/// Remembers some numbers of each step until it is asked whether they were finite.
 ///
 /// Nothing is read while it looks: a GPU would have to be waited for, and would stand still until it got its next work.
 #[derive(Debug, Default)]
 pub(crate) struct Watch {
     names: Vec<&'static str>,
-    /// For each name the first step at which it was not finite, int64 `[n]`; [`NEVER`] if it always was.
-    first: Option<Tensor>,
+    /// Of the steps since it was asked, [STEPS, n].
+    seen: Option<Tensor>,
+    steps: Vec<u64>,
+    found: Cell<Option<NotFinite>>,
 }
 
-const NEVER: i64 = i64::MAX;
+/// A number that was not finite.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct NotFinite {
+    pub step: u64,
+    pub name: &'static str,
+    pub value: f64,
+}
+
+/// How many steps are remembered; then it asks itself.
+const STEPS: i64 = 1024;
 
 impl Watch {
-    /// Looks at the numbers of a step by their names, tensors of any shape.
+    /// Looks at the numbers of a step by their names, scalars.
     pub fn see<'a>(&mut self, step: u64, numbers: impl IntoIterator<Item = (&'static str, &'a Tensor)>) {
-        let (names, finite): (Vec<_>, Vec<_>) = numbers
-            .into_iter()
-            .map(|(name, tensor)| (name, if tensor.dim() == 0 { tensor.isfinite() } else { tensor.isfinite().all() }))
-            .unzip();
-        let finite = Tensor::stack(&finite, 0);
-        let never = Tensor::full([1], NEVER, (Kind::Int64, finite.device()));
-        let now = never.where_self(&finite, &Tensor::full([1], step as i64, (Kind::Int64, finite.device())));
-        let before = self.first.take().filter(|_| self.names == names);
-        self.first = Some(before.map_or_else(|| now.shallow_clone(), |before| before.minimum(&now)));
-        self.names = names;
+        let (names, values): (Vec<_>, Vec<Tensor>) =
+            numbers.into_iter().map(|(name, number)| (name, number.to_kind(Kind::Float))).unzip();
+        if names != self.names || self.steps.len() as i64 == STEPS {
+            self.found();
+            self.steps.clear();
+            self.names = names;
+            self.seen = None;
+        }
+        let Some(first) = values.first() else { return };
+        let size = [STEPS, values.len() as i64];
+        let seen = self.seen.get_or_insert_with(|| Tensor::zeros(size, (Kind::Float, first.device())));
+        let _ = tch::no_grad(|| Tensor::stack_out(&seen.get(self.steps.len() as i64), &values, 0));
+        self.steps.push(step);
     }
 
-    /// The first step at which something was not finite, and the last of its names. Waits for the GPU.
-    pub fn found(&self) -> Option<(u64, &'static str)> {
-        let first = Vec::<i64>::try_from(self.first.as_ref()?).ok()?;
-        let earliest = *first.iter().min().filter(|step| **step < NEVER)?;
-        let name = self.names.iter().zip(&first).filter(|(_, step)| **step == earliest).next_back()?.0;
-        Some((earliest as u64, name))
+    /// The first number that was not finite. Waits for the GPU.
+    pub fn found(&self) -> Option<NotFinite> {
+        if let (None, Some(seen)) = (self.found.get(), &self.seen) {
+            let seen = seen.narrow(0, 0, self.steps.len() as i64).reshape([-1]);
+            let values = Vec::<f32>::try_from(seen).unwrap_or_default();
+            let rows = values.chunks_exact(self.names.len()).zip(&self.steps);
+            let mut all = rows.flat_map(|(row, step)| {
+                let named = row.iter().zip(&self.names);
+                named.map(|(value, name)| NotFinite { step: *step, name, value: f64::from(*value) })
+            });
+            self.found.set(all.find(|number| !number.value.is_finite()));
+        }
+        self.found.get()
     }
 }
 
@@ -46,11 +69,21 @@ mod tests {
     fn the_first_is_remembered() {
         let mut watch = Watch::default();
         assert_eq!(watch.found(), None);
-        let one = Tensor::from(1.0);
-        let matrix = |value: f32| Tensor::from_slice(&[1.0, value]);
+        let found = Some(NotFinite { step: 4, name: "b", value: f64::INFINITY });
         for (step, a, b) in [(3, 1.0, 2.0), (4, 2.0, f32::INFINITY), (5, f32::NAN, 1.0)] {
-            watch.see(step, [("one", &one), ("a", &matrix(a)), ("b", &matrix(b))]);
-            assert_eq!(watch.found(), (step > 3).then_some((4, "b")));
+            let [one, a, b] = [1.0, a, b].map(Tensor::from);
+            watch.see(step, [("one", &one), ("a", &a), ("b", &b)]);
+            assert_eq!(watch.found(), if step == 3 { None } else { found });
         }
+        // Other numbers, and more steps than have room.
+        for step in 6..3000 {
+            watch.see(step, [("other", &Tensor::from(1.0_f32))]);
+        }
+        assert_eq!(watch.found(), found);
+        let mut watch = Watch::default();
+        for step in 0..3000 {
+            watch.see(step, [("a", &Tensor::from(if step == 1500 { f32::NAN } else { 1.0 }))]);
+        }
+        assert_eq!(watch.found().map(|found| found.step), Some(1500));
     }
 }

@@ -339,7 +339,9 @@ fn an_imported_sae_needs_no_config() {
 
     let text = "It is a truth universally acknowledged, that a single man";
     let tokens = |sae: &str| -> Value {
-        serde_json::from_str(&desk.ok(&["encode", sae, "--text", text, "--top", "3", "--json"])).unwrap()
+        // What was imported knows no precision, and `auto` is another on another machine.
+        let args = ["encode", sae, "--text", text, "--top", "3", "--json", "--set", "precision=float32"];
+        serde_json::from_str(&desk.ok(&args)).unwrap()
     };
     let (first, again) = (tokens("run/sae"), tokens("again"));
     let words: String =

@@ -5,8 +5,8 @@ mod fused;
 use anyhow::Result;
 use tch::Tensor;
 
-use crate::constraint::Constraints;
-use crate::dictionary::Dictionary;
+use crate::constraint::{clip_gradients, normalize_decoder, remove_parallel_gradient, Constraints};
+use crate::dictionary::{Decoder, Dictionary};
 use crate::state::State;
 
 /// Adam's settings (Kingma and Ba 2014, <https://arxiv.org/abs/1412.6980>), with PyTorch's defaults.
@@ -43,21 +43,44 @@ pub struct Adam {
     config: AdamConfig,
     steps: u64,
     moments: Vec<Moments>,
+    /// Parameters and their moments all in one, where they are on a GPU: there a step takes as long as its operations are
+    /// many, and few numbers as long as many.
+    joined: Option<Joined>,
+}
+
+/// Tensors that lie one after the other, whose parts the others are.
+#[derive(Debug)]
+struct Joined {
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
 }
 
 impl Adam {
-    /// Adam for parameters by their state-dict names.
+    /// Adam for parameters by their state-dict names. On a GPU they move to one place in memory.
     pub fn new(config: AdamConfig, parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
-        let moments = parameters
+        let parameters: Vec<(String, Tensor)> =
+            parameters.into_iter().map(|(name, parameter)| (name.into(), parameter)).collect();
+        let join = !parameters.is_empty() && parameters.iter().all(|(_, parameter)| parameter.device().is_cuda());
+        Adam::build(config, parameters, join)
+    }
+
+    fn build(config: AdamConfig, parameters: Vec<(String, Tensor)>, join: bool) -> Self {
+        let mut moments: Vec<Moments> = parameters
             .into_iter()
             .map(|(name, parameter)| Moments {
-                name: name.into(),
+                name,
                 exp_avg: parameter.detach().zeros_like(),
                 exp_avg_sq: parameter.detach().zeros_like(),
                 parameter,
             })
             .collect();
-        Adam { config, steps: 0, moments }
+        let joined = join.then(|| Joined {
+            parameters: joined(moments.iter_mut().map(|moments| &mut moments.parameter)),
+            exp_avg: joined(moments.iter_mut().map(|moments| &mut moments.exp_avg)),
+            exp_avg_sq: joined(moments.iter_mut().map(|moments| &mut moments.exp_avg_sq)),
+        });
+        Adam { config, steps: 0, moments, joined }
     }
 
     /// The moments of a parameter.
@@ -84,33 +107,79 @@ impl Adam {
             self.steps += 1;
             return;
         }
-        constraints.on_gradients(dictionary);
-        self.step(lr);
-        constraints.on_weights(dictionary);
+        self.step_by_parts(lr, constraints, decoder);
+    }
+
+    fn step_by_parts(&mut self, lr: f64, constraints: &Constraints, decoder: Option<Decoder>) {
+        let decoder = decoder.filter(|_| constraints.unit_norm_decoder);
+        if let Some(decoder) = &decoder {
+            remove_parallel_gradient(decoder);
+        }
+        let mut gradients = self.gradients();
+        if let Some(max_norm) = constraints.clip_gradients {
+            clip_gradients(&mut gradients, max_norm);
+        }
+        self.step_with(lr, &gradients);
+        if let Some(decoder) = &decoder {
+            normalize_decoder(decoder);
+        }
     }
 
     /// One step with the parameters' gradients: θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays.
     pub fn step(&mut self, lr: f64) {
+        let gradients = self.gradients();
+        self.step_with(lr, &gradients);
+    }
+
+    /// The parameters' gradients, or all in one.
+    fn gradients(&self) -> Vec<Tensor> {
+        let own = self.moments.iter().map(|Moments { parameter, .. }| {
+            let gradient = parameter.grad();
+            if self.joined.is_none() || gradient.defined() {
+                gradient
+            } else {
+                parameter.detach().zeros_like()
+            }
+        });
+        if self.joined.is_none() {
+            return own.collect();
+        }
+        let rows = own.zip(&self.moments).map(|(gradient, moments)| {
+            let gradient = if lies_turned(&moments.parameter) { gradient.tr() } else { gradient };
+            gradient.reshape([-1])
+        });
+        vec![Tensor::cat(&rows.collect::<Vec<_>>(), 0)]
+    }
+
+    fn step_with(&mut self, lr: f64, gradients: &[Tensor]) {
         self.steps += 1;
         let AdamConfig { betas: (beta1, beta2), eps } = self.config;
         let steps = self.steps as f64;
         let correction1 = 1.0 - beta1.powf(steps);
         let correction2 = (1.0 - beta2.powf(steps)).sqrt();
-        tch::no_grad(|| {
-            for Moments { parameter, exp_avg, exp_avg_sq, .. } in &mut self.moments {
-                let grad = parameter.grad();
-                if !grad.defined() {
-                    continue;
-                }
-                let _ = exp_avg.lerp_(&grad, 1.0 - beta1);
-                let _ = exp_avg_sq.g_mul_scalar_(beta2);
-                let _ = exp_avg_sq.addcmul_(&grad, &(&grad * (1.0 - beta2)));
-                if lr > 0.0 {
-                    let mut denominator = exp_avg_sq.sqrt();
-                    let _ = denominator.g_div_scalar_(correction2);
-                    let _ = denominator.g_add_scalar_(eps);
-                    let _ = denominator.g_mul_scalar_(-correction1 / lr);
-                    let _ = parameter.addcdiv_(exp_avg, &denominator);
+        let update = |gradient: &Tensor, parameter: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor| {
+            if !gradient.defined() {
+                return;
+            }
+            let [mut parameter, mut exp_avg, mut exp_avg_sq] =
+                [parameter, exp_avg, exp_avg_sq].map(Tensor::shallow_clone);
+            let _ = exp_avg.lerp_(gradient, 1.0 - beta1);
+            let _ = exp_avg_sq.lerp_(&gradient.square(), 1.0 - beta2);
+            if lr > 0.0 {
+                let scale = -correction1 / lr;
+                let mut denominator = exp_avg_sq.sqrt();
+                let _ = denominator.g_mul_scalar_(scale / correction2);
+                let _ = denominator.g_add_scalar_(scale * eps);
+                let _ = parameter.addcdiv_(&exp_avg, &denominator);
+            }
+        };
+        tch::no_grad(|| match &self.joined {
+            Some(Joined { parameters, exp_avg, exp_avg_sq }) => {
+                update(&gradients[0], parameters, exp_avg, exp_avg_sq);
+            }
+            None => {
+                for (gradient, moments) in gradients.iter().zip(&self.moments) {
+                    update(gradient, &moments.parameter, &moments.exp_avg, &moments.exp_avg_sq);
                 }
             }
         });
@@ -138,12 +207,35 @@ impl Adam {
     }
 }
 
+/// Whether a matrix's columns are in one piece each, instead of its rows.
+fn lies_turned(tensor: &Tensor) -> bool {
+    tensor.dim() == 2 && !tensor.is_contiguous() && tensor.tr().is_contiguous()
+}
+
+/// Puts tensors one after the other, in the order of their memory; they are parts of what it returns from then on.
+fn joined<'a>(tensors: impl Iterator<Item = &'a mut Tensor>) -> Tensor {
+    tch::no_grad(|| {
+        let tensors: Vec<&mut Tensor> = tensors.collect();
+        let turned = |tensor: &Tensor, turn: bool| if turn { tensor.tr() } else { tensor.shallow_clone() };
+        let rows = tensors.iter().map(|tensor| turned(&tensor.detach(), lies_turned(tensor)).reshape([-1]));
+        let all = Tensor::cat(&rows.collect::<Vec<_>>(), 0);
+        let mut at = 0;
+        for tensor in tensors {
+            let (turn, count) = (lies_turned(tensor), tensor.numel() as i64);
+            let size = turned(&tensor.detach(), turn).size();
+            tensor.set_data(&turned(&all.narrow(0, at, count).view(size.as_slice()), turn));
+            at += count;
+        }
+        all
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::dictionary::{trained_matrix, Decoder, Dims};
+    use crate::dictionary::{trained_matrix, Dims};
 
     /// Weights and nothing that is done with them.
     struct Weights {
@@ -185,7 +277,7 @@ mod tests {
                 for (unit_norm_decoder, clip_gradients) in
                     [(false, None), (true, None), (false, Some(0.5)), (true, Some(0.5)), (true, Some(1e9))]
                 {
-                    for betas in [(0.9, 0.999), (0.0, 0.999)] {
+                    for (betas, join) in [((0.9, 0.999), false), ((0.0, 0.999), false), ((0.9, 0.999), true)] {
                         let size = if feature_dim == 0 { [features, d] } else { [d, features] };
                         let [one, other] = [0, 1].map(|_| Weights {
                             encoder: trained_matrix([features, d], 0, Device::Cpu),
@@ -203,8 +295,15 @@ mod tests {
                         }
                         let constraints = Constraints { unit_norm_decoder, clip_gradients };
                         let config = AdamConfig { betas, ..AdamConfig::default() };
-                        let [mut fused, mut plain] =
-                            [&one, &other].map(|weights| Adam::new(config, weights.parameters()));
+                        let named = |weights: &Weights| {
+                            weights
+                                .parameters()
+                                .into_iter()
+                                .map(|(name, parameter)| (name.to_owned(), parameter))
+                                .collect()
+                        };
+                        let mut fused = Adam::build(config, named(&one), false);
+                        let mut plain = Adam::build(config, named(&other), join);
                         for step in 0..4 {
                             for ((_, one), (_, other)) in one.parameters().into_iter().zip(other.parameters()) {
                                 let gradient = Tensor::randn(one.size(), options);
@@ -222,9 +321,7 @@ mod tests {
                                 decoder.as_ref(),
                             );
                             assert!(done, "it does not fit");
-                            constraints.on_gradients(&other);
-                            plain.step(lr);
-                            constraints.on_weights(&other);
+                            plain.step_by_parts(lr, &constraints, other.decoder());
                             fused.zero_grad();
                             plain.zero_grad();
                             for (a, b) in fused.moments.iter().zip(&plain.moments) {

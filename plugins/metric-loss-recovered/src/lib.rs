@@ -89,7 +89,8 @@ impl Metric for LossRecoveredConfig {
                     let _ = prefix.forward(&mut reading);
                 }
                 let Some(value) = reading.take(&reads.point) else { bail!("nothing was read at {}", reads.point) };
-                let x = reads.of(&value);
+                // A model in bfloat16 gives some of its values so.
+                let x = reads.of(&value).to_kind(Kind::Float);
                 let own = subjects.iter().zip(&mut reconstructed).filter(|(subject, _)| subject.site == *site);
                 for (subject, loss) in own {
                     let x_hat = subject.dictionary.reconstruct(&x).0;
