@@ -23,7 +23,7 @@ use crate::prelude::*;
 use crate::registry::{self, component, components, Component, Kind as Slot};
 use crate::top_k::Selection;
 use crate::training::{Training, TrainingCx};
-use crate::two_layer;
+use crate::two_layer::{self, Trial};
 use crate::{evaluate, format, harvest, run, saved, tensors};
 
 /// Tests a registered component.
@@ -481,12 +481,15 @@ enum ByHandCase {
     DeadFeatures,
     /// With products in bfloat16.
     BFloat16,
+    /// As on a GPU, of which the loops know nothing.
+    OnGpu,
 }
 
 /// If it has a way by hand at all, on every dictionary that it trains.
 fn finds_by_hand_what_autograd_finds(trainer: &Component) {
     for dictionary in components(Slot::Dictionary) {
-        for case in [ByHandCase::Usual, ByHandCase::FewFeatures, ByHandCase::DeadFeatures, ByHandCase::BFloat16] {
+        use ByHandCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, Usual};
+        for case in [Usual, FewFeatures, DeadFeatures, BFloat16, OnGpu] {
             is_the_same_by_hand(trainer, dictionary, case);
         }
     }
@@ -497,7 +500,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
     let has_field =
         |field: &str| (trainer.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some());
-    if case == ByHandCase::DeadFeatures {
+    if matches!(case, ByHandCase::DeadFeatures | ByHandCase::OnGpu) {
         if !has_field("dead_feature_threshold") {
             return;
         }
@@ -538,7 +541,8 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     for (_, parameter) in training.dictionary.parameters() {
         let _ = tch::no_grad(|| parameter.grad().fill_(f64::NAN));
     }
-    let found = two_layer::with_tile_width(96, || tch::no_grad(|| training.trainer.by_hand(&pass, &mut by_hand)));
+    let trial = Trial { tile_width: 96, lists: case != ByHandCase::OnGpu };
+    let found = two_layer::on_trial(trial, || tch::no_grad(|| training.trainer.by_hand(&pass, &mut by_hand)));
     let found = found.unwrap().expect("by hand, as before");
     let gradients: Vec<_> = found.gradients.iter().map(|(name, gradient)| (*name, gradient.copy())).collect();
     let counted = training.trainer.state().unwrap();

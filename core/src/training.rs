@@ -154,6 +154,7 @@ impl Training {
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
         let normalized = self.normalization.map(|normalization| normalization.batch(batch));
         let batch = normalized.as_ref().unwrap_or(batch);
+        self.make_room();
         let before = if self.waits() { self.undo(step == 0)? } else { State::new() };
         let Loss { loss, gradients, figures } = match self.loss(step, batch, logging) {
             Ok(found) => found,
@@ -284,16 +285,21 @@ impl Training {
         }
     }
 
+    /// Gives each parameter room for its gradient.
+    fn make_room(&self) {
+        for (_, parameter) in self.dictionary.parameters() {
+            if !parameter.grad().defined() {
+                // Only libtorch can make it; this gradient is nothing.
+                (parameter.sum(parameter.kind()) * 0.0).backward();
+            }
+        }
+    }
+
     /// Makes what was found the parameters' gradients; those of others are 0.
     fn take(&mut self, gradients: Vec<(&'static str, Tensor)>) -> Result<()> {
         let mut taken = Vec::new();
         for (name, parameter) in self.dictionary.parameters() {
             let mut own = parameter.grad();
-            if !own.defined() {
-                // Which only libtorch can make.
-                (parameter.sum(parameter.kind()) * 0.0).backward();
-                own = parameter.grad();
-            }
             let Some((_, gradient)) = gradients.iter().find(|(known, _)| *known == name) else {
                 let _ = own.zero_();
                 continue;

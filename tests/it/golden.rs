@@ -107,8 +107,9 @@ fn golden_run(case: &str) {
         // Its April update calls every class `AutoEncoder`.
         let wrong = name == "dict_class" && method == "standard_april_update";
         if name == "device" {
-            // It trains on what the machine has.
-            assert_eq!(own["trainer"][name], dictlearn_core::device::name(dictlearn_core::device::best()));
+            // It trains on what the tester's machine has.
+            let own = own["trainer"][name].as_str().unwrap();
+            assert!(own == "cpu" || own.starts_with("cuda:"), "{own}");
         } else if !["layer", "lm_name", "wandb_name"].contains(&name.as_str()) && !wrong {
             let own = &own["trainer"][name];
             let same = match (own.as_f64(), value.as_f64()) {

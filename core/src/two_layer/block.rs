@@ -32,21 +32,35 @@ pub enum Input<'a> {
     Same(f64),
 }
 
-/// Of a block that holds some entries alone.
+/// Of a block that holds some entries alone: where they are.
 #[derive(Debug)]
-struct Entries {
-    pattern: Pattern,
-    /// Each entry's feature, counted from the block's first, and row, where they are asked for.
-    indices: OnceCell<(Tensor, Tensor)>,
+enum Entries {
+    /// On a CPU, in an order of which products can be taken.
+    Listed {
+        pattern: Pattern,
+        /// Each entry's feature, counted from the block's first, and row, where they are asked for.
+        indices: OnceCell<(Tensor, Tensor)>,
+    },
+    /// Where libtorch found them; products are taken of a matrix in which all others are 0.
+    Scattered {
+        /// Each entry's row times the number of features, plus its feature, int64 `[entries]`.
+        at: Tensor,
+        rows: i64,
+        /// How many times entries were selected, as many each time.
+        selections: i64,
+    },
 }
 
 impl Entries {
-    fn of_features(&self, vector: &Tensor) -> Tensor {
-        vector.index_select(0, &self.indices.get_or_init(|| self.pattern.indices()).0)
-    }
-
-    fn of_rows(&self, vector: &Tensor) -> Tensor {
-        vector.index_select(0, &self.indices.get_or_init(|| self.pattern.indices()).1)
+    /// Each entry's feature and row.
+    fn indices(&self, features: i64) -> (Tensor, Tensor) {
+        match self {
+            Entries::Listed { pattern, indices } => {
+                let (features, rows) = indices.get_or_init(|| pattern.indices());
+                (features.shallow_clone(), rows.shallow_clone())
+            }
+            Entries::Scattered { at, .. } => (at.remainder(features), at.divide_scalar_mode(features, "floor")),
+        }
     }
 }
 
@@ -58,11 +72,26 @@ impl Block {
 
     pub(super) fn sparse((pattern, z): (Pattern, Tensor), first: i64, precision: Precision) -> Self {
         let features = first..first + pattern.features() as i64;
-        Block { z, features, precision, entries: Some(Entries { pattern, indices: OnceCell::new() }) }
+        Block { z, features, precision, entries: Some(Entries::Listed { pattern, indices: OnceCell::new() }) }
+    }
+
+    /// The `selections` times k entries of all features that libtorch found at places `at` of the [rows, features] there are.
+    pub(super) fn scattered(
+        z: Tensor,
+        at: Tensor,
+        [rows, features]: [i64; 2],
+        selections: i64,
+        precision: Precision,
+    ) -> Self {
+        Block { z, features: 0..features, precision, entries: Some(Entries::Scattered { at, rows, selections }) }
+    }
+
+    fn width(&self) -> i64 {
+        self.features.end - self.features.start
     }
 
     fn own(&self, of_all: &Tensor) -> Tensor {
-        of_all.narrow(0, self.features.start, self.features.end - self.features.start)
+        of_all.narrow(0, self.features.start, self.width())
     }
 
     /// Calculates for each entry O numbers, as z but of the kind of the products' operands, and S numbers of which each feature's sum is taken, `[n]`, in one pass
@@ -78,17 +107,18 @@ impl Block {
                 map::Row::of_each(tensor)
             }
             (Input::Feature(vector), None) => map::Row::repeated(&self.own(vector)),
-            (Input::Feature(vector), Some(entries)) => map::Row::of_each(&entries.of_features(&self.own(vector))),
+            (Input::Feature(vector), Some(entries)) => {
+                map::Row::of_each(&self.own(vector).index_select(0, &entries.indices(self.width()).0))
+            }
             (Input::Same(value), _) => map::Row::same(value as f32),
         });
         match &self.entries {
             None => map::tile(&self.z.size(), self.precision.kind(), owned, function),
             Some(entries) => {
                 let (outputs, summed) = map::list(self.z.size()[0], owned, function);
-                let features = [self.features.end - self.features.start];
                 let sums = summed.map(|values| {
-                    let mut sums = Tensor::zeros(features, (Kind::Float, values.device()));
-                    entries.pattern.sum_by_feature(&values, &mut sums);
+                    let mut sums = Tensor::zeros([self.width()], (Kind::Float, values.device()));
+                    self.add_by_feature(entries, &values, &mut sums);
                     sums
                 });
                 (outputs, sums)
@@ -106,7 +136,7 @@ impl Block {
     pub fn of_rows(&self, vector: &Tensor) -> Tensor {
         match &self.entries {
             None => vector.unsqueeze(1),
-            Some(entries) => entries.of_rows(vector),
+            Some(entries) => vector.index_select(0, &entries.indices(self.width()).1),
         }
     }
 
@@ -115,7 +145,14 @@ impl Block {
         let mut own = self.own(sums);
         match &self.entries {
             None => own += values.sum_dim_intlist([0].as_slice(), false, Kind::Float),
-            Some(entries) => entries.pattern.sum_by_feature(&values.contiguous(), &mut own),
+            Some(entries) => self.add_by_feature(entries, &values.contiguous(), &mut own),
+        }
+    }
+
+    fn add_by_feature(&self, entries: &Entries, values: &Tensor, sums: &mut Tensor) {
+        match entries {
+            Entries::Listed { pattern, .. } => pattern.sum_by_feature(values, sums),
+            Entries::Scattered { .. } => drop(sums.index_add_(0, &entries.indices(self.width()).0, values)),
         }
     }
 
@@ -123,16 +160,24 @@ impl Block {
     pub fn sum_by_row(&self, values: &Tensor) -> Tensor {
         match &self.entries {
             None => values.sum_dim_intlist([1].as_slice(), false, Kind::Float),
-            Some(entries) => entries.pattern.fold_rows(&values.contiguous(), 0.0, |sum, value| sum + value),
+            Some(Entries::Listed { pattern, .. }) => {
+                pattern.fold_rows(&values.contiguous(), 0.0, |sum, value| sum + value)
+            }
+            Some(entries @ Entries::Scattered { rows, .. }) => {
+                let sums = Tensor::zeros([*rows], (Kind::Float, values.device()));
+                sums.index_add(0, &entries.indices(self.width()).1, values)
+            }
         }
     }
 
-    /// For each row its smallest pre-activation above 0: `[B]`, infinite where there is none.
+    /// For each selection, of a row or of the batch, its smallest pre-activation above 0, infinite where there is none. Of lists
+    /// for each row.
     pub fn smallest_positive(&self) -> Tensor {
         let z = self.z.masked_fill(&self.z.le(0.0), f64::INFINITY);
         match &self.entries {
             None => z.amin([1], false),
-            Some(entries) => entries.pattern.fold_rows(&z, f32::INFINITY, f32::min),
+            Some(Entries::Listed { pattern, .. }) => pattern.fold_rows(&z, f32::INFINITY, f32::min),
+            Some(Entries::Scattered { selections, .. }) => z.view([*selections, -1]).amin([1], false),
         }
     }
 
@@ -141,8 +186,12 @@ impl Block {
         let first = self.features.start + range.start;
         match &self.entries {
             None => Block::dense(self.z.narrow(1, range.start, range.end - range.start), first, self.precision),
-            Some(entries) => {
-                let (pattern, own) = entries.pattern.narrow(range.start as usize..range.end as usize);
+            Some(Entries::Scattered { .. }) => {
+                let z = self.full(&self.z, self.z.kind());
+                Block::dense(z.narrow(1, range.start, range.end - range.start), first, self.precision)
+            }
+            Some(Entries::Listed { pattern, .. }) => {
+                let (pattern, own) = pattern.narrow(range.start as usize..range.end as usize);
                 let z = self.z.narrow(0, own.start as i64, own.len() as i64);
                 Block::sparse((pattern, z), first, self.precision)
             }
@@ -152,14 +201,16 @@ impl Block {
     /// out [B, d] += V W: what features of these values, as z, decode to by directions W [F, d].
     pub(super) fn decode(&self, values: &Tensor, weight: &Operand, out: &mut Tensor) {
         match &self.entries {
-            None => {
+            None | Some(Entries::Scattered { .. }) => {
                 let (values, weight) = (self.cast(values), self.own(weight.for_products()));
                 match self.precision {
                     Precision::Float32 => drop(out.addmm_(&values, &weight)),
                     Precision::BFloat16 => *out += self.precision.product(&values, &weight),
                 }
             }
-            Some(entries) => entries.pattern.decode(&values.contiguous(), &self.own(weight.exact()), out),
+            Some(Entries::Listed { pattern, .. }) => {
+                pattern.decode(&values.contiguous(), &self.own(weight.exact()), out)
+            }
         }
     }
 
@@ -168,7 +219,10 @@ impl Block {
     pub(super) fn products(&self, vectors: &Operand, weight: &Operand) -> Tensor {
         match &self.entries {
             None => vectors.for_products().matmul(&self.own(weight.for_products()).tr()),
-            Some(entries) => entries.pattern.products(vectors.exact(), &self.own(weight.exact())),
+            Some(Entries::Scattered { at, .. }) => {
+                vectors.for_products().matmul(&self.own(weight.for_products()).tr()).take(at)
+            }
+            Some(Entries::Listed { pattern, .. }) => pattern.products(vectors.exact(), &self.own(weight.exact())),
         }
     }
 
@@ -176,18 +230,35 @@ impl Block {
     pub(super) fn accumulate(&self, values: &Tensor, vectors: &Operand, out: &mut Tensor) {
         let mut own = self.own(out);
         match &self.entries {
-            None => {
+            None | Some(Entries::Scattered { .. }) => {
                 let (values, vectors) = (self.cast(values).tr(), vectors.for_products());
                 match self.precision {
                     Precision::Float32 => drop(values.mm_out(&own, vectors)),
                     Precision::BFloat16 => own.copy_(&values.matmul(vectors)),
                 }
             }
-            Some(entries) => entries.pattern.accumulate(&values.contiguous(), vectors.exact(), &mut own),
+            Some(Entries::Listed { pattern, .. }) => {
+                pattern.accumulate(&values.contiguous(), vectors.exact(), &mut own)
+            }
         }
     }
 
+    /// To take products of: a matrix.
     fn cast(&self, values: &Tensor) -> Tensor {
-        values.to_kind(self.precision.kind())
+        match self.entries {
+            Some(Entries::Scattered { .. }) => self.full(values, self.precision.kind()),
+            _ => values.to_kind(self.precision.kind()),
+        }
+    }
+
+    /// [B, n] of values as z; the others are 0.
+    fn full(&self, values: &Tensor, kind: Kind) -> Tensor {
+        match &self.entries {
+            Some(Entries::Scattered { at, rows, .. }) => {
+                let mut full = Tensor::zeros([rows * self.width()], (kind, values.device()));
+                full.scatter_(0, at, &values.to_kind(kind)).view([*rows, self.width()])
+            }
+            _ => values.to_kind(kind),
+        }
     }
 }

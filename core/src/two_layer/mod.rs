@@ -46,8 +46,8 @@ use select::{Kept, Selector, Tile};
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
 fn tile_width(precision: Precision) -> i64 {
-    if let Some(width) = TILE_WIDTH.get() {
-        return width;
+    if let Some(trial) = TRIAL.get() {
+        return trial.tile_width;
     }
     match precision {
         Precision::Float32 => 512,
@@ -55,15 +55,24 @@ fn tile_width(precision: Precision) -> i64 {
     }
 }
 
-thread_local! {
-    static TILE_WIDTH: Cell<Option<i64>> = const { Cell::new(None) };
+/// What a test has otherwise.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Trial {
+    /// Features of a tile: dictionaries of tests would fit into one.
+    pub tile_width: i64,
+    /// Whether lists may be used; without, all is done as on a GPU.
+    pub lists: bool,
 }
 
-/// Does something with tiles of that many features: in tests, whose dictionaries would fit into one.
-pub(crate) fn with_tile_width<T>(width: i64, work: impl FnOnce() -> T) -> T {
-    TILE_WIDTH.set(Some(width));
+thread_local! {
+    static TRIAL: Cell<Option<Trial>> = const { Cell::new(None) };
+}
+
+/// Does something as a test wants it.
+pub(crate) fn on_trial<T>(trial: Trial, work: impl FnOnce() -> T) -> T {
+    TRIAL.set(Some(trial));
     let done = work();
-    TILE_WIDTH.set(None);
+    TRIAL.set(None);
     done
 }
 
@@ -328,7 +337,9 @@ impl Hand {
         if [&x, &w_enc, &w_dec].iter().any(|matrix| matrix.kind() != Kind::Float) {
             return None;
         }
-        let lists = x.device() == Device::Cpu && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
+        let lists = x.device() == Device::Cpu
+            && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous())
+            && TRIAL.get().is_none_or(|trial| trial.lists);
         Some(Hand {
             by_w_enc: layers.encoder.room(),
             by_z: Tensor::zeros([w_enc.size()[0]], (Kind::Float, x.device())),
@@ -418,11 +429,7 @@ impl Hand {
             let kept = if of_batch { Kept::OfBatch((k * rows) as usize) } else { Kept::OfEach(k as usize) };
             return (self.list(kept), None);
         }
-        let z = self.plainly(&self.x).relu();
-        if of_batch {
-            return (self.masked(z.reshape([1, -1]), k * rows, z).0, None);
-        }
-        let (block, indices) = self.masked(z.shallow_clone(), k, z);
+        let (block, indices) = if of_batch { self.of_batch(k * rows) } else { self.of_each(k) };
         (block, Some(indices))
     }
 
@@ -434,8 +441,7 @@ impl Hand {
         if self.lists && self.sparse(k) {
             return self.list(Kept::OfEach(k as usize));
         }
-        let z = self.plainly(&self.x).relu();
-        self.masked(z.shallow_clone(), k, z).0
+        self.of_each(k).0
     }
 
     /// Whether k features of each row are few enough to be listed. More of them would be dearer than dense products, even
@@ -450,11 +456,30 @@ impl Hand {
         Block::sparse(selector.finish(), 0, self.layers.precision)
     }
 
-    /// The same as libtorch has it: everything else is 0. And where the largest are.
-    fn masked(&self, rows: Tensor, k: i64, z: Tensor) -> (Block, Tensor) {
-        let (values, indices) = rows.topk(k, -1, true, false);
-        let selected = rows.zeros_like().scatter_(-1, &indices, &values).view_as(&z);
-        (Block::dense(selected, 0, self.layers.precision), indices)
+    /// All pre-activations above 0, [B, F], of the type of the products.
+    fn whole(&self) -> Tensor {
+        let bias = self.b_enc.as_ref().map(|bias| bias.to_kind(self.layers.precision.kind()));
+        self.x.for_products().linear(self.w_enc.for_products(), bias).relu_()
+    }
+
+    /// The k largest pre-activations of each row as libtorch finds them, and their features.
+    fn of_each(&self, k: i64) -> (Block, Tensor) {
+        let z = self.whole();
+        let size @ [rows, features] = [z.size()[0], z.size()[1]];
+        let (values, indices) = z.topk(k, -1, true, false);
+        let first = Tensor::arange(rows, (Kind::Int64, z.device())).unsqueeze(1) * features;
+        let at = (&indices + first).reshape([-1]);
+        let values = values.to_kind(Kind::Float).reshape([-1]);
+        (Block::scattered(values, at, size, rows, self.layers.precision), indices)
+    }
+
+    /// The `count` largest pre-activations of the batch as libtorch finds them, and their features.
+    fn of_batch(&self, count: i64) -> (Block, Tensor) {
+        let z = self.whole();
+        let size @ [_, features] = [z.size()[0], z.size()[1]];
+        let (values, at) = z.reshape([-1]).topk(count, -1, true, false);
+        let indices = at.remainder(features);
+        (Block::scattered(values.to_kind(Kind::Float), at, size, 1, self.layers.precision), indices)
     }
 
     /// A block in the groups that end at these features.
