@@ -99,7 +99,7 @@ fn parts(criterion: &mut Criterion) {
             bencher.iter(|| tch::no_grad(|| hand().select(selection)));
         });
         if name == "top_k" {
-            let block = tch::no_grad(|| hand().select(selection));
+            let (block, _) = tch::no_grad(|| hand().select(selection));
             criterion.bench_function("part/decode selected", |bencher| {
                 let (hand, mut error) = (hand(), hand().begin(batch));
                 bencher.iter(|| tch::no_grad(|| hand.decode(&block, &block.z, &mut error)));

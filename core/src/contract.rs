@@ -481,15 +481,17 @@ enum ByHandCase {
     DeadFeatures,
     /// With products in bfloat16.
     BFloat16,
-    /// As on a GPU, of which the loops know nothing.
+    /// As on a GPU: with libtorch's operations in place of our own loops.
     OnGpu,
+    /// The same in bfloat16.
+    OnGpuBFloat16,
 }
 
 /// If it has a way by hand at all, on every dictionary that it trains.
 fn finds_by_hand_what_autograd_finds(trainer: &Component) {
     for dictionary in components(Slot::Dictionary) {
-        use ByHandCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, Usual};
-        for case in [Usual, FewFeatures, DeadFeatures, BFloat16, OnGpu] {
+        use ByHandCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, OnGpuBFloat16, Usual};
+        for case in [Usual, FewFeatures, DeadFeatures, BFloat16, OnGpu, OnGpuBFloat16] {
             is_the_same_by_hand(trainer, dictionary, case);
         }
     }
@@ -500,7 +502,9 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
     let has_field =
         |field: &str| (trainer.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some());
-    if matches!(case, ByHandCase::DeadFeatures | ByHandCase::OnGpu) {
+    let on_gpu = matches!(case, ByHandCase::OnGpu | ByHandCase::OnGpuBFloat16);
+    let bfloat16 = matches!(case, ByHandCase::BFloat16 | ByHandCase::OnGpuBFloat16);
+    if on_gpu || case == ByHandCase::DeadFeatures {
         if !has_field("dead_feature_threshold") {
             return;
         }
@@ -512,7 +516,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
         ..sae(trainer)
     };
     let mut cx = training_cx();
-    if case == ByHandCase::BFloat16 {
+    if bfloat16 {
         cx.precision = Precision::BFloat16;
     }
     // What it cannot train it refuses.
@@ -541,7 +545,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     for (_, parameter) in training.dictionary.parameters() {
         let _ = tch::no_grad(|| parameter.grad().fill_(f64::NAN));
     }
-    let trial = Trial { tile_width: 96, lists: case != ByHandCase::OnGpu };
+    let trial = Trial { tile_width: 96, lists: !on_gpu };
     let found = two_layer::on_trial(trial, || tch::no_grad(|| training.trainer.by_hand(&pass, &mut by_hand)));
     let found = found.unwrap().expect("by hand, as before");
     let gradients: Vec<_> = found.gradients.iter().map(|(name, gradient)| (*name, gradient.copy())).collect();
@@ -557,7 +561,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
         terms.add(name, value, 1.0);
     }
     terms.total().unwrap().backward();
-    let tolerance = if case == ByHandCase::BFloat16 { 2e-2 } else { 1e-4 };
+    let tolerance = if bfloat16 { 2e-2 } else { 1e-4 };
     let close = |what: &str, found: &Tensor, expected: &Tensor| {
         let apart = (found - expected).norm().double_value(&[]);
         let scale = expected.norm().double_value(&[]).max(1e-6);
@@ -588,7 +592,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
         }
     }
     // A feature at its edge may fire in one and not in the other where numbers are rounded.
-    if case != ByHandCase::BFloat16 {
+    if !bfloat16 {
         for (key, tensor) in training.trainer.state().unwrap().tensors() {
             close(
                 &format!("its state, {key},"),

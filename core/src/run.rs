@@ -198,7 +198,7 @@ impl Run {
             if batch.x.device().is_cuda() {
                 // The sum of finite numbers is finite, unless they are far larger than any activation.
                 let sums: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor.sum(Kind::Float))).collect();
-                self.watches[site].see(step, sums.iter().map(|(name, sum)| (*name, sum)));
+                self.watches[site].see(step, sums.iter().map(|(name, sum)| (*name, sum)))?;
             } else {
                 let check = |(_, tensor): &(_, &Tensor)| check_finite(tensor, || self.batch_not_finite(step, site));
                 tensors.iter().try_for_each(check)?;
@@ -216,7 +216,7 @@ impl Run {
     /// Waits for a GPU to have taken the steps that it was given, and refuses what came of numbers that were not finite.
     fn settle(&self) -> Result<()> {
         for (site, watch) in self.watches.iter().enumerate() {
-            if let Some(NotFinite { step, .. }) = watch.found() {
+            if let Some(NotFinite { step, .. }) = watch.found()? {
                 return Err(not_finite(self.batch_not_finite(step, site)));
             }
         }
@@ -483,9 +483,9 @@ pub fn plan(config: &RunConfig) -> Result<String> {
     lines.push(format!("buffer: {:.1} MB of activations", megabytes(buffer)));
     let mut total = 0;
     for sae in &mut run.saes {
-        let steps = match sae.training.by_hand()? {
-            true => "gradients by hand",
-            false => "gradients by autograd",
+        let steps = match sae.training.why_autograd()? {
+            None => "gradients by hand".to_owned(),
+            Some(why) => format!("gradients by autograd ({why})"),
         };
         let dictionary = &sae.training.dictionary;
         let weights: usize = dictionary.state_dict().iter().map(|(_, tensor)| state::bytes(tensor)).sum();

@@ -293,7 +293,8 @@ pub trait Trainer: Send {
 
     /// The terms of the loss. A term of the dictionary's own ([`Dictionary::auxiliary_loss`]) is added after them.
     ///
-    /// Counters may be kept here: should the loss turn out not to be finite, they are set back.
+    /// Counters may be kept here: should the loss turn out not to be finite, they are set back. (On a GPU that is found out later,
+    /// and the run ends.) Numbers on a GPU should not be read here, for it would have to be waited for.
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()>;
 
     /// The same by hand, where the trainer can: the terms of the loss, and their gradients without autograd. `None`, as by

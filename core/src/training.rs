@@ -155,10 +155,11 @@ impl Training {
         let normalized = self.normalization.map(|normalization| normalization.batch(batch));
         let batch = normalized.as_ref().unwrap_or(batch);
         self.make_room();
-        let before = if self.waits() { self.undo(step == 0)? } else { State::new() };
-        let Loss { loss, gradients, figures } = match self.loss(step, batch, logging) {
-            Ok(found) => found,
-            Err(error) => {
+        let before = if self.waits() { Some(self.undo(step == 0)?) } else { None };
+        let Loss { loss, gradients, figures } = match (self.loss(step, batch, logging), before) {
+            (Ok(found), _) => found,
+            (Err(error), None) => return Err(error),
+            (Err(error), Some(before)) => {
                 return Err(match self.set_back(&before) {
                     Ok(()) => error,
                     Err(other) => error.context(format!("and what it had counted could not be set back: {other:#}")),
@@ -195,15 +196,24 @@ impl Training {
         Ok(figures)
     }
 
-    /// Whether its steps are taken by hand, without autograd; found out by one on zeros, so it is not for a run that goes
-    /// on.
-    pub fn by_hand(&mut self) -> Result<bool> {
+    /// Why its steps are left to autograd, if they are not taken by hand; found out by one on zeros, so it is not for a run that
+    /// goes on.
+    pub fn why_autograd(&mut self) -> Result<Option<&'static str>> {
+        if !self.modifiers.is_empty() {
+            return Ok(Some("its modifiers need it"));
+        }
         let dims = self.dictionary.dims();
         let zeros = |width| Tensor::zeros([1, width], (Kind::Float, self.dictionary.device()));
         let batch = Batch { x: zeros(dims.input), target: zeros(dims.output) };
         let pass = HandPass { step: 0, batch: &batch, dictionary: &*self.dictionary, logging: false };
-        let found = tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?;
-        Ok(found.is_some() && self.modifiers.is_empty())
+        if tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?.is_some() {
+            return Ok(None);
+        }
+        Ok(Some(if self.waits() {
+            "the trainer or the dictionary has no other way"
+        } else {
+            "on a GPU a penalty needs it"
+        }))
     }
 
     /// The loss of a step, if it is finite, and its figures.
@@ -261,7 +271,7 @@ impl Training {
         let loss = terms.total().context("the trainer gave no loss")?;
         if !self.waits() {
             let terms = terms.iter().filter(|term| term.weight != 0.0).map(|term| (term.name, &term.value));
-            self.watch.see(step, terms);
+            self.watch.see(step, terms)?;
             return Ok(loss);
         }
         check_finite(&loss, || {
@@ -279,7 +289,7 @@ impl Training {
     /// Waits for the steps that were taken, and refuses what came of a loss that was not finite. To be called before
     /// anything is kept.
     pub fn settle(&self) -> Result<()> {
-        match self.watch.found() {
+        match self.watch.found()? {
             None => Ok(()),
             Some(found) => Err(not_finite(self.not_finite(found))),
         }
@@ -289,7 +299,7 @@ impl Training {
     fn make_room(&self) {
         for (_, parameter) in self.dictionary.parameters() {
             if !parameter.grad().defined() {
-                // Only libtorch can make it; this gradient is nothing.
+                // Only autograd can make one; this one is 0.
                 (parameter.sum(parameter.kind()) * 0.0).backward();
             }
         }
@@ -307,8 +317,9 @@ impl Training {
             if gradient.size() != own.size() {
                 bail!("the gradient of `{name}` has shape {:?}, not {:?}", gradient.size(), own.size());
             }
-            // What lies elsewhere in memory, or is another's too, may not be changed in its place.
-            if gradient.stride() == own.stride() && !taken.contains(&gradient.data_ptr()) {
+            // It is scaled in place later, so it must have memory of its own, laid out as the parameter is.
+            let same = gradient.stride() == own.stride() && gradient.kind() == own.kind();
+            if same && !taken.contains(&gradient.data_ptr()) {
                 own.set_data(gradient);
                 taken.push(gradient.data_ptr());
             } else {

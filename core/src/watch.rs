@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 
+use anyhow::Result;
 use tch::{Kind, Tensor};
 
 /// Remembers some numbers of each step until it is asked whether they were finite.
@@ -29,27 +30,28 @@ const STEPS: i64 = 1024;
 
 impl Watch {
     /// Looks at the numbers of a step by their names, scalars.
-    pub fn see<'a>(&mut self, step: u64, numbers: impl IntoIterator<Item = (&'static str, &'a Tensor)>) {
+    pub fn see<'a>(&mut self, step: u64, numbers: impl IntoIterator<Item = (&'static str, &'a Tensor)>) -> Result<()> {
         let (names, values): (Vec<_>, Vec<Tensor>) =
             numbers.into_iter().map(|(name, number)| (name, number.to_kind(Kind::Float))).unzip();
         if names != self.names || self.steps.len() as i64 == STEPS {
-            self.found();
+            self.found()?;
             self.steps.clear();
             self.names = names;
             self.seen = None;
         }
-        let Some(first) = values.first() else { return };
+        let Some(first) = values.first() else { return Ok(()) };
         let size = [STEPS, values.len() as i64];
         let seen = self.seen.get_or_insert_with(|| Tensor::zeros(size, (Kind::Float, first.device())));
         let _ = tch::no_grad(|| Tensor::stack_out(&seen.get(self.steps.len() as i64), &values, 0));
         self.steps.push(step);
+        Ok(())
     }
 
     /// The first number that was not finite. Waits for the GPU.
-    pub fn found(&self) -> Option<NotFinite> {
+    pub fn found(&self) -> Result<Option<NotFinite>> {
         if let (None, Some(seen)) = (self.found.get(), &self.seen) {
             let seen = seen.narrow(0, 0, self.steps.len() as i64).reshape([-1]);
-            let values = Vec::<f32>::try_from(seen).unwrap_or_default();
+            let values = Vec::<f32>::try_from(seen)?;
             let rows = values.chunks_exact(self.names.len()).zip(&self.steps);
             let mut all = rows.flat_map(|(row, step)| {
                 let named = row.iter().zip(&self.names);
@@ -57,7 +59,7 @@ impl Watch {
             });
             self.found.set(all.find(|number| !number.value.is_finite()));
         }
-        self.found.get()
+        Ok(self.found.get())
     }
 }
 
@@ -68,22 +70,22 @@ mod tests {
     #[test]
     fn the_first_is_remembered() {
         let mut watch = Watch::default();
-        assert_eq!(watch.found(), None);
+        assert_eq!(watch.found().unwrap(), None);
         let found = Some(NotFinite { step: 4, name: "b", value: f64::INFINITY });
         for (step, a, b) in [(3, 1.0, 2.0), (4, 2.0, f32::INFINITY), (5, f32::NAN, 1.0)] {
             let [one, a, b] = [1.0, a, b].map(Tensor::from);
-            watch.see(step, [("one", &one), ("a", &a), ("b", &b)]);
-            assert_eq!(watch.found(), if step == 3 { None } else { found });
+            watch.see(step, [("one", &one), ("a", &a), ("b", &b)]).unwrap();
+            assert_eq!(watch.found().unwrap(), if step == 3 { None } else { found });
         }
         // Other numbers, and more steps than have room.
         for step in 6..3000 {
-            watch.see(step, [("other", &Tensor::from(1.0_f32))]);
+            watch.see(step, [("other", &Tensor::from(1.0_f32))]).unwrap();
         }
-        assert_eq!(watch.found(), found);
+        assert_eq!(watch.found().unwrap(), found);
         let mut watch = Watch::default();
         for step in 0..3000 {
-            watch.see(step, [("a", &Tensor::from(if step == 1500 { f32::NAN } else { 1.0 }))]);
+            watch.see(step, [("a", &Tensor::from(if step == 1500 { f32::NAN } else { 1.0 }))]).unwrap();
         }
-        assert_eq!(watch.found().map(|found| found.step), Some(1500));
+        assert_eq!(watch.found().unwrap().map(|found| found.step), Some(1500));
     }
 }

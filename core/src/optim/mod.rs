@@ -43,8 +43,8 @@ pub struct Adam {
     config: AdamConfig,
     steps: u64,
     moments: Vec<Moments>,
-    /// Parameters and their moments all in one, where they are on a GPU: there a step takes as long as its operations are
-    /// many, and few numbers as long as many.
+    /// Parameters and their moments all in one, where they are on a GPU: there each operation has a cost of its own, which is
+    /// more than that of a bias's numbers.
     joined: Option<Joined>,
 }
 
@@ -125,7 +125,8 @@ impl Adam {
         }
     }
 
-    /// One step with the parameters' gradients: θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays.
+    /// One step with the parameters' gradients: θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays; on a GPU its
+    /// gradient counts as 0.
     pub fn step(&mut self, lr: f64) {
         let gradients = self.gradients();
         self.step_with(lr, &gradients);

@@ -46,7 +46,7 @@ enum Entries {
         /// Each entry's row times the number of features, plus its feature, int64 `[entries]`.
         at: Tensor,
         rows: i64,
-        /// How many times entries were selected, as many each time.
+        /// How many selections there were, one for each row or one of the batch, of equally many entries.
         selections: i64,
     },
 }
@@ -181,15 +181,22 @@ impl Block {
         }
     }
 
-    /// The features `range` of the block, counted from its first.
+    /// The same with a matrix instead of scattered entries.
+    pub(super) fn matrix(self) -> Block {
+        match &self.entries {
+            Some(Entries::Scattered { .. }) => {
+                Block::dense(self.full(&self.z, self.z.kind()), self.features.start, self.precision)
+            }
+            _ => self,
+        }
+    }
+
+    /// The features `range` of the block, counted from its first, which is no block of scattered entries.
     pub(super) fn narrow(&self, range: Range<i64>) -> Block {
         let first = self.features.start + range.start;
         match &self.entries {
             None => Block::dense(self.z.narrow(1, range.start, range.end - range.start), first, self.precision),
-            Some(Entries::Scattered { .. }) => {
-                let z = self.full(&self.z, self.z.kind());
-                Block::dense(z.narrow(1, range.start, range.end - range.start), first, self.precision)
-            }
+            Some(Entries::Scattered { .. }) => unreachable!("groups are made of a matrix"),
             Some(Entries::Listed { pattern, .. }) => {
                 let (pattern, own) = pattern.narrow(range.start as usize..range.end as usize);
                 let z = self.z.narrow(0, own.start as i64, own.len() as i64);

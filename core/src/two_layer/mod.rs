@@ -420,7 +420,7 @@ impl Hand {
     }
 
     /// The pre-activations that a dictionary of the TopK family selects in training, and perhaps some that are not above
-    /// 0: no features either. With them, where they are at hand, the selected features' numbers, those at 0 too, int64.
+    /// 0: no features either. With them, where they are at hand, the selected features' indices, those at 0 too, int64.
     pub fn select(&self, selection: &Selection) -> (Block, Option<Tensor>) {
         let rows = self.x.exact().size()[0];
         let k = selection.k();
@@ -429,7 +429,10 @@ impl Hand {
             let kept = if of_batch { Kept::OfBatch((k * rows) as usize) } else { Kept::OfEach(k as usize) };
             return (self.list(kept), None);
         }
-        let (block, indices) = if of_batch { self.of_batch(k * rows) } else { self.of_each(k) };
+        if of_batch {
+            return (self.of_batch(k * rows), None);
+        }
+        let (block, indices) = self.of_each(k);
         (block, Some(indices))
     }
 
@@ -456,7 +459,7 @@ impl Hand {
         Block::sparse(selector.finish(), 0, self.layers.precision)
     }
 
-    /// All pre-activations above 0, [B, F], of the type of the products.
+    /// All pre-activations above 0, [B, F], of the type of the products, as the encoder's bias is here.
     fn whole(&self) -> Tensor {
         let bias = self.b_enc.as_ref().map(|bias| bias.to_kind(self.layers.precision.kind()));
         self.x.for_products().linear(self.w_enc.for_products(), bias).relu_()
@@ -473,13 +476,12 @@ impl Hand {
         (Block::scattered(values, at, size, rows, self.layers.precision), indices)
     }
 
-    /// The `count` largest pre-activations of the batch as libtorch finds them, and their features.
-    fn of_batch(&self, count: i64) -> (Block, Tensor) {
+    /// The `count` largest pre-activations of the batch as libtorch finds them.
+    fn of_batch(&self, count: i64) -> Block {
         let z = self.whole();
-        let size @ [_, features] = [z.size()[0], z.size()[1]];
+        let size = [z.size()[0], z.size()[1]];
         let (values, at) = z.reshape([-1]).topk(count, -1, true, false);
-        let indices = at.remainder(features);
-        (Block::scattered(values.to_kind(Kind::Float), at, size, 1, self.layers.precision), indices)
+        Block::scattered(values.to_kind(Kind::Float), at, size, 1, self.layers.precision)
     }
 
     /// A block in the groups that end at these features.
@@ -487,6 +489,7 @@ impl Hand {
         if ends.len() == 1 {
             return vec![block];
         }
+        let block = block.matrix();
         let starts = std::iter::once(0).chain(ends.iter().copied());
         starts.zip(ends).map(|(start, end)| block.narrow(start..*end)).collect()
     }

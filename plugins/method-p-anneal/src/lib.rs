@@ -310,15 +310,16 @@ impl Annealing {
 }
 
 /// Where the annealing stands.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Annealed {
     p: f64,
     next_p: Option<f64>,
     updates: usize,
     /// λ
     coefficient: f64,
-    /// The penalty with p and with the next p, of the last batches.
-    queue: VecDeque<(f64, f64)>,
+    /// The penalty with p and with the next p, scalars, of the last batches. They are read when they are used: a GPU would have to
+    /// be waited for at each step.
+    queue: VecDeque<[Tensor; 2]>,
 }
 
 /// The reference's `PAnnealTrainer` and `GatedAnnealTrainer`.
@@ -419,7 +420,7 @@ impl PAnneal {
     /// Takes note of the penalty with the next p, where there is one.
     fn queue(&mut self, penalty: &Tensor, next: impl FnOnce(f64) -> Tensor) {
         if let Some(next_p) = self.state.next_p {
-            self.state.queue.push_back((penalty.double_value(&[]), next(next_p).double_value(&[])));
+            self.state.queue.push_back([penalty.detach(), next(next_p)]);
             if self.state.queue.len() > self.queue_length {
                 self.state.queue.pop_front();
             }
@@ -437,7 +438,7 @@ impl PAnneal {
         if !self.annealing.due(step, state.updates) {
             return;
         }
-        let (old, new) = state.queue.iter().fold((0.0, 0.0), |sums, (old, new)| (sums.0 + old, sums.1 + new));
+        let [old, new] = [0, 1].map(|which| state.queue.iter().map(|pair| pair[which].double_value(&[])).sum::<f64>());
         let ratio = if state.next_p.is_some() { old / new } else { 1.0 };
         if ratio.is_finite() && ratio > 0.0 {
             state.coefficient *= ratio;
@@ -534,7 +535,7 @@ impl Trainer for PAnneal {
         let Annealed { p, next_p, updates, coefficient, queue } = &self.state;
         state.put("annealed", (p, next_p, updates, coefficient))?;
         // A tensor and not JSON, which has no infinity.
-        let queue: Vec<f64> = queue.iter().flat_map(|(old, new)| [*old, *new]).collect();
+        let queue: Vec<f64> = queue.iter().flatten().map(|penalty| penalty.double_value(&[])).collect();
         state.put_tensor("queue", &Tensor::from_slice(&queue));
         if let Some(resampling) = &self.resampling {
             state.put_all("resampling", resampling.state());
@@ -545,7 +546,7 @@ impl Trainer for PAnneal {
     fn restore(&mut self, state: &State) -> Result<()> {
         let (p, next_p, updates, coefficient) = state.get("annealed")?;
         let queue = Vec::<f64>::try_from(state.tensor("queue")?)?;
-        let queue = queue.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        let queue = queue.chunks_exact(2).map(|pair| [pair[0], pair[1]].map(Tensor::from)).collect();
         self.state = Annealed { p, next_p, updates, coefficient, queue };
         self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.restore(&state.under("resampling")))
     }
@@ -616,7 +617,7 @@ mod tests {
         for step in 0..6 {
             let penalty = lp(&a, trainer.state.p, SparsityFunction::Lp);
             if let Some(next) = trainer.state.next_p {
-                trainer.state.queue.push_back((scalar(&penalty), scalar(&lp(&a, next, SparsityFunction::Lp))));
+                trainer.queue(&penalty, |_| lp(&a, next, SparsityFunction::Lp));
             }
             trainer.update(step);
             ps.push(trainer.state.p);

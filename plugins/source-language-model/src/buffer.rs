@@ -14,6 +14,8 @@ pub struct Buffer {
     capacity: usize,
     /// Rows in the order in which they are served.
     order: Vec<u32>,
+    /// The same where the rows are, int64, once it is wanted: sent batch by batch, a GPU would have to be waited for each time.
+    order_on_device: Option<Tensor>,
     served: usize,
     /// Whether a filling broke off: what is there is not shuffled yet, and served only after the rest has come.
     unfilled: bool,
@@ -28,6 +30,7 @@ impl Buffer {
             columns: columns.iter().map(column).collect(),
             capacity,
             order: Vec::new(),
+            order_on_device: None,
             served: 0,
             unfilled: false,
             rng,
@@ -66,6 +69,7 @@ impl Buffer {
                 Ok(None) => break,
                 Err(error) => {
                     (self.order, self.served, self.unfilled) = ((0..count as u32).collect(), 0, true);
+                    self.order_on_device = None;
                     return Err(error);
                 }
             };
@@ -76,17 +80,21 @@ impl Buffer {
             count += added as usize;
         }
         (self.order, self.served, self.unfilled) = ((0..count as u32).collect(), 0, false);
+        self.order_on_device = None;
         self.order.shuffle(&mut self.rng);
         Ok(())
     }
 
     /// The next rows in serving order, which are read thereby; `None` if there are not so many.
     pub fn take(&mut self, count: usize) -> Option<Vec<Tensor>> {
-        let rows = self.order.get(self.served..self.served + count)?;
-        let rows: Vec<i64> = rows.iter().map(|row| i64::from(*row)).collect();
+        self.order.get(self.served..self.served + count)?;
+        let (device, order) = (self.columns[0].device(), &self.order);
+        let order = self.order_on_device.get_or_insert_with(|| {
+            let order: Vec<i64> = order.iter().map(|row| i64::from(*row)).collect();
+            Tensor::from_slice(&order).to_device(device)
+        });
+        let rows = order.narrow(0, self.served as i64, count as i64);
         self.served += count;
-        let device = self.columns[0].device();
-        let rows = Tensor::from_slice(&rows).to_device(device);
         Some(self.columns.iter().map(|column| column.index_select(0, &rows)).collect())
     }
 
@@ -105,6 +113,7 @@ impl Buffer {
     /// Forgets all rows.
     pub fn clear(&mut self) {
         self.order.clear();
+        self.order_on_device = None;
         (self.served, self.unfilled) = (0, false);
     }
 
@@ -138,6 +147,7 @@ impl Buffer {
             column.narrow(0, 0, order.len() as i64).copy_(state.tensor(&format!("column{index}"))?);
         }
         self.order = order.into_iter().map(|row| row as u32).collect();
+        self.order_on_device = None;
         self.served = 0;
         self.unfilled = state.get("unfilled")?;
         self.rng = state.get("rng")?;
