@@ -562,8 +562,8 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     }
     terms.total().unwrap().backward();
     let tolerance = match case {
-        // Selected among rounded numbers, some at the edge are others.
-        ByHandCase::OnGpuBFloat16 => 0.1,
+        // Among rounded numbers some others are selected at the edge, as with autocast; a wrong factor is further off.
+        ByHandCase::OnGpuBFloat16 => 0.25,
         ByHandCase::BFloat16 => 2e-2,
         _ => 1e-4,
     };
