@@ -331,7 +331,10 @@ mod tests {
                                     (&a.exp_avg, &b.exp_avg),
                                     (&a.exp_avg_sq, &b.exp_avg_sq),
                                 ] {
-                                    assert!(a.allclose(b, 1e-4, 1e-6, false), "{constraints:?} {betas:?}\n{a}\n{b}");
+                                    // All together: Adam makes as much of a gradient that is rounding alone as of any other.
+                                    let (off, size) = ((a - b).norm(), b.norm());
+                                    let off = off.double_value(&[]) / size.double_value(&[]).max(1e-6);
+                                    assert!(off < 1e-4, "{constraints:?} {betas:?}: off by {off:e}\n{a}\n{b}");
                                 }
                             }
                         }
