@@ -1,5 +1,7 @@
 //! Where tensors live and in which type their products are computed.
 
+use std::cell::Cell;
+
 use tch::{Cuda, Device, Kind, Tensor};
 
 /// The type of the matrix products. Weights, moments and losses are float32 whatever it is.
@@ -78,6 +80,24 @@ pub fn cpu_vectors() -> &'static str {
         }
     }
     "what every processor of its kind has"
+}
+
+/// Whether numbers on a device are at hand: our own loops can go over them, and to read one holds up nothing. A GPU would have
+/// to be waited for, and would stand still until it got its next work.
+pub(crate) fn at_hand(device: Device) -> bool {
+    device == Device::Cpu && !AS_A_GPU.get()
+}
+
+thread_local! {
+    static AS_A_GPU: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Does something with a CPU's tensors as if they were a GPU's: for tests, where there is none.
+pub(crate) fn as_a_gpu<T>(work: impl FnOnce() -> T) -> T {
+    AS_A_GPU.set(true);
+    let done = work();
+    AS_A_GPU.set(false);
+    done
 }
 
 /// The first GPU where there is one, otherwise the CPU.

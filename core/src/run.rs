@@ -195,7 +195,7 @@ impl Run {
         for (site, batch) in activations.sites.into_iter().enumerate() {
             let tensors = [("x", &batch.x), ("target", &batch.target)];
             let tensors = if batch.is_autoencoding() { &tensors[..1] } else { &tensors };
-            if batch.x.device().is_cuda() {
+            if !device::at_hand(batch.x.device()) {
                 // The sum of finite numbers is finite, unless they are far larger than any activation.
                 let sums: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor.sum(Kind::Float))).collect();
                 self.watches[site].see(step, sums.iter().map(|(name, sum)| (*name, sum)))?;

@@ -155,7 +155,7 @@ impl Training {
         let normalized = self.normalization.map(|normalization| normalization.batch(batch));
         let batch = normalized.as_ref().unwrap_or(batch);
         self.make_room();
-        let before = if self.waits() { Some(self.undo(step == 0)?) } else { None };
+        let before = if device::at_hand(self.dictionary.device()) { Some(self.undo(step == 0)?) } else { None };
         let Loss { loss, gradients, figures } = match (self.loss(step, batch, logging), before) {
             (Ok(found), _) => found,
             (Err(error), None) => return Err(error),
@@ -209,10 +209,10 @@ impl Training {
         if tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?.is_some() {
             return Ok(None);
         }
-        Ok(Some(if self.waits() {
+        Ok(Some(if device::at_hand(self.dictionary.device()) {
             "the trainer or the dictionary has no other way"
         } else {
-            "on a GPU a penalty needs it"
+            "the trainer or the dictionary has no other way on a GPU"
         }))
     }
 
@@ -261,15 +261,10 @@ impl Training {
         Ok(Loss { loss, gradients: None, figures })
     }
 
-    /// Whether numbers can be read at each step without holding up anything.
-    fn waits(&self) -> bool {
-        !self.dictionary.device().is_cuda()
-    }
-
     /// The sum of a loss's terms, which must be finite.
     fn finite(&mut self, step: u64, terms: &Terms) -> Result<Tensor> {
         let loss = terms.total().context("the trainer gave no loss")?;
-        if !self.waits() {
+        if !device::at_hand(self.dictionary.device()) {
             let terms = terms.iter().filter(|term| term.weight != 0.0).map(|term| (term.name, &term.value));
             self.watch.see(step, terms)?;
             return Ok(loss);

@@ -2,10 +2,11 @@
 //! pass over the weights, and one over the gradients before it if they are clipped.
 
 use multiversion::multiversion;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::{AdamConfig, Moments};
 use crate::constraint::{Constraints, LEAST_NORM};
+use crate::device::at_hand;
 use crate::dictionary::Decoder;
 use crate::parallel::{numbers, share_in, Output};
 
@@ -102,7 +103,7 @@ fn rows<'a>(moments: &'a mut Moments, decoder: Option<&Decoder>) -> Option<Rows<
     }
     let turn = |tensor: Tensor| if transposed { tensor.tr() } else { tensor };
     let fits = |tensor: &Tensor| {
-        tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && tensor.is_contiguous() && tensor.numel() > 0
+        at_hand(tensor.device()) && tensor.kind() == Kind::Float && tensor.is_contiguous() && tensor.numel() > 0
     };
     let (parameter, gradient) = (turn(parameter), turn(gradient));
     let others = [moments.exp_avg.shallow_clone(), moments.exp_avg_sq.shallow_clone()].map(turn);

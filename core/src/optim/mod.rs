@@ -6,6 +6,7 @@ use anyhow::Result;
 use tch::Tensor;
 
 use crate::constraint::{clip_gradients, normalize_decoder, remove_parallel_gradient, Constraints};
+use crate::device::at_hand;
 use crate::dictionary::{Decoder, Dictionary};
 use crate::state::State;
 
@@ -61,7 +62,7 @@ impl Adam {
     pub fn new(config: AdamConfig, parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
         let parameters: Vec<(String, Tensor)> =
             parameters.into_iter().map(|(name, parameter)| (name.into(), parameter)).collect();
-        let join = !parameters.is_empty() && parameters.iter().all(|(_, parameter)| parameter.device().is_cuda());
+        let join = !parameters.is_empty() && !parameters.iter().any(|(_, parameter)| at_hand(parameter.device()));
         Adam::build(config, parameters, join)
     }
 

@@ -31,11 +31,11 @@ mod select;
 use std::cell::{Cell, OnceCell};
 
 use anyhow::Result;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 pub use block::{Block, Input};
 
-use crate::device::Precision;
+use crate::device::{at_hand, Precision};
 use crate::dictionary::Dictionary;
 use crate::parallel::numbers;
 use crate::source::Batch;
@@ -46,8 +46,8 @@ use select::{Kept, Selector, Tile};
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
 fn tile_width(precision: Precision) -> i64 {
-    if let Some(trial) = TRIAL.get() {
-        return trial.tile_width;
+    if let Some(width) = TILE_WIDTH.get() {
+        return width;
     }
     match precision {
         Precision::Float32 => 512,
@@ -55,24 +55,15 @@ fn tile_width(precision: Precision) -> i64 {
     }
 }
 
-/// What a test has otherwise.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Trial {
-    /// Features of a tile: dictionaries of tests would fit into one.
-    pub tile_width: i64,
-    /// Whether lists may be used; without, all is done as on a GPU.
-    pub lists: bool,
-}
-
 thread_local! {
-    static TRIAL: Cell<Option<Trial>> = const { Cell::new(None) };
+    static TILE_WIDTH: Cell<Option<i64>> = const { Cell::new(None) };
 }
 
-/// Does something as a test wants it.
-pub(crate) fn on_trial<T>(trial: Trial, work: impl FnOnce() -> T) -> T {
-    TRIAL.set(Some(trial));
+/// Does something with tiles of that many features: in tests, whose dictionaries would fit into one.
+pub(crate) fn with_tile_width<T>(width: i64, work: impl FnOnce() -> T) -> T {
+    TILE_WIDTH.set(Some(width));
     let done = work();
-    TRIAL.set(None);
+    TILE_WIDTH.set(None);
     done
 }
 
@@ -337,9 +328,7 @@ impl Hand {
         if [&x, &w_enc, &w_dec].iter().any(|matrix| matrix.kind() != Kind::Float) {
             return None;
         }
-        let lists = x.device() == Device::Cpu
-            && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous())
-            && TRIAL.get().is_none_or(|trial| trial.lists);
+        let lists = at_hand(x.device()) && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
         Some(Hand {
             by_w_enc: layers.encoder.room(),
             by_z: Tensor::zeros([w_enc.size()[0]], (Kind::Float, x.device())),
@@ -626,7 +615,7 @@ pub fn step(
     penalty: &mut dyn Penalty,
     count: bool,
 ) -> Result<Option<ByHand>> {
-    if pass.batch.x.device() != Device::Cpu {
+    if !at_hand(pass.batch.x.device()) {
         // There libtorch's own operations are as fast as ours could be.
         return Ok(None);
     }

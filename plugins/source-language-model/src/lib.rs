@@ -344,15 +344,15 @@ impl Harvest {
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).map(of_all).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
             self.check_finite(&values, &mask, rows)?;
-            // A GPU is waited for once, not for each row.
-            let mask = mask.to_device(Device::Cpu);
-            let kept = |(row, context): (i64, &i64)| {
-                let kept = mask.get(row).nonzero().reshape([-1]).to_device(tokens.ids.device());
-                let ids = tokens.ids.get(row).index_select(0, &kept);
-                let activations = values.iter().map(|value| value.get(row).index_select(0, &kept).to_kind(Kind::Float));
-                activations.chain([Tensor::stack(&[&ids, &kept.full_like(*context), &kept], 1)]).collect()
+            // Of all rows at once: a GPU is waited for at each answer.
+            let counts = Vec::<i64>::try_from(mask.sum_dim_intlist([1].as_slice(), false, Kind::Int64))?;
+            let all_kept = mask.nonzero().select(1, 1).split_with_sizes(&counts, 0);
+            let kept = |((row, context), kept): ((i64, &i64), &Tensor)| {
+                let ids = tokens.ids.get(row).index_select(0, kept);
+                let activations = values.iter().map(|value| value.get(row).index_select(0, kept).to_kind(Kind::Float));
+                activations.chain([Tensor::stack(&[&ids, &kept.full_like(*context), kept], 1)]).collect()
             };
-            Ok((0..).zip(contexts).map(kept).collect())
+            Ok((0..).zip(contexts).zip(&all_kept).map(kept).collect())
         })
     }
 
