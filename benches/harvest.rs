@@ -35,7 +35,7 @@ fn main() -> Result<()> {
         "out_batch_size": 64 * 128,
         "shuffle": false,
     }))?;
-    let mut source = config.build(&SourceCx { seed: 0, device: tch::Device::Cpu, precision })?;
+    let mut source = config.build(&SourceCx { precision, ..SourceCx::default() })?;
     let mut speeds = Vec::new();
     for pass in 0..=PASSES {
         let start = Instant::now();

@@ -124,7 +124,7 @@ fn parts(criterion: &mut Criterion) {
     ] {
         let mut adam = Adam::new(training.trainer.adam(), dictionary.parameters());
         criterion.bench_function(&format!("part/{name}"), |bencher| {
-            bencher.iter(|| adam.step_within(1e-6, &constraints, dictionary));
+            bencher.iter(|| adam.step_within(1e-6, &constraints, dictionary, true));
         });
     }
 }

@@ -1,24 +1,41 @@
 //! Checkpoints: the whole training state of a run, from which `--resume` goes on.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
+use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
+use tch::Device;
 
 use crate::config::InputError;
+use crate::device;
 use crate::state::State;
+use crate::tensors;
 
 /// How many checkpoints are kept: the last, and the one before it in case the last is damaged.
 const KEPT: usize = 2;
 
-/// Top-level keys of a config that may differ between a run and its continuation: they change what is reported and
-/// where, not what is trained.
-const HARMLESS: [&str; 8] =
-    ["output_dir", "log_every", "checkpoint_every", "save_every", "stop_after", "loggers", "metrics", "eval_source"];
+/// Top-level keys of a config that may differ between a run and its continuation: they change what is reported, where it is computed and what is done on a bad day, not what is trained.
+const HARMLESS: [&str; 12] = [
+    "output_dir",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_buffer",
+    "save_every",
+    "stop_after",
+    "loggers",
+    "metrics",
+    "eval_source",
+    "device",
+    "on_nonfinite",
+    // Looked at by itself: some schedules depend on it.
+    "steps",
+];
 
 /// The checkpoints of a run directory.
+#[derive(Debug, Clone)]
 pub struct Checkpoints {
     dir: PathBuf,
 }
@@ -31,11 +48,15 @@ impl Checkpoints {
 
     /// Saves the state after so many steps, whole or not at all, and removes all but the last few.
     pub fn save(&self, step: u64, state: &State) -> Result<()> {
-        fs::create_dir_all(&self.dir).with_context(|| format!("cannot make {}", self.dir.display()))?;
+        make_dir(&self.dir)?;
         state.save(&self.dir.join(format!("step_{step}.safetensors")))?;
-        for (_, path) in self.all()?.iter().rev().skip(KEPT) {
-            fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
+        // Of later steps there can only be what was damaged and passed over.
+        let (later, mut earlier): (Vec<_>, Vec<_>) = self.all()?.into_iter().partition(|(other, _)| *other > step);
+        let old = earlier.len().saturating_sub(KEPT);
+        for (_, path) in later.into_iter().chain(earlier.drain(..old)) {
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
+        tensors::remove_partial(&self.dir);
         Ok(())
     }
 
@@ -50,6 +71,11 @@ impl Checkpoints {
         Ok(None)
     }
 
+    /// Whether there are any, whole or not.
+    pub fn exist(&self) -> bool {
+        self.all().is_ok_and(|all| !all.is_empty())
+    }
+
     /// All checkpoints by step.
     fn all(&self) -> Result<Vec<(u64, PathBuf)>> {
         let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(Vec::new()) };
@@ -62,8 +88,8 @@ impl Checkpoints {
         Ok(found)
     }
 
-    /// Refuses to go on with another experiment than the one that was begun.
-    pub fn check_config(&self, begun: &str, now: &str) -> Result<()> {
+    /// Refuses to go on with another experiment than the one that was begun. Whether `steps` is another is the answer.
+    pub fn check_config(&self, begun: &str, now: &str) -> Result<bool> {
         let parse = |text: &str| serde_yaml::from_str::<Value>(text);
         let (Ok(Value::Mapping(begun)), Ok(Value::Mapping(now))) = (parse(begun), parse(now)) else {
             bail!(InputError::new(format!("the config.yaml beside {} cannot be read", self.dir.display())));
@@ -74,10 +100,59 @@ impl Checkpoints {
             differences(key, begun.get(key), now.get(key), &mut changed);
         }
         if changed.is_empty() {
-            return Ok(());
+            return Ok(begun.get("steps") != now.get("steps"));
         }
         bail!(InputError::new(format!("the run was begun with another config: {}", changed.join(", ")))
             .help("resume with the config that it was begun with, or choose another --output-dir"));
+    }
+}
+
+/// Makes a folder in one that must be there: where that is gone, a file system that came away with it must not be filled
+/// beside it.
+pub(crate) fn make_dir(dir: &Path) -> Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let make = || -> std::io::Result<()> {
+        fs::create_dir(dir)?;
+        File::open(dir.parent().unwrap_or(dir))?.sync_all()
+    };
+    make().with_context(|| format!("cannot make {}", dir.display()))
+}
+
+/// What the bits of a run depend on beside its config.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Machine {
+    device: String,
+    precision: String,
+    processor: String,
+    threads: i32,
+    dictlearn: String,
+}
+
+impl Machine {
+    /// This one.
+    pub fn here(device: Device, precision: device::Precision) -> Self {
+        Machine {
+            device: device::name(device),
+            precision: precision.to_string(),
+            processor: device::processor(),
+            threads: tch::get_num_threads(),
+            dictlearn: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// In what it differs from the one that a run was begun on: `2 threads -> 1`.
+    pub fn differences(&self, begun: &Machine) -> Vec<String> {
+        let pairs = [
+            ("device", &begun.device, &self.device),
+            ("precision", &begun.precision, &self.precision),
+            ("processor", &begun.processor, &self.processor),
+            ("threads", &begun.threads.to_string(), &self.threads.to_string()),
+            ("dictlearn", &begun.dictlearn, &self.dictlearn),
+        ];
+        let differing = pairs.into_iter().filter(|(_, begun, here)| begun != here);
+        differing.map(|(what, begun, here)| format!("{what} {begun} -> {here}")).collect()
     }
 }
 
@@ -88,6 +163,7 @@ fn differences(key: &str, begun: Option<&Value>, now: Option<&Value>, found: &mu
         (Some(Value::Mapping(begun)), Some(Value::Mapping(now))) => {
             let keys: BTreeSet<&str> = begun.keys().chain(now.keys()).filter_map(Value::as_str).collect();
             keys.into_iter()
+                .filter(|inner| *inner != "on_nonfinite")
                 .for_each(|inner| differences(&format!("{key}.{inner}"), begun.get(inner), now.get(inner), found));
         }
         (Some(Value::Sequence(begun)), Some(Value::Sequence(now))) => {

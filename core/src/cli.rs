@@ -297,7 +297,7 @@ fn run(command: Command) -> Result<ExitCode> {
             match push.upload(hub::hub()?, message.as_deref(), private) {
                 Err(_) if interrupt.asked() => {
                     eprintln!("stopped; nothing was committed");
-                    Ok(ExitCode::from(130))
+                    Ok(ExitCode::from(interrupt.status()))
                 }
                 done => {
                     print(&done?)?;
@@ -343,18 +343,21 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
     }
     let interrupt = Interrupt::listen()?;
     match run::train(&config, &yaml, &run_dir, resume, &interrupt).map_err(|error| config.written.locate(error))? {
-        Ending::Done(results) => {
-            let table = if config.metrics.is_empty() { String::new() } else { evaluate::table(&results) + "\n" };
+        Ending::Done { results, stopped } => {
+            let table = if results.is_empty() { String::new() } else { evaluate::table(&results) + "\n" };
             print(&format!("{table}saved to {}", run_dir.display()))?;
+            if !stopped.is_empty() {
+                bail!(run::stopped_error(stopped));
+            }
             Ok(ExitCode::SUCCESS)
         }
         Ending::Interrupted(step) => {
             eprintln!("stopped before step {step}; everything is saved, `--resume` goes on");
-            Ok(ExitCode::from(130))
+            Ok(ExitCode::from(interrupt.status()))
         }
         Ending::NotBegun => {
             eprintln!("stopped before the first step; nothing is left to go on from");
-            Ok(ExitCode::from(130))
+            Ok(ExitCode::from(interrupt.status()))
         }
     }
 }
@@ -633,13 +636,13 @@ fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dtype: harvest
     let interrupt = Interrupt::listen()?;
     let source = source_cx(&config).and_then(|cx| config.source.build(&cx).under("source"));
     if source.is_err() && interrupt.asked() {
-        return Ok(ExitCode::from(130));
+        return Ok(ExitCode::from(interrupt.status()));
     }
     let mut source = source.map_err(|error| config.written.locate(error))?;
     let manifest = harvest::write(&mut *source, out, limit, dtype, &interrupt);
     let manifest = manifest.map_err(|error| config.written.locate(error))?;
     eprintln!("{} activations written to {}", manifest.activations, out.display());
-    Ok(ExitCode::from(if manifest.complete { 0 } else { 130 }))
+    Ok(ExitCode::from(if manifest.complete { 0 } else { interrupt.status() }))
 }
 
 fn kind(name: &str) -> Result<Kind> {

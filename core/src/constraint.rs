@@ -42,15 +42,9 @@ pub(crate) fn normalize_decoder(decoder: &Decoder) {
     });
 }
 
-/// Scales gradients so that their joint norm is at most `max_norm`, as PyTorch's `clip_grad_norm_` does.
-pub(crate) fn clip_gradients(gradients: &mut [Tensor], max_norm: f64) {
+/// Scales gradients, whose joint norm is `norm`, so that it is at most `max_norm`, as PyTorch's `clip_grad_norm_` does.
+pub(crate) fn clip_gradients(gradients: &mut [Tensor], norm: &Tensor, max_norm: f64) {
     tch::no_grad(|| {
-        let norms: Vec<Tensor> = gradients.iter().filter(|gradient| gradient.defined()).map(Tensor::norm).collect();
-        let norm = match norms.as_slice() {
-            [] => return,
-            [norm] => norm.shallow_clone(),
-            norms => Tensor::stack(norms, 0).norm(),
-        };
         let factor = ((norm + 1e-6).reciprocal() * max_norm).clamp_max(1.0);
         for gradient in gradients.iter_mut().filter(|gradient| gradient.defined()) {
             let _ = gradient.g_mul_(&factor);

@@ -22,7 +22,7 @@ use crate::interrupt::Interrupt;
 use crate::prelude::*;
 use crate::registry::{self, component, components, Component, Kind as Slot};
 use crate::top_k::Selection;
-use crate::training::{Training, TrainingCx};
+use crate::training::{NotFinite, Training, TrainingCx};
 use crate::two_layer;
 use crate::{device, evaluate, format, harvest, run, saved, tensors};
 
@@ -137,7 +137,7 @@ impl ActivationSource for Once {
 }
 
 fn source_cx() -> SourceCx {
-    SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 }
+    SourceCx { seed: 1, ..SourceCx::default() }
 }
 
 /// Activations [n, D] of a few directions each, so that there is something to learn.
@@ -297,6 +297,7 @@ fn sae(trainer: &Component) -> SaeConfig {
         trainer: from_yaml(trainer.example).unwrap(),
         modifiers: Vec::new(),
         init_from: None,
+        on_nonfinite: None,
     }
 }
 
@@ -386,7 +387,7 @@ fn trains_as_on_a_gpu(trainer: &Component) {
         training.step(30, &Batch::of(x), false).unwrap();
         training.step(31, &batches[31], false).unwrap();
         let error = training.settle().unwrap_err();
-        assert!(error.is::<InputError>(), "{name}: {error:#}");
+        assert!(error.is::<NotFinite>(), "{name}: {error:#}");
         assert!(error.to_string().contains(&format!("step 30: the loss of SAE `{name}` is NaN")), "{error:#}");
         learns_logs_and_resumes(trainer);
     });
@@ -406,7 +407,7 @@ fn refuses_what_is_not_finite(trainer: &Component) {
             let x = batches[good].x.copy();
             let _ = x.get(3).get(5).fill_(bad);
             let error = training.step(good as u64, &Batch::of(x), true).unwrap_err();
-            assert!(error.is::<InputError>(), "{name}: {error:#}");
+            assert!(error.is::<NotFinite>(), "{name}: {error:#}");
             assert!(error.to_string().contains(&format!("step {good}: the loss of SAE `{name}`")), "{error:#}");
             assert!(training.state().unwrap() == before, "{name}: a step that was refused has changed something");
         }

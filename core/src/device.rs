@@ -82,6 +82,14 @@ pub fn cpu_vectors() -> &'static str {
     "what every processor of its kind has"
 }
 
+/// What the CPU calls itself, with its vectors: on another one sums may be taken in another order.
+pub(crate) fn processor() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    let model = model.map_or(std::env::consts::ARCH, |(_, model)| model.trim());
+    format!("{model}, {}", cpu_vectors())
+}
+
 /// Whether numbers on a device are at hand: our own loops can go over them, and to read one holds up nothing. A GPU would have
 /// to be waited for, and would stand still until it got its next work.
 pub(crate) fn at_hand(device: Device) -> bool {

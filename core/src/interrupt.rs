@@ -1,16 +1,19 @@
 //! Signals: the first lets a run end in good order, the second ends it at once.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::Arc;
+use std::thread;
 
 use anyhow::{bail, Context, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
-/// Whether a signal has come to this process, for what works long without a run to ask.
-static ASKED: AtomicBool = AtomicBool::new(false);
+/// The signal that has come to this process, 0 for none; for what works long without a run to ask.
+static ASKED: AtomicU8 = AtomicU8::new(0);
 
 /// Whether a signal has come, if anybody listens.
 pub fn asked() -> bool {
-    ASKED.load(Ordering::Relaxed)
+    ASKED.load(Ordering::Relaxed) != 0
 }
 
 /// Breaks off what works long (a download, the filling of a buffer) when a signal has come. Whoever calls it must be left
@@ -25,35 +28,60 @@ pub fn check() -> Result<()> {
 /// Whether the user asked a run to end.
 #[derive(Debug, Default)]
 pub struct Interrupt {
-    asked: AtomicBool,
+    asked: AtomicU8,
     at_once: AtomicBool,
 }
 
 impl Interrupt {
-    /// Listens to SIGINT and SIGTERM from now on.
+    /// Listens to SIGINT, SIGTERM and SIGHUP from now on; not to SIGHUP where the program was told not to hear it (`nohup`).
     pub fn listen() -> Result<Arc<Self>> {
+        let mut heard = vec![SIGINT, SIGTERM];
+        if !is_ignored(SIGHUP) {
+            heard.push(SIGHUP);
+        }
+        let mut signals = Signals::new(heard).context("cannot listen to signals")?;
         let interrupt = Arc::new(Interrupt::default());
         let seen = interrupt.clone();
-        ctrlc::set_handler(move || {
-            ASKED.store(true, Ordering::Relaxed);
-            if seen.asked.swap(true, Ordering::Relaxed) || seen.at_once.load(Ordering::Relaxed) {
-                // SAFETY: ends the process and touches no memory. `exit` would run libtorch's destructors while its
-                // threads compute.
-                unsafe { libc::_exit(130) }
+        let listen = move || {
+            for signal in signals.forever() {
+                let signal = signal as u8;
+                ASKED.store(signal, Ordering::Relaxed);
+                if seen.asked.swap(signal, Ordering::Relaxed) != 0 || seen.at_once.load(Ordering::Relaxed) {
+                    // SAFETY: ends the process and touches no memory. `exit` would run libtorch's destructors while its
+                    // threads compute.
+                    unsafe { libc::_exit(status(signal).into()) }
+                }
+                eprintln!("\nstopping; once more to stop at once");
             }
-            eprintln!("\nstopping; once more to stop at once");
-        })
-        .context("cannot listen to signals")?;
+        };
+        thread::Builder::new().name("signals".to_owned()).spawn(listen).context("cannot listen to signals")?;
         Ok(interrupt)
     }
 
     /// Whether a signal has come.
     pub fn asked(&self) -> bool {
-        self.asked.load(Ordering::Relaxed)
+        self.asked.load(Ordering::Relaxed) != 0
+    }
+
+    /// The exit status of a command that ended because of a signal: 128 and its number, as shells have it; 130 for SIGINT.
+    pub fn status(&self) -> u8 {
+        status(self.asked.load(Ordering::Relaxed))
     }
 
     /// From now on all is saved, and the first signal may end the process.
     pub fn nothing_to_lose(&self) {
         self.at_once.store(true, Ordering::Relaxed);
+    }
+}
+
+fn status(signal: u8) -> u8 {
+    128 + signal
+}
+
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: asks how a signal is handled, into memory of our own; all zeros are a valid `sigaction`.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut action) == 0 && action.sa_sigaction == libc::SIG_IGN
     }
 }

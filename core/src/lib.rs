@@ -35,6 +35,7 @@ pub mod resample;
 pub mod rng;
 pub mod run;
 pub mod saved;
+mod saver;
 pub mod schedule;
 pub mod source;
 pub mod state;

@@ -16,10 +16,11 @@ pub trait LoggerConfig: Debug + Send + Sync {
 
 /// A logger.
 pub trait Logger: Send {
-    /// Takes the figures of one SAE at one step: `step`, `sae`, then what was measured.
+    /// Takes the figures of one SAE at one step: `step`, `sae`, then what was measured. What cannot be written now (the disk is
+    /// full) should be kept and tried again with what comes next: of an error the user is told, and the run goes on.
     fn log(&mut self, row: &Map<String, Value>) -> Result<()>;
 
-    /// Makes sure that what was logged is where it belongs.
+    /// Makes sure that what was logged is where it belongs and stays there: a checkpoint is taken only after that.
     fn flush(&mut self) -> Result<()> {
         Ok(())
     }

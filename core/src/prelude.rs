@@ -26,11 +26,12 @@ pub use crate::register;
 pub use crate::resample::{ResampleWeight, Resampling};
 pub use crate::schedule::Schedule;
 pub use crate::source::{
-    ActivationSource, Activations, Batch, ModelSource, Part, Site, SitePart, SourceConfig, SourceCx,
+    ActivationSource, Activations, Batch, CheckpointBuffer, ModelSource, Part, Site, SitePart, SourceConfig, SourceCx,
 };
 pub use crate::state::State;
 pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
 pub use crate::trainer::{
     mean_of_sums, penalizable, AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx,
 };
+pub use crate::training::OnNonfinite;
 pub use crate::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope, TwoLayer, Weight};

@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::Checkpoints;
+use crate::checkpoint::{make_dir, Checkpoints, Machine};
 use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
 use crate::device;
 use crate::dictionary::Dictionary;
@@ -19,17 +20,23 @@ use crate::metric::Subject;
 use crate::progress::Progress;
 use crate::registry::nearest;
 use crate::saved;
+use crate::saver::{patiently, Saver};
 use crate::source::{describe_site, ActivationSource, Activations, Batch, Site, Stream};
 use crate::state::{self, State};
-use crate::tensors::{self, write_file};
-use crate::training::{check_finite, not_finite, saved_config, Training, TrainingCx};
-use crate::watch::{NotFinite, Watch};
+use crate::tensors::write_file;
+use crate::training::{is_finite, saved_config, NotFinite, OnNonfinite, Training, TrainingCx};
+use crate::watch::{Found, Watch};
 
 /// How a run ended.
 #[derive(Debug)]
 pub enum Ending {
-    /// It is trained, saved and evaluated: the figures of each SAE, by name.
-    Done(Vec<(String, Map<String, Value>)>),
+    /// It is trained, saved and evaluated.
+    Done {
+        /// The figures of each SAE, by name.
+        results: Vec<(String, Map<String, Value>)>,
+        /// Why others were not trained to the end.
+        stopped: Vec<String>,
+    },
     /// A signal stopped it before this step; everything is saved, and `--resume` goes on.
     Interrupted(u64),
     /// A signal stopped it before anything was trained; nothing was left behind.
@@ -41,11 +48,17 @@ pub enum Ending {
 /// `yaml` is the config with every default spelled out. `interrupt` is looked at before each step.
 pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, interrupt: &Interrupt) -> Result<Ending> {
     let checkpoints = Checkpoints::new(run_dir);
+    // Held as long as the run goes on. What a directory holds is looked at when nobody else can change it.
+    let held = if run_dir.is_dir() { Some(lock(run_dir)?) } else { None };
     let checkpoint = if resume { checkpoints.latest()? } else { None };
-    if checkpoint.is_none() {
-        refuse_other_run(run_dir, resume)?;
-    } else {
-        checkpoints.check_config(&fs::read_to_string(run_dir.join("config.yaml"))?, yaml)?;
+    let mut begun = None;
+    match &checkpoint {
+        None => refuse_other_run(run_dir, resume, &checkpoints)?,
+        Some(_) => {
+            let text = fs::read_to_string(run_dir.join("config.yaml"))
+                .map_err(|error| InputError::new(format!("cannot read the run's config.yaml: {error}")))?;
+            begun = Some((checkpoints.check_config(&text, yaml)?, text));
+        }
     }
 
     // Everything that can be wrong with the config is found before anything is written.
@@ -54,25 +67,43 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
         Err(_) if interrupt.asked() => return Ok(Ending::NotBegun),
         built => built?,
     };
-    let created = !run_dir.exists();
-    let before = entries(run_dir);
-    fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
-    // Held as long as the run goes on.
-    let lock = fs::File::open(run_dir).with_context(|| format!("cannot open {}", run_dir.display()))?;
-    if lock.try_lock().is_err() {
-        bail!(InputError::new(format!("another process is training in {}", run_dir.display())));
+    if let (Some((true, _)), Some((step, _))) = (&begun, &checkpoint) {
+        run.check_steps(config, *step)?;
     }
-    write_file(&run_dir.join("config.yaml"), yaml.as_bytes())?;
     let mut first = 0;
     if let Some((step, state)) = checkpoint {
-        run.restore(&state).context("cannot take up the checkpoint")?;
-        eprintln!("resuming at step {step}");
+        match run.restore(&state) {
+            Err(_) if interrupt.asked() => return Ok(Ending::Interrupted(step)),
+            done => done.context("cannot take up the checkpoint")?,
+        }
         first = step;
+        if begun.as_ref().is_some_and(|(_, text)| text == yaml) {
+            if let Some(done) = run.already_done(config, run_dir, first)? {
+                eprintln!("the run is done already; --resume has nothing left to do");
+                return Ok(done);
+            }
+        }
+        eprintln!("resuming at step {step}");
+    }
+    let created = held.is_none();
+    let before = entries(run_dir);
+    fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
+    let _held = match held {
+        Some(held) => held,
+        None => {
+            let held = lock(run_dir)?;
+            // Another process may have made it meanwhile, and be done.
+            refuse_other_run(run_dir, false, &checkpoints)?;
+            held
+        }
+    };
+    if begun.is_none_or(|(_, text)| text != yaml) {
+        write_file(&run_dir.join("config.yaml"), yaml.as_bytes())?;
     }
 
     let result = run.train(config, run_dir, &checkpoints, first, resume, interrupt);
     let not_begun = matches!(result, Ok(Ending::NotBegun));
-    if (result.is_err() || not_begun) && !run.saved && checkpoints.latest()?.is_none() {
+    if (result.is_err() || not_begun) && !run.saved && !checkpoints.exist() {
         // Nothing of it is of use, and a directory that holds half a run would only refuse the next one.
         for path in entries(run_dir).difference(&before) {
             let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
@@ -82,6 +113,23 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
         }
     }
     result
+}
+
+/// Keeps other processes from training in a directory, as long as it is held.
+fn lock(run_dir: &Path) -> Result<fs::File> {
+    let file = fs::File::open(run_dir).with_context(|| format!("cannot open {}", run_dir.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => {
+            bail!(InputError::new(format!("another process is training in {}", run_dir.display()))
+                .help("wait for it or stop it, or choose another `--output-dir`"))
+        }
+        // Not every file system has locks.
+        Err(fs::TryLockError::Error(error)) => {
+            eprintln!("warning: {} cannot be locked: {error}; let no other run write to it", run_dir.display());
+            Ok(file)
+        }
+    }
 }
 
 /// What lies in a directory.
@@ -99,6 +147,9 @@ struct Run {
     norms: Vec<f64>,
     /// Each site's activations, on a GPU.
     watches: Vec<Watch>,
+    /// Batches whose activations were not finite.
+    skipped: Skips,
+    machine: Machine,
     /// Whether weights were written.
     saved: bool,
 }
@@ -110,6 +161,44 @@ struct Sae {
     site: usize,
     /// Its number in the config, where an SAE that trains on several sites stands once.
     entry: usize,
+    /// Why it trains no more. It is as it was before that step.
+    stopped: Option<Stop>,
+    skipped: Skips,
+}
+
+/// Why an SAE stopped.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Stop {
+    step: u64,
+    why: String,
+}
+
+/// Batches that were left out.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Skips {
+    count: u64,
+    in_a_row: u64,
+    first: String,
+}
+
+/// So many batches are left out in a row at most: what is not finite by then will not become so.
+const SKIPS: u64 = 100;
+
+impl Skips {
+    /// Counts one, and whether there are too many now.
+    fn add(&mut self, why: &str) -> bool {
+        if self.count == 0 {
+            self.first = why.to_owned();
+        }
+        self.count += 1;
+        self.in_a_row += 1;
+        self.in_a_row >= SKIPS
+    }
+
+    fn note(&self, whose: &str) -> Option<String> {
+        (self.count > 0)
+            .then(|| format!("warning: {whose}: {} batches were left out, the first: {}", self.count, self.first))
+    }
 }
 
 impl Run {
@@ -142,7 +231,8 @@ impl Run {
                         .field(format!("{key}.name"))
                         .help(format!("the other is made of saes[{}]: give each a `name` of its own", other.entry)));
                 }
-                saes.push(Sae { training, cx, site: *site, entry });
+                training.on_nonfinite = sae.on_nonfinite.unwrap_or(config.on_nonfinite);
+                saes.push(Sae { training, cx, site: *site, entry, stopped: None, skipped: Skips::default() });
             }
         }
         match &config.eval_source {
@@ -158,7 +248,10 @@ impl Run {
         }
         let norms = vec![1.0; sites.len()];
         let watches = sites.iter().map(|_| Watch::default()).collect();
-        Ok(Run { device, stream: Stream::new(source), sites, saes, norms, watches, saved: false })
+        let machine = Machine::here(device, precision);
+        let stream = Stream::new(source);
+        let skipped = Skips::default();
+        Ok(Run { device, stream, sites, saes, norms, watches, skipped, machine, saved: false })
     }
 
     /// Words that tell a site from the others, if there are others.
@@ -190,37 +283,142 @@ impl Run {
     }
 
     /// A step's batches as the SAEs take them, one for each site.
-    fn scaled(&mut self, activations: Activations, step: u64) -> Result<Vec<Batch>> {
-        let mut batches = Vec::with_capacity(self.sites.len());
-        for (site, batch) in activations.sites.into_iter().enumerate() {
+    fn scaled(&self, activations: Activations) -> Vec<Batch> {
+        let scaled = |(batch, norm): (Batch, &f64)| if *norm == 1.0 { batch } else { batch.scaled(1.0 / norm) };
+        activations.sites.into_iter().zip(&self.norms).map(scaled).collect()
+    }
+
+    /// What is not finite in a step's activations. A GPU is not waited for, unless it would be left out.
+    fn not_finite(&mut self, activations: &Activations, step: u64, skips: bool) -> Result<Option<InputError>> {
+        for (site, batch) in activations.sites.iter().enumerate() {
             let tensors = [("x", &batch.x), ("target", &batch.target)];
             let tensors = if batch.is_autoencoding() { &tensors[..1] } else { &tensors };
-            if !device::at_hand(batch.x.device()) {
+            if !skips && !device::at_hand(batch.x.device()) {
                 // The sum of finite numbers is finite, unless they are far larger than any activation.
                 let sums: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor.sum(Kind::Float))).collect();
                 self.watches[site].see(step, sums.iter().map(|(name, sum)| (*name, sum)))?;
-            } else {
-                let check = |(_, tensor): &(_, &Tensor)| check_finite(tensor, || self.batch_not_finite(step, site));
-                tensors.iter().try_for_each(check)?;
+                continue;
             }
-            let norm = self.norms[site];
-            batches.push(if norm == 1.0 { batch } else { batch.scaled(1.0 / norm) });
+            for (_, tensor) in tensors {
+                if !is_finite(tensor)? {
+                    let bad = tensor.isfinite().all_dim(1, false).logical_not().nonzero().int64_value(&[0, 0]);
+                    let origin = self.origin(activations, bad)?;
+                    return Ok(Some(self.batch_not_finite(step, site, &origin)));
+                }
+            }
         }
-        Ok(batches)
+        Ok(None)
     }
 
-    fn batch_not_finite(&self, step: u64, site: usize) -> String {
-        format!("step {step}: the batch{} has values that are not finite", self.at(site))
+    /// Words that say where a row of a batch is from.
+    fn origin(&mut self, activations: &Activations, row: i64) -> Result<String> {
+        if let Some(origin) = self.stream.source_ref().origin(row) {
+            return Ok(format!(", {origin}"));
+        }
+        let Some(tokens) = &activations.tokens else { return Ok(format!(", row {row} of it")) };
+        let [id, context, position] = [0, 1, 2].map(|column| tokens.int64_value(&[row, column]));
+        let text = match self.stream.source().language_model() {
+            Some(model) => format!(" ({:?})", model.token_texts(&[id])?.concat()),
+            None => String::new(),
+        };
+        Ok(format!(", token {id}{text} at position {position} of context {context}"))
     }
 
-    /// Waits for a GPU to have taken the steps that it was given, and refuses what came of numbers that were not finite.
-    fn settle(&self) -> Result<()> {
+    fn batch_not_finite(&self, step: u64, site: usize, origin: &str) -> InputError {
+        let at = self.at(site);
+        InputError::new(format!("step {step}: the batch{at} has values that are not finite{origin}")).help(
+            "look at the activations (`dictlearn activations`), mend or leave out what they are of, or set \
+                   `on_nonfinite: skip_batch`",
+        )
+    }
+
+    /// Waits for a GPU to have taken the steps that it was given; refuses activations that were not finite, and stops the SAEs
+    /// whose losses were not.
+    fn settle(&mut self, config: &RunConfig, keeping: &mut Keeping) -> Result<()> {
         for (site, watch) in self.watches.iter().enumerate() {
-            if let Some(NotFinite { step, .. }) = watch.found()? {
-                return Err(not_finite(self.batch_not_finite(step, site)));
+            if let Some(Found { step, .. }) = watch.found()? {
+                bail!(self.batch_not_finite(step, site, ""));
             }
         }
-        self.saes.iter().try_for_each(|sae| sae.training.settle())
+        for index in 0..self.saes.len() {
+            let sae = &self.saes[index];
+            if sae.stopped.is_some() {
+                continue;
+            }
+            let Err(error) = sae.training.settle() else { continue };
+            let NotFinite { message, .. } = error.downcast::<NotFinite>()?;
+            // It has gone on with numbers that are of no use.
+            let mut training = Training::new(&config.saes[sae.entry], &sae.cx)?;
+            training.name.clone_from(&sae.training.name);
+            let mut step = 0;
+            keeping.saver.finish(keeping.interrupt, &|message| keeping.progress.say(message))?;
+            if let Some((at, state)) = keeping.checkpoints.latest()? {
+                training.restore(&state.under(&format!("saes/{}", training.name)))?;
+                step = at;
+            }
+            self.saes[index].training = training;
+            self.stop(index, step, message, keeping)?;
+        }
+        Ok(())
+    }
+
+    /// Lets an SAE train no more. Its weights, those of so many steps, are kept, unless nothing of the run is.
+    fn stop(&mut self, index: usize, step: u64, why: String, keeping: &mut Keeping) -> Result<()> {
+        self.saes[index].stopped = Some(Stop { step, why: why.clone() });
+        let others = self.saes.iter().any(|sae| sae.stopped.is_none());
+        if others || self.saved || keeping.checkpoints.exist() {
+            let goes_on = if others { "; the others go on" } else { "" };
+            let name = &self.saes[index].training.name;
+            keeping.progress.say(&format!(
+                "warning: {why}: SAE `{name}` stops, and its weights of step {step} are kept in {name}/checkpoints{goes_on}"
+            ));
+            self.keep_weights(index, step, keeping)?;
+        }
+        if others {
+            return Ok(());
+        }
+        keeping.saver.finish(keeping.interrupt, &|message| keeping.progress.say(message))?;
+        Err(stopped_error(self.stops()).into())
+    }
+
+    /// Why SAEs stopped.
+    fn stops(&self) -> Vec<String> {
+        self.saes.iter().filter_map(|sae| Some(sae.stopped.as_ref()?.why.clone())).collect()
+    }
+
+    /// Takes a step of every SAE that has not stopped; the rows to be logged of it.
+    fn step(
+        &mut self,
+        step: u64,
+        batches: &[Batch],
+        logging: bool,
+        keeping: &mut Keeping,
+    ) -> Result<Vec<Map<String, Value>>> {
+        let mut rows = Vec::new();
+        for index in 0..self.saes.len() {
+            let sae = &mut self.saes[index];
+            if sae.stopped.is_some() {
+                continue;
+            }
+            let error = match sae.training.step(step, &batches[sae.site], logging) {
+                Ok(row) => {
+                    sae.skipped.in_a_row = 0;
+                    rows.extend(row);
+                    continue;
+                }
+                Err(error) => error.downcast::<NotFinite>()?.message,
+            };
+            let skips = sae.training.on_nonfinite == OnNonfinite::SkipBatch;
+            if skips && !sae.skipped.add(&error) {
+                if sae.skipped.count == 1 {
+                    keeping.progress.say(&format!("warning: {error}; the batch is left out"));
+                }
+                continue;
+            }
+            let again = if skips { format!(", as in the {} before it", SKIPS - 1) } else { String::new() };
+            self.stop(index, step, format!("{error}{again}"), keeping)?;
+        }
+        Ok(rows)
     }
 
     fn train(
@@ -246,90 +444,181 @@ impl Run {
             .map(|(index, logger)| logger.build(run_dir, resume_at).under(format_args!("loggers[{index}]")))
             .collect::<Result<_>>()?;
         let last = config.stop_after.unwrap_or(config.steps).min(config.steps);
-        let mut progress = Progress::of_steps(first, last);
+        let mut keeping = Keeping {
+            run_dir,
+            checkpoints,
+            saver: Saver::new(checkpoints.clone()),
+            progress: Progress::of_steps(first, last),
+            interrupt,
+        };
+        let mut log_fails = false;
 
         let mut step = first;
         while step < last {
             if interrupt.asked() {
-                return self.interrupted(config, run_dir, checkpoints, step, &mut loggers);
+                return self.interrupted(config, step, &mut loggers, &mut keeping);
             }
             let activations = match self.stream.next_batch() {
                 // Sources break off what takes long when they are asked to stop, and can be saved then.
                 Err(_) if interrupt.asked() => {
-                    return self.interrupted(config, run_dir, checkpoints, step, &mut loggers);
+                    return self.interrupted(config, step, &mut loggers, &mut keeping);
                 }
                 batch => batch.under("source").with_context(|| format!("step {step}"))?,
             };
             let Some(activations) = activations else {
-                progress.say(&format!("the data ended after {step} of {last} steps"));
+                keeping.progress.say(&format!("the data ended after {step} of {last} steps"));
                 break;
             };
             let tokens = activations.len();
-            let batches = self.scaled(activations, step)?;
-
             let logging = step.is_multiple_of(config.log_every) || step + 1 == last;
-            let mut rows = Vec::new();
-            for sae in &mut self.saes {
-                rows.extend(sae.training.step(step, &batches[sae.site], logging)?);
+            let skips = config.on_nonfinite == OnNonfinite::SkipBatch;
+            let rows = match self.not_finite(&activations, step, skips)? {
+                None => {
+                    self.skipped.in_a_row = 0;
+                    let batches = self.scaled(activations);
+                    self.step(step, &batches, logging, &mut keeping)?
+                }
+                Some(error) if !skips || self.skipped.add(error.message()) => bail!(error),
+                Some(error) => {
+                    if self.skipped.count == 1 {
+                        keeping.progress.say(&format!("warning: {}; the batch is left out", error.message()));
+                    }
+                    Vec::new()
+                }
+            };
+            if due(config.checkpoint_every, step + 1) && step + 1 < last {
+                keeping.saver.due();
             }
-            if logging || due(config.save_every, step + 1) || due(config.checkpoint_every, step + 1) {
-                self.settle()?;
+            let saving = due(config.save_every, step + 1);
+            let checkpointing = keeping.saver.wants_checkpoint();
+            if logging || saving || checkpointing {
+                self.settle(config, &mut keeping)?;
             }
-            for row in &rows {
-                loggers.iter_mut().try_for_each(|logger| logger.log(row))?;
+            if !rows.is_empty() {
+                let mut log = |logger: &mut Box<dyn Logger>| rows.iter().try_for_each(|row| logger.log(row)).err();
+                // What could not be written is kept by the logger.
+                let failed = loggers.iter_mut().filter_map(&mut log).last();
+                if let Some(error) = failed.as_ref().filter(|_| !log_fails) {
+                    keeping.progress.say(&format!("warning: {error:#}; training goes on, and it will be tried again"));
+                }
+                log_fails = failed.is_some();
             }
             if logging {
-                progress.figures(&rows);
+                keeping.progress.figures(&rows);
             }
             step += 1;
-            progress.step(step, tokens);
+            keeping.progress.step(step, tokens);
 
-            if due(config.save_every, step) {
-                self.save_weights(run_dir, step)?;
+            if saving {
+                for index in 0..self.saes.len() {
+                    if self.saes[index].stopped.is_none() {
+                        self.keep_weights(index, step, &mut keeping)?;
+                    }
+                }
             }
-            if due(config.checkpoint_every, step) && step < last {
-                flush(&mut loggers)?;
-                checkpoints.save(step, &self.state()?)?;
+            if checkpointing {
+                // A checkpoint is of no use without the log up to it.
+                match flush(&mut loggers) {
+                    Ok(()) => keeping.saver.checkpoint(step, self.state()?)?,
+                    Err(error) => keeping.saver.not_ready(&error, &|message| keeping.progress.say(message)),
+                }
             }
+            keeping.saver.look(&|message| keeping.progress.say(message))?;
         }
-        self.settle()?;
-        flush(&mut loggers)?;
+        self.settle(config, &mut keeping)?;
+        let Keeping { saver, progress, .. } = &mut keeping;
+        let say = |message: &str| progress.say(message);
+        patiently(interrupt, &say, || flush(&mut loggers))?;
         progress.say(&progress.finish());
         if self.stream.passes() > 1 {
             progress.say(&format!("the data was read {} times", self.stream.passes()));
         }
-        for note in self.stream.source().notes() {
-            progress.say(&note);
+        let skips = self.saes.iter().filter_map(|sae| sae.skipped.note(&format!("SAE `{}`", sae.training.name)));
+        let notes = self.stream.source().notes().into_iter().chain(self.skipped.note("activations"));
+        notes.chain(skips).for_each(|note| progress.say(&note));
+        saver.finish(interrupt, &say)?;
+        if config.checkpoint_every.is_some() {
+            let state = self.state()?;
+            patiently(interrupt, &say, || checkpoints.save(step, &state))?;
         }
-        if step < config.steps && config.checkpoint_every.is_some() {
-            checkpoints.save(step, &self.state()?)?;
-        }
-        self.save(config, run_dir)?;
+        patiently(interrupt, &say, || self.save(config, run_dir))?;
         interrupt.nothing_to_lose();
-        self.evaluate(config, run_dir).map(Ending::Done)
+        let results = self.evaluate(config, run_dir, &keeping)?;
+        Ok(Ending::Done { results, stopped: self.stops() })
     }
 
     /// Stops before a step, with everything saved that a later run needs.
     fn interrupted(
         &mut self,
         config: &RunConfig,
-        run_dir: &Path,
-        checkpoints: &Checkpoints,
         step: u64,
         loggers: &mut [Box<dyn Logger>],
+        keeping: &mut Keeping,
     ) -> Result<Ending> {
-        self.settle()?;
-        flush(loggers)?;
+        self.settle(config, keeping)?;
         if step == 0 {
             return Ok(Ending::NotBegun);
         }
-        checkpoints.save(step, &self.state()?)?;
-        self.save(config, run_dir)?;
+        let Keeping { run_dir, checkpoints, saver, progress, interrupt } = keeping;
+        let say = |message: &str| progress.say(message);
+        patiently(interrupt, &say, || flush(loggers))?;
+        saver.finish(interrupt, &say)?;
+        let state = self.state()?;
+        patiently(interrupt, &say, || checkpoints.save(step, &state))?;
+        patiently(interrupt, &say, || self.save(config, run_dir))?;
         Ok(Ending::Interrupted(step))
     }
 
-    fn evaluate(&mut self, config: &RunConfig, run_dir: &Path) -> Result<Vec<(String, Map<String, Value>)>> {
-        let folded: Vec<_> = self.saes.iter().map(|sae| self.folded(sae)).collect::<Result<_>>()?;
+    /// What an earlier process has found, if it has done all that there is to do.
+    fn already_done(&self, config: &RunConfig, run_dir: &Path, step: u64) -> Result<Option<Ending>> {
+        let last = config.stop_after.unwrap_or(config.steps).min(config.steps);
+        if step < last {
+            return Ok(None);
+        }
+        let mut results = Vec::new();
+        for sae in self.saes.iter().filter(|sae| sae.stopped.is_none()) {
+            let dir = run_dir.join(&sae.training.name);
+            let figures = dir.join("eval.json");
+            let whole = saved::FILES.iter().all(|file| dir.join(file).exists());
+            if !whole || !(figures.exists() || config.metrics.is_empty()) {
+                return Ok(None);
+            }
+            if let (false, Value::Object(figures)) = (config.metrics.is_empty(), saved::read_json(&figures)?) {
+                results.push((sae.training.name.clone(), figures));
+            }
+        }
+        Ok(Some(Ending::Done { results, stopped: self.stops() }))
+    }
+
+    /// Refuses to lay a run out for another number of steps than the one that its steps so far were taken for, if they depend
+    /// on it.
+    fn check_steps(&self, config: &RunConfig, done: u64) -> Result<()> {
+        let refused = |message: String| {
+            let help = "resume with the number of steps that it was begun with, or choose another --output-dir";
+            bail!(InputError::new(message).field("steps").help(help))
+        };
+        if config.steps < done {
+            return refused(format!("`steps` is {}, and the run has taken {done} already", config.steps));
+        }
+        match self.saes.iter().find(|sae| sae.training.trainer.depends_on_steps()) {
+            None => Ok(()),
+            Some(sae) => refused(format!(
+                "the run was begun with another `steps`, and the schedule of SAE `{}` depends on it",
+                sae.training.name
+            )),
+        }
+    }
+
+    fn evaluate(
+        &mut self,
+        config: &RunConfig,
+        run_dir: &Path,
+        keeping: &Keeping,
+    ) -> Result<Vec<(String, Map<String, Value>)>> {
+        let trained: Vec<&Sae> = self.saes.iter().filter(|sae| sae.stopped.is_none()).collect();
+        let folded: Vec<_> = trained.iter().map(|sae| self.folded(sae)).collect::<Result<_>>()?;
+        let names_and_sites: Vec<(String, usize)> =
+            trained.iter().map(|sae| (sae.training.name.clone(), sae.site)).collect();
         let mut other = match &config.eval_source {
             None => None,
             Some(source) => Some(source.build(&config.source_cx(self.device)).under("eval_source")?),
@@ -339,14 +628,15 @@ impl Run {
             None => self.stream.source(),
         };
         let mut subjects = Vec::new();
-        for (sae, dictionary) in self.saes.iter().zip(&folded) {
-            subjects.push(Subject { dictionary: &**dictionary, site: eval_site(source, &self.sites[sae.site])? });
+        for ((_, site), dictionary) in names_and_sites.iter().zip(&folded) {
+            subjects.push(Subject { dictionary: &**dictionary, site: eval_site(source, &self.sites[*site])? });
         }
         let results = evaluate::evaluate(&config.metrics, &subjects, source, config.eval_source.is_some())?;
-        let names = self.saes.iter().map(|sae| sae.training.name.clone());
+        let names = names_and_sites.into_iter().map(|(name, _)| name);
         let results: Vec<_> = names.zip(results).collect();
         for (name, result) in &results {
-            evaluate::write(&run_dir.join(name), result)?;
+            let say = |message: &str| keeping.progress.say(message);
+            patiently(keeping.interrupt, &say, || evaluate::write(&run_dir.join(name), result))?;
         }
         Ok(results)
     }
@@ -358,44 +648,78 @@ impl Run {
 
     fn save(&mut self, config: &RunConfig, run_dir: &Path) -> Result<()> {
         self.saved = true;
-        for sae in &self.saes {
+        for sae in self.saes.iter().filter(|sae| sae.stopped.is_none()) {
             let buffer = describe_site(self.stream.source_ref(), sae.site);
             let saved = saved_config(&config.saes[sae.entry], &sae.training, &sae.cx, &buffer)?;
-            saved::write(&run_dir.join(&sae.training.name), &*self.folded(sae)?, &saved)?;
+            let dir = run_dir.join(&sae.training.name);
+            make_dir(&dir)?;
+            saved::write(&dir, &*self.folded(sae)?, &saved)?;
         }
         Ok(())
     }
 
     /// The weights alone, kept beside the final ones.
-    fn save_weights(&mut self, run_dir: &Path, step: u64) -> Result<()> {
+    fn keep_weights(&mut self, index: usize, step: u64, keeping: &mut Keeping) -> Result<()> {
         self.saved = true;
-        for sae in &self.saes {
-            let dir = run_dir.join(&sae.training.name).join("checkpoints");
-            fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-            let path = dir.join(format!("ae_{step}.safetensors"));
-            tensors::write(&path, &self.folded(sae)?.state_dict())?;
-        }
-        Ok(())
+        let sae = &self.saes[index];
+        let path = keeping.run_dir.join(&sae.training.name).join(format!("checkpoints/ae_{step}.safetensors"));
+        let folded = self.folded(sae)?;
+        let copy = |(name, tensor): (_, Tensor)| (String::from(name), tensor.detach().copy());
+        let tensors = folded.state_dict().into_iter().map(copy).collect();
+        keeping.saver.weights(path, tensors, keeping.interrupt, &|message| keeping.progress.say(message))
     }
 
     fn state(&self) -> Result<State> {
         let mut state = State::new();
         state.put("norms", &self.norms)?;
+        state.put("machine", &self.machine)?;
+        state.put("skipped", &self.skipped)?;
         state.put_all("stream", self.stream.state()?);
         for sae in &self.saes {
-            state.put_all(&format!("saes/{}", sae.training.name), sae.training.state()?);
+            let name = &sae.training.name;
+            state.put_all(&format!("saes/{name}"), sae.training.state()?);
+            state.put(format!("stopped/{name}"), &sae.stopped)?;
+            state.put(format!("skipped/{name}"), &sae.skipped)?;
         }
         Ok(state)
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
         self.norms = state.get("norms")?;
+        self.skipped = state.get("skipped")?;
         self.stream.restore(&state.under("stream"))?;
         for sae in &mut self.saes {
-            sae.training.restore(&state.under(&format!("saes/{}", sae.training.name)))?;
+            let name = &sae.training.name;
+            sae.stopped = state.get(&format!("stopped/{name}"))?;
+            sae.skipped = state.get(&format!("skipped/{name}"))?;
+            sae.training.restore(&state.under(&format!("saes/{name}")))?;
+        }
+        let differences = self.machine.differences(&state.get("machine")?);
+        if !differences.is_empty() {
+            eprintln!(
+                "warning: the run was begun elsewhere ({}): it goes on, but not to the same bits as if it had stayed there",
+                differences.join(", ")
+            );
         }
         Ok(())
     }
+}
+
+/// Where a run writes to, and to whom it speaks.
+struct Keeping<'a> {
+    run_dir: &'a Path,
+    checkpoints: &'a Checkpoints,
+    saver: Saver,
+    progress: Progress,
+    interrupt: &'a Interrupt,
+}
+
+/// The error of SAEs that stopped.
+pub fn stopped_error(stops: Vec<String>) -> InputError {
+    InputError::new(stops.join("; ")).help(
+        "look at the activations (`dictlearn activations`), lower the learning rate, or set `normalize_activations: true`; \
+         `on_nonfinite: skip_batch` leaves single batches out",
+    )
 }
 
 /// The sites that an SAE of the config trains on.
@@ -448,9 +772,13 @@ fn flush(loggers: &mut [Box<dyn Logger>]) -> Result<()> {
 }
 
 /// Refuses an output directory that holds another run, or anything else that a run would write over.
-fn refuse_other_run(run_dir: &Path, resume: bool) -> Result<()> {
+fn refuse_other_run(run_dir: &Path, resume: bool, checkpoints: &Checkpoints) -> Result<()> {
     if run_dir.is_file() {
         bail!(InputError::new(format!("the output directory {} is a file", run_dir.display())));
+    }
+    if resume && checkpoints.exist() {
+        bail!(InputError::new(format!("no checkpoint of {} can be read", run_dir.display()))
+            .help("to train anew, choose another `--output-dir` or remove it"));
     }
     let trained = entries(run_dir).iter().any(|sae| sae.join("ae.safetensors").exists());
     if resume && trained {

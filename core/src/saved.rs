@@ -37,13 +37,17 @@ impl Saved {
     }
 }
 
+/// The files of a dictionary's folder, in the order in which they are written.
+pub(crate) const FILES: [&str; 3] = ["ae.safetensors", "ae.pt", "config.json"];
+
 /// Writes a dictionary into its folder, which is made if need be; each file whole or not at all, the config last.
 pub fn write(dir: &Path, dictionary: &dyn Dictionary, config: &Value) -> Result<()> {
     fs::create_dir_all(dir).map_err(|error| anyhow!("cannot make {}: {error}", dir.display()))?;
     let tensors = dictionary.state_dict();
-    tensors::write(&dir.join("ae.safetensors"), &tensors)?;
-    torch_file::write(&dir.join("ae.pt"), &tensors)?;
-    tensors::write_file(&dir.join("config.json"), serde_json::to_string_pretty(config)?.as_bytes())
+    let [weights, for_python, settings] = FILES.map(|file| dir.join(file));
+    tensors::write(&weights, &tensors)?;
+    torch_file::write(&for_python, &tensors)?;
+    tensors::write_file(&settings, serde_json::to_string_pretty(config)?.as_bytes())
 }
 
 /// Reads a dictionary from its folder.

@@ -88,6 +88,11 @@ impl Schedule {
         }
     }
 
+    /// Whether any of it depends on how many steps the run is laid out for.
+    pub fn depends_on_steps(&self) -> bool {
+        self.decay_start.is_some()
+    }
+
     /// The factor of the sparsity penalty at a step, between 0 and 1.
     pub fn sparsity_factor(&self, step: u64) -> f64 {
         match self.sparsity_warmup_steps {

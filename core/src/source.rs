@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 
 use anyhow::{bail, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
@@ -11,6 +12,7 @@ use crate::config::InputError;
 use crate::device::Precision;
 use crate::model::{HookPoint, LanguageModel, Tokens};
 use crate::state::State;
+use crate::training::OnNonfinite;
 
 /// What a source is built for.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +23,35 @@ pub struct SourceCx {
     pub device: Device,
     /// The type of a model's matrix products.
     pub precision: Precision,
+    /// What [`ActivationSource::state`] has of a buffer of activations that a model made.
+    pub checkpoint_buffer: CheckpointBuffer,
+    /// Whether activations that are not finite end the run or are left out.
+    pub on_nonfinite: OnNonfinite,
+}
+
+impl Default for SourceCx {
+    /// On the CPU, in float32, with seed 0.
+    fn default() -> Self {
+        SourceCx {
+            seed: 0,
+            device: Device::Cpu,
+            precision: Precision::Float32,
+            checkpoint_buffer: CheckpointBuffer::default(),
+            on_nonfinite: OnNonfinite::default(),
+        }
+    }
+}
+
+/// What a checkpoint has of a buffer of activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckpointBuffer {
+    /// All of it: as much disk as the buffer takes memory, and resuming takes no longer than reading it.
+    #[default]
+    Contents,
+    /// Which tokens its activations are of: 28 bytes each, whatever the model's width. On resuming the model is run over
+    /// their contexts again.
+    Replay,
 }
 
 /// The config of a source.
@@ -187,6 +218,13 @@ pub trait ActivationSource: Send {
 
     /// What an SAE's config.json says of it, under `buffer`.
     fn describe(&self) -> Value;
+
+    /// Where a row of the batch that was given last is from, for messages, if the row's token does not say it: a file and the
+    /// row there.
+    fn origin(&self, row: i64) -> Option<String> {
+        let _ = row;
+        None
+    }
 
     /// Where the stream stands.
     fn state(&self) -> Result<State>;

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{anyhow, bail, Context, Result};
 use serde::de::DeserializeOwned;
 use serde::Serialize;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::tensors;
 
@@ -25,7 +25,14 @@ impl State {
 
     /// Adds a tensor; what is kept is a copy, so training may go on.
     pub fn put_tensor(&mut self, name: impl Into<String>, tensor: &Tensor) {
-        self.tensors.insert(name.into(), tensor.detach().copy());
+        let tensor = tensor.detach();
+        // What is kept of a GPU's takes none of its memory.
+        self.put_own(name, if tensor.device() == Device::Cpu { tensor.copy() } else { tensor });
+    }
+
+    /// Adds a tensor that nobody else has a hold of, without copying it.
+    pub fn put_own(&mut self, name: impl Into<String>, tensor: Tensor) {
+        self.tensors.insert(name.into(), tensor.to_device(Device::Cpu).contiguous());
     }
 
     /// Adds a value.
@@ -86,22 +93,40 @@ impl State {
         }
     }
 
-    /// Writes the state to a file, whole or not at all.
+    /// Writes the state to a file, whole or not at all, with a checksum of all of it.
     pub fn save(&self, path: &Path) -> Result<()> {
         let values = serde_json::to_string(&self.values)?;
         let tensors: Vec<_> =
             self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
-        tensors::write_with_metadata(path, &tensors, &[("state", &values)])
+        let checksum = format!("{:08x}", self.checksum(&values));
+        tensors::write_with_metadata(path, &tensors, &[("state", &values), ("crc32", &checksum)])
     }
 
     /// Reads a state that [`State::save`] wrote.
     pub fn load(path: &Path) -> Result<State> {
         let file = tensors::TensorFile::open(path)?;
-        let values =
-            file.metadata("state").ok_or_else(|| anyhow!("{} is no checkpoint of dictlearn's", path.display()))?;
-        let values = serde_json::from_str(&values).with_context(|| path.display().to_string())?;
+        let entry = |key| {
+            file.metadata(key).ok_or_else(|| anyhow!("{} is no checkpoint of this version's dictlearn", path.display()))
+        };
+        let text = entry("state")?;
+        let values = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
         let tensors = file.names().into_iter().map(|name| Ok((name.clone(), file.tensor(&name)?)));
-        Ok(State { tensors: tensors.collect::<Result<_>>()?, values })
+        let state = State { tensors: tensors.collect::<Result<_>>()?, values };
+        if format!("{:08x}", state.checksum(&text)) != entry("crc32")? {
+            bail!("{} is damaged: its checksum is not that of what it holds", path.display());
+        }
+        Ok(state)
+    }
+
+    /// CRC-32 of the values as they are written and of each tensor's name, shape, type and bytes.
+    fn checksum(&self, values: &str) -> u32 {
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(values.as_bytes());
+        for (name, tensor) in &self.tensors {
+            hasher.update(format!("{name} {:?} {:?}", tensor.size(), tensor.kind()).as_bytes());
+            hasher.update(tensors::bytes_of(tensor));
+        }
+        hasher.finalize()
     }
 }
 

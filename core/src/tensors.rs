@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, Context, Result};
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, TensorView};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
@@ -15,15 +15,19 @@ use crate::config::InputError;
 ///
 /// On Linux it has no name until it is whole, so that a killed program leaves nothing behind.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_pieces(path, &[bytes])
+}
+
+/// [`write_file`] of bytes that lie in several places.
+fn write_pieces(path: &Path, pieces: &[&[u8]]) -> Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
         #[cfg(target_os = "linux")]
-        if write_unnamed(dir, path, bytes).is_ok() {
+        if write_unnamed(dir, path, pieces)? {
             return File::open(dir)?.sync_all();
         }
-        // Not every file system has files without a name.
-        let mut file = tempfile::Builder::new().prefix(".partial-").tempfile_in(dir)?;
-        file.write_all(bytes)?;
+        let mut file = tempfile::Builder::new().prefix(PARTIAL).tempfile_in(dir)?;
+        pieces.iter().try_for_each(|piece| file.write_all(piece))?;
         file.as_file().sync_all()?;
         #[cfg(unix)]
         {
@@ -37,27 +41,43 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     write().with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// How the names begin that a file may have for a moment before it has its own.
+const PARTIAL: &str = ".partial-";
+
+/// Removes from a folder what a killed program may have left of a file that it was about to put into its place.
+pub(crate) fn remove_partial(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// `false` where the file system has no files without a name, or there is no way to name one.
 #[cfg(target_os = "linux")]
-fn write_unnamed(dir: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+fn write_unnamed(dir: &Path, path: &Path, pieces: &[&[u8]]) -> std::io::Result<bool> {
     use rustix::fs::{linkat, open, AtFlags, Mode, OFlags, CWD};
     use std::os::fd::AsRawFd;
 
     let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
-    let mut file = File::from(open(dir, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, mode)?);
-    file.write_all(bytes)?;
+    let Ok(file) = open(dir, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, mode) else { return Ok(false) };
+    let mut file = File::from(file);
+    pieces.iter().try_for_each(|piece| file.write_all(piece))?;
     file.sync_all()?;
     let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
     let name = |at: &Path| linkat(CWD, &unnamed, CWD, at, AtFlags::SYMLINK_FOLLOW);
     match name(path) {
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(true),
         Err(rustix::io::Errno::EXIST) => {
             // A link cannot replace a file, a rename can; what has this name for a moment is whole.
-            let beside = dir.join(format!(".whole-{}", std::process::id()));
+            let own = path.file_name().unwrap_or_default().to_string_lossy();
+            let beside = dir.join(format!("{PARTIAL}{}-{own}", std::process::id()));
             let _ = fs::remove_file(&beside);
             name(&beside)?;
-            fs::rename(&beside, path)
+            fs::rename(&beside, path)?;
+            Ok(true)
         }
-        Err(other) => Err(other.into()),
+        Err(_) => Ok(false),
     }
 }
 
@@ -104,28 +124,64 @@ pub fn write_with_metadata<S: AsRef<str>>(
     tensors: &[(S, Tensor)],
     metadata: &[(&str, &str)],
 ) -> Result<()> {
-    write_file(path, &serialize(tensors, metadata)?)
+    let layout = Layout::new(tensors, metadata)?;
+    write_pieces(path, &layout.pieces())
 }
 
 /// The bytes of a safetensors file.
 pub fn serialize<S: AsRef<str>>(tensors: &[(S, Tensor)], metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
-    let mut data = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
-        let mut bytes = vec![0_u8; crate::state::bytes(&tensor)];
-        if !bytes.is_empty() {
-            tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
-        }
-        let shape = tensor.size().into_iter().map(|n| n as usize).collect::<Vec<_>>();
-        data.push((name.as_ref(), dtype(tensor.kind())?, shape, bytes));
+    Ok(Layout::new(tensors, metadata)?.pieces().concat())
+}
+
+/// A safetensors file that is to be written, its tensors where they are: a checkpoint is too large to be copied for it.
+struct Layout {
+    header: Vec<u8>,
+    /// In the order of the file.
+    tensors: Vec<Tensor>,
+}
+
+impl Layout {
+    fn new<S: AsRef<str>>(tensors: &[(S, Tensor)], metadata: &[(&str, &str)]) -> Result<Self> {
+        let mut named = tensors
+            .iter()
+            .map(|(name, tensor)| Ok((dtype(tensor.kind())?, name.as_ref(), tensor)))
+            .collect::<Result<Vec<_>>>()?;
+        // Widest numbers first, so that each tensor lies at a multiple of its own.
+        named.sort_by(|(a, a_name, _), (b, b_name, _)| b.cmp(a).then(a_name.cmp(b_name)));
+        let mut end = 0;
+        let infos = named.iter().map(|(dtype, name, tensor)| {
+            let start = end;
+            end += crate::state::bytes(tensor);
+            let shape = tensor.size().into_iter().map(|n| n as usize).collect();
+            ((*name).to_owned(), TensorInfo { dtype: *dtype, shape, data_offsets: (start, end) })
+        });
+        let mut info = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        info.extend(metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
+        let header = Metadata::new(Some(info), infos.collect())?;
+        let mut header = serde_json::to_vec(&header)?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let length = (header.len() as u64).to_le_bytes();
+        let tensors = named.iter().map(|(_, _, tensor)| tensor.detach().to_device(Device::Cpu).contiguous());
+        Ok(Layout { header: [length.as_slice(), &header].concat(), tensors: tensors.collect() })
     }
-    let views = data
-        .iter()
-        .map(|(name, dtype, shape, bytes)| Ok((*name, TensorView::new(*dtype, shape.clone(), bytes)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let mut info = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    info.extend(metadata.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-    Ok(safetensors::serialize(views, Some(info))?)
+
+    fn pieces(&self) -> Vec<&[u8]> {
+        std::iter::once(&*self.header).chain(self.tensors.iter().map(bytes_of)).collect()
+    }
+}
+
+/// The bytes of a contiguous tensor on the CPU.
+pub(crate) fn bytes_of(tensor: &Tensor) -> &[u8] {
+    assert!(
+        tensor.device() == Device::Cpu && tensor.is_contiguous(),
+        "the bytes of such a tensor are not in one piece"
+    );
+    if tensor.numel() == 0 {
+        // libtorch gives it no memory.
+        return &[];
+    }
+    // SAFETY: a contiguous CPU tensor has that many bytes from `data_ptr` on, for as long as it is borrowed.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), crate::state::bytes(tensor)) }
 }
 
 /// The header of a safetensors file, checked against the file's length, and where the tensors' bytes begin.

@@ -442,6 +442,10 @@ impl Trainer for TopKTrainer {
         self.lr * self.schedule.lr_factor(step)
     }
 
+    fn depends_on_steps(&self) -> bool {
+        self.schedule.depends_on_steps()
+    }
+
     fn settings(&self, settings: &mut Map<String, Value>) {
         settings.insert("lr".to_owned(), self.lr.into());
         settings.insert("top_k_aux".to_owned(), self.top_k_aux.into());

@@ -269,6 +269,12 @@ pub trait Trainer: Send {
     /// The learning rate for a step, schedule included.
     fn lr(&self, step: u64) -> f64;
 
+    /// Whether anything that it does at a step depends on how many steps the run is laid out for ([`TrainerCx::steps`]). If so
+    /// a run cannot be made longer when it is resumed.
+    fn depends_on_steps(&self) -> bool {
+        true
+    }
+
     /// Settings as the trainer resolved them, for config.json where that says more than the config (`lr: null`).
     fn settings(&self, settings: &mut Map<String, Value>) {
         let _ = settings;

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use anyhow::{bail, Context, Result};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
@@ -11,13 +13,13 @@ use crate::config::{InputError, SaeConfig, Under};
 use crate::device::{self, Precision};
 use crate::dictionary::{Dictionary, DictionaryCx};
 use crate::modifier::{Modifier, ModifierConfig, ModifierCx};
-use crate::optim::Adam;
+use crate::optim::{Adam, Gradients};
 use crate::rng::{rng, Rng};
 use crate::saved;
 use crate::source::{Batch, SitePart};
 use crate::state::State;
 use crate::trainer::{float, AfterStep, HandPass, Pass, Terms, Trainer, TrainerCx};
-use crate::watch::{NotFinite, Watch};
+use crate::watch::Watch;
 
 /// What a dictionary in training is built for.
 #[derive(Debug, Clone)]
@@ -51,8 +53,12 @@ pub struct Training {
     fresh: bool,
     /// Whether it is an SAE that trains on, so that nothing is initialised from data.
     goes_on: bool,
+    /// What is done after a step that is not finite; with `skip_batch` a GPU is waited for at each step.
+    pub on_nonfinite: OnNonfinite,
     /// The loss's terms, on a GPU.
     watch: Watch,
+    /// The gradients' norm, on a GPU.
+    gradients: Watch,
     /// What is done to each activation by itself; the dictionary is trained on what comes of it.
     normalization: Option<Normalization>,
 }
@@ -141,7 +147,9 @@ impl Training {
             rng,
             fresh: config.init_from.is_none(),
             goes_on,
+            on_nonfinite: OnNonfinite::Stop,
             watch: Watch::default(),
+            gradients: Watch::default(),
             normalization,
         })
     }
@@ -149,23 +157,32 @@ impl Training {
     /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
     /// from its own forward pass.
     ///
-    /// On a CPU a loss that is not finite is refused at once, and then nothing has changed. A GPU is not waited for: there
-    /// it is refused by the next [`Training::settle`].
+    /// On a CPU a loss or a gradient that is not finite is refused at once ([`NotFinite`]), and then nothing has changed. A
+    /// GPU is not waited for: there it is refused by the next [`Training::settle`].
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
         let normalized = self.normalization.map(|normalization| normalization.batch(batch));
         let batch = normalized.as_ref().unwrap_or(batch);
         self.make_room();
-        let before = if device::at_hand(self.dictionary.device()) { Some(self.undo(step == 0)?) } else { None };
-        let Loss { loss, gradients, figures } = match (self.loss(step, batch, logging), before) {
-            (Ok(found), _) => found,
-            (Err(error), None) => return Err(error),
-            (Err(error), Some(before)) => {
-                return Err(match self.set_back(&before) {
-                    Ok(()) => error,
-                    Err(other) => error.context(format!("and what it had counted could not be set back: {other:#}")),
-                });
-            }
-        };
+        let looks = self.looks();
+        let before = if looks { Some(self.undo(step == 0)?) } else { None };
+        let result = self.step_on(step, batch, logging, looks);
+        match (result, before) {
+            (Err(error), Some(before)) => Err(match self.set_back(&before) {
+                Ok(()) => error,
+                Err(other) => error.context(format!("and what it had counted could not be set back: {other:#}")),
+            }),
+            (result, _) => result,
+        }
+    }
+
+    /// Whether numbers are looked at in each step.
+    fn looks(&self) -> bool {
+        device::at_hand(self.dictionary.device()) || self.on_nonfinite == OnNonfinite::SkipBatch
+    }
+
+    /// [`Training::step`], which may break off after having counted.
+    fn step_on(&mut self, step: u64, batch: &Batch, logging: bool, looks: bool) -> Result<Option<Map<String, Value>>> {
+        let Loss { loss, gradients, figures } = self.loss(step, batch, logging)?;
         if self.dictionary.parameters().is_empty() {
             // A baseline, which runs beside the others to be measured with them.
             return Ok(figures);
@@ -180,7 +197,11 @@ impl Training {
             modifier.gradients(&*self.dictionary)?;
         }
         let constraints = self.trainer.constraints();
-        self.optimizer.step_within(self.trainer.lr(step), &constraints, &*self.dictionary);
+        match self.optimizer.step_within(self.trainer.lr(step), &constraints, &*self.dictionary, looks) {
+            Gradients::Finite => {}
+            Gradients::Unread(norm) => self.gradients.see(step, [("", &norm)])?,
+            Gradients::NotFinite { name, norm } => bail!(self.bad_gradient(step, &name, norm)),
+        }
 
         let mut cx = AfterStep {
             step,
@@ -264,29 +285,38 @@ impl Training {
     /// The sum of a loss's terms, which must be finite.
     fn finite(&mut self, step: u64, terms: &Terms) -> Result<Tensor> {
         let loss = terms.total().context("the trainer gave no loss")?;
-        if !device::at_hand(self.dictionary.device()) {
+        if !self.looks() {
             let terms = terms.iter().filter(|term| term.weight != 0.0).map(|term| (term.name, &term.value));
             self.watch.see(step, terms)?;
             return Ok(loss);
         }
-        check_finite(&loss, || {
+        if !is_finite(&loss)? {
             let infinite = terms.iter().find(|term| !term.value.double_value(&[]).is_finite());
-            let name = infinite.map_or("sum", |term| term.name);
-            self.not_finite(NotFinite { step, name, value: loss.double_value(&[]) })
-        })?;
+            bail!(self.bad_loss(step, infinite.map_or("sum", |term| term.name), loss.double_value(&[])));
+        }
         Ok(loss)
     }
 
-    fn not_finite(&self, NotFinite { step, name, value }: NotFinite) -> String {
-        format!("step {step}: the loss of SAE `{}` is {value} (term `{name}`)", self.name)
+    fn bad_loss(&self, step: u64, term: &str, value: f64) -> NotFinite {
+        let message = format!("step {step}: the loss of SAE `{}` is {value} (term `{term}`)", self.name);
+        NotFinite { step, message }
     }
 
-    /// Waits for the steps that were taken, and refuses what came of a loss that was not finite. To be called before
-    /// anything is kept.
+    fn bad_gradient(&self, step: u64, parameter: &str, norm: f64) -> NotFinite {
+        let of = if parameter.is_empty() { String::new() } else { format!(" by `{parameter}`") };
+        let message = format!("step {step}: the gradient of the loss of SAE `{}`{of} has norm {norm}", self.name);
+        NotFinite { step, message }
+    }
+
+    /// Waits for the steps that were taken, and refuses what came of a loss or a gradient that was not finite
+    /// ([`NotFinite`]). To be called before anything is kept.
     pub fn settle(&self) -> Result<()> {
-        match self.watch.found()? {
+        let loss = self.watch.found()?.map(|found| self.bad_loss(found.step, found.name, found.value));
+        let gradient = self.gradients.found()?.map(|found| self.bad_gradient(found.step, "", found.value));
+        // A loss that is not finite makes gradients so, and not the other way round.
+        match loss.into_iter().chain(gradient).min_by_key(|found| found.step) {
             None => Ok(()),
-            Some(found) => Err(not_finite(self.not_finite(found))),
+            Some(found) => bail!(found),
         }
     }
 
@@ -437,19 +467,29 @@ impl Training {
     }
 }
 
-/// Refuses what is not finite, with the message.
-pub(crate) fn check_finite(tensor: &Tensor, message: impl FnOnce() -> String) -> Result<()> {
-    if bool::try_from(tensor.isfinite().all())? {
-        return Ok(());
-    }
-    Err(not_finite(message()))
+/// What is done with an SAE whose loss or gradient is not finite, and with activations that are not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonfinite {
+    /// The SAE stops as it was before that step, and the others go on.
+    #[default]
+    Stop,
+    /// The SAE goes on with the next batch as if that one had not been.
+    SkipBatch,
 }
 
-/// The error of numbers that are not finite.
-pub(crate) fn not_finite(message: String) -> anyhow::Error {
-    anyhow::Error::from(InputError::new(message).help(
-        "look at the activations (`dictlearn activations`), lower the learning rate, or set `normalize_activations: true`",
-    ))
+/// The error of a step whose loss or gradient is not finite.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct NotFinite {
+    /// The step.
+    pub step: u64,
+    /// What is not finite: step, SAE, term or parameter, and value.
+    pub message: String,
+}
+
+pub(crate) fn is_finite(tensor: &Tensor) -> Result<bool> {
+    Ok(bool::try_from(tensor.isfinite().all())?)
 }
 
 /// An SAE's config.json: what the reference's trainer and buffer would say of themselves.

@@ -14,12 +14,12 @@ pub(crate) struct Watch {
     /// Of the steps since it was asked, [STEPS, n].
     seen: Option<Tensor>,
     steps: Vec<u64>,
-    found: Cell<Option<NotFinite>>,
+    found: Cell<Option<Found>>,
 }
 
 /// A number that was not finite.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct NotFinite {
+pub(crate) struct Found {
     pub step: u64,
     pub name: &'static str,
     pub value: f64,
@@ -48,14 +48,14 @@ impl Watch {
     }
 
     /// The first number that was not finite. Waits for the GPU.
-    pub fn found(&self) -> Result<Option<NotFinite>> {
+    pub fn found(&self) -> Result<Option<Found>> {
         if let (None, Some(seen)) = (self.found.get(), &self.seen) {
             let seen = seen.narrow(0, 0, self.steps.len() as i64).reshape([-1]);
             let values = Vec::<f32>::try_from(seen)?;
             let rows = values.chunks_exact(self.names.len()).zip(&self.steps);
             let mut all = rows.flat_map(|(row, step)| {
                 let named = row.iter().zip(&self.names);
-                named.map(|(value, name)| NotFinite { step: *step, name, value: f64::from(*value) })
+                named.map(|(value, name)| Found { step: *step, name, value: f64::from(*value) })
             });
             self.found.set(all.find(|number| !number.value.is_finite()));
         }
@@ -71,7 +71,7 @@ mod tests {
     fn the_first_is_remembered() {
         let mut watch = Watch::default();
         assert_eq!(watch.found().unwrap(), None);
-        let found = Some(NotFinite { step: 4, name: "b", value: f64::INFINITY });
+        let found = Some(Found { step: 4, name: "b", value: f64::INFINITY });
         for (step, a, b) in [(3, 1.0, 2.0), (4, 2.0, f32::INFINITY), (5, f32::NAN, 1.0)] {
             let [one, a, b] = [1.0, a, b].map(Tensor::from);
             watch.see(step, [("one", &one), ("a", &a), ("b", &b)]).unwrap();

@@ -36,7 +36,7 @@ fn desk(limit: &str, more: &[&str]) -> Desk {
 fn open(desk: &Desk, more: &str) -> Result<Box<dyn ActivationSource>> {
     let path = desk.path("cache");
     let config: Box<dyn SourceConfig> = from_yaml(&cache(path.to_str().unwrap(), more)).unwrap();
-    config.build(&SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 })
+    config.build(&SourceCx { seed: 1, ..SourceCx::default() })
 }
 
 /// The rest of a pass: activations at each site, and tokens.
@@ -200,7 +200,7 @@ fn what_python_writes_is_read() {
     let folder = fixture("activations");
     let source = format!("{{type: activation_cache, path: {folder:?}, shuffle: false}}");
     let config: Box<dyn SourceConfig> = from_yaml(&source).unwrap();
-    let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+    let cx = SourceCx { seed: 1, ..SourceCx::default() };
     let (python, tokens) = drain(&mut *config.build(&cx).unwrap());
     let model = fixture("models/gpt_neox");
     let source = format!(

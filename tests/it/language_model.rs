@@ -21,7 +21,7 @@ fn io(model: &str) -> TensorFile {
 
 fn source(yaml: &str) -> Box<dyn ActivationSource> {
     let config: Box<dyn SourceConfig> = from_yaml(yaml).unwrap();
-    config.build(&SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 }).unwrap()
+    config.build(&SourceCx { seed: 1, ..SourceCx::default() }).unwrap()
 }
 
 fn drain(source: &mut dyn ActivationSource) -> Tensor {

@@ -16,5 +16,6 @@ mod hub_server;
 mod language_model;
 mod push;
 mod python;
+mod resume;
 mod sites;
 mod transcoders;

@@ -15,7 +15,7 @@ use crate::common::{fixture, Desk};
 
 fn source(yaml: &str) -> Box<dyn ActivationSource> {
     let config: Box<dyn SourceConfig> = from_yaml(yaml).unwrap();
-    config.build(&SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 }).unwrap()
+    config.build(&SourceCx { seed: 1, ..SourceCx::default() }).unwrap()
 }
 
 /// A source over the fixture's tokens, in order.

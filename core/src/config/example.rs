@@ -4,7 +4,6 @@ use anyhow::Result;
 use serde_yaml::{Mapping, Value};
 
 use super::from_yaml;
-use crate::device::Precision;
 use crate::metric::MetricConfig;
 use crate::registry::{component, components, usual, Component, Kind};
 use crate::source::{SourceConfig, SourceCx};
@@ -63,7 +62,7 @@ pub fn example(shown: &Component) -> Option<String> {
 /// The example of a source that a metric can be computed on, a usual one if possible.
 fn suiting(metric: &Component) -> Option<Value> {
     let metric: Box<dyn MetricConfig> = from_yaml(metric.example).ok()?;
-    let cx = SourceCx { seed: 0, device: tch::Device::Cpu, precision: Precision::Float32 };
+    let cx = SourceCx { seed: 0, ..SourceCx::default() };
     let mut sources = components(Kind::Source);
     sources.sort_by_key(|source| !source.usual);
     let suits = |source: &Component| -> Result<bool> {

@@ -23,8 +23,9 @@ use crate::dictionary::DictionaryConfig;
 use crate::logger::LoggerConfig;
 use crate::metric::MetricConfig;
 use crate::modifier::ModifierConfig;
-use crate::source::{SourceConfig, SourceCx};
+use crate::source::{CheckpointBuffer, SourceConfig, SourceCx};
 use crate::trainer::TrainerConfig;
+use crate::training::OnNonfinite;
 
 /// One experiment: a stream of activations and the dictionaries that train on it.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -62,6 +63,15 @@ pub struct RunConfig {
     #[serde(default = "default_checkpoint_every")]
     #[schemars(range(min = 1))]
     pub checkpoint_every: Option<u64>,
+    /// What a checkpoint has of a buffer of activations: its `contents`, or which tokens they are of, for the model to be run
+    /// over them again on resuming (`replay`). The first takes as much disk as the buffer does memory and resumes at once, the
+    /// second hardly any and as long as filling the buffer a few times.
+    #[serde(default)]
+    pub checkpoint_buffer: CheckpointBuffer,
+    /// What happens when a loss, a gradient or an activation is not finite: the SAE stops as it was before that step while the
+    /// others go on (`stop`; activations stop all), or the batch is left out (`skip_batch`).
+    #[serde(default)]
+    pub on_nonfinite: OnNonfinite,
     /// Keep the weights alone every so many steps, in `<sae>/checkpoints/ae_<step>.safetensors`.
     #[serde(default)]
     #[schemars(range(min = 1))]
@@ -89,7 +99,13 @@ pub struct RunConfig {
 impl RunConfig {
     /// What its sources are built for.
     pub fn source_cx(&self, device: tch::Device) -> SourceCx {
-        SourceCx { seed: self.seed, device, precision: self.precision.precision(device).0 }
+        SourceCx {
+            seed: self.seed,
+            device,
+            precision: self.precision.precision(device).0,
+            checkpoint_buffer: self.checkpoint_buffer,
+            on_nonfinite: self.on_nonfinite,
+        }
     }
 }
 
@@ -115,6 +131,9 @@ pub struct SaeConfig {
     /// taken from it. `k` and groups stay the dictionary's.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
+    /// The run's `on_nonfinite`, if it is another for this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_nonfinite: Option<OnNonfinite>,
 }
 
 fn default_seed() -> u64 {

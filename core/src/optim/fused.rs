@@ -1,10 +1,10 @@
 //! The optimiser's step on a CPU: projection of the decoder's gradient, clipping, Adam and the decoder's norms in one
-//! pass over the weights, and one over the gradients before it if they are clipped.
+//! pass over the weights, after one over the gradients that finds their norm and whether they are finite.
 
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
-use super::{AdamConfig, Moments};
+use super::{AdamConfig, Gradients, Moments};
 use crate::constraint::{Constraints, LEAST_NORM};
 use crate::device::at_hand;
 use crate::dictionary::Decoder;
@@ -37,7 +37,7 @@ struct Update {
     eps: f32,
 }
 
-/// The step, if the parameters are such that it can be taken this way.
+/// The step, if the parameters are such that it can be taken this way and the gradients are finite.
 pub(super) fn step(
     config: AdamConfig,
     steps: u64,
@@ -45,20 +45,23 @@ pub(super) fn step(
     lr: f64,
     constraints: &Constraints,
     decoder: Option<&Decoder>,
-) -> bool {
+) -> Option<Gradients> {
     let decoder = decoder.filter(|_| constraints.unit_norm_decoder);
-    let Some(mut all) = moments.iter_mut().map(|moments| rows(moments, decoder)).collect::<Option<Vec<_>>>() else {
-        return false;
-    };
+    let mut all = moments.iter_mut().map(|moments| rows(moments, decoder)).collect::<Option<Vec<_>>>()?;
     if decoder.is_some() && !all.iter().any(|rows| rows.directions) {
-        return false;
+        return None;
     }
-    let mut scale = 1.0;
-    if let Some(max_norm) = constraints.clip_gradients {
-        let squared: f64 = all.iter().map(squared_norm).sum();
-        // As PyTorch's `clip_grad_norm_` has it.
-        scale = (max_norm / (squared.sqrt() + 1e-6)).min(1.0);
+    let clips = constraints.clip_gradients;
+    let mut squared = 0.0;
+    for rows in &all {
+        let own = squared_norm(rows, clips.is_some());
+        if !own.is_finite() {
+            return Some(Gradients::NotFinite { name: rows.moments.name.clone(), norm: own.sqrt() });
+        }
+        squared += own;
     }
+    // As PyTorch's `clip_grad_norm_` has it.
+    let scale = clips.map_or(1.0, |max_norm| (max_norm / (squared.sqrt() + 1e-6)).min(1.0));
     let (beta1, beta2) = config.betas;
     let steps = steps as f64;
     let update = Update {
@@ -84,7 +87,7 @@ pub(super) fn step(
             }
         });
     }
-    true
+    Some(Gradients::Finite)
 }
 
 /// Width of the rows of what has none; the last may be shorter.
@@ -114,23 +117,39 @@ fn rows<'a>(moments: &'a mut Moments, decoder: Option<&Decoder>) -> Option<Rows<
     Some(Rows { parameter, gradient, moments, transposed, width, directions: own_decoder.is_some() })
 }
 
-/// The squared norm of a gradient, without what lies along directions that keep their norm.
-fn squared_norm(rows: &Rows) -> f64 {
+/// The squared norm of a gradient, if need be without what lies along directions that keep their norm.
+fn squared_norm(rows: &Rows, exact: bool) -> f64 {
     let (parameter, gradient) = (numbers::<f32>(&rows.parameter), numbers::<f32>(&rows.gradient));
     let mut squares = vec![0.0_f64; gradient.len().div_ceil(rows.width)];
-    let (out, width, directions) = (Output::over(&mut squares), rows.width, rows.directions);
+    let (out, width, across) = (Output::over(&mut squares), rows.width, exact && rows.directions);
     share_in(gradient.len().div_ceil(width), (1 << 14) / width, |range| {
         // SAFETY: ranges of rows do not overlap.
         for (square, row) in unsafe { out.part(range.clone()) }.iter_mut().zip(range) {
             let part = row * width..((row + 1) * width).min(gradient.len());
+            if !across {
+                *square = f64::from(sum_of_squares(&gradient[part]));
+                continue;
+            }
             let sums = products(&parameter[part.clone()], &gradient[part]);
             *square = f64::from(sums.gradient);
-            if directions && sums.parameter > 0.0 {
+            // `max` would make 0 of NaN.
+            if square.is_finite() && sums.parameter > 0.0 {
                 *square = (*square - f64::from(sums.both).powi(2) / f64::from(sums.parameter)).max(0.0);
             }
         }
     });
     squares.iter().sum()
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn sum_of_squares(numbers: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; LANES];
+    let chunks = numbers.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().map(|number| number * number).sum();
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(sum, number)| *sum += number * number);
+    }
+    rest + sums.iter().sum::<f32>()
 }
 
 /// θ·θ, g·g and θ·g.

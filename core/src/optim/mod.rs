@@ -57,6 +57,22 @@ struct Joined {
     exp_avg_sq: Tensor,
 }
 
+/// What is known of a step's gradients.
+#[derive(Debug)]
+pub enum Gradients {
+    /// They are finite, and the step is taken.
+    Finite,
+    /// There is no step.
+    NotFinite {
+        /// The parameter whose gradient it is; empty if nobody knows.
+        name: String,
+        /// The gradient's norm.
+        norm: f64,
+    },
+    /// The step is taken, and this is their joint norm, a scalar on a GPU.
+    Unread(Tensor),
+}
+
 impl Adam {
     /// Adam for parameters by their state-dict names. On a GPU they move to one place in memory.
     pub fn new(config: AdamConfig, parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
@@ -101,28 +117,56 @@ impl Adam {
         }
     }
 
-    /// One step with the gradients of a dictionary's parameters, within constraints.
-    pub fn step_within(&mut self, lr: f64, constraints: &Constraints, dictionary: &dyn Dictionary) {
+    /// One step with the gradients of a dictionary's parameters, within constraints. If one of them is not finite there is no
+    /// step, unless none of them is to be looked at: then a GPU need not be waited for.
+    pub fn step_within(
+        &mut self,
+        lr: f64,
+        constraints: &Constraints,
+        dictionary: &dyn Dictionary,
+        look: bool,
+    ) -> Gradients {
         let decoder = dictionary.decoder();
-        if fused::step(self.config, self.steps + 1, &mut self.moments, lr, constraints, decoder.as_ref()) {
-            self.steps += 1;
-            return;
+        match fused::step(self.config, self.steps + 1, &mut self.moments, lr, constraints, decoder.as_ref()) {
+            Some(Gradients::Finite) => {
+                self.steps += 1;
+                Gradients::Finite
+            }
+            Some(other) => other,
+            None => self.step_by_parts(lr, constraints, decoder, look),
         }
-        self.step_by_parts(lr, constraints, decoder);
     }
 
-    fn step_by_parts(&mut self, lr: f64, constraints: &Constraints, decoder: Option<Decoder>) {
+    fn step_by_parts(&mut self, lr: f64, constraints: &Constraints, decoder: Option<Decoder>, look: bool) -> Gradients {
         let decoder = decoder.filter(|_| constraints.unit_norm_decoder);
         if let Some(decoder) = &decoder {
             remove_parallel_gradient(decoder);
         }
         let mut gradients = self.gradients();
+        let norms: Vec<Tensor> = gradients.iter().filter(|gradient| gradient.defined()).map(Tensor::norm).collect();
+        let norm = match norms.as_slice() {
+            [] => return Gradients::Finite,
+            [norm] => norm.shallow_clone(),
+            norms => Tensor::stack(norms, 0).norm(),
+        };
+        if look && !norm.double_value(&[]).is_finite() {
+            let one = |gradient: &Tensor| gradient.defined() && !gradient.norm().double_value(&[]).is_finite();
+            // Where they are all in one, nobody knows whose it is.
+            let name = gradients.iter().position(one).filter(|_| self.joined.is_none());
+            let name = name.map_or_else(String::new, |index| self.moments[index].name.clone());
+            return Gradients::NotFinite { name, norm: norm.double_value(&[]) };
+        }
         if let Some(max_norm) = constraints.clip_gradients {
-            clip_gradients(&mut gradients, max_norm);
+            clip_gradients(&mut gradients, &norm, max_norm);
         }
         self.step_with(lr, &gradients);
         if let Some(decoder) = &decoder {
             normalize_decoder(decoder);
+        }
+        if look {
+            Gradients::Finite
+        } else {
+            Gradients::Unread(norm)
         }
     }
 
@@ -322,8 +366,8 @@ mod tests {
                                 &constraints,
                                 decoder.as_ref(),
                             );
-                            assert!(done, "it does not fit");
-                            plain.step_by_parts(lr, &constraints, other.decoder());
+                            assert!(matches!(done, Some(Gradients::Finite)), "it does not fit");
+                            plain.step_by_parts(lr, &constraints, other.decoder(), false);
                             fused.zero_grad();
                             plain.zero_grad();
                             for (a, b) in fused.moments.iter().zip(&plain.moments) {
@@ -340,6 +384,50 @@ mod tests {
                             }
                         }
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_changes_nothing() {
+        let options = (Kind::Float, Device::Cpu);
+        for unit_norm_decoder in [false, true] {
+            for (clip_gradients, fused) in [(None, true), (Some(1.0), true), (None, false), (Some(1.0), false)] {
+                for (bad, which) in [(f64::NAN, 0), (f64::INFINITY, 1), (f64::NEG_INFINITY, 2), (f64::NAN, 2)] {
+                    let weights = Weights {
+                        encoder: trained_matrix([40, 30], 0, Device::Cpu),
+                        bias: Tensor::zeros([30], options).set_requires_grad(true),
+                        decoder: trained_matrix([30, 40], 1, Device::Cpu),
+                        feature_dim: 1,
+                    };
+                    let mut adam = Adam::new(AdamConfig::default(), weights.parameters());
+                    let step = |adam: &mut Adam, bad: Option<f64>| {
+                        for (index, (_, mut parameter)) in weights.parameters().into_iter().enumerate() {
+                            parameter.zero_grad();
+                            parameter.sum(Kind::Float).backward();
+                            if let Some(bad) = bad.filter(|_| index == which) {
+                                let _ = parameter.grad().flatten(0, -1).get(-1).fill_(bad);
+                            }
+                        }
+                        let constraints = Constraints { unit_norm_decoder, clip_gradients };
+                        match fused {
+                            true => adam.step_within(0.1, &constraints, &weights, true),
+                            false => adam.step_by_parts(0.1, &constraints, weights.decoder(), true),
+                        }
+                    };
+                    assert!(matches!(step(&mut adam, None), Gradients::Finite));
+                    let copies = || -> Vec<Tensor> {
+                        weights.parameters().iter().map(|(_, parameter)| parameter.copy()).collect()
+                    };
+                    let (before, state) = (copies(), adam.state().unwrap());
+                    let found = step(&mut adam, Some(bad));
+                    let name = weights.parameters()[which].0;
+                    assert!(
+                        matches!(&found, Gradients::NotFinite { name: found, norm } if found == name && !norm.is_finite()),
+                        "{name}, {bad}, fused {fused}: {found:?}"
+                    );
+                    assert!(adam.state().unwrap() == state && copies() == before, "{name}, {bad}, fused {fused}");
                 }
             }
         }

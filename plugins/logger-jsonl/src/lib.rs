@@ -43,9 +43,9 @@ impl LoggerConfig for JsonlConfig {
         if let Some(step) = resume_at {
             drop_from(&path, step)?;
         }
-        let open = OpenOptions::new().create(true).append(true).open(&path);
-        let file = open.with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Box::new(Jsonl { path, file }))
+        let mut log = Jsonl { path, file: None, length: None, waiting: Vec::new() };
+        log.write()?;
+        Ok(Box::new(log))
     }
 }
 
@@ -62,21 +62,79 @@ fn drop_from(path: &Path, step: u64) -> Result<()> {
 
 struct Jsonl {
     path: PathBuf,
-    file: File,
+    /// Opened anew after an error: its file system may have been gone.
+    file: Option<File>,
+    /// Its length with the last line that is whole, once it was opened.
+    length: Option<u64>,
+    /// Lines that are not written yet, because they could not be.
+    waiting: Vec<u8>,
+}
+
+impl Jsonl {
+    fn write(&mut self) -> Result<()> {
+        self.try_to_write().map_err(|error| {
+            self.file = None;
+            anyhow::anyhow!("cannot write {}: {error}", self.path.display())
+        })
+    }
+
+    fn try_to_write(&mut self) -> std::io::Result<()> {
+        let file = match &mut self.file {
+            Some(file) => file,
+            None => {
+                // Made only once: where it is gone, so may be the folder that it was in.
+                let file = OpenOptions::new().create(self.length.is_none()).append(true).open(&self.path)?;
+                let length = *self.length.get_or_insert(file.metadata()?.len());
+                // A part of what could not be written may be there.
+                file.set_len(length)?;
+                self.file.insert(file)
+            }
+        };
+        // One write for whole lines, so that whoever looks in the middle of a run sees those.
+        file.write_all(&self.waiting)?;
+        self.length = self.length.map(|length| length + self.waiting.len() as u64);
+        self.waiting.clear();
+        Ok(())
+    }
 }
 
 impl Logger for Jsonl {
     fn log(&mut self, row: &Map<String, Value>) -> Result<()> {
-        let mut line = serde_json::to_vec(row)?;
-        line.push(b'\n');
-        // One write for a line, so that whoever looks in the middle of a run sees whole ones.
-        self.file.write_all(&line).with_context(|| format!("cannot write {}", self.path.display()))
+        serde_json::to_writer(&mut self.waiting, row)?;
+        self.waiting.push(b'\n');
+        self.write()
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.write()?;
+        let synced = self.file.as_ref().map_or(Ok(()), File::sync_data);
+        synced.with_context(|| format!("cannot write {}", self.path.display()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_wait_until_they_can_be_written() {
+        let dir = std::env::temp_dir().join(format!("dictlearn-jsonl-waiting-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("metrics.jsonl");
+        let mut log = JsonlConfig { file: default_file() }.build(&dir, None).unwrap();
+        let row = |step: u64| Map::from_iter([("step".to_owned(), step.into())]);
+        log.log(&row(0)).unwrap();
+        let mut log = Jsonl { path: path.clone(), file: None, length: Some(11), waiting: Vec::new() };
+        // Gone for a while, with its folder; a part of a line was written before.
+        fs::rename(&path, dir.join("other")).unwrap();
+        assert!(log.log(&row(1)).is_err() && log.log(&row(2)).is_err() && log.flush().is_err());
+        fs::write(&path, "{\"step\":0}\n{\"st").unwrap();
+        log.log(&row(3)).unwrap();
+        log.flush().unwrap();
+        let lines = "{\"step\":0}\n{\"step\":1}\n{\"step\":2}\n{\"step\":3}\n";
+        assert_eq!(fs::read_to_string(&path).unwrap(), lines);
+        fs::remove_dir_all(dir).unwrap();
+    }
 
     #[test]
     fn resuming_drops_what_will_be_logged_again() {

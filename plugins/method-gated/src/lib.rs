@@ -364,6 +364,10 @@ impl Trainer for GatedTrainer {
         self.lr * self.schedule.lr_factor(step)
     }
 
+    fn depends_on_steps(&self) -> bool {
+        self.schedule.depends_on_steps()
+    }
+
     fn constraints(&self) -> Constraints {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }

@@ -182,6 +182,7 @@ macro_rules! config {
                         self.n_sparsity_updates,
                         cx.steps,
                     )?,
+                    anneals_to_the_end: self.anneal_end.is_none(),
                     queue_length: self.sparsity_queue_length as usize,
                     state: Annealed {
                         p: self.p_start,
@@ -329,6 +330,8 @@ struct PAnneal {
     schedule: Schedule,
     sparsity_function: SparsityFunction,
     annealing: Annealing,
+    /// Whether it ends where the run does.
+    anneals_to_the_end: bool,
     queue_length: usize,
     state: Annealed,
     resampling: Option<Resampling>,
@@ -456,6 +459,10 @@ impl Trainer for PAnneal {
 
     fn lr(&self, step: u64) -> f64 {
         self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn depends_on_steps(&self) -> bool {
+        self.schedule.depends_on_steps() || self.anneals_to_the_end
     }
 
     fn settings(&self, settings: &mut Map<String, Value>) {
@@ -608,6 +615,7 @@ mod tests {
             },
             sparsity_function: SparsityFunction::Lp,
             annealing,
+            anneals_to_the_end: false,
             queue_length: 2,
             state: Annealed { p: 1.0, next_p: None, updates: 0, coefficient: 0.1, queue: VecDeque::new() },
             resampling: None,

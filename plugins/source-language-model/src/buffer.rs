@@ -117,8 +117,13 @@ impl Buffer {
         (self.served, self.unfilled) = (0, false);
     }
 
-    /// The unread rows, their order and the generator.
-    pub fn state(&self) -> Result<State> {
+    /// The first of the rows that are there, of one column: of those that came first.
+    pub fn first_row(&self, column: usize) -> Option<Tensor> {
+        (!self.order.is_empty()).then(|| self.columns[column].get(0))
+    }
+
+    /// The unread rows, without the columns before the first that is `kept`, their order and the generator.
+    pub fn state(&self, kept: usize) -> Result<State> {
         let mut unread = self.order[self.served..].to_vec();
         unread.sort_unstable();
         // Ranks among the unread: what the rows' numbers become when only the unread are kept.
@@ -126,25 +131,25 @@ impl Buffer {
         let order: Vec<u32> = self.order[self.served..].iter().map(rank).collect();
         let rows: Vec<i64> = unread.iter().map(|row| i64::from(*row)).collect();
         let mut state = State::new();
-        for (index, column) in self.columns.iter().enumerate() {
+        for (index, column) in self.columns.iter().enumerate().skip(kept) {
             let rows = Tensor::from_slice(&rows).to_device(column.device());
-            state.put_tensor(format!("column{index}"), &column.index_select(0, &rows));
+            state.put_own(format!("column{index}"), column.index_select(0, &rows));
         }
         let order: Vec<i32> = order.into_iter().map(|row| row as i32).collect();
-        state.put_tensor("order", &Tensor::from_slice(&order));
+        state.put_own("order", Tensor::from_slice(&order));
         state.put("unfilled", self.unfilled)?;
         state.put("rng", &self.rng)?;
         Ok(state)
     }
 
-    /// Takes back what [`Buffer::state`] gave.
-    pub fn restore(&mut self, state: &State) -> Result<()> {
+    /// Takes back what [`Buffer::state`] gave, with all columns of the rows.
+    pub fn restore(&mut self, state: &State, columns: &[Tensor]) -> Result<()> {
         let order = Vec::<i32>::try_from(state.tensor("order")?)?;
         if order.len() > self.capacity {
             bail!(InputError::new("the saved buffer is larger than this run's"));
         }
-        for (index, column) in self.columns.iter().enumerate() {
-            column.narrow(0, 0, order.len() as i64).copy_(state.tensor(&format!("column{index}"))?);
+        for (column, rows) in self.columns.iter().zip(columns) {
+            column.narrow(0, 0, order.len() as i64).copy_(rows);
         }
         self.order = order.into_iter().map(|row| row as u32).collect();
         self.order_on_device = None;
@@ -170,6 +175,10 @@ mod tests {
                 Ok(Some(vec![rows]))
             })
             .unwrap();
+    }
+
+    fn columns(state: &State) -> Vec<Tensor> {
+        vec![state.tensor("column0").unwrap().shallow_clone()]
     }
 
     fn served(buffer: &mut Buffer, next: &mut i64, batches: usize) -> Vec<f32> {
@@ -201,12 +210,12 @@ mod tests {
         let mut buffer = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, "buffer"));
         let mut next = 0;
         served(&mut buffer, &mut next, 3);
-        let (state, at) = (buffer.state().unwrap(), next);
+        let (state, at) = (buffer.state(0).unwrap(), next);
         let expected = served(&mut buffer, &mut next, 15);
 
         let new = || Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(7, "other"));
         let mut broken = new();
-        broken.restore(&state).unwrap();
+        broken.restore(&state, &columns(&state)).unwrap();
         let mut next = at;
         let broke_off = broken.fill(|room| {
             if next > at {
@@ -217,9 +226,9 @@ mod tests {
             Ok(Some(vec![Tensor::arange_start(at, at + count, (Kind::Float, Device::Cpu)).unsqueeze(1)]))
         });
         assert!(broke_off.is_err() && broken.wants_more());
-        let state = broken.state().unwrap();
+        let state = broken.state(0).unwrap();
         for mut buffer in [broken, new()] {
-            buffer.restore(&state).unwrap();
+            buffer.restore(&state, &columns(&state)).unwrap();
             let mut next = next;
             assert_eq!(served(&mut buffer, &mut next, 15), expected);
         }
@@ -230,10 +239,10 @@ mod tests {
         let mut buffer = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, "buffer"));
         let mut next = 0;
         served(&mut buffer, &mut next, 2);
-        let (state, at) = (buffer.state().unwrap(), next);
+        let (state, at) = (buffer.state(0).unwrap(), next);
         let expected = served(&mut buffer, &mut next, 15);
         let mut other = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(7, "other"));
-        other.restore(&state).unwrap();
+        other.restore(&state, &columns(&state)).unwrap();
         let mut next = at;
         assert_eq!(served(&mut other, &mut next, 15), expected);
     }

@@ -19,6 +19,8 @@ mod chat;
 mod contexts;
 mod sites;
 
+use std::collections::VecDeque;
+
 use dictlearn_core::format::WrittenSource;
 use dictlearn_core::interrupt;
 use dictlearn_core::lm::{open_model, ModelFiles};
@@ -27,7 +29,7 @@ use dictlearn_core::rng::rng;
 
 use ahead::Ahead;
 use buffer::Buffer;
-use contexts::{Contexts, ContextsCx, Row};
+use contexts::{Contexts, ContextsCx, Place, Row};
 use sites::{sites, LanguageModelSite};
 pub use sites::{Heads, IoChoice, Submodules};
 
@@ -231,7 +233,10 @@ impl SourceConfig for LanguageModelConfig {
                 inputs,
                 pending: Vec::new(),
                 context: 0,
+                starts: VecDeque::new(),
                 ended: false,
+                leaves_out: cx.on_nonfinite == OnNonfinite::SkipBatch,
+                left_out: None,
             },
             buffer: None,
             capacity: self.shuffle.then_some(capacity as usize),
@@ -272,8 +277,18 @@ struct Harvest {
     pending: Vec<Tensor>,
     /// Contexts read so far in this pass over the text.
     context: i64,
+    /// Where the text stood before each forward pass of which there is something in the buffer, with the number of its first
+    /// context.
+    starts: VecDeque<(i64, Place)>,
     ended: bool,
+    /// Whether activations that are not finite are left out; otherwise they are an error.
+    leaves_out: bool,
+    /// How many were, and why the first.
+    left_out: Option<(u64, String)>,
 }
+
+/// What is harvested of some tokens: a tensor of activations for each point, and last which tokens they are.
+type Columns = Vec<Tensor>;
 
 impl Harvest {
     /// The next contexts of the text, and the number of the first.
@@ -287,11 +302,13 @@ impl Harvest {
     /// Activations at the text positions of the next forward pass, [n, width] for each point, and last their tokens.
     fn forward(&mut self) -> Result<Option<Vec<Tensor>>> {
         interrupt::check()?;
+        let start = (self.context, self.contexts.place());
         let (rows, first) = self.next_rows(self.rows)?;
         if rows.is_empty() {
             self.ended = true;
             return Ok(None);
         }
+        self.starts.push_back(start);
         let points: Vec<HookPoint> = self.points.iter().map(|(point, _)| point.clone()).collect();
         // Rows of like length go together, so that little is padded, and no more of them than the caches hold.
         let mut order: Vec<usize> = (0..rows.len()).collect();
@@ -332,7 +349,7 @@ impl Harvest {
     }
 
     /// Activations at the text positions of each row, [n, width] for each point, and last their tokens, [n, 3].
-    fn forward_at_once(&self, rows: &[&Row], contexts: &[i64], points: &[HookPoint]) -> Result<Vec<Vec<Tensor>>> {
+    fn forward_at_once(&mut self, rows: &[&Row], contexts: &[i64], points: &[HookPoint]) -> Result<Vec<Vec<Tensor>>> {
         let tokens = Contexts::batch(rows, self.model.device());
         tch::no_grad(|| {
             let mut hooks = Hooks::read(points, true);
@@ -343,7 +360,7 @@ impl Harvest {
                 |value: Tensor| if value.size()[0] < count { value.expand([count, -1, -1], true) } else { value };
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).map(of_all).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
-            self.check_finite(&values, &mask, rows)?;
+            let mask = self.finite(&values, mask, rows)?;
             // Of all rows at once: a GPU is waited for at each answer.
             let counts = Vec::<i64>::try_from(mask.sum_dim_intlist([1].as_slice(), false, Kind::Int64))?;
             let all_kept = mask.nonzero().select(1, 1).split_with_sizes(&counts, 0);
@@ -356,20 +373,72 @@ impl Harvest {
         })
     }
 
-    fn check_finite(&self, values: &[Tensor], mask: &Tensor, rows: &[&Row]) -> Result<()> {
+    /// The positions of a mask whose values are finite; where others are an error, all or none.
+    fn finite(&mut self, values: &[Tensor], mut mask: Tensor, rows: &[&Row]) -> Result<Tensor> {
         for (value, (point, _)) in values.iter().zip(&self.points) {
-            let bad = value.isfinite().all_dim(-1, false).logical_not().logical_and(mask);
-            if bool::try_from(bad.any())? {
-                let at = bad.nonzero();
-                let (row, position) = (at.int64_value(&[0, 0]), at.int64_value(&[0, 1]));
-                bail!(InputError::new(format!(
-                    "the model's value at {point} is not finite for {}, token {position}",
-                    rows[row as usize].origin
-                ))
-                .help("try `precision: float32`, or leave that text out"));
+            let bad = value.isfinite().all_dim(-1, false).logical_not().logical_and(&mask);
+            if !bool::try_from(bad.any())? {
+                continue;
             }
+            let at = bad.nonzero();
+            let (row, position) = (at.int64_value(&[0, 0]), at.int64_value(&[0, 1]));
+            let origin = &rows[row as usize].origin;
+            let why = format!("the model's value at {point} is not finite for {origin}, token {position}");
+            if !self.leaves_out {
+                bail!(InputError::new(why)
+                    .help("try `precision: float32`, leave that text out, or set `on_nonfinite: skip_batch`"));
+            }
+            self.left_out.get_or_insert((0, why)).0 += at.size()[0] as u64;
+            mask = mask.logical_and(&bad.logical_not());
         }
-        Ok(())
+        Ok(mask)
+    }
+
+    /// Harvests once more what was harvested of these tokens [n, 3], in the text's order, from a place before the first.
+    fn replay(&mut self, tokens: &Tensor, start: (i64, Place)) -> Result<Columns> {
+        let changed = || {
+            InputError::new(
+                "the text or the model is not what it was when the checkpoint was saved: it gives other tokens",
+            )
+            .field("source")
+            .help("put it back as it was, or train anew in another `--output-dir`")
+        };
+        (self.context, self.ended) = (start.0, false);
+        self.contexts.seek(start.1)?;
+        let contexts = Vec::<i64>::try_from(tokens.select(1, 1))?;
+        let (count, mut done) = (contexts.len(), 0);
+        let mut parts: Vec<Columns> = Vec::new();
+        while done < count {
+            // Passes of which nothing is left are read, for what comes after them, and not run.
+            if self.context + self.rows as i64 <= contexts[done] {
+                interrupt::check()?;
+                if self.next_rows(self.rows)?.0.is_empty() {
+                    bail!(changed());
+                }
+                continue;
+            }
+            let Some(columns) = self.forward()? else { bail!(changed()) };
+            let here = contexts[done..].partition_point(|context| *context < self.context);
+            let wanted = tokens.narrow(0, done as i64, here as i64);
+            done += here;
+            let Some(given) = columns.last() else { bail!(changed()) };
+            // Both ascend.
+            let key = |tokens: &Tensor| (tokens.select(1, 1) * (1_i64 << 32) + tokens.select(1, 2)).contiguous();
+            let (keys, wanted_keys) = (key(given), key(&wanted));
+            let at = wanted_keys.searchsorted(&keys, false, false, "left", None::<&Tensor>);
+            let last = given.size()[0] - 1;
+            if here > 0 && (last < 0 || !given.index_select(0, &at.clamp_max(last)).equal(&wanted)) {
+                bail!(changed());
+            }
+            parts.push(columns.iter().map(|column| column.index_select(0, &at)).collect());
+        }
+        let column = |index: usize| {
+            let (width, kind) = self.columns()[index];
+            let none = Tensor::empty([0, width], (kind, self.model.device()));
+            let parts = parts.iter().map(|columns: &Columns| columns[index].shallow_clone());
+            Tensor::cat(&std::iter::once(none).chain(parts).collect::<Vec<_>>(), 0)
+        };
+        Ok((0..=self.points.len()).map(column).collect())
     }
 
     /// Up to `count` activations, at least one; `None` at the end of the text.
@@ -441,6 +510,11 @@ impl LanguageModelSource {
             .get_or_insert_with(|| Buffer::new(&harvest.columns(), capacity, self.cx.device, rng(self.cx.seed, NAME)));
         if buffer.wants_more() && !(harvest.ended && harvest.available() == 0) {
             buffer.fill(|room| harvest.take(room))?;
+            // Rows lie in the text's order.
+            let oldest = buffer.first_row(harvest.points.len()).map_or(harvest.context, |row| row.int64_value(&[1]));
+            while harvest.starts.get(1).is_some_and(|(context, _)| *context <= oldest) {
+                harvest.starts.pop_front();
+            }
         }
         Ok(buffer)
     }
@@ -465,6 +539,7 @@ impl ActivationSource for LanguageModelSource {
         self.harvest.contexts.rewind()?;
         self.harvest.context = 0;
         self.harvest.pending.clear();
+        self.harvest.starts.clear();
         self.harvest.ended = false;
         if let Some(buffer) = &mut self.buffer {
             buffer.clear();
@@ -498,41 +573,80 @@ impl ActivationSource for LanguageModelSource {
     }
 
     fn state(&self) -> Result<State> {
+        let harvest = &self.harvest;
         let mut state = State::new();
-        state.put("place", self.harvest.contexts.place())?;
-        state.put("context", self.harvest.context)?;
-        state.put("ended", self.harvest.ended)?;
-        state.put("pending", self.harvest.pending.len())?;
-        for (index, tensor) in self.harvest.pending.iter().enumerate() {
+        state.put("place", harvest.contexts.place())?;
+        state.put("context", harvest.context)?;
+        state.put("starts", &harvest.starts)?;
+        state.put("ended", harvest.ended)?;
+        state.put("pending", harvest.pending.len())?;
+        let replay = self.cx.checkpoint_buffer == CheckpointBuffer::Replay;
+        state.put("replay", replay)?;
+        // The last column says which tokens the others are of.
+        let kept = if replay { harvest.points.len() } else { 0 };
+        for (index, tensor) in harvest.pending.iter().enumerate().skip(kept) {
             state.put_tensor(format!("pending{index}"), tensor);
         }
         state.put("buffer", self.buffer.is_some())?;
         if let Some(buffer) = &self.buffer {
-            state.put_all("buffer", buffer.state()?);
+            state.put_all("buffer", buffer.state(kept)?);
         }
         Ok(state)
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
+        let (device, points) = (self.cx.device, self.harvest.points.len());
+        let saved = |name: String| Ok(state.tensor(&name)?.to_device(device));
+        let pending: usize = state.get("pending")?;
+        let filled = state.get("buffer")? && self.capacity.is_some();
+        // What is in the buffer, and then what is harvested and not in it yet.
+        let (mut buffered, mut harvested): (Columns, Columns) = (Vec::new(), Vec::new());
+        if state.get("replay")? {
+            let none = Tensor::empty([0, 3], (Kind::Int64, device));
+            let tokens_of =
+                |is_there: bool, name: String| if is_there { saved(name) } else { Ok(none.shallow_clone()) };
+            let parts = [
+                tokens_of(filled, format!("buffer/column{points}"))?,
+                tokens_of(pending > 0, format!("pending{points}"))?,
+            ];
+            let starts: VecDeque<(i64, Place)> = state.get("starts")?;
+            if let Some(start) = starts.front() {
+                eprintln!("running the model over the text again, for what is in the buffer");
+                let columns = self.harvest.replay(&Tensor::cat(&parts, 0), *start)?;
+                let split = [parts[0].size()[0], parts[1].size()[0]];
+                for mut column in columns.into_iter().map(|column| column.split_with_sizes(split, 0)) {
+                    harvested.extend(column.pop());
+                    buffered.extend(column.pop());
+                }
+            }
+            if pending == 0 {
+                harvested.clear();
+            }
+        } else {
+            harvested = (0..pending).map(|index| saved(format!("pending{index}"))).collect::<Result<_>>()?;
+            if filled {
+                buffered = (0..=points).map(|index| saved(format!("buffer/column{index}"))).collect::<Result<_>>()?;
+            }
+        }
         self.harvest.contexts.seek(state.get("place")?)?;
         self.harvest.context = state.get("context")?;
+        self.harvest.starts = state.get("starts")?;
         self.harvest.ended = state.get("ended")?;
-        let pending: usize = state.get("pending")?;
-        let device = self.cx.device;
-        self.harvest.pending = (0..pending)
-            .map(|index| Ok(state.tensor(&format!("pending{index}"))?.to_device(device)))
-            .collect::<Result<_>>()?;
+        self.harvest.pending = harvested;
         self.buffer = None;
-        if let (true, Some(capacity)) = (state.get("buffer")?, self.capacity) {
+        if let (true, Some(capacity)) = (filled, self.capacity) {
             let mut buffer = Buffer::new(&self.harvest.columns(), capacity, device, rng(self.cx.seed, NAME));
-            buffer.restore(&state.under("buffer"))?;
+            buffer.restore(&state.under("buffer"), &buffered)?;
             self.buffer = Some(buffer);
         }
         Ok(())
     }
 
     fn notes(&self) -> Vec<String> {
-        self.harvest.contexts.note().into_iter().collect()
+        let left_out = self.harvest.left_out.as_ref();
+        let left_out =
+            left_out.map(|(count, why)| format!("warning: {count} activations were left out, the first: {why}"));
+        self.harvest.contexts.note().into_iter().chain(left_out).collect()
     }
 }
 

@@ -258,7 +258,7 @@ mod tests {
     /// How often each feature was active, and how often the first and the second of a group were together.
     fn measured(yaml: &str) -> (Vec<f64>, f64) {
         let config: SyntheticConfig = serde_json::from_str(yaml).unwrap();
-        let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+        let cx = SourceCx { seed: 1, ..SourceCx::default() };
         config.build(&cx).unwrap();
         let frequencies = frequencies(config.n_features as usize, config.n_active, config.frequency_exponent);
         let quantiles = Vec::<f64>::try_from(-Tensor::from_slice(&frequencies).special_ndtri()).unwrap();

@@ -86,6 +86,8 @@ impl SourceConfig for TensorFileConfig {
             batch_size,
             position: 0,
             device: cx.device,
+            gives_all: cx.on_nonfinite == OnNonfinite::SkipBatch,
+            last: Vec::new(),
         };
         source.begin_pass();
         Ok(Box::new(source))
@@ -148,16 +150,8 @@ impl Rows {
         let mut pieces = Vec::new();
         let mut rest = wanted;
         while let Some(first) = rest.first() {
-            let mut start = 0;
-            let (_, count, part) = self
-                .parts
-                .iter()
-                .find(|(_, count, _)| {
-                    let here = *first < start + count;
-                    start += if here { 0 } else { *count };
-                    here
-                })
-                .ok_or_else(|| anyhow::anyhow!("row {first} of {}", self.count))?;
+            let (start, (_, count, part)) =
+                self.file_of(*first).ok_or_else(|| anyhow::anyhow!("row {first} of {}", self.count))?;
             let inside = |row: &usize| (start..start + count).contains(row);
             let length = rest.iter().take_while(|row| inside(row)).count();
             let local = rest[..length].iter().map(|row| row - start);
@@ -171,6 +165,33 @@ impl Rows {
             rest = &rest[length..];
         }
         Ok(if pieces.len() == 1 { pieces.remove(0) } else { Tensor::cat(&pieces, 0) })
+    }
+
+    /// The file that a row is in, and the number of its first row.
+    fn file_of(&self, row: usize) -> Option<(usize, &(PathBuf, usize, Part))> {
+        let mut start = 0;
+        let found = self.parts.iter().find(|(_, count, _)| {
+            let here = row < start + count;
+            start += if here { 0 } else { *count };
+            here
+        });
+        found.map(|part| (start, part))
+    }
+
+    /// Refuses values of some rows that are not finite.
+    fn check(&self, values: &Tensor, rows: &[usize]) -> Result<()> {
+        if bool::try_from(values.isfinite().all())? {
+            return Ok(());
+        }
+        let bad = values.isfinite().all_dim(1, false).logical_not().nonzero().int64_value(&[0, 0]);
+        bail!(InputError::new(format!("{} has a value that is not finite", self.origin(rows[bad as usize])))
+            .help("mend or remove the row, or set `on_nonfinite: skip_batch`"));
+    }
+
+    fn origin(&self, row: usize) -> String {
+        let place = self.file_of(row).map(|(start, (path, _, _))| (path.display().to_string(), row - start));
+        let (file, row) = place.unwrap_or_default();
+        format!("{file}: row {row} of tensor `{}`", self.name)
     }
 }
 
@@ -217,6 +238,10 @@ struct TensorFileSource {
     /// Rows of this pass already given.
     position: usize,
     device: Device,
+    /// Whether batches with values that are not finite are given, to be left out.
+    gives_all: bool,
+    /// The rows of the last batch.
+    last: Vec<usize>,
 }
 
 impl TensorFileSource {
@@ -246,22 +271,24 @@ impl ActivationSource for TensorFileSource {
             None => (self.position..end).collect(),
         };
         self.position = end;
-        let x = self.inputs.take(&rows)?.to_device(self.device);
-        if !bool::try_from(x.isfinite().all())? {
-            let bad = x.isfinite().all_dim(1, false).logical_not().nonzero().int64_value(&[0, 0]);
-            bail!(InputError::new(format!(
-                "{}: row {} of tensor `{}` has a value that is not finite",
-                self.config["path"].as_str().unwrap_or_default(),
-                rows[bad as usize],
-                self.inputs.name
-            ))
-            .help("a dictionary trained on it would be NaN throughout: mend or remove the row"));
-        }
+        let take = |from: &Rows| -> Result<Tensor> {
+            let values = from.take(&rows)?;
+            if !self.gives_all {
+                from.check(&values, &rows)?;
+            }
+            Ok(values.to_device(self.device))
+        };
+        let x = take(&self.inputs)?;
         let batch = match &self.targets {
-            Some(targets) => Batch { x, target: targets.take(&rows)?.to_device(self.device) },
+            Some(targets) => Batch { x, target: take(targets)? },
             None => Batch::of(x),
         };
+        self.last = rows;
         Ok(Some(batch.into()))
+    }
+
+    fn origin(&self, row: i64) -> Option<String> {
+        self.last.get(row as usize).map(|row| self.inputs.origin(*row))
     }
 
     fn rewind(&mut self) -> Result<()> {
@@ -313,7 +340,7 @@ mod tests {
             batch_size: 4,
             shuffle,
         };
-        let cx = SourceCx { seed: 1, device: Device::Cpu, precision: Precision::Float32 };
+        let cx = SourceCx { seed: 1, ..SourceCx::default() };
         let source = config.build(&cx).unwrap();
         (dir, source)
     }
