@@ -22,7 +22,7 @@ use crate::interrupt::Interrupt;
 use crate::prelude::*;
 use crate::registry::{self, component, components, Component, Kind as Slot};
 use crate::top_k::Selection;
-use crate::training::{NotFinite, Training, TrainingCx};
+use crate::training::{NotFinite, OnNonfinite, Training, TrainingCx};
 use crate::two_layer;
 use crate::{device, evaluate, format, harvest, run, saved, tensors};
 
@@ -48,6 +48,8 @@ pub fn keep(kind: Slot, name: &str) {
             learns_logs_and_resumes(component);
             trains_as_on_a_gpu(component);
             refuses_what_is_not_finite(component);
+            refuses_a_gradient_that_is_not_finite(component);
+            may_be_longer_if_it_says_so(component);
             has_gradients_of_finite_differences(component);
             has_the_terms_that_it_declares(component);
             finds_by_hand_what_autograd_finds(component);
@@ -393,6 +395,23 @@ fn trains_as_on_a_gpu(trainer: &Component) {
     });
 }
 
+/// A run can be made longer if no step so far depends on its length.
+fn may_be_longer_if_it_says_so(trainer: &Component) {
+    let batches = batches();
+    let train = |steps| {
+        let cx = TrainingCx { steps, ..training_cx() };
+        let mut training = Training::new(&sae(trainer), &cx).unwrap();
+        for (step, batch) in batches.iter().enumerate() {
+            training.step(step as u64, batch, false).unwrap();
+        }
+        training
+    };
+    let short = train(STEPS);
+    if !short.trainer.depends_on_steps() {
+        assert!(short.state().unwrap() == train(3 * STEPS).state().unwrap(), "{}: it depends on `steps`", trainer.name);
+    }
+}
+
 fn refuses_what_is_not_finite(trainer: &Component) {
     let batches = batches();
     let name = trainer.name;
@@ -412,6 +431,73 @@ fn refuses_what_is_not_finite(trainer: &Component) {
             assert!(training.state().unwrap() == before, "{name}: a step that was refused has changed something");
         }
     }
+}
+
+/// Makes one number of each gradient NaN at some step.
+struct Poison {
+    steps: u64,
+    at: u64,
+}
+
+impl Modifier for Poison {
+    fn gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
+        if self.steps == self.at {
+            for (_, parameter) in dictionary.parameters() {
+                // `reshape` would copy one that does not lie in one piece.
+                let mut number = parameter.grad();
+                while number.dim() > 0 {
+                    number = number.get(0);
+                }
+                let _ = number.fill_(f64::NAN);
+            }
+        }
+        self.steps += 1;
+        Ok(())
+    }
+
+    fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put("steps", self.steps)?;
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.steps = state.get("steps")?;
+        Ok(())
+    }
+}
+
+fn refuses_a_gradient_that_is_not_finite(trainer: &Component) {
+    const AT: u64 = 3;
+    let (batches, name) = (batches(), trainer.name);
+    let train = |on_nonfinite| {
+        let mut training = Training::new(&sae(trainer), &training_cx()).unwrap();
+        training.on_nonfinite = on_nonfinite;
+        training.modify(Box::new(Poison { steps: 0, at: AT }));
+        for step in 0..AT {
+            training.step(step, &batches[step as usize], false).unwrap();
+        }
+        training
+    };
+    let refused = |error: anyhow::Error| {
+        assert!(error.is::<NotFinite>(), "{name}: {error:#}");
+        let said = format!("step {AT}: the gradient of the loss of SAE `{name}`");
+        assert!(error.to_string().contains(&said), "{error:#}");
+    };
+    let at_once = |on_nonfinite| {
+        let mut training = train(on_nonfinite);
+        let before = training.state().unwrap();
+        refused(training.step(AT, &batches[AT as usize], true).unwrap_err());
+        assert!(training.state().unwrap() == before, "{name}: a step that was refused has changed something");
+    };
+    at_once(OnNonfinite::Stop);
+    device::as_a_gpu(|| {
+        // Who skips a batch has to know at once that it must be skipped.
+        at_once(OnNonfinite::SkipBatch);
+        let mut training = train(OnNonfinite::Stop);
+        training.step(AT, &batches[AT as usize], false).unwrap();
+        refused(training.settle().unwrap_err());
+    });
 }
 
 /// The terms of a loss, each computed as in a step.

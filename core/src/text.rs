@@ -1,5 +1,6 @@
 //! Text streams: the documents that a language model reads.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::Path;
 
@@ -99,6 +100,12 @@ pub trait TextStream: Send {
     /// Positions of the longest row of tokens, where that is known beforehand.
     fn longest_row(&self) -> Option<i64> {
         None
+    }
+
+    /// The files of this machine that it reads, with the lengths that they had when it was built: by them a resumed run sees
+    /// whether its text is as it was.
+    fn files(&self) -> BTreeMap<String, u64> {
+        BTreeMap::new()
     }
 
     /// How many items were delivered since the beginning.

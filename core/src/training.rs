@@ -154,6 +154,11 @@ impl Training {
         })
     }
 
+    /// Adds a modifier that no config names: for tests.
+    pub(crate) fn modify(&mut self, modifier: Box<dyn Modifier>) {
+        self.modifiers.push(modifier);
+    }
+
     /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
     /// from its own forward pass.
     ///

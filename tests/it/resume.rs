@@ -1,6 +1,7 @@
 //! Killed at any moment and resumed, a run ends on the same bytes; what goes wrong on a bad day is survived or said.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use std::process::{Child, Stdio};
 use std::thread::sleep;
@@ -11,6 +12,9 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::tensors;
 
 use crate::common::{fixture, tensor_file_config, Desk, Run};
+
+/// Trains fast, and long enough to be met in the middle.
+const TOP_K: &str = "saes: [{trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}]\n";
 
 /// Every trainer, every modifier, and what a trainer has to remember: resampling, annealing, dead features, thresholds.
 const SAES: &str = "saes:\n\
@@ -188,4 +192,321 @@ fn killed_with_activations_from_disk() {
         "",
         6,
     );
+}
+
+/// Waits for something that a run does.
+fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !there() {
+        assert!(started.elapsed() < Duration::from_secs(120), "{what}: it does not come");
+        sleep(Duration::from_millis(2));
+    }
+}
+
+fn send(signal: &str, child: &Child) {
+    let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+}
+
+fn logged_steps(desk: &Desk) -> usize {
+    fs::read_to_string(desk.path("run/metrics.jsonl")).map_or(0, |log| log.lines().count())
+}
+
+/// The run's checkpoints, the last first.
+fn checkpoints(desk: &Desk) -> Vec<PathBuf> {
+    let step = |path: &Path| -> Option<u64> { path.file_stem()?.to_str()?.strip_prefix("step_")?.parse().ok() };
+    let entries = fs::read_dir(desk.path("run/checkpoints")).into_iter().flatten();
+    let mut found: Vec<PathBuf> =
+        entries.map(|entry| entry.unwrap().path()).filter(|path| step(path).is_some()).collect();
+    found.sort_by_key(|path| std::cmp::Reverse(step(path)));
+    found
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(40, &format!("checkpoint_every: 10\n{TOP_K}")));
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
+    let stopped = || {
+        let _ = fs::remove_dir_all(desk.path("run"));
+        desk.ok(&["train", "config.yaml", "--set", "stop_after=15"]);
+        let found = checkpoints(&desk);
+        assert_eq!(found.len(), 2, "{found:?}");
+        found
+    };
+    for damage in ["a bit", "cut", "empty", "another file"] {
+        let found = stopped();
+        let mut bytes = fs::read(&found[0]).unwrap();
+        match damage {
+            // Of a number somewhere in a tensor, which no reader could tell from another number.
+            "a bit" => *bytes.iter_mut().nth_back(5000).unwrap() ^= 1,
+            "cut" => bytes.truncate(bytes.len() - 1),
+            "empty" => bytes.clear(),
+            _ => bytes = fs::read(desk.path("whole/top_k/ae.safetensors")).unwrap(),
+        }
+        fs::write(&found[0], bytes).unwrap();
+        let run = desk.run(&["train", "config.yaml", "--resume"]);
+        assert_eq!(run.code, 0, "{damage}: {}", run.stderr);
+        assert!(run.stderr.contains("step_15.safetensors"), "{damage}: {}", run.stderr);
+        assert!(run.stderr.contains("trying the checkpoint before it"), "{damage}: {}", run.stderr);
+        assert!(run.stderr.contains("resuming at step 1"), "{damage}: {}", run.stderr);
+        same(&desk, "whole", "run");
+        assert!(!found[0].exists(), "what is damaged is not kept");
+    }
+    // With none that is whole it is not begun anew in silence.
+    for path in stopped() {
+        fs::write(path, "nothing").unwrap();
+    }
+    let said = desk.refused(&["train", "config.yaml", "--resume"]);
+    assert!(said.contains("no checkpoint of") && said.contains("can be read"), "{said}");
+}
+
+#[test]
+fn what_cannot_be_written_is_written_later() {
+    let desk = Desk::new();
+    let config = format!("checkpoint_every: 20\nsave_every: 500\n{TOP_K}");
+    desk.write("config.yaml", &tensor_file_config(6000, &config));
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
+    let child = start(&desk, &["train", "config.yaml"]);
+    wait_for("a checkpoint", || !checkpoints(&desk).is_empty());
+    // The whole directory is gone, as a file system is that was mounted, and a file is where it was.
+    fs::rename(desk.path("run"), desk.path("away")).unwrap();
+    fs::write(desk.path("run"), "").unwrap();
+    sleep(Duration::from_millis(700));
+    fs::remove_file(desk.path("run")).unwrap();
+    let at = desk.log("away/metrics.jsonl").last().unwrap()["step"].as_u64().unwrap();
+    assert!(at > 0 && at < 5990, "it is {at}");
+    fs::rename(desk.path("away"), desk.path("run")).unwrap();
+    let run = Run::of(child.wait_with_output().unwrap());
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(run.stderr.contains("warning: cannot make") && run.stderr.contains("training goes on"), "{}", run.stderr);
+    assert!(run.stderr.contains("writing succeeds again"), "{}", run.stderr);
+    same(&desk, "whole", "run");
+}
+
+#[test]
+fn signals_end_a_run_in_good_order() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(100_000, &format!("checkpoint_every: null\n{TOP_K}")));
+    for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
+        let child = start(&desk, &["train", "config.yaml", "--resume"]);
+        let before = logged_steps(&desk);
+        wait_for("a step", || logged_steps(&desk) > before + 5);
+        let sent = Instant::now();
+        send(signal, &child);
+        let run = Run::of(child.wait_with_output().unwrap());
+        assert_eq!(run.code, code, "{}", run.stderr);
+        assert!(sent.elapsed() < Duration::from_secs(10));
+        assert!(run.stderr.contains("everything is saved"), "{}", run.stderr);
+        assert_eq!(checkpoints(&desk).first().unwrap().metadata().unwrap().len() > 1000, true);
+    }
+    // Twice: at once, and what was there is as it was.
+    let before = checkpoints(&desk);
+    let child = start(&desk, &["train", "config.yaml", "--resume"]);
+    let logged = logged_steps(&desk);
+    wait_for("a step", || logged_steps(&desk) > logged);
+    send("-TERM", &child);
+    send("-TERM", &child);
+    let run = Run::of(child.wait_with_output().unwrap());
+    assert_eq!(run.code, 143, "{}", run.stderr);
+    assert!(checkpoints(&desk).iter().any(|path| before.contains(path)));
+    desk.ok(&["train", "config.yaml", "--resume", "--set", "stop_after=1"]);
+    // `nohup` lets a run go on when its terminal goes.
+    let mut command = std::process::Command::new("nohup");
+    let program = desk.program();
+    command.arg(program.get_program()).args(["train", "config.yaml", "--resume"]).current_dir(desk.dir.path());
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let logged = logged_steps(&desk);
+    wait_for("a step", || logged_steps(&desk) > logged + 5);
+    send("-HUP", &child);
+    let logged = logged_steps(&desk);
+    wait_for("a step", || logged_steps(&desk) > logged + 50);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_second_process_is_refused() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(100_000, &format!("checkpoint_every: 10\n{TOP_K}")));
+    let mut first = start(&desk, &["train", "config.yaml"]);
+    wait_for("a checkpoint", || !checkpoints(&desk).is_empty());
+    for args in [&["train", "config.yaml"][..], &["train", "config.yaml", "--resume"]] {
+        let said = desk.refused(args);
+        assert!(said.contains("another process is training in"), "{said}");
+    }
+    assert!(first.try_wait().unwrap().is_none(), "the first has gone");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    // What was killed holds nothing.
+    desk.ok(&["train", "config.yaml", "--resume", "--set", "stop_after=1"]);
+}
+
+#[test]
+fn a_job_queue_needs_one_command_line() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(30, &format!("metrics: [{{type: reconstruction}}]\n{TOP_K}")));
+    fs::create_dir(desk.path("run")).unwrap();
+    let first = desk.run(&["train", "config.yaml", "--resume"]);
+    assert_eq!(first.code, 0, "{}", first.stderr);
+    let before = desk.files();
+    // It is done, and started again.
+    let again = desk.run(&["train", "config.yaml", "--resume"]);
+    assert_eq!(again.code, 0, "{}", again.stderr);
+    assert!(again.stderr.contains("done already"), "{}", again.stderr);
+    assert_eq!((&again.stdout, desk.files()), (&first.stdout, before));
+    // Other metrics are no other experiment.
+    desk.write(
+        "config.yaml",
+        &tensor_file_config(30, &format!("metrics: [{{type: reconstruction, n_batches: 3}}]\n{TOP_K}")),
+    );
+    assert_ne!(desk.ok(&["train", "config.yaml", "--resume"]), first.stdout);
+}
+
+#[test]
+fn a_run_is_made_longer_where_its_schedule_allows() {
+    let desk = Desk::new();
+    let config = |steps, decay: &str| {
+        tensor_file_config(
+            steps,
+            &format!(
+                "saes: [{{trainer: {{type: top_k, warmup_steps: 2{decay}}}, dictionary: {{dict_size: 64, k: 4}}}}]\n"
+            ),
+        )
+    };
+    desk.write("short.yaml", &config(20, ""));
+    desk.write("long.yaml", &config(35, ""));
+    desk.ok(&["train", "long.yaml", "--output-dir", "whole"]);
+    desk.ok(&["train", "short.yaml"]);
+    desk.ok(&["train", "long.yaml", "--resume"]);
+    same(&desk, "whole", "run");
+    let said = desk.refused(&["train", "short.yaml", "--resume"]);
+    assert!(said.contains("`steps` is 20, and the run has taken 35 already"), "{said}");
+    let said = desk.refused(&["train", "long.yaml", "--resume", "--set", "seed=1", "--set", "log_every=7"]);
+    assert!(
+        said.contains("the run was begun with another config: `seed`: 42 -> 1") && !said.contains("log_every"),
+        "{said}"
+    );
+    for (steps, file) in [(20, "short.yaml"), (35, "long.yaml")] {
+        desk.write(file, &config(steps, ", decay_start: 10"));
+    }
+    desk.ok(&["train", "short.yaml", "--output-dir", "decays"]);
+    let said = desk.refused(&["train", "long.yaml", "--output-dir", "decays", "--resume"]);
+    assert!(said.contains("the schedule of SAE `top_k` depends on it"), "{said}");
+}
+
+#[test]
+fn another_machine_goes_on_and_says_so() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(30, TOP_K));
+    desk.ok(&["train", "config.yaml", "--set", "stop_after=10"]);
+    let threads = |count: &str| {
+        let args = ["train", "config.yaml", "--resume", "--set", "device=cpu"];
+        let run = desk.program().args(args).env("OMP_NUM_THREADS", count).output().unwrap();
+        let run = Run::of(run);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        run.stderr
+    };
+    let said = threads("1");
+    assert!(said.contains("the run was begun elsewhere (threads ") && said.contains(" -> 1)"), "{said}");
+    assert!(said.contains("not to the same bits"), "{said}");
+}
+
+#[test]
+fn an_sae_that_diverges_stops_alone() {
+    let desk = Desk::new();
+    let saes = "checkpoint_every: 5\nmetrics: [{type: reconstruction}]\nsaes:\n\
+        - {name: wild, trainer: {type: standard, lr: 1e30, warmup_steps: 3, sparsity_warmup_steps: null}, \
+           dictionary: {dict_size: 64}}\n\
+        - {name: tame, trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}\n";
+    desk.write("config.yaml", &tensor_file_config(40, saes));
+    let whole = desk.run(&["train", "config.yaml", "--output-dir", "whole"]);
+    assert_eq!(whole.code, 2, "{}", whole.stderr);
+    assert!(whole.stdout.contains("tame") && !whole.stdout.contains("wild"), "{}", whole.stdout);
+    let said = "the loss of SAE `wild` is";
+    assert!(whole.stderr.contains(&format!("warning: step 2: {said}")), "{}", whole.stderr);
+    assert!(whole.stderr.contains(&format!("error: step 2: {said}")), "{}", whole.stderr);
+    assert!(whole.stderr.contains("(term `"), "{}", whole.stderr);
+    // It is kept as it was before that step, and not as if it were trained.
+    assert!(desk.path("whole/wild/checkpoints/ae_2.safetensors").exists());
+    assert!(!desk.path("whole/wild/ae.safetensors").exists() && desk.path("whole/tame/eval.json").exists());
+    // The other one is what it is alone.
+    desk.write(
+        "alone.yaml",
+        &tensor_file_config(40, &saes.replace("- {name: wild", "- {name: other").replace("1e30", "1e-3")),
+    );
+    desk.ok(&["train", "alone.yaml", "--output-dir", "alone"]);
+    let weights = |run: &str| fs::read(desk.path(&format!("{run}/tame/ae.safetensors"))).unwrap();
+    assert!(weights("whole") == weights("alone"));
+    // Resumed, it has stopped already.
+    let parts = desk.run(&["train", "config.yaml", "--set", "stop_after=17"]);
+    assert_eq!(parts.code, 2, "{}", parts.stderr);
+    let resumed = desk.run(&["train", "config.yaml", "--resume"]);
+    assert_eq!(resumed.code, 2, "{}", resumed.stderr);
+    assert!(resumed.stderr.contains(&format!("error: step 2: {said}")), "{}", resumed.stderr);
+    same(&desk, "whole", "run");
+    // All of them: nothing is left to train.
+    let alone = saes
+        .replace("- {name: tame, trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}\n", "");
+    desk.write("alone.yaml", &tensor_file_config(40, &alone));
+    let said = desk.refused(&["train", "alone.yaml", "--output-dir", "none"]);
+    assert!(said.contains("step 2: the loss of SAE `wild`") && !desk.path("none").exists(), "{said}");
+}
+
+#[test]
+fn batches_that_are_not_finite_are_left_out() {
+    let desk = Desk::new();
+    let x = tensors::TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
+    for row in [64 * 5 + 3, 64 * 9 + 60] {
+        let _ = x.get(row).get(4).fill_(f64::INFINITY);
+    }
+    tensors::write(&desk.path("x.safetensors"), &[("activations", x)]).unwrap();
+    let config = tensor_file_config(30, &format!("checkpoint_every: 4\n{TOP_K}"))
+        .replace(&format!("{:?}", fixture("trainers/batches.safetensors")), "x.safetensors");
+    desk.write("config.yaml", &config);
+    let said = desk.refused(&["train", "config.yaml", "--output-dir", "refused"]);
+    assert!(said.contains("step 5") && said.contains("x.safetensors: row 323 of tensor `activations`"), "{said}");
+    assert!(said.contains("on_nonfinite: skip_batch"), "{said}");
+    desk.write("config.yaml", &format!("on_nonfinite: skip_batch\n{config}"));
+    let run = desk.run(&["train", "config.yaml", "--output-dir", "whole"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(run.stderr.contains("step 5: the batch has values that are not finite"), "{}", run.stderr);
+    assert!(run.stderr.contains("x.safetensors: row 323"), "{}", run.stderr);
+    assert!(run.stderr.contains("2 batches were left out"), "{}", run.stderr);
+    let steps: Vec<u64> = desk.log("whole/metrics.jsonl").iter().map(|row| row["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, (0..30).filter(|step| ![5, 9].contains(step)).collect::<Vec<_>>());
+    desk.ok(&["train", "config.yaml", "--set", "stop_after=7"]);
+    desk.ok(&["train", "config.yaml", "--resume"]);
+    same(&desk, "whole", "run");
+    // What never gets better is not left out for ever.
+    let saes = "saes: [{trainer: {type: standard, lr: 1e30, warmup_steps: 0, sparsity_warmup_steps: null}, \
+                on_nonfinite: skip_batch}]\n";
+    desk.write("config.yaml", &tensor_file_config(300, saes));
+    let said = desk.refused(&["train", "config.yaml", "--output-dir", "wild"]);
+    assert!(said.contains("as in the 99 before it"), "{said}");
+}
+
+#[test]
+fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
+    let desk = Desk::new();
+    prepare(&desk);
+    let source = model("submodule: gpt_neox.layers.1, text: {type: text_files, path: documents.jsonl}");
+    let config = format!("steps: 60\nlog_every: 1\noutput_dir: run\ncheckpoint_every: 5\nsource: {source}\n{TOP_K}");
+    desk.write("config.yaml", &config);
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
+    let child = start(&desk, &["train", "config.yaml"]);
+    wait_for("a checkpoint", || !checkpoints(&desk).is_empty());
+    let documents = desk.read("documents.jsonl");
+    fs::OpenOptions::new().write(true).open(desk.path("documents.jsonl")).unwrap().set_len(900).unwrap();
+    let run = Run::of(child.wait_with_output().unwrap());
+    assert_eq!(run.code, 2, "{}", run.stderr);
+    assert!(run.stderr.contains("documents.jsonl was cut while it was read: it has 900 bytes"), "{}", run.stderr);
+    let said = desk.refused(&["train", "config.yaml", "--resume"]);
+    assert!(
+        said.contains("the text is not the one that the run was begun with") && said.contains("900 bytes"),
+        "{said}"
+    );
+    desk.write("documents.jsonl", &documents);
+    desk.ok(&["train", "config.yaml", "--resume"]);
+    same(&desk, "whole", "run");
 }

@@ -1,6 +1,6 @@
 //! From a text stream to contexts: rows of token ids.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use dictlearn_core::lm::ModelFiles;
 use dictlearn_core::prelude::*;
@@ -282,6 +282,11 @@ impl Contexts {
             ids: Tensor::from_slice(&ids).view(size).to_device(device),
             mask: Tensor::from_slice(&mask).view(size).to_device(device),
         }
+    }
+
+    /// The files of this machine that the text is read from, with their lengths.
+    pub fn files(&self) -> BTreeMap<String, u64> {
+        self.text.files()
     }
 
     /// Where the stream stands.

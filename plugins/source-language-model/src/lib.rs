@@ -19,7 +19,7 @@ mod chat;
 mod contexts;
 mod sites;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use dictlearn_core::format::WrittenSource;
 use dictlearn_core::interrupt;
@@ -205,6 +205,7 @@ impl SourceConfig for LanguageModelConfig {
             max_positions: model.max_positions(),
         };
         let contexts = Contexts::new(text, &files, contexts_cx).under("model")?;
+        let text_files = contexts.files();
         let contexts = Ahead::new(contexts, 2 * self.refresh_batch_size as usize);
         let mut settings = serde_json::to_value(self)?;
         if let Some(commit) = files.commit() {
@@ -222,6 +223,7 @@ impl SourceConfig for LanguageModelConfig {
         Ok(Box::new(LanguageModelSource {
             settings,
             files,
+            text_files,
             sites,
             harvest: Harvest {
                 remove_bos: self.remove_bos,
@@ -250,6 +252,8 @@ impl SourceConfig for LanguageModelConfig {
 struct LanguageModelSource {
     settings: Value,
     files: ModelFiles,
+    /// Of the text, with their lengths.
+    text_files: BTreeMap<String, u64>,
     sites: Vec<LanguageModelSite>,
     harvest: Harvest,
     /// Made at the first batch: a source that is only asked for tokens needs none.
@@ -576,6 +580,7 @@ impl ActivationSource for LanguageModelSource {
         let harvest = &self.harvest;
         let mut state = State::new();
         state.put("place", harvest.contexts.place())?;
+        state.put("text_files", &self.text_files)?;
         state.put("context", harvest.context)?;
         state.put("starts", &harvest.starts)?;
         state.put("ended", harvest.ended)?;
@@ -595,6 +600,21 @@ impl ActivationSource for LanguageModelSource {
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
+        let before: BTreeMap<String, u64> = state.get("text_files")?;
+        if before != self.text_files {
+            let all: BTreeSet<&String> = before.keys().chain(self.text_files.keys()).collect();
+            let show = |length: Option<&u64>| length.map_or("absent".to_owned(), |length| format!("{length} bytes"));
+            let changed = all.into_iter().filter(|file| before.get(*file) != self.text_files.get(*file));
+            let changed: Vec<String> = changed
+                .map(|file| format!("{file}: {} -> {}", show(before.get(file)), show(self.text_files.get(file))))
+                .collect();
+            bail!(InputError::new(format!(
+                "the text is not the one that the run was begun with: {}",
+                changed.join(", ")
+            ))
+            .field("text")
+            .help("put its files back as they were, or train anew in another `--output-dir`"));
+        }
         let (device, points) = (self.cx.device, self.harvest.points.len());
         let saved = |name: String| Ok(state.tensor(&name)?.to_device(device));
         let pending: usize = state.get("pending")?;

@@ -310,11 +310,22 @@ impl ActivationSource for TensorFileSource {
     fn state(&self) -> Result<State> {
         let mut state = State::new();
         state.put("position", self.position)?;
+        state.put("rows", self.inputs.count)?;
         state.put("rng_at_pass", &self.rng_at_pass)?;
         Ok(state)
     }
 
     fn restore(&mut self, state: &State) -> Result<()> {
+        let rows: usize = state.get("rows")?;
+        if rows != self.inputs.count {
+            bail!(InputError::new(format!(
+                "{} has {} activations, and had {rows} when the run was begun",
+                self.config["path"].as_str().unwrap_or_default(),
+                self.inputs.count
+            ))
+            .field("path")
+            .help("put the files back as they were, or train anew in another `--output-dir`"));
+        }
         self.rng = state.get("rng_at_pass")?;
         self.begin_pass();
         self.position = state.get("position")?;

@@ -240,6 +240,29 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_cut_while_it_is_read_is_no_shorter_text() {
+        let lines: String = (0..200_000).map(|line| format!("{{\"text\": \"{} {line}\"}}\n", line * 7919)).collect();
+        for ending in ["", ".gz", ".zst"] {
+            let whole = if ending.is_empty() { lines.clone().into_bytes() } else { packed(ending, lines.as_bytes()) };
+            let name = format!("a.jsonl{ending}");
+            let (dir, mut text) = stream(&name, &whole, Documents::Paragraph, false);
+            assert_eq!(text.files().values().copied().collect::<Vec<_>>(), [whole.len() as u64]);
+            text.next_record().unwrap();
+            let file = std::fs::OpenOptions::new().write(true).open(dir.path().join(&name)).unwrap();
+            file.set_len(whole.len() as u64 / 2).unwrap();
+            let mut count = 1;
+            let error = loop {
+                match text.next_record() {
+                    Ok(Some(_)) => count += 1,
+                    Ok(None) => panic!("{name}: it just ended, after {count} records"),
+                    Err(error) => break error.to_string(),
+                }
+            };
+            assert!(error.contains(&format!("{name} was cut while it was read")), "{error}");
+        }
+    }
+
+    #[test]
     fn seeking_continues_where_it_was() {
         let (_dir, mut stream) = stream("a.txt", TEXT, Documents::Line, false);
         stream.next_record().unwrap();

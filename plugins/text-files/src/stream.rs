@@ -1,5 +1,6 @@
 //! Records out of files, one file after the other.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read};
@@ -102,6 +103,8 @@ pub fn ending(path: &str) -> Option<&'static str> {
 pub struct TextFiles {
     options: Options,
     places: Vec<Place>,
+    /// The lengths that the files of this machine had at the beginning.
+    lengths: BTreeMap<String, u64>,
     /// The number of the file to open next.
     next: usize,
     open: Option<OpenFile>,
@@ -123,6 +126,8 @@ struct OpenFile {
     rest: Vec<u8>,
     /// Lines or rows read so far.
     line: u64,
+    /// Whether its end was reached, or where it breaks off.
+    ended: bool,
 }
 
 enum Content {
@@ -160,14 +165,16 @@ impl OpenFile {
             json if json.starts_with("json") => Content::Json(lines()?),
             _ => Content::Text(lines()?),
         };
-        Ok(OpenFile { name, content, rest: Vec::new(), line: 0 })
+        Ok(OpenFile { name, content, rest: Vec::new(), line: 0, ended: false })
     }
 
     fn line(&mut self) -> Result<Option<Line>> {
         let (reader, longest) = match &mut self.content {
             Content::Rows(rows) => {
                 self.line += 1;
-                return Ok(rows.next().map(|row| row.map_or_else(Line::Bad, Line::Value)));
+                let row = rows.next();
+                self.ended = !matches!(row, Some(Ok(_)));
+                return Ok(row.map(|row| row.map_or_else(Line::Bad, Line::Value)));
             }
             Content::Text(reader) => (reader, LONGEST_DOCUMENT),
             Content::Json(reader) => (reader, LONGEST_RECORD),
@@ -176,8 +183,12 @@ impl OpenFile {
         // What is left of a line that was cut is no line of its own.
         self.line += u64::from(bytes.is_empty());
         match reader.by_ref().take((longest - bytes.len()) as u64).read_until(b'\n', &mut bytes) {
-            Ok(0) if bytes.is_empty() => return Ok(None),
-            Ok(_) => {}
+            Ok(0) if bytes.is_empty() => {
+                self.ended = true;
+                return Ok(None);
+            }
+            // The last line need not have an end.
+            Ok(_) => self.ended = bytes.last() != Some(&b'\n') && bytes.len() < longest,
             // The file was cut off, or is damaged from here on; what a record before it said has been read.
             Err(error)
                 if matches!(
@@ -186,6 +197,7 @@ impl OpenFile {
                 ) =>
             {
                 *reader = Box::new(std::io::empty());
+                self.ended = true;
                 return Ok(Some(Line::Bad(format!("the file is damaged or breaks off: {error}"))));
             }
             Err(error) => return Err(anyhow::anyhow!("cannot read {}: {error}", self.name)),
@@ -270,7 +282,12 @@ fn messages(value: &[Value]) -> Option<Vec<Value>> {
 impl TextFiles {
     /// The records of these files, in this order.
     pub fn new(places: Vec<Place>, options: Options) -> Self {
-        TextFiles { options, places, next: 0, open: None, position: 0, bad: Bad::default() }
+        let length = |place: &Place| match place {
+            Place::Local(path) => Some((place.to_string(), path.metadata().ok()?.len())),
+            Place::Hub(..) => None,
+        };
+        let lengths = places.iter().filter_map(length).collect();
+        TextFiles { options, places, lengths, next: 0, open: None, position: 0, bad: Bad::default() }
     }
 
     /// What is said of files that hold no record.
@@ -283,6 +300,18 @@ impl TextFiles {
         let bad = self.bad.first.as_ref().map(|bad| format!(": {} bad records, the first {bad}", self.bad.count));
         InputError::new(format!("there is no text in {first}{more}{}", bad.unwrap_or_default()))
             .help("a document has letters in it; `column` names the field of a record that holds it")
+    }
+
+    /// Refuses a file that is shorter than it was: what is missing would be missed in silence.
+    fn check_length(&self, name: &str) -> Result<()> {
+        let Some(before) = self.lengths.get(name) else { return Ok(()) };
+        let now =
+            std::fs::metadata(name).map_err(|error| InputError::new(format!("cannot read {name}: {error}")))?.len();
+        if now < *before {
+            bail!(InputError::new(format!("{name} was cut while it was read: it has {now} bytes, and had {before}"))
+                .help("put the file back as it was; `--resume` goes on from the last checkpoint"));
+        }
+        Ok(())
     }
 
     /// The next record of the open file; `None` at its end.
@@ -369,7 +398,11 @@ impl Bad {
 impl TextStream for TextFiles {
     fn next_record(&mut self) -> Result<Option<Record>> {
         loop {
-            if let Some(record) = self.record()? {
+            let record = self.record()?;
+            if let Some(file) = self.open.as_ref().filter(|file| file.ended) {
+                self.check_length(&file.name)?;
+            }
+            if let Some(record) = record {
                 self.position += 1;
                 return Ok(Some(record));
             }
@@ -382,6 +415,10 @@ impl TextStream for TextFiles {
             self.open = Some(OpenFile::open(place, &self.options.column)?);
             self.next += 1;
         }
+    }
+
+    fn files(&self) -> BTreeMap<String, u64> {
+        self.lengths.clone()
     }
 
     fn position(&self) -> u64 {

@@ -4,6 +4,8 @@
 //! stretch of the stream holds the texts in their proportion, the same way each time. A text that ends begins again, and
 //! the mix ends when all of them have ended once, or, if that is wanted, where the first ends.
 
+use std::collections::BTreeMap;
+
 use dictlearn_core::prelude::*;
 
 const NAME: &str = "mix";
@@ -145,6 +147,10 @@ impl TextStream for Mix {
             self.position += 1;
         }
         Ok(record)
+    }
+
+    fn files(&self) -> BTreeMap<String, u64> {
+        self.parts.iter().flat_map(|part| part.text.files()).collect()
     }
 
     fn position(&self) -> u64 {

@@ -1,6 +1,7 @@
 //! Token ids from a .safetensors file, instead of text: `input_ids` [B, L] and, if there is padding, `attention_mask`
 //! [B, L]. Each row is a context as it stands.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use dictlearn_core::prelude::*;
@@ -27,7 +28,8 @@ register! {
 impl TextConfig for TokenFileConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let (ids, mask) = read(self.path.as_path()).under("path")?;
-        Ok(Box::new(TokenFile { ids, mask, row: 0 }))
+        let length = self.path.as_path().metadata().map_or(0, |file| file.len());
+        Ok(Box::new(TokenFile { ids, mask, row: 0, file: (self.path.to_string(), length) }))
     }
 }
 
@@ -57,6 +59,7 @@ struct TokenFile {
     ids: Tensor,
     mask: Tensor,
     row: i64,
+    file: (String, u64),
 }
 
 impl TextStream for TokenFile {
@@ -76,6 +79,10 @@ impl TextStream for TokenFile {
 
     fn longest_row(&self) -> Option<i64> {
         Some(self.ids.size()[1])
+    }
+
+    fn files(&self) -> BTreeMap<String, u64> {
+        BTreeMap::from([self.file.clone()])
     }
 
     fn position(&self) -> u64 {
