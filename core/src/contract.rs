@@ -384,6 +384,12 @@ fn trains_as_on_a_gpu(trainer: &Component) {
             let off = (found - &expected).norm().double_value(&[]) / expected.norm().double_value(&[]).max(1e-6);
             assert!(off < 1e-3, "{name}: {parameter} is off by {off} as on a GPU");
         }
+        // Begun on a CPU, and gone on with on a GPU.
+        let mut moved = Training::new(&sae(trainer), &training_cx()).unwrap();
+        moved.restore(&usual.state().unwrap()).unwrap();
+        assert!(moved.state().unwrap() == usual.state().unwrap(), "{name}: a GPU takes up another state");
+        moved.step(30, &batches[30], false).unwrap();
+        moved.settle().unwrap();
         let x = batches[30].x.copy();
         let _ = x.get(3).get(5).fill_(f64::NAN);
         training.step(30, &Batch::of(x), false).unwrap();

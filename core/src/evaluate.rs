@@ -7,6 +7,7 @@ use comfy_table::{presets, CellAlignment, Table};
 use serde_json::{Map, Value};
 
 use crate::config::{from_yaml, InputError, Under};
+use crate::memory::Need;
 use crate::metric::{MetricConfig, Subject};
 use crate::registry::{self, Kind};
 use crate::source::ActivationSource;
@@ -22,6 +23,24 @@ pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSourc
         }
     }
     Ok(())
+}
+
+/// What measuring dictionaries of at most so many features takes memory for, beside so many bytes that a source of its own
+/// takes.
+pub(crate) fn memory(
+    metrics: &[Box<dyn MetricConfig>],
+    source: &mut dyn ActivationSource,
+    features: i64,
+    own: u64,
+) -> Result<Option<Need>> {
+    if metrics.is_empty() {
+        return Ok(None);
+    }
+    // As measured: a batch's features and what is made of them.
+    let encoded = 6 * 4 * source.batch_size().unwrap_or(0) as u64 * features as u64;
+    let of = |metric: &Box<dyn MetricConfig>| Ok(metric.build()?.memory(source));
+    let most = metrics.iter().map(of).collect::<Result<Vec<u64>>>()?.into_iter().max().unwrap_or(0);
+    Ok(Some(Need::passing("the metrics", own + most.max(encoded), "the batch sizes, or leave metrics out")))
 }
 
 /// The usual metrics that can be computed on a source, with their defaults: for configs that name none.

@@ -20,6 +20,7 @@ pub mod hub;
 pub mod interrupt;
 pub mod lm;
 pub mod logger;
+pub mod memory;
 pub mod metric;
 pub mod model;
 pub mod modifier;

@@ -41,6 +41,12 @@ pub trait Metric {
     /// where the source had nothing left to measure on; the metric is then asked again from the beginning of the data.
     fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>>;
 
+    /// Bytes that measuring takes beside the dictionary's own step, at most.
+    fn memory(&self, source: &mut dyn ActivationSource) -> u64 {
+        let _ = source;
+        0
+    }
+
     /// Why the metric cannot be computed on this source, if it cannot.
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {
         let _ = source;

@@ -255,6 +255,11 @@ pub trait LanguageModel: Send {
     /// Every weight by its Hugging Face name, sharing memory with the model's, to train or to save.
     fn parameters(&self) -> Vec<(String, Tensor)>;
 
+    /// Bytes of its weights once all are read.
+    fn memory(&self) -> u64 {
+        self.parameters().iter().map(|(_, parameter)| crate::state::bytes(parameter) as u64).sum()
+    }
+
     /// Every module in the order of a forward pass.
     fn modules(&self) -> Vec<Visit>;
 

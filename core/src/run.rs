@@ -14,8 +14,9 @@ use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
 use crate::device;
 use crate::dictionary::Dictionary;
 use crate::evaluate;
-use crate::interrupt::Interrupt;
+use crate::interrupt::{self, Interrupt};
 use crate::logger::Logger;
+use crate::memory::{Plan, Size};
 use crate::metric::Subject;
 use crate::progress::Progress;
 use crate::registry::nearest;
@@ -85,6 +86,7 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
         }
         eprintln!("resuming at step {step}");
     }
+    run.memory.lines().iter().for_each(|line| eprintln!("{line}"));
     let created = held.is_none();
     let before = entries(run_dir);
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
@@ -150,6 +152,7 @@ struct Run {
     /// Batches whose activations were not finite.
     skipped: Skips,
     machine: Machine,
+    memory: Plan,
     /// Whether weights were written.
     saved: bool,
 }
@@ -211,13 +214,17 @@ impl Run {
         let device = config.device.device().map_err(anyhow::Error::from).under("device")?;
         let (precision, _) = config.precision.precision(device);
         let source_cx = config.source_cx(device);
+        let mut memory = Plan::new(device);
         let mut source = config.source.build(&source_cx).under("source")?;
+        memory.add(source.memory())?;
         let sites = source.sites();
+        let batch_size = source.batch_size().unwrap_or(0);
         let mut saes: Vec<Sae> = Vec::new();
         for (entry, sae) in config.saes.iter().enumerate() {
             let key = format!("saes[{entry}]");
             let chosen = chosen_sites(sae, &sites).under(&key)?;
             for site in &chosen {
+                interrupt::check()?;
                 let widths = sites[*site].widths();
                 let parts = sites[*site].parts.clone();
                 let cx = TrainingCx { widths, parts, steps: config.steps, seed: config.seed, device, precision };
@@ -232,15 +239,22 @@ impl Run {
                         .help(format!("the other is made of saes[{}]: give each a `name` of its own", other.entry)));
                 }
                 training.on_nonfinite = sae.on_nonfinite.unwrap_or(config.on_nonfinite);
+                memory.add(training.memory(batch_size))?;
                 saes.push(Sae { training, cx, site: *site, entry, stopped: None, skipped: Skips::default() });
             }
         }
+        let features = saes.iter().map(|sae| sae.training.dictionary.dims().features).max().unwrap_or(0);
         match &config.eval_source {
-            None => evaluate::check(&config.metrics, &mut *source)?,
+            None => {
+                evaluate::check(&config.metrics, &mut *source)?;
+                memory.add(evaluate::memory(&config.metrics, &mut *source, features, 0)?)?;
+            }
             // Opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
             Some(other) => {
                 let mut other = other.build(&source_cx).under("eval_source")?;
                 evaluate::check(&config.metrics, &mut *other)?;
+                let own = other.memory().iter().filter(|need| !need.passing).map(|need| need.bytes).sum();
+                memory.add(evaluate::memory(&config.metrics, &mut *other, features, own)?)?;
                 for sae in &saes {
                     eval_site(&*other, &sites[sae.site])?;
                 }
@@ -251,7 +265,7 @@ impl Run {
         let machine = Machine::here(device, precision);
         let stream = Stream::new(source);
         let skipped = Skips::default();
-        Ok(Run { device, stream, sites, saes, norms, watches, skipped, machine, saved: false })
+        Ok(Run { device, stream, sites, saes, norms, watches, skipped, machine, memory, saved: false })
     }
 
     /// Words that tell a site from the others, if there are others.
@@ -495,9 +509,9 @@ impl Run {
                 self.settle(config, &mut keeping)?;
             }
             if !rows.is_empty() {
-                let mut log = |logger: &mut Box<dyn Logger>| rows.iter().try_for_each(|row| logger.log(row)).err();
-                // What could not be written is kept by the logger.
-                let failed = loggers.iter_mut().filter_map(&mut log).last();
+                // Every row to every logger: what it cannot write it keeps.
+                let log = |logger: &mut Box<dyn Logger>| rows.iter().filter_map(|row| logger.log(row).err()).last();
+                let failed = loggers.iter_mut().filter_map(log).last();
                 if let Some(error) = failed.as_ref().filter(|_| !log_fails) {
                     keeping.progress.say(&format!("warning: {error:#}; training goes on, and it will be tried again"));
                 }
@@ -795,9 +809,7 @@ fn refuse_other_run(run_dir: &Path, resume: bool, checkpoints: &Checkpoints) -> 
 /// The shapes and memory of a run, for `--dry-run`; nothing is written.
 pub fn plan(config: &RunConfig) -> Result<String> {
     let mut run = Run::build(config)?;
-    let buffer = run.stream.source().memory() as usize;
     let (precision, why) = config.precision.precision(run.device);
-    let megabytes = |bytes: usize| bytes as f64 / 1e6;
     let mut lines = vec![
         format!("device: {}", device::name(run.device)),
         format!("matrix products in training: {precision} ({why})"),
@@ -808,8 +820,6 @@ pub fn plan(config: &RunConfig) -> Result<String> {
     for (site, Site { activation_dim, output_dim, .. }) in run.sites.iter().enumerate() {
         lines.push(format!("activations{}: width {activation_dim} -> {output_dim}", run.at(site)));
     }
-    lines.push(format!("buffer: {:.1} MB of activations", megabytes(buffer)));
-    let mut total = 0;
     for sae in &mut run.saes {
         let steps = match sae.training.why_autograd()? {
             None => "gradients by hand".to_owned(),
@@ -818,23 +828,19 @@ pub fn plan(config: &RunConfig) -> Result<String> {
         let dictionary = &sae.training.dictionary;
         let weights: usize = dictionary.state_dict().iter().map(|(_, tensor)| state::bytes(tensor)).sum();
         let dims = dictionary.dims();
-        // Weights, their gradients and two moments.
-        total += 4 * weights;
         lines.push(format!(
-            "{}: {} {} x {} features, {:.1} MB with gradients and moments, {steps}",
+            "{}: {} {} x {} features, {} of weights, {steps}",
             sae.training.name,
             dictionary.class(),
             dims.input,
             dims.features,
-            megabytes(4 * weights)
+            Size(weights as u64)
         ));
         for (name, tensor) in dictionary.state_dict() {
             lines.push(format!("  {name} {:?}", tensor.size()));
         }
     }
-    lines.push(format!(
-        "in all, with the buffer: {:.1} MB, beside the model and the batch in work",
-        megabytes(total + buffer)
-    ));
+    lines.extend(run.memory.lines());
+    lines.extend(run.memory.parts());
     Ok(lines.join("\n"))
 }

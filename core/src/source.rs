@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
 use crate::device::Precision;
+use crate::memory::Need;
 use crate::model::{HookPoint, LanguageModel, Tokens};
 use crate::state::State;
 use crate::training::OnNonfinite;
@@ -211,9 +212,14 @@ pub trait ActivationSource: Send {
         None
     }
 
-    /// Bytes that it holds of activations, at most.
-    fn memory(&self) -> u64 {
-        0
+    /// What it takes memory for: a model, activations that it holds, a copy of them in a checkpoint.
+    fn memory(&self) -> Vec<Need> {
+        Vec::new()
+    }
+
+    /// Activations in a batch, at most, where that is known beforehand.
+    fn batch_size(&self) -> Option<i64> {
+        None
     }
 
     /// What an SAE's config.json says of it, under `buffer`.
@@ -344,6 +350,9 @@ pub trait ModelSource {
 
     /// The place in it whose value a dictionary on this site reconstructs; the same unless the source has pairs.
     fn writes(&self, site: usize) -> &Part;
+
+    /// Positions of its longest contexts.
+    fn context_length(&self) -> i64;
 
     /// The next `rows` contexts of the text (fewer at its end), or `None` where there are no more.
     fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>>;

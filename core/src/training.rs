@@ -12,12 +12,13 @@ use crate::adapted::{Adapted, Normalization};
 use crate::config::{InputError, SaeConfig, Under};
 use crate::device::{self, Precision};
 use crate::dictionary::{Dictionary, DictionaryCx};
+use crate::memory::Need;
 use crate::modifier::{Modifier, ModifierConfig, ModifierCx};
 use crate::optim::{Adam, Gradients};
 use crate::rng::{rng, Rng};
 use crate::saved;
 use crate::source::{Batch, SitePart};
-use crate::state::State;
+use crate::state::{bytes, State};
 use crate::trainer::{float, AfterStep, HandPass, Pass, Terms, Trainer, TrainerCx};
 use crate::watch::Watch;
 
@@ -428,6 +429,30 @@ impl Training {
             }
         }
         Ok(())
+    }
+
+    /// What it takes memory for, with batches of so many activations.
+    pub(crate) fn memory(&self, batch_size: i64) -> Vec<Need> {
+        let dims = self.dictionary.dims();
+        let weights = self.dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
+        let batch = |width: i64| batch_size as u64 * width as u64 * 4;
+        // As measured (docs/performance.md); a step by hand of selected features never has all of them at once.
+        let by_hand = self.modifiers.is_empty() && self.dictionary.two_layer().is_some();
+        let features = match (by_hand, self.dictionary.selection().is_some()) {
+            (true, true) => 0,
+            (true, false) => 5 * batch(dims.features) / 4,
+            (false, _) => 9 * batch(dims.features),
+        };
+        let step = features + 6 * (batch(dims.input) + batch(dims.output));
+        let name = &self.name;
+        let knob = "its `dict_size`, or how many SAEs train at once";
+        vec![
+            Need::lasting(format!("SAE `{name}` with gradients and moments"), 4 * weights, knob),
+            Need::lasting(format!("SAE `{name}` in a checkpoint"), 3 * weights, knob).on_host(),
+            Need::passing(format!("a step of SAE `{name}`"), step, "the source's batch size"),
+            // Folded, and packed for Python.
+            Need::passing(format!("SAE `{name}` as it is saved"), 3 * weights, knob).on_host(),
+        ]
     }
 
     /// Everything that a resumed run needs.

@@ -520,10 +520,18 @@ fn want_of_memory_is_said_in_a_sentence() {
     let desk = Desk::new();
     let config = "saes: [{trainer: {type: standard}, dictionary: {dict_size: 1e14}}]\n";
     desk.write("config.yaml", &tensor_file_config(3000, config));
-    let run = desk.run(&["train", "config.yaml"]);
-    assert_eq!(run.code, 1);
-    assert!(run.stderr.starts_with("error: there is not enough memory\nhelp: "), "{}", run.stderr);
+    let said = desk.refused(&["train", "config.yaml"]);
+    assert!(said.contains("100000000000000 features of width 32 take") && said.contains("dict_size"), "{said}");
+    // What does not fit is refused before anything is read or made, with what to change.
+    desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "500000000").replace("BATCH", "256"));
+    let said = desk.refused(&["train", "config.yaml"]);
+    assert!(said.contains("the run needs") && said.contains("change `n_ctxs`"), "{said}");
+    let lean = ["train", "config.yaml", "--set", "checkpoint_buffer=replay", "--set", "source.n_ctxs=2000"];
+    let plan = desk.ok(&[&lean[..], &["--dry-run"]].concat());
+    assert!(plan.contains("# expected peak memory (cpu): ") && plan.contains("the buffer of activations"), "{plan}");
     assert!(!desk.path("run").exists());
+    let first = desk.run(&[&lean[..], &["--set", "stop_after=1"]].concat());
+    assert!(first.stderr.starts_with("expected peak memory (cpu): "), "{}", first.stderr);
 }
 
 #[test]

@@ -353,3 +353,37 @@ fn the_bundled_model_opens_by_name() {
     assert_eq!(model.n_layers(), 4);
     assert!(files.read("tokenizer.json").unwrap().is_some());
 }
+
+#[test]
+fn activations_that_are_not_finite_are_traced_to_their_text_or_left_out() {
+    let desk = Desk::new();
+    let from = fixture("models/gpt_neox");
+    let mut weights: Vec<_> =
+        TensorFile::open(&from.join("model.safetensors")).unwrap().tensors().unwrap().into_iter().collect();
+    let (_, embedding) = weights.iter_mut().find(|(name, _)| name.ends_with("embed_in.weight")).unwrap();
+    let _ = embedding.get(7).fill_(f64::INFINITY);
+    fs::create_dir(desk.path("model")).unwrap();
+    fs::copy(from.join("config.json"), desk.path("model/config.json")).unwrap();
+    tensors::write(&desk.path("model/model.safetensors"), &weights).unwrap();
+    // The second row is bad from its third token on, which the later ones see.
+    let ids = Tensor::from_slice2(&[[1_i64, 2, 3, 4, 5], [1, 2, 7, 4, 5], [5, 4, 3, 2, 1]]);
+    tensors::write(&desk.path("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
+    let yaml = tokens(&desk.path("model"), &desk.path("tokens.safetensors"), "");
+    let error = source(&yaml).next_batch().unwrap_err().to_string();
+    assert!(error.contains("is not finite for row 1, token 2"), "{error}");
+    assert!(error.contains("gpt_neox.layers.1"), "{error}");
+
+    let config: Box<dyn SourceConfig> = from_yaml(&yaml).unwrap();
+    let cx = SourceCx { seed: 1, on_nonfinite: OnNonfinite::SkipBatch, ..SourceCx::default() };
+    let mut source = config.build(&cx).unwrap();
+    let mut found = Vec::new();
+    while let Some(activations) = source.next_batch().unwrap() {
+        assert!(bool::try_from(activations.sites[0].x.isfinite().all()).unwrap());
+        found.push(activations.tokens.unwrap());
+    }
+    let of_second = Tensor::cat(&found, 0);
+    assert_eq!(of_second.size(), [12, 3]);
+    assert_eq!(of_second.select(1, 1).eq(1).sum(Kind::Int64).int64_value(&[]), 2);
+    let notes = source.notes().join("; ");
+    assert!(notes.contains("3 activations were left out, the first: ") && notes.contains("row 1, token 2"), "{notes}");
+}

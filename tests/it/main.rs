@@ -18,4 +18,5 @@ mod push;
 mod python;
 mod resume;
 mod sites;
+mod soak;
 mod transcoders;

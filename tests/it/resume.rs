@@ -111,21 +111,20 @@ fn killed_and_resumed(source: &str, saes: &str, more: &str, trials: usize) {
 }
 
 /// Whether two runs have left the same.
-fn same(desk: &Desk, one: &str, other: &str) {
+pub fn same(desk: &Desk, one: &str, other: &str) {
     let files = |run: &str| -> Vec<String> {
         let prefix = format!("{run}/");
         let own = desk.files().into_iter().filter_map(|file| Some(file.strip_prefix(&prefix)?.to_owned()));
         own.filter(|file| !file.starts_with("checkpoints/") && file != "config.yaml").collect()
     };
     assert_eq!(files(one), files(other));
-    assert_eq!(desk.read(&format!("{one}/metrics.jsonl")), desk.read(&format!("{other}/metrics.jsonl")));
     for file in files(one) {
         let read = |run: &str| fs::read(desk.path(&format!("{run}/{file}"))).unwrap();
-        assert!(read(one) == read(other), "{file} differs");
+        assert!(read(one) == read(other), "{one}/{file} and {other}/{file} differ");
     }
 }
 
-fn start(desk: &Desk, args: &[&str]) -> Child {
+pub fn start(desk: &Desk, args: &[&str]) -> Child {
     desk.program().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
@@ -195,7 +194,7 @@ fn killed_with_activations_from_disk() {
 }
 
 /// Waits for something that a run does.
-fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
+pub fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
     let started = Instant::now();
     while !there() {
         assert!(started.elapsed() < Duration::from_secs(120), "{what}: it does not come");
@@ -203,7 +202,7 @@ fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
     }
 }
 
-fn send(signal: &str, child: &Child) {
+pub fn send(signal: &str, child: &Child) {
     let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
     assert!(sent.success());
 }
@@ -264,8 +263,10 @@ fn a_damaged_checkpoint_is_passed_over() {
 #[test]
 fn what_cannot_be_written_is_written_later() {
     let desk = Desk::new();
-    let config = format!("checkpoint_every: 20\nsave_every: 500\n{TOP_K}");
-    desk.write("config.yaml", &tensor_file_config(6000, &config));
+    let two = "saes: [{name: a, trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}, \
+               {name: b, trainer: {type: standard, warmup_steps: 2}, dictionary: {dict_size: 64}}]\n";
+    let config = format!("checkpoint_every: 20\nsave_every: 500\n{two}");
+    desk.write("config.yaml", &tensor_file_config(2500, &config));
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
     let child = start(&desk, &["train", "config.yaml"]);
     wait_for("a checkpoint", || !checkpoints(&desk).is_empty());
@@ -275,7 +276,7 @@ fn what_cannot_be_written_is_written_later() {
     sleep(Duration::from_millis(700));
     fs::remove_file(desk.path("run")).unwrap();
     let at = desk.log("away/metrics.jsonl").last().unwrap()["step"].as_u64().unwrap();
-    assert!(at > 0 && at < 5990, "it is {at}");
+    assert!(at > 0 && at < 2490, "it is {at}");
     fs::rename(desk.path("away"), desk.path("run")).unwrap();
     let run = Run::of(child.wait_with_output().unwrap());
     assert_eq!(run.code, 0, "{}", run.stderr);

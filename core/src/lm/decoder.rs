@@ -21,6 +21,7 @@ use super::{ModelCx, Names};
 use crate::config::InputError;
 use crate::device::Precision;
 use crate::model::{Hidden, Hooks, LanguageModel, Stop, Tokens, Visit};
+use crate::state::kind_size;
 
 /// A decoder: widths, names of its parts, and what makes the family.
 #[derive(Debug, Clone)]
@@ -223,6 +224,8 @@ pub struct Decoder {
     /// What has been read, by name.
     parameters: RefCell<Vec<(String, Tensor)>>,
     visits: Vec<Visit>,
+    /// Bytes of all weights.
+    bytes: u64,
 }
 
 struct Embed {
@@ -416,15 +419,16 @@ impl Decoder {
     pub fn open(config: DecoderConfig, weights: Weights, cx: &ModelCx) -> Result<Self> {
         config.check()?;
         let tied = config.head.tied.then(|| format!("{}.weight", config.head.path));
-        let mut asked = Vec::new();
-        let decoder = Self::build(config, cx, &mut |name, shape, _| {
+        let (mut asked, mut bytes) = (Vec::new(), 0);
+        let decoder = Self::build(config, cx, &mut |name, shape, kind| {
             weights.check(name, shape)?;
             asked.push(name.to_owned());
+            bytes += shape.iter().product::<i64>() as u64 * kind_size(kind) as u64;
             Ok(shape_only(shape))
         })?;
         weights.check_none_left(&asked, tied.as_deref())?;
         let visits = decoder.record();
-        Ok(Decoder { weights: Some(weights), visits, ..Self::unread(decoder.config, cx) })
+        Ok(Decoder { weights: Some(weights), visits, bytes, ..Self::unread(decoder.config, cx) })
     }
 
     /// A decoder with weights of one's own, all at once: by name and shape, in float32.
@@ -435,13 +439,14 @@ impl Decoder {
     ) -> Result<Self> {
         config.check()?;
         let visits = Self::build(config.clone(), cx, &mut |_, shape, _| Ok(shape_only(shape)))?.record();
-        let mut parameters = Vec::new();
+        let (mut parameters, mut bytes) = (Vec::new(), 0);
         let decoder = Self::build(config, cx, &mut |name, shape, _| {
             let tensor = provide(name, shape)?;
+            bytes += crate::state::bytes(&tensor) as u64;
             parameters.push((name.to_owned(), tensor.shallow_clone()));
             Ok(tensor)
         })?;
-        Ok(Decoder { visits, parameters: parameters.into(), ..decoder })
+        Ok(Decoder { visits, parameters: parameters.into(), bytes, ..decoder })
     }
 
     fn unread(config: DecoderConfig, cx: &ModelCx) -> Self {
@@ -458,6 +463,7 @@ impl Decoder {
             windows,
             parameters: RefCell::default(),
             visits: Vec::new(),
+            bytes: 0,
             config,
         }
     }
@@ -641,6 +647,10 @@ impl LanguageModel for Decoder {
             self.layer_at(index);
         }
         self.parameters.borrow().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+
+    fn memory(&self) -> u64 {
+        self.bytes
     }
 
     fn modules(&self) -> Vec<Visit> {

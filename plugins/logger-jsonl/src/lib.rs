@@ -49,15 +49,24 @@ impl LoggerConfig for JsonlConfig {
     }
 }
 
-/// Rewrites the log without the rows from `step` on: they will be logged again. A half-written last line goes too.
+/// Cuts the log off before the first row from `step` on: they will be logged again. A half-written last line goes too. Cut and
+/// not written anew, so that a full disk is no hindrance.
 fn drop_from(path: &Path, step: u64) -> Result<()> {
-    let Ok(text) = fs::read_to_string(path) else { return Ok(()) };
-    let earlier = |line: &&str| {
-        let row: Option<Value> = serde_json::from_str(line).ok();
-        row.and_then(|row| row.get("step")?.as_u64()).is_some_and(|logged| logged < step)
-    };
-    let kept: String = text.lines().filter(earlier).flat_map(|line| [line, "\n"]).collect();
-    dictlearn_core::tensors::write_file(path, kept.as_bytes())
+    let Ok(bytes) = fs::read(path) else { return Ok(()) };
+    let mut kept = 0;
+    for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+        let row: Option<Value> = serde_json::from_slice(line).ok();
+        let later = row.and_then(|row| row.get("step")?.as_u64()).is_some_and(|logged| logged >= step);
+        if later || line.last() != Some(&b'\n') {
+            break;
+        }
+        kept += line.len();
+    }
+    if kept == bytes.len() {
+        return Ok(());
+    }
+    let cut = || OpenOptions::new().write(true).open(path)?.set_len(kept as u64);
+    cut().with_context(|| format!("cannot write {}", path.display()))
 }
 
 struct Jsonl {

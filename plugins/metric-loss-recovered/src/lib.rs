@@ -64,6 +64,14 @@ impl Metric for LossRecoveredConfig {
             .then(|| "the source has no language model, which an `eval_source` could have".to_owned())
     }
 
+    fn memory(&self, source: &mut dyn ActivationSource) -> u64 {
+        // The logits, and their logarithms.
+        let logits = |source: &mut dyn ModelSource| {
+            self.batch_size * source.context_length() as u64 * source.model().vocab_size() as u64 * 4
+        };
+        source.language_model().map_or(0, |source| 3 * logits(source))
+    }
+
     fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
         let Some(source) = source.language_model() else { bail!("the source has no language model") };
         let mut sites: Vec<usize> = subjects.iter().map(|subject| subject.site).collect();

@@ -255,8 +255,13 @@ impl ActivationSource for ActivationCache {
         dictlearn_core::source::sampled_mean_squared_norms(self)
     }
 
-    fn memory(&self) -> u64 {
-        self.folder.row_bytes() * self.buffer_size.min(self.folder.rows())
+    fn memory(&self) -> Vec<MemoryNeed> {
+        let bytes = self.folder.row_bytes() * self.buffer_size.min(self.folder.rows());
+        vec![MemoryNeed::lasting("the buffer of activations", bytes, "`buffer_size`").on_host()]
+    }
+
+    fn batch_size(&self) -> Option<i64> {
+        Some(self.batch_size as i64)
     }
 
     fn notes(&self) -> Vec<String> {

@@ -150,8 +150,16 @@ impl ActivationSource for Joined {
         Ok(vec![sum])
     }
 
-    fn memory(&self) -> u64 {
-        self.sources.iter().map(|(_, source)| source.memory()).sum()
+    fn memory(&self) -> Vec<MemoryNeed> {
+        let of = |(name, source): &(String, Box<dyn ActivationSource>)| {
+            let named = |need: MemoryNeed| MemoryNeed { what: format!("{} of `{name}`", need.what), ..need };
+            source.memory().into_iter().map(named).collect::<Vec<_>>()
+        };
+        self.sources.iter().flat_map(of).collect()
+    }
+
+    fn batch_size(&self) -> Option<i64> {
+        self.sources.iter().filter_map(|(_, source)| source.batch_size()).max()
     }
 
     fn describe(&self) -> Value {

@@ -121,6 +121,12 @@ impl Ahead {
         Ok(())
     }
 
+    /// Lets the stream stand where it stood, for a state to be saved; there is no more to be read.
+    pub fn end_at(&mut self, place: Place) {
+        self.stop();
+        (self.contexts, self.place) = (None, place);
+    }
+
     /// What the user should know: records skipped.
     pub fn note(&self) -> Option<String> {
         self.note.clone()

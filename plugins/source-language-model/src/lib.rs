@@ -204,6 +204,7 @@ impl SourceConfig for LanguageModelConfig {
             vocab_size: model.vocab_size(),
             max_positions: model.max_positions(),
         };
+        let context_length = text.longest_row().unwrap_or(self.ctx_len as i64);
         let contexts = Contexts::new(text, &files, contexts_cx).under("model")?;
         let text_files = contexts.files();
         let contexts = Ahead::new(contexts, 2 * self.refresh_batch_size as usize);
@@ -244,6 +245,7 @@ impl SourceConfig for LanguageModelConfig {
             capacity: self.shuffle.then_some(capacity as usize),
             batch_size: self.out_batch_size as usize,
             epochs: self.epochs,
+            context_length,
             cx: *cx,
         }))
     }
@@ -262,6 +264,8 @@ struct LanguageModelSource {
     capacity: Option<usize>,
     batch_size: usize,
     epochs: Option<u64>,
+    /// Positions of the longest contexts.
+    context_length: i64,
     cx: SourceCx,
 }
 
@@ -320,6 +324,13 @@ impl Harvest {
         let mut harvested: Vec<Option<Vec<Tensor>>> = rows.iter().map(|_| None).collect();
         let mut rest = &order[..];
         while !rest.is_empty() {
+            if interrupt::asked() {
+                // As if the pass had not begun: what it has read so far is read again when the run goes on.
+                self.starts.pop_back();
+                self.context = start.0;
+                self.contexts.end_at(start.1);
+                interrupt::check()?;
+            }
             let (now, later) = rest.split_at(self.rows_at_once(&rows, rest).max(1));
             rest = later;
             let batch: Vec<&Row> = now.iter().map(|row| &rows[*row]).collect();
@@ -567,9 +578,41 @@ impl ActivationSource for LanguageModelSource {
         Some(self)
     }
 
-    fn memory(&self) -> u64 {
-        let width: i64 = self.harvest.points.iter().map(|(_, width)| width).sum();
-        (self.capacity.unwrap_or(self.batch_size) as i64 * width * 4) as u64
+    fn memory(&self) -> Vec<MemoryNeed> {
+        let model = &*self.harvest.model;
+        let row: i64 = self.harvest.columns().iter().map(|(width, kind)| width * kind.elt_size_in_bytes() as i64).sum();
+        let (length, contexts) = (self.context_length(), self.harvest.rows as i64);
+        let at_once = match model.device() {
+            Device::Cpu => (AT_ONCE as i64).max(length).min(contexts * length),
+            _ => contexts * length,
+        };
+        // What a layer holds at once: the residual stream a few times, and the widest of its values (logits are of no
+        // interest here).
+        let widths = model.modules().into_iter().flat_map(|module| [module.input, module.output]);
+        let widest = widths.filter(|width| *width != model.vocab_size()).max().unwrap_or(0);
+        let pass = at_once * (4 * model.hidden_size() + 3 * widest) * 4;
+        // In parts, and then in one.
+        let harvested = 2 * contexts * length * row;
+        let mut needs = vec![
+            MemoryNeed::lasting("the model", model.memory(), "`model`, or `precision` to bfloat16"),
+            MemoryNeed::passing("a pass of the model", (pass + harvested) as u64, "`refresh_batch_size`"),
+        ];
+        if let Some(capacity) = self.capacity {
+            // With the order in which it is served.
+            let buffer = capacity as u64 * (row as u64 + 12);
+            needs.push(MemoryNeed::lasting("the buffer of activations", buffer, "`n_ctxs`"));
+            let copy = match self.cx.checkpoint_buffer {
+                CheckpointBuffer::Contents => buffer,
+                CheckpointBuffer::Replay => capacity as u64 * 28,
+            };
+            let knob = "`n_ctxs`, or `checkpoint_buffer` to replay";
+            needs.push(MemoryNeed::lasting("the buffer in a checkpoint", copy, knob).on_host());
+        }
+        needs
+    }
+
+    fn batch_size(&self) -> Option<i64> {
+        Some(self.batch_size as i64)
     }
 
     fn describe(&self) -> Value {
@@ -685,6 +728,10 @@ impl ModelSource for LanguageModelSource {
 
     fn writes(&self, site: usize) -> &Part {
         &self.sites[site].writes
+    }
+
+    fn context_length(&self) -> i64 {
+        self.context_length
     }
 
     fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>> {

@@ -221,6 +221,10 @@ impl ActivationSource for Synthetic {
         Some(self.directions.shallow_clone())
     }
 
+    fn batch_size(&self) -> Option<i64> {
+        Some(self.batch_size)
+    }
+
     fn describe(&self) -> Value {
         let mut described = self.config.clone();
         described["d_submodule"] = self.directions.size()[1].into();

@@ -300,6 +300,20 @@ impl ActivationSource for TensorFileSource {
         dictlearn_core::source::sampled_mean_squared_norms(self)
     }
 
+    fn memory(&self) -> Vec<MemoryNeed> {
+        let in_memory = |(_, _, part): &(PathBuf, usize, Part)| match part {
+            Part::File(_) => 0,
+            Part::Memory(tensor) => (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64,
+        };
+        let rows = [Some(&self.inputs), self.targets.as_ref()];
+        let bytes = rows.into_iter().flatten().flat_map(|rows| &rows.parts).map(in_memory).sum();
+        vec![MemoryNeed::lasting("activations of .npy and .npz files", bytes, "them to .safetensors").on_host()]
+    }
+
+    fn batch_size(&self) -> Option<i64> {
+        Some(self.batch_size as i64)
+    }
+
     fn describe(&self) -> Value {
         let mut described = self.config.clone();
         described["d_submodule"] = self.inputs.width.into();
