@@ -5,6 +5,7 @@
 //! where the source has pairs; with several sites each tensor's name begins with the site's and a slash. Where tokens are
 //! known, `token_ids`, `contexts` and `positions` (`[N]` each) say of which token each row is.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -131,14 +132,24 @@ impl Manifest {
         if manifest.sha256 != hash_of_all(&manifest.shards) {
             bail!(refused("its `sha256` is not that of its shards' hashes".to_owned()));
         }
-        let sound = |cached: &CachedSite| match cached.tensors.len() {
-            1 => cached.site.activation_dim == cached.site.output_dim,
-            tensors => tensors == 2,
+        let sound = |cached: &CachedSite| {
+            let Site { activation_dim, output_dim, .. } = cached.site;
+            let tensors = cached.tensors.len();
+            activation_dim > 0 && output_dim > 0 && (tensors == 2 || tensors == 1 && activation_dim == output_dim)
         };
         if manifest.sites.is_empty() || !manifest.sites.iter().all(sound) {
             bail!(refused(
-                "its sites need a tensor each, or two for what is read and what is reconstructed".to_owned()
+                "its sites need a width and a tensor each, or two for what is read and what is reconstructed"
+                    .to_owned()
             ));
+        }
+        // Each has its place in memory, so that one tensor under many names would fill it.
+        let mut seen = BTreeSet::new();
+        if !manifest.sites.iter().flat_map(|cached| &cached.tensors).all(|name| seen.insert(name)) {
+            bail!(refused("two of its sites have the same tensor".to_owned()));
+        }
+        if let Some(cached) = manifest.sites.iter().find(|cached| !is_joined_of_its_parts(&cached.site)) {
+            bail!(refused(format!("the parts of site `{}` are not what it is joined of", cached.site.name)));
         }
         if let Some(shard) =
             manifest.shards.iter().find(|shard| Path::new(&shard.file).file_name() != Some(shard.file.as_ref()))
@@ -147,6 +158,15 @@ impl Manifest {
         }
         Ok(manifest)
     }
+}
+
+/// Whether the widths of a site's parts, if it has any, make up its own.
+fn is_joined_of_its_parts(site: &Site) -> bool {
+    let joined = site.parts.iter().try_fold((0_i64, 0_i64), |(input, output), part| {
+        let wide = part.activation_dim > 0 && part.output_dim > 0;
+        Some((input.checked_add(part.activation_dim)?, output.checked_add(part.output_dim)?)).filter(|_| wide)
+    });
+    site.parts.is_empty() || joined == Some(site.widths())
 }
 
 /// The hash of a file's bytes, in hexadecimal.

@@ -48,5 +48,6 @@ pub mod trainer;
 pub mod training;
 pub mod two_layer;
 mod watch;
+mod yaml;
 
 pub use {inventory, schemars};

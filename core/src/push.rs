@@ -18,6 +18,7 @@ use crate::hub::{CommitMessage, Content, Hub, Repo, RepoKind, Upload};
 use crate::registry;
 use crate::saved;
 use crate::tensors::TensorFile;
+use crate::yaml;
 
 /// What an SAE's folder may hold for others: as dictlearn writes it, and as sae_lens does.
 const FILES: [&str; 7] = [
@@ -68,8 +69,8 @@ impl Push {
         }
         let config = run_config(sae_dir)?;
         if let Some(config) = &config {
-            if let Ok(yaml) = serde_yaml::from_str::<Value>(config) {
-                warn_of_paths(CONFIG, &absolute(&yaml, ""));
+            if let Ok(config) = yaml::parse::<Value>(config) {
+                warn_of_paths(CONFIG, &absolute(&config, ""));
             }
             let content = Content::Bytes(config.clone().into_bytes());
             files.push(Upload { path: below(&path, CONFIG), content });
@@ -327,8 +328,8 @@ fn run_config(sae_dir: &Path) -> Result<Option<String>> {
             let dir = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
             // Whatever else lies in the folder above is nobody's business: only a run's config names its SAEs.
             outer.filter(|text| {
-                let yaml = serde_yaml::from_str::<Value>(text).unwrap_or_default();
-                let mut names = yaml["saes"].as_array().into_iter().flatten().filter_map(|sae| sae["name"].as_str());
+                let outer = yaml::parse::<Value>(text).unwrap_or_default();
+                let mut names = outer["saes"].as_array().into_iter().flatten().filter_map(|sae| sae["name"].as_str());
                 // One that trained on several sites is named by them too.
                 names.any(|name| dir.strip_prefix(name).is_some_and(|site| site.is_empty() || site.starts_with('-')))
             })

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, Context, Result};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+use safetensors::SafeTensorError;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
@@ -185,9 +186,17 @@ pub(crate) fn bytes_of(tensor: &Tensor) -> &[u8] {
 }
 
 /// The header of a safetensors file, checked against the file's length, and where the tensors' bytes begin.
-fn header(bytes: &[u8]) -> std::result::Result<(Metadata, usize), safetensors::SafeTensorError> {
+fn header(bytes: &[u8]) -> std::result::Result<(Metadata, usize), SafeTensorError> {
     SafeTensors::deserialize(bytes)?;
     let (length, header) = SafeTensors::read_metadata(bytes)?;
+    // A size of 0 makes a tensor of no bytes, whatever the others are; libtorch multiplies them all the same.
+    let reach = |info: &&TensorInfo| {
+        let mut sizes = info.shape.iter().map(|size| (*size).max(1));
+        sizes.try_fold(8_usize, |all, size| all.checked_mul(size)).is_none_or(|bytes| isize::try_from(bytes).is_err())
+    };
+    if header.tensors().into_values().any(|info| reach(&info)) {
+        return Err(SafeTensorError::ValidationOverflow);
+    }
     Ok((header, length + 8))
 }
 

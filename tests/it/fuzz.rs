@@ -1,5 +1,6 @@
-//! Hostile files: every reader of a published format on damaged copies of good files. What is damaged is refused or read;
-//! nothing panics, fills the memory, or leaves the folder that it is given.
+//! Hostile files: every reader of a published format on damaged copies of good files, and every fuzz target on its corpus
+//! and damaged copies of that. What is damaged is refused or read; nothing panics, fills the memory, or leaves the folder
+//! that it is given.
 //!
 //! `cargo test` gives each reader a second. A long run is
 //! `DICTLEARN_FUZZ_SECONDS=600 cargo test --release --test it fuzz -- --nocapture`, one reader of it
@@ -21,6 +22,12 @@ use tempfile::TempDir;
 
 use crate::common::fixture;
 
+/// The fuzz targets, which cargo-fuzz drives on a nightly toolchain and this test on any.
+#[path = "../../fuzz/src/lib.rs"]
+mod targets;
+
+use targets::{limit_memory, TARGETS};
+
 /// Readers, each with its formats' good files in folders of their own.
 const READERS: [&str; 10] = [
     "sae_lens",
@@ -35,13 +42,11 @@ const READERS: [&str; 10] = [
     "saved",
 ];
 
-/// Memory that a run may take beside what it has when it begins.
-const MEMORY: u64 = 2 << 30;
-
 #[test]
 fn damaged_files_are_refused_or_read() {
     let only = std::env::var("DICTLEARN_FUZZ_READER").ok();
-    for reader in READERS.iter().filter(|reader| only.as_deref().is_none_or(|only| only == **reader)) {
+    let targets = TARGETS.iter().map(|(name, _)| name);
+    for reader in READERS.iter().chain(targets).filter(|reader| only.as_deref().is_none_or(|only| only == **reader)) {
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "fuzz::run_of_one_reader", "--ignored", "--nocapture"])
             .env("DICTLEARN_FUZZ_READER", reader)
@@ -71,7 +76,8 @@ fn run_of_one_reader() {
     let until = Instant::now() + Duration::from_secs(seconds);
     let (mut tried, mut read) = (0_u64, 0_u64);
     let mut damage = Damage::new(&seeds);
-    while Instant::now() < until {
+    // However slow a reader is, each file is read once as it is.
+    while tried < seeds.len() as u64 || Instant::now() < until {
         let (file, bytes) = damage.next();
         // Beside it and renamed: a reader may have mapped the one before.
         let beside = file.with_extension("next");
@@ -95,11 +101,15 @@ fn run_of_one_reader() {
         damage.mend();
     }
     assert_eq!(before, inventory_of(dir.path()), "files were left behind");
-    println!("fuzz: {reader}: {tried} damaged files, {read} of them read, in {seconds} s");
+    println!("fuzz: {reader}: {tried} files, {read} of them read, in {seconds} s");
 }
 
-/// Reads the SAE that a damaged file belongs to, and uses it.
+/// Reads the SAE that a damaged file belongs to, and uses it; or gives the file to a fuzz target.
 fn open(reader: &str, file: &Path, root: &Path) -> anyhow::Result<()> {
+    if let Some((_, target)) = TARGETS.iter().find(|(name, _)| *name == reader) {
+        anyhow::ensure!(target(&fs::read(file)?));
+        return Ok(());
+    }
     let folder = |file: &Path| {
         // The folder of the SAE: the seed's, two levels below the root.
         let inner = file.strip_prefix(root).unwrap();
@@ -143,7 +153,7 @@ fn use_it(dictionary: &dyn dictlearn_core::dictionary::Dictionary) -> anyhow::Re
     Ok(())
 }
 
-/// The good files of a reader, in `root/<reader>/<case>/...`.
+/// The good files of a reader, in `root/<reader>/<case>/...`; of a fuzz target, its corpus.
 fn seeds(reader: &str, root: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut copy = |from: PathBuf, to: &str| {
@@ -179,6 +189,13 @@ fn seeds(reader: &str, root: &Path) -> Vec<PathBuf> {
                     copy(fixture(&format!("trainers/{case}/final.safetensors")), &format!("{name}/ae.safetensors"));
                     copy(fixture(&format!("trainers/{case}/config.json")), &format!("{name}/config.json"));
                 }
+            }
+        }
+        _ if TARGETS.iter().any(|(name, _)| *name == reader) => {
+            let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(reader);
+            for path in inventory_of(&corpus).into_keys() {
+                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+                copy(path, &name);
             }
         }
         _ => {}
@@ -291,22 +308,12 @@ fn inventory_of(dir: &Path) -> BTreeMap<PathBuf, u64> {
     found
 }
 
-/// Lets this process have so much memory more, so that what asks for more fails here and nowhere else.
-fn limit_memory() {
-    #[cfg(target_os = "linux")]
-    {
-        let status = fs::read_to_string("/proc/self/statm").unwrap();
-        let pages: u64 = status.split(' ').next().unwrap().parse().unwrap();
-        let most = pages * 4096 + MEMORY;
-        let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
-        // SAFETY: a plain system call on a struct that lives through it.
-        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
-    }
-}
-
-/// Damaged copies of files: every truncation and bit flip of each in random order, and worse in between.
+/// Files as they are, each once, and then damaged copies of them: truncations and bit flips in random order, and worse in
+/// between.
 struct Damage {
     files: Vec<(PathBuf, Vec<u8>)>,
+    /// How many were given out as they are.
+    whole: usize,
     random: fastrand::Rng,
     /// The file that is damaged now.
     current: usize,
@@ -319,11 +326,15 @@ const NUMBERS: [&str; 12] =
 impl Damage {
     fn new(files: &[PathBuf]) -> Self {
         let files = files.iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect();
-        Damage { files, random: fastrand::Rng::with_seed(7), current: 0 }
+        Damage { files, whole: 0, random: fastrand::Rng::with_seed(7), current: 0 }
     }
 
     /// A file and what is to stand in it.
     fn next(&mut self) -> (PathBuf, Vec<u8>) {
+        if let Some(file) = self.files.get(self.whole) {
+            (self.current, self.whole) = (self.whole, self.whole + 1);
+            return file.clone();
+        }
         let random = &mut self.random;
         self.current = random.usize(..self.files.len());
         let (path, whole) = &self.files[self.current];

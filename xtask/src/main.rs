@@ -39,6 +39,12 @@ enum Task {
     },
     /// Format, lints, documentation, and plugins outside the workspace: what must hold before a commit beside the tests.
     Ci,
+    /// Run the fuzz targets with cargo-fuzz, which needs a nightly toolchain.
+    Fuzz {
+        /// How long each target runs.
+        #[arg(long, default_value_t = 10)]
+        seconds: u64,
+    },
     /// Write the reference pages, docs/reference, anew.
     Docs,
 }
@@ -74,8 +80,11 @@ fn run(cli: &Cli) -> Result<()> {
             cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], &[])?;
             // `RUSTDOCFLAGS` would replace the flags of libtorch.toml; doc lints are denied by the manifests instead.
             cargo(&root, &["doc", "--workspace", "--no-deps"], &[])?;
+            deny(&root)?;
+            // No cargo-fuzz: it builds all dependencies anew, which takes many minutes. `tests/it/fuzz.rs` runs its targets.
             plugins(&root)
         }
+        Task::Fuzz { seconds } => fuzz(&root, *seconds),
         Task::Docs => cargo(&root, &["run", "--quiet", "--", "docs", "--out", "docs/reference"], &[]),
     }
 }
@@ -83,6 +92,53 @@ fn run(cli: &Cli) -> Result<()> {
 fn test(root: &Path, args: &[String]) -> Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     cargo(root, &["test", "--workspace"], &args)
+}
+
+/// Licences and places of dependencies. Advisories, which change while nothing here does and are fetched, are asked for by
+/// `cargo deny check`.
+fn deny(root: &Path) -> Result<()> {
+    if !answers(Command::new(libtorch::cargo_program()).args(["deny", "--version"])) {
+        eprintln!("left out, since cargo-deny is not installed: cargo deny check licenses bans sources");
+        return Ok(());
+    }
+    cargo(root, &["deny", "check", "licenses", "bans", "sources"], &[])
+}
+
+/// Runs each fuzz target on its corpus and what comes of it. What covers more is kept in fuzz/target/found, what fails in
+/// fuzz/artifacts.
+fn fuzz(root: &Path, seconds: u64) -> Result<()> {
+    let nightly = || {
+        let mut command = Command::new("rustup");
+        command.args(["run", "nightly", "cargo", "fuzz"]).current_dir(root);
+        for name in libtorch::VARIABLES {
+            command.env_remove(name);
+        }
+        command
+    };
+    if !answers(nightly().arg("--version")) {
+        eprintln!("left out, since cargo-fuzz or a nightly toolchain is not installed: cargo fuzz run");
+        return Ok(());
+    }
+    let dir = root.join("fuzz");
+    std::fs::copy(root.join("Cargo.lock"), dir.join("Cargo.lock")).context("cannot copy Cargo.lock")?;
+    let mut targets: Vec<_> = std::fs::read_dir(dir.join("corpus"))?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    targets.sort();
+    for target in targets {
+        let found = dir.join("target/found").join(&target);
+        std::fs::create_dir_all(&found).with_context(|| format!("cannot make {}", found.display()))?;
+        // No sanitizer: its allocator and the program's exclude each other. Memory the targets limit themselves.
+        let mut command = nightly();
+        command.args(["run", "--sanitizer", "none", &target]).args([found, dir.join("corpus").join(&target)]);
+        call(command.args(["--", "-timeout=60", "-rss_limit_mb=0", &format!("-max_total_time={seconds}")]))?;
+    }
+    Ok(())
+}
+
+/// Whether a program is there.
+fn answers(command: &mut Command) -> bool {
+    command.output().is_ok_and(|output| output.status.success())
 }
 
 /// Builds and tests plugins as others write them: the example outside the workspace, which also trains, and one of each

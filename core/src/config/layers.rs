@@ -11,6 +11,7 @@ use figment::{Figment, Metadata, Profile, Provider};
 
 use super::error::{InputError, Origin};
 use crate::registry::nearest;
+use crate::yaml;
 
 /// What a config is loaded from.
 #[derive(Debug, Clone, Default)]
@@ -26,6 +27,8 @@ pub struct Sources {
 }
 
 const PREFIX: &str = "DICTLEARN_";
+/// Files that a config may have, with all that they include: two that each include the next two would be without end.
+const MOST_FILES: usize = 100;
 /// Variables with the prefix that are not keys of a config.
 const RESERVED: [&str; 1] = ["DICTLEARN_CACHE"];
 
@@ -157,8 +160,8 @@ const OVERRIDE: &str = "__override";
 
 fn parse_override(origin: &Origin, key: &str, text: &str) -> Result<Value, InputError> {
     let refused = |message: String| InputError::new(message).help("give plain YAML").at(origin.clone(), key);
-    let value = serde_yaml::from_str(text)
-        .map_err(|error| refused(format!("`{text}` is not YAML: {}", without_place(&error))))?;
+    let value =
+        yaml::parse(text).map_err(|error| refused(format!("`{text}` is not YAML: {}", without_place(&error))))?;
     from_yaml(value, &refused)
 }
 
@@ -235,7 +238,7 @@ fn read_file(
     let at = |location: Option<serde_yaml::Location>| {
         Origin::File(path.to_owned(), location.map(|location| (location.line(), location.column())))
     };
-    let mut parsed: serde_yaml::Value = serde_yaml::from_str(&text).map_err(|error| {
+    let mut parsed: serde_yaml::Value = yaml::parse(&text).map_err(|error| {
         let place = match duplicate(&error, &text) {
             Some(line) => Origin::File(path.to_owned(), Some((line, 1))),
             None => at(error.location()),
@@ -278,6 +281,10 @@ fn read_file(
         }
         if !file.is_file() {
             return Err(InputError::no_file(&file).at(place, "include"));
+        }
+        if including.len() + base.len() >= MOST_FILES {
+            let what = format!("a config includes more than {MOST_FILES} files");
+            return Err(InputError::new(what).at(place, "include"));
         }
         read_file(&file, profile, including, base, profiles, known)?;
     }

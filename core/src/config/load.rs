@@ -13,6 +13,7 @@ use super::layers::{Merged, Sources};
 use super::node::{float, integer, Node};
 use super::RunConfig;
 use crate::registry::{component, usual, Kind};
+use crate::yaml;
 
 /// Loads a config.
 pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
@@ -91,6 +92,7 @@ fn overlaid(mut below: Dict, above: Dict) -> Dict {
 fn expand_saes(root: &mut Dict, merged: &Merged) -> Result<Vec<usize>, InputError> {
     let Some(Value::Array(tag, saes)) = root.get("saes").cloned() else { return Ok(Vec::new()) };
     let (mut expanded, mut written) = (Vec::new(), Vec::new());
+    let mut room = MOST_SWEPT;
     for (index, sae) in saes.into_iter().enumerate() {
         let Value::Dict(tag, mut sae) = sae else {
             expanded.push(sae);
@@ -101,7 +103,7 @@ fn expand_saes(root: &mut Dict, merged: &Merged) -> Result<Vec<usize>, InputErro
         fill(&mut sae);
         let variants = match sweep {
             None | Some(Value::Empty(..)) => vec![sae],
-            Some(sweep) => sweep_variants(sae, &sweep, index, merged)?,
+            Some(sweep) => sweep_variants(sae, &sweep, (index, &mut room), merged)?,
         };
         for variant in variants {
             expanded.push(Value::Dict(tag, variant));
@@ -124,8 +126,29 @@ fn fill(sae: &mut Dict) {
     }
 }
 
-/// The cartesian product of a sweep's axes.
-fn sweep_variants(sae: Dict, sweep: &Value, index: usize, merged: &Merged) -> Result<Vec<Dict>, InputError> {
+/// What all sweeps may make together, in values times the square of axes, each of which is looked up in the text and
+/// compared with the others: a few short lists make more SAEs than any memory holds.
+const MOST_SWEPT: usize = 1 << 22;
+/// How many dots a sweep's key may have.
+const MOST_DOTS: usize = 100;
+
+/// How much a value takes: about the number of the values in it.
+fn size(value: &Value) -> usize {
+    1 + match value {
+        Value::String(_, text) => text.len() / 64,
+        Value::Array(_, items) => items.iter().map(size).sum(),
+        Value::Dict(_, dict) => dict.iter().map(|(key, value)| key.len() / 64 + size(value)).sum(),
+        _ => 0,
+    }
+}
+
+/// The cartesian product of a sweep's axes, for which there is so much room.
+fn sweep_variants(
+    sae: Dict,
+    sweep: &Value,
+    (index, room): (usize, &mut usize),
+    merged: &Merged,
+) -> Result<Vec<Dict>, InputError> {
     let path = format!("saes[{index}].sweep");
     let written: Vec<usize> = (0..=index).collect();
     let empty = Schema::default();
@@ -135,9 +158,20 @@ fn sweep_variants(sae: Dict, sweep: &Value, index: usize, merged: &Merged) -> Re
         Err(check.error(value, &path, false, InputError::new(message).help(help)))
     };
     let Value::Dict(_, axes) = sweep else { return refused(sweep, format!("`{path}` is not a map")) };
+    if let Some(key) = axes.keys().find(|key| key.matches('.').count() > MOST_DOTS) {
+        let start: String = key.chars().take(40).collect();
+        return refused(sweep, format!("`{path}`: a key `{start}…` with more than {MOST_DOTS} dots is none"));
+    }
+    let variants = axes.values().filter_map(Value::as_array).map(<[Value]>::len);
+    let one = size(sweep) + sae.values().map(size).sum::<usize>();
+    let swept = variants.chain([axes.len(), axes.len(), one]).try_fold(1_usize, |all, count| all.checked_mul(count));
+    match swept.and_then(|swept| room.checked_sub(swept)) {
+        Some(left) => *room = left,
+        None => return refused(sweep, format!("`{path}` makes more SAEs than a run can hold")),
+    }
     // Names follow the order in which the axes are written, which a map does not keep.
     let mut ordered: Vec<(&String, &Value)> = axes.iter().collect();
-    ordered.sort_by_key(|(key, values)| {
+    ordered.sort_by_cached_key(|(key, values)| {
         let (_, text, inside) = merged.origin(values.tag())?;
         let path = format!("{path}.[{key}]");
         let path = inside.map_or_else(|| path.clone(), |inside| format!("{inside}.{path}"));
@@ -237,7 +271,7 @@ fn check_names(config: &RunConfig, root: &Value, check: &Check) -> Result<(), In
 
 /// Reads a value from YAML alone, as a config would: for a component's example.
 pub fn from_yaml<T: DeserializeOwned>(yaml: &str) -> Result<T, InputError> {
-    let parsed: Value = serde_yaml::from_str::<serde_yaml::Value>(yaml)
+    let parsed: Value = yaml::parse::<serde_yaml::Value>(yaml)
         .map_err(|error| InputError::new(format!("not YAML: {error}")))
         .and_then(|value| Value::serialize(&value).map_err(|error| InputError::new(error.to_string())))?;
     serde_path_to_error::deserialize(Node { value: &parsed, merged: None })

@@ -1,5 +1,7 @@
 //! From a text stream to contexts: rows of token ids.
 
+mod tokenizer;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use dictlearn_core::lm::ModelFiles;
@@ -249,11 +251,11 @@ impl Contexts {
         let Some(tokenizer) = &self.tokenizer else {
             bail!("a text that is not tokenised needs a tokenizer");
         };
-        // Without the places of tokens in the text, which nobody asks for.
-        let encoding = tokenizer
-            .encode_fast(text, add_special_tokens)
-            .map_err(|error| anyhow::anyhow!("{origin}: cannot tokenise: {error}"))?;
-        Ok(encoding.get_ids().iter().map(|id| i64::from(*id)).collect())
+        tokenizer::ids(tokenizer, text, add_special_tokens).map_err(|why| {
+            InputError::new(format!("{origin}: the model's tokenizer cannot tokenise it: {why}"))
+                .help("its tokenizer.json is damaged, or of a kind that is not known: fetch it again")
+                .into()
+        })
     }
 
     fn check(&self, ids: &[i64], origin: &str) -> Result<()> {
@@ -320,11 +322,8 @@ impl Contexts {
 /// The model's tokenizer, if it has one.
 fn tokenizer(files: &ModelFiles) -> Result<Option<Tokenizer>> {
     let Some(bytes) = files.read("tokenizer.json")? else { return Ok(None) };
-    let mut tokenizer = Tokenizer::from_bytes(&bytes)
-        .map_err(|error| InputError::new(format!("the tokenizer.json of {} cannot be read: {error}", files.name())))?;
-    // Length and padding are ours to decide, whatever the file was saved with.
-    tokenizer.with_padding(None);
-    let _ = tokenizer.with_truncation(None);
+    let tokenizer = tokenizer::read(&bytes)
+        .map_err(|why| InputError::new(format!("the tokenizer.json of {} cannot be read: {why}", files.name())))?;
     Ok(Some(tokenizer))
 }
 
@@ -335,8 +334,7 @@ pub fn token_texts(files: &ModelFiles, ids: &[i64]) -> Result<Vec<String>> {
         let known = tokenizer.as_ref().zip(u32::try_from(*id).ok());
         // A token that begins in the middle of a character has no text of its own; its name in the vocabulary says more.
         let decoded = known.and_then(|(tokenizer, id)| {
-            let text =
-                tokenizer.decode(&[id], false).ok().filter(|text| !text.is_empty() && !text.contains('\u{fffd}'));
+            let text = tokenizer::text(tokenizer, id).filter(|text| !text.is_empty() && !text.contains('\u{fffd}'));
             text.or_else(|| tokenizer.id_to_token(id))
         });
         decoded.unwrap_or_else(|| id.to_string())
