@@ -11,12 +11,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use dictlearn as _;
 use dictlearn_core::config::{self, InputError, Sources};
-use dictlearn_core::device::Precision;
 use dictlearn_core::numpy::{read_npy, Npz};
 use dictlearn_core::source::{SourceConfig, SourceCx};
 use dictlearn_core::tensors::TensorFile;
 use dictlearn_core::torch_file;
-use tch::Device;
 use tempfile::TempDir;
 
 /// A reader, as a function of a file's bytes.
@@ -164,7 +162,7 @@ fn beside<'a>(file: &Path, files: impl Iterator<Item = &'a (&'static str, &'stat
 /// Builds a source and takes its first batch.
 fn first_batch(yaml: &str) -> Result<()> {
     let config: Box<dyn SourceConfig> = config::from_yaml(yaml)?;
-    let cx = SourceCx { seed: 0, device: Device::Cpu, precision: Precision::Float32 };
+    let cx = SourceCx::default();
     config.build(&cx)?.next_batch()?;
     Ok(())
 }
