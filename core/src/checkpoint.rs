@@ -13,6 +13,7 @@ use crate::config::InputError;
 use crate::device;
 use crate::state::State;
 use crate::tensors;
+use crate::yaml;
 
 /// How many checkpoints are kept: the last, and the one before it in case the last is damaged.
 const KEPT: usize = 2;
@@ -90,7 +91,7 @@ impl Checkpoints {
 
     /// Refuses to go on with another experiment than the one that was begun. Whether `steps` is another is the answer.
     pub fn check_config(&self, begun: &str, now: &str) -> Result<bool> {
-        let parse = |text: &str| serde_yaml::from_str::<Value>(text);
+        let parse = |text: &str| yaml::parse::<Value>(text);
         let (Ok(Value::Mapping(begun)), Ok(Value::Mapping(now))) = (parse(begun), parse(now)) else {
             bail!(InputError::new(format!("the config.yaml beside {} cannot be read", self.dir.display())));
         };

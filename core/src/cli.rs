@@ -344,7 +344,8 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
     let interrupt = Interrupt::listen()?;
     match run::train(&config, &yaml, &run_dir, resume, &interrupt).map_err(|error| config.written.locate(error))? {
         Ending::Done { results, stopped } => {
-            let table = if results.is_empty() { String::new() } else { evaluate::table(&results) + "\n" };
+            let none = config.metrics.is_empty() || results.is_empty();
+            let table = if none { String::new() } else { evaluate::table(&results) + "\n" };
             print(&format!("{table}saved to {}", run_dir.display()))?;
             if !stopped.is_empty() {
                 bail!(run::stopped_error(stopped));

@@ -38,9 +38,11 @@ pub(crate) fn memory(
     }
     // As measured: a batch's features and what is made of them.
     let encoded = 6 * 4 * source.batch_size().unwrap_or(0) as u64 * features as u64;
-    let of = |metric: &Box<dyn MetricConfig>| Ok(metric.build()?.memory(source));
-    let most = metrics.iter().map(of).collect::<Result<Vec<u64>>>()?.into_iter().max().unwrap_or(0);
-    Ok(Some(Need::passing("the metrics", own + most.max(encoded), "the batch sizes, or leave metrics out")))
+    let mut most = encoded;
+    for metric in metrics {
+        most = most.max(metric.build()?.memory(source));
+    }
+    Ok(Some(Need::passing("the metrics", own + most, "the batch sizes, or leave metrics out")))
 }
 
 /// The usual metrics that can be computed on a source, with their defaults: for configs that name none.

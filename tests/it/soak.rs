@@ -223,7 +223,8 @@ fn soak() {
         let step = |name: String| name.strip_prefix("step_")?.strip_suffix(".safetensors")?.parse::<u64>().ok();
         names.filter_map(|entry| step(entry.unwrap().file_name().into_string().unwrap())).max().unwrap()
     };
-    let end = steps("calm").max(steps("disk/stormy"));
+    // One more, because the last step is logged whichever it is.
+    let end = steps("calm").max(steps("disk/stormy")) + 1;
     for (dir, config) in [("calm", "calm.yaml"), ("disk/stormy", "stormy.yaml")] {
         let stop = format!("stop_after={end}");
         let mut last = Trainee::start(&desk, dir, config, &["--set", &stop, "--set", "metrics=[]"]);
