@@ -106,7 +106,12 @@ fn array(bytes: Vec<u8>) -> Result<Tensor, String> {
         return Err("its header is not a plain array's, of float16, float32 or float64".to_owned());
     }
     let numbers = claimed.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
-    let count = numbers.map(|part| part.parse::<u64>().ok()).try_fold(1_u64, |all, n| all.checked_mul(n?));
+    let numbers: Option<Vec<u64>> = numbers.map(|part| part.parse().ok()).collect();
+    // A 0 makes an array of no numbers, but the crate multiplies the others for its strides all the same.
+    let count = numbers.and_then(|numbers| {
+        let others = numbers.iter().try_fold(1_u64, |all, n| all.checked_mul((*n).max(1)))?;
+        Some(if numbers.contains(&0) { 0 } else { others })
+    });
     if count.is_none_or(|count| count > bytes.len() as u64) {
         return Err("its shape is larger than the file".to_owned());
     }
@@ -200,7 +205,13 @@ mod tests {
         let whole = npy(Order::C, true);
         let at = whole.windows(7).position(|bytes| bytes == b"'shape'").unwrap();
         let end = whole.len() - 48;
-        for shape in ["(99999999999, )", "(4294967296, 4294967296, 4)", "(18446744073709551615, 2)", "(3, 9)"] {
+        for shape in [
+            "(99999999999, )",
+            "(4294967296, 4294967296, 4)",
+            "(18446744073709551615, 2)",
+            "(3, 9)",
+            "(0, 4611686018427387904, 4611686018427387904)",
+        ] {
             // The header keeps its length: what is left of it is spaces, and a line end.
             let mut changed = whole.clone();
             let text = format!("'shape': {shape}, }}");
