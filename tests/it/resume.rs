@@ -127,7 +127,20 @@ pub fn same(desk: &Desk, one: &str, other: &str) {
 }
 
 pub fn start(desk: &Desk, args: &[&str]) -> Child {
-    desk.program().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    use std::os::unix::process::CommandExt;
+    let mut program = desk.program();
+    program.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: what is called may be called between fork and exec.
+    unsafe {
+        program.pre_exec(|| {
+            // Whatever the tests were started with: `nohup` has them not hear SIGHUP, nor what they start.
+            for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
+    program.spawn().unwrap()
 }
 
 /// Texts, tokens and activations, for sources that read files.
