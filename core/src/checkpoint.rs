@@ -18,7 +18,8 @@ use crate::yaml;
 /// How many checkpoints are kept: the last, and the one before it in case the last is damaged.
 const KEPT: usize = 2;
 
-/// Top-level keys of a config that may differ between a run and its continuation: they change what is reported, where it is computed and what is done on a bad day, not what is trained.
+/// Top-level keys of a config that may differ between a run and its continuation: they change what is reported, where it is
+/// computed and what is done on a bad day, not what is trained.
 const HARMLESS: [&str; 12] = [
     "output_dir",
     "log_every",

@@ -18,10 +18,10 @@ use crate::tensors;
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// How long it is tried to write what the run cannot go on without.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The same for a run that was told to end.
-pub(crate) const PATIENCE_AT_THE_END: Duration = Duration::from_secs(4);
+const PATIENCE_AT_THE_END: Duration = Duration::from_secs(4);
 
 /// Weights that may wait in memory to be written.
 const WAITING: usize = 4;

@@ -525,3 +525,31 @@ fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
     desk.ok(&["train", "config.yaml", "--resume"]);
     same(&desk, "whole", "run");
 }
+
+#[test]
+fn a_buffer_is_kept_as_activations_or_as_their_tokens() {
+    let desk = Desk::new();
+    let source = model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}");
+    desk.write("config.yaml", &format!("steps: 24\nlog_every: 1\noutput_dir: run\nsource: {source}\n{TOP_K}"));
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
+    let half = |kept: &str| {
+        let _ = fs::remove_dir_all(desk.path("run"));
+        let kept = format!("checkpoint_buffer={kept}");
+        desk.ok(&["train", "config.yaml", "--set", &kept, "--set", "stop_after=12"]);
+        checkpoints(&desk)[0].metadata().unwrap().len()
+    };
+    let resume = |kept: &str| {
+        let kept = format!("checkpoint_buffer={kept}");
+        let run = desk.run(&["train", "config.yaml", "--resume", "--set", &kept]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        same(&desk, "whole", "run");
+        run.stderr
+    };
+    let replays = "running the model over the text again";
+    // An activation has 192 numbers. What is in the checkpoint counts, not what the next ones will have.
+    let replayed = half("replay");
+    assert!(resume("contents").contains(replays));
+    let whole = half("contents");
+    assert!(!resume("replay").contains(replays));
+    assert!(whole > 500_000 && replayed < whole / 3, "{whole} and {replayed} bytes");
+}
