@@ -1,7 +1,8 @@
 //! YAML whose aliases are counted before they are followed.
 //!
 //! An alias is a few bytes that stand for as many as one likes, aliases among them: some lines can unfold to more than any
-//! memory holds. serde_yaml bounds how often aliases are followed, but not what lies behind them.
+//! memory holds. serde_yaml bounds how often aliases are followed, but not what lies behind them. It also refuses what is
+//! nested deeply, but only after its parser has taken a time that is quadratic in the depth of brackets.
 
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess};
 use serde::de::{SeqAccess, VariantAccess, Visitor};
@@ -11,8 +12,14 @@ const UNFOLDS: usize = 16;
 /// What any text may unfold to, in bytes.
 const SMALL: usize = 1 << 16;
 
-/// A value of a text, unless its aliases unfold to far more than the text.
+/// How many lists and mappings may be in brackets, which is also how deep they may be: the parser takes 0.2 s for so many.
+const BRACKETS: usize = 10_000;
+
+/// A value of a text, unless its aliases unfold to far more than the text, or its brackets may be nested far too deeply.
 pub(crate) fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde_yaml::Error> {
+    if text.bytes().filter(|byte| matches!(byte, b'{' | b'[')).count() > BRACKETS {
+        return Err(serde_yaml::Error::custom(format!("it has more than {BRACKETS} lists and mappings in brackets")));
+    }
     let mut left = text.len().saturating_mul(UNFOLDS).max(SMALL);
     Counted(&mut left).deserialize(serde_yaml::Deserializer::from_str(text))?;
     serde_yaml::from_str(text)
@@ -109,5 +116,14 @@ mod tests {
         assert!(error.contains("aliases unfold to more than 16 times the text"), "{error}");
         let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(1000), "*a,".repeat(1000));
         assert!(parse::<Value>(&long).is_err());
+    }
+
+    #[test]
+    fn brackets_are_counted() {
+        assert!(parse::<Value>(&format!("[{}]", "[1],{a: 2},".repeat(1000))).is_ok());
+        for deep in ["{a: ", "[", r#"{"}": "#] {
+            let error = parse::<Value>(&deep.repeat(BRACKETS + 1)).unwrap_err().to_string();
+            assert!(error.contains("more than 10000 lists and mappings in brackets"), "{error}");
+        }
     }
 }

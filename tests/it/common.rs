@@ -15,11 +15,17 @@ pub fn fixture(path: &str) -> PathBuf {
 /// A folder of a test's own, with the program ready to run in it.
 pub struct Desk {
     pub dir: TempDir,
+    /// The Hub that programs talk to, if any.
+    hub: Option<String>,
 }
 
 impl Desk {
     pub fn new() -> Self {
-        Desk { dir: TempDir::new().unwrap() }
+        Desk { dir: TempDir::new().unwrap(), hub: None }
+    }
+
+    pub fn with_hub(endpoint: &str) -> Self {
+        Desk { hub: Some(endpoint.to_owned()), ..Self::new() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -59,6 +65,9 @@ impl Desk {
             if theirs && !["HF_HOME", "HF_HUB_OFFLINE"].contains(&&*name) {
                 command.env_remove(&*name);
             }
+        }
+        if let Some(endpoint) = &self.hub {
+            command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", endpoint);
         }
         command
     }

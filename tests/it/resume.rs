@@ -12,6 +12,7 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::tensors;
 
 use crate::common::{fixture, tensor_file_config, Desk, Run};
+use crate::hub_server::HubServer;
 
 /// Trains fast, and long enough to be met in the middle.
 const TOP_K: &str = "saes: [{trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}]\n";
@@ -70,9 +71,7 @@ fn model(more: &str) -> String {
 }
 
 /// Kills a run so many times while it is under way, resumes it each time, and compares it with one that was let be.
-fn killed_and_resumed(source: &str, saes: &str, more: &str) {
-    let desk = Desk::new();
-    prepare(&desk);
+fn killed_and_resumed(desk: &Desk, source: &str, saes: &str, more: &str) {
     desk.write(
         "config.yaml",
         &format!(
@@ -87,7 +86,7 @@ fn killed_and_resumed(source: &str, saes: &str, more: &str) {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut kills = 0;
     while kills < KILLS {
-        let mut child = start(&desk, &["train", "config.yaml", "--output-dir", "killed", "--resume"]);
+        let mut child = start(desk, &["train", "config.yaml", "--output-dir", "killed", "--resume"]);
         // Anywhere in it, also before its first step and in its evaluation.
         let until = Instant::now() + whole.mul_f64(random.f64());
         while Instant::now() < until && child.try_wait().unwrap().is_none() {
@@ -101,15 +100,15 @@ fn killed_and_resumed(source: &str, saes: &str, more: &str) {
         assert!(run.code == 0 || run.code == -1, "{}", run.stderr);
         if run.code == 0 {
             // There is more to be killed.
-            same(&desk, "whole", "killed");
+            same(desk, "whole", "killed");
             fs::remove_dir_all(desk.path("killed")).unwrap();
         }
     }
     desk.ok(&["train", "config.yaml", "--output-dir", "killed", "--resume"]);
-    same(&desk, "whole", "killed");
+    same(desk, "whole", "killed");
 }
 
-/// How often each run is killed: with eight sources 56 times in all.
+/// How often each run is killed: with nine sources 63 times in all.
 const KILLS: usize = 7;
 
 /// Whether two runs have left the same.
@@ -145,13 +144,15 @@ pub fn start(desk: &Desk, args: &[&str]) -> Child {
 
 /// Texts, tokens and activations, for sources that read files.
 fn prepare(desk: &Desk) {
-    let documents: String = (0..400)
-        .map(|n| json_line(&format!("Document {n} says that {n} is a number, and {} another one.", n * 7)))
-        .collect();
-    desk.write("documents.jsonl", &documents);
+    desk.write("documents.jsonl", &documents("documents.jsonl", 400));
     tch::manual_seed(3);
     let ids = Tensor::randint(500, [60, 20], (Kind::Int64, Device::Cpu));
     tensors::write(&desk.path("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
+}
+
+fn documents(of: &str, count: usize) -> String {
+    let document = |n| format!("Document {n} of {of} says that {n} is a number, and {} another one.", n * 7);
+    (0..count).map(|n| json_line(&document(n))).collect()
 }
 
 fn json_line(text: &str) -> String {
@@ -163,7 +164,9 @@ macro_rules! killed_and_resumed {
         $(
             #[test]
             fn $name() {
-                killed_and_resumed(&$source, $saes, $more);
+                let desk = Desk::new();
+                prepare(&desk);
+                killed_and_resumed(&desk, &$source, $saes, $more);
             }
         )*
     };
@@ -200,11 +203,20 @@ fn killed_with_activations_from_disk() {
     desk.write("model.yaml", &format!("source: {source}\n"));
     desk.ok(&["activations", "model.yaml", "--out", "cache", "--limit", "3000"]);
     let cache = desk.path("cache");
-    killed_and_resumed(
-        &format!("{{type: activation_cache, path: {cache:?}, batch_size: 192, buffer_size: 1024}}"),
-        SAES,
-        "",
-    );
+    let source = format!("{{type: activation_cache, path: {cache:?}, batch_size: 192, buffer_size: 1024}}");
+    killed_and_resumed(&desk, &source, SAES, "");
+}
+
+#[test]
+fn killed_with_a_dataset_of_the_hub() {
+    let server = HubServer::start();
+    let head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: '*.jsonl'}\n---\n";
+    server.put("datasets/someone/texts", "README.md", head);
+    for part in ["a.jsonl", "b.jsonl"] {
+        server.put("datasets/someone/texts", part, documents(part, 200));
+    }
+    let source = model("submodule: gpt_neox.layers.1, text: {type: hub_dataset, repo: someone/texts}");
+    killed_and_resumed(&Desk::with_hub(&server.endpoint), &source, SAES, "");
 }
 
 /// Waits for something that a run does.

@@ -7,6 +7,8 @@ use minijinja::value::Serde;
 use minijinja::{context, Environment, ErrorKind};
 
 const NAME: &str = "chat";
+/// How many of its instructions a template may run for a chat: those of models need fewer than a hundred a message.
+const INSTRUCTIONS: u64 = 10_000_000;
 
 /// A tokenizer's template for chats (<https://huggingface.co/docs/transformers/chat_templating>), run as Hugging Face's
 /// library runs it, except that there is no function that gives today's date: templates that ask for it have a date of
@@ -47,6 +49,7 @@ impl ChatTemplate {
     fn new(template: String, bos: String, eos: String) -> std::result::Result<Self, minijinja::Error> {
         let mut environment = Environment::new();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+        environment.set_fuel(Some(INSTRUCTIONS));
         // Templates call Python's methods of strings and dictionaries.
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| {
@@ -88,5 +91,13 @@ mod tests {
         assert_eq!(template.render(&chat).unwrap(), "<s><|user|>\nHi</s>\n<|assistant|>\nHello.\n");
         let error = template.render(&chat[1..]).unwrap_err();
         assert!(error.contains("roles must alternate"), "{error}");
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_is_left() {
+        let forever = "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}";
+        let template = ChatTemplate::new(forever.to_owned(), String::new(), String::new()).unwrap();
+        let error = template.render(&[]).unwrap_err();
+        assert!(error.contains("fuel"), "{error}");
     }
 }
