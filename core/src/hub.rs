@@ -9,11 +9,12 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use anyhow::{bail, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::config::InputError;
 
 /// What a repository holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum RepoKind {
     /// A model, or dictionaries.
     Model,
@@ -31,7 +32,7 @@ impl fmt::Display for RepoKind {
 }
 
 /// A repository of the Hub at a revision.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Repo {
     /// What it holds.
     pub kind: RepoKind,
@@ -115,6 +116,12 @@ pub trait Hub: Send + Sync {
     /// The commit that the repository's revision stands for.
     fn commit(&self, repo: &Repo) -> Result<String>;
 
+    /// Every repository that was read so far, at the revision that was asked for, with the commit that it stands for.
+    fn commits(&self) -> Vec<(Repo, String)>;
+
+    /// Lets the repository's revision stand for this commit from now on, whatever the Hub says.
+    fn pin(&self, repo: &Repo, commit: &str);
+
     /// Files of that name at the root of a repository in the cache, whichever.
     fn cached(&self, name: &str) -> Vec<PathBuf>;
 
@@ -136,9 +143,15 @@ pub struct HubPlugin {
 
 inventory::collect!(HubPlugin);
 
+static OPEN: OnceLock<Box<dyn Hub>> = OnceLock::new();
+
+/// What [`Hub::commits`] says, and nothing where the Hub has not been opened.
+pub(crate) fn commits() -> Vec<(Repo, String)> {
+    OPEN.get().map(|hub| hub.commits()).unwrap_or_default()
+}
+
 /// The Hub, as the environment says; opened once.
 pub fn hub() -> Result<&'static dyn Hub> {
-    static OPEN: OnceLock<Box<dyn Hub>> = OnceLock::new();
     if let Some(hub) = OPEN.get() {
         return Ok(&**hub);
     }

@@ -14,6 +14,7 @@ use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
 use crate::device;
 use crate::dictionary::Dictionary;
 use crate::evaluate;
+use crate::hub::{self, hub, Repo};
 use crate::interrupt::{self, Interrupt};
 use crate::logger::Logger;
 use crate::memory::{Plan, Size};
@@ -55,10 +56,14 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     let mut begun = None;
     match &checkpoint {
         None => refuse_other_run(run_dir, resume, &checkpoints)?,
-        Some(_) => {
+        Some((_, state)) => {
             let text = fs::read_to_string(run_dir.join("config.yaml"))
                 .map_err(|error| InputError::new(format!("cannot read the run's config.yaml: {error}")))?;
             begun = Some((checkpoints.check_config(&text, yaml)?, text));
+            // Branches of the Hub may have moved on.
+            for (repo, commit) in state.get::<Vec<(Repo, String)>>("hub")? {
+                hub()?.pin(&repo, &commit);
+            }
         }
     }
 
@@ -687,6 +692,7 @@ impl Run {
         let mut state = State::new();
         state.put("norms", &self.norms)?;
         state.put("machine", &self.machine)?;
+        state.put("hub", hub::commits())?;
         state.put("skipped", &self.skipped)?;
         state.put_all("stream", self.stream.state()?);
         for sae in &self.saes {

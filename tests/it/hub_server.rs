@@ -106,6 +106,18 @@ impl HubServer {
         self
     }
 
+    /// A commit that replaces a file; what was there is read at [`COMMIT`] from now on.
+    pub fn replace(&self, repo: &str, file: &str, content: impl Into<Vec<u8>>) -> &Self {
+        {
+            let mut shared = self.shared.lock().unwrap();
+            let before = shared.files[&format!("{repo}@main")].clone();
+            shared.files.insert(format!("{repo}@before"), before);
+            shared.heads.insert(format!("{repo}@before"), COMMIT.to_owned());
+            shared.heads.insert(format!("{repo}@main"), COMMIT.replace('0', "e"));
+        }
+        self.put(repo, file, content)
+    }
+
     /// Every file of a folder.
     pub fn put_folder(&self, repo: &str, folder: &Path) -> &Self {
         for entry in std::fs::read_dir(folder).unwrap() {

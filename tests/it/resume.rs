@@ -207,16 +207,51 @@ fn killed_with_activations_from_disk() {
     killed_and_resumed(&desk, &source, SAES, "");
 }
 
-#[test]
-fn killed_with_a_dataset_of_the_hub() {
+/// The Hub with a dataset.
+fn hub_with_texts() -> HubServer {
     let server = HubServer::start();
     let head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: '*.jsonl'}\n---\n";
     server.put("datasets/someone/texts", "README.md", head);
     for part in ["a.jsonl", "b.jsonl"] {
         server.put("datasets/someone/texts", part, documents(part, 200));
     }
+    server
+}
+
+#[test]
+fn killed_with_a_dataset_of_the_hub() {
+    let server = hub_with_texts();
     let source = model("submodule: gpt_neox.layers.1, text: {type: hub_dataset, repo: someone/texts}");
     killed_and_resumed(&Desk::with_hub(&server.endpoint), &source, SAES, "");
+}
+
+#[test]
+fn branches_of_the_hub_that_move_on_are_read_as_they_were() {
+    let server = hub_with_texts();
+    let austen = Path::new(env!("CARGO_MANIFEST_DIR")).join("plugins/embedded-austen/model");
+    server.put_folder("someone/austen", &austen);
+    let desk = Desk::with_hub(&server.endpoint);
+    desk.write(
+        "config.yaml",
+        &format!(
+            "steps: 20\nlog_every: 1\noutput_dir: run\nsource: {{type: language_model, model: someone/austen, submodule: gpt_neox.layers.1, ctx_len: 32, \
+             n_ctxs: 48, refresh_batch_size: 8, out_batch_size: 192, text: {{type: hub_dataset, repo: someone/texts}}}}\n{TOP_K}"
+        ),
+    );
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
+    desk.ok(&["train", "config.yaml", "--set", "stop_after=4"]);
+    let model = fs::read(fixture("models/gpt2/model.safetensors")).unwrap();
+    server.replace("someone/austen", "model.safetensors", model);
+    server.replace("datasets/someone/texts", "a.jsonl", documents("a new one", 100));
+    // Twice: the commits are in the checkpoint of a run that was resumed too.
+    desk.ok(&["train", "config.yaml", "--resume", "--set", "stop_after=8"]);
+    desk.ok(&["train", "config.yaml", "--resume"]);
+    same(&desk, "whole", "run");
+    let cache = desk.path("hf/hub/models--someone--austen");
+    assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 1, "the new model is not fetched");
+    // A run that begins anew reads what is there now.
+    let said = desk.refused(&["train", "config.yaml", "--output-dir", "new"]);
+    assert!(said.contains("has no tensor `gpt_neox.embed_in.weight`"), "{said}");
 }
 
 /// Waits for something that a run does.

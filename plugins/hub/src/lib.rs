@@ -55,6 +55,8 @@ struct Client {
     offline: bool,
     /// What was looked up in this run.
     snapshots: Arc<Mutex<HashMap<Repo, Arc<Snapshot>>>>,
+    /// What revisions are to stand for.
+    pins: Arc<Mutex<HashMap<Repo, String>>>,
 }
 
 /// A repository at a commit.
@@ -101,7 +103,7 @@ impl Client {
             .build()
             .context("cannot set up the connection to the Hub")?;
         let agent = upload::agent();
-        Ok(Client { api, agent, cache, endpoint, token, offline, snapshots: Arc::default() })
+        Ok(Client { api, agent, cache, endpoint, token, offline, snapshots: Arc::default(), pins: Arc::default() })
     }
 
     fn theirs(repo: &Repo, revision: &str) -> hf_hub::Repo {
@@ -142,6 +144,13 @@ impl Client {
             .build()
             .call()?;
         Failure::check(response)
+    }
+
+    /// The repository at the commit that its revision is to stand for, if one is said.
+    fn pinned(&self, repo: &Repo) -> Repo {
+        let pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        let revision = pins.get(repo).unwrap_or(&repo.revision);
+        Repo { revision: revision.clone(), ..repo.clone() }
     }
 
     /// The repository's files and commit, as the Hub knows them or, if it cannot be asked, as the cache has them.
@@ -414,6 +423,7 @@ fn is_plain(path: &str) -> bool {
 
 impl Hub for Client {
     fn file(&self, repo: &Repo, path: &str) -> Result<Option<PathBuf>> {
+        let repo = &self.pinned(repo);
         let snapshot = self.snapshot(repo)?;
         if !snapshot.files.iter().any(|file| file == path) {
             return Ok(None);
@@ -427,6 +437,7 @@ impl Hub for Client {
     }
 
     fn stream(&self, repo: &Repo, path: &str) -> Result<Option<Box<dyn Read + Send>>> {
+        let repo = &self.pinned(repo);
         let snapshot = self.snapshot(repo)?;
         if !snapshot.files.iter().any(|file| file == path) {
             return Ok(None);
@@ -440,11 +451,25 @@ impl Hub for Client {
     }
 
     fn list(&self, repo: &Repo) -> Result<Vec<String>> {
-        Ok(self.snapshot(repo)?.files.clone())
+        Ok(self.snapshot(&self.pinned(repo))?.files.clone())
     }
 
     fn commit(&self, repo: &Repo) -> Result<String> {
-        Ok(self.snapshot(repo)?.commit.clone())
+        Ok(self.snapshot(&self.pinned(repo))?.commit.clone())
+    }
+
+    fn commits(&self) -> Vec<(Repo, String)> {
+        let known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+        let pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = known.iter().map(|(repo, snapshot)| (repo.clone(), snapshot.commit.clone()));
+        let pinned = pins.iter().map(|(repo, commit)| (repo.clone(), commit.clone()));
+        let mut all: Vec<_> = read.filter(|(repo, commit)| repo.revision != *commit).chain(pinned).collect();
+        all.sort_by(|(one, _), (other, _)| one.cmp(other));
+        all
+    }
+
+    fn pin(&self, repo: &Repo, commit: &str) {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner).insert(repo.clone(), commit.to_owned());
     }
 
     fn cached(&self, name: &str) -> Vec<PathBuf> {
