@@ -262,6 +262,10 @@ fn wrong_configs() {
     case("initial weights of another file", format!("{SOURCE}{SAES}  init_from: batches.safetensors\n"));
     case("a metric that needs a language model", format!("{SOURCE}{SAES}metrics: [{{type: loss_recovered}}]\n"));
     case("a metric on no such file", format!("{SOURCE}{SAES}eval_source:\n  path: nope.safetensors\n"));
+    case(
+        "a wrong key of `source`, which `eval_source` takes over",
+        format!("source: {{type: tensor_file, paths: batches.safetensors}}\n{SAES}eval_source: {{batch_size: 32}}\n"),
+    );
     case("a log outside the run", format!("{SOURCE}{SAES}loggers:\n- {{type: jsonl, file: ../x.jsonl}}\n"));
     case(
         "a default that does not fit",

@@ -62,9 +62,14 @@ impl<'a> Check<'a> {
         // What the loader moved stands elsewhere in the file: sweeps, and what `eval_source` takes from `source`.
         let written = self.as_written(path);
         let swept = written.split_once("].").map(|(sae, key)| format!("{sae}].sweep.[{key}]"));
-        let candidates = [swept, Some(written.clone()), written.strip_prefix("eval_").map(str::to_owned)];
-        for candidate in candidates.iter().flatten() {
-            if let Some((at, true)) = spans::position(text, &path_in_file(candidate), key) {
+        let candidates = [
+            (swept, path),
+            (Some(written.clone()), path),
+            (written.strip_prefix("eval_").map(str::to_owned), path.strip_prefix("eval_").unwrap_or(path)),
+        ];
+        for (candidate, path) in candidates {
+            let Some(candidate) = candidate else { continue };
+            if let Some((at, true)) = spans::position(text, &path_in_file(&candidate), key) {
                 if let super::Origin::File(file, _) = origin {
                     return error.at(super::Origin::File(file.clone(), Some(at)), path);
                 }
