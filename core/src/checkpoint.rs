@@ -18,6 +18,10 @@ use crate::yaml;
 /// How many checkpoints are kept: the last, and the one before it in case the last is damaged.
 const KEPT: usize = 2;
 
+/// What to do where the config of a run is lost.
+pub(crate) const PUT_BACK: &str =
+    "put the config there that the run was begun with (`--dry-run` prints it), or choose another --output-dir";
+
 /// Top-level keys of a config that may differ between a run and its continuation: they change what is reported, where it is
 /// computed and what is done on a bad day, not what is trained.
 const HARMLESS: [&str; 12] = [
@@ -94,7 +98,8 @@ impl Checkpoints {
     pub fn check_config(&self, begun: &str, now: &str) -> Result<bool> {
         let parse = |text: &str| yaml::parse::<Value>(text);
         let (Ok(Value::Mapping(begun)), Ok(Value::Mapping(now))) = (parse(begun), parse(now)) else {
-            bail!(InputError::new(format!("the config.yaml beside {} cannot be read", self.dir.display())));
+            bail!(InputError::new(format!("the config.yaml beside {} is not a config", self.dir.display()))
+                .help(PUT_BACK));
         };
         let keys: BTreeSet<&str> = begun.keys().chain(now.keys()).filter_map(Value::as_str).collect();
         let mut changed = Vec::new();

@@ -353,7 +353,7 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
             Ok(ExitCode::SUCCESS)
         }
         Ending::Interrupted(step) => {
-            eprintln!("stopped before step {step}; everything is saved, `--resume` goes on");
+            eprintln!("stopped after {step} steps; everything is saved, `--resume` goes on");
             Ok(ExitCode::from(interrupt.status()))
         }
         Ending::NotBegun => {

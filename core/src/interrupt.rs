@@ -46,7 +46,12 @@ impl Interrupt {
             for signal in signals.forever() {
                 let signal = signal as u8;
                 ASKED.store(signal, Ordering::Relaxed);
-                if seen.asked.swap(signal, Ordering::Relaxed) != 0 || seen.at_once.load(Ordering::Relaxed) {
+                let again = seen.asked.swap(signal, Ordering::SeqCst) != 0;
+                let at_once = seen.at_once.load(Ordering::SeqCst);
+                if at_once && !again {
+                    eprintln!("\nstopped in the evaluation; what was trained is saved");
+                }
+                if at_once || again {
                     // SAFETY: ends the process and touches no memory. `exit` would run libtorch's destructors while its
                     // threads compute.
                     unsafe { libc::_exit(status(signal).into()) }
@@ -60,7 +65,8 @@ impl Interrupt {
 
     /// Whether a signal has come.
     pub fn asked(&self) -> bool {
-        self.asked.load(Ordering::Relaxed) != 0
+        // In one order with `nothing_to_lose`: a signal is seen by who calls both, or ends the process.
+        self.asked.load(Ordering::SeqCst) != 0
     }
 
     /// The exit status of a command that ended because of a signal: 128 and its number, as shells have it; 130 for SIGINT.
@@ -70,7 +76,7 @@ impl Interrupt {
 
     /// From now on all is saved, and the first signal may end the process.
     pub fn nothing_to_lose(&self) {
-        self.at_once.store(true, Ordering::Relaxed);
+        self.at_once.store(true, Ordering::SeqCst);
     }
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{make_dir, Checkpoints, Machine};
+use crate::checkpoint::{self, make_dir, Checkpoints, Machine};
 use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
 use crate::device;
 use crate::dictionary::Dictionary;
@@ -57,8 +57,10 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     match &checkpoint {
         None => refuse_other_run(run_dir, resume, &checkpoints)?,
         Some((_, state)) => {
-            let text = fs::read_to_string(run_dir.join("config.yaml"))
-                .map_err(|error| InputError::new(format!("cannot read the run's config.yaml: {error}")))?;
+            let path = run_dir.join("config.yaml");
+            let text = fs::read_to_string(&path).map_err(|error| {
+                InputError::new(format!("cannot read {}: {error}", path.display())).help(checkpoint::PUT_BACK)
+            })?;
             begun = Some((checkpoints.check_config(&text, yaml)?, text));
             // Branches of the Hub may have moved on.
             for (repo, commit) in state.get::<Vec<(Repo, String)>>("hub")? {
@@ -70,7 +72,9 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     // Everything that can be wrong with the config is found before anything is written.
     let mut run = match Run::build(config) {
         // Whatever broke off then did so because it was asked to.
-        Err(_) if interrupt.asked() => return Ok(Ending::NotBegun),
+        Err(_) if interrupt.asked() => {
+            return Ok(checkpoint.map_or(Ending::NotBegun, |(step, _)| Ending::Interrupted(step)))
+        }
         built => built?,
     };
     if let (Some((true, _)), Some((step, _))) = (&begun, &checkpoint) {
@@ -562,6 +566,10 @@ impl Run {
         }
         patiently(interrupt, &say, || self.save(config, run_dir))?;
         interrupt.nothing_to_lose();
+        // Since then a signal ends the process; this one came before.
+        if interrupt.asked() {
+            return self.interrupted(config, step, &mut loggers, &mut keeping);
+        }
         let results = self.evaluate(config, run_dir, &keeping)?;
         Ok(Ending::Done { results, stopped: self.stops() })
     }

@@ -347,6 +347,27 @@ fn what_cannot_be_written_is_written_later() {
 }
 
 #[test]
+fn a_signal_near_the_end_loses_nothing() {
+    let desk = Desk::new();
+    let source = model("submodule: gpt_neox.layers.0, text: {type: embedded, name: austen}");
+    let config = format!("steps: 5\noutput_dir: run\nsource: {source}\neval_source: {{shuffle: false}}\n{TOP_K}");
+    desk.write("config.yaml", &format!("{config}metrics: [{{type: reconstruction, n_batches: 10}}]\n"));
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
+    for (awaited, pause) in [("checkpoints/step_5", 0), ("top_k/ae.safetensors", 0), ("top_k/ae.safetensors", 100)] {
+        let _ = fs::remove_dir_all(desk.path("run"));
+        let child = start(&desk, &["train", "config.yaml", "--set", "metrics[0].n_batches=100_000"]);
+        wait_for(awaited, || desk.files().iter().any(|file| file.starts_with(&format!("run/{awaited}"))));
+        sleep(Duration::from_millis(pause));
+        send("-TERM", &child);
+        let run = Run::of(child.wait_with_output().unwrap());
+        assert_eq!(run.code, 143, "{}", run.stderr);
+        assert!(run.stderr.contains("is saved"), "{}", run.stderr);
+        desk.ok(&["train", "config.yaml", "--resume"]);
+        same(&desk, "whole", "run");
+    }
+}
+
+#[test]
 fn signals_end_a_run_in_good_order() {
     let desk = Desk::new();
     desk.write("config.yaml", &tensor_file_config(100_000, &format!("checkpoint_every: null\n{TOP_K}")));
