@@ -50,17 +50,8 @@ pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activati
     }
     // Two matrices and what they are made from: what it takes to be there at all, long before it is trained.
     let bytes = (size as u64).saturating_mul(activation_dim.max(1) as u64).saturating_mul(4 * 4);
-    let free = memory::free();
-    if bytes > free {
-        let field = if dict_size.is_some() { "dict_size" } else { "expansion_factor" };
-        bail!(InputError::new(format!(
-            "{size} features of width {activation_dim} take {} of memory before they are trained, and {} are free",
-            memory::Size(bytes),
-            memory::Size(free)
-        ))
-        .field(field)
-        .help("make it smaller"));
-    }
+    let field = if dict_size.is_some() { "dict_size" } else { "expansion_factor" };
+    memory::check(format_args!("{size} features of width {activation_dim}"), bytes, field)?;
     Ok(size)
 }
 

@@ -140,6 +140,17 @@ impl fmt::Display for Size {
     }
 }
 
+/// Refuses something that by itself takes more memory than there is, before it is made. `what` is plural, and `field` what
+/// would make it smaller.
+pub fn check(what: impl fmt::Display, bytes: u64, field: &str) -> Result<(), InputError> {
+    let free = free();
+    if bytes <= free {
+        return Ok(());
+    }
+    let message = format!("{what} take {} of memory, and {} are free", Size(bytes), Size(free));
+    Err(InputError::new(message).field(field).help("make it smaller"))
+}
+
 /// Bytes of the computer's memory that a process could have: what is free or can be made so, within a container's limit.
 pub(crate) fn free() -> u64 {
     let ram = RefreshKind::nothing().with_memory(MemoryRefreshKind::everything());

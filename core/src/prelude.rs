@@ -18,7 +18,7 @@ pub use crate::dictionary::{
 };
 pub use crate::firing::Firing;
 pub use crate::logger::{Logger, LoggerConfig};
-pub use crate::memory::Need as MemoryNeed;
+pub use crate::memory::{check as check_memory, Need as MemoryNeed};
 pub use crate::metric::{figures, Figures, Metric, MetricConfig, Subject, Variance};
 pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::modifier::{Modifier, ModifierConfig, ModifierCx, Need};

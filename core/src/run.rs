@@ -371,18 +371,25 @@ impl Run {
             let Err(error) = sae.training.settle() else { continue };
             let NotFinite { message, .. } = error.downcast::<NotFinite>()?;
             // It has gone on with numbers that are of no use.
-            let mut training = Training::new(&config.saes[sae.entry], &sae.cx)?;
-            training.name.clone_from(&sae.training.name);
-            let mut step = 0;
-            keeping.saver.finish(keeping.interrupt, &|message| keeping.progress.say(message))?;
-            if let Some((at, state)) = keeping.checkpoints.latest()? {
-                training.restore(&state.under(&format!("saes/{}", training.name)))?;
-                step = at;
-            }
-            self.saes[index].training = training;
+            let step = self.go_back(index, config, keeping)?;
             self.stop(index, step, message, keeping)?;
         }
         Ok(())
+    }
+
+    /// Sets an SAE back to the last checkpoint, or to the beginning; to which step.
+    fn go_back(&mut self, index: usize, config: &RunConfig, keeping: &mut Keeping) -> Result<u64> {
+        let sae = &self.saes[index];
+        let mut training = Training::new(&config.saes[sae.entry], &sae.cx)?;
+        training.name.clone_from(&sae.training.name);
+        let mut step = 0;
+        keeping.saver.finish(keeping.interrupt, &|message| keeping.progress.say(message))?;
+        if let Some((at, state)) = keeping.checkpoints.latest()? {
+            training.restore(&state.under(&format!("saes/{}", training.name)))?;
+            step = at;
+        }
+        self.saes[index].training = training;
+        Ok(step)
     }
 
     /// Lets an SAE train no more. Its weights, those of so many steps, are kept, unless nothing of the run is.
@@ -542,16 +549,14 @@ impl Run {
             if checkpointing {
                 // A checkpoint is of no use without the log up to it.
                 match flush(&mut loggers) {
-                    Ok(()) => keeping.saver.checkpoint(step, self.state()?)?,
+                    Ok(()) => keeping.saver.checkpoint(step, self.state(step)?)?,
                     Err(error) => keeping.saver.not_ready(&error, &|message| keeping.progress.say(message)),
                 }
             }
             keeping.saver.look(&|message| keeping.progress.say(message))?;
         }
         self.settle(config, &mut keeping)?;
-        let Keeping { saver, progress, .. } = &mut keeping;
-        let say = |message: &str| progress.say(message);
-        patiently(interrupt, &say, || flush(&mut loggers))?;
+        let progress = &keeping.progress;
         progress.say(&progress.finish());
         if self.stream.passes() > 1 {
             progress.say(&format!("the data was read {} times", self.stream.passes()));
@@ -559,18 +564,17 @@ impl Run {
         let skips = self.saes.iter().filter_map(|sae| sae.skipped.note(&format!("SAE `{}`", sae.training.name)));
         let notes = self.stream.source().notes().into_iter().chain(self.skipped.note("activations"));
         notes.chain(skips).for_each(|note| progress.say(&note));
-        saver.finish(interrupt, &say)?;
-        if config.checkpoint_every.is_some() {
-            let state = self.state()?;
-            patiently(interrupt, &say, || checkpoints.save(step, &state))?;
-        }
-        patiently(interrupt, &say, || self.save(config, run_dir))?;
+        let checkpoint = config.checkpoint_every.map(|_| step);
+        let missing = self.save_all(config, checkpoint, &mut loggers, &mut keeping)?;
         interrupt.nothing_to_lose();
         // Since then a signal ends the process; this one came before.
         if interrupt.asked() {
             return self.interrupted(config, step, &mut loggers, &mut keeping);
         }
         let results = self.evaluate(config, run_dir, &keeping)?;
+        if let Some(error) = missing {
+            return Err(error.context("what was trained is saved and evaluated, but this is missing"));
+        }
         Ok(Ending::Done { results, stopped: self.stops() })
     }
 
@@ -586,14 +590,42 @@ impl Run {
         if step == 0 {
             return Ok(Ending::NotBegun);
         }
+        match self.save_all(config, Some(step), loggers, keeping)? {
+            Some(error) => Err(error),
+            None => Ok(Ending::Interrupted(step)),
+        }
+    }
+
+    /// Writes the log, a checkpoint if there is to be one, and the SAEs. These are also written where there is no room for the
+    /// others; then the answer is why the others are missing.
+    fn save_all(
+        &mut self,
+        config: &RunConfig,
+        checkpoint: Option<u64>,
+        loggers: &mut [Box<dyn Logger>],
+        keeping: &mut Keeping,
+    ) -> Result<Option<anyhow::Error>> {
         let Keeping { run_dir, checkpoints, saver, progress, interrupt } = keeping;
         let say = |message: &str| progress.say(message);
-        patiently(interrupt, &say, || flush(loggers))?;
         saver.finish(interrupt, &say)?;
-        let state = self.state()?;
-        patiently(interrupt, &say, || checkpoints.save(step, &state))?;
-        patiently(interrupt, &say, || self.save(config, run_dir))?;
-        Ok(Ending::Interrupted(step))
+        let state = checkpoint.map(|step| Ok::<_, anyhow::Error>((step, self.state(step)?))).transpose()?;
+        let mut saved = false;
+        let others = patiently(interrupt, &say, || {
+            let mut write = || {
+                flush(loggers)?;
+                state.as_ref().map_or(Ok(()), |(step, state)| checkpoints.save(*step, state))
+            };
+            let others = write();
+            // Not later: whoever waits for room may be killed.
+            if others.is_err() && !saved {
+                saved = self.save(config, run_dir).is_ok();
+            }
+            others
+        });
+        if !saved {
+            patiently(interrupt, &say, || self.save(config, run_dir))?;
+        }
+        Ok(others.err())
     }
 
     /// What an earlier process has found, if it has done all that there is to do.
@@ -696,8 +728,10 @@ impl Run {
         keeping.saver.weights(path, tensors, keeping.interrupt, &|message| keeping.progress.say(message))
     }
 
-    fn state(&self) -> Result<State> {
+    /// After so many steps.
+    fn state(&self, step: u64) -> Result<State> {
         let mut state = State::new();
+        state.put(checkpoint::STEP, step)?;
         state.put("norms", &self.norms)?;
         state.put("machine", &self.machine)?;
         state.put("hub", hub::commits())?;

@@ -13,6 +13,7 @@ use dictlearn_core::tensors;
 
 use crate::common::{fixture, tensor_file_config, Desk, Run};
 use crate::hub_server::HubServer;
+use crate::soak::Disk;
 
 /// Trains fast, and long enough to be met in the middle.
 const TOP_K: &str = "saes: [{trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}]\n";
@@ -313,6 +314,14 @@ fn a_damaged_checkpoint_is_passed_over() {
         same(&desk, "whole", "run");
         assert!(!found[0].exists(), "what is damaged is not kept");
     }
+    // One that has another's name, and what is no file.
+    let found = stopped();
+    fs::rename(&found[0], desk.path("run/checkpoints/step_39.safetensors")).unwrap();
+    let pipe = std::process::Command::new("mkfifo").arg(desk.path("run/checkpoints/step_38.safetensors")).status();
+    assert!(pipe.unwrap().success());
+    let run = desk.run(&["train", "config.yaml", "--resume"]);
+    assert!(run.code == 0 && run.stderr.contains("step_39.safetensors is the checkpoint of step 15"), "{}", run.stderr);
+    same(&desk, "whole", "run");
     // With none that is whole it is not begun anew in silence.
     for path in stopped() {
         fs::write(path, "nothing").unwrap();
@@ -344,6 +353,61 @@ fn what_cannot_be_written_is_written_later() {
     assert!(run.stderr.contains("warning: cannot make") && run.stderr.contains("training goes on"), "{}", run.stderr);
     assert!(run.stderr.contains("writing succeeds again"), "{}", run.stderr);
     same(&desk, "whole", "run");
+}
+
+#[test]
+fn small_disks_hold_what_matters_most() {
+    let desk = Desk::new();
+    let sae = "saes: [{trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 2048, k: 4}}]\n";
+    desk.write("config.yaml", &tensor_file_config(60, &format!("checkpoint_every: 10\n{sae}")));
+    desk.ok(&["train", "config.yaml"]);
+    let checkpoint = checkpoints(&desk)[0].metadata().unwrap().len() / 1000;
+    let at = desk.path("disk");
+    // Not for three checkpoints, but for two and the SAE, which is two thirds of one.
+    let Some(disk) = Disk::mount(&at, checkpoint * 285 / 100) else {
+        println!("not tried: no tmpfs can be mounted here");
+        return;
+    };
+    let run = desk.run(&["train", "config.yaml", "--output-dir", "disk/run"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(!run.stderr.contains("warning"), "{}", run.stderr);
+    same(&desk, "run", "disk/run");
+    drop(disk);
+
+    // Only for the SAE.
+    let _disk = Disk::mount(&at, checkpoint * 85 / 100).unwrap();
+    let child = start(&desk, &["train", "config.yaml", "--output-dir", "disk/run"]);
+    wait_for("weights", || desk.path("disk/run/top_k/ae.safetensors").exists());
+    send("-TERM", &child);
+    let run = Run::of(child.wait_with_output().unwrap());
+    assert_eq!(run.code, 1, "{}", run.stderr);
+    assert!(run.stderr.contains("No space left") && run.stderr.contains("step_60"), "{}", run.stderr);
+    for file in ["metrics.jsonl", "top_k/ae.safetensors"] {
+        let read = |dir: &str| fs::read(desk.path(dir).join(file)).unwrap();
+        assert!(read("run") == read("disk/run"), "{file}");
+    }
+}
+
+#[test]
+fn a_lost_log_or_config_is_said() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(20, &format!("checkpoint_every: 10\n{TOP_K}")));
+    for (lost, said) in [("", "has no rows of the steps before"), ("gone\n", "has lines that are no rows")] {
+        let _ = fs::remove_dir_all(desk.path("run"));
+        desk.ok(&["train", "config.yaml", "--set", "stop_after=15"]);
+        desk.write("run/metrics.jsonl", lost);
+        let run = desk.run(&["train", "config.yaml", "--resume"]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert!(run.stderr.contains(said), "{}", run.stderr);
+    }
+    for (lost, why) in [("", "it holds no keys"), ("saes: [", " at line ")] {
+        desk.write("run/config.yaml", lost);
+        let said = desk.refused(&["train", "config.yaml", "--resume"]);
+        assert!(said.contains(why) && said.contains("`--dry-run` prints it"), "{said}");
+    }
+    fs::remove_file(desk.path("run/config.yaml")).unwrap();
+    let said = desk.refused(&["train", "config.yaml", "--resume"]);
+    assert!(said.contains("run/config.yaml: No such file"), "{said}");
 }
 
 #[test]

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use crate::common::Desk;
 use crate::resume::{same, send, wait_for};
 
-/// Of the file system that a run is on, in MB: three checkpoints and some.
-const DISK: u64 = 400;
+/// Of the file system that a run is on, in kB: three checkpoints and some.
+const DISK: u64 = 400_000;
 
 const CONFIG: &str = "steps: 1000000\nlog_every: 20\ncheckpoint_every: EVERY\nnormalize_activations: true\n\
     source: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, ctx_len: 128, n_ctxs: 256, \
@@ -32,12 +32,14 @@ const CONFIG: &str = "steps: 1000000\nlog_every: 20\ncheckpoint_every: EVERY\nno
     - {name: ghosts, dictionary: {dict_size: 1536}, trainer: {type: standard, warmup_steps: 20, \
        sparsity_warmup_steps: 100}, modifiers: [{type: ghost_grads, threshold: 100}]}\n";
 
-/// Mounted as long as it is there.
-struct Disk<'a>(&'a Path);
+/// A small file system in memory, mounted as long as this is there.
+pub struct Disk<'a>(&'a Path);
 
 impl<'a> Disk<'a> {
-    fn mount(at: &'a Path) -> Option<Self> {
-        let options = format!("size={DISK}m");
+    /// Of so many kB; nothing where it cannot be mounted, which wants root.
+    pub fn mount(at: &'a Path, size: u64) -> Option<Self> {
+        fs::create_dir_all(at).unwrap();
+        let options = format!("size={size}k");
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", &options, "none"]).arg(at);
         mount.status().is_ok_and(|status| status.success()).then(|| Disk(at))
@@ -131,9 +133,8 @@ fn soak() {
         desk.write(file, &text);
         desk.write(config, &CONFIG.replace("TEXT", file).replace("EVERY", &every.to_string()));
     }
-    fs::create_dir(desk.path("disk")).unwrap();
     let at = desk.path("disk");
-    let disk = Disk::mount(&at);
+    let disk = Disk::mount(&at, DISK);
     if disk.is_none() {
         println!("soak: no tmpfs can be mounted here: the disk will not fill up");
     }
@@ -250,6 +251,10 @@ fn soak() {
     }
     let (second, last) = (mean(&calm_memory[third..2 * third]), mean(&calm_memory[2 * third..]));
     assert!(last <= second + second / 10, "memory grows: {second} -> {last} MB");
+    // They name the texts, which are two files.
+    for config in desk.files().iter().filter(|file| file.ends_with("/config.json")) {
+        fs::remove_file(desk.path(config)).unwrap();
+    }
     same(&desk, "calm", "disk/stormy");
     println!("soak: the weights and the log are the same");
 }

@@ -52,15 +52,21 @@ impl LoggerConfig for JsonlConfig {
 /// Cuts the log off before the first row from `step` on: they will be logged again. A half-written last line goes too. Cut and
 /// not written anew, so that a full disk is no hindrance.
 fn drop_from(path: &Path, step: u64) -> Result<()> {
-    let Ok(bytes) = fs::read(path) else { return Ok(()) };
+    let bytes = fs::read(path).unwrap_or_default();
     let mut kept = 0;
+    let mut strange = false;
     for line in bytes.split_inclusive(|byte| *byte == b'\n') {
         let row: Option<Value> = serde_json::from_slice(line).ok();
-        let later = row.and_then(|row| row.get("step")?.as_u64()).is_some_and(|logged| logged >= step);
+        let later = row.as_ref().and_then(|row| row.get("step")?.as_u64()).is_some_and(|logged| logged >= step);
         if later || line.last() != Some(&b'\n') {
             break;
         }
+        strange |= row.is_none();
         kept += line.len();
+    }
+    if step > 0 && (kept == 0 || strange) {
+        let what = if strange { "has lines that are no rows" } else { "has no rows of the steps before" };
+        eprintln!("warning: {} {what}: something that was logged before step {step} is lost", path.display());
     }
     if kept == bytes.len() {
         return Ok(());

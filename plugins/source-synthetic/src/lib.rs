@@ -101,6 +101,13 @@ impl SourceConfig for SyntheticConfig {
             ))
             .field("n_active"));
         }
+        let [features, directions, batch] = self.bytes();
+        check_memory(
+            format_args!("{} true features", self.n_features),
+            features.saturating_add(directions),
+            "n_features",
+        )?;
+        check_memory(format_args!("the batches of {} activations", self.batch_size), batch, "batch_size")?;
         let features_seed = self.features_seed.unwrap_or(cx.seed);
         let directions = normal(&mut rng(features_seed, "synthetic features"), [self.n_features, self.activation_dim]);
         let directions = &directions / directions.norm_scalaropt_dim(2.0, [1], true);
@@ -120,6 +127,20 @@ impl SourceConfig for SyntheticConfig {
             rng: rng(self.seed.unwrap_or(cx.seed), "synthetic activations"),
             device: cx.device,
         }))
+    }
+}
+
+impl SyntheticConfig {
+    /// What the features' frequencies, their directions while they are made and a batch take.
+    fn bytes(&self) -> [u64; 3] {
+        let bytes = |rows: i64, columns: u64| (rows as u64).saturating_mul(columns);
+        let width = self.activation_dim as u64;
+        let features = self.n_features as u64;
+        [
+            bytes(self.n_features, 40),
+            bytes(self.n_features, width.saturating_mul(12)),
+            bytes(self.batch_size, features.saturating_mul(8).saturating_add(width.saturating_mul(8))),
+        ]
     }
 }
 
@@ -223,6 +244,15 @@ impl ActivationSource for Synthetic {
 
     fn batch_size(&self) -> Option<i64> {
         Some(self.batch_size)
+    }
+
+    fn memory(&self) -> Vec<MemoryNeed> {
+        let [batch, features, width] =
+            [self.batch_size, self.frequencies.len() as i64, self.directions.size()[1]].map(|size| size as u64);
+        vec![
+            MemoryNeed::lasting("the true features", features * width * 4, "`n_features`"),
+            MemoryNeed::passing("a batch being made", batch * (features + width) * 8, "`batch_size`").on_host(),
+        ]
     }
 
     fn describe(&self) -> Value {
