@@ -234,7 +234,7 @@ fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
     let message = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
     let message = message.unwrap_or("unknown");
     if ["allocate memory", "out of memory"].iter().any(|want| message.contains(want)) {
-        return "there is not enough memory\nhelp: make the dictionary, the batch or the buffer (`n_ctxs`) smaller; \
+        return "there is not enough memory\nhelp: make the dictionary, the batch or the buffer smaller; \
                 `--dry-run` says what they take"
             .to_owned();
     }

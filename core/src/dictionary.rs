@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
 use crate::device::Precision;
-use crate::memory;
+use crate::memory::{self, Need};
 use crate::registry;
 use crate::source::{Batch, SitePart};
 use crate::top_k::Selection;
@@ -51,7 +51,7 @@ pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activati
     // Two matrices and what they are made from: what it takes to be there at all, long before it is trained.
     let bytes = (size as u64).saturating_mul(activation_dim.max(1) as u64).saturating_mul(4 * 4);
     let field = if dict_size.is_some() { "dict_size" } else { "expansion_factor" };
-    memory::check(format_args!("{size} features of width {activation_dim}"), bytes, field)?;
+    memory::check(&Need::lasting(format!("{size} features of width {activation_dim}"), bytes, field))?;
     Ok(size)
 }
 

@@ -140,15 +140,14 @@ impl fmt::Display for Size {
     }
 }
 
-/// Refuses something that by itself takes more memory than there is, before it is made. `what` is plural, and `field` what
-/// would make it smaller.
-pub fn check(what: impl fmt::Display, bytes: u64, field: &str) -> Result<(), InputError> {
+/// Refuses what by itself takes more memory than there is, before it is made. The knob is a field of who needs it.
+pub fn check(need: &Need) -> Result<(), InputError> {
     let free = free();
-    if bytes <= free {
+    if need.bytes <= free {
         return Ok(());
     }
-    let message = format!("{what} take {} of memory, and {} are free", Size(bytes), Size(free));
-    Err(InputError::new(message).field(field).help("make it smaller"))
+    let message = format!("{} would take {} of memory, and {} are free", need.what, Size(need.bytes), Size(free));
+    Err(InputError::new(message).field(need.knob.trim_matches('`')).help("make it smaller"))
 }
 
 /// Bytes of the computer's memory that a process could have: what is free or can be made so, within a container's limit.

@@ -1,6 +1,7 @@
 //! Running the program, and what it runs on.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -147,4 +148,34 @@ pub fn tensor_file_config(steps: u64, more: &str) -> String {
          source: {{type: tensor_file, path: {:?}, batch_size: 64, shuffle: false}}\n{more}",
         fixture("trainers/batches.safetensors")
     )
+}
+
+/// A small file system in memory, mounted as long as this is there.
+pub struct Disk<'a>(&'a Path);
+
+impl<'a> Disk<'a> {
+    /// Of so many kB; nothing where it cannot be mounted, which wants root.
+    pub fn mount(at: &'a Path, size: u64) -> Option<Self> {
+        fs::create_dir_all(at).unwrap();
+        let options = format!("size={size}k");
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &options, "none"]).arg(at);
+        mount.status().is_ok_and(|status| status.success()).then(|| Disk(at))
+    }
+
+    /// Until nothing more has room.
+    pub fn fill(&self) {
+        let mut file = fs::File::create(self.0.join("ballast")).unwrap();
+        while file.write_all(&[1; 1 << 16]).is_ok() {}
+    }
+
+    pub fn free(&self) {
+        let _ = fs::remove_file(self.0.join("ballast"));
+    }
+}
+
+impl Drop for Disk<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
 }

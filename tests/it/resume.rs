@@ -11,9 +11,8 @@ use dictlearn as _;
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors;
 
-use crate::common::{fixture, tensor_file_config, Desk, Run};
+use crate::common::{fixture, tensor_file_config, Desk, Disk, Run};
 use crate::hub_server::HubServer;
-use crate::soak::Disk;
 
 /// Trains fast, and long enough to be met in the middle.
 const TOP_K: &str = "saes: [{trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}]\n";

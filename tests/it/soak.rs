@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::common::Desk;
+use crate::common::{Desk, Disk};
 use crate::resume::{same, send, wait_for};
 
 /// Of the file system that a run is on, in kB: three checkpoints and some.
@@ -31,35 +31,6 @@ const CONFIG: &str = "steps: 1000000\nlog_every: 20\ncheckpoint_every: EVERY\nno
     - {name: gated, dictionary: {dict_size: 1536}, trainer: {type: gated, warmup_steps: 20, sparsity_warmup_steps: 100}}\n\
     - {name: ghosts, dictionary: {dict_size: 1536}, trainer: {type: standard, warmup_steps: 20, \
        sparsity_warmup_steps: 100}, modifiers: [{type: ghost_grads, threshold: 100}]}\n";
-
-/// A small file system in memory, mounted as long as this is there.
-pub struct Disk<'a>(&'a Path);
-
-impl<'a> Disk<'a> {
-    /// Of so many kB; nothing where it cannot be mounted, which wants root.
-    pub fn mount(at: &'a Path, size: u64) -> Option<Self> {
-        fs::create_dir_all(at).unwrap();
-        let options = format!("size={size}k");
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &options, "none"]).arg(at);
-        mount.status().is_ok_and(|status| status.success()).then(|| Disk(at))
-    }
-
-    fn fill(&self) {
-        let mut file = fs::File::create(self.0.join("ballast")).unwrap();
-        while file.write_all(&[1; 1 << 16]).is_ok() {}
-    }
-
-    fn free(&self) {
-        let _ = fs::remove_file(self.0.join("ballast"));
-    }
-}
-
-impl Drop for Disk<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
-}
 
 /// A run of one thread, so that two do not keep each other from their cores.
 struct Trainee<'a> {

@@ -7,7 +7,7 @@ use minijinja::value::Serde;
 use minijinja::{context, Environment, ErrorKind};
 
 const NAME: &str = "chat";
-/// How many of its instructions a template may run for a chat: those of models need fewer than a hundred a message.
+/// How many of its instructions a template may run for a chat: so many take 0.2 s.
 const INSTRUCTIONS: u64 = 10_000_000;
 
 /// A tokenizer's template for chats (<https://huggingface.co/docs/transformers/chat_templating>), run as Hugging Face's

@@ -101,13 +101,8 @@ impl SourceConfig for SyntheticConfig {
             ))
             .field("n_active"));
         }
-        let [features, directions, batch] = self.bytes();
-        check_memory(
-            format_args!("{} true features", self.n_features),
-            features.saturating_add(directions),
-            "n_features",
-        )?;
-        check_memory(format_args!("the batches of {} activations", self.batch_size), batch, "batch_size")?;
+        let memory = self.memory();
+        memory.iter().try_for_each(check_memory)?;
         let features_seed = self.features_seed.unwrap_or(cx.seed);
         let directions = normal(&mut rng(features_seed, "synthetic features"), [self.n_features, self.activation_dim]);
         let directions = &directions / directions.norm_scalaropt_dim(2.0, [1], true);
@@ -116,6 +111,7 @@ impl SourceConfig for SyntheticConfig {
         let quantiles = -Tensor::from_slice(&frequencies).special_ndtri();
         Ok(Box::new(Synthetic {
             config: serde_json::to_value(self)?,
+            memory,
             directions: directions.to_device(cx.device),
             thresholds: Vec::<f64>::try_from(quantiles)?.into_iter().map(|quantile| quantile as f32).collect(),
             frequencies: frequencies.into_iter().map(|frequency| frequency as f32).collect(),
@@ -131,15 +127,14 @@ impl SourceConfig for SyntheticConfig {
 }
 
 impl SyntheticConfig {
-    /// What the features' frequencies, their directions while they are made and a batch take.
-    fn bytes(&self) -> [u64; 3] {
-        let bytes = |rows: i64, columns: u64| (rows as u64).saturating_mul(columns);
-        let width = self.activation_dim as u64;
-        let features = self.n_features as u64;
-        [
-            bytes(self.n_features, 40),
-            bytes(self.n_features, width.saturating_mul(12)),
-            bytes(self.batch_size, features.saturating_mul(8).saturating_add(width.saturating_mul(8))),
+    fn memory(&self) -> Vec<MemoryNeed> {
+        let [batch, features, width] = [self.batch_size, self.n_features, self.activation_dim].map(|size| size as u64);
+        // Frequencies, and directions three times while they are made.
+        let lasting = features.saturating_mul(width.saturating_mul(12).saturating_add(40));
+        let passing = batch.saturating_mul(features.saturating_add(width).saturating_mul(8));
+        vec![
+            MemoryNeed::lasting(format!("{features} true features"), lasting, "`n_features`"),
+            MemoryNeed::passing(format!("{batch} activations being made"), passing, "`batch_size`").on_host(),
         ]
     }
 }
@@ -167,6 +162,7 @@ fn normal(rng: &mut Rng, [rows, columns]: [i64; 2]) -> Tensor {
 
 struct Synthetic {
     config: Value,
+    memory: Vec<MemoryNeed>,
     /// gᵢ, [n, d].
     directions: Tensor,
     /// pᵢ
@@ -247,12 +243,7 @@ impl ActivationSource for Synthetic {
     }
 
     fn memory(&self) -> Vec<MemoryNeed> {
-        let [batch, features, width] =
-            [self.batch_size, self.frequencies.len() as i64, self.directions.size()[1]].map(|size| size as u64);
-        vec![
-            MemoryNeed::lasting("the true features", features * width * 4, "`n_features`"),
-            MemoryNeed::passing("a batch being made", batch * (features + width) * 8, "`batch_size`").on_host(),
-        ]
+        self.memory.clone()
     }
 
     fn describe(&self) -> Value {
@@ -298,6 +289,7 @@ mod tests {
         let quantiles = Vec::<f64>::try_from(-Tensor::from_slice(&frequencies).special_ndtri()).unwrap();
         let mut source = Synthetic {
             config: Value::Null,
+            memory: Vec::new(),
             directions: Tensor::eye(config.n_features, (Kind::Float, Device::Cpu)),
             frequencies: frequencies.iter().map(|p| *p as f32).collect(),
             thresholds: quantiles.iter().map(|q| *q as f32).collect(),
@@ -316,6 +308,15 @@ mod tests {
         let magnitudes = features.masked_select(&features.gt(0.0));
         assert!(magnitudes.min().double_value(&[]) >= 0.5 && magnitudes.max().double_value(&[]) <= 1.5);
         (Vec::<f64>::try_from(active.mean_dim([0].as_slice(), false, Kind::Double)).unwrap(), together)
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_before_it_is_made() {
+        for (field, size) in [("n_features", i64::MAX), ("batch_size", 1 << 50)] {
+            let config: SyntheticConfig = serde_json::from_value(serde_json::json!({field: size})).unwrap();
+            let error = InputError::take(config.build(&SourceCx::default()).err().unwrap()).unwrap();
+            assert!(error.message().contains("GB are free") && error.key() == field, "{error}");
+        }
     }
 
     #[test]
