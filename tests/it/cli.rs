@@ -521,7 +521,7 @@ fn want_of_memory_is_said_in_a_sentence() {
     let config = "saes: [{trainer: {type: standard}, dictionary: {dict_size: 1e14}}]\n";
     desk.write("config.yaml", &tensor_file_config(3000, config));
     let said = desk.refused(&["train", "config.yaml"]);
-    assert!(said.contains("100000000000000 features of width 32 take") && said.contains("dict_size"), "{said}");
+    assert!(said.contains("100000000000000 features of width 32 would take") && said.contains("dict_size"), "{said}");
     // What does not fit is refused before anything is read or made, with what to change.
     desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "500000000").replace("BATCH", "256"));
     let said = desk.refused(&["train", "config.yaml"]);
