@@ -6,9 +6,7 @@
 //! The disk is a small tmpfs, so it wants root on Linux; where it cannot be mounted, the disk does not fill up.
 
 use std::fs;
-use std::io::Write;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
