@@ -11,6 +11,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
@@ -18,7 +19,7 @@ use std::time::Instant;
 use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
 use dictlearn_core::config::from_yaml;
-use dictlearn_core::device::{self, cpu_multiplies_bfloat16, Precision};
+use dictlearn_core::device::{self, bfloat16_is_faster, Precision};
 use dictlearn_core::source::Batch;
 use dictlearn_core::training::{Training, TrainingCx};
 use serde::{Deserialize, Serialize};
@@ -111,7 +112,7 @@ fn main() -> Result<()> {
     }
     let trainers: Vec<&str> =
         if args.trainers.is_empty() { TRAINERS.to_vec() } else { args.trainers.iter().map(String::as_str).collect() };
-    println!("{}; bfloat16 products: {}\n", machine(), if cpu_multiplies_bfloat16() { "yes" } else { "no" });
+    println!("{}; `precision: auto` is {}\n", machine(), kind(bfloat16_is_faster()));
     let case = Case {
         d: 0,
         f: 0,
@@ -126,6 +127,7 @@ fn main() -> Result<()> {
     for size in &args.sizes {
         let (d, f) = size.split_once('x').with_context(|| format!("`{size}` is no size; 512x8192 is one"))?;
         let case = Case { d: d.parse()?, f: f.parse()?, ..case.clone() };
+        let mut found = BTreeMap::new();
         for autocast in [false, true] {
             if autocast && !args.bfloat16 {
                 continue;
@@ -134,17 +136,21 @@ fn main() -> Result<()> {
             println!("Activations of {d}, {f} features, batch {}, k {}, {}:\n", case.batch, case.k, kind(autocast));
             heading("trainer");
             for trainer in &trainers {
-                row(&args, trainer, trainer, &case)?;
+                found.insert((false, *trainer, autocast), row(&args, trainer, trainer, &case)?);
             }
             println!();
             if args.trained {
                 println!("The same, with biases so low that one feature in a hundred fires:\n");
                 heading("trainer");
                 for trainer in trainers.iter().filter(|trainer| !trainer.contains("top_k")) {
-                    row(&args, trainer, trainer, &Case { few: true, ..case.clone() })?;
+                    let ms = row(&args, trainer, trainer, &Case { few: true, ..case.clone() })?;
+                    found.insert((true, *trainer, autocast), ms);
                 }
                 println!();
             }
+        }
+        if args.bfloat16 {
+            ratios(&found);
         }
         if args.grow {
             for trainer in &trainers {
@@ -195,8 +201,33 @@ fn heading(what: &str) {
     println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
 }
 
-/// All sides in turn, several times over.
-fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<()> {
+/// How many times as fast we are as the reference: in bfloat16 as it comes, in float32, in bfloat16, and as sae_lens in bfloat16.
+fn ratios(found: &BTreeMap<(bool, &str, bool), [f64; 3]>) {
+    println!("Times as fast, with few features that fire or as initialised:\n");
+    println!("| trainer | features | bfloat16 against their float32 | float32 | bfloat16 | sae_lens in bfloat16 |");
+    println!("| --- | --- | ---: | ---: | ---: | ---: |");
+    for ((few, trainer, _), half) in found.iter().filter(|((_, _, autocast), _)| *autocast) {
+        let float = &found[&(*few, *trainer, false)];
+        let [auto, same, both, sae_lens] =
+            [float[1] / half[0], float[1] / float[0], half[1] / half[0], half[2] / half[0]]
+                .map(|ratio| shown(ratio, 1));
+        let features = if *few { "few" } else { "all" };
+        println!("| {trainer} | {features} | {auto} | {same} | {both} | {sae_lens} |");
+    }
+    println!();
+}
+
+/// A number with so many digits; nothing of one that was not measured.
+fn shown(value: f64, digits: usize) -> String {
+    if value.is_nan() {
+        String::new()
+    } else {
+        format!("{value:.digits$}")
+    }
+}
+
+/// All sides in turn, several times over: the median of each, in milliseconds.
+fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<[f64; 3]> {
     let json = serde_json::to_string(case)?;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/compare.py");
     let mut took = [Took::default(), Took::default(), Took::default()];
@@ -215,8 +246,7 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<()> {
             add(&mut took[index], turn(&mut other)?);
         }
     }
-    let ms: Vec<f64> = took.iter_mut().map(|took| median(&mut took.ms)).collect();
-    let shown = |value: f64, digits: usize| if value.is_nan() { String::new() } else { format!("{value:.digits$}") };
+    let ms = took.each_mut().map(|took| median(&mut took.ms));
     let ratios: Vec<String> = ms[1..].iter().map(|other| shown(other / ms[0], 1)).filter(|s| !s.is_empty()).collect();
     // Weights, gradients and two moments stay.
     let kept = case.saes as f64 * 4.0 * (2 * case.d * case.f) as f64 * 4.0 / 1e6;
@@ -242,7 +272,7 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<()> {
         beyond(&took[0]),
         beyond(&took[1]),
     );
-    Ok(())
+    Ok(ms)
 }
 
 fn add(sum: &mut Took, took: Took) {

@@ -1,6 +1,7 @@
 //! Where tensors live and in which type their products are computed.
 
 use std::cell::Cell;
+use std::sync::LazyLock;
 
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -46,22 +47,40 @@ impl Precision {
             },
             Precision::BFloat16 => {
                 let kind = self.kind();
-                let product = x.to_kind(kind).linear::<Tensor>(&weight.to_kind(kind), None).to_kind(Kind::Float);
+                let product = x.to_kind(kind).linear::<Tensor>(&weight.to_kind(kind), None);
                 match bias {
+                    // The sum of the two kinds is float32, which a GPU calculates in one pass.
                     Some(bias) => product + bias,
                     None => product,
                 }
+                .to_kind(Kind::Float)
             }
         }
     }
 }
 
-/// Whether the CPU has instructions for products of bfloat16 (AVX512-BF16, and AMX, which comes with it).
-pub fn cpu_multiplies_bfloat16() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return std::is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+/// What the system says of the CPU; empty where it is not Linux.
+fn cpu_info() -> &'static str {
+    static INFO: LazyLock<String> = LazyLock::new(|| std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
+    &INFO
+}
+
+/// The first entry of that name.
+fn entry<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    let entries = info.lines().filter_map(|line| line.split_once(':'));
+    entries.map(|(key, value)| (key.trim(), value.trim())).find(|(key, _)| *key == name).map(|(_, value)| value)
+}
+
+/// Whether the CPU takes products of bfloat16 in less time than float32's: with AMX, and with AVX512-BF16 on AMD's. On Intel's
+/// AVX512-BF16 multiplies no more numbers at a time than float32's instructions, and libtorch's products in it take
+/// nearly twice as long (docs/performance.md).
+pub fn bfloat16_is_faster() -> bool {
+    is_faster(cpu_info())
+}
+
+fn is_faster(info: &str) -> bool {
+    let has = |flag| entry(info, "flags").is_some_and(|flags| flags.split(' ').any(|known| known == flag));
+    has("amx_bf16") || has("avx512_bf16") && entry(info, "vendor_id") == Some("AuthenticAMD")
 }
 
 /// The widest vector instructions that the CPU has and loops of our own use.
@@ -84,9 +103,7 @@ pub fn cpu_vectors() -> &'static str {
 
 /// What the CPU calls itself, with its vectors: on another one sums may be taken in another order.
 pub(crate) fn processor() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    let model = model.map_or(std::env::consts::ARCH, |(_, model)| model.trim());
+    let model = entry(cpu_info(), "model name").unwrap_or(std::env::consts::ARCH);
     format!("{model}, {}", cpu_vectors())
 }
 
@@ -145,5 +162,25 @@ pub fn name(device: Device) -> String {
         Device::Cuda(index) => format!("cuda:{index}"),
         Device::Cpu => "cpu".to_owned(),
         other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bfloat16_where_it_is_faster() {
+        let info = |vendor: &str, flags: &str| {
+            let core =
+                format!("processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: A\nflags\t\t: fpu {flags} sse\n\n");
+            core.repeat(2)
+        };
+        assert!(is_faster(&info("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile")));
+        assert!(is_faster(&info("AuthenticAMD", "avx512f avx512_bf16")));
+        assert!(!is_faster(&info("GenuineIntel", "avx512f avx512_bf16")));
+        assert!(!is_faster(&info("AuthenticAMD", "avx2")));
+        assert!(!is_faster(""));
+        assert_eq!(entry(&info("GenuineIntel", "avx2"), "model name"), Some("A"));
     }
 }

@@ -143,10 +143,14 @@ impl Run {
 
 /// A config that trains on the fixtures' activations [5120, 32].
 pub fn tensor_file_config(steps: u64, more: &str) -> String {
+    tensor_file_config_of(&fixture("trainers/batches.safetensors"), 64, steps, more)
+}
+
+/// The same with activations of one's own, in batches of that many.
+pub fn tensor_file_config_of(activations: &Path, batch_size: u64, steps: u64, more: &str) -> String {
     format!(
         "steps: {steps}\noutput_dir: run\nprecision: float32\nlog_every: 1\n\
-         source: {{type: tensor_file, path: {:?}, batch_size: 64, shuffle: false}}\n{more}",
-        fixture("trainers/batches.safetensors")
+         source: {{type: tensor_file, path: {activations:?}, batch_size: {batch_size}, shuffle: false}}\n{more}"
     )
 }
 

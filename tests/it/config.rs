@@ -136,6 +136,7 @@ fn wrong_configs() {
     case("zero steps", format!("{SOURCE}{SAES}steps: 0\n"));
     case("a number for true or false", format!("{SOURCE}{SAES}normalize_activations: 2\n"));
     case("a negative learning rate", format!("{SOURCE}saes:\n- trainer: {{type: standard, lr: -1e-3}}\n"));
+    case("an infinite learning rate", format!("{SOURCE}saes:\n- trainer: {{type: standard, lr: .inf}}\n"));
     case("a map for a list", format!("{SOURCE}saes: {{trainer: {{type: top_k}}}}\n"));
     case("a list for a map", format!("source: [tensor_file]\n{SAES}"));
     case("a name for a component", format!("source: tensor_file\n{SAES}"));

@@ -1,6 +1,7 @@
 //! Equal to the reference's own results, through the program.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use dictlearn_core::config::from_yaml;
 use dictlearn_core::dictionary::SavedClass;
@@ -11,9 +12,10 @@ use dictlearn_core::trainer::TrainerConfig;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::common::{fixture, tensor_file_config, Desk};
+use crate::common::{fixture, tensor_file_config_of, Desk};
+use crate::python::{folders, read_json, Library};
 
-fn tensors(path: &std::path::Path) -> BTreeMap<String, Tensor> {
+fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
     TensorFile::open(path).unwrap().tensors().unwrap()
 }
 
@@ -30,7 +32,7 @@ fn dictionary_name(class: &str) -> &'static str {
 }
 
 /// What `run/sae` has is, tensor by tensor, what the reference's run ended with.
-fn same_weights(desk: &Desk, reference: &std::path::Path, tolerance: f64) {
+fn same_weights(desk: &Desk, reference: &Path, tolerance: f64) {
     let own = tensors(&desk.path("run/sae/ae.safetensors"));
     let theirs = tensors(&reference.join("final.safetensors"));
     assert_eq!(own.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>());
@@ -44,82 +46,108 @@ fn same_weights(desk: &Desk, reference: &std::path::Path, tolerance: f64) {
     }
 }
 
+/// A run of the reference: its settings and what came of it.
+struct Recorded {
+    dir: PathBuf,
+    batches: PathBuf,
+    settings: Value,
+}
+
+impl Recorded {
+    fn open(dir: PathBuf, batches: PathBuf) -> Self {
+        let settings = read_json(&dir.join("case.json"));
+        Recorded { dir, batches, settings }
+    }
+
+    fn method(&self) -> &'static str {
+        trainer_name(self.settings["trainer"].as_str().unwrap())
+    }
+
+    /// Trains as it did.
+    fn repeat(&self) -> Desk {
+        let desk = Desk::new();
+        let dictionary = dictionary_name(self.settings["dict_class"].as_str().unwrap());
+        // The constructor's arguments are our trainer's fields, but for those that belong elsewhere.
+        let elsewhere = ["steps", "activation_dim", "dict_size", "dict_class", "layer", "lm_name", "device", "seed"];
+        let on_dictionary = ["k", "group_fractions"];
+        let fields = |on_the_dictionary: bool| -> String {
+            let all = ["args", "overrides"].into_iter().flat_map(|part| self.settings[part].as_object().unwrap());
+            all.filter(|(name, _)| !elsewhere.contains(&name.as_str()))
+                .filter(|(name, _)| on_dictionary.contains(&name.as_str()) == on_the_dictionary)
+                .map(|(name, value)| format!(", {name}: {value}"))
+                .collect()
+        };
+        let (dictionary_fields, trainer_fields) = (fields(true), fields(false));
+        let args = &self.settings["args"];
+        let more = format!(
+            "seed: {}\ncheckpoint_every: null\nsaes:\n- name: sae\n  init_from: {:?}\n  \
+             dictionary: {{type: {dictionary}, dict_size: {}{dictionary_fields}}}\n  \
+             trainer: {{type: {}{trainer_fields}}}\n\
+             loggers: [{{type: jsonl}}]\n",
+            args["seed"],
+            self.dir.join("init.safetensors"),
+            args["dict_size"],
+            self.method(),
+        );
+        let count = |value: &Value| value.as_u64().unwrap();
+        let config =
+            tensor_file_config_of(&self.batches, count(&self.settings["batch_size"]), count(&args["steps"]), &more);
+        desk.write("config.yaml", &config);
+        desk.ok(&["train", "config.yaml"]);
+        desk
+    }
+
+    /// What was logged is what it logged.
+    fn same_log(&self, desk: &Desk) {
+        let (log, reference) = (desk.log("run/metrics.jsonl"), read_json(&self.dir.join("log.json")));
+        let reference = reference.as_array().unwrap();
+        assert_eq!(log.len(), reference.len());
+        for (step, (own, theirs)) in log.iter().zip(reference).enumerate() {
+            assert_eq!(own["step"], theirs["step"]);
+            let names =
+                ["effective_l0", "dead_features", "pre_norm_auxk_loss", "p", "next_p", "lp_loss", "scaled_lp_loss"];
+            for name in names.into_iter().chain(["sparsity_coeff"]) {
+                let Some(theirs) = theirs.get(name).and_then(Value::as_f64) else { continue };
+                let own = own[name].as_f64().unwrap_or_else(|| panic!("{:?}: step {step} logs no {name}", self.dir));
+                assert!(
+                    (own - theirs).abs() <= 1e-3 * theirs.abs().max(1.0),
+                    "{:?}: step {step}: {name}: {own} {theirs}",
+                    self.dir
+                );
+            }
+        }
+    }
+
+    /// config.json says of the trainer what the reference's does.
+    fn same_config(&self, desk: &Desk) {
+        let (own, theirs) = (desk.json("run/sae/config.json"), read_json(&self.dir.join("config.json")));
+        for (name, value) in theirs["trainer"].as_object().unwrap() {
+            // Its April update calls every class `AutoEncoder`.
+            let wrong = name == "dict_class" && self.method() == "standard_april_update";
+            if name == "device" {
+                // It trains on what the tester's machine has.
+                let own = own["trainer"][name].as_str().unwrap();
+                assert!(own == "cpu" || own.starts_with("cuda:"), "{own}");
+            } else if !["layer", "lm_name", "wandb_name"].contains(&name.as_str()) && !wrong {
+                let own = &own["trainer"][name];
+                let same = match (own.as_f64(), value.as_f64()) {
+                    // What was annealed is as exact as the losses that it follows.
+                    (Some(own), Some(theirs)) => (own - theirs).abs() <= 1e-5 * theirs.abs(),
+                    _ => own == value,
+                };
+                assert!(same, "{:?}: config.json: {name}: {own}, the reference has {value}", self.dir);
+            }
+        }
+    }
+}
+
 /// Trains as a golden run did and compares what is saved, tensor by tensor, and what was logged.
 fn golden_run(case: &str) {
-    let desk = Desk::new();
-    let dir = fixture("trainers").join(case);
-    let read = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
-    let settings = read("case.json");
-    let (method, dictionary) = (
-        trainer_name(settings["trainer"].as_str().unwrap()),
-        dictionary_name(settings["dict_class"].as_str().unwrap()),
-    );
-
-    // The constructor's arguments are our trainer's fields, but for those that belong elsewhere.
-    let elsewhere = ["steps", "activation_dim", "dict_size", "dict_class", "layer", "lm_name", "device", "seed"];
-    let on_dictionary = ["k", "group_fractions"];
-    let fields = |on_the_dictionary: bool| -> String {
-        let all = ["args", "overrides"].into_iter().flat_map(|part| settings[part].as_object().unwrap());
-        all.filter(|(name, _)| !elsewhere.contains(&name.as_str()))
-            .filter(|(name, _)| on_dictionary.contains(&name.as_str()) == on_the_dictionary)
-            .map(|(name, value)| format!(", {name}: {value}"))
-            .collect()
-    };
-    let (dictionary_fields, trainer_fields) = (fields(true), fields(false));
-    let args = &settings["args"];
-    desk.write(
-        "config.yaml",
-        &tensor_file_config(
-            args["steps"].as_u64().unwrap(),
-            &format!(
-                "seed: {}\ncheckpoint_every: null\nsaes:\n- name: sae\n  init_from: {:?}\n  \
-                 dictionary: {{type: {dictionary}, dict_size: {}{dictionary_fields}}}\n  \
-                 trainer: {{type: {method}{trainer_fields}}}\n\
-                 loggers: [{{type: jsonl}}]\n",
-                args["seed"],
-                dir.join("init.safetensors"),
-                args["dict_size"],
-            ),
-        ),
-    );
-    desk.ok(&["train", "config.yaml"]);
-
-    same_weights(&desk, &dir, settings["tolerance"].as_f64().unwrap());
-
-    let (log, reference) = (desk.log("run/metrics.jsonl"), read("log.json"));
-    let reference = reference.as_array().unwrap();
-    assert_eq!(log.len(), reference.len());
-    for (step, (own, theirs)) in log.iter().zip(reference).enumerate() {
-        assert_eq!(own["step"], theirs["step"]);
-        let names = ["effective_l0", "dead_features", "pre_norm_auxk_loss", "p", "next_p", "lp_loss", "scaled_lp_loss"];
-        for name in names.into_iter().chain(["sparsity_coeff"]) {
-            let Some(theirs) = theirs.get(name).and_then(Value::as_f64) else { continue };
-            let own = own[name].as_f64().unwrap_or_else(|| panic!("{case}: step {step} logs no {name}"));
-            assert!(
-                (own - theirs).abs() <= 1e-3 * theirs.abs().max(1.0),
-                "{case}: step {step}: {name}: {own} {theirs}"
-            );
-        }
-    }
-
-    let (own, theirs) = (desk.json("run/sae/config.json"), read("config.json"));
-    for (name, value) in theirs["trainer"].as_object().unwrap() {
-        // Its April update calls every class `AutoEncoder`.
-        let wrong = name == "dict_class" && method == "standard_april_update";
-        if name == "device" {
-            // It trains on what the tester's machine has.
-            let own = own["trainer"][name].as_str().unwrap();
-            assert!(own == "cpu" || own.starts_with("cuda:"), "{own}");
-        } else if !["layer", "lm_name", "wandb_name"].contains(&name.as_str()) && !wrong {
-            let own = &own["trainer"][name];
-            let same = match (own.as_f64(), value.as_f64()) {
-                // What was annealed is as exact as the losses that it follows.
-                (Some(own), Some(theirs)) => (own - theirs).abs() <= 1e-5 * theirs.abs(),
-                _ => own == value,
-            };
-            assert!(same, "{case}: config.json: {name}: {own}, the reference has {value}");
-        }
-    }
+    let run = Recorded::open(fixture("trainers").join(case), fixture("trainers/batches.safetensors"));
+    let desk = run.repeat();
+    same_weights(&desk, &run.dir, run.settings["tolerance"].as_f64().unwrap());
+    run.same_log(&desk);
+    run.same_config(&desk);
 }
 
 macro_rules! golden_runs {
@@ -144,13 +172,35 @@ golden_runs! {
     standard_april_update top_k top_k_anneal
 }
 
+/// Runs by settings drawn at random, which the reference does now, where it is installed (see python.rs): forty, or as many
+/// as `DICTLEARN_TEST_RUNS` says.
+#[test]
+fn runs_drawn_at_random() {
+    let Some(reference) = Library::there("dictionary_learning") else { return };
+    let desk = Desk::new();
+    let count = std::env::var("DICTLEARN_TEST_RUNS").unwrap_or_else(|_| "40".to_owned());
+    reference.run("trains.py", desk.dir.path(), &[&count]);
+    for dir in folders(desk.dir.path()) {
+        let batches = dir.join("batches.safetensors");
+        let run = Recorded::open(dir, batches);
+        let noise = run.settings["noise"].as_f64().unwrap();
+        println!("{} {}: noise {noise:.1e}", run.dir.display(), run.method());
+        let desk = run.repeat();
+        // A gradient that is rounding alone is as good as any other to Adam: some runs are that much of a matter of luck.
+        same_weights(&desk, &run.dir, (10.0 * noise).max(1e-5));
+        if noise < 1e-6 {
+            run.same_log(&desk);
+            run.same_config(&desk);
+        }
+    }
+}
+
 /// Trains as a golden run of the reference's early experiments did: `standard` with the norm of the residual, modifiers,
 /// and pairs of an input and an output.
 fn experimental_run(case: &str) {
     let desk = Desk::new();
     let dir = fixture("experimental").join(case);
-    let read = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
-    let settings = read("case.json");
+    let settings = read_json(&dir.join("case.json"));
     let tensors = if settings["in_to_out"] == true { "tensor: in, target_tensor: out" } else { "tensor: in" };
     let penalty = &settings["sparsity_penalty"];
     let mut modifiers = Vec::new();
@@ -179,7 +229,7 @@ fn experimental_run(case: &str) {
 
     let tolerance = settings["tolerance"].as_f64().unwrap();
     same_weights(&desk, &dir, tolerance);
-    let (log, reference) = (desk.log("run/metrics.jsonl"), read("log.json"));
+    let (log, reference) = (desk.log("run/metrics.jsonl"), read_json(&dir.join("log.json")));
     for (own, theirs) in log.iter().zip(reference.as_array().unwrap()) {
         let (loss, expected) = (own["loss"].as_f64().unwrap(), theirs["loss"].as_f64().unwrap());
         assert!((loss - expected).abs() <= tolerance * expected, "{case}: step {}: {loss} {expected}", own["step"]);
@@ -216,8 +266,7 @@ fn close(own: &Value, theirs: &Value, what: &str) {
 }
 
 fn reference_eval(part: &str) -> serde_json::Map<String, Value> {
-    let all: Value = serde_json::from_slice(&std::fs::read(fixture("eval.json")).unwrap()).unwrap();
-    all[part].as_object().unwrap().clone()
+    read_json(&fixture("eval.json"))[part].as_object().unwrap().clone()
 }
 
 #[test]

@@ -36,12 +36,12 @@ fn encoded(desk: &Desk, sae: &Path, io: &Path) -> f64 {
     difference(&desk.path("y.safetensors"), io)
 }
 
-fn read_json(path: &Path) -> Value {
+pub fn read_json(path: &Path) -> Value {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
 /// The folders in a folder, sorted.
-fn folders(dir: &Path) -> Vec<PathBuf> {
+pub fn folders(dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
     let mut found: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
     found.sort();
@@ -198,7 +198,7 @@ fn a_backup_of_dictionary_learning_computes_what_its_training_ended_as() {
 }
 
 /// A library of Python that can be asked.
-struct Library {
+pub struct Library {
     /// Its name, and that of the format.
     name: &'static str,
     python: PathBuf,
@@ -206,7 +206,7 @@ struct Library {
 
 impl Library {
     /// The library, if there is an interpreter that has it.
-    fn there(name: &'static str) -> Option<Self> {
+    pub fn there(name: &'static str) -> Option<Self> {
         let variable = match name {
             "sae_lens" => "DICTLEARN_TEST_PYTHON_SAE_LENS",
             _ => "DICTLEARN_TEST_PYTHON",
@@ -218,11 +218,11 @@ impl Library {
         Some(Library { name, python: python?.into() })
     }
 
-    /// Runs `reads.py` or `writes.py` on a folder, once for all cases: importing the library takes seconds.
-    fn run(&self, script: &str, folder: &Path) {
+    /// Runs a script of tests/python on a folder, once for all cases: importing the library takes seconds.
+    pub fn run(&self, script: &str, folder: &Path, more: &[&str]) {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python").join(script);
         let mut command = Command::new(&self.python);
-        command.arg(&script).arg(self.name).arg(folder).env("PYTHONDONTWRITEBYTECODE", "1");
+        command.arg(&script).arg(self.name).arg(folder).args(more).env("PYTHONDONTWRITEBYTECODE", "1");
         let run = Run::of(command.output().unwrap_or_else(|error| panic!("{}: {error}", self.python.display())));
         assert_eq!(run.code, 0, "{} {}\n{}", self.python.display(), script.display(), run.stderr);
     }
@@ -240,7 +240,7 @@ fn what_it_writes(library: &'static str, cases: usize, refused: &[(&str, &str)])
     let desk = Desk::new();
     let theirs = desk.path("theirs");
     fs::create_dir_all(&theirs).unwrap();
-    library.run("writes.py", &theirs);
+    library.run("writes.py", &theirs, &[]);
     let what = format!("written by {}", library.name);
     let mut seen = 0;
     for case in folders(&theirs) {
@@ -380,7 +380,7 @@ fn what_it_loads(library: &'static str, refused: &[&str]) {
         exported.push((case, sae, dir));
     }
     assert_eq!(not, refused, "other SAEs than these are refused by {}", library.name);
-    library.run("reads.py", &cases);
+    library.run("reads.py", &cases, &[]);
     let what = format!("loaded by {}", library.name);
     for (case, sae, dir) in exported {
         let difference = difference(&dir.join("ours.safetensors"), &dir.join("theirs.safetensors"));

@@ -165,13 +165,15 @@ impl<'a> Check<'a> {
                 || most.is_some_and(|most| number > most);
             if out {
                 let range = match (least, most) {
-                    (Some(least), Some(most)) => format!("between {least} and {most}"),
-                    (Some(least), None) => format!("at least {least}"),
-                    (None, Some(most)) => format!("at most {most}"),
-                    (None, None) => "a finite number".to_owned(),
+                    (Some(least), Some(most)) => Some(format!("between {least} and {most}")),
+                    (Some(least), None) => Some(format!("at least {least}")),
+                    (None, Some(most)) => Some(format!("at most {most}")),
+                    (None, None) => None,
                 };
+                let finite = (!number.is_finite()).then(|| "finite".to_owned());
+                let wanted = finite.into_iter().chain(range).collect::<Vec<_>>().join(" and ");
                 let error = InputError::new(format!("`{path}` is {}, which is out of its range", show(value)))
-                    .help(format!("it must be {range}"));
+                    .help(format!("it must be {wanted}"));
                 return Err(self.error(value, path, false, error));
             }
         }

@@ -197,10 +197,10 @@ impl PrecisionChoice {
             PrecisionChoice::Float32 => (Precision::Float32, "as the config says"),
             PrecisionChoice::BFloat16 => (Precision::BFloat16, "as the config says"),
             PrecisionChoice::Auto if device.is_cuda() => (Precision::BFloat16, "auto: the device is a GPU"),
-            PrecisionChoice::Auto if crate::device::cpu_multiplies_bfloat16() => {
-                (Precision::BFloat16, "auto: the CPU multiplies bfloat16")
+            PrecisionChoice::Auto if crate::device::bfloat16_is_faster() => {
+                (Precision::BFloat16, "auto: the CPU multiplies bfloat16 faster")
             }
-            PrecisionChoice::Auto => (Precision::Float32, "auto: the CPU does not multiply bfloat16"),
+            PrecisionChoice::Auto => (Precision::Float32, "auto: the CPU does not multiply bfloat16 faster"),
         }
     }
 }

@@ -39,6 +39,9 @@ fn bucket(entry: Entry) -> usize {
 
 const BUCKETS: usize = 1 << 13;
 
+/// Features that are looked at together when none were seen: each has many entries above 0.
+const FEW: usize = 128;
+
 impl Selector {
     pub fn new(kept: Kept, rows: usize) -> Self {
         let (bounds, histogram, room) = match kept {
@@ -64,52 +67,65 @@ impl Selector {
                     // SAFETY: ranges of rows do not overlap.
                     let (rows, bounds) = unsafe { (rows.part(range.clone()), bounds.part(range.clone())) };
                     for ((row, found), bound) in range.zip(rows).zip(bounds) {
-                        tile.row(row, &mut buffer);
+                        tile.row(row, 0, &mut buffer);
                         scan_each(&buffer, first, found, bound, k);
                     }
                 });
             }
             Kept::OfBatch(n) => {
-                let bound = self.bounds[0];
-                // A histogram for each share of the rows, added up in order.
-                let shares = 32.min(count.max(1));
-                let share = count.div_ceil(shares);
-                let mut histograms = vec![0_u32; shares * BUCKETS];
-                let histogram = Output::over(&mut histograms);
-                share_in(count, share, |range| {
-                    let index = range.start / share;
-                    let mut buffer = vec![0.0; tile.width()];
-                    // SAFETY: ranges of rows do not overlap, and have a histogram each.
-                    let (rows, histogram) =
-                        unsafe { (rows.part(range.clone()), histogram.part(index * BUCKETS..(index + 1) * BUCKETS)) };
-                    for (row, found) in range.zip(rows) {
-                        let before = found.len();
-                        tile.row(row, &mut buffer);
-                        scan(&buffer, bound, first, found);
-                        for entry in &found[before..] {
-                            histogram[bucket(*entry)] += 1;
-                        }
-                    }
-                });
-                for part in histograms.chunks_exact(BUCKETS) {
-                    for (sum, count) in self.histogram.iter_mut().zip(part) {
-                        *sum += count;
-                    }
-                }
-                if let Some((bucket, _)) = self.last_bucket(n) {
-                    // Just below the bucket's least number: all of it is still taken.
-                    let least = f32::from_bits((bucket as u32) << 18);
-                    let bound = bound.max(least.next_down().max(0.0));
-                    self.bounds[0] = bound;
-                    // What was kept under a lower bound goes, so that the lists stay short.
-                    share_in(count, share, |range| {
-                        // SAFETY: ranges of rows do not overlap.
-                        for found in unsafe { rows.part(range) } {
-                            found.retain(|entry| !(entry.value() <= bound));
-                        }
-                    });
+                let mut from = 0;
+                while from < tile.width() {
+                    // No more than were seen so far: then about as many come in as are to be kept.
+                    let to = tile.width().min(from + FEW.max(first as usize + from));
+                    self.offer_to_batch(tile, from..to, first, n);
+                    from = to;
                 }
             }
+        }
+    }
+
+    /// Takes some columns of a tile whose first feature is `first` for the n largest of all rows.
+    fn offer_to_batch(&mut self, tile: &Tile, columns: Range<usize>, first: u32, n: usize) {
+        let count = self.rows.len();
+        let rows = Output::over(&mut self.rows);
+        let bound = self.bounds[0];
+        // A histogram for each share of the rows, added up in order.
+        let shares = 32.min(count.max(1));
+        let share = count.div_ceil(shares);
+        let mut histograms = vec![0_u32; shares * BUCKETS];
+        let histogram = Output::over(&mut histograms);
+        share_in(count, share, |range| {
+            let index = range.start / share;
+            let mut buffer = vec![0.0; columns.len()];
+            // SAFETY: ranges of rows do not overlap, and have a histogram each.
+            let (rows, histogram) =
+                unsafe { (rows.part(range.clone()), histogram.part(index * BUCKETS..(index + 1) * BUCKETS)) };
+            for (row, found) in range.zip(rows) {
+                let before = found.len();
+                tile.row(row, columns.start, &mut buffer);
+                scan(&buffer, bound, first + columns.start as u32, found);
+                for entry in &found[before..] {
+                    histogram[bucket(*entry)] += 1;
+                }
+            }
+        });
+        for part in histograms.chunks_exact(BUCKETS) {
+            for (sum, count) in self.histogram.iter_mut().zip(part) {
+                *sum += count;
+            }
+        }
+        if let Some((bucket, _)) = self.last_bucket(n) {
+            // Just below the bucket's least number: all of it is still taken.
+            let least = f32::from_bits((bucket as u32) << 18);
+            let bound = bound.max(least.next_down().max(0.0));
+            self.bounds[0] = bound;
+            // What was kept under a lower bound goes, so that the lists stay short.
+            share_in(count, share, |range| {
+                // SAFETY: ranges of rows do not overlap.
+                for found in unsafe { rows.part(range) } {
+                    found.retain(|entry| !(entry.value() <= bound));
+                }
+            });
         }
     }
 
@@ -263,12 +279,13 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// A row with the biases.
-    fn row(&self, row: usize, out: &mut [f32]) {
-        let part = row * self.width()..(row + 1) * self.width();
+    /// A part of a row with the biases, from a column on.
+    fn row(&self, row: usize, from: usize, out: &mut [f32]) {
+        let start = row * self.width() + from;
+        let (part, bias) = (start..start + out.len(), &self.bias[from..from + out.len()]);
         match self.numbers {
-            Numbers::Float(numbers) => add(&numbers[part], self.bias, out),
-            Numbers::BFloat16(numbers) => add(&numbers[part], self.bias, out),
+            Numbers::Float(numbers) => add(&numbers[part], bias, out),
+            Numbers::BFloat16(numbers) => add(&numbers[part], bias, out),
         }
     }
 
@@ -282,7 +299,7 @@ impl<'a> Tile<'a> {
             for row in range {
                 // SAFETY: ranges of rows do not overlap.
                 let (out, count) = unsafe { (out.part(row * width..(row + 1) * width), count.part(row..row + 1)) };
-                self.row(row, out);
+                self.row(row, 0, out);
                 count[0] = count_row(out, bounds).into();
             }
         });
