@@ -77,7 +77,8 @@ def drawn(draw, trainer):
         args["dict_class"] = "AutoEncoderNew"
     if trainer is JumpReluTrainer:
         args |= {
-            "bandwidth": one_of(0.001, 0.05, 0.2),
+            # No threshold comes to half of it, where all features that are 0 enter the window at once.
+            "bandwidth": one_of(0.2, 0.4),
             "sparsity_penalty": one_of(0.1, 1.0),
             "target_l0": one_of(4.0, 20.0),
         }
@@ -108,13 +109,22 @@ def weights(trainer):
     return {name: tensor.clone().contiguous() for name, tensor in trainer.ae.state_dict().items()}
 
 
+class Differs(Exception):
+    """We do something else here, and say so."""
+
+
 def trained(trainer, batches):
     """The weights that it ends with, and what it logs after each step."""
     log = []
     for step, batch in enumerate(batches):
         trainer.update(step, batch.clone())
+        if isinstance(trainer, JumpReluTrainer) and trainer.ae.threshold.min() < 0:
+            raise Differs("a threshold is negative")
         values = {name: getattr(trainer, name) for name in getattr(trainer, "logging_parameters", [])}
         numbers = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        if getattr(trainer, "auxk_alpha", None) == 0:
+            # Some compute what they then multiply by 0, and some do not.
+            numbers = {"effective_l0": numbers["effective_l0"]}
         log.append({"step": step, **numbers})
     return weights(trainer), log
 
@@ -126,7 +136,7 @@ def apart(ours, theirs):
 
 
 def case(number):
-    """A run, unless its weights are not finite in the end: then what would be compared?"""
+    """The files of a run."""
     draw = random.Random(number)
     cls = draw.choice(list(TRAINERS))
     args, overrides, rows = drawn(draw, cls)
@@ -140,13 +150,19 @@ def case(number):
         made = cls(**args | classes)
         for name, value in overrides.items():
             setattr(made, name, value)
+        # Where the encoder is the decoder's transpose, the gradients of a feature that fires alone are rounding, of which Adam
+        # makes steps of full length.
+        draw_weights = torch.Generator().manual_seed(args["seed"])
+        for name, parameter in made.ae.named_parameters():
+            if name in ("W_enc", "encoder.weight"):
+                parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=draw_weights)
         return made
 
     first = trainer()
     init = weights(first)
     final, log = trained(first, batches)
     if not all(tensor.isfinite().all() for tensor in final.values()):
-        return None
+        raise Differs("a row without features makes the threshold infinite")
     reordered = [batch[torch.randperm(rows, generator=generator)] for batch in batches]
     nudged = [batch * (1 + 6e-8 * torch.randn(batch.shape, generator=generator)) for batch in batches]
     noise = max(apart(trained(trainer(), again)[0].values(), final.values()) for again in (reordered, nudged))
@@ -173,9 +189,12 @@ def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for number in range(int(count)):
-        with contextlib.redirect_stdout(sys.stderr):
-            files = case(number)
-        for name, content in (files or {}).items():
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                files = case(number)
+        except Differs:
+            continue
+        for name, content in files.items():
             path = os.path.join(folder, f"{number:04}", name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             if name.endswith(".json"):

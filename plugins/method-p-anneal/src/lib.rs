@@ -467,6 +467,7 @@ impl Trainer for PAnneal {
 
     fn settings(&self, settings: &mut Map<String, Value>) {
         settings.insert("sparsity_penalty".to_owned(), self.state.coefficient.into());
+        settings.insert("n_sparsity_updates".to_owned(), self.annealing.steps.len().into());
     }
 
     fn constraints(&self) -> Constraints {
