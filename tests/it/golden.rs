@@ -12,8 +12,8 @@ use dictlearn_core::trainer::TrainerConfig;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::common::{fixture, tensor_file_config_of, Desk};
-use crate::python::{folders, read_json, Library};
+use crate::common::{fixture, folders, read_json, tensor_file_config_of, Desk};
+use crate::python::Library;
 
 fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
     TensorFile::open(path).unwrap().tensors().unwrap()
@@ -180,19 +180,25 @@ fn runs_drawn_at_random() {
     let desk = Desk::new();
     let count = std::env::var("DICTLEARN_TEST_RUNS").unwrap_or_else(|_| "40".to_owned());
     reference.run("trains.py", desk.dir.path(), &[&count]);
+    let count: usize = count.parse().unwrap();
+    let mut compared = 0;
     for dir in folders(desk.dir.path()) {
         let batches = dir.join("batches.safetensors");
         let run = Recorded::open(dir, batches);
         let noise = run.settings["noise"].as_f64().unwrap();
         println!("{} {}: noise {noise:.1e}", run.dir.display(), run.method());
-        let desk = run.repeat();
-        // To Adam a gradient that is rounding alone is as good as any other: some runs are a matter of luck.
-        same_weights(&desk, &run.dir, (10.0 * noise).max(2e-4));
-        if noise < 1e-6 {
-            run.same_log(&desk);
-            run.same_config(&desk);
+        // What rounding alone changes by more says nothing of us. To Adam a gradient of rounding is as good as any other.
+        if noise > 1e-5 {
+            continue;
         }
+        let desk = run.repeat();
+        same_weights(&desk, &run.dir, 2e-4);
+        run.same_log(&desk);
+        run.same_config(&desk);
+        compared += 1;
     }
+    println!("{compared} of {count} runs could be compared");
+    assert!(5 * compared >= 4 * count, "only {compared} of {count} runs could be compared");
 }
 
 /// Trains as a golden run of the reference's early experiments did: `standard` with the norm of the residual, modifiers,

@@ -13,7 +13,7 @@ use dictlearn_core::tensors::{self, TensorFile};
 use serde_json::{json, Value};
 use tch::Kind;
 
-use crate::common::{fixture, Desk, Run};
+use crate::common::{fixture, folders, read_json, Desk, Run};
 
 /// Relative to the largest value, sums in another order differ by less.
 const TOLERANCE: f64 = 1e-5;
@@ -34,18 +34,6 @@ fn difference(found: &Path, wanted: &Path) -> f64 {
 fn encoded(desk: &Desk, sae: &Path, io: &Path) -> f64 {
     desk.ok(&["encode", sae.to_str().unwrap(), "--input", io.to_str().unwrap(), "--output", "y.safetensors"]);
     difference(&desk.path("y.safetensors"), io)
-}
-
-pub fn read_json(path: &Path) -> Value {
-    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
-}
-
-/// The folders in a folder, sorted.
-pub fn folders(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
-    let mut found: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
-    found.sort();
-    found
 }
 
 fn name(path: &Path) -> String {

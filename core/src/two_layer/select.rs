@@ -58,9 +58,9 @@ impl Selector {
         assert!(tile.rows() == count);
         let first = self.features as u32;
         self.features += tile.width();
-        let rows = Output::over(&mut self.rows);
         match self.kept {
             Kept::OfEach(k) => {
+                let rows = Output::over(&mut self.rows);
                 let bounds = Output::over(&mut self.bounds);
                 share_in(count, 16, |range| {
                     let mut buffer = vec![0.0; tile.width()];
@@ -386,7 +386,9 @@ mod tests {
     #[test]
     fn as_libtorch_selects() {
         let options = (Kind::Float, Device::Cpu);
-        for (rows, features, tile) in [(1, 1, 1), (1, 50, 7), (3, 17, 100), (40, 333, 64), (130, 64, 64)] {
+        for (rows, features, tile) in
+            [(1, 1, 1), (1, 50, 7), (3, 17, 100), (40, 333, 64), (130, 64, 64), (20, 700, 600)]
+        {
             for shift in [0.0, -1.0, -100.0, 3.0] {
                 let z = Tensor::randn([rows, features], options) + shift;
                 for k in [1, 2, features / 3 + 1, features] {

@@ -603,7 +603,7 @@ mod tests {
 
     #[test]
     fn an_annealing_that_reaches_zero_stays_finite() {
-        let annealing = Annealing::new((1.0, 0.0), (1, 3), Updates::Times(3), 10).unwrap();
+        let annealing = Annealing::new((1.0, 0.0), (1, 3), Updates::Continuous, 10).unwrap();
         let mut trainer = PAnneal {
             adam: AdamConfig::default(),
             lr: 0.0,
@@ -633,5 +633,8 @@ mod tests {
             assert!(trainer.state.coefficient.is_finite() && trainer.state.coefficient > 0.0);
         }
         assert_eq!(ps, [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]);
+        let mut settings = Map::new();
+        trainer.settings(&mut settings);
+        assert_eq!(settings["n_sparsity_updates"], 3, "saved is how many they were");
     }
 }
