@@ -22,6 +22,8 @@ pub mod lm;
 pub mod logger;
 pub mod memory;
 pub mod metric;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod mkl;
 pub mod model;
 pub mod modifier;
 pub mod new_plugin;

@@ -371,14 +371,15 @@ mod tests {
                             fused.zero_grad();
                             plain.zero_grad();
                             for (a, b) in fused.moments.iter().zip(&plain.moments) {
-                                for (a, b) in [
-                                    (&a.parameter, &b.parameter),
-                                    (&a.exp_avg, &b.exp_avg),
-                                    (&a.exp_avg_sq, &b.exp_avg_sq),
+                                // What adds up to nearly nothing is off by the rounding of what was added.
+                                for (a, b, added) in [
+                                    (&a.parameter, &b.parameter, 1e-2),
+                                    (&a.exp_avg, &b.exp_avg, 1e-2),
+                                    (&a.exp_avg_sq, &b.exp_avg_sq, 1e-6),
                                 ] {
                                     // All together: Adam makes as much of a gradient that is rounding alone as of any other.
                                     let (off, size) = ((a - b).norm(), b.norm());
-                                    let off = off.double_value(&[]) / size.double_value(&[]).max(1e-6);
+                                    let off = off.double_value(&[]) / size.double_value(&[]).max(added);
                                     assert!(off < 1e-4, "{constraints:?} {betas:?}: off by {off:e}\n{a}\n{b}");
                                 }
                             }
