@@ -1,8 +1,9 @@
 //! One training step of every trainer, and the parts of a step: `cargo bench --bench step`.
 //!
 //! Activations of width 512, 8192 features, batches of 2048, k 64. `cargo bench --bench step -- top_k` takes those whose
-//! name has `top_k` in it. A step does what it does in training; it starts from initial weights, where half of the
-//! features fire, or from biases so low that one in a hundred does, as after the beginning of training.
+//! name has `top_k` in it. A step does what it does in training, at a learning rate of 0, so that all are the same: it is one of
+//! initial weights, where half of the features fire, or of biases so low that one in a hundred does, as after the beginning of
+//! training.
 
 mod common;
 
@@ -51,7 +52,7 @@ fn example(component: &Component, fields: &[(&str, i64)]) -> String {
 fn training(trainer: &Component) -> Option<Training> {
     let usual = component(Slot::Dictionary, trainer.usual_dictionary?)?;
     let dictionary = example(usual, &[("dict_size", FEATURES), ("k", K)]);
-    let sae = format!("{{name: a, dictionary: {dictionary}, trainer: {}}}", example(trainer, &[]));
+    let sae = format!("{{name: a, dictionary: {dictionary}, trainer: {}}}", example(trainer, &[("lr", 0)]));
     let cx = TrainingCx {
         widths: (D, D),
         parts: Vec::new(),

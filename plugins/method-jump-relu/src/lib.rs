@@ -259,11 +259,13 @@ impl ActivationFunction for StraightThrough {
     /// lie in it.
     fn bounds(&self) -> Option<Tensor> {
         let threshold = &self.jump.threshold;
-        let bounds = self.jump.bounds()?.minimum(&(threshold - self.bandwidth));
+        // Half its width, and what is lost in rounding.
+        let reach = 0.51 * self.bandwidth;
+        let bounds = self.jump.bounds()?.minimum(&(threshold - reach));
         // Below 0 even what is no feature is above the threshold.
         let all = match self.ste_on {
             SteOn::PreActivation => threshold.lt(0.0),
-            SteOn::PostJump => threshold.lt(self.bandwidth),
+            SteOn::PostJump => threshold.lt(reach),
         };
         Some(bounds.masked_fill(&all, f64::NEG_INFINITY))
     }
