@@ -19,6 +19,9 @@
 //! full: a tile of which little matters is kept as a list of entries, and the four other products are taken of these
 //! alone.
 //!
+//! On a GPU there is one tile, of all features, with ReLU done ([`Block`]s hold no number below 0), and libtorch's operations on it: what
+//! lies between products stays in their type, so that half as much goes through its memory.
+//!
 //! What lies between the layers is an [`ActivationFunction`], which the dictionary has; what is asked of the features beside the
 //! reconstruction, a [`Penalty`], which the trainer has. [`step`] puts them together. Trainers of the TopK family use
 //! the parts ([`Hand`]).
@@ -151,6 +154,12 @@ pub struct TwoLayer {
 /// What a dictionary of two layers makes of its pre-activations, one by one. Implementations calculate with
 /// [`Block::map`], in one pass.
 pub trait ActivationFunction {
+    /// Whether it can be calculated where there is no [`Block::map`], on a GPU, of pre-activations that were raised to 0. Otherwise a
+    /// step there is autograd's.
+    fn on_gpu(&self) -> bool {
+        false
+    }
+
     /// Up to where pre-activations are no features, and take no gradient: `[F]`; none if that is 0 for all.
     fn bounds(&self) -> Option<Tensor> {
         None
@@ -215,12 +224,26 @@ impl Slope {
 pub struct Relu;
 
 impl ActivationFunction for Relu {
+    fn on_gpu(&self) -> bool {
+        true
+    }
+
     fn features(&self, block: &Block) -> Tensor {
+        if !at_hand(block.z.device()) {
+            return block.z.shallow_clone();
+        }
         let ([features], []) = block.map([Input::Each(&block.z)], |[z]| ([if z <= 0.0 { 0.0 } else { z }], []));
         features
     }
 
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
+        if !at_hand(block.z.device()) {
+            let by_feature = match &by.penalized {
+                Slope::Same(value) => &by.features + *value,
+                Slope::Each(slope) => &by.features + slope,
+            };
+            return block.z.threshold_backward(&by_feature.to_kind(block.z.kind()), 0);
+        }
         let inputs = [Input::Each(&block.z), Input::Each(&by.features), by.penalized.input()];
         // At 0 ReLU passes nothing on, in libtorch either.
         let ([by_z], []) =
@@ -615,12 +638,16 @@ pub fn step(
     penalty: &mut dyn Penalty,
     count: bool,
 ) -> Result<Option<ByHand>> {
-    if !at_hand(pass.batch.x.device()) {
-        // There libtorch's own operations are as fast as ours could be.
+    let on_gpu = !at_hand(pass.batch.x.device());
+    if on_gpu && !activation.on_gpu() {
         return Ok(None);
     }
     let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
-    let blocks = hand.encode(activation.bounds().as_ref());
+    let blocks = if on_gpu {
+        vec![Block::dense(hand.whole(), 0, hand.layers.precision)]
+    } else {
+        hand.encode(activation.bounds().as_ref())
+    };
     let mut error = hand.begin(pass.batch);
     let mut auxiliary = activation.auxiliary().then(|| error.copy());
     let mut fired = (count || pass.logging).then(|| hand.by_z.zeros_like());
@@ -632,7 +659,9 @@ pub fn step(
         if let (Some(auxiliary), Some(penalized)) = (&mut auxiliary, &penalized) {
             hand.decode(block, penalized, auxiliary);
         }
-        if let Some(fired) = &mut fired {
+        if let Some(fired) = fired.as_mut().filter(|_| on_gpu) {
+            block.sum_by_feature(&features.not_equal(0.0), fired);
+        } else if let Some(fired) = &mut fired {
             let ([], [count]) = block.map([Input::Each(&features)], |[feature]| ([], [f32::from(feature != 0.0)]));
             block.add_sums(&count, fired);
         }
