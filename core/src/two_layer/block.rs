@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use super::map;
 use super::pattern::Pattern;
 use super::Operand;
-use crate::device::Precision;
+use crate::device::{at_hand, Precision};
 
 /// Pre-activations z of some of the features, for all B rows of a batch: either all of them, [B, n], or only those that
 /// matter, `[entries]`. Where it says "as z", a tensor has z's shape, and belongs to it number by number.
@@ -101,6 +101,7 @@ impl Block {
         inputs: [Input; I],
         function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
     ) -> ([Tensor; O], [Tensor; S]) {
+        assert!(at_hand(self.z.device()), "only a CPU's blocks are mapped");
         let owned = inputs.map(|input| match (input, &self.entries) {
             (Input::Each(tensor), _) => {
                 assert!(tensor.size() == self.z.size(), "{:?} is not as z, {:?}", tensor.size(), self.z.size());

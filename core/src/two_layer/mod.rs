@@ -252,7 +252,8 @@ impl ActivationFunction for Relu {
     }
 }
 
-/// What is asked of features beside the reconstruction.
+/// What is asked of features beside the reconstruction. It calculates with operations on tensors, since blocks may lie on a GPU,
+/// where activations are of the type of the products.
 pub trait Penalty {
     /// Sees the activations that it falls on, of one block after the other, as z.
     fn see(&mut self, block: &Block, penalized: &Tensor);
