@@ -9,10 +9,13 @@
 mod allocator {
     use tikv_jemallocator as _;
 
-    /// jemalloc's settings, read by it under this name: freed memory is kept, and large blocks are not treated apart.
+    /// jemalloc's settings, read by it under this name: freed memory is kept, large blocks are not treated apart, and small ones
+    /// are cut from free ones of any size (2³⁰ times as large). By default they are not if a free one is more than 2⁶ times as
+    /// large; then they lie on fresh pages, step after step, and a run of `top_k` takes 2 MB more with each.
     #[used]
     #[export_name = "malloc_conf"]
-    static SETTINGS: Option<&'static u8> = Some(&b"dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0\0"[0]);
+    static SETTINGS: Option<&'static u8> =
+        Some(&b"dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,lg_extent_max_active_fit:30\0"[0]);
 }
 
 // The plugins are those of Cargo.toml: a line there is all that the program knows of each (see build.rs).

@@ -72,7 +72,7 @@ fn entry<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// Whether the CPU takes products of bfloat16 in less time than float32's. Measured (docs/performance.md): with AMX a step of
-/// `standard` in 118 ms instead of 322, with AMD's AVX512-BF16 a product in 18 instead of 79; but with Intel's AVX512-BF16
+/// `standard` in 118 ms instead of 322, with AMD's AVX512-BF16 a product in 19 instead of 37; but with Intel's AVX512-BF16
 /// alone a product in 120 instead of 83.
 pub fn bfloat16_is_faster() -> bool {
     is_faster(cpu_info())
@@ -83,15 +83,20 @@ fn is_faster(info: &str) -> bool {
     has("amx_bf16") || has("avx512_bf16") && entry(info, "vendor_id") == Some("AuthenticAMD")
 }
 
+/// Whether the CPU has the instructions of AVX-512 that all processors with it have had since the first.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_avx512() -> bool {
+    std::is_x86_feature_detected!("avx512f")
+        && std::is_x86_feature_detected!("avx512bw")
+        && std::is_x86_feature_detected!("avx512vl")
+        && std::is_x86_feature_detected!("avx512dq")
+}
+
 /// The widest vector instructions that the CPU has and loops of our own use.
 pub fn cpu_vectors() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     {
-        let wide = std::is_x86_feature_detected!("avx512f")
-            && std::is_x86_feature_detected!("avx512bw")
-            && std::is_x86_feature_detected!("avx512vl")
-            && std::is_x86_feature_detected!("avx512dq");
-        if wide {
+        if has_avx512() {
             return "AVX-512";
         }
         if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
@@ -415,10 +415,10 @@ impl TopKTrainer {
         Ok(self.over_variance(residual, &off).0)
     }
 
-    /// The same by hand, of the error x̂ − x = −e: the gradients go to `hand`.
-    fn auxk_by_hand(&mut self, hand: &mut Hand, error: &Tensor) -> Tensor {
+    /// The same by hand, of the error x̂ − x = −e: the loss, and a step for the dead features alone, if there are any.
+    fn auxk_by_hand(&mut self, hand: &Hand, error: &Tensor) -> (Tensor, Option<(Tensor, Hand)>) {
         let Some(dead) = self.fired.silent_indices(self.settings.dead_feature_threshold) else {
-            return Tensor::zeros([0_i64; 0], (error.kind(), error.device()));
+            return (Tensor::zeros([0_i64; 0], (error.kind(), error.device())), None);
         };
         let mut part = hand.of_features(&dead);
         let block = part.select_of_each(self.top_k_aux.min(dead.size()[0]));
@@ -428,8 +428,7 @@ impl TopKTrainer {
         let (loss, variance) = self.over_variance(error, &off);
         let by_off = off * (variance.reciprocal() * (2.0 * self.settings.auxk_alpha / error.size()[0] as f64));
         part.backward_of_selected(&block, &by_off);
-        hand.add(&dead, &part);
-        loss
+        (loss, Some((dead, part)))
     }
 }
 
@@ -505,34 +504,43 @@ impl Trainer for TopKTrainer {
         }
 
         let groups = hand.groups(block, &self.prefixes.ends);
-        // A group's features are in the reconstruction of its prefix and of all that are longer.
-        let scale = 2.0 / (groups.len() as f64 * pass.batch.len() as f64);
         let mut error = hand.begin(pass.batch);
-        let mut by_x_hat = error.zeros_like();
         let mut losses = Vec::with_capacity(groups.len());
-        for (group, weight) in groups.iter().zip(&self.prefixes.weights) {
+        for group in &groups {
             hand.decode(group, &group.z.relu(), &mut error);
             losses.push(mean_square(&error));
-            let _ = by_x_hat.addcmul_(&error, &Tensor::from((scale * weight) as f32));
         }
         self.reconstruction(&losses, pass.logging, terms);
-        let by_sum = sum_of_rows(&by_x_hat);
-        // What prefixes left off is calculated anew: it would take much room.
-        let mut shorter = (groups.len() > 1).then(|| hand.begin(pass.batch));
-        for (index, (group, weight)) in groups.iter().zip(&self.prefixes.weights).enumerate() {
-            hand.backward_of_selected(group, &by_x_hat);
-            if let Some(error) = shorter.as_mut().filter(|_| index + 1 < groups.len()) {
-                hand.decode(group, &group.z.relu(), error);
-                let _ = by_x_hat.addcmul_(error, &Tensor::from((-scale * weight) as f32));
-            }
-        }
-        drop((groups, by_x_hat, shorter));
+        let mut revived = None;
         if self.settings.auxk_alpha > 0.0 {
-            let auxk = self.auxk_by_hand(&mut hand, &error);
+            let (auxk, part) = self.auxk_by_hand(&hand, &error);
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
+            revived = part;
+        }
+        let logged = pass.logging.then(|| error.copy());
+        // A group's features are in the reconstruction of its prefix and of all that are longer. From the longest on the errors are
+        // found anew, in one place: all of them would take much room.
+        let scale = 2.0 / (groups.len() as f64 * pass.batch.len() as f64);
+        let mut of_longer: Option<Tensor> = None;
+        for (index, (group, weight)) in groups.iter().zip(&self.prefixes.weights).enumerate().rev() {
+            let scale = scale * weight;
+            let by_x_hat = match of_longer {
+                Some(mut sum) => sum.addcmul_(&error, &Tensor::from(scale as f32)),
+                None if index == 0 => error.g_mul_scalar_(scale),
+                None => &error * scale,
+            };
+            hand.backward_of_selected(group, &by_x_hat);
+            if index > 0 {
+                hand.decode(group, &group.z.relu().neg(), &mut error);
+            }
+            of_longer = Some(by_x_hat);
+        }
+        let by_sum = sum_of_rows(&of_longer.context("there is no prefix")?);
+        if let Some((dead, part)) = revived {
+            hand.add(&dead, &part);
         }
         let gradients = hand.gradients(by_sum);
-        Ok(Some(ByHand { fired: Some(fired), error, gradients }))
+        Ok(Some(ByHand { fired: Some(fired), error: logged, gradients }))
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {

@@ -100,8 +100,8 @@ impl HandPass<'_> {
 pub struct ByHand {
     /// For how many activations of the batch each feature fired, `[F]`; needed if the step is logged.
     pub fired: Option<Tensor>,
-    /// How far the reconstruction is off, x̂ − target, [B, d_out].
-    pub error: Tensor,
+    /// How far the reconstruction is off, x̂ − target, [B, d_out]; needed if the step is logged.
+    pub error: Option<Tensor>,
     /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of the parameter's
     /// own gradient, which the next step writes over.
     pub gradients: Vec<(&'static str, Tensor)>,

@@ -258,13 +258,13 @@ impl Training {
             let pass = HandPass { step, batch, dictionary: &*self.dictionary, logging };
             if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
                 let loss = self.finite(step, &terms)?;
-                let figures = match (logging, &by_hand.fired) {
-                    (false, _) => None,
-                    (true, Some(fired)) => {
+                let figures = match (logging, &by_hand.fired, &by_hand.error) {
+                    (false, ..) => None,
+                    (true, Some(fired), Some(error)) => {
                         let l0 = fired.sum(Kind::Double).double_value(&[]) / batch.len() as f64;
-                        Some(self.figures(step, batch, l0, &by_hand.error, &terms))
+                        Some(self.figures(step, batch, l0, error, &terms))
                     }
-                    (true, None) => bail!("the trainer took the step by hand and does not say which features fired"),
+                    _ => bail!("the trainer took the step by hand and does not say which features fired, or how far off it was"),
                 };
                 return Ok(Loss { loss, gradients: Some(by_hand.gradients), figures });
             }
@@ -436,13 +436,19 @@ impl Training {
         let dims = self.dictionary.dims();
         let weights = self.dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
         let batch = |width: i64| batch_size as u64 * width as u64 * 4;
-        // As measured (docs/performance.md); a step by hand of selected features never has all of them at once.
         let by_hand = self.modifiers.is_empty() && self.dictionary.two_layer().is_some();
-        let features = match (by_hand, self.dictionary.selection().is_some()) {
-            (true, true) => 0,
-            (true, false) => 5 * batch(dims.features) / 4,
-            (false, _) => 9 * batch(dims.features),
+        let selects = self.dictionary.selection().is_some();
+        // As measured on a CPU (docs/performance.md), where a step by hand of selected features never has all of them at once, and
+        // counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
+        let quarters = match (by_hand, device::at_hand(self.dictionary.device())) {
+            (false, _) => 36,
+            (true, true) if selects => 0,
+            (true, true) => 5,
+            (true, false) if selects => 12,
+            (true, false) if self.dictionary.activation_function().is_some_and(|activation| activation.on_gpu()) => 20,
+            (true, false) => 36,
         };
+        let features = quarters * batch(dims.features) / 4;
         let step = features + 6 * (batch(dims.input) + batch(dims.output));
         let name = &self.name;
         let knob = "its `dict_size`, or how many SAEs train at once";

@@ -1,6 +1,6 @@
 //! Equal to the reference's own results, through the program.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use dictlearn_core::config::from_yaml;
@@ -181,12 +181,14 @@ fn runs_drawn_at_random() {
     let count = std::env::var("DICTLEARN_TEST_RUNS").unwrap_or_else(|_| "40".to_owned());
     reference.run("trains.py", desk.dir.path(), &[&count]);
     let count: usize = count.parse().unwrap();
-    let mut compared = 0;
+    assert!(count > 0, "no run is asked for");
+    let (mut compared, mut drawn, mut methods) = (0, BTreeSet::new(), BTreeSet::new());
     for dir in folders(desk.dir.path()) {
         let batches = dir.join("batches.safetensors");
         let run = Recorded::open(dir, batches);
         let noise = run.settings["noise"].as_f64().unwrap();
         println!("{} {}: noise {noise:.1e}", run.dir.display(), run.method());
+        drawn.insert(run.method());
         // What rounding alone changes by more says nothing of us. To Adam a gradient of rounding is as good as any other.
         if noise > 1e-5 {
             continue;
@@ -196,9 +198,11 @@ fn runs_drawn_at_random() {
         run.same_log(&desk);
         run.same_config(&desk);
         compared += 1;
+        methods.insert(run.method());
     }
     println!("{compared} of {count} runs could be compared");
     assert!(5 * compared >= 4 * count, "only {compared} of {count} runs could be compared");
+    assert_eq!(methods, drawn, "no run of some could be compared");
 }
 
 /// Trains as a golden run of the reference's early experiments did: `standard` with the norm of the residual, modifiers,

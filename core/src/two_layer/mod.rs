@@ -253,7 +253,7 @@ impl ActivationFunction for Relu {
 }
 
 /// What is asked of features beside the reconstruction. It calculates with operations on tensors, since blocks may lie on a GPU,
-/// where activations are of the type of the products.
+/// where activations are of the type of the products, and those that it is given the step's own: it does not change them.
 pub trait Penalty {
     /// Sees the activations that it falls on, of one block after the other, as z.
     fn see(&mut self, block: &Block, penalized: &Tensor);
@@ -434,7 +434,7 @@ impl Hand {
 
     /// The pre-activations that a dictionary of the TopK family selects in training, and perhaps some that are not above
     /// 0: no features either. With them, where they are at hand, the selected features' indices, those at 0 too, int64.
-    pub fn select(&self, selection: &Selection) -> (Block, Option<Tensor>) {
+    pub fn select(&mut self, selection: &Selection) -> (Block, Option<Tensor>) {
         let rows = self.x.exact().size()[0];
         let k = selection.k();
         let of_batch = selection.by_threshold();
@@ -450,7 +450,7 @@ impl Hand {
     }
 
     /// The k largest pre-activations above 0 of each row.
-    pub fn select_of_each(&self, k: i64) -> Block {
+    pub fn select_of_each(&mut self, k: i64) -> Block {
         if k >= self.features() {
             return Block::dense(self.plainly(&self.x).relu(), 0, self.layers.precision);
         }
@@ -466,9 +466,11 @@ impl Hand {
         4 * k <= self.features()
     }
 
-    fn list(&self, kept: Kept) -> Block {
+    fn list(&mut self, kept: Kept) -> Block {
         let mut selector = Selector::new(kept, self.x.exact().size()[0] as usize);
         self.products(|tile, _| selector.offer(tile));
+        // What is listed is multiplied exactly.
+        self.x.cast.take();
         Block::sparse(selector.finish(), 0, self.layers.precision)
     }
 
@@ -661,7 +663,8 @@ pub fn step(
             hand.decode(block, penalized, auxiliary);
         }
         if let Some(fired) = fired.as_mut().filter(|_| on_gpu) {
-            block.sum_by_feature(&features.not_equal(0.0), fired);
+            // Features here are not negative.
+            block.sum_by_feature(&features.sign(), fired);
         } else if let Some(fired) = &mut fired {
             let ([], [count]) = block.map([Input::Each(&features)], |[feature]| ([], [f32::from(feature != 0.0)]));
             block.add_sums(&count, fired);
@@ -674,6 +677,7 @@ pub fn step(
         hand.operand(&(error * (2.0 / pass.batch.len() as f64)))
     });
 
+    let error = pass.logging.then_some(error);
     let by_sum = sum_of_rows(&by_x_hat);
     let by_x_hat = hand.operand(&by_x_hat);
     for block in blocks {
