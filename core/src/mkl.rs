@@ -3,9 +3,10 @@
 use std::ffi::c_int;
 
 /// Whether the processor is one of Intel's. MKL asks this before it takes its kernels for AVX-512, so that products on AMD's
-/// take twice as long as they need to (measured on Zen 5). It asks a function of this name; a program's own stands before that of the library,
-/// and says yes where the instructions are there. It is what PyTorch's maintainers advise to preload on such a processor
-/// (<https://github.com/pytorch/builder/pull/1245>). A library that does not ask it is as it was.
+/// take longer than they need to: twice as long on Zen 5, a quarter longer on Zen 4. It asks a function of this name; a
+/// program's own stands before that of the library, and says yes where the instructions are there. It is what PyTorch's
+/// maintainers advise to preload on such a processor (<https://github.com/pytorch/builder/pull/1245>). A library that does not
+/// ask it is as it was.
 ///
 /// Every program that links this crate has it.
 #[no_mangle]
