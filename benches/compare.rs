@@ -252,10 +252,10 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<[f64; 3]> 
     let kept = case.saes as f64 * 4.0 * (2 * case.d * case.f) as f64 * 4.0 / 1e6;
     let one = (case.batch * case.f * 4) as f64 / 1e6;
     let digits = if ms[0] < 10.0 { 2 } else { 0 };
-    // A process does not know its GPU's peak.
+    // A process does not know its GPU's peak, and making features few takes more than a step.
     let beyond = |took: &Took| {
         shown(
-            if took.ms.is_empty() || case.device != "cpu" {
+            if took.ms.is_empty() || case.device != "cpu" || case.few {
                 f64::NAN
             } else {
                 (took.peak_mb - took.before_mb - kept) / one
@@ -345,8 +345,6 @@ fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
     if case.few {
         let silent = trainings.iter().all(|training| silence(training, &batches[0]));
         ensure!(silent, "k decides how many features of `{trainer}` fire");
-        // What that took at its peak is not a step's: Linux counts anew.
-        let _ = std::fs::write("/proc/self/clear_refs", "5");
     }
     let mut ms = Vec::new();
     let settle = || {

@@ -65,7 +65,7 @@ fn training(trainer: &Component) -> Option<Training> {
         device: Device::Cpu,
         precision: Precision::Float32,
     };
-    // What asks for another source (a joined one) is left out.
+    // What asks for another source than this one is left out, and said.
     let training = Training::new(&from_yaml(&sae).expect("a config of examples"), &cx);
     training.inspect_err(|error| eprintln!("{} is left out: {error:#}", trainer.name)).ok()
 }

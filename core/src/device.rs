@@ -72,7 +72,7 @@ fn entry<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// Whether the CPU takes products of bfloat16 in less time than float32's. Measured (docs/performance.md): with AMX a step of
-/// `standard` in 118 ms instead of 322, with AMD's AVX512-BF16 a product in 19 instead of 37; but with Intel's AVX512-BF16
+/// `standard` in 118 ms instead of 322, with AMD's AVX512-BF16 a product in 19 instead of 37 (Zen 5) or 41 instead of 78 (Zen 4); but with Intel's AVX512-BF16
 /// alone a product in 120 instead of 83.
 pub fn bfloat16_is_faster() -> bool {
     is_faster(cpu_info())

@@ -41,7 +41,7 @@ impl Need {
 }
 
 /// What libtorch and the program take by themselves.
-const PROGRAM: u64 = 170_000_000;
+const PROGRAM: u64 = 190_000_000;
 
 /// What a context of CUDA and its libraries take of a GPU.
 const CUDA: u64 = 600_000_000;

@@ -19,6 +19,7 @@ use crate::rng::{rng, Rng};
 use crate::saved;
 use crate::source::{Batch, SitePart};
 use crate::state::{bytes, State};
+use crate::top_k::Selection;
 use crate::trainer::{float, AfterStep, HandPass, Pass, Terms, Trainer, TrainerCx};
 use crate::watch::Watch;
 
@@ -437,18 +438,24 @@ impl Training {
         let weights = self.dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
         let batch = |width: i64| batch_size as u64 * width as u64 * 4;
         let by_hand = self.modifiers.is_empty() && self.dictionary.two_layer().is_some();
-        let selects = self.dictionary.selection().is_some();
-        // As measured on a CPU (docs/performance.md), where a step by hand of selected features never has all of them at once, and
+        let at_hand = device::at_hand(self.dictionary.device());
+        let k = self.dictionary.selection().map(Selection::k);
+        let relu = || self.dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
+        // As measured on a CPU (docs/performance.md), where a step by hand of few selected features never has all of them at once, and
         // counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
-        let quarters = match (by_hand, device::at_hand(self.dictionary.device())) {
-            (false, _) => 36,
-            (true, true) if selects => 0,
-            (true, true) => 5,
-            (true, false) if selects => 12,
-            (true, false) if self.dictionary.activation_function().is_some_and(|activation| activation.on_gpu()) => 20,
-            (true, false) => 36,
+        let quarters = match k {
+            _ if !by_hand => 36,
+            Some(k) if at_hand && 4 * k <= dims.features => 0,
+            Some(_) if at_hand => 36,
+            Some(_) => 12,
+            None if at_hand => 5,
+            None if relu() => 20,
+            None => 36,
         };
-        let features = quarters * batch(dims.features) / 4;
+        // Of what is selected: k of each row, or as many as the activations are wide where k is annealed, and in the family's auxiliary
+        // loss half as many again, of dead features, whose weights are taken out.
+        let selected = k.map_or(0, |k| batch_size as u64 * (k + dims.input) as u64 * 64 + 2 * weights);
+        let features = quarters * batch(dims.features) / 4 + selected;
         let step = features + 6 * (batch(dims.input) + batch(dims.output));
         let name = &self.name;
         let knob = "its `dict_size`, or how many SAEs train at once";

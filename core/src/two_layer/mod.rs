@@ -71,13 +71,22 @@ pub(crate) fn with_tile_width<T>(width: i64, work: impl FnOnce() -> T) -> T {
 }
 
 /// Below which part of a tile's entries they are listed. Steps with lists and with dense tiles took the same time, in float32, at 18%
-/// on two cores of AMD's Zen 3 (AVX2) and at 18 to 22% on Zen 4 (AVX-512); in bfloat16 at 9 to 12% there, and at 4% where
+/// on two cores of AMD's Zen 3 (AVX2) and at 17 to 22% on Zen 4 (AVX-512); in bfloat16 at 9 to 12% there, and at 4% where
 /// bfloat16's products are four times as fast as float32's.
 fn sparse(precision: Precision) -> f64 {
     match precision {
         Precision::Float32 => 0.15,
         Precision::BFloat16 => 0.04,
     }
+}
+
+/// What products have of a size that changes from step to step is a multiple of it. oneDNN keeps what it has prepared for products of
+/// each size, about 0.3 MB, for a thousand of them.
+const ROUND: i64 = 64;
+
+/// How much is lacking to a multiple of that.
+fn lacking(count: i64) -> i64 {
+    (-count).rem_euclid(ROUND)
 }
 
 /// A weight or bias by its state-dict name.
@@ -325,6 +334,11 @@ impl Operand {
     fn select(&self, rows: &Tensor) -> Self {
         Operand::new(self.exact.index_select(0, rows), self.precision)
     }
+
+    /// With so many rows of zeros more.
+    fn and_zeros(self, rows: i64) -> Self {
+        Operand::new(self.exact.constant_pad_nd([0, 0, 0, rows]), self.precision)
+    }
 }
 
 /// The parts of a step by hand: weights, what is encoded, and gradients as they are found.
@@ -518,8 +532,12 @@ impl Hand {
             return few;
         }
         // A part at a time, for there may be many, and all features of each are computed.
-        let selected = few.split(256, 0).into_iter();
-        let selected = selected.map(|few| self.plainly(&self.x.select(&few)).relu().topk(k, -1, true, false).1);
+        let selected = few.split(4 * ROUND, 0).into_iter().map(|few| {
+            // Some row again says nothing new.
+            let again = few.narrow(0, 0, 1).expand([lacking(few.size()[0])], false);
+            let rows = self.x.select(&Tensor::cat(&[few, again], 0));
+            self.plainly(&rows).relu().topk(k, -1, true, false).1
+        });
         Tensor::cat(&selected.collect::<Vec<_>>(), 0)
     }
 
@@ -552,12 +570,14 @@ impl Hand {
         block.sum_by_feature(by_z, &mut self.by_z);
     }
 
-    /// The same step for some features alone, `[n]` int64; its gradients are added by [`Hand::add`].
+    /// The same step for some features alone, `[n]` int64; its gradients are added by [`Hand::add`]. Their number is rounded up by
+    /// features without weights, which are never above 0.
     pub fn of_features(&self, features: &Tensor) -> Hand {
+        let lacking = lacking(features.size()[0]);
+        let count = features.size()[0] + lacking;
         let same =
             |weight: &Weight| Weight { gradient: Tensor::new(), tensor: weight.tensor.shallow_clone(), ..*weight };
-        let like =
-            |tensor: &Tensor| Tensor::empty([features.size()[0], tensor.size()[1]], (Kind::Float, tensor.device()));
+        let like = |tensor: &Tensor| Tensor::empty([count, tensor.size()[1]], (Kind::Float, tensor.device()));
         Hand {
             layers: TwoLayer {
                 encoder: same(&self.layers.encoder),
@@ -571,11 +591,11 @@ impl Hand {
                 precision: self.layers.precision,
                 cast: self.x.cast.get().map(Tensor::shallow_clone).map_or_else(OnceCell::new, OnceCell::from),
             },
-            w_enc: self.w_enc.select(features),
-            b_enc: self.b_enc.as_ref().map(|bias| bias.index_select(0, features)),
-            w_dec: self.w_dec.select(features),
+            w_enc: self.w_enc.select(features).and_zeros(lacking),
+            b_enc: self.b_enc.as_ref().map(|bias| bias.index_select(0, features).constant_pad_nd([0, lacking])),
+            w_dec: self.w_dec.select(features).and_zeros(lacking),
             by_w_enc: like(&self.by_w_enc),
-            by_z: Tensor::zeros([features.size()[0]], (Kind::Float, features.device())),
+            by_z: Tensor::zeros([count], (Kind::Float, features.device())),
             by_w_dec: like(&self.by_w_dec),
             lists: self.lists,
         }
@@ -583,9 +603,10 @@ impl Hand {
 
     /// Adds the gradients of a step for some features alone.
     pub fn add(&mut self, features: &Tensor, part: &Hand) {
-        let _ = self.by_w_enc.index_add_(0, features, &part.by_w_enc);
-        let _ = self.by_z.index_add_(0, features, &part.by_z);
-        let _ = self.by_w_dec.index_add_(0, features, &part.by_w_dec);
+        let own = |of_part: &Tensor| of_part.narrow(0, 0, features.size()[0]);
+        let _ = self.by_w_enc.index_add_(0, features, &own(&part.by_w_enc));
+        let _ = self.by_z.index_add_(0, features, &own(&part.by_z));
+        let _ = self.by_w_dec.index_add_(0, features, &own(&part.by_w_dec));
     }
 
     /// The gradients of the two layers, by state-dict names, where `by_x_hat` `[d]` is the sum of ∂L/∂x̂ over the batch.

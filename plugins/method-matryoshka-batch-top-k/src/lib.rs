@@ -280,6 +280,11 @@ impl TrainerConfig for MatryoshkaConfig {
                 .field(format!("group_weights[{index}]"))
                 .help("it must be at least 0"));
         }
+        if weights.iter().all(|weight| *weight == 0.0) {
+            bail!(InputError::new("every group's weight is 0, so that nothing would be reconstructed")
+                .field("group_weights")
+                .help("give one of them more"));
+        }
         let (weights_saved, sizes_saved) = (weights.clone().into(), dictionary.groups.clone().into());
         let mut end = 0;
         let ends = dictionary.groups.iter().map(|size| {
