@@ -519,7 +519,7 @@ impl Trainer for TopKTrainer {
         }
         let logged = pass.logging.then(|| error.copy());
         // A group's features are in the reconstruction of its prefix and of all that are longer. From the longest on the errors are
-        // found anew, in one place: all of them would take much room.
+        // found anew, in one place, which the derivative takes where there is but one: all of them would take much room.
         let scale = 2.0 / (groups.len() as f64 * pass.batch.len() as f64);
         let mut of_longer: Option<Tensor> = None;
         for (index, (group, weight)) in groups.iter().zip(&self.prefixes.weights).enumerate().rev() {

@@ -545,18 +545,23 @@ fn memory_does_not_grow_with_steps() {
     let dying = "precision: bfloat16\n\
          source: {type: synthetic, activation_dim: 64, n_features: 8, n_active: 2, batch_size: 512}\n\
          saes: [{trainer: {type: top_k, dead_feature_threshold: 1500}, dictionary: {k: 16, dict_size: 2048}}]\n";
-    for config in [many_rows, dying] {
+    let dense = many_rows.replace("k: 64", "k: 400");
+    for config in [many_rows, dying, &dense] {
         let (few, many) = (peak_memory(config, "20"), peak_memory(config, "150"));
         assert!(many < few + 8_000, "{few} kB in 20 steps, {many} in 150: {config}");
     }
 }
 
-/// The program's memory at its peak, in kB, when it trains for so many steps.
+/// The program's memory at its peak, in kB, when it trains for so many steps; no more than it expects.
 #[cfg(target_os = "linux")]
 fn peak_memory(config: &str, steps: &str) -> u64 {
     let desk = Desk::new();
     let usual = "steps: 100000\ncheckpoint_every: null\noutput_dir: run\nloggers: []\nmetrics: []\n";
     desk.write("config.yaml", &format!("{usual}{config}stop_after: {steps}\n"));
+    let plan = desk.ok(&["train", "config.yaml", "--dry-run"]);
+    let expected = plan.lines().find_map(|line| line.strip_prefix("# expected peak memory (cpu): ")).unwrap();
+    assert!(expected.contains(" MB of "), "{expected}");
+    let expected = expected.split(' ').next().unwrap().parse::<f64>().unwrap() * 1e6;
     let mut child =
         desk.program().args(["train", "config.yaml"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let status = format!("/proc/{}/status", child.id());
@@ -567,6 +572,8 @@ fn peak_memory(config: &str, steps: &str) -> u64 {
         kb = so_far.map_or(kb, |number| number.parse::<u64>().unwrap());
         if let Some(ended) = child.try_wait().unwrap() {
             assert!(ended.success() && kb > 0);
+            let bytes = kb as f64 * 1024.0;
+            assert!(bytes < expected, "{bytes} bytes, and {expected} were expected: {config}");
             return kb;
         }
         std::thread::sleep(Duration::from_millis(2));
