@@ -18,5 +18,8 @@ mod allocator {
         Some(&b"dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,lg_extent_max_active_fit:30\0"[0]);
 }
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod wait_policy;
+
 // The plugins are those of Cargo.toml: a line there is all that the program knows of each (see build.rs).
 include!(concat!(env!("OUT_DIR"), "/plugins.rs"));

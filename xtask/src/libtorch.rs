@@ -72,8 +72,8 @@ fn toml(libtorch: &Path) -> String {
          LIBTORCH_CXX11_ABI = \"1\"\n\
          \n\
          [build]\n\
-         rustflags = [\"-C\", \"link-arg=-Wl,-rpath,{libtorch}/lib\"]\n\
-         rustdocflags = [\"-C\", \"link-arg=-Wl,-rpath,{libtorch}/lib\"]\n"
+         rustflags = [\"-C\", \"link-arg=-Wl,--disable-new-dtags,-rpath,{libtorch}/lib\"]\n\
+         rustdocflags = [\"-C\", \"link-arg=-Wl,--disable-new-dtags,-rpath,{libtorch}/lib\"]\n"
     )
 }
 
