@@ -298,6 +298,7 @@ fn sae(trainer: &Component) -> SaeConfig {
         trainer: from_yaml(trainer.example).unwrap(),
         modifiers: Vec::new(),
         init_from: None,
+        seed: None,
         on_nonfinite: None,
     }
 }

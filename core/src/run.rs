@@ -92,7 +92,7 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
             done => done.context("cannot take up the checkpoint")?,
         }
         first = step;
-        if begun.as_ref().is_some_and(|(_, text)| text == yaml) {
+        if begun.as_ref().is_some_and(|(_, text)| *text == yaml) {
             if let Some(done) = run.already_done(config, run_dir, first)? {
                 eprintln!("the run is done already; --resume has nothing left to do");
                 return Ok(done);
