@@ -33,12 +33,13 @@ const SHOWN: usize = 8;
 
 /// Top-level keys of a config that may differ between a run and its continuation: they change what is reported, where it is
 /// computed and what is done on a bad day, not what is trained.
-const HARMLESS: [&str; 12] = [
+const HARMLESS: [&str; 13] = [
     "output_dir",
     "log_every",
     "checkpoint_every",
     "checkpoint_buffer",
     "save_every",
+    "save_steps",
     "stop_after",
     "loggers",
     "metrics",

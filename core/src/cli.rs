@@ -214,7 +214,9 @@ impl ConfigArgs {
 }
 
 fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunConfig> {
-    Ok(config::load(&Sources { file: file.to_owned(), profile, set, variables: config::variables() })?)
+    let config = config::load(&Sources { file: file.to_owned(), profile, set, variables: config::variables() })?;
+    config.written.notes().iter().for_each(|note| eprintln!("{}", config::printable(note)));
+    Ok(config)
 }
 
 /// Runs the program: every plugin that is linked in can be named. Call it from `main`.
@@ -335,14 +337,14 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
         None => std::path::absolute(Path::new("runs").join(args.config.file_stem().unwrap_or_default()))?,
     };
     config.output_dir = Some(run_dir.clone().into());
-    let yaml = config::to_yaml(&config)?;
     if dry_run {
-        let plan = run::plan(&config).map_err(|error| config.written.locate(error))?;
+        let plan = run::plan(&mut config).map_err(|error| config.written.locate(error))?;
+        let yaml = config::to_yaml(&config)?;
         print(&plan.lines().fold(yaml, |all, line| all + "# " + line + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
     let interrupt = Interrupt::listen()?;
-    match run::train(&config, &yaml, &run_dir, resume, &interrupt).map_err(|error| config.written.locate(error))? {
+    match run::train(&mut config, &run_dir, resume, &interrupt).map_err(|error| config.written.locate(error))? {
         Ending::Done { results, stopped } => {
             let none = config.metrics.is_empty() || results.is_empty();
             let table = if none { String::new() } else { evaluate::table(&results) + "\n" };
@@ -604,7 +606,12 @@ fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<(Saved, Vec
     }
     let places = shown.iter().flat_map(|part| &part.places);
     if let Some(length) = longest.filter(|length| places.clone().any(|(_, position)| position + 1 >= *length)) {
-        eprintln!("a text is cut to a context of {length} tokens; `--set source.ctx_len=N` takes more");
+        let most = source.language_model().and_then(|source| source.model().max_positions());
+        let more = match most.filter(|most| length >= *most) {
+            Some(_) => "the longest that the model takes",
+            None => "`--set source.ctx_len=N` takes more",
+        };
+        eprintln!("a text is cut to a context of {length} tokens; {more}");
     }
     Ok((saved, shown))
 }

@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-use crate::config::{self, from_yaml, to_yaml, SaeConfig, Sources};
+use crate::config::{self, from_yaml, SaeConfig, Sources};
 use crate::interrupt::Interrupt;
 use crate::prelude::*;
 use crate::registry::{self, component, components, Component, Kind as Slot};
@@ -211,10 +211,9 @@ fn example_trains(component: &Component) {
     std::fs::write(&file, &example).unwrap();
     // Fewer steps, for the test's sake; the schedules of examples fit in.
     let sources = Sources { file, profile: None, set: vec!["steps=50".to_owned()], variables: Vec::new() };
-    let config = config::load(&sources).unwrap_or_else(|error| panic!("{error:?}\n{example}"));
+    let mut config = config::load(&sources).unwrap_or_else(|error| panic!("{error:?}\n{example}"));
     let out = dir.path().join("run");
-    let yaml = to_yaml(&config).unwrap();
-    if let Err(error) = run::train(&config, &yaml, &out, false, &Interrupt::default()) {
+    if let Err(error) = run::train(&mut config, &out, false, &Interrupt::default()) {
         panic!("{} {}: {error:#}\n{example}", component.kind, component.name);
     }
 }
@@ -299,6 +298,7 @@ fn sae(trainer: &Component) -> SaeConfig {
         trainer: from_yaml(trainer.example).unwrap(),
         modifiers: Vec::new(),
         init_from: None,
+        seed: None,
         on_nonfinite: None,
     }
 }

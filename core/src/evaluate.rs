@@ -6,7 +6,7 @@ use anyhow::{bail, Result};
 use comfy_table::{presets, CellAlignment, Table};
 use serde_json::{Map, Value};
 
-use crate::config::{from_yaml, InputError, Under};
+use crate::config::{from_yaml, InputError, Mistakes, Under};
 use crate::memory::Need;
 use crate::metric::{MetricConfig, Subject};
 use crate::registry::{self, Kind};
@@ -15,14 +15,18 @@ use crate::tensors::write_file;
 
 /// Refuses metrics that cannot be computed on a source, before anything is trained for them.
 pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSource) -> Result<()> {
+    let mut mistakes = Mistakes::new();
     for (index, metric) in metrics.iter().enumerate() {
-        if let Some(why) = metric.build().under(format_args!("metrics[{index}]"))?.refuses(source) {
-            bail!(InputError::new(format!("the metric `{}` cannot be computed here: {why}", metric.typetag_name()))
-                .field(format!("metrics[{index}]"))
-                .help("leave it out of `metrics`, or give a source that has what it needs"));
+        let Some(built) = mistakes.keep(metric.build().under(format_args!("metrics[{index}]")))? else { continue };
+        if let Some(why) = built.refuses(source) {
+            mistakes.add(
+                InputError::new(format!("the metric `{}` cannot be computed here: {why}", metric.typetag_name()))
+                    .field(format!("metrics[{index}]"))
+                    .help("leave it out of `metrics`, or give a source that has what it needs"),
+            );
         }
     }
-    Ok(())
+    Ok(mistakes.into_result()?)
 }
 
 /// What measuring dictionaries of at most so many features takes memory for, beside so many bytes that a source of its own

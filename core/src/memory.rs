@@ -47,7 +47,7 @@ const PROGRAM: u64 = 190_000_000;
 const CUDA: u64 = 600_000_000;
 
 /// What a run needs, and what there is.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Plan {
     device: Device,
     /// Of the computer's memory, when the plan was begun.

@@ -9,7 +9,7 @@ pub use tch::{self, Device, Kind, Tensor};
 pub use typetag;
 
 pub use crate::adapted::{Normalization, NormalizationKind};
-pub use crate::config::{ConfigPath, InputError, PathOrName, Under};
+pub use crate::config::{ConfigPath, InputError, Mistakes, PathOrName, Under};
 pub use crate::constraint::Constraints;
 pub use crate::device::Precision;
 pub use crate::dictionary::{
@@ -25,7 +25,7 @@ pub use crate::modifier::{Modifier, ModifierConfig, ModifierCx, Need};
 pub use crate::optim::{Adam, AdamConfig};
 pub use crate::register;
 pub use crate::resample::{ResampleWeight, Resampling};
-pub use crate::schedule::Schedule;
+pub use crate::schedule::{RunLength, Schedule};
 pub use crate::source::{
     ActivationSource, Activations, Batch, CheckpointBuffer, ModelSource, Part, Site, SitePart, SourceConfig, SourceCx,
 };

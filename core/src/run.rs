@@ -10,24 +10,26 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, make_dir, Checkpoints, Machine};
-use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
-use crate::device;
+use crate::config::{folder_name, to_yaml, InputError, Mistakes, RunConfig, SaeConfig, SaveSteps, Under};
+use crate::device::{self, Precision};
 use crate::dictionary::Dictionary;
 use crate::evaluate;
 use crate::hub::{self, hub, Repo};
 use crate::interrupt::{self, Interrupt};
 use crate::logger::Logger;
 use crate::memory::{Plan, Size};
-use crate::metric::Subject;
+use crate::metric::{MetricConfig, Subject};
 use crate::progress::Progress;
 use crate::registry::nearest;
 use crate::saved;
 use crate::saver::{patiently, Saver};
+use crate::schedule::RunLength;
 use crate::source::{describe_site, ActivationSource, Activations, Batch, Site, Stream};
 use crate::state::{self, State};
 use crate::tensors::write_file;
 use crate::training::{is_finite, saved_config, NotFinite, OnNonfinite, Training, TrainingCx};
 use crate::watch::{Found, Watch};
+use crate::yaml;
 
 /// How a run ended.
 #[derive(Debug)]
@@ -47,8 +49,9 @@ pub enum Ending {
 
 /// Trains every SAE of a config, saves and evaluates them.
 ///
-/// `yaml` is the config with every default spelled out. `interrupt` is looked at before each step.
-pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, interrupt: &Interrupt) -> Result<Ending> {
+/// The config is completed with what follows from its source: defaults that adapt to the length of the run, and metrics.
+/// `interrupt` is looked at before each step.
+pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &Interrupt) -> Result<Ending> {
     let checkpoints = Checkpoints::new(run_dir);
     // Held as long as the run goes on. What a directory holds is looked at when nobody else can change it.
     let held = if run_dir.is_dir() { Some(lock(run_dir)?) } else { None };
@@ -61,7 +64,8 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
             let text = fs::read_to_string(&path).map_err(|error| {
                 InputError::new(format!("cannot read {}: {error}", path.display())).help(checkpoint::PUT_BACK)
             })?;
-            begun = Some((checkpoints.check_config(&text, yaml)?, text));
+            adapt(config, None, Some(&text));
+            begun = Some((checkpoints.check_config(&text, &to_yaml(config)?)?, text));
             // Branches of the Hub may have moved on.
             for (repo, commit) in state.get::<Vec<(Repo, String)>>("hub")? {
                 hub()?.pin(&repo, &commit);
@@ -70,15 +74,16 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
     }
 
     // Everything that can be wrong with the config is found before anything is written.
-    let mut run = match Run::build(config) {
+    let mut run = match Run::build(config, begun.as_ref().map(|(_, text)| &**text)) {
         // Whatever broke off then did so because it was asked to.
         Err(_) if interrupt.asked() => {
             return Ok(checkpoint.map_or(Ending::NotBegun, |(step, _)| Ending::Interrupted(step)))
         }
         built => built?,
     };
+    let yaml = to_yaml(config)?;
     if let (Some((true, _)), Some((step, _))) = (&begun, &checkpoint) {
-        run.check_steps(config, *step)?;
+        run.check_steps(config, *step, run_dir)?;
     }
     let mut first = 0;
     if let Some((step, state)) = checkpoint {
@@ -87,7 +92,7 @@ pub fn train(config: &RunConfig, yaml: &str, run_dir: &Path, resume: bool, inter
             done => done.context("cannot take up the checkpoint")?,
         }
         first = step;
-        if begun.as_ref().is_some_and(|(_, text)| text == yaml) {
+        if begun.as_ref().is_some_and(|(_, text)| *text == yaml) {
             if let Some(done) = run.already_done(config, run_dir, first)? {
                 eprintln!("the run is done already; --resume has nothing left to do");
                 return Ok(done);
@@ -214,60 +219,75 @@ impl Skips {
 }
 
 impl Run {
-    fn build(config: &RunConfig) -> Result<Self> {
+    /// Builds what a config names; `begun` is the config.yaml of the run that is resumed. An error has every mistake that building
+    /// shows.
+    fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Self> {
+        let mut mistakes = Mistakes::new();
         if config.saes.is_empty() {
-            bail!(InputError::new("the config names no SAE to train")
-                .field("saes")
-                .help("add one under `saes:`, for example `- {trainer: {type: top_k}, dictionary: {k: 32}}`"));
+            mistakes.add(
+                InputError::new("the config names no SAE to train")
+                    .field("saes")
+                    .help("add one under `saes:`, for example `- {trainer: {type: top_k}, dictionary: {k: 32}}`"),
+            );
         }
-        let device = config.device.device().map_err(anyhow::Error::from).under("device")?;
+        check_save_steps(config, &mut mistakes);
+        let device = config.device.device().map_err(anyhow::Error::from).under("device");
+        // What is built where it cannot be is thrown away again.
+        let device = mistakes.keep(device)?.unwrap_or(Device::Cpu);
         let (precision, _) = config.precision.precision(device);
         let source_cx = config.source_cx(device);
         let mut memory = Plan::new(device);
-        let mut source = config.source.build(&source_cx).under("source")?;
-        memory.add(source.memory())?;
+        let source = mistakes.keep(config.source.build(&source_cx).under("source"))?;
+        let mut eval_source = match &config.eval_source {
+            None => None,
+            Some(other) => mistakes.keep(other.build(&source_cx).under("eval_source"))?,
+        };
+        let Some(mut source) = source else {
+            if let Some(other) = &mut eval_source {
+                mistakes.keep(evaluate::check(&config.metrics, &mut **other))?;
+            }
+            mistakes.into_result()?;
+            bail!("the source could not be built");
+        };
+        mistakes.keep(memory.add(source.memory()).map_err(anyhow::Error::from))?;
         let sites = source.sites();
         let batch_size = source.batch_size().unwrap_or(0);
+        let adapted = adapt(config, source.batch_size(), begun);
         let mut saes: Vec<Sae> = Vec::new();
-        for (entry, sae) in config.saes.iter().enumerate() {
-            let key = format!("saes[{entry}]");
-            let chosen = chosen_sites(sae, &sites).under(&key)?;
-            for site in &chosen {
-                interrupt::check()?;
-                let widths = sites[*site].widths();
-                let parts = sites[*site].parts.clone();
-                let cx = TrainingCx { widths, parts, steps: config.steps, seed: config.seed, device, precision };
-                let mut training = Training::new(sae, &cx).under(&key)?;
-                if chosen.len() > 1 {
-                    training.name = format!("{}-{}", sae.name, sites[*site].name.replace(['/', '\\'], "_"));
-                    folder_name(&training.name).map_err(anyhow::Error::from).under(format_args!("{key}.name"))?;
+        for entry in 0..config.saes.len() {
+            interrupt::check()?;
+            let built = build_sae(config, entry, &sites, (device, precision), &saes).under(format_args!("saes[{entry}]"));
+            for sae in mistakes.keep(built)?.into_iter().flatten() {
+                // What does not fit is one mistake, whatever comes beside it.
+                if mistakes.is_empty() {
+                    mistakes.keep(memory.add(sae.training.memory(batch_size)).map_err(anyhow::Error::from))?;
                 }
-                if let Some(other) = saes.iter().find(|other| other.training.name == training.name) {
-                    bail!(InputError::new(format!("two SAEs are named `{}`", training.name))
-                        .field(format!("{key}.name"))
-                        .help(format!("the other is made of saes[{}]: give each a `name` of its own", other.entry)));
-                }
-                training.on_nonfinite = sae.on_nonfinite.unwrap_or(config.on_nonfinite);
-                memory.add(training.memory(batch_size))?;
-                saes.push(Sae { training, cx, site: *site, entry, stopped: None, skipped: Skips::default() });
+                saes.push(sae);
             }
         }
         let features = saes.iter().map(|sae| sae.training.dictionary.dims().features).max().unwrap_or(0);
-        match &config.eval_source {
-            None => {
-                evaluate::check(&config.metrics, &mut *source)?;
-                memory.add(evaluate::memory(&config.metrics, &mut *source, features, 0)?)?;
-            }
-            // Opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
+        // An `eval_source` is opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
+        let (measured, own): (&mut dyn ActivationSource, u64) = match &mut eval_source {
+            None => (&mut *source, 0),
             Some(other) => {
-                let mut other = other.build(&source_cx).under("eval_source")?;
-                evaluate::check(&config.metrics, &mut *other)?;
                 let own = other.memory().iter().filter(|need| !need.passing).map(|need| need.bytes).sum();
-                memory.add(evaluate::memory(&config.metrics, &mut *other, features, own)?)?;
-                for sae in &saes {
-                    eval_site(&*other, &sites[sae.site])?;
-                }
+                (&mut **other, own)
             }
+        };
+        for sae in saes.iter().filter(|_| config.eval_source.is_some()) {
+            mistakes.keep(eval_site(measured, &sites[sae.site]))?;
+        }
+        mistakes.keep(evaluate::check(&config.metrics, measured))?;
+        mistakes.into_result()?;
+        if !config.written.says("metrics") {
+            config.metrics = usual_metrics(measured, |metrics, source| {
+                Ok(memory.clone().add(evaluate::memory(metrics, source, features, own)?))
+            })?;
+        }
+        memory.add(evaluate::memory(&config.metrics, measured, features, own)?)?;
+        drop(eval_source);
+        if !adapted.is_empty() {
+            eprintln!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
         }
         let norms = vec![1.0; sites.len()];
         let watches = sites.iter().map(|_| Watch::default()).collect();
@@ -482,8 +502,12 @@ impl Run {
             interrupt,
         };
         let mut log_fails = false;
+        let save_steps = config.save_steps.as_ref().map(|steps| steps.of(config.steps)).unwrap_or_default();
 
         let mut step = first;
+        if step == 0 && save_steps.contains(&0) {
+            self.keep_all_weights(0, &mut keeping)?;
+        }
         while step < last {
             if interrupt.asked() {
                 return self.interrupted(config, step, &mut loggers, &mut keeping);
@@ -519,7 +543,7 @@ impl Run {
             if due(config.checkpoint_every, step + 1) && step + 1 < last {
                 keeping.saver.due();
             }
-            let saving = due(config.save_every, step + 1);
+            let saving = due(config.save_every, step + 1) || save_steps.contains(&(step + 1));
             let checkpointing = keeping.saver.wants_checkpoint();
             if logging || saving || checkpointing {
                 self.settle(config, &mut keeping)?;
@@ -540,16 +564,12 @@ impl Run {
             keeping.progress.step(step, tokens);
 
             if saving {
-                for index in 0..self.saes.len() {
-                    if self.saes[index].stopped.is_none() {
-                        self.keep_weights(index, step, &mut keeping)?;
-                    }
-                }
+                self.keep_all_weights(step, &mut keeping)?;
             }
             if checkpointing {
                 // A checkpoint is of no use without the log up to it.
                 match flush(&mut loggers) {
-                    Ok(()) => keeping.saver.checkpoint(step, self.state(step)?)?,
+                    Ok(()) => keeping.saver.checkpoint(step, self.state(step)?, &|message| keeping.progress.say(message))?,
                     Err(error) => keeping.saver.not_ready(&error, &|message| keeping.progress.say(message)),
                 }
             }
@@ -651,21 +671,25 @@ impl Run {
 
     /// Refuses to lay a run out for another number of steps than the one that its steps so far were taken for, if they depend
     /// on it.
-    fn check_steps(&self, config: &RunConfig, done: u64) -> Result<()> {
-        let refused = |message: String| {
-            let help = "resume with the number of steps that it was begun with, or choose another --output-dir";
-            bail!(InputError::new(message).field("steps").help(help))
-        };
+    fn check_steps(&self, config: &RunConfig, done: u64, run_dir: &Path) -> Result<()> {
         if config.steps < done {
-            return refused(format!("`steps` is {}, and the run has taken {done} already", config.steps));
+            let message = format!("`steps` is {}, and the run has taken {done} already", config.steps);
+            bail!(InputError::new(message)
+                .field("steps")
+                .help("resume with the number of steps that it was begun with, or choose another --output-dir"));
         }
-        match self.saes.iter().find(|sae| sae.training.trainer.depends_on_steps()) {
-            None => Ok(()),
-            Some(sae) => refused(format!(
-                "the run was begun with another `steps`, and the schedule of SAE `{}` depends on it",
-                sae.training.name
-            )),
-        }
+        let Some(sae) = self.saes.iter().find(|sae| sae.training.trainer.depends_on_steps()) else { return Ok(()) };
+        let name = &sae.training.name;
+        bail!(InputError::new(format!(
+            "the run was begun with another `steps`, and the schedule of SAE `{name}` depends on it"
+        ))
+        .field("steps")
+        .help(format!(
+            "its learning rate has decayed, or its penalty has annealed, towards the old end. To train it further, start a new \
+             run from its weights: another `output_dir`, and in this SAE `init_from: {}`. To finish the old run, resume with \
+             its `steps`",
+            run_dir.join(name).display()
+        )));
     }
 
     fn evaluate(
@@ -717,9 +741,20 @@ impl Run {
         Ok(())
     }
 
+    /// The weights of every SAE that has not stopped.
+    fn keep_all_weights(&mut self, step: u64, keeping: &mut Keeping) -> Result<()> {
+        for index in 0..self.saes.len() {
+            if self.saes[index].stopped.is_none() {
+                self.keep_weights(index, step, keeping)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The weights alone, kept beside the final ones.
     fn keep_weights(&mut self, index: usize, step: u64, keeping: &mut Keeping) -> Result<()> {
-        self.saved = true;
+        // Those before the first step are no loss.
+        self.saved |= step > 0;
         let sae = &self.saes[index];
         let path = keeping.run_dir.join(&sae.training.name).join(format!("checkpoints/ae_{step}.safetensors"));
         let folded = self.folded(sae)?;
@@ -782,6 +817,97 @@ pub fn stopped_error(stops: Vec<String>) -> InputError {
         "look at the activations (`dictlearn activations`), lower the learning rate, or set `normalize_activations: true`; \
          `on_nonfinite: skip_batch` leaves single batches out",
     )
+}
+
+/// Adapts the defaults of trainers that nobody wrote to the length of the run, or takes them from the config of the run that is
+/// resumed. Returns what it changed.
+fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -> Vec<String> {
+    let begun: Option<serde_yaml::Value> = begun.and_then(|text| yaml::parse(text).ok());
+    let batch_size = batch_size.and_then(|size| u64::try_from(size).ok());
+    let mut adapted: Vec<String> = Vec::new();
+    let RunConfig { saes, written, steps, .. } = config;
+    for (entry, sae) in saes.iter_mut().enumerate() {
+        let says = |field: &str| written.says(&format!("saes[{entry}].trainer.{field}"));
+        let begun = begun.as_ref().and_then(|begun| begun.get("saes")?.get(entry)?.get("trainer"));
+        let mut length = RunLength::new(*steps, batch_size, &says, begun);
+        sae.trainer.adapt(&mut length);
+        for one in length.into_adapted() {
+            if !adapted.contains(&one) {
+                adapted.push(one);
+            }
+        }
+    }
+    adapted
+}
+
+/// Refuses steps at which nothing could be saved.
+fn check_save_steps(config: &RunConfig, mistakes: &mut Mistakes) {
+    let Some(SaveSteps::Listed(listed)) = &config.save_steps else { return };
+    for (index, step) in listed.iter().enumerate().filter(|(_, step)| **step > config.steps) {
+        mistakes.add(
+            InputError::new(format!("`save_steps` has step {step}, but the run has only {} steps", config.steps))
+                .field(format!("save_steps[{index}]"))
+                .help("leave it out, or write `save_steps: {log: N}`, which follows the length of the run"),
+        );
+    }
+}
+
+/// The default metrics that a source allows and for which there is memory.
+fn usual_metrics(
+    source: &mut dyn ActivationSource,
+    fits: impl Fn(&[Box<dyn MetricConfig>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
+) -> Result<Vec<Box<dyn MetricConfig>>> {
+    let mut metrics = Vec::new();
+    for metric in evaluate::usual(source)? {
+        let metric = [metric];
+        match fits(&metric, source)? {
+            Ok(()) => metrics.extend(metric),
+            Err(error) => eprintln!(
+                "warning: {} is not measured by default: {}; `metrics: [{{type: {}, batch_size: 1}}]` may do",
+                metric[0].typetag_name(),
+                error.message(),
+                metric[0].typetag_name()
+            ),
+        }
+    }
+    Ok(metrics)
+}
+
+/// The SAEs of an entry of the config, one for each of its sites.
+fn build_sae(
+    config: &RunConfig,
+    entry: usize,
+    sites: &[Site],
+    (device, precision): (Device, Precision),
+    others: &[Sae],
+) -> Result<Vec<Sae>> {
+    let sae = &config.saes[entry];
+    let chosen = chosen_sites(sae, sites)?;
+    let mut built: Vec<Sae> = Vec::new();
+    for site in &chosen {
+        interrupt::check()?;
+        let cx = TrainingCx {
+            widths: sites[*site].widths(),
+            parts: sites[*site].parts.clone(),
+            steps: config.steps,
+            seed: sae.seed.unwrap_or(config.seed),
+            device,
+            precision,
+        };
+        let mut training = Training::new(sae, &cx)?;
+        if chosen.len() > 1 {
+            training.name = format!("{}-{}", sae.name, sites[*site].name.replace(['/', '\\'], "_"));
+            folder_name(&training.name).map_err(anyhow::Error::from).under("name")?;
+        }
+        if let Some(other) = others.iter().chain(&built).find(|other| other.training.name == training.name) {
+            bail!(InputError::new(format!("two SAEs are named `{}`", training.name))
+                .field("name")
+                .help(format!("the other is made of saes[{}]: give each a `name` of its own", other.entry)));
+        }
+        training.on_nonfinite = sae.on_nonfinite.unwrap_or(config.on_nonfinite);
+        built.push(Sae { training, cx, site: *site, entry, stopped: None, skipped: Skips::default() });
+    }
+    Ok(built)
 }
 
 /// The sites that an SAE of the config trains on.
@@ -855,8 +981,8 @@ fn refuse_other_run(run_dir: &Path, resume: bool, checkpoints: &Checkpoints) -> 
 }
 
 /// The shapes and memory of a run, for `--dry-run`; nothing is written.
-pub fn plan(config: &RunConfig) -> Result<String> {
-    let mut run = Run::build(config)?;
+pub fn plan(config: &mut RunConfig) -> Result<String> {
+    let mut run = Run::build(config, None)?;
     let (precision, why) = config.precision.precision(run.device);
     let mut lines = vec![
         format!("device: {}", device::name(run.device)),

@@ -44,22 +44,34 @@ struct Weights {
 }
 
 enum Job {
-    Checkpoint(u64, State),
+    /// With the weights that come before it: a run that is resumed from it never goes over their steps again.
+    Checkpoint(u64, State, VecDeque<Weights>),
     Weights(Weights),
 }
 
 impl Job {
-    fn write(&self, checkpoints: &Checkpoints) -> Result<()> {
+    /// Weights that are written need not be written again, should what comes after them fail.
+    fn write(&mut self, checkpoints: &Checkpoints) -> Result<()> {
         match self {
-            Job::Checkpoint(step, state) => checkpoints.save(*step, state),
-            Job::Weights(Weights { path, tensors }) => {
-                if let Some(dir) = path.parent() {
-                    dir.parent().map_or(Ok(()), make_dir)?;
-                    make_dir(dir)?;
+            Job::Checkpoint(step, state, before) => {
+                while let Some(weights) = before.front() {
+                    weights.write()?;
+                    before.pop_front();
                 }
-                tensors::write(path, tensors)
+                checkpoints.save(*step, state)
             }
+            Job::Weights(weights) => weights.write(),
         }
+    }
+}
+
+impl Weights {
+    fn write(&self) -> Result<()> {
+        if let Some(dir) = self.path.parent() {
+            dir.parent().map_or(Ok(()), make_dir)?;
+            make_dir(dir)?;
+        }
+        tensors::write(&self.path, &self.tensors)
     }
 }
 
@@ -95,10 +107,12 @@ impl Saver {
             && self.trouble.as_ref().is_none_or(|trouble| Instant::now() >= trouble.again)
     }
 
-    /// Writes a checkpoint that [`Saver::wants_checkpoint`].
-    pub fn checkpoint(&mut self, step: u64, state: State) -> Result<()> {
+    /// Writes a checkpoint that [`Saver::wants_checkpoint`], after the weights that it has been given so far.
+    pub fn checkpoint(&mut self, step: u64, state: State, say: &dyn Fn(&str)) -> Result<()> {
+        self.written(say)?;
         self.due = false;
-        self.start(Job::Checkpoint(step, state))
+        let before = std::mem::take(&mut self.waiting);
+        self.start(Job::Checkpoint(step, state, before))
     }
 
     /// What could not be made ready for a checkpoint: it is tried again later.
@@ -143,13 +157,13 @@ impl Saver {
         self.written(say)?;
         let checkpoints = self.checkpoints.clone();
         while let Some(weights) = self.waiting.pop_front() {
-            let job = Job::Weights(weights);
+            let mut job = Job::Weights(weights);
             patiently(interrupt, say, || job.write(&checkpoints))?;
         }
         Ok(())
     }
 
-    fn start(&mut self, job: Job) -> Result<()> {
+    fn start(&mut self, mut job: Job) -> Result<()> {
         let checkpoints = self.checkpoints.clone();
         let write = move || {
             let result = job.write(&checkpoints);
@@ -174,7 +188,11 @@ impl Saver {
                 self.failed(&error, say);
                 match job {
                     // A later state is worth more.
-                    Job::Checkpoint(..) => self.due = true,
+                    Job::Checkpoint(_, _, mut before) => {
+                        self.due = true;
+                        before.append(&mut self.waiting);
+                        self.waiting = before;
+                    }
                     Job::Weights(weights) => self.waiting.push_front(weights),
                 }
             }

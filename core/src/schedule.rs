@@ -1,8 +1,12 @@
 //! Schedules: learning-rate warm-up and decay, sparsity warm-up. Those of the reference, step for step.
 
-use anyhow::{bail, Result};
+use std::fmt::Display;
 
-use crate::config::InputError;
+use anyhow::Result;
+use serde::de::DeserializeOwned;
+use serde_yaml::Value;
+
+use crate::config::{InputError, Mistakes};
 
 /// The schedule of a learning rate and of a sparsity penalty.
 ///
@@ -22,20 +26,21 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The schedule, if its parts fit each other and the length of the run.
+    /// The schedule, if its parts fit each other and the length of the run; otherwise every part that does not.
     pub fn check(self) -> Result<Self> {
         let Schedule { steps, warmup_steps, decay_start, resample_steps, sparsity_warmup_steps } = self;
-        let refused =
-            |field: &str, message: String, help: &str| bail!(InputError::new(message).field(field).help(help));
+        let mut mistakes = Mistakes::new();
+        let mut refused =
+            |field: &str, message: String, help: &str| mistakes.add(InputError::new(message).field(field).help(help));
         if warmup_steps >= steps {
-            return refused(
+            refused(
                 "warmup_steps",
                 format!("`warmup_steps` is {warmup_steps}, but the run has only {steps} steps"),
                 "`warmup_steps` must be less than `steps`",
             );
         }
         if let Some(warmup) = sparsity_warmup_steps.filter(|warmup| *warmup >= steps) {
-            return refused(
+            refused(
                 "sparsity_warmup_steps",
                 format!("`sparsity_warmup_steps` is {warmup}, but the run has only {steps} steps"),
                 "`sparsity_warmup_steps` must be less than `steps`",
@@ -43,7 +48,7 @@ impl Schedule {
         }
         if let Some(every) = resample_steps {
             if every == 0 || every >= steps {
-                return refused(
+                refused(
                     "resample_steps",
                     format!("`resample_steps` is {every}, and the run has {steps} steps"),
                     "`resample_steps` must be above 0 and less than `steps`",
@@ -52,21 +57,24 @@ impl Schedule {
         }
         if let Some(start) = decay_start {
             if resample_steps.is_some() {
-                return refused(
+                refused(
                     "decay_start",
                     "both `decay_start` and `resample_steps` are given".to_owned(),
                     "resampling starts the warm-up again and again: leave one of them out",
                 );
             }
-            let warm = warmup_steps.max(sparsity_warmup_steps.unwrap_or(0));
+            // A warm-up that does not end is a mistake of its own.
+            let ends = |warmup: &u64| *warmup < steps;
+            let warm = [Some(warmup_steps), sparsity_warmup_steps].into_iter().flatten().filter(ends).max().unwrap_or(0);
             if start <= warm || start >= steps {
-                return refused(
+                refused(
                     "decay_start",
                     format!("`decay_start` is {start}, with warm-ups until step {warm} and {steps} steps in all"),
                     "`decay_start` must come after `warmup_steps` and `sparsity_warmup_steps` and before `steps`",
                 );
             }
         }
+        mistakes.into_result()?;
         Ok(self)
     }
 
@@ -98,6 +106,102 @@ impl Schedule {
         match self.sparsity_warmup_steps {
             None | Some(0) => 1.0,
             Some(warmup) => (step as f64 / warmup as f64).min(1.0),
+        }
+    }
+}
+
+/// Steps of a run that defaults in steps are laid out for. In a shorter one they shrink in proportion.
+pub const FULL_LENGTH: u64 = 10_000;
+
+/// The length of a run, to which defaults are adapted that the config leaves out ([`TrainerConfig::adapt`]).
+///
+/// A run of [`FULL_LENGTH`] steps or more keeps every default that is possible at all. A resumed run keeps what its defaults were
+/// when it began, also where it is made longer.
+///
+/// [`TrainerConfig::adapt`]: crate::trainer::TrainerConfig::adapt
+pub struct RunLength<'a> {
+    steps: u64,
+    batch_size: Option<u64>,
+    written: &'a dyn Fn(&str) -> bool,
+    begun: Option<&'a Value>,
+    adapted: Vec<String>,
+}
+
+impl<'a> RunLength<'a> {
+    /// A run of so many steps, on batches of so many activations if that is known. `written` says whether the config has a
+    /// field of the trainer; `begun` is the trainer's config in the run that is resumed.
+    pub fn new(
+        steps: u64,
+        batch_size: Option<u64>,
+        written: &'a dyn Fn(&str) -> bool,
+        begun: Option<&'a Value>,
+    ) -> Self {
+        RunLength { steps, batch_size, written, begun, adapted: Vec::new() }
+    }
+
+    /// Number of steps.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Number of activations that an SAE trains on, if that is known.
+    pub fn tokens(&self) -> Option<u64> {
+        Some(self.steps.saturating_mul(self.batch_size?))
+    }
+
+    /// True if defaults in steps are too long for this run.
+    pub fn is_short(&self) -> bool {
+        self.steps < FULL_LENGTH
+    }
+
+    /// What was adapted: `warmup_steps 1000 -> 10`.
+    pub fn into_adapted(self) -> Vec<String> {
+        self.adapted
+    }
+
+    /// Limits the default of a field.
+    pub fn at_most<T: Copy + PartialOrd + Display + DeserializeOwned>(&mut self, field: &str, value: &mut T, most: T) {
+        if (self.written)(field) {
+            return;
+        }
+        let begun = self.begun.and_then(|begun| serde_yaml::from_value(begun.get(field)?.clone()).ok());
+        let adapted = begun.unwrap_or(if *value > most { most } else { *value });
+        if adapted != *value {
+            self.adapted.push(format!("{field} {value} -> {adapted}"));
+            *value = adapted;
+        }
+    }
+
+    /// Shrinks the default of a count of steps in proportion, in a run that is shorter than [`FULL_LENGTH`].
+    pub fn shrink(&mut self, field: &str, value: &mut u64) {
+        let most = self.in_proportion(*value);
+        self.at_most(field, value, most);
+    }
+
+    /// The same for warm-ups, which also must end before the learning rate decays.
+    pub fn shrink_warm_ups(&mut self, warmup: &mut u64, sparsity_warmup: &mut Option<u64>, decay_start: Option<u64>) {
+        let before = decay_start.map_or(u64::MAX, |start| start.saturating_sub(1));
+        let most = self.in_proportion(*warmup).min(before);
+        self.at_most("warmup_steps", warmup, most);
+        if let Some(warmup) = sparsity_warmup {
+            let most = self.in_proportion(*warmup).min(before);
+            self.at_most("sparsity_warmup_steps", warmup, most);
+        }
+    }
+
+    /// Limits the default of the tokens after which a feature is dead to a fifth of a short run's.
+    pub fn shrink_dead_feature_threshold(&mut self, threshold: &mut i64) {
+        let fifth = self.tokens().filter(|_| self.is_short()).map(|tokens| (tokens / 5).max(1));
+        let most = fifth.and_then(|fifth| i64::try_from(fifth).ok()).unwrap_or(i64::MAX);
+        self.at_most("dead_feature_threshold", threshold, most);
+    }
+
+    fn in_proportion(&self, count: u64) -> u64 {
+        if self.is_short() {
+            // The product of two counts below 2⁶⁴ has room in 128 bits, and the quotient is no more than `count`.
+            (u128::from(count) * u128::from(self.steps) / u128::from(FULL_LENGTH)) as u64
+        } else {
+            count
         }
     }
 }

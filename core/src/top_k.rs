@@ -13,7 +13,7 @@ use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::InputError;
+use crate::config::{InputError, Mistakes};
 use crate::constraint::Constraints;
 use crate::dictionary::{Code, Dictionary};
 use crate::firing::Firing;
@@ -174,7 +174,8 @@ pub struct TopKSettings {
 }
 
 /// The config of a trainer of the TopK family: the fields that they share, with the reference's defaults, after those
-/// that the trainer adds, and `settings()`, which gives the [`TopKSettings`](crate::top_k::TopKSettings).
+/// that the trainer adds; `settings()`, which gives the [`TopKSettings`](crate::top_k::TopKSettings); and `adapt_settings()` for
+/// [`TrainerConfig::adapt`](crate::trainer::TrainerConfig::adapt).
 ///
 /// ```ignore
 /// top_k_config! {
@@ -248,6 +249,13 @@ macro_rules! top_k_config {
                     dead_feature_threshold: self.dead_feature_threshold,
                 }
             }
+
+            /// Adapts the defaults of the shared fields to the length of the run.
+            fn adapt_settings(&mut self, length: &mut $crate::schedule::RunLength) {
+                length.shrink_warm_ups(&mut self.warmup_steps, &mut None, self.decay_start);
+                length.shrink("threshold_start_step", &mut self.threshold_start_step);
+                length.shrink_dead_feature_threshold(&mut self.dead_feature_threshold);
+            }
         }
     };
 }
@@ -299,14 +307,37 @@ impl TopKTrainer {
             ))
             .help(format!("use {}, or a dictionary that has `k`", cx.dictionary.usual_trainers())));
         };
+        let dims = cx.dictionary.dims();
+        let mut mistakes = Mistakes::new();
         let schedule = Schedule {
             steps: cx.steps,
             warmup_steps: settings.warmup_steps,
             decay_start: settings.decay_start,
             resample_steps: None,
             sparsity_warmup_steps: None,
+        };
+        mistakes.keep(schedule.check())?;
+        if let Some(anneal) = settings.k_anneal_steps {
+            if anneal >= cx.steps {
+                mistakes.add(
+                    InputError::new(format!("`k_anneal_steps` is {anneal}, but the run has only {} steps", cx.steps))
+                        .field("k_anneal_steps")
+                        .help("`k_anneal_steps` must be less than `steps`"),
+                );
+            }
+            if selection.k() >= dims.input {
+                mistakes.add(
+                    InputError::new(format!(
+                        "k cannot fall from the activations' width, {}, to {}",
+                        dims.input,
+                        selection.k()
+                    ))
+                    .field("k_anneal_steps")
+                    .help("leave `k_anneal_steps` out, or make `k` smaller"),
+                );
+            }
         }
-        .check()?;
+        mistakes.into_result()?;
         if selection.by_threshold() && settings.threshold_start_step + 1 >= cx.steps {
             eprintln!(
                 "warning: `threshold_start_step` is {}, and the run has {} steps: the threshold by which the class {} \
@@ -315,26 +346,6 @@ impl TopKTrainer {
                 cx.steps,
                 cx.dictionary.class()
             );
-        }
-        let dims = cx.dictionary.dims();
-        if let Some(anneal) = settings.k_anneal_steps {
-            if anneal >= cx.steps {
-                bail!(InputError::new(format!(
-                    "`k_anneal_steps` is {anneal}, but the run has only {} steps",
-                    cx.steps
-                ))
-                .field("k_anneal_steps")
-                .help("`k_anneal_steps` must be less than `steps`"));
-            }
-            if selection.k() >= dims.input {
-                bail!(InputError::new(format!(
-                    "k cannot fall from the activations' width, {}, to {}",
-                    dims.input,
-                    selection.k()
-                ))
-                .field("k_anneal_steps")
-                .help("leave `k_anneal_steps` out, or make `k` smaller"));
-            }
         }
         Ok(TopKTrainer {
             lr: settings.lr.unwrap_or_else(|| 2e-4 / (dims.features as f64 / 16384.0).sqrt()),

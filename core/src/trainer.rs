@@ -14,6 +14,7 @@ use crate::constraint::Constraints;
 use crate::dictionary::{Code, Dictionary};
 use crate::optim::{Adam, AdamConfig};
 use crate::rng::Rng;
+use crate::schedule::RunLength;
 use crate::source::Batch;
 use crate::state::State;
 use crate::top_k::Selection;
@@ -36,6 +37,11 @@ pub trait TrainerConfig: Debug + Send + Sync {
 
     /// The reference's class (`StandardTrainer`).
     fn class(&self) -> &'static str;
+
+    /// Adapts defaults to the length of the run: those in steps or tokens that would not fit a short one.
+    fn adapt(&mut self, length: &mut RunLength) {
+        let _ = length;
+    }
 }
 
 /// The forward pass of one step.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::adapted::{Adapted, Normalization};
-use crate::config::{InputError, SaeConfig, Under};
+use crate::config::{InputError, Mistakes, SaeConfig, Under};
 use crate::device::{self, Precision};
 use crate::dictionary::{Dictionary, DictionaryCx};
 use crate::memory::Need;
@@ -76,7 +76,7 @@ struct Loss {
 impl Training {
     /// Builds the dictionary, its trainer and its modifiers, and loads initial weights.
     pub fn new(config: &SaeConfig, cx: &TrainingCx) -> Result<Self> {
-        // Every SAE starts from the run's seed, as in the reference, so that neighbours do not change its weights.
+        // Every SAE starts from the run's seed or its own, as in the reference, so that neighbours do not change its weights.
         tch::manual_seed(cx.seed as i64);
         let mut dictionary = config
             .dictionary
@@ -134,10 +134,12 @@ impl Training {
             modifier.needs().into_iter().try_for_each(|need| need.check(modifier.typetag_name(), &modifier_cx))?;
             modifier.build(&modifier_cx)
         };
-        let modifiers = config.modifiers.iter().enumerate();
-        let modifiers = modifiers
-            .map(|(index, modifier)| build(&**modifier).under(format_args!("modifiers[{index}]")))
-            .collect::<Result<_>>()?;
+        let mut mistakes = Mistakes::new();
+        let mut modifiers = Vec::new();
+        for (index, modifier) in config.modifiers.iter().enumerate() {
+            modifiers.extend(mistakes.keep(build(&**modifier).under(format_args!("modifiers[{index}]")))?);
+        }
+        mistakes.into_result()?;
         let optimizer = Adam::new(trainer.adam(), dictionary.parameters());
         let rng = rng(cx.seed, "training");
         Ok(Training {

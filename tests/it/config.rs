@@ -164,6 +164,19 @@ fn wrong_configs() {
         ),
     );
     case("a warm-up that never ends", format!("{SOURCE}{SAES}steps: 4\n"));
+    case(
+        "a schedule of which nothing fits",
+        format!(
+            "{SOURCE}steps: 100\nsaes:\n- trainer: {{type: standard, warmup_steps: 100, sparsity_warmup_steps: 200, decay_start: 300}}\n"
+        ),
+    );
+    case(
+        "SAEs that are wrong each in its way",
+        format!(
+            "{SOURCE}steps: 100\nsaes:\n- trainer: {{type: top_k}}\n  dictionary: {{k: 65, dict_size: 64}}\n- trainer: {{type: gated}}\n  \
+             dictionary: {{type: auto_encoder}}\nmetrics: [{{type: loss_recovered}}]\n"
+        ),
+    );
     let pair = |trainer: &str, dictionary: &str| {
         format!("{SOURCE}steps: 100\nsaes:\n- trainer: {{{trainer}}}\n  dictionary: {{{dictionary}}}\n")
     };
@@ -224,7 +237,10 @@ fn wrong_configs() {
     case("no groups", pair("type: matryoshka_batch_top_k", "type: matryoshka_batch_top_k, k: 4"));
     case("a window of no width", pair(&format!("type: jump_relu, {short}, bandwidth: 0"), "type: jump_relu"));
     case("an unknown estimator", pair("type: jump_relu, ste_on: preactivation", "type: jump_relu"));
-    case("an annealing after the end", pair(&format!("type: p_anneal, {short}"), "type: auto_encoder"));
+    case(
+        "an annealing after the end",
+        pair(&format!("type: p_anneal, {short}, anneal_start: 15000"), "type: auto_encoder"),
+    );
     let anneal =
         |fields: &str| pair(&format!("type: p_anneal, {short}, anneal_start: 50, {fields}"), "type: auto_encoder");
     case("an annealing that ends before it starts", anneal("anneal_end: 20"));
@@ -246,6 +262,19 @@ fn wrong_configs() {
     case("not YAML", "source: {type: tensor_file\nsteps: 3\n".to_owned());
     case("a tab", "source:\n\ttype: tensor_file\n".to_owned());
     case("the same key twice", format!("{SOURCE}{SAES}steps: 3\nsteps: 4\n"));
+    case("the same key twice in a flow map", format!("{SOURCE}saes: [{{trainer: {{type: top_k, lr: 1, lr: 2}}}}]\n"));
+    case("a glob without quotes", format!("source: {{type: tensor_file, path: *.npy}}\n{SAES}"));
+    case("a decimal comma", format!("{SOURCE}saes:\n- trainer: {{type: top_k, lr: 0,002}}\n"));
+    case("a decimal comma in a block", format!("{SOURCE}saes:\n- trainer:\n    type: top_k\n    lr: 0,002\n"));
+    case("commas between thousands", format!("{SOURCE}{SAES}steps: 10,000\n"));
+    case("thousands as a letter", format!("{SOURCE}{SAES}steps: 10k\n"));
+    case("a list of names", format!("{SOURCE}{SAES}metrics: [reconstruction]\n"));
+    case("a list of unknown names", format!("{SOURCE}{SAES}metrics: [recall]\n"));
+    case("a name instead of a component", format!("{SOURCE}saes:\n- trainer: topk\n"));
+    case("steps to save at as text", format!("{SOURCE}{SAES}save_steps: all\n"));
+    case("an unknown spacing of steps", format!("{SOURCE}{SAES}save_steps: {{lin: 5}}\n"));
+    case("a step to save at after the end", format!("{SOURCE}{SAES}steps: 100\nsave_steps: [0, 50, 200]\n"));
+    case("a wrong seed of an SAE", format!("{SOURCE}{SAES}  seed: one\n"));
     case("an empty file", String::new());
     case("a list", "- a\n- b\n".to_owned());
     case("an include that is not there", format!("include: bse.yaml\n{SOURCE}{SAES}"));
@@ -268,10 +297,6 @@ fn wrong_configs() {
         format!("source: {{type: tensor_file, paths: batches.safetensors}}\n{SAES}eval_source: {{batch_size: 32}}\n"),
     );
     case("a log outside the run", format!("{SOURCE}{SAES}loggers:\n- {{type: jsonl, file: ../x.jsonl}}\n"));
-    case(
-        "a default that does not fit",
-        format!("{SOURCE}saes: [{{trainer: {{type: top_k}}, dictionary: {{k: 4}}}}]\nsteps: 50\n"),
-    );
     case(
         "no features",
         format!("{SOURCE}saes: [{{trainer: {{type: top_k}}, dictionary: {{k: 4, expansion_factor: 0}}}}]\n"),
@@ -311,7 +336,14 @@ fn wrong_configs() {
     cases.push(("--set: no value", plain.clone(), &["--set", "steps"], &[]));
     cases.push(("--set: not YAML", plain.clone(), &["--set", "steps=[1"], &[]));
     cases.push(("a variable: a wrong type", plain.clone(), &[], &[("DICTLEARN_STEPS", "soon")]));
-    cases.push(("a variable: an unknown key", plain.clone(), &[], &[("DICTLEARN_SETPS", "3")]));
+    cases.push(("--set: a decimal comma", plain.clone(), &["--set", "saes[0].trainer.lr=0,002"], &[]));
+    cases.push(("--set: a list of names", plain.clone(), &["--set", "metrics=[reconstruction]"], &[]));
+    cases.push((
+        "a mistake in the file, in a variable and in two arguments",
+        format!("{plain}log_evry: 1\n"),
+        &["--set", "saes[0].trainer.lrr=1", "--set", "seed=[1"],
+        &[("DICTLEARN_STEPS", "soon")],
+    ));
     cases.push(("a variable: a nested field", plain.clone(), &[], &[("DICTLEARN_SOURCE__BATCH_SIZE", "-3")]));
     cases.push((
         "an unknown profile",
@@ -474,6 +506,210 @@ fn the_merged_config_trains_the_same_run() {
     assert_eq!(weights("one"), weights("two"));
     let settings = |run: &str| desk.read(&format!("{run}/config.yaml")).replace(&format!("/{run}\n"), "/RUN\n");
     assert_eq!(settings("one"), settings("two"));
+}
+
+/// The errors that a run is refused with.
+fn errors(said: &str) -> Vec<&str> {
+    said.lines().filter(|line| line.starts_with("error: ")).collect()
+}
+
+#[test]
+fn all_mistakes_of_a_config_are_reported_at_once() {
+    let desk = desk();
+    let saes = "saes:\n- trainer: {type: topk, lr: 1}\n- trainer: {type: standard, lr: fast, l1_penalti: 1}\n  modifiers: [{type: ghosts}]\n";
+    let config = format!("seed: one\nsetps: 3\nlog_every: 0\n{SOURCE}{saes}metrics: [{{type: reconstruction, n_batches: -1}}]\n");
+    let said = refusal(&desk, &config, &["--set", "device=gpu"], &[("DICTLEARN_SAVE_EVERY", "often")]);
+    let places: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix(" --> ")).collect();
+    assert_eq!(
+        places,
+        [
+            "mine.yaml:1:7 (seed)",
+            "mine.yaml:2:1 (setps)",
+            "mine.yaml:3:12 (log_every)",
+            "mine.yaml:6:19 (saes[0].trainer.type)",
+            "mine.yaml:7:33 (saes[1].trainer.lr)",
+            "mine.yaml:7:39 (saes[1].trainer.l1_penalti)",
+            "mine.yaml:8:22 (saes[1].modifiers[0].type)",
+            "mine.yaml:9:45 (metrics[0].n_batches)",
+            "--set device=gpu (device)",
+            "variable DICTLEARN_SAVE_EVERY (save_every)",
+        ],
+        "{said}"
+    );
+    assert_eq!(errors(&said).len(), places.len(), "{said}");
+    // No more than twenty.
+    let keys = |count: usize| (0..count).map(|key| format!("wrong{key}: 1\n")).collect::<String>();
+    let said = |count| refusal(&desk, &format!("{SOURCE}{SAES}{}", keys(count)), &[], &[]);
+    assert!(errors(&said(20)).len() == 20 && !said(20).contains("more mistake"));
+    assert!(errors(&said(21)).len() == 21 && said(21).contains("error: there is 1 more mistake\n"), "{}", said(21));
+    assert!(errors(&said(50)).len() == 21 && said(50).contains("error: there are 30 more mistakes\n"), "{}", said(50));
+    // A sweep and an `eval_source` repeat nothing.
+    let sweep = format!("{SOURCE}eval_source: {{shuffle: false}}\n{SAES}  sweep: {{trainer.lrr: [1, 2, 3], dictionary.k: [1, 2]}}\n")
+        .replace("batch_size", "batch_sise");
+    let said = refusal(&desk, &sweep, &[], &[]);
+    assert_eq!(errors(&said).len(), 2, "{said}");
+}
+
+#[test]
+fn defaults_adapt_to_short_runs() {
+    let desk = desk();
+    let trainers = [
+        "standard", "standard_april_update", "gated", "top_k", "batch_top_k", "jump_relu", "p_anneal", "gated_anneal",
+        "crosscoder", "batch_top_k_crosscoder",
+    ];
+    let sae = |name: &&str| {
+        let k = if name.contains("top_k") { ", dictionary: {k: 4, dict_size: 64}" } else { "" };
+        format!("- {{trainer: {{type: {name}}}{k}}}\n")
+    };
+    let saes = trainers.iter().map(sae).collect::<String>();
+    let config = |steps: u64| format!("steps: {steps}\nmetrics: []\n{SOURCE}saes:\n{saes}");
+    // However short.
+    for steps in [1, 2, 7, 60] {
+        desk.write("mine.yaml", &config(steps));
+        let run = desk.run(&["train", "mine.yaml", "--output-dir", &format!("run{steps}")]);
+        assert_eq!(run.code, 0, "{steps} steps: {}", run.stderr);
+        let said: Vec<&str> = run.stderr.lines().filter(|line| line.starts_with("defaults adapted to ")).collect();
+        assert_eq!(said.len(), 1, "{}", run.stderr);
+        if steps == 60 {
+            assert_eq!(
+                said[0],
+                "defaults adapted to 60 steps: warmup_steps 1000 -> 6, sparsity_warmup_steps 2000 -> 12, \
+                 threshold_start_step 1000 -> 6, dead_feature_threshold 10000000 -> 768, anneal_start 15000 -> 36"
+            );
+        }
+    }
+    // What is left is the whole truth.
+    let run = desk.run(&["train", "run60/config.yaml", "--output-dir", "again"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(!run.stderr.contains("adapted"), "{}", run.stderr);
+    for name in trainers {
+        let weights = |run: &str| std::fs::read(desk.path(&format!("{run}/{name}/ae.safetensors"))).unwrap();
+        assert!(weights("run60") == weights("again"), "{name}");
+    }
+    // The reference's defaults stay in long runs, and what is written stays everywhere.
+    let default = |steps: u64, field: &str, more: &str| {
+        desk.write("mine.yaml", &format!("steps: {steps}\n{SOURCE}saes: [{{trainer: {{type: p_anneal{more}}}}}, {{trainer: {{type: top_k}}}}]\n"));
+        let merged = merged(&desk, &[], &[]);
+        let sae = usize::from(merged["saes"][0]["trainer"].get(field).is_none());
+        merged["saes"][sae]["trainer"][field].as_u64().unwrap()
+    };
+    for (field, long) in [("warmup_steps", 1000), ("sparsity_warmup_steps", 2000), ("anneal_start", 15_000), ("dead_feature_threshold", 10_000_000), ("threshold_start_step", 1000)] {
+        assert_eq!(default(20_000, field, ""), long, "{field}");
+    }
+    assert_eq!(default(10_000, "warmup_steps", ""), 1000);
+    assert_eq!(default(10_000, "anneal_start", ""), 6000);
+    assert_eq!(default(20_000, "sparsity_warmup_steps", ", decay_start: 1500"), 1499);
+    assert_eq!(default(100, "warmup_steps", ", warmup_steps: 70"), 70);
+    assert_eq!(default(100, "sparsity_warmup_steps", ", decay_start: 15"), 14);
+    let said = refusal(&desk, &format!("steps: 100\n{SOURCE}saes: [{{trainer: {{type: standard, warmup_steps: 1000}}}}]\n"), &[], &[]);
+    assert!(said.contains("`warmup_steps` is 1000, but the run has only 100 steps") && errors(&said).len() == 1, "{said}");
+}
+
+#[test]
+fn metrics_default_to_what_the_source_allows() {
+    let desk = desk();
+    let figures = |config: &str| {
+        desk.write("mine.yaml", config);
+        let _ = std::fs::remove_dir_all(desk.path("run"));
+        desk.ok(&["train", "mine.yaml", "--output-dir", "run"]);
+        desk.path("run/top_k/eval.json").exists().then(|| desk.json("run/top_k/eval.json"))
+    };
+    let plain = format!("steps: 4\n{SOURCE}{SAES}").replace(", warmup_steps: 5", "");
+    let found = figures(&plain).unwrap();
+    assert!(found["frac_variance_explained"].is_f64() && found.get("frac_recovered").is_none(), "{found}");
+    assert_eq!(figures(&format!("{plain}metrics: []\n")), None);
+    let model = "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, n_ctxs: 32, \
+                 out_batch_size: 64, text: {type: embedded, name: austen}}";
+    let found = figures(&plain.replace(SOURCE, &format!("source: {model}\n"))).unwrap();
+    assert!(found["frac_variance_explained"].is_f64() && found["frac_recovered"].is_f64(), "{found}");
+    // They are spelled out.
+    let merged: Value = serde_yaml::from_str(&desk.read("run/config.yaml")).unwrap();
+    assert_eq!(merged["metrics"][0]["type"], Value::from("loss_recovered"));
+}
+
+#[test]
+fn an_sae_has_a_seed_of_its_own() {
+    let desk = desk();
+    let source = SOURCE.replace("batch_size", "shuffle: false, batch_size");
+    desk.write("mine.yaml", &format!("steps: 8\n{source}{SAES}  sweep: {{seed: [42, 1], dictionary.k: [4, 8]}}\n"));
+    desk.ok(&["train", "mine.yaml", "--output-dir", "sweep"]);
+    let weights = |sae: &str| std::fs::read(desk.path(&format!("{sae}/ae.safetensors"))).unwrap();
+    for seed in ["42", "1"] {
+        desk.write("one.yaml", &format!("steps: 8\nseed: {seed}\n{source}{SAES}"));
+        desk.ok(&["train", "one.yaml", "--output-dir", seed]);
+        let own = format!("sweep/top_k-seed={seed}-k=4");
+        assert!(weights(&own) == weights(&format!("{seed}/top_k")), "{own}");
+        assert_eq!(desk.json(&format!("{own}/config.json"))["trainer"]["seed"].to_string(), seed);
+    }
+    assert!(weights("42/top_k") != weights("1/top_k"));
+}
+
+#[test]
+fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
+    let desk = desk();
+    desk.write("mine.yaml", &format!("steps: 4\n{SOURCE}{SAES}").replace(", warmup_steps: 5", ""));
+    let said = |variables: &[(&str, &str)], args: &[&str]| {
+        let mut command = desk.program();
+        command.args(["train", "mine.yaml", "--dry-run"]).args(args).envs(variables.iter().copied());
+        let run = crate::common::Run::of(command.output().unwrap());
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        let own = |line: &&str| line.contains("DICTLEARN");
+        (run.stderr.lines().filter(own).collect::<Vec<_>>().join("\n"), serde_yaml::from_str::<Value>(&run.stdout).unwrap())
+    };
+    let (text, merged) = said(&[("DICTLEARN_SEED", "7"), ("DICTLEARN_SOURCE__BATCH_SIZE", "32")], &[]);
+    assert_eq!(text, "from the environment: DICTLEARN_SEED=7, DICTLEARN_SOURCE__BATCH_SIZE=32");
+    assert_eq!((&merged["seed"], &merged["source"]["batch_size"]), (&7.into(), &32.into()));
+    // One that something else overrides does not act.
+    assert_eq!(said(&[("DICTLEARN_SEED", "7")], &["--set", "seed=3"]).0, "");
+    for (name, text) in [
+        ("DICTLEARN_DEBUG", "warning: DICTLEARN_DEBUG is not a key of a config and changes nothing"),
+        ("DICTLEARN_SETPS", "warning: DICTLEARN_SETPS is not a key of a config and changes nothing; did you mean DICTLEARN_STEPS?"),
+        ("DICTLEARN_PROFILES", "warning: DICTLEARN_PROFILES is not a key of a config and changes nothing"),
+        (
+            "DICTLEARN_SOURCE__BATCH_SIZ",
+            "warning: DICTLEARN_SOURCE__BATCH_SIZ is not a key of a config and changes nothing; did you mean \
+             DICTLEARN_SOURCE__BATCH_SIZE?",
+        ),
+        (
+            "DICTLEARN_SAES__0__TRAINER__LRR",
+            "warning: DICTLEARN_SAES__0__TRAINER__LRR is not a key of a config and changes nothing; did you mean \
+             DICTLEARN_SAES__0__TRAINER__LR?",
+        ),
+    ] {
+        assert_eq!(said(&[(name, "1")], &[]).0, text);
+    }
+    for name in ["DICTLEARN_CACHE", "DICTLEARN_TEST_RUNS", "DICTLEARN_SOAK_MINUTES", "DICTLEARN_FUZZ_READER", "DICTLEARN_BENCH_X"] {
+        assert_eq!(said(&[(name, "[")], &[]).0, "", "{name}");
+    }
+}
+
+#[test]
+fn weights_are_kept_at_chosen_steps() {
+    let desk = desk();
+    let config = |keys: &str| format!("steps: 40\ncheckpoint_every: null\n{keys}{}{SAES}", SOURCE.replace("batch_size", "shuffle: false, batch_size"));
+    let kept = |keys: &str| -> Vec<u64> {
+        desk.write("mine.yaml", &config(keys));
+        let _ = std::fs::remove_dir_all(desk.path("run"));
+        desk.ok(&["train", "mine.yaml", "--output-dir", "run"]);
+        let step = |file: String| file.strip_prefix("run/top_k/checkpoints/ae_")?.strip_suffix(".safetensors")?.parse().ok();
+        let mut steps: Vec<u64> = desk.files().into_iter().filter_map(step).collect();
+        steps.sort_unstable();
+        steps
+    };
+    assert_eq!(kept("save_steps: [0, 12, 1e1, 40]\nsave_every: 15\n"), [0, 10, 12, 15, 30, 40]);
+    let weights = |file: &str| std::fs::read(desk.path(file)).unwrap();
+    let last = weights("run/top_k/checkpoints/ae_40.safetensors");
+    let at_12 = weights("run/top_k/checkpoints/ae_12.safetensors");
+    assert!(last == weights("run/top_k/ae.safetensors"));
+    desk.ok(&["train", "mine.yaml", "--output-dir", "stopped", "--set", "stop_after=12"]);
+    assert!(at_12 == weights("stopped/top_k/ae.safetensors"));
+    // Those of step 0 are what training starts from.
+    std::fs::copy(desk.path("run/top_k/checkpoints/ae_0.safetensors"), desk.path("init.safetensors")).unwrap();
+    desk.ok(&["train", "mine.yaml", "--output-dir", "init", "--set", "saes[0].init_from=init.safetensors"]);
+    assert!(last == weights("init/top_k/ae.safetensors"));
+    // 0%, 0.1%, 1% and 10%; of 40 steps the first three are one.
+    assert_eq!(kept("save_steps: {log: 4}\n"), [0, 4]);
+    assert_eq!(kept("save_steps: {log: 1}\n"), [0]);
 }
 
 #[test]

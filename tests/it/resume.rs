@@ -75,7 +75,7 @@ fn killed_and_resumed(desk: &Desk, source: &str, saes: &str, more: &str) {
     desk.write(
         "config.yaml",
         &format!(
-            "steps: 24\nlog_every: 1\ncheckpoint_every: 3\nsave_every: 10\nnormalize_activations: true\n{more}\
+            "steps: 24\nlog_every: 1\ncheckpoint_every: 3\nsave_every: 10\nsave_steps: [0, 3, 9, 24]\nnormalize_activations: true\n{more}\
              source: {source}\n{saes}metrics: [{{type: reconstruction, n_batches: 2}}]\n"
         ),
     );
@@ -516,7 +516,8 @@ fn a_run_is_made_longer_where_its_schedule_allows() {
         tensor_file_config(
             steps,
             &format!(
-                "saes: [{{trainer: {{type: top_k, warmup_steps: 2{decay}}}, dictionary: {{dict_size: 64, k: 4}}}}]\n"
+                "saes: [{{trainer: {{type: top_k, warmup_steps: 2, threshold_start_step: 3, dead_feature_threshold: 1e7{decay}}}, \
+                 dictionary: {{dict_size: 64, k: 4}}}}]\n"
             ),
         )
     };
@@ -539,6 +540,33 @@ fn a_run_is_made_longer_where_its_schedule_allows() {
     desk.ok(&["train", "short.yaml", "--output-dir", "decays"]);
     let said = desk.refused(&["train", "long.yaml", "--output-dir", "decays", "--resume"]);
     assert!(said.contains("the schedule of SAE `top_k` depends on it"), "{said}");
+    // The way that works is named.
+    let weights = desk.path("decays/top_k").display().to_string();
+    assert!(said.contains("init_from: ") && said.contains("decays/top_k"), "{said}");
+    let init = format!("saes[0].init_from={weights}");
+    desk.ok(&["train", "long.yaml", "--output-dir", "longer", "--set", &init]);
+}
+
+#[test]
+fn a_longer_run_keeps_the_defaults_that_it_began_with() {
+    let desk = Desk::new();
+    let sae = "saes: [{trainer: {type: batch_top_k}, dictionary: {dict_size: 64, k: 4}}]\n";
+    desk.write("short.yaml", &tensor_file_config(20, sae));
+    desk.write("long.yaml", &tensor_file_config(40, sae));
+    desk.ok(&["train", "short.yaml"]);
+    let trainer = |run: &str| {
+        let config: serde_yaml::Value = serde_yaml::from_str(&desk.read(&format!("{run}/config.yaml"))).unwrap();
+        config["saes"][0]["trainer"].clone()
+    };
+    let begun = trainer("run");
+    assert_eq!(begun["warmup_steps"], serde_yaml::Value::from(2));
+    let run = desk.run(&["train", "long.yaml", "--resume"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(!run.stderr.contains("adapted"), "{}", run.stderr);
+    assert_eq!(trainer("run"), begun);
+    // The same run with the same defaults, written.
+    desk.ok(&["train", "run/config.yaml", "--output-dir", "whole"]);
+    same(&desk, "whole", "run");
 }
 
 #[test]

@@ -1,23 +1,36 @@
-//! The merged config against its JSON Schema, for errors that say where, what was found and what would do.
+//! The merged config against its JSON Schema, for errors that say where, what was found and what would do: all of them at once.
 //!
 //! Only what schemars writes for our types is understood; serde has the last word on everything.
 
+use std::cell::RefCell;
+
 use figment::value::{Dict, Value};
 use schemars::Schema;
+use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
-use super::error::InputError;
-use super::layers::Merged;
-use super::node::{float, integer};
+use super::error::{InputError, Mistakes, Origin};
+use super::layers::{unknown_variable, Merged};
+use super::node::{float, integer, Node};
 use super::spans;
-use crate::registry::{component, names, nearest, Component, Kind};
+use crate::dictionary::DictionaryConfig;
+use crate::logger::LoggerConfig;
+use crate::metric::MetricConfig;
+use crate::modifier::ModifierConfig;
+use crate::registry::{component, names, nearest, usual, Component, Kind};
+use crate::source::SourceConfig;
+use crate::text::TextConfig;
+use crate::trainer::TrainerConfig;
 
-/// Where the check stands: the schema's definitions and the config with its layers.
+/// Where the check stands: the schema's definitions, the config with its layers, and what was found.
 pub(super) struct Check<'a> {
     merged: &'a Merged,
     defs: Json,
     /// For each SAE, the number that it has in the files: a sweep makes several of one.
     written: &'a [usize],
+    mistakes: RefCell<Mistakes>,
+    /// Keys that only a variable sets and no config has, with what is said of them.
+    ignored: RefCell<Vec<(String, String)>>,
 }
 
 /// The thing whose fields are checked, for messages.
@@ -41,11 +54,23 @@ impl Owner<'_> {
 impl<'a> Check<'a> {
     pub(super) fn new(merged: &'a Merged, schema: &Schema, written: &'a [usize]) -> Self {
         let defs = schema.get("$defs").cloned().unwrap_or(Json::Null);
-        Check { merged, defs, written }
+        Check { merged, defs, written, mistakes: RefCell::default(), ignored: RefCell::default() }
     }
 
-    pub(super) fn run(&self, value: &Value, schema: &Schema) -> Result<(), InputError> {
-        self.fields(value, schema.as_value(), "", Owner::Run)
+    /// Compares a config with its schema. Returns its mistakes, and the keys that are to be ignored with what is said of them.
+    pub(super) fn run(self, value: &Value, schema: &Schema) -> (Mistakes, Vec<(String, String)>) {
+        self.fields(value, schema.as_value(), "", Owner::Run);
+        (self.mistakes.into_inner(), self.ignored.into_inner())
+    }
+
+    /// Adds a mistake about the value at a path.
+    fn wrong(&self, value: &Value, path: &str, error: InputError) {
+        self.mistakes.borrow_mut().add(self.error(value, path, false, error));
+    }
+
+    /// Number of things that were found to be wrong so far.
+    fn found(&self) -> usize {
+        self.mistakes.borrow().len() + self.ignored.borrow().len()
     }
 
     /// An error with its place.
@@ -53,7 +78,8 @@ impl<'a> Check<'a> {
         let Some((origin, text, inside)) = self.merged.origin(value.tag()) else {
             // A value that nobody wrote, such as a field that is missing: the place is what it is missing from.
             let Some((origin, text)) = self.merged.main_file() else { return error };
-            return error.at(spans::locate(origin, text, &self.as_written(path), key), path);
+            let written = self.as_written(path);
+            return error.at(spans::locate(origin, text, &written, key), written);
         };
         let path_in_file = |path: &str| match inside {
             Some(inside) => format!("{inside}.{path}"),
@@ -63,19 +89,19 @@ impl<'a> Check<'a> {
         let written = self.as_written(path);
         let swept = written.split_once("].").map(|(sae, key)| format!("{sae}].sweep.[{key}]"));
         let candidates = [
-            (swept, path),
-            (Some(written.clone()), path),
-            (written.strip_prefix("eval_").map(str::to_owned), path.strip_prefix("eval_").unwrap_or(path)),
+            (swept, &*written),
+            (Some(written.clone()), &*written),
+            (written.strip_prefix("eval_").map(str::to_owned), written.strip_prefix("eval_").unwrap_or(&written)),
         ];
         for (candidate, path) in candidates {
             let Some(candidate) = candidate else { continue };
             if let Some((at, true)) = spans::position(text, &path_in_file(&candidate), key) {
-                if let super::Origin::File(file, _) = origin {
-                    return error.at(super::Origin::File(file.clone(), Some(at)), path);
+                if let Origin::File(file, _) = origin {
+                    return error.at(Origin::File(file.clone(), Some(at)), path);
                 }
             }
         }
-        error.at(spans::locate(origin, text, &path_in_file(&written), key), path)
+        error.at(spans::locate(origin, text, &path_in_file(&written), key), &*written)
     }
 
     /// The path with the numbers that SAEs have in the file.
@@ -87,7 +113,7 @@ impl<'a> Check<'a> {
         index.map_or_else(|| path.to_owned(), |index| format!("saes[{index}]{rest}"))
     }
 
-    fn value(&self, value: &Value, schema: &Json, path: &str) -> Result<(), InputError> {
+    fn value(&self, value: &Value, schema: &Json, path: &str) {
         if let Some(name) = schema.get("$ref").and_then(Json::as_str).and_then(|name| name.strip_prefix("#/$defs/")) {
             if let Some(kind) = Kind::parse(name) {
                 return self.component(value, kind, path);
@@ -99,51 +125,46 @@ impl<'a> Check<'a> {
             }
             return self.value(value, &definition, path);
         }
-        // `Option<T>` of a definition is one of it and null.
-        if let Some(options) = schema.get("anyOf").and_then(Json::as_array) {
-            let some = options.iter().find(|option| option.get("type").and_then(Json::as_str) != Some("null"));
-            return match (value, some) {
-                (Value::Empty(..), _) | (_, None) => Ok(()),
-                (_, Some(option)) => self.value(value, option, path),
+        let shown = self.as_written(path);
+        let is = || format!("`{shown}` is {}", show(value));
+        if schema.get("anyOf").is_some() {
+            let options = alternatives(schema);
+            let (none, some): (Vec<&Json>, Vec<&Json>) = options.into_iter().partition(|option| types(option) == ["null"]);
+            return match some[..] {
+                _ if matches!(value, Value::Empty(..)) && !none.is_empty() => {}
+                [] => {}
+                [one] => self.value(value, one, path),
+                _ => match some.iter().find(|option| fits(value, &types(option))) {
+                    Some(option) => self.value(value, option, path),
+                    None => {
+                        let wanted: Vec<&str> =
+                            some.iter().flat_map(|option| types(option).into_iter().map(|name| wanted(name, option))).collect();
+                        self.wrong(value, path, InputError::new(is()).help(format!("it must be {}", wanted.join(" or "))));
+                    }
+                },
             };
         }
-        let types: Vec<&str> = match schema.get("type") {
-            Some(Json::String(one)) => vec![one],
-            Some(Json::Array(several)) => several.iter().filter_map(Json::as_str).collect(),
-            _ => Vec::new(),
-        };
+        let types = types(schema);
         let choices = choices(schema);
         if !choices.is_empty() {
             return match value.as_str() {
-                Some(found) if choices.iter().any(|choice| choice == found) => Ok(()),
-                _ if matches!(value, Value::Empty(..)) && types.contains(&"null") => Ok(()),
+                Some(found) if choices.iter().any(|choice| choice == found) => {}
+                _ if matches!(value, Value::Empty(..)) && types.contains(&"null") => {}
                 found => {
                     let near = found.and_then(|found| nearest(found, choices.iter().map(String::as_str)));
-                    let near = near.map(|near| format!("did you mean `{near}`? "));
-                    let error = InputError::new(format!("`{path}` is {}", show(value))).help(format!(
-                        "{}it can be {}",
-                        near.unwrap_or_default(),
-                        choices.join(", ")
-                    ));
-                    Err(self.error(value, path, false, error))
+                    let near = near.map(|near| format!("did you mean `{near}`? ")).unwrap_or_default();
+                    let error = InputError::new(is()).help(format!("{near}it can be {}", choices.join(", ")));
+                    self.wrong(value, path, error);
                 }
             };
         }
-        let fits = types.is_empty()
-            || types.iter().any(|name| match *name {
-                "null" => matches!(value, Value::Empty(..)),
-                "integer" => integer(value).is_some(),
-                "number" => float(value).is_some(),
-                "boolean" => matches!(value, Value::Bool(..)),
-                "string" => matches!(value, Value::String(..) | Value::Num(..)),
-                "array" => matches!(value, Value::Array(..)),
-                "object" => matches!(value, Value::Dict(..)),
-                _ => true,
-            });
-        if !fits {
+        if !fits(value, &types) {
             let wanted = types.iter().map(|name| wanted(name, schema)).collect::<Vec<_>>().join(" or ");
-            let error = InputError::new(format!("`{path}` is {}", show(value))).help(format!("it must be {wanted}"));
-            return Err(self.error(value, path, false, error));
+            let whole = !types.contains(&"number");
+            let number = types.iter().any(|name| ["integer", "number"].contains(name));
+            let meant = value.as_str().filter(|_| number).and_then(|text| meant_number(text, whole));
+            let meant = meant.map(|number| format!("did you mean {number}? ")).unwrap_or_default();
+            return self.wrong(value, path, InputError::new(is()).help(format!("{meant}it must be {wanted}")));
         }
         if let (Some(pattern), Some(text)) = (schema.get("pattern").and_then(Json::as_str), value.as_str()) {
             // The one pattern that our types have is that of a device.
@@ -152,9 +173,8 @@ impl<'a> Check<'a> {
                     || text.starts_with("cuda:") && text[5..].parse::<usize>().is_ok()
             };
             if pattern.contains("cuda") && !device(text) {
-                let error = InputError::new(format!("`{path}` is {}", show(value)))
-                    .help("it can be auto, cpu, cuda, or cuda:N for the GPU of that number");
-                return Err(self.error(value, path, false, error));
+                let error = InputError::new(is()).help("it can be auto, cpu, cuda, or cuda:N for the GPU of that number");
+                return self.wrong(value, path, error);
             }
         }
         if let Some(number) = float(value).filter(|_| types.iter().any(|name| matches!(*name, "integer" | "number"))) {
@@ -172,43 +192,46 @@ impl<'a> Check<'a> {
                 };
                 let finite = (!number.is_finite()).then(|| "finite".to_owned());
                 let wanted = finite.into_iter().chain(range).collect::<Vec<_>>().join(" and ");
-                let error = InputError::new(format!("`{path}` is {}, which is out of its range", show(value)))
-                    .help(format!("it must be {wanted}"));
-                return Err(self.error(value, path, false, error));
+                let error =
+                    InputError::new(format!("{}, which is out of its range", is())).help(format!("it must be {wanted}"));
+                return self.wrong(value, path, error);
             }
         }
         // A map from names to values of one kind.
         if let (Value::Dict(_, map), Some(schema)) =
             (value, schema.get("additionalProperties").filter(|it| it.is_object()))
         {
-            map.iter().try_for_each(|(name, value)| self.value(value, schema, &format!("{path}.{name}")))?;
+            map.iter().for_each(|(name, value)| self.value(value, schema, &format!("{path}.{name}")));
         }
         if let (Value::Array(_, items), Some(schema)) = (value, schema.get("items")) {
             for (index, item) in items.iter().enumerate() {
-                self.value(item, schema, &format!("{path}[{index}]"))?;
+                self.value(item, schema, &format!("{path}[{index}]"));
             }
         }
         if value.as_dict().is_some() && schema.get("properties").is_some() {
-            return self.fields(value, schema, path, Owner::Run);
+            self.fields(value, schema, path, Owner::Run);
         }
-        Ok(())
     }
 
-    fn component(&self, value: &Value, kind: Kind, path: &str) -> Result<(), InputError> {
+    fn component(&self, value: &Value, kind: Kind, path: &str) {
         let known = names(kind);
         let listed = match known.is_empty() {
             true => format!("no {} are linked in", kind.plural()),
             false => format!("known: {} (`dictlearn list {}`)", known.join(", "), kind.plural()),
         };
+        let shown = self.as_written(path);
         let Value::Dict(_, dict) = value else {
-            let example = known.first().map_or(String::new(), |name| format!(", for example `{{type: {name}}}`"));
-            let error = InputError::new(format!("`{path}` is {}", show(value)))
-                .help(format!("it must be a map with a `type`{example}; {listed}"));
-            return Err(self.error(value, path, false, error));
+            let meant = value.as_str().and_then(|text| nearest(text, known.iter().copied()));
+            let help = match (meant, usual(kind).next().or(known.first().copied())) {
+                (Some(name), _) => format!("write `{{type: {name}}}`; {listed}"),
+                (None, Some(name)) => format!("it must be a map with a `type`, for example `{{type: {name}}}`; {listed}"),
+                (None, None) => listed,
+            };
+            return self.wrong(value, path, InputError::new(format!("`{shown}` is {}", show(value))).help(help));
         };
         let Some(name) = dict.get("type") else {
-            let error = InputError::new(format!("`{path}` does not say its `type`")).help(listed);
-            return Err(self.error(value, path, true, error));
+            let error = InputError::new(format!("`{shown}` does not say its `type`")).help(listed);
+            return self.mistakes.borrow_mut().add(self.error(value, path, true, error));
         };
         let found = name.as_str().and_then(|name| component(kind, name));
         let Some(found) = found else {
@@ -216,45 +239,83 @@ impl<'a> Check<'a> {
             let near = nearest(&text, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
             let error = InputError::new(format!("unknown {kind} `{text}`"))
                 .help(format!("{}{listed}", near.unwrap_or_default()));
-            return Err(self.error(name, &format!("{path}.type"), false, error));
+            return self.wrong(name, &format!("{path}.type"), error);
         };
-        self.fields(value, (found.schema)().as_value(), path, Owner::Component(found))
+        let before = self.found();
+        self.fields(value, (found.schema)().as_value(), path, Owner::Component(found));
+        if self.found() == before {
+            self.deserialises(value, kind, path);
+        }
     }
 
-    fn fields(&self, value: &Value, schema: &Json, path: &str, owner: Owner) -> Result<(), InputError> {
+    /// Adds what serde finds wrong with a component that its schema allows.
+    fn deserialises(&self, value: &Value, kind: Kind, path: &str) {
+        fn tried<T: DeserializeOwned>(node: Node) -> Option<(String, String)> {
+            let error = serde_path_to_error::deserialize::<_, T>(node).err()?;
+            Some((error.path().to_string(), error.inner().to_string()))
+        }
+        let node = Node { value, merged: Some(self.merged) };
+        let found = match kind {
+            Kind::Dictionary => tried::<Box<dyn DictionaryConfig>>(node),
+            Kind::Trainer => tried::<Box<dyn TrainerConfig>>(node),
+            Kind::Modifier => tried::<Box<dyn ModifierConfig>>(node),
+            Kind::Source => tried::<Box<dyn SourceConfig>>(node),
+            Kind::Text => tried::<Box<dyn TextConfig>>(node),
+            Kind::Metric => tried::<Box<dyn MetricConfig>>(node),
+            Kind::Logger => tried::<Box<dyn LoggerConfig>>(node),
+            // Named by files, not by configs.
+            Kind::Model | Kind::Format => None,
+        };
+        let Some((inner, message)) = found else { return };
+        let inner = if inner == "." { String::new() } else { inner };
+        let joint = if inner.is_empty() || inner.starts_with('[') { "" } else { "." };
+        let whole = format!("{path}{joint}{inner}");
+        let message = format!("`{}`: {message}", self.as_written(&whole));
+        let error = match follow(value, &inner) {
+            Some(leaf) => self.error(leaf, &whole, false, InputError::new(message)),
+            None => self.error(value, path, false, InputError::new(message)),
+        };
+        self.mistakes.borrow_mut().add(error);
+    }
+
+    fn fields(&self, value: &Value, schema: &Json, path: &str, owner: Owner) {
         let Value::Dict(_, dict) = value else {
-            let error = InputError::new(format!("`{path}` is {}", show(value))).help("it must be a map of fields");
-            return Err(self.error(value, path, false, error));
+            let error =
+                InputError::new(format!("`{}` is {}", self.as_written(path), show(value))).help("it must be a map of fields");
+            return self.wrong(value, path, error);
         };
         let none = serde_json::Map::new();
         let properties = schema.get("properties").and_then(Json::as_object).unwrap_or(&none);
         let under = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
-        // An SAE's dictionary follows from its trainer, so what is wrong with the trainer comes first.
-        let first = |key: &str| key == "trainer" && matches!(owner, Owner::Sae);
-        let fields = dict.iter().filter(|(key, _)| first(key)).chain(dict.iter().filter(|(key, _)| !first(key)));
-        for (key, field) in fields {
+        // An SAE's name and dictionary follow from its trainer: where that is wrong, they may be missing for no other reason.
+        let is_trainer = |key: &str| key == "trainer" && matches!(owner, Owner::Sae);
+        let before = self.found();
+        let mut trainer_is_wrong = matches!(owner, Owner::Sae) && !dict.contains_key("trainer");
+        let (first, others): (Vec<_>, Vec<_>) = dict.iter().partition(|(key, _)| is_trainer(key));
+        for (key, field) in first.into_iter().chain(others) {
             let tag = key == "type" && matches!(owner, Owner::Component(_));
+            let follows = trainer_is_wrong && key == "dictionary" && field.find_ref("type").is_none();
             match properties.get(key) {
-                _ if tag => {}
-                Some(schema) => self.value(field, schema, &under(key))?,
-                None => return Err(self.unknown_field(dict, key, field, properties, &under(key), owner)),
+                _ if tag || follows => {}
+                Some(schema) => self.value(field, schema, &under(key)),
+                None => self.unknown_field(dict, key, field, properties, &under(key), owner),
             }
+            trainer_is_wrong |= is_trainer(key) && self.found() > before;
         }
         let required = schema.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str);
-        let mut required: Vec<&str> = required.filter(|key| *key != "type").collect();
-        required.sort_by_key(|key| !first(key));
-        for key in required {
-            if !dict.contains_key(key) {
-                let doc = properties.get(key).and_then(|schema| schema.get("description")).and_then(Json::as_str);
-                let error = InputError::new(format!("`{key}`{} is missing", owner.of()));
-                let error = match doc {
-                    Some(doc) => error.help(format!("{key}: {}", doc.split('\n').next().unwrap_or_default())),
-                    None => error,
-                };
-                return Err(self.error(dict.get("type").unwrap_or(value), path, true, error));
+        for key in required.filter(|key| *key != "type" && !dict.contains_key(*key)) {
+            if trainer_is_wrong && key != "trainer" {
+                continue;
             }
+            let doc = properties.get(key).and_then(|schema| schema.get("description")).and_then(Json::as_str);
+            let error = InputError::new(format!("`{key}`{} is missing", owner.of()));
+            let error = match doc {
+                Some(doc) => error.help(format!("{key}: {}", doc.split('\n').next().unwrap_or_default())),
+                None => error,
+            };
+            let at = self.error(dict.get("type").unwrap_or(value), path, true, error);
+            self.mistakes.borrow_mut().add(at);
         }
-        Ok(())
     }
 
     fn unknown_field(
@@ -265,14 +326,21 @@ impl<'a> Check<'a> {
         properties: &serde_json::Map<String, Json>,
         path: &str,
         owner: Owner,
-    ) -> InputError {
+    ) {
+        if let Some((Origin::Variable(name), ..)) = self.merged.origin(field.tag()) {
+            let part = spans::steps(path).len() - 1;
+            let said = unknown_variable(name, part, properties.keys().map(String::as_str));
+            return self.ignored.borrow_mut().push((path.to_owned(), said));
+        }
         let has = |component: &Component| {
             (component.schema)().get("properties").is_some_and(|fields| fields.get(key).is_some())
         };
         let elsewhere = |kind: Kind| names(kind).into_iter().filter_map(|name| component(kind, name)).any(has);
         let error = InputError::new(format!("unknown field `{key}`{}", owner.of()));
         let kind = if let Owner::Component(component) = owner { Some(component.kind) } else { None };
+        let comma = self.decimal_comma(key, field, properties, path);
         let hint = match kind {
+            _ if comma.is_some() => comma,
             _ if key == "dict_class" => Some("it follows from the dictionary's `type`;".to_owned()),
             Some(Kind::Trainer) if elsewhere(Kind::Dictionary) => Some(format!("`{key}` belongs to `dictionary`;")),
             Some(Kind::Dictionary) if elsewhere(Kind::Trainer) => Some(format!("`{key}` belongs to `trainer`;")),
@@ -292,12 +360,40 @@ impl<'a> Check<'a> {
         let known =
             if known.is_empty() { "it has no fields".to_owned() } else { format!("known: {}", known.join(", ")) };
         let help: Vec<String> = [hint.or(near), Some(known)].into_iter().flatten().collect();
-        self.error(field, path, true, error.help(help.join(" ")))
+        let error = self.error(field, path, true, error.help(help.join(" ")));
+        self.mistakes.borrow_mut().add(error);
+    }
+
+    /// What was meant by `{lr: 0,002}`, which in YAML is `lr: 0` and a key `002` without a value.
+    fn decimal_comma(
+        &self,
+        key: &str,
+        field: &Value,
+        properties: &serde_json::Map<String, Json>,
+        path: &str,
+    ) -> Option<String> {
+        if !matches!(field, Value::Empty(..)) || !key.starts_with(|c: char| c.is_ascii_digit()) {
+            return None;
+        }
+        let (origin, text, inside) = self.merged.origin(field.tag())?;
+        let before = match origin {
+            Origin::Set(text) | Origin::Variable(text) => text.rsplit_once(key)?.0.to_owned(),
+            Origin::File(..) => {
+                let written = self.as_written(path);
+                let path = inside.map_or_else(|| written.clone(), |inside| format!("{inside}.{written}"));
+                let ((line, column), _) = spans::position(text, &path, true)?;
+                text.lines().nth(line - 1)?.chars().take(column - 1).collect()
+            }
+        };
+        let (name, start) = before.trim_end().strip_suffix(',')?.rsplit(['{', ',']).next()?.split_once(':')?;
+        let whole = properties.get(name.trim()).is_some_and(|schema| !types(schema).contains(&"number"));
+        let number = meant_number(&format!("{},{key}", start.trim()), whole)?;
+        Some(format!("did you mean `{}: {number}`? A comma ends a value;", name.trim()))
     }
 
     /// An error that serde found.
     pub(super) fn serde(&self, root: &Value, path: &str, message: &str) -> InputError {
-        self.locate(root, path, InputError::new(format!("`{path}`: {message}")))
+        self.locate(root, path, InputError::new(format!("`{}`: {message}", self.as_written(path))))
     }
 
     /// An error about the value at a path, or where there is none, about what it is missing from.
@@ -305,12 +401,7 @@ impl<'a> Check<'a> {
         let mut value = root;
         let mut found = true;
         for step in spans::steps(path) {
-            let next = match (&step, value) {
-                (spans::Step::Key(key), Value::Dict(_, dict)) => dict.get(key),
-                (spans::Step::Index(index), Value::Array(_, items)) => items.get(*index),
-                _ => None,
-            };
-            let Some(next) = next else {
+            let Some(next) = step_into(value, &step) else {
                 found = false;
                 break;
             };
@@ -324,6 +415,69 @@ impl<'a> Check<'a> {
             error
         };
         self.error(value, path, false, error)
+    }
+}
+
+fn step_into<'v>(value: &'v Value, step: &spans::Step) -> Option<&'v Value> {
+    match (step, value) {
+        (spans::Step::Key(key), Value::Dict(_, dict)) => dict.get(key),
+        (spans::Step::Index(index), Value::Array(_, items)) => items.get(*index),
+        _ => None,
+    }
+}
+
+/// The value at a path.
+pub(super) fn follow<'v>(value: &'v Value, path: &str) -> Option<&'v Value> {
+    spans::steps(path).iter().try_fold(value, step_into)
+}
+
+/// The names of the JSON types that a schema allows; none if it says nothing of them.
+fn types(schema: &Json) -> Vec<&str> {
+    match schema.get("type") {
+        Some(Json::String(one)) => vec![one],
+        Some(Json::Array(several)) => several.iter().filter_map(Json::as_str).collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// True if a value is of one of the types.
+fn fits(value: &Value, types: &[&str]) -> bool {
+    types.is_empty()
+        || types.iter().any(|name| match *name {
+            "null" => matches!(value, Value::Empty(..)),
+            "integer" => integer(value).is_some(),
+            "number" => float(value).is_some(),
+            "boolean" => matches!(value, Value::Bool(..)),
+            "string" => matches!(value, Value::String(..) | Value::Num(..)),
+            "array" => matches!(value, Value::Array(..)),
+            "object" => matches!(value, Value::Dict(..)),
+            _ => true,
+        })
+}
+
+/// The schemas of which a value must fit one.
+fn alternatives(schema: &Json) -> Vec<&Json> {
+    match schema.get("anyOf").and_then(Json::as_array) {
+        Some(options) => options.iter().flat_map(alternatives).collect(),
+        None => vec![schema],
+    }
+}
+
+/// The number that a text was meant for: `0,002`, `10,000`, `10k`, `2M`.
+fn meant_number(text: &str, whole: bool) -> Option<String> {
+    let parses = |text: String| text.parse::<f64>().is_ok().then_some(text);
+    if let Some((start, rest)) = text.split_once(',') {
+        let thousands = rest.split(',').all(|group| group.len() == 3);
+        return match (whole, rest.contains(',')) {
+            (true, _) if thousands => parses(format!("{start}{}", rest.replace(',', ""))),
+            (false, false) => parses(format!("{start}.{rest}")),
+            _ => None,
+        };
+    }
+    let number = |digits: &str, zeros: &str| parses(format!("{}{zeros}", digits.trim_end()));
+    match text.strip_suffix(['k', 'K']) {
+        Some(digits) => number(digits, "e3"),
+        None => text.strip_suffix('M').and_then(|digits| number(digits, "e6")),
     }
 }
 

@@ -8,7 +8,8 @@ use crate::registry::nearest;
 
 /// Something wrong with what the user gave: a config, an argument, a file's content.
 ///
-/// Anything else that fails is an ordinary [`anyhow::Error`] and ends the program with status 1.
+/// One error may hold several mistakes ([`Mistakes`]). Anything else that fails is an ordinary [`anyhow::Error`] and ends the
+/// program with status 1.
 #[derive(Debug, Clone)]
 pub struct InputError {
     message: String,
@@ -16,6 +17,72 @@ pub struct InputError {
     key: String,
     place: Option<Box<Place>>,
     help: Option<String>,
+    /// Mistakes that were found beside this one.
+    others: Vec<InputError>,
+}
+
+/// How many mistakes an error shows.
+const SHOWN: usize = 20;
+
+/// Collects mistakes, so that the user sees all of them at once.
+#[derive(Debug, Default)]
+pub struct Mistakes(Vec<InputError>);
+
+impl Mistakes {
+    /// None yet.
+    pub fn new() -> Self {
+        Mistakes::default()
+    }
+
+    /// Adds a mistake, with those that it holds.
+    pub fn add(&mut self, error: InputError) {
+        for one in error.each() {
+            // A sweep or an `eval_source` repeats what is written once.
+            let again = |other: &InputError| match (&one.place, &other.place) {
+                (Some(place), Some(known)) => place == known && one.help == other.help,
+                (None, None) => one.message == other.message && one.key == other.key,
+                _ => false,
+            };
+            if !self.0.iter().any(again) {
+                self.0.push(one);
+            }
+        }
+    }
+
+    /// The value of a result, or `None` after adding its mistake. Returns any error that is not the user's to mend.
+    pub fn keep<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) => {
+                self.add(InputError::take(error)?);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Number of mistakes.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All mistakes as one error, in the order of their places; `Ok` if there are none.
+    pub fn into_result(mut self) -> Result<(), InputError> {
+        self.0.sort_by_key(|one| match one.place() {
+            Some(Place { origin: Origin::File(file, at), .. }) => (0, file.clone(), *at),
+            Some(_) => (1, PathBuf::new(), None),
+            None => (2, PathBuf::new(), None),
+        });
+        let mut all = self.0.into_iter();
+        match all.next() {
+            None => Ok(()),
+            Some(first) => Err(InputError { others: all.collect(), ..first }),
+        }
+    }
 }
 
 /// Where in the input the error is.
@@ -41,7 +108,7 @@ pub enum Origin {
 impl InputError {
     /// An error with its message: one line, lower case, no full stop.
     pub fn new(message: impl Into<String>) -> Self {
-        InputError { message: message.into(), key: String::new(), place: None, help: None }
+        InputError { message: message.into(), key: String::new(), place: None, help: None, others: Vec::new() }
     }
 
     /// There is no such file; the help offers the one beside it that is named most like it.
@@ -111,9 +178,22 @@ impl InputError {
             .take_while(|cause| cause.downcast_ref::<InputError>().is_none())
             .map(|cause| format!("{cause}: "))
             .collect();
-        let mut input = error.downcast::<InputError>()?;
-        input.message = around.concat() + &input.message;
-        Ok(input)
+        let input = error.downcast::<InputError>()?;
+        let around = around.concat();
+        Ok(input.map(&|one| InputError { message: format!("{around}{}", one.message), ..one }))
+    }
+
+    /// Each of its mistakes as an error of its own.
+    pub fn each(mut self) -> Vec<InputError> {
+        let others = std::mem::take(&mut self.others);
+        std::iter::once(self).chain(others).collect()
+    }
+
+    /// Changes each of its mistakes.
+    pub(crate) fn map(mut self, change: &dyn Fn(InputError) -> InputError) -> Self {
+        let others = std::mem::take(&mut self.others);
+        let others = others.into_iter().map(change).collect();
+        InputError { others, ..change(self) }
     }
 
     /// The config's key that it concerns, as far as known.
@@ -142,13 +222,16 @@ pub trait Under<T> {
 impl<T> Under<T> for anyhow::Result<T> {
     fn under(self, outer: impl fmt::Display) -> anyhow::Result<T> {
         self.map_err(|error| {
-            let mut input = match InputError::take(error) {
+            let input = match InputError::take(error) {
                 Ok(input) => input,
                 Err(other) => return other.context(outer.to_string()),
             };
-            let joint = if input.key.is_empty() || input.key.starts_with('[') { "" } else { "." };
-            input.key = format!("{outer}{joint}{}", input.key);
-            input.into()
+            let under = |one: InputError| {
+                let joint = if one.key.is_empty() || one.key.starts_with('[') { "" } else { "." };
+                let key = format!("{outer}{joint}{}", one.key);
+                one.field(key)
+            };
+            input.map(&under).into()
         })
     }
 }
@@ -167,11 +250,12 @@ impl fmt::Display for Origin {
 }
 
 impl fmt::Display for InputError {
-    /// The message with its place on the first line, the help on the second.
+    /// The message, its place and its help on a line each. Further mistakes follow as errors of their own, twenty at most, then
+    /// how many more there are.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
         if let Some(place) = &self.place {
-            write!(f, "            {}", place.origin)?;
+            write!(f, "\n --> {}", place.origin)?;
             if !place.key.is_empty() {
                 write!(f, " ({})", place.key)?;
             }
@@ -179,7 +263,14 @@ impl fmt::Display for InputError {
         if let Some(help) = &self.help {
             write!(f, "\nhelp: {help}")?;
         }
-        Ok(())
+        for other in self.others.iter().take(SHOWN - 1) {
+            write!(f, "\n\nerror: {other}")?;
+        }
+        match self.others.len().saturating_sub(SHOWN - 1) {
+            0 => Ok(()),
+            1 => write!(f, "\n\nerror: there is 1 more mistake"),
+            more => write!(f, "\n\nerror: there are {more} more mistakes"),
+        }
     }
 }
 

@@ -4,13 +4,18 @@
 //! layer changes is replaced instead of inheriting fields that are not its own, and variables and `--set` reach into
 //! lists by number.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use figment::value::{Dict, Empty, Map, Num, Tag, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
-use super::error::{InputError, Origin};
-use crate::registry::nearest;
+use saphyr::{LoadableYamlNode, MarkedYaml};
+
+use super::error::{InputError, Mistakes, Origin};
+use super::RunConfig;
+use crate::registry::{nearest, usual, Kind};
 use crate::yaml;
 
 /// What a config is loaded from.
@@ -29,13 +34,16 @@ pub struct Sources {
 const PREFIX: &str = "DICTLEARN_";
 /// Files that a config may have, with all that they include: two that each include the next two would be without end.
 const MOST_FILES: usize = 100;
-/// Variables with the prefix that are not keys of a config.
-const RESERVED: [&str; 1] = ["DICTLEARN_CACHE"];
+/// Beginnings of the names of variables that belong to the program's tools and tests.
+const TOOLS: [&str; 5] = ["CACHE", "BENCH_", "FUZZ_", "SOAK_", "TEST_"];
 
-/// The `DICTLEARN_*` variables of this process.
+/// The `DICTLEARN_*` variables of this process that may set keys of a config.
 pub fn variables() -> Vec<(String, String)> {
+    let tools = |name: &str| TOOLS.iter().any(|tool| name.starts_with(tool));
+    let own = |name: &str| name.strip_prefix(PREFIX).is_some_and(|name| !tools(name));
+    let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
     let mut found: Vec<(String, String)> =
-        std::env::vars().filter(|(name, _)| name.starts_with(PREFIX) && !RESERVED.contains(&name.as_str())).collect();
+        std::env::vars_os().filter_map(text).filter(|(name, _)| own(name)).collect();
     found.sort();
     found
 }
@@ -55,6 +63,8 @@ pub(super) struct Merged {
     pub(super) value: Value,
     figment: Figment,
     layers: Vec<(Origin, String, Option<String>)>,
+    /// What is said of variables that are no keys.
+    pub(super) ignored: Vec<String>,
 }
 
 struct LayerProvider<'a>(usize, &'a Dict);
@@ -70,32 +80,54 @@ impl Provider for LayerProvider<'_> {
 }
 
 impl Merged {
-    pub(super) fn load(sources: &Sources) -> Result<Self, InputError> {
-        let (mut base, mut profiles, mut known) = (Vec::new(), Vec::new(), Vec::new());
-        read_file(&sources.file, sources.profile.as_deref(), &mut Vec::new(), &mut base, &mut profiles, &mut known)?;
-        if let (Some(name), true) = (&sources.profile, profiles.is_empty()) {
-            let near = nearest(name, known.iter().map(String::as_str)).map(|near| format!("did you mean `{near}`? "));
-            let help = if known.is_empty() {
+    /// Merges what can be read. `None` if a file cannot: what it says is not known then.
+    pub(super) fn load(sources: &Sources, mistakes: &mut Mistakes) -> Option<Self> {
+        let mut files = Files { profile: sources.profile.as_deref(), ..Files::default() };
+        files.read(&sources.file, mistakes);
+        let whole = mistakes.is_empty();
+        if let (Some(name), true, true) = (&sources.profile, files.profiles.is_empty(), whole) {
+            let near = nearest(name, files.known.iter().map(String::as_str));
+            let near = near.map(|near| format!("did you mean `{near}`? "));
+            let help = if files.known.is_empty() {
                 "it has none; profiles stand under `profiles:`".to_owned()
             } else {
-                format!("{}it has: {}", near.unwrap_or_default(), known.join(", "))
+                format!("{}it has: {}", near.unwrap_or_default(), files.known.join(", "))
             };
-            return Err(InputError::new(format!("{} has no profile `{name}`", sources.file.display())).help(help));
+            mistakes.add(InputError::new(format!("{} has no profile `{name}`", sources.file.display())).help(help));
         }
-        let mut layers: Vec<Layer> = base.into_iter().chain(profiles).collect();
+        let mut layers: Vec<Layer> = files.base.into_iter().chain(files.profiles).collect();
 
         // What reaches into lists waits until the lists are merged.
-        let mut overrides = Vec::new();
+        let (mut overrides, mut ignored) = (Vec::new(), Vec::new());
+        let mut parsed = |origin: Origin, key: String, text: &str| match parse_override(&origin, &key, text) {
+            Ok(value) => overrides.push((origin, key, value)),
+            Err(error) => mistakes.add(error),
+        };
+        let known = if sources.variables.is_empty() { Vec::new() } else { known_keys() };
         for (name, text) in &sources.variables {
             let key = name.trim_start_matches(PREFIX).to_lowercase().replace("__", ".");
-            overrides.push((Origin::Variable(name.clone()), key, text.clone()));
+            let first = key.split('.').next().unwrap_or_default();
+            if key.split('.').any(str::is_empty) || !known.iter().any(|known| known == first) {
+                ignored.push(unknown_variable(name, 0, known.iter().map(String::as_str)));
+                continue;
+            }
+            parsed(Origin::Variable(name.clone()), key, text);
         }
+        let mut without_value = Vec::new();
         for set in &sources.set {
-            let Some((key, text)) = set.split_once('=') else {
-                return Err(InputError::new(format!("`--set {set}` does not say a value"))
-                    .help("write --set KEY=VALUE, for example --set saes[0].trainer.lr=1e-4"));
-            };
-            overrides.push((Origin::Set(set.clone()), key.trim().to_owned(), text.to_owned()));
+            match set.split_once('=') {
+                Some((key, text)) => parsed(Origin::Set(set.clone()), key.trim().to_owned(), text),
+                None => without_value.push(set),
+            }
+        }
+        for set in without_value {
+            mistakes.add(
+                InputError::new(format!("`--set {set}` does not say a value"))
+                    .help("write --set KEY=VALUE, for example --set saes[0].trainer.lr=1e-4"),
+            );
+        }
+        if !whole {
+            return None;
         }
 
         for upper in 1..layers.len() {
@@ -107,17 +139,38 @@ impl Merged {
             figment = figment.merge(LayerProvider(index, &layer.data));
         }
         let mut root = merged(&figment);
-        for (origin, key, text) in overrides {
+        for (origin, key, value) in overrides {
             // figment gives the value its tag; the place in the tree is found here, since figment does not know lists.
-            let value = parse_override(&origin, &key, &text)?;
             figment = figment.merge(LayerProvider(layers.len(), &Dict::from([(OVERRIDE.to_owned(), value)])));
             let value = figment.find_value(OVERRIDE).unwrap_or_else(|_| Value::from(Dict::new()));
-            set(&mut root, &origin, &key, value)?;
+            if let Err(error) = set(&mut root, &origin, &key, value) {
+                mistakes.add(error);
+            }
             layers.push(Layer { origin, text: String::new(), inside: None, data: Dict::new() });
         }
         let value = Value::from(root);
         let layers = layers.into_iter().map(|layer| (layer.origin, layer.text, layer.inside)).collect();
-        Ok(Merged { value, figment, layers })
+        Some(Merged { value, figment, layers, ignored })
+    }
+
+    /// What variables say that set a value of this config: `DICTLEARN_SEED=7`.
+    pub(super) fn from_environment(&self, root: &Value, variables: &[(String, String)]) -> Vec<String> {
+        let mut acting = BTreeSet::new();
+        self.acting(root, &mut acting);
+        let acts = |name: &String| acting.contains(name.as_str());
+        variables.iter().filter(|(name, _)| acts(name)).map(|(name, text)| format!("{name}={text}")).collect()
+    }
+
+    /// Names of the variables that values come from.
+    fn acting<'a>(&'a self, value: &Value, names: &mut BTreeSet<&'a str>) {
+        if let Some((Origin::Variable(name), ..)) = self.origin(value.tag()) {
+            names.insert(name);
+        }
+        match value {
+            Value::Array(_, items) => items.iter().for_each(|item| self.acting(item, names)),
+            Value::Dict(_, dict) => dict.values().for_each(|value| self.acting(value, names)),
+            _ => {}
+        }
     }
 
     /// Where a value came from: its file with the file's text, and the profile's path if it is from a profile.
@@ -133,6 +186,27 @@ impl Merged {
         let (origin, text, _) = self.layers.iter().rfind(|(origin, _, inside)| asked(origin, inside))?;
         Some((origin, text))
     }
+}
+
+/// Keys that only a file may have.
+const FILE_ONLY: [&str; 2] = ["include", "profiles"];
+
+/// The keys of a config that variables can set.
+fn known_keys() -> Vec<String> {
+    let schema = schemars::schema_for!(RunConfig);
+    let properties = schema.get("properties").and_then(|properties| properties.as_object());
+    properties.into_iter().flatten().map(|(key, _)| key.clone()).collect()
+}
+
+/// What is said of a variable that is no key of a config; its part of that number is none of those that are known.
+pub(super) fn unknown_variable<'a>(name: &str, part: usize, known: impl IntoIterator<Item = &'a str>) -> String {
+    let mut parts: Vec<String> = name.trim_start_matches(PREFIX).split("__").map(str::to_owned).collect();
+    let near = parts.get(part).and_then(|part| nearest(part, known)).map(str::to_uppercase);
+    let near = near.map(|near| {
+        parts[part] = near;
+        format!("; did you mean {PREFIX}{}?", parts.join("__"))
+    });
+    format!("{name} is not a key of a config and changes nothing{}", near.unwrap_or_default())
 }
 
 fn merged(figment: &Figment) -> Dict {
@@ -159,9 +233,11 @@ fn drop_other_types(below: &mut Dict, above: &Dict) {
 const OVERRIDE: &str = "__override";
 
 fn parse_override(origin: &Origin, key: &str, text: &str) -> Result<Value, InputError> {
+    let value = yaml::parse(text).map_err(|error| {
+        let (what, help, _) = not_yaml(&error, text);
+        InputError::new(format!("`{text}` is not YAML: {what}")).help(help).at(origin.clone(), key)
+    })?;
     let refused = |message: String| InputError::new(message).help("give plain YAML").at(origin.clone(), key);
-    let value =
-        yaml::parse(text).map_err(|error| refused(format!("`{text}` is not YAML: {}", without_place(&error))))?;
     from_yaml(value, &refused)
 }
 
@@ -176,7 +252,7 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
             "keys look like `steps`, `source.ctx_len` or `saes[0].trainer.lr`".to_owned(),
         ));
     }
-    if ["include", "profiles"].contains(&steps[0]) {
+    if FILE_ONLY.contains(&steps[0]) {
         return Err(refused(format!("`{}` is read in a file only", steps[0]), "write it into the config".to_owned()));
     }
     // What is made on the way is the override's, so that errors about it name that.
@@ -185,9 +261,14 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
     if let (false, Some(index)) =
         (root.contains_key(steps[0]), steps.get(1).filter(|step| step.parse::<usize>().is_ok()))
     {
+        let item = match steps[0] {
+            "metrics" => example(Kind::Metric),
+            "loggers" => example(Kind::Logger),
+            _ => "...".to_owned(),
+        };
         return Err(refused(
             format!("`{}` has no item `{index}`", steps[0]),
-            format!("the config has no `{0}`: give the whole list, `{0}=[...]`", steps[0]),
+            format!("the config has no `{0}`: give the whole list, `{0}=[{item}]`", steps[0]),
         ));
     }
     let mut here = root.entry(steps[0].to_owned()).or_insert_with(map);
@@ -224,103 +305,139 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
     Ok(())
 }
 
-/// Reads a file's layers: those it includes, then its own; and the profile, where it has it.
-fn read_file(
-    path: &Path,
-    profile: Option<&str>,
-    including: &mut Vec<PathBuf>,
-    base: &mut Vec<Layer>,
-    profiles: &mut Vec<Layer>,
-    known: &mut Vec<String>,
-) -> Result<(), InputError> {
+/// A component of a kind as a config names it.
+pub(super) fn example(kind: Kind) -> String {
+    usual(kind).next().map_or_else(|| "...".to_owned(), |name| format!("{{type: {name}}}"))
+}
+
+/// The files of a config and their layers.
+#[derive(Default)]
+struct Files<'a> {
+    /// The profile that is asked for.
+    profile: Option<&'a str>,
+    /// Those that include each other down to the one that is being read.
+    including: Vec<PathBuf>,
+    base: Vec<Layer>,
+    profiles: Vec<Layer>,
+    /// The names of all profiles.
+    known: Vec<String>,
+}
+
+impl Files<'_> {
+    /// Reads a file's layers: those it includes, then its own; and the profile, where it has it.
+    fn read(&mut self, path: &Path, mistakes: &mut Mistakes) {
+        let (origin, text, mut data) = match read_map(path) {
+            Ok(read) => read,
+            Err(error) => return mistakes.add(error),
+        };
+        let includes = match data.remove("include") {
+            None => Vec::new(),
+            Some(Value::String(_, one)) => vec![one],
+            Some(Value::Array(_, items)) if items.iter().all(|item| item.as_str().is_some()) => {
+                items.into_iter().filter_map(Value::into_string).collect()
+            }
+            Some(_) => {
+                mistakes.add(
+                    InputError::new("`include` is neither a path nor a list of paths")
+                        .help("write `include: base.yaml` or `include: [a.yaml, b.yaml]`")
+                        .at(super::spans::locate(&origin, &text, "include", false), "include"),
+                );
+                Vec::new()
+            }
+        };
+        let own = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        self.including.push(own);
+        for include in includes {
+            let file = path.parent().unwrap_or(Path::new("")).join(&include);
+            let place = super::spans::locate(&origin, &text, "include", false);
+            let canonical = std::fs::canonicalize(&file).unwrap_or_else(|_| file.clone());
+            let wrong = if self.including.contains(&canonical) {
+                InputError::new(format!("`{include}` includes itself"))
+            } else if !file.is_file() {
+                InputError::no_file(&file)
+            } else if self.including.len() + self.base.len() >= MOST_FILES {
+                // Each of them might include as many.
+                mistakes.add(
+                    InputError::new(format!("a config includes more than {MOST_FILES} files")).at(place, "include"),
+                );
+                break;
+            } else {
+                self.read(&file, mistakes);
+                continue;
+            };
+            mistakes.add(wrong.at(place, "include"));
+        }
+        self.including.pop();
+
+        match data.remove("profiles") {
+            None => {}
+            Some(Value::Dict(_, own)) => {
+                self.known.extend(own.keys().cloned());
+                for (name, overlay) in own {
+                    if let (true, Some(data)) = (Some(name.as_str()) == self.profile, overlay.into_dict()) {
+                        let inside = Some(format!("profiles.{name}"));
+                        self.profiles.push(Layer { origin: origin.clone(), text: text.clone(), inside, data });
+                    }
+                }
+            }
+            Some(_) => mistakes.add(
+                InputError::new("`profiles` is not a map")
+                    .help("give each profile its name: `profiles: {quick: {steps: 100}}`")
+                    .at(super::spans::locate(&origin, &text, "profiles", false), "profiles"),
+            ),
+        }
+        self.base.push(Layer { origin, text, inside: None, data });
+    }
+}
+
+/// A file's keys, with what it is and its text.
+fn read_map(path: &Path) -> Result<(Origin, String, Dict), InputError> {
     let origin = Origin::File(path.to_owned(), None);
     let text = read_text(path)?;
-    let at = |location: Option<serde_yaml::Location>| {
-        Origin::File(path.to_owned(), location.map(|location| (location.line(), location.column())))
-    };
+    let at = |location: Option<serde_yaml::Location>| location.map(|location| (location.line(), location.column()));
     let mut parsed: serde_yaml::Value = yaml::parse(&text).map_err(|error| {
-        let place = match duplicate(&error, &text) {
-            Some(line) => Origin::File(path.to_owned(), Some((line, 1))),
-            None => at(error.location()),
-        };
-        InputError::new(format!("not YAML: {}", without_place(&error)))
-            .help("check indentation, quotes and colons there")
-            .at(place, "")
+        let (what, help, place) = not_yaml(&error, &text);
+        let place = place.or(at(error.location()));
+        InputError::new(format!("not YAML: {what}")).help(help).at(Origin::File(path.to_owned(), place), "")
     })?;
     // `<<: *base` puts the keys of another map in.
-    parsed.apply_merge().map_err(|error| InputError::new(format!("not YAML: {error}")).at(at(None), ""))?;
+    parsed.apply_merge().map_err(|error| InputError::new(format!("not YAML: {error}")).at(origin.clone(), ""))?;
     let refused = |what| InputError::new(what).at(origin.clone(), "");
-    let mut data = match from_yaml(parsed, &refused)? {
-        Value::Dict(_, dict) => dict,
-        Value::Empty(..) => {
-            return Err(refused(format!("{} is empty", path.display())).help("a config needs a `source`"))
-        }
-        _ => return Err(refused("a config is a map of keys and values".to_owned()).help("start with `source:`")),
-    };
-
-    let includes = match data.remove("include") {
-        None => Vec::new(),
-        Some(Value::String(_, one)) => vec![one],
-        Some(Value::Array(_, items)) if items.iter().all(|item| item.as_str().is_some()) => {
-            items.into_iter().filter_map(Value::into_string).collect()
-        }
-        Some(_) => {
-            return Err(InputError::new("`include` is neither a path nor a list of paths")
-                .help("write `include: base.yaml` or `include: [a.yaml, b.yaml]`")
-                .at(super::spans::locate(&origin, &text, "include", false), "include"))
-        }
-    };
-    let own = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    including.push(own);
-    for include in includes {
-        let file = path.parent().unwrap_or(Path::new("")).join(&include);
-        let place = super::spans::locate(&origin, &text, "include", false);
-        let canonical = std::fs::canonicalize(&file).unwrap_or_else(|_| file.clone());
-        if including.contains(&canonical) {
-            return Err(InputError::new(format!("`{include}` includes itself")).at(place, "include"));
-        }
-        if !file.is_file() {
-            return Err(InputError::no_file(&file).at(place, "include"));
-        }
-        if including.len() + base.len() >= MOST_FILES {
-            let what = format!("a config includes more than {MOST_FILES} files");
-            return Err(InputError::new(what).at(place, "include"));
-        }
-        read_file(&file, profile, including, base, profiles, known)?;
+    match from_yaml(parsed, &refused)? {
+        Value::Dict(_, dict) => Ok((origin, text, dict)),
+        Value::Empty(..) => Err(refused(format!("{} is empty", path.display())).help("a config needs a `source`")),
+        _ => Err(refused("a config is a map of keys and values".to_owned()).help("start with `source:`")),
     }
-    including.pop();
-
-    if let Some(own_profiles) = data.remove("profiles") {
-        let Some(own_profiles) = own_profiles.into_dict() else {
-            return Err(InputError::new("`profiles` is not a map")
-                .help("give each profile its name: `profiles: {quick: {steps: 100}}`")
-                .at(super::spans::locate(&origin, &text, "profiles", false), "profiles"));
-        };
-        known.extend(own_profiles.keys().cloned());
-        for (name, overlay) in own_profiles {
-            if let (true, Some(data)) = (Some(name.as_str()) == profile, overlay.into_dict()) {
-                let inside = Some(format!("profiles.{name}"));
-                profiles.push(Layer { origin: origin.clone(), text: text.clone(), inside, data });
-            }
-        }
-    }
-    base.push(Layer { origin, text, inside: None, data });
-    Ok(())
 }
 
-/// The line on which a key is said again, which serde_yaml reports at the beginning of the map.
-fn duplicate(error: &serde_yaml::Error, text: &str) -> Option<usize> {
+/// What is wrong with a text that is not YAML, what would do, and where it is if that is not where the parser says.
+fn not_yaml(error: &serde_yaml::Error, text: &str) -> (String, &'static str, Option<(usize, usize)>) {
     let message = error.to_string();
-    let key = message.split("duplicate entry with key \"").nth(1)?.split('"').next()?;
-    let start = error.location()?.line();
-    let says = |line: &str| line.trim_start_matches(['-', ' ']).split(':').next() == Some(key);
-    text.lines().enumerate().skip(start - 1).filter(|(_, line)| says(line)).nth(1).map(|(index, _)| index + 1)
-}
-
-/// What is wrong with YAML; where it is, is said elsewhere.
-fn without_place(error: &serde_yaml::Error) -> String {
-    let message = error.to_string();
-    message.split(" at line ").next().unwrap_or(&message).to_owned()
+    let plain = message.split(" at line ").next().unwrap_or(&message).to_owned();
+    if let Some(key) = plain.split("duplicate entry with key ").nth(1) {
+        // serde_yaml says where the map begins, saphyr where the key is repeated.
+        let marker = MarkedYaml::load_from_str(text).err().map(|error| *error.marker());
+        let place = marker.map(|marker| (marker.line(), marker.col() + 1));
+        return (format!("`{}` is given twice", key.trim_matches('"')), "keep one of the two", place);
+    }
+    let Some(location) = error.location() else { return (plain, "check it for indentation, quotes and colons", None) };
+    let line = text.lines().nth(location.line().saturating_sub(1)).unwrap_or_default();
+    let indentation = line.len() - line.trim_start().len();
+    if let (true, Some(tab)) = (plain.contains("cannot start any token"), line[..indentation].find('\t')) {
+        let place = Some((location.line(), tab + 1));
+        return ("a tab in the indentation".to_owned(), "indent with spaces: YAML takes no tabs there", place);
+    }
+    let found = line.chars().nth(location.column().saturating_sub(1));
+    let help = if plain.contains("mapping values are not allowed") {
+        "quote a value that has a colon followed by a space, and check the indentation"
+    } else if plain.contains("alphabetic or numeric character") || plain.contains("unknown anchor") {
+        "quote a value that starts with `*` or `&`: \"*.jsonl\""
+    } else if plain.contains("cannot start any token") && matches!(found, Some('@' | '`' | '%')) {
+        "quote a value that starts with `@`, `%` or a backtick"
+    } else {
+        "check indentation, quotes and colons there"
+    };
+    (plain, help, None)
 }
 
 fn read_text(path: &Path) -> Result<String, InputError> {

@@ -7,50 +7,115 @@ use schemars::{schema_for, Schema};
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
-use super::check::Check;
-use super::error::InputError;
+use super::check::{follow, Check};
+use super::error::{InputError, Mistakes};
 use super::layers::{Merged, Sources};
 use super::node::{float, integer, Node};
-use super::RunConfig;
+use super::{spans, RunConfig};
 use crate::registry::{component, usual, Kind};
 use crate::yaml;
 
-/// Loads a config.
+/// Loads a config. An error has every mistake of its files, of variables and of arguments.
 pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
-    let mut merged = Merged::load(sources)?;
+    let mut mistakes = Mistakes::new();
+    let Some(mut merged) = Merged::load(sources, &mut mistakes) else {
+        mistakes.into_result()?;
+        return Err(InputError::new(format!("cannot read {}", sources.file.display())));
+    };
     let mut root = std::mem::replace(&mut merged.value, Value::from(Dict::new()));
     let mut written = Vec::new();
     if let Value::Dict(_, root) = &mut root {
         overlay_eval_source(root);
         root.entry("loggers".to_owned()).or_insert_with(usual_loggers);
-        written = expand_saes(root, &merged)?;
+        written = expand_saes(root, &merged, &mut mistakes);
     }
     let schema = schema_for!(RunConfig);
-    let check = Check::new(&merged, &schema, &written);
-    check.run(&root, &schema)?;
-    let mut config: RunConfig = serde_path_to_error::deserialize(Node { value: &root, merged: Some(&merged) })
-        .map_err(|error| check.serde(&root, &error.path().to_string(), &error.inner().to_string()))?;
-    check_names(&config, &root, &check)?;
-    config.written = Written(Some(Box::new((merged, root, written))));
+    let (found, ignored) = Check::new(&merged, &schema, &written).run(&root, &schema);
+    if let Err(error) = found.into_result() {
+        mistakes.add(error);
+    }
+    check_names(&root, &Check::new(&merged, &schema, &written), &mut mistakes);
+    mistakes.into_result()?;
+
+    let mut notes: Vec<String> = merged.ignored.iter().map(|said| format!("warning: {said}")).collect();
+    for (path, said) in ignored {
+        remove(&mut root, &spans::steps(&path));
+        notes.push(format!("warning: {said}"));
+    }
+    let acting = merged.from_environment(&root, &sources.variables);
+    if !acting.is_empty() {
+        notes.insert(0, format!("from the environment: {}", acting.join(", ")));
+    }
+    let mut config: RunConfig =
+        serde_path_to_error::deserialize(Node { value: &root, merged: Some(&merged) }).map_err(|error| {
+            let check = Check::new(&merged, &schema, &written);
+            check.serde(&root, &error.path().to_string(), &error.inner().to_string())
+        })?;
+    config.written = Written(Some(Box::new(Loaded { merged, root, written, notes })));
     Ok(config)
+}
+
+/// Takes the value at a path out of a config.
+fn remove(value: &mut Value, path: &[spans::Step]) {
+    match (path, value) {
+        ([spans::Step::Key(key)], Value::Dict(_, dict)) => {
+            dict.remove(key);
+        }
+        ([spans::Step::Key(key), rest @ ..], Value::Dict(_, dict)) => {
+            dict.get_mut(key).into_iter().for_each(|value| remove(value, rest));
+        }
+        ([spans::Step::Index(index), rest @ ..], Value::Array(_, items)) => {
+            items.get_mut(*index).into_iter().for_each(|value| remove(value, rest));
+        }
+        _ => {}
+    }
+}
+
+/// What a config was merged from.
+struct Loaded {
+    merged: Merged,
+    root: Value,
+    written: Vec<usize>,
+    notes: Vec<String>,
 }
 
 /// The files, variables and arguments that a loaded config was merged from; nothing for one that was made otherwise.
 #[derive(Default)]
-pub struct Written(Option<Box<(Merged, Value, Vec<usize>)>>);
+pub struct Written(Option<Box<Loaded>>);
 
 impl Written {
-    /// The error with its place, if it concerns a key of the config (see [`InputError::field`]).
+    /// The error with the places of its mistakes, as far as they concern keys of the config (see [`InputError::field`]).
     pub fn locate(&self, error: anyhow::Error) -> anyhow::Error {
-        let Some((merged, root, written)) = self.0.as_deref() else { return error };
-        match InputError::take(error) {
-            Ok(input) if input.place().is_none() && !input.key().is_empty() => {
-                let (empty, key) = (Schema::default(), input.key().to_owned());
-                Check::new(merged, &empty, written).locate(root, &key, input).into()
-            }
-            Ok(input) => input.into(),
-            Err(other) => other,
+        let Some(Loaded { merged, root, written, .. }) = self.0.as_deref() else { return error };
+        let input = match InputError::take(error) {
+            Ok(input) => input,
+            Err(other) => return other,
+        };
+        let empty = Schema::default();
+        let mut mistakes = Mistakes::new();
+        for one in input.each() {
+            mistakes.add(if one.place().is_none() && !one.key().is_empty() {
+                let key = one.key().to_owned();
+                Check::new(merged, &empty, written).locate(root, &key, one)
+            } else {
+                one
+            });
         }
+        match mistakes.into_result() {
+            Err(located) => located.into(),
+            Ok(()) => anyhow::anyhow!("an error without a mistake"),
+        }
+    }
+
+    /// What the user should know of how it was loaded: variables that act, and those that do not.
+    pub fn notes(&self) -> &[String] {
+        self.0.as_ref().map_or(&[], |loaded| &loaded.notes)
+    }
+
+    /// True if a file, a variable or an argument says the key at a path, such as `saes[0].trainer.warmup_steps`. Of a config
+    /// that was made otherwise everything counts as written.
+    pub fn says(&self, path: &str) -> bool {
+        self.0.as_ref().is_none_or(|loaded| follow(&loaded.root, path).is_some())
     }
 }
 
@@ -89,8 +154,8 @@ fn overlaid(mut below: Dict, above: Dict) -> Dict {
 }
 
 /// Expands sweeps and fills in names and dictionaries. Returns each SAE's number as written.
-fn expand_saes(root: &mut Dict, merged: &Merged) -> Result<Vec<usize>, InputError> {
-    let Some(Value::Array(tag, saes)) = root.get("saes").cloned() else { return Ok(Vec::new()) };
+fn expand_saes(root: &mut Dict, merged: &Merged, mistakes: &mut Mistakes) -> Vec<usize> {
+    let Some(Value::Array(tag, saes)) = root.get("saes").cloned() else { return Vec::new() };
     let (mut expanded, mut written) = (Vec::new(), Vec::new());
     let mut room = MOST_SWEPT;
     for (index, sae) in saes.into_iter().enumerate() {
@@ -103,7 +168,13 @@ fn expand_saes(root: &mut Dict, merged: &Merged) -> Result<Vec<usize>, InputErro
         fill(&mut sae);
         let variants = match sweep {
             None | Some(Value::Empty(..)) => vec![sae],
-            Some(sweep) => sweep_variants(sae, &sweep, (index, &mut room), merged)?,
+            Some(sweep) => match sweep_variants(&sae, &sweep, (index, &mut room), merged) {
+                Ok(variants) => variants,
+                Err(error) => {
+                    mistakes.add(error);
+                    vec![sae]
+                }
+            },
         };
         for variant in variants {
             expanded.push(Value::Dict(tag, variant));
@@ -111,7 +182,7 @@ fn expand_saes(root: &mut Dict, merged: &Merged) -> Result<Vec<usize>, InputErro
         }
     }
     root.insert("saes".to_owned(), Value::Array(tag, expanded));
-    Ok(written)
+    written
 }
 
 /// The name is the trainer's unless given, and so is the dictionary.
@@ -144,7 +215,7 @@ fn size(value: &Value) -> usize {
 
 /// The cartesian product of a sweep's axes, for which there is so much room.
 fn sweep_variants(
-    sae: Dict,
+    sae: &Dict,
     sweep: &Value,
     (index, room): (usize, &mut usize),
     merged: &Merged,
@@ -178,7 +249,7 @@ fn sweep_variants(
         super::spans::position(text, &path, true).map(|(at, _)| at)
     });
     let last = |key: &str| key.rsplit('.').next().unwrap_or(key).to_owned();
-    let mut variants = vec![sae];
+    let mut variants = vec![sae.clone()];
     for (key, values) in ordered {
         let Value::Array(_, values) = values else {
             return refused(values, format!("`{path}`: the values of `{key}` are not a list"));
@@ -249,24 +320,26 @@ pub fn folder_name(name: &str) -> Result<(), InputError> {
 }
 
 /// Names are folders: each its own, and none that leaves the run's.
-fn check_names(config: &RunConfig, root: &Value, check: &Check) -> Result<(), InputError> {
+fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
     let mut seen = BTreeSet::new();
-    let items = root.find_ref("saes");
-    for (index, sae) in config.saes.iter().enumerate() {
-        let item = match items {
-            Some(Value::Array(_, items)) => items.get(index),
-            _ => None,
-        };
-        let name = item.and_then(|item| item.find_ref("name")).unwrap_or(root);
-        let at = |error| Err(check.error(name, &format!("saes[{index}].name"), false, error));
-        if !seen.insert(&sae.name) {
-            return at(
-                InputError::new(format!("two SAEs are named `{}`", sae.name)).help("give each a `name` of its own")
-            );
+    let Some(Value::Array(_, saes)) = root.find_ref("saes") else { return };
+    for (index, sae) in saes.iter().enumerate() {
+        let Some(name) = sae.find_ref("name") else { continue };
+        // The default of the name is the trainer's type, and what is wrong with that is said there.
+        let trainer = sae.find_ref("trainer.type").and_then(Value::as_str);
+        if trainer == name.as_str() && trainer.is_some_and(|trainer| component(Kind::Trainer, trainer).is_none()) {
+            continue;
         }
-        folder_name(&sae.name).or_else(at)?;
+        let Ok(text) = <String as serde::Deserialize>::deserialize(Node { value: name, merged: None }) else { continue };
+        let wrong = if !seen.insert(text.clone()) {
+            Some(InputError::new(format!("two SAEs are named `{text}`")).help("give each a `name` of its own"))
+        } else {
+            folder_name(&text).err()
+        };
+        if let Some(error) = wrong {
+            mistakes.add(check.error(name, &format!("saes[{index}].name"), false, error));
+        }
     }
-    Ok(())
 }
 
 /// Reads a value from YAML alone, as a config would: for a component's example.

@@ -10,11 +10,11 @@ mod schema;
 mod spans;
 mod value;
 
-pub use error::{printable, InputError, Origin, Place, Under};
+pub use error::{printable, InputError, Mistakes, Origin, Place, Under};
 pub use example::example;
 pub use layers::{variables, Sources};
 pub use load::{folder_name, from_yaml, json_schema, load, to_yaml, type_name, Written};
-pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice};
+pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice, SaveSteps};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -31,7 +31,7 @@ use crate::training::OnNonfinite;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
-    /// Seed of everything random: initial weights, shuffling, resampling.
+    /// Seed of everything random: initial weights, shuffling, resampling. An SAE may have a `seed` of its own.
     #[serde(default = "default_seed")]
     pub seed: u64,
     /// `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
@@ -76,6 +76,11 @@ pub struct RunConfig {
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub save_every: Option<u64>,
+    /// Keep the weights at these steps too: a list (`[0, 100, 1000]`; 0 is before the first step), or `{log: N}` for step 0
+    /// and N - 1 steps from 0.1% of the run on, evenly spaced by ratio and before its end. `{log: 7}` gives the steps of the
+    /// reference's demo.
+    #[serde(default)]
+    pub save_steps: Option<SaveSteps>,
     /// Where activations come from.
     pub source: Box<dyn SourceConfig>,
     /// Where the metrics' activations come from: `source` with these keys changed, say to a held-out text. By default
@@ -85,7 +90,8 @@ pub struct RunConfig {
     /// The dictionaries; all of them train on the same stream.
     #[serde(default)]
     pub saes: Vec<SaeConfig>,
-    /// What is measured at the end of training and by `dictlearn eval`.
+    /// What is measured at the end of training and by `dictlearn eval`. If absent, what the source allows: `reconstruction`, and
+    /// `loss_recovered` for a language model. `[]` for nothing.
     #[serde(default)]
     pub metrics: Vec<Box<dyn MetricConfig>>,
     /// Where the figures go: to a file in the run's folder unless told otherwise; `[]` for nowhere.
@@ -131,6 +137,10 @@ pub struct SaeConfig {
     /// taken from it. `k` and groups stay the dictionary's.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
+    /// Seed of this SAE's initial weights and random choices; the run's `seed` by default. The stream of activations is the
+    /// same for every SAE, so that `sweep: {seed: [0, 1]}` shows what the seed alone changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
     /// The run's `on_nonfinite`, if it is another for this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_nonfinite: Option<OnNonfinite>,

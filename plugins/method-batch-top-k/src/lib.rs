@@ -209,6 +209,10 @@ impl TrainerConfig for BatchTopKConfig {
     fn class(&self) -> &'static str {
         "BatchTopKTrainer"
     }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        self.adapt_settings(length);
+    }
 }
 
 #[cfg(test)]

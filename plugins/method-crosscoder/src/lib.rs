@@ -371,6 +371,10 @@ impl TrainerConfig for CrosscoderTrainerConfig {
     fn class(&self) -> &'static str {
         "CrosscoderTrainer"
     }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
+    }
 }
 
 fn not_a_crosscoder(trainer: &str, dictionary: &dyn Dictionary) -> InputError {
@@ -451,5 +455,9 @@ impl TrainerConfig for BatchTopKCrosscoderConfig {
 
     fn class(&self) -> &'static str {
         "BatchTopKCrosscoderTrainer"
+    }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        self.adapt_settings(length);
     }
 }

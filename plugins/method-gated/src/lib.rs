@@ -345,6 +345,10 @@ impl TrainerConfig for GatedConfig {
     fn class(&self) -> &'static str {
         "GatedSAETrainer"
     }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
+    }
 }
 
 /// The reference's `GatedSAETrainer`.

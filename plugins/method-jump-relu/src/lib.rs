@@ -416,9 +416,10 @@ impl TrainerConfig for JumpReluConfig {
             ))
             .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers())));
         }
+        let mut mistakes = Mistakes::new();
         for (field, value) in [("bandwidth", self.bandwidth), ("target_l0", self.target_l0)] {
             if value <= 0.0 {
-                bail!(InputError::new(format!("`{field}` is {value}")).field(field).help("it must be above 0"));
+                mistakes.add(InputError::new(format!("`{field}` is {value}")).field(field).help("it must be above 0"));
             }
         }
         let schedule = Schedule {
@@ -427,8 +428,9 @@ impl TrainerConfig for JumpReluConfig {
             decay_start: self.decay_start,
             resample_steps: None,
             sparsity_warmup_steps: self.sparsity_warmup_steps,
-        }
-        .check()?;
+        };
+        mistakes.keep(schedule.check())?;
+        mistakes.into_result()?;
         Ok(Box::new(JumpReluTrainer {
             lr: self.lr,
             bandwidth: self.bandwidth,
@@ -443,6 +445,11 @@ impl TrainerConfig for JumpReluConfig {
 
     fn class(&self) -> &'static str {
         "JumpReluTrainer"
+    }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
+        length.shrink_dead_feature_threshold(&mut self.dead_feature_threshold);
     }
 }
 

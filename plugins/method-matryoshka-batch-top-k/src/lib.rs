@@ -299,6 +299,10 @@ impl TrainerConfig for MatryoshkaConfig {
     fn class(&self) -> &'static str {
         "MatryoshkaBatchTopKTrainer"
     }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        self.adapt_settings(length);
+    }
 }
 
 /// x − x̂ᵢ of each prefix of groups.

@@ -161,6 +161,21 @@ macro_rules! config {
         }
 
         impl $name {
+            /// Adapts defaults to the length of the run. Annealing that would not begin takes the last two fifths.
+            fn adapt_schedule(&mut self, length: &mut RunLength) {
+                length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
+                let end = self.anneal_end.unwrap_or(length.steps());
+                let last = end.min(length.steps());
+                let three_fifths = last - last / 5 * 2;
+                let begins = self.anneal_start < last && !length.is_short();
+                let most = if begins { self.anneal_start } else { three_fifths.min(last.saturating_sub(1)) };
+                length.at_most("anneal_start", &mut self.anneal_start, most);
+                let most = end.saturating_add(1).saturating_sub(self.anneal_start);
+                if let Updates::Times(count) = &mut self.n_sparsity_updates {
+                    length.at_most("n_sparsity_updates", count, most.max(1));
+                }
+            }
+
             fn trainer(&self, name: &str, adam: AdamConfig, cx: &TrainerCx) -> Result<PAnneal> {
                 penalizable(cx.dictionary, name)?;
                 let schedule = Schedule {
@@ -169,19 +184,22 @@ macro_rules! config {
                     decay_start: self.decay_start,
                     resample_steps: self.resample_steps,
                     sparsity_warmup_steps: self.sparsity_warmup_steps,
-                }
-                .check()?;
+                };
+                let mut mistakes = Mistakes::new();
+                mistakes.keep(schedule.check())?;
+                let annealing = mistakes.keep(Annealing::new(
+                    (self.p_start, self.p_end),
+                    (self.anneal_start, self.anneal_end.unwrap_or(cx.steps)),
+                    self.n_sparsity_updates,
+                    cx.steps,
+                ))?;
+                mistakes.into_result()?;
                 Ok(PAnneal {
                     adam,
                     lr: self.lr,
                     schedule,
                     sparsity_function: self.sparsity_function,
-                    annealing: Annealing::new(
-                        (self.p_start, self.p_end),
-                        (self.anneal_start, self.anneal_end.unwrap_or(cx.steps)),
-                        self.n_sparsity_updates,
-                        cx.steps,
-                    )?,
+                    annealing: annealing.context("no annealing")?,
                     anneals_to_the_end: self.anneal_end.is_none(),
                     queue_length: self.sparsity_queue_length as usize,
                     state: Annealed {
@@ -242,6 +260,10 @@ impl TrainerConfig for PAnnealConfig {
     fn class(&self) -> &'static str {
         "PAnnealTrainer"
     }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        self.adapt_schedule(length);
+    }
 }
 
 #[typetag::serde(name = GATED_ANNEAL)]
@@ -260,6 +282,10 @@ impl TrainerConfig for GatedAnnealConfig {
 
     fn class(&self) -> &'static str {
         "GatedAnnealTrainer"
+    }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        self.adapt_schedule(length);
     }
 }
 

@@ -244,6 +244,10 @@ impl TrainerConfig for AprilUpdateConfig {
     fn class(&self) -> &'static str {
         "StandardTrainerAprilUpdate"
     }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
+    }
 }
 
 /// The reference's `StandardTrainerAprilUpdate`.

@@ -274,6 +274,10 @@ impl TrainerConfig for StandardConfig {
     fn class(&self) -> &'static str {
         "StandardTrainer"
     }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
+    }
 }
 
 /// The reference's `StandardTrainer`.

@@ -224,4 +224,8 @@ impl TrainerConfig for TopKConfig {
     fn class(&self) -> &'static str {
         "TopKTrainer"
     }
+
+    fn adapt(&mut self, length: &mut RunLength) {
+        self.adapt_settings(length);
+    }
 }
