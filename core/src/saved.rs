@@ -32,8 +32,7 @@ pub struct Saved {
 impl Saved {
     /// What to call it in a table: the folder's name.
     pub fn name(&self) -> String {
-        let dir = fs::canonicalize(&self.dir).unwrap_or_else(|_| self.dir.clone());
-        dir.file_name().map_or_else(|| self.dir.display().to_string(), |name| name.to_string_lossy().into_owned())
+        folder_name(&self.dir)
     }
 }
 
@@ -115,6 +114,45 @@ pub fn weights(dir: &Path) -> Result<PathBuf> {
         ),
         false => error.help(format!("it is a run; its SAEs are: {}", inner.join(", "))),
     });
+}
+
+/// The SAEs' folders that a path means: its own, or those of a run, or of a folder of runs; sorted.
+pub fn folders(path: &Path) -> Result<Vec<PathBuf>> {
+    let is_sae = |dir: &Path| ["ae.safetensors", "ae.pt"].iter().any(|name| dir.join(name).exists());
+    let inner = |dir: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut dirs: Vec<PathBuf> = entries.filter(|path| path.is_dir()).collect();
+        dirs.sort();
+        dirs
+    };
+    if is_sae(path) {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut dirs = inner(path);
+    for _ in ["a run", "runs"] {
+        let found: Vec<PathBuf> = dirs.iter().filter(|dir| is_sae(dir)).cloned().collect();
+        if !found.is_empty() {
+            return Ok(found);
+        }
+        dirs = dirs.iter().flat_map(|dir| inner(dir)).collect();
+    }
+    // It says what the path is instead.
+    weights(path).map(|_| Vec::new())
+}
+
+/// What to call SAEs beside each other: by their folders' names, or by their paths where names are not their own.
+pub fn labels(dirs: &[PathBuf]) -> Vec<String> {
+    let names: Vec<String> = dirs.iter().map(|dir| folder_name(dir)).collect();
+    let own: BTreeSet<&String> = names.iter().collect();
+    match own.len() == names.len() {
+        true => names,
+        false => dirs.iter().map(|dir| dir.display().to_string()).collect(),
+    }
+}
+
+fn folder_name(dir: &Path) -> String {
+    let real = fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+    real.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 fn is_python(weights: &Path) -> bool {
