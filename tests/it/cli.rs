@@ -708,8 +708,6 @@ fn runs_are_compared_in_one_table() {
     );
     desk.write("config.yaml", &tensor_file_config(20, &swept));
     desk.ok(&["train", "config.yaml"]);
-    desk.golden_sae("golden");
-    fs::remove_dir_all(desk.path("golden")).unwrap();
     let golden = desk.golden_sae("top_k");
     fs::rename(golden, desk.path("theirs")).unwrap();
 
@@ -760,6 +758,7 @@ fn figures_of_different_data_are_not_compared_in_silence() {
     let run = desk.run(&["compare", "a"]);
     let command = run.stderr.split("this makes one: ").nth(1).unwrap_or_else(|| panic!("{}", run.stderr));
     in_a_shell(&desk, command.trim());
+    assert!(desk.json("a/top_k/eval.json")["l0"].is_number());
     assert!(!desk.run(&["compare", "a"]).stderr.contains("eval.json"));
 }
 
@@ -776,7 +775,6 @@ fn in_a_shell(desk: &Desk, command: &str) {
     }
     let run = Run::of(shell.output().unwrap());
     assert_eq!(run.code, 0, "{command}\n{}\n{}", run.stdout, run.stderr);
-    assert!(!run.stdout.is_empty(), "{command}");
 }
 
 #[test]

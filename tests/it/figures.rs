@@ -19,7 +19,7 @@ fn documented(section: &str) -> BTreeSet<String> {
     rows.map(|row| row.split('|').nth(1).unwrap().trim().trim_matches('`').to_owned()).collect()
 }
 
-const MODIFIERS: &str = "- name: modified\n  trainer: {type: standard, warmup_steps: 2, sparsity_warmup_steps: 4, \
+const MODIFIERS: &str = "- name: modified\n  trainer: {type: standard, lr: 1e-2, l1_penalty: 10, warmup_steps: 2, sparsity_warmup_steps: 4, \
                          resample_steps: null}\n  dictionary: {dict_size: 64}\n  modifiers: [{type: ghost_grads, \
                          threshold: 1}, {type: entropy_penalty, weight: 0.1}, {type: resample, every: 20}]\n";
 
