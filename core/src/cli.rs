@@ -622,8 +622,13 @@ fn measure(sae_dirs: &[&Path], config: &RunConfig) -> Result<Vec<Map<String, Val
     } else {
         &config.metrics
     };
-    let origin = evaluate::origin(&**source_config)?;
-    evaluate::evaluate(metrics, &subjects, &mut *source, true, &origin, &|message| eprintln!("{message}"))
+    let measuring = evaluate::Measuring {
+        key,
+        origin: evaluate::origin(&**source_config)?,
+        from_the_beginning: true,
+        say: &|message| eprintln!("{message}"),
+    };
+    evaluate::evaluate(metrics, &subjects, &mut *source, &measuring)
 }
 
 /// The number of the site that an SAE was trained on, by what its config.json says.

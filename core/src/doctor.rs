@@ -153,7 +153,8 @@ struct Memory {
 #[derive(Debug, Serialize)]
 struct Python {
     path: PathBuf,
-    version: String,
+    /// Nothing where it does not run.
+    version: Option<String>,
     packages: serde_json::Map<String, Value>,
 }
 
@@ -588,8 +589,17 @@ fn python() -> Option<Python> {
         "import json, sys, importlib.metadata as m\nfound = {{}}\nfor name in {PACKAGES:?}:\n    try: found[name] = \
          m.version(name)\n    except Exception: pass\nprint(json.dumps([sys.version.split()[0], found]))"
     );
-    let mut child = Command::new(&path)
-        .args(["-c", &code])
+    let (version, packages) = match asked(&path, &code) {
+        Some((version, packages)) => (Some(version), packages),
+        None => (None, serde_json::Map::new()),
+    };
+    Some(Python { path, version, packages })
+}
+
+/// What a Python prints as JSON; nothing if it does not run, or takes too long.
+fn asked<T: serde::de::DeserializeOwned>(python: &Path, code: &str) -> Option<T> {
+    let mut child = Command::new(python)
+        .args(["-c", code])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -604,9 +614,7 @@ fn python() -> Option<Python> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    let output = child.wait_with_output().ok()?;
-    let (version, packages) = serde_json::from_slice(&output.stdout).ok()?;
-    Some(Python { path, version, packages })
+    serde_json::from_slice(&child.wait_with_output().ok()?.stdout).ok()
 }
 
 impl std::fmt::Display for Report {
@@ -649,7 +657,8 @@ impl std::fmt::Display for Report {
         }
         match &self.python {
             None => line("Python", "none on the path".to_owned())?,
-            Some(Python { path, version, packages }) => {
+            Some(Python { path, version: None, .. }) => line("Python", format!("{} does not run", path.display()))?,
+            Some(Python { path, version: Some(version), packages }) => {
                 line("Python", format!("{version}, {}", path.display()))?;
                 let packages =
                     packages.iter().map(|(name, version)| format!("{name} {}", version.as_str().unwrap_or_default()));
@@ -722,6 +731,12 @@ mod tests {
         assert!(writable(&dir.path().join("file/hub")).is_err());
         assert!(writable(&dir.path().join("new/hub")).is_ok());
         assert!(!dir.path().join("new").exists());
+    }
+
+    #[test]
+    fn a_python_that_does_not_run_has_no_version() {
+        assert_eq!(asked::<Value>(Path::new("/bin/false"), "print(1)"), None);
+        assert_eq!(asked::<Value>(Path::new("/nowhere/python3"), "print(1)"), None);
     }
 
     #[test]

@@ -61,29 +61,37 @@ pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn MetricConf
     Ok(metrics)
 }
 
+/// How dictionaries are measured, beside the metrics.
+pub struct Measuring<'a> {
+    /// The config's key of the source: `source` or `eval_source`.
+    pub key: &'static str,
+    /// What [`origin`] says of the source.
+    pub origin: Map<String, Value>,
+    /// Whether each metric starts again from the beginning of the data, instead of where the one before it left the source.
+    pub from_the_beginning: bool,
+    /// Gets a warning where there is too little data for a figure.
+    pub say: &'a dyn Fn(&str),
+}
+
 /// Measures dictionaries, each on its site and all on the same data. One object of figures for each, in their order, with
-/// what they were measured on as `measured`.
-///
-/// Each metric goes on where the one before it left the source, or starts again `from_the_beginning`. `origin` is what
-/// [`origin`] says of the source. `say` gets a warning where there is too little data for a figure.
+/// what they were measured on as [`MEASURED`].
 pub fn evaluate(
     metrics: &[Box<dyn MetricConfig>],
     subjects: &[Subject],
     source: &mut dyn ActivationSource,
-    from_the_beginning: bool,
-    origin: &Map<String, Value>,
-    say: &dyn Fn(&str),
+    measuring: &Measuring,
 ) -> Result<Vec<Map<String, Value>>> {
+    let Measuring { key, origin, from_the_beginning, say } = measuring;
     let mut results = vec![Map::new(); subjects.len()];
     let mut counts: Vec<(&str, Count)> = Vec::new();
     check(metrics, source)?;
     for (index, metric) in metrics.iter().enumerate() {
-        if from_the_beginning && index > 0 {
+        if *from_the_beginning && index > 0 {
             source.rewind()?;
         }
         let measure = |source: &mut dyn ActivationSource| {
             let mut counted = Counted::new(source);
-            let found = tch::no_grad(|| metric.build()?.evaluate(subjects, &mut counted))?;
+            let found = tch::no_grad(|| metric.build()?.evaluate(subjects, &mut counted)).under(key)?;
             Ok::<_, anyhow::Error>(found.map(|found| (found, counted.count())))
         };
         let mut found = measure(source)?;
@@ -130,8 +138,8 @@ fn warn(counts: &[(&str, Count)], results: &[Map<String, Value>], subjects: &[Su
     let few: Vec<String> = few.map(|(name, count)| format!("{} tokens ({name})", count.tokens)).collect();
     if !few.is_empty() {
         say(&format!(
-            "warning: the figures rest on {}: below {FEW_TOKENS} tokens they are mostly chance; measure more text, or raise \
-             the metric's `n_batches`",
+            "warning: the figures rest on {}: below {FEW_TOKENS} tokens they are mostly chance; give more data, or raise the \
+             metric's `n_batches`",
             few.join(" and ")
         ));
         return;
@@ -356,10 +364,12 @@ fn measured_line(measured: &Value) -> String {
         (None, Some(paths)) => each(paths).iter().filter_map(|path| Some(path.as_str()?.to_owned())).collect(),
         (None, None) => vec![format!("the source {}", measured["source"].as_str().unwrap_or_default())],
     };
+    let some = |count: u64, of: &str| format!("{count} {of}{}", if count == 1 { "" } else { "s" });
     let count = |count: &Value| {
-        let contexts =
-            count["contexts"].as_u64().map_or_else(String::new, |contexts| format!(" in {contexts} contexts"));
-        format!("{} tokens{contexts}", count["tokens"])
+        let contexts = count["contexts"]
+            .as_u64()
+            .map_or_else(String::new, |contexts| format!(" in {}", some(contexts, "context")));
+        some(count["tokens"].as_u64().unwrap_or_default(), "token") + &contexts
     };
     let by_metric: Vec<_> = measured["by_metric"].as_object().into_iter().flatten().collect();
     let counts = match by_metric.first() {
@@ -462,4 +472,33 @@ pub fn token_table(tokens: &[Value]) -> String {
 
 fn percent(fraction: f64) -> String {
     format!("{:.1}", 100.0 * fraction)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn joined_sources_say_each_of_their_texts_and_files_once() {
+        let model =
+            |text: &str| json!({"type": "language_model", "model": "m", "text": {"type": "files", "path": text}});
+        let joined = |a: Value, b: Value| json!({"type": "joined", "sources": {"a": a, "b": b}});
+        let origin = origin_of(&joined(model("x"), model("x")));
+        assert_eq!(
+            Value::from(origin),
+            json!({"source": "joined", "model": "m", "text": {"type": "files", "path": "x"}})
+        );
+        let file = |path: &str| json!({"type": "tensor_file", "path": path});
+        let origin = origin_of(&joined(file("x"), file("y")));
+        assert_eq!(Value::from(origin), json!({"source": "joined", "path": ["x", "y"]}));
+    }
+
+    #[test]
+    fn what_was_measured_is_a_line() {
+        let measured = json!({"source": "s", "path": ["x", "y"], "by_metric": {"a": {"tokens": 1, "contexts": 1}}});
+        assert_eq!(measured_line(&measured), "measured on x and y: 1 token in 1 context");
+        let measured = json!({"source": "s", "by_metric": {"a": {"tokens": 8}, "b": {"tokens": 16, "contexts": 2}}});
+        assert_eq!(measured_line(&measured), "measured on the source s: 8 tokens (a), 16 tokens in 2 contexts (b)");
+    }
 }

@@ -699,9 +699,14 @@ impl Run {
         for ((_, site), dictionary) in names_and_sites.iter().zip(&folded) {
             subjects.push(Subject { dictionary: &**dictionary, site: eval_site(source, &self.sites[*site])? });
         }
-        let origin = evaluate::origin(&**config.eval_source.as_ref().unwrap_or(&config.source))?;
-        let (apart, say) = (config.eval_source.is_some(), |message: &str| keeping.progress.say(message));
-        let results = evaluate::evaluate(&config.metrics, &subjects, source, apart, &origin, &say)?;
+        let say = |message: &str| keeping.progress.say(message);
+        let measuring = evaluate::Measuring {
+            key: if config.eval_source.is_some() { "eval_source" } else { "source" },
+            origin: evaluate::origin(&**config.eval_source.as_ref().unwrap_or(&config.source))?,
+            from_the_beginning: config.eval_source.is_some(),
+            say: &say,
+        };
+        let results = evaluate::evaluate(&config.metrics, &subjects, source, &measuring)?;
         let names = names_and_sites.into_iter().map(|(name, _)| name);
         let results: Vec<_> = names.zip(results).collect();
         for (name, result) in &results {

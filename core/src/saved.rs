@@ -101,11 +101,12 @@ pub fn weights(dir: &Path) -> Result<PathBuf> {
     if let Some(weights) = weights(dir) {
         return Ok(weights);
     }
-    let inner: Vec<String> = fs::read_dir(dir)?
+    let mut inner: Vec<String> = fs::read_dir(dir)?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| weights(path).is_some())
         .map(|path| path.display().to_string())
         .collect();
+    inner.sort_by_cached_key(|path| parts(path));
     let error = InputError::new(format!("{} holds no ae.safetensors", dir.display()));
     bail!(match inner.is_empty() {
         true => error.help(
@@ -116,28 +117,43 @@ pub fn weights(dir: &Path) -> Result<PathBuf> {
     });
 }
 
-/// The SAEs' folders that a path means: its own, or those of a run, or of a folder of runs; sorted.
+/// The SAEs' folders that a path means: its own, or those of a run, or of a folder of runs; sorted, numbers by their size.
 pub fn folders(path: &Path) -> Result<Vec<PathBuf>> {
-    let is_sae = |dir: &Path| ["ae.safetensors", "ae.pt"].iter().any(|name| dir.join(name).exists());
-    let inner = |dir: &Path| -> Vec<PathBuf> {
-        let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-        let mut dirs: Vec<PathBuf> = entries.filter(|path| path.is_dir()).collect();
-        dirs.sort();
-        dirs
-    };
-    if is_sae(path) {
-        return Ok(vec![path.to_owned()]);
-    }
-    let mut dirs = inner(path);
-    for _ in ["a run", "runs"] {
-        let found: Vec<PathBuf> = dirs.iter().filter(|dir| is_sae(dir)).cloned().collect();
-        if !found.is_empty() {
-            return Ok(found);
+    /// Folders of runs, runs, SAEs.
+    const DEPTH: usize = 3;
+    fn collect(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
+        if ["ae.safetensors", "ae.pt"].iter().any(|name| dir.join(name).exists()) {
+            found.push(dir.to_owned());
+        } else if depth > 0 {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+            entries.filter(|path| path.is_dir()).for_each(|dir| collect(&dir, depth - 1, found));
         }
-        dirs = dirs.iter().flat_map(|dir| inner(dir)).collect();
     }
-    // It says what the path is instead.
-    weights(path).map(|_| Vec::new())
+    let mut found = Vec::new();
+    collect(path, DEPTH, &mut found);
+    if found.is_empty() {
+        // It says what the path is instead.
+        weights(path)?;
+    }
+    found.sort_by_cached_key(|dir| parts(&dir.to_string_lossy()));
+    Ok(found)
+}
+
+/// A name in pieces that sort as people sort them: k=8 before k=16. Digits are padded to one length.
+fn parts(name: &str) -> Vec<String> {
+    let mut parts: Vec<String> = Vec::new();
+    for c in name.chars() {
+        let goes_on = |part: &&mut String| part.ends_with(|last: char| last.is_ascii_digit() == c.is_ascii_digit());
+        match parts.last_mut().filter(goes_on) {
+            Some(part) => part.push(c),
+            None => parts.push(c.to_string()),
+        }
+    }
+    let padded = |part: String| match part.starts_with(|c: char| c.is_ascii_digit()) {
+        true => format!("{part:0>20}"),
+        false => part,
+    };
+    parts.into_iter().map(padded).collect()
 }
 
 /// What to call SAEs beside each other: by their folders' names, or by their paths where names are not their own.
@@ -293,4 +309,31 @@ pub fn read_json(path: &Path) -> Result<Value> {
     let refused = |why: String| InputError::new(format!("cannot read {}: {why}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| refused(error.to_string()))?;
     Ok(serde_json::from_str(&text).map_err(|error| refused(format!("not JSON: {error}")))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_sort_by_the_numbers_in_them() {
+        let mut names = ["k=16", "k=4", "k=4-lr=0.1", "a", "k=8"];
+        names.sort_by_cached_key(|name| parts(name));
+        assert_eq!(names, ["a", "k=4", "k=4-lr=0.1", "k=8", "k=16"]);
+    }
+
+    #[test]
+    fn saes_of_a_folder_of_runs_are_found_at_any_of_its_levels() {
+        let dir = tempfile::tempdir().unwrap();
+        for sae in ["runs/a/x", "runs/b/k=16", "runs/b/k=8", "y", "y/inside", "runs/b/checkpoints", "1/2/3/too_deep"] {
+            fs::create_dir_all(dir.path().join(sae)).unwrap();
+            if !sae.ends_with("checkpoints") {
+                fs::write(dir.path().join(sae).join("ae.pt"), "").unwrap();
+            }
+        }
+        let found = folders(dir.path()).unwrap();
+        let found: Vec<_> = found.iter().map(|sae| sae.strip_prefix(dir.path()).unwrap().to_str().unwrap()).collect();
+        assert_eq!(found, ["runs/a/x", "runs/b/k=8", "runs/b/k=16", "y"]);
+        assert!(folders(&dir.path().join("runs/b/checkpoints")).is_err());
+    }
 }

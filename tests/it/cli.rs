@@ -643,6 +643,14 @@ fn what_is_set_of_the_source_is_what_is_measured() {
     // Other keys than the text.
     let shorter = parsed(&desk.ok(&["eval", "run/top_k", "--json", "--set", "source.ctx_len=32"]));
     assert_eq!(shorter["measured"]["by_metric"]["loss_recovered"]["tokens"], 256);
+    // What is wrong with the data is said where it was set.
+    desk.write("empty.txt", "");
+    let said = desk.refused(&["eval", "run/top_k", "--set", "source.text={type: text_files, path: empty.txt}"]);
+    assert!(
+        said.contains("--set source.text={type: text_files, path: empty.txt}")
+            || said.contains("--set eval_source.text="),
+        "{said}"
+    );
 }
 
 #[test]
