@@ -9,9 +9,11 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::{json, Map, Value};
 use tch::Tensor;
 
+use crate::compare::{shell_quoted, short_path, Comparison};
 use crate::config::{self, InputError, RunConfig, Sources, Under};
 use crate::describe;
 use crate::device;
+use crate::doctor;
 use crate::evaluate;
 use crate::format;
 use crate::harvest;
@@ -51,19 +53,37 @@ enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Measure a trained SAE.
+    /// Measure trained SAEs.
     Eval {
-        /// The SAE's folder.
-        sae_dir: PathBuf,
-        /// The config whose source and metrics are used; by default the one that the SAE was trained with.
+        /// An SAE's folder, or a run's for all of its SAEs; several may be given.
+        #[arg(value_name = "SAE_OR_RUN", required = true)]
+        places: Vec<PathBuf>,
+        /// The config whose source and metrics are used; by default the one that each SAE was trained with.
         #[arg(long, value_name = "CONFIG.yaml")]
         config: Option<PathBuf>,
-        /// Change a key of the config: `--set eval_source.text.path=other.txt`.
+        /// Change a key of the config, such as the text to measure on: `--set 'source.text={type: text_files, path: mine.txt}'`.
+        ///
+        /// Where the config has an `eval_source`, a change of `source` changes that too.
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
-        /// Print one JSON object instead of a table.
+        /// Print one JSON object instead of a table; of several SAEs a list of objects, each with its path as `sae`.
         #[arg(long)]
         json: bool,
+    },
+    /// Compare the SAEs of runs: what their configs differ in, and what was measured of them.
+    Compare {
+        /// An SAE's folder, a run's, or a folder of runs; several may be given.
+        #[arg(value_name = "RUN_OR_SAE", required = true)]
+        places: Vec<PathBuf>,
+        /// Sort by a key of the configs or a figure: `--sort l0`; `--sort=-l0` for the largest first.
+        #[arg(long, value_name = "KEY", allow_hyphen_values = true)]
+        sort: Option<String>,
+        /// Print a list of JSON objects, with every figure.
+        #[arg(long, conflicts_with = "csv")]
+        json: bool,
+        /// Print comma-separated values, with every figure that is a number.
+        #[arg(long)]
+        csv: bool,
     },
     /// Write the activations of a config's source to disk, in order.
     Activations {
@@ -81,7 +101,7 @@ enum Command {
     },
     /// Features and reconstructions of activations in a file, or the features of each token of a text.
     Encode(EncodeArgs),
-    /// A published SAE as a folder of ours, for `eval`, `encode`, `export` and `init_from`.
+    /// Import a published SAE into a folder that `eval`, `encode`, `export` and `init_from` take.
     Import {
         /// `sae_lens`, `gemma_scope`, `dictionary_learning`, ... (`dictlearn list formats`).
         format: String,
@@ -101,7 +121,7 @@ enum Command {
         #[arg(long, value_name = "GLOB", num_args = 0..=1, default_missing_value = "*")]
         list: Option<String>,
     },
-    /// An SAE in a format of the Python world.
+    /// Export an SAE to the format of a Python library.
     Export {
         /// The SAE's folder.
         sae_dir: PathBuf,
@@ -132,21 +152,21 @@ enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// What is registered: dictionaries, trainers, modifiers, ...
+    /// List what is registered: dictionaries, trainers, modifiers, ...
     List {
         /// One kind only: `trainers`.
         kind: Option<String>,
     },
-    /// A component's fields with defaults and docs, its paper, and an example.
+    /// Show a component's fields with defaults and docs, its paper, and an example.
     Describe {
         /// `dictionary`, `trainer`, `modifier`, `source`, `text`, `metric`, `logger`, `model` or `format`.
         kind: String,
         /// Its name in a config.
         name: String,
     },
-    /// JSON Schema of a config, for completion in an editor.
+    /// Print the JSON Schema of a config, for completion in an editor.
     Schema,
-    /// A crate for a component of your own, which builds, with a test that passes.
+    /// Write a crate for a component of your own, which builds, with a test that passes.
     NewPlugin {
         /// `dictionary` (with its trainer), `modifier`, `source`, `text`, `metric`, `logger`, `model` or `format`.
         kind: String,
@@ -159,7 +179,15 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         dictlearn: Option<PathBuf>,
     },
-    /// A page for each component, as `describe` has it, in Markdown.
+    /// Examine this machine: versions, device, speed, and whether training steps are computed correctly.
+    ///
+    /// Exits with 1 if something is broken. Put its output into a bug report.
+    Doctor {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a page for each component, as `describe` has it, in Markdown.
     Docs {
         /// The folder to write, one folder in it for each kind.
         #[arg(long, value_name = "DIR")]
@@ -274,7 +302,9 @@ fn print(text: &str) -> Result<()> {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Train { config, output_dir, resume, dry_run } => train(&config, output_dir, resume, dry_run),
-        Command::Eval { sae_dir, config, set, json } => eval(&sae_dir, config, set, json),
+        Command::Eval { places, config, set, json } => eval(&places, config, &set, json),
+        Command::Compare { places, sort, json, csv } => compare(&places, sort.as_deref(), json, csv),
+        Command::Doctor { json } => doctor(json),
         Command::Activations { config, out, limit, dtype } => activations(&config, &out, limit, dtype),
         Command::Encode(args) => match (&args.input, &args.output) {
             (Some(input), Some(output)) => encode(&args.sae_dir, input, output),
@@ -345,10 +375,11 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
     }
     let interrupt = Interrupt::listen()?;
     match run::train(&mut config, &run_dir, resume, &interrupt).map_err(|error| config.written.locate(error))? {
-        Ending::Done { results, stopped } => {
+        Ending::Done { results, stopped, reads_text } => {
             let none = config.metrics.is_empty() || results.is_empty();
             let table = if none { String::new() } else { evaluate::table(&results) + "\n" };
-            print(&format!("{table}saved to {}", run_dir.display()))?;
+            let next = what_next(&run_dir, &results, reads_text);
+            print(&format!("{table}saved to {}\n{next}", run_dir.display()))?;
             if !stopped.is_empty() {
                 bail!(run::stopped_error(stopped));
             }
@@ -365,20 +396,187 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
     }
 }
 
-fn eval(sae_dir: &Path, config: Option<PathBuf>, set: Vec<String>, json: bool) -> Result<ExitCode> {
-    // What is wrong with the SAE is said before what is wrong with the config.
-    if !sae_dir.is_dir() {
-        saved::read(sae_dir, tch::Device::Cpu, device::Precision::Float32)?;
+fn eval(places: &[PathBuf], config: Option<PathBuf>, set: &[String], json: bool) -> Result<ExitCode> {
+    // What is wrong with an SAE is said before what is wrong with a config.
+    let mut dirs: Vec<PathBuf> = Vec::new();
+    for place in places {
+        for dir in saved::folders(place)? {
+            if !dirs.contains(&dir) {
+                dirs.push(dir);
+            }
+        }
     }
-    saved::weights(sae_dir)?;
-    let config = load(&own_config(sae_dir, config)?, None, set)?;
-    let (name, result) = measure(sae_dir, &config).map_err(|error| config.written.locate(error))?;
-    if json {
-        print(&serde_json::to_string(&result)?)?;
+    // Those that are measured alike are measured together, in one pass over the source.
+    let mut groups: Vec<(PathBuf, Value, RunConfig, Vec<usize>)> = Vec::new();
+    for (index, dir) in dirs.iter().enumerate() {
+        let file = own_config(dir, config.clone())?;
+        if let Some((.., members)) = groups.iter_mut().find(|(other, ..)| *other == file) {
+            members.push(index);
+            continue;
+        }
+        let config = load_to_measure(&file, set)?;
+        let alike = json!([
+            config.seed,
+            config.device,
+            config.precision,
+            config.on_nonfinite,
+            config.eval_source.as_ref().unwrap_or(&config.source),
+            config.metrics,
+        ]);
+        match groups.iter_mut().find(|(_, other, ..)| *other == alike) {
+            Some((.., members)) => members.push(index),
+            None => groups.push((file, alike, config, vec![index])),
+        }
+    }
+    let names = saved::labels(&dirs);
+    let mut results: Vec<Map<String, Value>> = vec![Map::new(); dirs.len()];
+    for (_, _, config, members) in &groups {
+        let own: Vec<&Path> = members.iter().map(|index| dirs[*index].as_path()).collect();
+        let found = measure(&own, config).map_err(|error| config.written.locate(error))?;
+        for (index, result) in members.iter().zip(found) {
+            results[*index] = result;
+        }
+    }
+    if !json {
+        print(&evaluate::table(&names.into_iter().zip(results).collect::<Vec<_>>()))?;
+    } else if dirs == places && dirs.len() == 1 {
+        print(&serde_json::to_string(&results[0])?)?;
     } else {
-        print(&evaluate::table(&[(name, result)]))?;
+        let named = |(dir, result): (&PathBuf, Map<String, Value>)| {
+            let name = ("sae".to_owned(), dir.display().to_string().into());
+            std::iter::once(name).chain(result).collect::<Map<_, _>>()
+        };
+        let all: Vec<Map<String, Value>> = dirs.iter().zip(results).map(named).collect();
+        print(&serde_json::to_string(&all)?)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The keys of a config that measuring an SAE depends on.
+const MEASURING: [&str; 7] = ["source", "eval_source", "metrics", "device", "precision", "seed", "on_nonfinite"];
+
+/// Loads a config to measure with. What is set of `source` is set of `eval_source` too, if there is one: it is what is
+/// measured.
+fn load_to_measure(file: &Path, set: &[String]) -> Result<RunConfig> {
+    fn of_source(key: &str) -> Option<&str> {
+        key.trim_start().strip_prefix("source").filter(|rest| rest.trim().is_empty() || rest.starts_with(['.', '[']))
+    }
+    let config = load(file, None, set.to_vec())?;
+    let first = |set: &str| set.split(['.', '[', '=']).next().unwrap_or_default().trim().to_owned();
+    if let Some(other) = set.iter().find(|set| !MEASURING.contains(&first(set).as_str())) {
+        bail!(InputError::new(format!("`--set {other}` changes nothing of what is measured"))
+            .help(format!("an SAE is measured as it was saved; what can be set is {}", MEASURING.join(", "))));
+    }
+    if config.eval_source.is_none() {
+        return Ok(config);
+    }
+    let mirrored = set.iter().filter_map(|set| {
+        let (key, value) = set.split_once('=')?;
+        Some(format!("eval_source{}={value}", of_source(key)?))
+    });
+    let mut variables = config::variables();
+    let own = variables.iter().filter_map(|(name, value)| {
+        let rest = name.strip_prefix("DICTLEARN_SOURCE").filter(|rest| rest.is_empty() || rest.starts_with("__"))?;
+        Some((format!("DICTLEARN_EVAL_SOURCE{rest}"), value.clone()))
+    });
+    // What is said of `eval_source` itself comes later and wins.
+    let own: Vec<_> = own.filter(|(name, _)| !variables.iter().any(|(other, _)| other == name)).collect();
+    let mirrored: Vec<String> = mirrored.collect();
+    if own.is_empty() && mirrored.is_empty() {
+        return Ok(config);
+    }
+    variables.extend(own);
+    variables.sort();
+    let set = mirrored.into_iter().chain(set.iter().cloned()).collect();
+    Ok(config::load(&Sources { file: file.to_owned(), profile: None, set, variables })?)
+}
+
+fn compare(places: &[PathBuf], sort: Option<&str>, json: bool, csv: bool) -> Result<ExitCode> {
+    let mut comparison = Comparison::of(places)?;
+    if let Some(key) = sort {
+        comparison.sort(key)?;
+    }
+    comparison.notes(&program()).iter().for_each(|note| eprintln!("{note}"));
+    print(&match (json, csv) {
+        (true, _) => serde_json::to_string(&comparison.json())?,
+        (_, true) => comparison.csv(),
+        _ => comparison.table(),
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn doctor(json: bool) -> Result<ExitCode> {
+    let report = doctor::examine();
+    print(&if json { serde_json::to_string(&report)? } else { report.to_string() })?;
+    Ok(if report.healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// How this program was called, for a shell.
+fn program() -> String {
+    let name = std::env::args().next().unwrap_or_else(|| "dictlearn".to_owned());
+    shell_quoted(&name)
+}
+
+/// Where everything of a run lies, and what can be done with it next: commands that work as printed, from here.
+fn what_next(run_dir: &Path, results: &[(String, Map<String, Value>)], reads_text: bool) -> String {
+    let mut text = String::new();
+    let saes = saved::folders(run_dir).unwrap_or_default();
+    // In the config's order, as in the table.
+    let named = results.iter().map(|(name, _)| run_dir.join(name)).filter(|dir| saes.contains(dir));
+    let saes: Vec<PathBuf> = named
+        .chain(saes.iter().filter(|dir| !results.iter().any(|(name, _)| run_dir.join(name) == **dir)).cloned())
+        .collect();
+    let list = |dir: &Path| {
+        let files = ["ae.safetensors", "ae.pt", "config.json", "eval.json", "checkpoints"];
+        files.into_iter().filter(|file| dir.join(file).exists()).collect::<Vec<_>>().join(", ")
+    };
+    let name = |dir: &Path| dir.file_name().unwrap_or_default().to_string_lossy().into_owned() + "/";
+    const SHOWN: usize = 8;
+    let mut rows: Vec<(String, String)> = saes.iter().take(SHOWN).map(|dir| (name(dir), list(dir))).collect();
+    if saes.len() > SHOWN {
+        rows.push((format!("{} more", saes.len() - SHOWN), "with the same files".to_owned()));
+    }
+    for (file, what) in [
+        ("config.yaml", "the config with every default"),
+        ("metrics.jsonl", "the figures of each logged step"),
+        ("checkpoints", "the state of training, for `--resume`"),
+    ] {
+        if run_dir.join(file).exists() {
+            rows.push((file.to_owned() + if run_dir.join(file).is_dir() { "/" } else { "" }, what.to_owned()));
+        }
+    }
+    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0).min(40);
+    text.extend(rows.iter().map(|(name, what)| format!("  {name:width$}  {what}\n")));
+    let Some(sae) = saes.first() else { return text };
+    let (run, path) = (shell_quoted(&short_path(run_dir)), shell_quoted(&short_path(sae)));
+    let mut next = Vec::new();
+    if reads_text {
+        next.push(format!("encode {path} --text 'The quick brown fox jumps over the lazy dog.'"));
+    }
+    next.extend(
+        exports_to(sae).map(|(format, out)| format!("export {path} --format {format} --out {}", shell_quoted(&out))),
+    );
+    next.extend([format!("eval {run}"), format!("compare {run}"), format!("eval {path} --json")]);
+    next.truncate(3);
+    let program = program();
+    text + "next:\n" + &next.iter().map(|command| format!("  {program} {command}\n")).collect::<String>()
+}
+
+/// A format that can write an SAE, and a folder beside which there is none of that name. What is large is not tried.
+fn exports_to(sae: &Path) -> Option<(&'static str, String)> {
+    const LARGE: u64 = 100_000_000;
+    if std::fs::metadata(sae.join("ae.safetensors")).ok()?.len() > LARGE {
+        return None;
+    }
+    let saved = saved::read(sae, tch::Device::Cpu, device::Precision::Float32).ok()?;
+    let dir = tempfile::tempdir().ok()?;
+    let fits = |format: &&str| format::export(&saved, format, &dir.path().join(format)).is_ok();
+    let format = format::writers().into_iter().rev().find(fits)?;
+    let name = format!("{}-{format}", saved.name());
+    let free = (1..1000).map(|number| if number == 1 { name.clone() } else { format!("{name}-{number}") });
+    let out = free.into_iter().find(|out| !Path::new(out).exists())?;
+    // It would be read as an option.
+    Some((format, if out.starts_with('-') { format!("./{out}") } else { out }))
 }
 
 /// The config that says where an SAE reads: the one that the user names, an imported SAE's own, or its run's.
@@ -392,27 +590,32 @@ fn own_config(sae_dir: &Path, named: Option<PathBuf>) -> Result<PathBuf> {
     Ok(file)
 }
 
-/// An SAE's name and figures, by the metrics of a config on its source.
-fn measure(sae_dir: &Path, config: &RunConfig) -> Result<(String, Map<String, Value>)> {
-    let (key, source) = match &config.eval_source {
+/// The figures of SAEs, by the metrics of a config on its source, which is read once for all.
+fn measure(sae_dirs: &[&Path], config: &RunConfig) -> Result<Vec<Map<String, Value>>> {
+    let (key, source_config) = match &config.eval_source {
         Some(source) => ("eval_source", source),
         None => ("source", &config.source),
     };
     let cx = source_cx(config)?;
-    let saved = saved::read(sae_dir, cx.device, device::Precision::Float32)?;
-    let mut source = source.build(&cx).under(key)?;
+    let read = |dir: &&Path| saved::read(dir, cx.device, device::Precision::Float32);
+    let all: Vec<Saved> = sae_dirs.iter().map(read).collect::<Result<_>>()?;
+    let mut source = source_config.build(&cx).under(key)?;
     let sites = source.sites();
-    let site = own_site(&saved, &sites).under(key)?;
-    let dims = saved.dictionary.dims();
-    if (dims.input, dims.output) != sites[site].widths() {
-        bail!(InputError::new(format!(
-            "{} takes activations of width {}, but the source's have width {}",
-            sae_dir.display(),
-            dims.input,
-            sites[site].activation_dim
-        ))
-        .field(key)
-        .help("evaluate it on the model and submodule that it was trained on"));
+    let mut subjects = Vec::new();
+    for saved in &all {
+        let site = own_site(saved, &sites).under(key)?;
+        let dims = saved.dictionary.dims();
+        if (dims.input, dims.output) != sites[site].widths() {
+            bail!(InputError::new(format!(
+                "{} takes activations of width {}, but the source's have width {}",
+                saved.dir.display(),
+                dims.input,
+                sites[site].activation_dim
+            ))
+            .field(key)
+            .help("evaluate it on the model and submodule that it was trained on"));
+        }
+        subjects.push(Subject { dictionary: &*saved.dictionary, site });
     }
     let usual;
     let metrics = if config.metrics.is_empty() {
@@ -421,9 +624,13 @@ fn measure(sae_dir: &Path, config: &RunConfig) -> Result<(String, Map<String, Va
     } else {
         &config.metrics
     };
-    let subject = Subject { dictionary: &*saved.dictionary, site };
-    let result = evaluate::evaluate(metrics, &[subject], &mut *source, true)?.remove(0);
-    Ok((saved.name(), result))
+    let measuring = evaluate::Measuring {
+        key,
+        origin: evaluate::origin(&**source_config)?,
+        from_the_beginning: true,
+        say: &|message| eprintln!("{message}"),
+    };
+    evaluate::evaluate(metrics, &subjects, &mut *source, &measuring)
 }
 
 /// The number of the site that an SAE was trained on, by what its config.json says.

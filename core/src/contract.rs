@@ -923,7 +923,9 @@ fn measures_each_dictionary(component: &Component) {
         let both: Vec<Box<dyn Dictionary>> =
             components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
         let both: Vec<Subject> = both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
-        let found = evaluate::evaluate(std::slice::from_ref(&metric), &both, &mut *source, true).unwrap();
+        let measuring =
+            evaluate::Measuring { key: "source", origin: Map::new(), from_the_beginning: true, say: &|_| () };
+        let found = evaluate::evaluate(std::slice::from_ref(&metric), &both, &mut *source, &measuring).unwrap();
         assert_eq!(found.len(), 2);
         assert!(found.iter().all(|figures| !figures.is_empty()), "{}", component.name);
         measured = true;

@@ -100,8 +100,24 @@ impl CommitMessage {
     }
 }
 
+/// How the Hub is used here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct About {
+    /// The folder of the cache.
+    pub cache: PathBuf,
+    /// The address that is asked.
+    pub endpoint: String,
+    /// Whether only the cache is read.
+    pub offline: bool,
+    /// Whether there is a token. Which one is nobody's business.
+    pub token: bool,
+}
+
 /// Files of repositories: from the cache, or fetched into it; and to them.
 pub trait Hub: Send + Sync {
+    /// Its cache and address, for `dictlearn doctor`.
+    fn about(&self) -> About;
+
     /// Where a file of a repository lies on this machine, by its path in the repository; fetched first if the cache
     /// does not have it. `None` where the repository has no such file.
     fn file(&self, repo: &Repo, path: &str) -> Result<Option<PathBuf>>;

@@ -56,7 +56,7 @@ impl Interrupt {
                     // threads compute.
                     unsafe { libc::_exit(status(signal).into()) }
                 }
-                eprintln!("\nstopping; once more to stop at once");
+                eprintln!("\nstopping after this step; interrupt again to quit now");
             }
         };
         thread::Builder::new().name("signals".to_owned()).spawn(listen).context("cannot listen to signals")?;

@@ -6,12 +6,14 @@
 pub mod adapted;
 pub mod checkpoint;
 pub mod cli;
+mod compare;
 pub mod config;
 pub mod constraint;
 pub mod contract;
 pub mod describe;
 pub mod device;
 pub mod dictionary;
+pub mod doctor;
 pub mod evaluate;
 pub mod firing;
 pub mod format;

@@ -160,8 +160,13 @@ pub(crate) fn free() -> u64 {
     free.min(limit)
 }
 
+/// Bytes of memory that the computer has.
+pub(crate) fn total() -> u64 {
+    System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything())).total_memory()
+}
+
 /// Bytes of a GPU that are free, if it can be asked.
-fn free_on_gpu(device: Device) -> Option<u64> {
+pub(crate) fn free_on_gpu(device: Device) -> Option<u64> {
     let Device::Cuda(index) = device else { return None };
     #[cfg(target_os = "linux")]
     {

@@ -64,7 +64,7 @@ impl Push {
                 files.push(Upload { path: below(&path, name), content: Content::File(file) });
             }
         }
-        for (file, json) in [("config.json", &about.config), ("cfg.json", &about.lens)] {
+        for (file, json) in [("config.json", &about.config), ("cfg.json", &about.lens), ("eval.json", &about.eval)] {
             warn_of_paths(file, &absolute(json, ""));
         }
         let config = run_config(sae_dir)?;

@@ -40,6 +40,8 @@ pub enum Ending {
         results: Vec<(String, Map<String, Value>)>,
         /// Why others were not trained to the end.
         stopped: Vec<String>,
+        /// Whether the activations are those of a language model that can be given a text.
+        reads_text: bool,
     },
     /// A signal stopped it before this step; everything is saved, and `--resume` goes on.
     Interrupted(u64),
@@ -595,7 +597,7 @@ impl Run {
         if let Some(error) = missing {
             return Err(error.context("what was trained is saved and evaluated, but this is missing"));
         }
-        Ok(Ending::Done { results, stopped: self.stops() })
+        Ok(Ending::Done { results, stopped: self.stops(), reads_text: self.reads_text() })
     }
 
     /// Stops before a step, with everything saved that a later run needs.
@@ -666,7 +668,14 @@ impl Run {
                 results.push((sae.training.name.clone(), figures));
             }
         }
-        Ok(Some(Ending::Done { results, stopped: self.stops() }))
+        Ok(Some(Ending::Done { results, stopped: self.stops(), reads_text: self.reads_text() }))
+    }
+
+    /// Whether there is a language model with a tokenizer, which knows its first tokens by more than their numbers.
+    fn reads_text(&self) -> bool {
+        let ids: Vec<i64> = (0..20).collect();
+        let texts = self.stream.source_ref().model_source().and_then(|source| source.token_texts(&ids).ok());
+        texts.is_some_and(|texts| texts.iter().zip(&ids).any(|(text, id)| *text != id.to_string()))
     }
 
     /// Refuses to lay a run out for another number of steps than the one that its steps so far were taken for, if they depend
@@ -714,11 +723,17 @@ impl Run {
         for ((_, site), dictionary) in names_and_sites.iter().zip(&folded) {
             subjects.push(Subject { dictionary: &**dictionary, site: eval_site(source, &self.sites[*site])? });
         }
-        let results = evaluate::evaluate(&config.metrics, &subjects, source, config.eval_source.is_some())?;
+        let say = |message: &str| keeping.progress.say(message);
+        let measuring = evaluate::Measuring {
+            key: if config.eval_source.is_some() { "eval_source" } else { "source" },
+            origin: evaluate::origin(&**config.eval_source.as_ref().unwrap_or(&config.source))?,
+            from_the_beginning: config.eval_source.is_some(),
+            say: &say,
+        };
+        let results = evaluate::evaluate(&config.metrics, &subjects, source, &measuring)?;
         let names = names_and_sites.into_iter().map(|(name, _)| name);
         let results: Vec<_> = names.zip(results).collect();
         for (name, result) in &results {
-            let say = |message: &str| keeping.progress.say(message);
             patiently(keeping.interrupt, &say, || evaluate::write(&run_dir.join(name), result))?;
         }
         Ok(results)

@@ -32,8 +32,7 @@ pub struct Saved {
 impl Saved {
     /// What to call it in a table: the folder's name.
     pub fn name(&self) -> String {
-        let dir = fs::canonicalize(&self.dir).unwrap_or_else(|_| self.dir.clone());
-        dir.file_name().map_or_else(|| self.dir.display().to_string(), |name| name.to_string_lossy().into_owned())
+        folder_name(&self.dir)
     }
 }
 
@@ -102,11 +101,12 @@ pub fn weights(dir: &Path) -> Result<PathBuf> {
     if let Some(weights) = weights(dir) {
         return Ok(weights);
     }
-    let inner: Vec<String> = fs::read_dir(dir)?
+    let mut inner: Vec<String> = fs::read_dir(dir)?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| weights(path).is_some())
         .map(|path| path.display().to_string())
         .collect();
+    inner.sort_by_cached_key(|path| parts(path));
     let error = InputError::new(format!("{} holds no ae.safetensors", dir.display()));
     bail!(match inner.is_empty() {
         true => error.help(
@@ -115,6 +115,60 @@ pub fn weights(dir: &Path) -> Result<PathBuf> {
         ),
         false => error.help(format!("it is a run; its SAEs are: {}", inner.join(", "))),
     });
+}
+
+/// The SAEs' folders that a path means: its own, or those of a run, or of a folder of runs; sorted, numbers by their size.
+pub fn folders(path: &Path) -> Result<Vec<PathBuf>> {
+    /// Folders of runs, runs, SAEs.
+    const DEPTH: usize = 3;
+    fn collect(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
+        if ["ae.safetensors", "ae.pt"].iter().any(|name| dir.join(name).exists()) {
+            found.push(dir.to_owned());
+        } else if depth > 0 {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+            entries.filter(|path| path.is_dir()).for_each(|dir| collect(&dir, depth - 1, found));
+        }
+    }
+    let mut found = Vec::new();
+    collect(path, DEPTH, &mut found);
+    if found.is_empty() {
+        // It says what the path is instead.
+        weights(path)?;
+    }
+    found.sort_by_cached_key(|dir| parts(&dir.to_string_lossy()));
+    Ok(found)
+}
+
+/// A name in pieces that sort as people sort them: k=8 before k=16. Digits are padded to one length.
+fn parts(name: &str) -> Vec<String> {
+    let mut parts: Vec<String> = Vec::new();
+    for c in name.chars() {
+        let goes_on = |part: &&mut String| part.ends_with(|last: char| last.is_ascii_digit() == c.is_ascii_digit());
+        match parts.last_mut().filter(goes_on) {
+            Some(part) => part.push(c),
+            None => parts.push(c.to_string()),
+        }
+    }
+    let padded = |part: String| match part.starts_with(|c: char| c.is_ascii_digit()) {
+        true => format!("{part:0>20}"),
+        false => part,
+    };
+    parts.into_iter().map(padded).collect()
+}
+
+/// What to call SAEs beside each other: by their folders' names, or by their paths where names are not their own.
+pub fn labels(dirs: &[PathBuf]) -> Vec<String> {
+    let names: Vec<String> = dirs.iter().map(|dir| folder_name(dir)).collect();
+    let own: BTreeSet<&String> = names.iter().collect();
+    match own.len() == names.len() {
+        true => names,
+        false => dirs.iter().map(|dir| dir.display().to_string()).collect(),
+    }
+}
+
+fn folder_name(dir: &Path) -> String {
+    let real = fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+    real.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 fn is_python(weights: &Path) -> bool {
@@ -255,4 +309,31 @@ pub fn read_json(path: &Path) -> Result<Value> {
     let refused = |why: String| InputError::new(format!("cannot read {}: {why}", path.display()));
     let text = fs::read_to_string(path).map_err(|error| refused(error.to_string()))?;
     Ok(serde_json::from_str(&text).map_err(|error| refused(format!("not JSON: {error}")))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_sort_by_the_numbers_in_them() {
+        let mut names = ["k=16", "k=4", "k=4-lr=0.1", "a", "k=8"];
+        names.sort_by_cached_key(|name| parts(name));
+        assert_eq!(names, ["a", "k=4", "k=4-lr=0.1", "k=8", "k=16"]);
+    }
+
+    #[test]
+    fn saes_of_a_folder_of_runs_are_found_at_any_of_its_levels() {
+        let dir = tempfile::tempdir().unwrap();
+        for sae in ["runs/a/x", "runs/b/k=16", "runs/b/k=8", "y", "y/inside", "runs/b/checkpoints", "1/2/3/too_deep"] {
+            fs::create_dir_all(dir.path().join(sae)).unwrap();
+            if !sae.ends_with("checkpoints") {
+                fs::write(dir.path().join(sae).join("ae.pt"), "").unwrap();
+            }
+        }
+        let found = folders(dir.path()).unwrap();
+        let found: Vec<_> = found.iter().map(|sae| sae.strip_prefix(dir.path()).unwrap().to_str().unwrap()).collect();
+        assert_eq!(found, ["runs/a/x", "runs/b/k=8", "runs/b/k=16", "y"]);
+        assert!(folders(&dir.path().join("runs/b/checkpoints")).is_err());
+    }
 }

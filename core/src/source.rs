@@ -207,6 +207,11 @@ pub trait ActivationSource: Send {
         None
     }
 
+    /// The same, to be looked at.
+    fn model_source(&self) -> Option<&dyn ModelSource> {
+        None
+    }
+
     /// The directions that activations are made of, [n, d], where they are known: for metrics that look for them.
     fn true_features(&self) -> Option<Tensor> {
         None

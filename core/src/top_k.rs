@@ -392,11 +392,12 @@ impl TopKTrainer {
         let losses: Vec<Tensor> =
             losses.iter().zip(&self.prefixes.weights).map(|(loss, weight)| loss * *weight).collect();
         let losses = Tensor::stack(&losses, 0);
-        if logging && self.prefixes.ends.len() > 1 {
-            terms.log("min_l2_loss", losses.min());
-            terms.log("max_l2_loss", losses.max());
+        let groups = self.prefixes.ends.len() > 1;
+        if logging && groups {
+            terms.log("min_group_loss", losses.min());
+            terms.log("max_group_loss", losses.max());
         }
-        terms.add_reconstruction("l2_loss", losses.mean(losses.kind()));
+        terms.add_reconstruction(if groups { "group_loss" } else { "mse_loss" }, losses.mean(losses.kind()));
     }
 
     /// The mean of the squared norms of e − ê, over the variance of e, and that; the mean alone is logged.

@@ -589,3 +589,270 @@ fn wrong_arguments_are_wrong_input() {
     assert!(desk.refused(&["train", "nowhere.yaml"]).contains("there is no file nowhere.yaml"));
     assert!(desk.refused(&["eval", "nowhere"]).contains("nowhere does not exist"));
 }
+
+/// A short run on the bundled model, measured on text that training does not read.
+const ON_A_MODEL: &str = "steps: 10\noutput_dir: run\nprecision: float32\ncheckpoint_every: null\n\
+    source: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, pack: true, ctx_len: 64, \
+    n_ctxs: 32, refresh_batch_size: 8, out_batch_size: 256, text: {type: embedded, name: austen}}\n\
+    eval_source: {text: {type: embedded, name: austen, split: held_out}, shuffle: false}\n\
+    saes:\n- trainer: {type: top_k, warmup_steps: 1, threshold_start_step: 2}\n  dictionary: {k: 8, dict_size: 128}\n\
+    metrics: [{type: reconstruction, n_batches: 5}, {type: loss_recovered, n_batches: 1, batch_size: 8}]\n";
+
+fn parsed(text: &str) -> serde_json::Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// The commands that stand in a text after a word, one a line.
+fn commands_after<'a>(text: &'a str, word: &str) -> Vec<&'a str> {
+    let lines = text.lines().skip_while(|line| line.trim() != word).skip(1);
+    lines.take_while(|line| line.starts_with("  ")).map(str::trim).collect()
+}
+
+#[test]
+fn what_is_set_of_the_source_is_what_is_measured() {
+    let desk = Desk::new();
+    desk.write("config.yaml", ON_A_MODEL);
+    let trained = desk.ok(&["train", "config.yaml"]);
+    let on =
+        "measured on embedded austen held_out: 1280 tokens in 20 contexts (reconstruction), 512 tokens in 8 contexts \
+              (loss_recovered)\n";
+    assert!(trained.contains(on), "{trained}");
+    assert!(desk.ok(&["eval", "run/top_k"]).contains(on));
+    let own = parsed(&desk.ok(&["eval", "run/top_k", "--json"]));
+    assert_eq!(own["measured"]["text"]["split"], "held_out");
+    assert_eq!(own, desk.json("run/top_k/eval.json"));
+
+    desk.write("mine.txt", &"She was not in the least like a machine, and said so to everybody.\n\n".repeat(100));
+    // The example of the help, as it stands there.
+    let help = desk.ok(&["eval", "--help"]);
+    let example = help.split("`--set '").nth(1).unwrap_or_else(|| panic!("{help}")).split("'`").next().unwrap();
+    let example = example.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mine = parsed(&desk.ok(&["eval", "run/top_k", "--json", "--set", &example]));
+    let path = desk.path("mine.txt");
+    let here = |json: &serde_json::Value| fs::canonicalize(json.as_str().unwrap()).unwrap();
+    assert_eq!(here(&mine["measured"]["text"]["path"]), fs::canonicalize(&path).unwrap());
+    assert_ne!(mine["loss_original"], own["loss_original"]);
+    // A variable does it too, and what is said of `eval_source` itself comes first.
+    let mut program = desk.program();
+    program.env("DICTLEARN_SOURCE__TEXT", "{type: text_files, path: mine.txt}");
+    let run = Run::of(program.args(["eval", "run/top_k", "--json"]).output().unwrap());
+    assert_eq!(parsed(&run.stdout), mine, "{}", run.stderr);
+    let held_out = "eval_source.text={type: embedded, name: austen, split: held_out}";
+    let said = parsed(&desk.ok(&["eval", "run/top_k", "--json", "--set", &example, "--set", held_out]));
+    assert_eq!(said, own);
+    // Other keys than the text.
+    let shorter = parsed(&desk.ok(&["eval", "run/top_k", "--json", "--set", "source.ctx_len=32"]));
+    assert_eq!(shorter["measured"]["by_metric"]["loss_recovered"]["tokens"], 256);
+    // What is wrong with the data is said where it was set.
+    desk.write("empty.txt", "");
+    let said = desk.refused(&["eval", "run/top_k", "--set", "source.text={type: text_files, path: empty.txt}"]);
+    assert!(
+        said.contains("--set source.text={type: text_files, path: empty.txt}")
+            || said.contains("--set eval_source.text="),
+        "{said}"
+    );
+}
+
+#[test]
+fn settings_that_measuring_does_not_use_are_refused() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    desk.ok(&["train", "config.yaml"]);
+    for set in ["saes[0].dictionary.dict_size=32", "steps=10"] {
+        let said = desk.refused(&["eval", "run/top_k", "--set", set]);
+        assert!(said.contains("changes nothing of what is measured") && said.contains("eval_source"), "{said}");
+    }
+    assert!(desk.refused(&["eval", "run/top_k", "--set", "sorce.batch_size=1"]).contains("did you mean `source`"));
+}
+
+#[test]
+fn too_little_data_for_a_figure_is_a_warning() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    let run = desk.run(&["train", "config.yaml"]);
+    assert!(run.stderr.contains("the figures rest on 128 tokens (reconstruction)"), "{}", run.stderr);
+    let run = desk.run(&["eval", "run/top_k", "--set", "metrics[0].n_batches=20"]);
+    assert!(!run.stderr.contains("warning"), "{}", run.stderr);
+    assert!(run.stdout.contains("batches.safetensors: 1280 tokens\n"), "{}", run.stdout);
+    // Of many features most have no occasion to fire in as many tokens.
+    let wide = "saes[1].dictionary.dict_size=1024";
+    desk.ok(&["train", "config.yaml", "--output-dir", "wide", "--set", wide]);
+    let run = desk.run(&["eval", "wide/top_k", "--set", "metrics[0].n_batches=20"]);
+    assert!(run.stderr.contains("frac_alive is too low: in 1280 tokens"), "{}", run.stderr);
+}
+
+#[test]
+fn runs_are_measured_whole_and_together() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    desk.ok(&["train", "config.yaml", "--output-dir", "runs/a"]);
+    desk.ok(&["train", "config.yaml", "--output-dir", "runs/b", "--set", "saes[1].dictionary.k=8"]);
+    let of_run = parsed(&desk.ok(&["eval", "runs/a", "--json"]));
+    assert_eq!(of_run.as_array().unwrap().len(), 2);
+    assert_eq!(of_run[0]["sae"], "runs/a/standard");
+    // Both runs, an SAE again, and one more config; each row is what the SAE has alone.
+    desk.write("other.yaml", &tensor_file_config(20, &TWO_SAES.replace("n_batches: 2", "n_batches: 3")));
+    desk.ok(&["train", "other.yaml", "--output-dir", "c"]);
+    let all = parsed(&desk.ok(&["eval", "runs", "c", "runs/a/top_k", "--json"]));
+    let names: Vec<&str> = all.as_array().unwrap().iter().map(|row| row["sae"].as_str().unwrap()).collect();
+    assert_eq!(names, ["runs/a/standard", "runs/a/top_k", "runs/b/standard", "runs/b/top_k", "c/standard", "c/top_k"]);
+    for mut row in all.as_array().unwrap().clone() {
+        let sae = row.as_object_mut().unwrap().remove("sae").unwrap();
+        assert_eq!(row, parsed(&desk.ok(&["eval", sae.as_str().unwrap(), "--json"])), "{sae}");
+    }
+    let table = desk.ok(&["eval", "runs/a", "c"]);
+    assert!(table.contains("| runs/a/top_k ") && table.contains("c/standard, c/top_k: measured on "), "{table}");
+    assert!(desk.refused(&["eval", "runs/a", "nowhere"]).contains("nowhere does not exist"));
+    fs::create_dir(desk.path("empty")).unwrap();
+    assert!(desk.refused(&["eval", "empty"]).contains("empty holds no ae.safetensors"));
+}
+
+#[test]
+fn runs_are_compared_in_one_table() {
+    let desk = Desk::new();
+    let swept = TWO_SAES.replace(
+        "trainer: {type: top_k, warmup_steps: 2}",
+        "sweep: {dictionary.k: [4, 16]}\n  trainer: {type: top_k, warmup_steps: 2}",
+    );
+    desk.write("config.yaml", &tensor_file_config(20, &swept));
+    desk.ok(&["train", "config.yaml"]);
+    let golden = desk.golden_sae("top_k");
+    fs::rename(golden, desk.path("theirs")).unwrap();
+
+    let run = desk.run(&["compare", "run", "theirs", "--sort", "k"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let rows: Vec<Vec<&str>> = run
+        .stdout
+        .lines()
+        .map(|line| line.split('|').map(str::trim).collect::<Vec<_>>())
+        .filter(|row| row.len() > 2)
+        .collect();
+    let column =
+        |name: &str| rows[0].iter().position(|title| *title == name).unwrap_or_else(|| panic!("{name}: {rows:?}"));
+    let (k, l0) = (column("k"), column("L0"));
+    let found: Vec<(&str, &str)> = rows[2..].iter().map(|row| (row[1], row[k])).collect();
+    assert_eq!(found, [("top_k-k=4", "4"), ("theirs", "6"), ("top_k-k=16", "16"), ("standard", "–")]);
+    assert_eq!((rows[2][l0], rows[3][l0]), ("4.00", "–"));
+    assert!(run.stdout.contains("measured on "), "{}", run.stdout);
+    assert!(run.stderr.contains("1 of 4 SAEs have no eval.json"), "{}", run.stderr);
+
+    let json = parsed(&desk.ok(&["compare", "run", "--json", "--sort=-l0"]));
+    assert_eq!(json[0]["sae"], "run/standard");
+    assert_eq!(json[1]["config"]["k"], 16);
+    assert_eq!(json[1]["figures"], desk.json("run/top_k-k=16/eval.json"));
+    let csv = desk.ok(&["compare", "run", "--csv", "--sort", "sae"]);
+    let lines: Vec<&str> = csv.lines().collect();
+    assert!(lines.len() == 4 && lines[0].starts_with("sae,") && lines[0].contains(",frac_alive"), "{csv}");
+    assert!(lines.iter().all(|line| line.split(',').count() == lines[0].split(',').count()), "{csv}");
+
+    let said = desk.refused(&["compare", "run", "--sort", "frac_alife"]);
+    assert!(said.contains("did you mean `frac_alive`?") && said.contains("sort by one of: "), "{said}");
+    assert!(desk.refused(&["compare", "nowhere"]).contains("nowhere does not exist"));
+    fs::write(desk.path("run/standard/eval.json"), "{\"l0\":").unwrap();
+    assert!(desk.refused(&["compare", "run"]).contains("run/standard/eval.json: not JSON"));
+}
+
+#[test]
+fn figures_of_different_data_are_not_compared_in_silence() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    desk.ok(&["train", "config.yaml", "--output-dir", "a"]);
+    desk.ok(&["train", "config.yaml", "--output-dir", "b", "--set", "metrics[0].n_batches=3"]);
+    let run = desk.run(&["compare", "a", "b"]);
+    assert!(run.stderr.contains("were not measured on the same data"), "{}", run.stderr);
+    assert!(!desk.run(&["compare", "a"]).stderr.contains("same data"));
+    // The advice of those that lack figures works as printed.
+    fs::remove_file(desk.path("a/top_k/eval.json")).unwrap();
+    let run = desk.run(&["compare", "a"]);
+    let command = run.stderr.split("this makes one: ").nth(1).unwrap_or_else(|| panic!("{}", run.stderr));
+    in_a_shell(&desk, command.trim());
+    assert!(desk.json("a/top_k/eval.json")["l0"].is_number());
+    assert!(!desk.run(&["compare", "a"]).stderr.contains("eval.json"));
+}
+
+/// Runs what a user would paste.
+fn in_a_shell(desk: &Desk, command: &str) {
+    let of_ours = desk.program();
+    let mut shell = std::process::Command::new("sh");
+    shell.current_dir(desk.dir.path()).args(["-c", command]);
+    for (name, value) in of_ours.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    let run = Run::of(shell.output().unwrap());
+    assert_eq!(run.code, 0, "{command}\n{}\n{}", run.stdout, run.stderr);
+}
+
+#[test]
+fn a_run_ends_with_commands_that_work_as_printed() {
+    let desk = Desk::new();
+    desk.write("config.yaml", ON_A_MODEL);
+    desk.write("files.yaml", &tensor_file_config(20, TWO_SAES).replace("output_dir: run", "output_dir: 'a run'"));
+    for (config, commands) in
+        [("config.yaml", ["encode", "export", "eval"]), ("files.yaml", ["export", "eval", "compare"])]
+    {
+        let said = desk.ok(&["train", config]);
+        for file in ["config.yaml", "metrics.jsonl", "ae.safetensors", "eval.json"] {
+            assert!(said.contains(file), "{file}: {said}");
+        }
+        let next = commands_after(&said, "next:");
+        let named: Vec<&str> = next
+            .iter()
+            .map(|command| commands.into_iter().find(|name| command.contains(&format!(" {name} "))).unwrap())
+            .collect();
+        assert_eq!(named, commands, "{said}");
+        next.iter().for_each(|command| in_a_shell(&desk, command));
+    }
+    // The same again where all is done.
+    desk.ok(&["train", "files.yaml", "--resume"]);
+}
+
+#[test]
+fn the_doctor_finds_a_healthy_machine() {
+    let desk = Desk::new();
+    let mut program = desk.program();
+    program
+        .args(["doctor", "--json"])
+        .env("HF_TOKEN", "hf_nobodys_business")
+        .env("HF_ENDPOINT", "https://me:pass@mirror.org");
+    let run = Run::of(program.output().unwrap());
+    assert_eq!(run.code, 0, "{}\n{}", run.stdout, run.stderr);
+    let report = parsed(&run.stdout);
+    assert_eq!(report["healthy"], true);
+    assert_eq!(report["hub"]["token"], true);
+    assert_eq!(report["hub"]["endpoint"], "https://mirror.org");
+    assert!(!run.stdout.contains("nobodys_business") && !run.stdout.contains("me:pass"), "{}", run.stdout);
+    assert_eq!(report["dictlearn"]["version"], env!("CARGO_PKG_VERSION"));
+    assert!(report["libtorch"]["version"].as_str().unwrap().starts_with("2.11"), "{report}");
+    assert!(report["libtorch"]["path"].as_str().unwrap().contains("libtorch"), "{report}");
+    for kind in ["float32", "bfloat16"] {
+        let own = report["products"].as_array().unwrap().iter().find(|product| product["type"] == kind).unwrap();
+        assert!(own["gflops"].as_f64().unwrap() > 0.0);
+    }
+    let trainers: Vec<_> = report["training"].as_array().unwrap().iter().map(|check| &check["trainer"]).collect();
+    assert!(trainers.len() >= 9, "{trainers:?}");
+    assert!(report["threads"]["libtorch"].as_u64().unwrap() > 0 && report["memory"]["free"].as_u64().unwrap() > 0);
+    assert!(["float32", "bfloat16"].contains(&report["precision"]["auto"].as_str().unwrap()));
+}
+
+#[test]
+fn the_doctor_names_what_is_broken_and_what_to_do() {
+    let desk = Desk::new();
+    desk.write("file", "");
+    let file = desk.path("file/hf").display().to_string();
+    let broken = [
+        ("HF_ENDPOINT", "mirror.org", "HF_ENDPOINT is `mirror.org`"),
+        ("HF_HOME", file.as_str(), "cannot be written to"),
+        ("TMPDIR", file.as_str(), "no temporary file can be made"),
+    ];
+    for (name, value, what) in broken {
+        let mut program = desk.program();
+        program.arg("doctor").env_remove("HF_HUB_OFFLINE").env(name, value);
+        let run = Run::of(program.output().unwrap());
+        assert_eq!(run.code, 1, "{name}: {}\n{}", run.stdout, run.stderr);
+        let problem = run.stdout.split("\nerror: ").nth(1).unwrap_or_else(|| panic!("{}", run.stdout));
+        assert!(problem.contains(what) && problem.contains("\nhelp: "), "{problem}");
+    }
+}

@@ -8,6 +8,7 @@ mod config;
 mod contract;
 mod docs;
 mod families;
+mod figures;
 mod formats;
 mod fuzz;
 mod golden;

@@ -170,6 +170,11 @@ impl InputError {
         &self.message
     }
 
+    /// What would do instead, if that is said.
+    pub fn help_text(&self) -> Option<&str> {
+        self.help.as_deref()
+    }
+
     /// The input error that an error is at its root, with what was said around it on its way up as part of the message;
     /// or the error as it was.
     pub fn take(error: anyhow::Error) -> Result<Self, anyhow::Error> {

@@ -141,8 +141,10 @@ impl Merged {
         let mut root = merged(&figment);
         for (origin, key, value) in overrides {
             // figment gives the value its tag; the place in the tree is found here, since figment does not know lists.
-            figment = figment.merge(LayerProvider(layers.len(), &Dict::from([(OVERRIDE.to_owned(), value)])));
-            let value = figment.find_value(OVERRIDE).unwrap_or_else(|_| Value::from(Dict::new()));
+            // A key of its own: under one that was there, a map would be merged with it.
+            let own = format!("{OVERRIDE}{}", layers.len());
+            figment = figment.merge(LayerProvider(layers.len(), &Dict::from([(own.clone(), value)])));
+            let value = figment.find_value(&own).unwrap_or_else(|_| Value::from(Dict::new()));
             if let Err(error) = set(&mut root, &origin, &key, value) {
                 mistakes.add(error);
             }
@@ -229,7 +231,7 @@ fn drop_other_types(below: &mut Dict, above: &Dict) {
     }
 }
 
-/// The key under which figment meets an override.
+/// How the key begins under which figment meets an override.
 const OVERRIDE: &str = "__override";
 
 fn parse_override(origin: &Origin, key: &str, text: &str) -> Result<Value, InputError> {

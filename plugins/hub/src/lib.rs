@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use dictlearn_core::config::InputError;
-use dictlearn_core::hub::{CommitMessage, Hub, HubPlugin, Repo, RepoKind, Upload};
+use dictlearn_core::hub::{About, CommitMessage, Hub, HubPlugin, Repo, RepoKind, Upload};
 use dictlearn_core::progress::Progress;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
 use hf_hub::{Cache, CacheRepo, RepoType};
@@ -422,6 +422,15 @@ fn is_plain(path: &str) -> bool {
 }
 
 impl Hub for Client {
+    fn about(&self) -> About {
+        About {
+            cache: self.cache.path().clone(),
+            endpoint: self.endpoint.clone(),
+            offline: self.offline,
+            token: self.token.is_some(),
+        }
+    }
+
     fn file(&self, repo: &Repo, path: &str) -> Result<Option<PathBuf>> {
         let repo = &self.pinned(repo);
         let snapshot = self.snapshot(repo)?;

@@ -510,7 +510,7 @@ impl Trainer for JumpReluTrainer {
             target_l0: self.target_l0,
             active: Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device())),
         };
-        let found = two_layer::step(pass, terms, &mut activation, &squared_error("l2_loss"), &mut penalty, true)?;
+        let found = two_layer::step(pass, terms, &mut activation, &squared_error("mse_loss"), &mut penalty, true)?;
         if let Some(fired) = found.as_ref().and_then(|found| found.fired.as_ref()) {
             self.fired.update(&fired.gt(0.0), pass.batch.len());
         }
@@ -522,7 +522,7 @@ impl Trainer for JumpReluTrainer {
         let features = pass.code.features.detach();
         self.fired.update(&features.gt(0.0).any_dim(0, false), pass.batch.len());
 
-        terms.add_reconstruction("l2_loss", mean_of_sums(&pass.residual().square()));
+        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
         let seen = match self.ste_on {
             SteOn::PostJump => &features,
             SteOn::PreActivation => pass.code.extra("pre_activations")?,

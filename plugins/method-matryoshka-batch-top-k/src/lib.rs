@@ -349,6 +349,6 @@ mod tests {
         trainer.loss(&pass, &mut terms).unwrap();
         // The first group leaves 4, both nothing: (0.5 · 16 + 0.5 · 0) / 2.
         assert_eq!(terms.total().unwrap().double_value(&[]), 4.0);
-        assert_eq!(terms.get_mut("max_l2_loss").unwrap().value.double_value(&[]), 8.0);
+        assert_eq!(terms.get_mut("max_group_loss").unwrap().value.double_value(&[]), 8.0);
     }
 }

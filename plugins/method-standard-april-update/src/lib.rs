@@ -283,7 +283,7 @@ impl Trainer for AprilUpdate {
         let residual = pass.residual();
         if pass.logging {
             let norms = residual.detach().norm_scalaropt_dim(2.0, [-1], false);
-            terms.log("l2_loss", norms.mean(norms.kind()));
+            terms.log("residual_norm", norms.mean(norms.kind()));
         }
         terms.add_reconstruction("mse_loss", mean_of_sums(&residual.square()));
         let activations = match self.norm_weight {

@@ -296,12 +296,12 @@ impl Standard {
         let squared = |residual: &Tensor| mean_of_sums(&residual.square());
         match self.reconstruction {
             Reconstruction::Mse => terms.add_reconstruction("mse_loss", squared(residual)),
-            Reconstruction::L2Norm => terms.add_reconstruction("l2_loss", norm(residual)),
+            Reconstruction::L2Norm => terms.add_reconstruction("residual_norm", norm(residual)),
         }
         if logging {
             let residual = residual.detach();
             match self.reconstruction {
-                Reconstruction::Mse => terms.log("l2_loss", norm(&residual)),
+                Reconstruction::Mse => terms.log("residual_norm", norm(&residual)),
                 Reconstruction::L2Norm => terms.log("mse_loss", squared(&residual)),
             }
         }

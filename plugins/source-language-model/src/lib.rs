@@ -578,6 +578,10 @@ impl ActivationSource for LanguageModelSource {
         Some(self)
     }
 
+    fn model_source(&self) -> Option<&dyn ModelSource> {
+        Some(self)
+    }
+
     fn memory(&self) -> Vec<MemoryNeed> {
         let model = &*self.harvest.model;
         let row: i64 = self.harvest.columns().iter().map(|(width, kind)| width * kind.elt_size_in_bytes() as i64).sum();
