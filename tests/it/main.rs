@@ -19,4 +19,5 @@ mod python;
 mod resume;
 mod sites;
 mod soak;
+mod special_tokens;
 mod transcoders;

@@ -37,6 +37,8 @@ use trouble::{patiently, Failure, PATIENT};
 
 inventory::submit! { HubPlugin { open: || Ok(Box::new(Client::from_environment()?)) } }
 
+/// The Hub as it calls itself, whatever address it is asked at.
+const PUBLIC: &str = "https://huggingface.co";
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(20);
 /// How long a connection may be silent.
@@ -86,7 +88,7 @@ impl Client {
         let home = home().context("no folder for the Hub's cache: set HF_HOME")?;
         let cache = path_variable(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).unwrap_or_else(|| home.join("hub"));
         let value = |names: &[&str]| variable(names).map(|(_, value)| value);
-        let endpoint = value(&["HF_ENDPOINT"]).unwrap_or_else(|| "https://huggingface.co".to_owned());
+        let endpoint = value(&["HF_ENDPOINT"]).unwrap_or_else(|| PUBLIC.to_owned());
         let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
             bail!(InputError::new(format!("HF_ENDPOINT is `{endpoint}`, which is not an address"))

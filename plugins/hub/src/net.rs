@@ -10,7 +10,7 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 use crate::trouble::{self, Failure};
-use crate::{Client, CONNECT, LONG, SILENCE};
+use crate::{Client, CONNECT, LONG, PUBLIC, SILENCE};
 
 /// The variables that name trusted certificates, by precedence: OpenSSL's, those of Python's requests, and curl's.
 const CERTIFICATES: [&str; 4] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"];
@@ -128,7 +128,7 @@ impl Client {
     }
 
     /// Gets what is at an address, following redirections as far as the first answer that is `enough`. The token goes to
-    /// the Hub's own host alone.
+    /// the Hub alone, by the address that is in use or by its own, to which mirrors redirect.
     pub(crate) fn follow(
         &self,
         url: &str,
@@ -141,7 +141,8 @@ impl Client {
             if let Some(range) = range {
                 request = request.header("Range", range);
             }
-            if let Some(token) = self.token.as_ref().filter(|_| origin(&url) == origin(&self.endpoint)) {
+            let own = [origin(&self.endpoint), Some(PUBLIC)].contains(&origin(&url));
+            if let Some(token) = self.token.as_ref().filter(|_| own) {
                 request = request.header("Authorization", format!("Bearer {token}"));
             }
             let request = request.config().timeout_recv_response(Some(SILENCE)).timeout_per_read(Some(SILENCE)).build();

@@ -175,3 +175,38 @@ pub fn patiently<T>(pauses: &[u64], what: &str, mut attempt: impl FnMut() -> Res
     }
     attempt()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_pass_is_not_tried_again() {
+        let error = |kind: io::ErrorKind, why: &str| Failure::from(ureq::Error::Io(io::Error::new(kind, why.to_owned())));
+        let other = io::ErrorKind::Other;
+        for lasting in [
+            error(io::ErrorKind::InvalidData, "invalid peer certificate: UnknownIssuer"),
+            error(other, "failed to lookup address information: Name or service not known"),
+            error(io::ErrorKind::ConnectionRefused, "Connection refused (os error 111)"),
+            Failure::from(ureq::Error::HostNotFound),
+        ] {
+            assert!(!lasting.is_passing() && lasting.is_silence(), "{lasting}");
+        }
+        for status in [401, 403, 404, 410, 418] {
+            let refused = Failure::of_status(status);
+            assert!(!refused.is_passing() && !refused.is_silence(), "{refused}");
+        }
+        for passing in [
+            error(other, "failed to lookup address information: Temporary failure in name resolution"),
+            error(io::ErrorKind::ConnectionReset, "Connection reset by peer"),
+            error(io::ErrorKind::UnexpectedEof, "Peer disconnected"),
+            Failure::of_status(503),
+            Failure::of_status(429),
+        ] {
+            assert!(passing.is_passing(), "{passing}");
+        }
+        // A host that has answered is down for a moment.
+        reached();
+        assert!(error(io::ErrorKind::ConnectionRefused, "refused").is_passing());
+    }
+}

@@ -23,14 +23,12 @@ use ureq::http::Response;
 use ureq::{Body, SendBody};
 
 use crate::trouble::{self, patiently, Failure, PATIENT};
-use crate::Client;
+use crate::{Client, PUBLIC};
 
 /// How much of a file the Hub wants to see to say whether it is large.
 const SAMPLE: u64 = 512;
 /// Files in one question.
 const AT_ONCE: usize = 256;
-/// The Hub as it calls itself, whatever address it is asked at.
-const PUBLIC: &str = "https://huggingface.co";
 /// The type of what the large files' store is asked.
 const LFS: &str = "application/vnd.git-lfs+json";
 
