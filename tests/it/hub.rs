@@ -318,3 +318,79 @@ fn a_chat_is_read_in_the_models_own_form() {
     };
     assert_eq!(ids("out"), ids("written"));
 }
+
+#[test]
+fn a_mirror_that_redirects_is_followed_and_tokens_stay_at_it() {
+    let (server, desk) = desk();
+    let mirror = server.mirror();
+    let mut command = desk.program();
+    command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", format!("{}/", mirror.endpoint)).env("HF_TOKEN", "secret");
+    let run = harvest(&mut command, "first");
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(mirror.log().iter().all(|line| line.ends_with("token=Bearer secret")), "{:#?}", mirror.log());
+    let log = server.log("");
+    assert!(!log.is_empty() && log.iter().all(|line| line.ends_with("token=")), "{log:#?}");
+    let folder = config_for(fixture("models/gpt_neox").to_str().unwrap());
+    folder.ok(&["activations", "config.yaml", "--out", "first"]);
+    assert_eq!(shard(&folder, "first"), shard(&desk, "first"));
+}
+
+#[test]
+fn folders_of_the_environment_may_begin_with_a_tilde() {
+    for (name, value, cache) in [
+        ("HF_HOME", "~/hugging", "home/hugging/hub"),
+        ("HF_HUB_CACHE", "~/models", "home/models"),
+        ("HF_HUB_CACHE", "$HOME/models", "home/models"),
+    ] {
+        let (server, desk) = desk();
+        let mut command = online(&server, &desk);
+        let run = harvest(command.env("HOME", desk.path("home")).env(name, value), "first");
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        assert!(desk.path(cache).join("models--someone--tiny/refs/main").exists(), "{:#?}", desk.files());
+        assert!(!desk.files().iter().any(|file| file.contains(['~', '$'])));
+    }
+}
+
+#[test]
+fn an_authority_of_a_company_is_trusted_if_it_is_named() {
+    let (server, desk) = desk();
+    let endpoint = server.tls();
+    let authority = fixture("tls/authority.pem");
+    let run = |out: &str, set: &[(&str, &Path)]| {
+        let mut command = desk.program();
+        for name in ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"] {
+            command.env_remove(name);
+        }
+        command.envs(set.iter().copied());
+        harvest(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &endpoint), out)
+    };
+    // Before anything is cached.
+    let refused = run("none", &[]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(refused.stderr.contains("is not trusted: invalid peer certificate: UnknownIssuer"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("set SSL_CERT_FILE"), "{}", refused.stderr);
+    assert!(!refused.stderr.contains("trying again"), "{}", refused.stderr);
+    for (index, name) in ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"].into_iter().enumerate() {
+        let trusted = run(&format!("trusted{index}"), &[(name, &authority)]);
+        assert_eq!(trusted.code, 0, "{}", trusted.stderr);
+    }
+    for (file, why) in [(fixture("tls/server.key"), "no certificate"), (desk.path("none.pem"), "No such file")] {
+        let refused = run("none", &[("SSL_CERT_FILE", &file)]);
+        assert_eq!(refused.code, 2, "{}", refused.stderr);
+        assert!(refused.stderr.contains(&format!("SSL_CERT_FILE is `{}`", file.display())), "{}", refused.stderr);
+        assert!(refused.stderr.contains(why), "{}", refused.stderr);
+    }
+    // Of another authority than the server's.
+    let other = run("other", &[("SSL_CERT_FILE", &fixture("tls/server.pem"))]);
+    assert!(other.stderr.contains("which SSL_CERT_FILE names") || other.stderr.contains("the cache has it"), "{}", other.stderr);
+}
+
+#[test]
+fn a_host_that_refuses_connections_is_not_asked_again() {
+    let desk = config_for("someone/elsewhere");
+    let mut command = desk.program();
+    let run = harvest(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", "http://127.0.0.1:9"), "out");
+    assert_eq!(run.code, 1, "{}", run.stderr);
+    assert!(run.stderr.contains("Connection refused"), "{}", run.stderr);
+    assert!(!run.stderr.contains("trying again"), "{}", run.stderr);
+}

@@ -96,6 +96,57 @@ impl HubServer {
         HubServer { endpoint, shared }
     }
 
+    /// A mirror that keeps nothing: it redirects every request to an address of its own, without the host, and from there
+    /// to this server.
+    pub fn mirror(&self) -> Mirror {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mirror = Mirror { endpoint: format!("http://{}", listener.local_addr().unwrap()), log: Arc::default() };
+        let (target, log) = (self.endpoint.clone(), mirror.log.clone());
+        thread::spawn(move || {
+            for connection in listener.incoming().flatten() {
+                let mut lines = BufReader::new(&connection).lines().map_while(Result::ok);
+                let first = lines.next().unwrap_or_default();
+                let token = lines.take_while(|line| !line.is_empty()).find_map(|line| {
+                    let (name, value) = line.split_once(": ")?;
+                    name.eq_ignore_ascii_case("authorization").then(|| value.to_owned())
+                });
+                let path = first.split(' ').nth(1).unwrap_or_default();
+                log.lock().unwrap().push(format!("{path} token={}", token.unwrap_or_default()));
+                let to = match path.strip_prefix("/moved") {
+                    Some(path) => format!("{target}{path}"),
+                    None => format!("/moved{path}"),
+                };
+                let head = "HTTP/1.1 308 -\r\nConnection: close\r\nContent-Length: 0\r\n";
+                let _ = write!(&connection, "{head}Location: {to}\r\n\r\n");
+            }
+        });
+        mirror
+    }
+
+    /// Another address of the server, under TLS, with the certificate of `tests/fixtures/tls`.
+    pub fn tls(&self) -> String {
+        use rustls::pki_types::pem::PemObject;
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+        let file = |name: &str| crate::common::fixture("tls").join(name);
+        let chain = vec![CertificateDer::from_pem_file(file("server.pem")).unwrap()];
+        let key = PrivateKeyDer::from_pem_file(file("server.key")).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let config = Arc::new(config.with_no_client_auth().with_single_cert(chain, key).unwrap());
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, target) = (listener.local_addr().unwrap(), self.endpoint.replace("http://", ""));
+        thread::spawn(move || {
+            for connection in listener.incoming().flatten() {
+                let (config, target) = (config.clone(), target.clone());
+                thread::spawn(move || {
+                    // Who does not trust the certificate goes away.
+                    let _ = pass_on(rustls::StreamOwned::new(rustls::ServerConnection::new(config).unwrap(), connection), &target);
+                });
+            }
+        });
+        format!("https://{address}")
+    }
+
     pub fn put(&self, repo: &str, file: &str, content: impl Into<Vec<u8>>) -> &Self {
         self.put_at(repo, "main", file, content)
     }
@@ -170,6 +221,36 @@ impl HubServer {
         let log = std::mem::take(&mut self.shared.lock().unwrap().log);
         log.into_iter().filter(|line| line.contains(part)).collect()
     }
+}
+
+/// A server that redirects.
+pub struct Mirror {
+    pub endpoint: String,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Mirror {
+    /// Every request as `PATH token=...`.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+}
+
+/// Passes a request without a body on to the plain server, and its answer back.
+fn pass_on(
+    mut client: rustls::StreamOwned<rustls::ServerConnection, TcpStream>,
+    target: &str,
+) -> std::io::Result<()> {
+    let (mut request, mut byte) = (Vec::new(), [0]);
+    while !request.ends_with(b"\r\n\r\n") {
+        client.read_exact(&mut byte)?;
+        request.push(byte[0]);
+    }
+    let mut server = TcpStream::connect(target)?;
+    server.write_all(&request)?;
+    std::io::copy(&mut server, &mut client)?;
+    client.conn.send_close_notify();
+    client.flush()
 }
 
 fn answer(connection: &TcpStream, shared: &Mutex<Shared>, endpoint: &str) -> std::io::Result<()> {

@@ -20,5 +20,6 @@ mod python;
 mod resume;
 mod sites;
 mod soak;
+mod special_tokens;
 mod start;
 mod transcoders;

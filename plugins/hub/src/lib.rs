@@ -6,8 +6,10 @@
 //! A connection that breaks off is taken up where it broke; a busy Hub is asked again after a while.
 //!
 //! The environment is that of Hugging Face's own library: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH,
-//! HF_HUB_OFFLINE.
+//! HF_HUB_OFFLINE; SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE for the certificates to trust instead of the
+//! system's; HTTPS_PROXY and NO_PROXY.
 
+mod net;
 mod reader;
 mod trouble;
 mod upload;
@@ -24,32 +26,34 @@ use anyhow::{anyhow, bail, ensure, Context, Result};
 use dictlearn_core::config::InputError;
 use dictlearn_core::hub::{About, CommitMessage, Hub, HubPlugin, Repo, RepoKind, Upload};
 use dictlearn_core::progress::Progress;
-use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
-use hf_hub::{Cache, CacheRepo, RepoType};
 use percent_encoding::{utf8_percent_encode, AsciiSet, NON_ALPHANUMERIC};
 use serde_json::Value;
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
+use net::{expanded, variable};
 use reader::Remote;
 use trouble::{patiently, Failure, PATIENT};
 
 inventory::submit! { HubPlugin { open: || Ok(Box::new(Client::from_environment()?)) } }
 
+/// The Hub as it calls itself, whatever address it is asked at.
+const PUBLIC: &str = "https://huggingface.co";
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(20);
 /// How long a connection may be silent.
 const SILENCE: Duration = Duration::from_secs(60);
+/// How long the Hub may take to put a large file together, or to make a commit.
+const LONG: Duration = Duration::from_secs(600);
 /// What stays as it is in a segment of a file's URL.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Speaks with the Hub, or reads its cache.
 #[derive(Clone)]
 struct Client {
-    api: Api,
-    /// Sends what is uploaded, with no header of its own.
     agent: Agent,
-    cache: Cache,
+    /// The cache's folder.
+    cache: PathBuf,
     endpoint: String,
     token: Option<String>,
     offline: bool,
@@ -68,58 +72,52 @@ struct Snapshot {
     cached: bool,
 }
 
-/// The value of the first of these environment variables that is set and not empty.
-fn variable(names: &[&str]) -> Option<String> {
-    names.iter().filter_map(|name| env::var(name).ok()).find(|value| !value.trim().is_empty())
+/// The path that the first of these environment variables names.
+fn path_variable(names: &[&str]) -> Option<PathBuf> {
+    variable(names).map(|(_, path)| expanded(&path))
 }
 
 /// Hugging Face's folder, where the cache and the token are.
 fn home() -> Option<PathBuf> {
-    let cache = || variable(&["XDG_CACHE_HOME"]).map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cache")));
-    variable(&["HF_HOME"]).map(PathBuf::from).or_else(|| Some(cache()?.join("huggingface")))
+    let cache = || path_variable(&["XDG_CACHE_HOME"]).or_else(|| Some(env::home_dir()?.join(".cache")));
+    path_variable(&["HF_HOME"]).or_else(|| Some(cache()?.join("huggingface")))
 }
 
 impl Client {
     fn from_environment() -> Result<Self> {
         let home = home().context("no folder for the Hub's cache: set HF_HOME")?;
-        let cache =
-            variable(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).map_or_else(|| home.join("hub"), PathBuf::from);
-        let endpoint = variable(&["HF_ENDPOINT"]).unwrap_or_else(|| "https://huggingface.co".to_owned());
-        let endpoint = endpoint.trim_end_matches('/').to_owned();
+        let cache = path_variable(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).unwrap_or_else(|| home.join("hub"));
+        let value = |names: &[&str]| variable(names).map(|(_, value)| value);
+        let endpoint = value(&["HF_ENDPOINT"]).unwrap_or_else(|| PUBLIC.to_owned());
+        let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
             bail!(InputError::new(format!("HF_ENDPOINT is `{endpoint}`, which is not an address"))
                 .help("give it as http://... or https://..., or unset it"));
         }
-        let file = variable(&["HF_TOKEN_PATH"]).map_or_else(|| home.join("token"), PathBuf::from);
-        let token = variable(&["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]).or_else(|| fs::read_to_string(file).ok());
+        let file = path_variable(&["HF_TOKEN_PATH"]).unwrap_or_else(|| home.join("token"));
+        let token = value(&["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]).or_else(|| fs::read_to_string(file).ok());
         let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
-        let offline = variable(&["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+        let offline = value(&["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
             .is_some_and(|value| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str()));
-        let cache = Cache::new(cache);
-        let api = ApiBuilder::from_cache(cache.clone())
-            .with_endpoint(endpoint.clone())
-            .with_token(token.clone())
-            .with_user_agent("dictlearn", env!("CARGO_PKG_VERSION"))
-            .build()
-            .context("cannot set up the connection to the Hub")?;
-        let agent = upload::agent();
-        Ok(Client { api, agent, cache, endpoint, token, offline, snapshots: Arc::default(), pins: Arc::default() })
+        let agent = if offline { Agent::new_with_defaults() } else { net::agent()? };
+        Ok(Client { agent, cache, endpoint, token, offline, snapshots: Arc::default(), pins: Arc::default() })
     }
 
-    fn theirs(repo: &Repo, revision: &str) -> hf_hub::Repo {
-        let kind = match repo.kind {
-            RepoKind::Model => RepoType::Model,
-            RepoKind::Dataset => RepoType::Dataset,
-        };
-        hf_hub::Repo::with_revision(repo.id.clone(), kind, revision.to_owned())
+    /// The repository's folder in the cache.
+    fn folder(&self, repo: &Repo) -> PathBuf {
+        let kind = if repo.kind == RepoKind::Dataset { "datasets" } else { "models" };
+        self.cache.join(format!("{kind}--{}", repo.id.replace('/', "--")))
     }
 
-    fn at(&self, repo: &Repo, revision: &str) -> ApiRepo {
-        self.api.repo(Self::theirs(repo, revision))
+    /// A file of the repository at a commit in the cache, or the folder of all of them.
+    fn pointer(&self, repo: &Repo, commit: &str, path: &str) -> PathBuf {
+        let files = self.folder(repo).join("snapshots").join(commit);
+        if path.is_empty() { files } else { files.join(path) }
     }
 
-    fn cache_of(&self, repo: &Repo) -> CacheRepo {
-        self.cache.repo(Self::theirs(repo, &repo.revision))
+    /// The file of the cache that says which commit the repository's revision stands for.
+    fn reference(&self, repo: &Repo) -> PathBuf {
+        self.folder(repo).join("refs").join(&repo.revision)
     }
 
     /// The repository's page.
@@ -128,22 +126,15 @@ impl Client {
         format!("{}/{kind}{}", self.endpoint, repo.id)
     }
 
-    /// Sends a request with the headers that hf-hub gives it (the token among them); `from` is the first byte wanted.
-    fn get(
-        &self,
-        request: ureq::RequestBuilder<ureq::typestate::WithoutBody>,
-        from: u64,
-    ) -> Result<Response<Body>, Failure> {
-        let request = if from > 0 { request.header("Range", format!("bytes={from}-")) } else { request };
-        let response = request
-            .config()
-            .http_status_as_error(false)
-            .timeout_connect(Some(CONNECT))
-            .timeout_recv_response(Some(SILENCE))
-            .timeout_per_read(Some(SILENCE))
-            .build()
-            .call()?;
-        Failure::check(response)
+    /// The address at which the Hub takes something about the repository's revision.
+    fn api(&self, repo: &Repo, what: &str) -> String {
+        let kind = if repo.kind == RepoKind::Dataset { "datasets" } else { "models" };
+        format!("{}/api/{kind}/{}/{what}/{}", self.endpoint, repo.id, segment(&repo.revision))
+    }
+
+    /// What the Hub says of the repository at its revision.
+    fn info(&self, repo: &Repo) -> Result<Value, Failure> {
+        Ok(self.get(&self.api(repo, "revision"), 0)?.body_mut().read_json::<Value>()?)
     }
 
     /// The repository at the commit that its revision is to stand for, if one is said.
@@ -171,7 +162,7 @@ impl Client {
             return cached.ok_or_else(|| {
                 InputError::new(format!(
                     "the {kind} `{repo}` is not in the Hub's cache, {}",
-                    self.cache.path().display()
+                    self.cache.display()
                 ))
                 .help("HF_HUB_OFFLINE is set, so it is not fetched")
                 .into()
@@ -179,13 +170,10 @@ impl Client {
         }
         // Who has it need not wait long for the Hub.
         let patience = if cached.is_some() { &PATIENT[..1] } else { &PATIENT };
-        let info = patiently(patience, &format!("the {kind} `{repo}`"), || {
-            let mut response = self.get(self.at(repo, &repo.revision).info_request(), 0)?;
-            Ok(response.body_mut().read_json::<Value>()?)
-        });
+        let info = patiently(patience, &format!("the {kind} `{repo}`"), || self.info(repo));
         let info = match (info, cached) {
             (Ok(info), _) => info,
-            (Err(failure), Some(cached)) if failure.is_passing() => {
+            (Err(failure), Some(cached)) if failure.is_silence() => {
                 eprintln!(
                     "warning: the Hub cannot be asked for the {kind} `{repo}` ({failure}); the cache has it at commit {}, \
                      which is used",
@@ -210,10 +198,9 @@ impl Client {
 
     /// The repository as far as the cache has it.
     fn cached(&self, repo: &Repo) -> Option<Snapshot> {
-        let snapshots = self.cache_of(repo).pointer_path("");
-        let reference = snapshots.parent()?.join("refs").join(&repo.revision);
-        let commit = fs::read_to_string(reference).map_or_else(|_| repo.revision.clone(), |it| it.trim().to_owned());
-        let root = snapshots.join(&commit);
+        let commit = fs::read_to_string(self.reference(repo));
+        let commit = commit.map_or_else(|_| repo.revision.clone(), |commit| commit.trim().to_owned());
+        let root = self.pointer(repo, &commit, "");
         if !is_plain(&commit) || !root.is_dir() {
             return None;
         }
@@ -273,11 +260,15 @@ impl Client {
                     if self.token.is_some() { "" } else { ", or set HF_TOKEN: who is logged in may ask more often" };
                 return anyhow!("the Hub wants fewer requests ({failure}): wait some minutes{help}");
             }
+            (None, trouble::CERTIFICATE) => {
+                InputError::new(format!("the certificate of {} is not trusted: {failure}", self.endpoint))
+                    .help(net::certificate_help())
+            }
             _ => {
                 return anyhow!(
                     "the {kind} `{repo}` cannot be read from the Hub at {}: {failure}; the cache, {}, does not have it",
                     self.endpoint,
-                    self.cache.path().display()
+                    self.cache.display()
                 )
             }
         };
@@ -286,14 +277,14 @@ impl Client {
 
     /// A file as it arrives, from byte `from` on.
     fn remote(&self, repo: &Repo, commit: &str, path: &str, from: u64) -> Result<(Remote, String)> {
-        let segments = path.split('/').map(|segment| utf8_percent_encode(segment, SEGMENT).to_string());
-        let url = self.at(repo, commit).url(&segments.collect::<Vec<_>>().join("/"));
+        let segments: Vec<String> = path.split('/').map(segment).collect();
+        let url = format!("{}/resolve/{}/{}", self.page(repo), segment(commit), segments.join("/"));
         let what = format!("{path} of `{repo}`");
-        let about = patiently(&PATIENT, &what, || self.about(repo, commit, &url));
+        let about = patiently(&PATIENT, &what, || self.about(&url));
         let (size, etag) = about.map_err(|failure| self.explain_file(repo, failure))?;
-        let (client, at) = (self.clone(), self.at(repo, commit));
+        let client = self.clone();
         let open = move |from: u64| {
-            let response = client.get(at.info_request().uri(&url), from)?;
+            let response = client.get(&url, from)?;
             let skip = if response.status() == 206 { 0 } else { from };
             let mut body = response.into_body().into_reader();
             // Who answers with the whole file all the same is heard to where it broke off.
@@ -304,22 +295,25 @@ impl Client {
     }
 
     /// Size and version of a file.
-    fn about(&self, repo: &Repo, commit: &str, url: &str) -> Result<(u64, String), Failure> {
-        let failure = match self.api.metadata(url) {
-            Ok(about) => return Ok((about.size() as u64, about.etag().to_owned())),
-            Err(error) => Failure::from(error),
-        };
-        // It is asked for one byte of the file, which an empty one does not have, and some mirrors answer with all of it.
-        if failure.status() != Some(416) && !failure.to_string().contains("Content-Range") {
-            return Err(failure);
+    fn about(&self, url: &str) -> Result<(u64, String), Failure> {
+        // Of a large file the Hub says them as it redirects to where the file lies; of others whoever has it.
+        let is_linked = |response: &Response<Body>| response.headers().contains_key("x-linked-etag");
+        let mut response = self.follow(url, Some("bytes=0-0"), is_linked)?;
+        // An empty file has no first byte.
+        if response.status() == 416 {
+            response = self.follow(url, None, is_linked)?;
         }
-        let response = self.get(self.at(repo, commit).info_request().uri(url), 0)?;
-        let header = |name: &str| response.headers().get(name)?.to_str().ok().map(str::to_owned);
+        if !response.status().is_redirection() {
+            response = Failure::check(response)?;
+        }
+        let header = |name: &str| response.headers().get(name)?.to_str().ok();
+        let range = || header("content-range")?.rsplit_once('/').map(|(_, size)| size);
+        let whole = || header("content-length").filter(|_| response.status() == 200);
+        let size = header("x-linked-size").or_else(range).or_else(whole).and_then(|size| size.parse().ok());
         let etag = header("x-linked-etag").or_else(|| header("etag"));
-        let size = header("x-linked-size").or_else(|| header("content-length")).and_then(|size| size.parse().ok());
         match (size, etag) {
             (Some(size), Some(etag)) => Ok((size, etag.trim_start_matches("W/").replace('"', ""))),
-            _ => Err(failure),
+            _ => Err(Failure::lasting(format!("{url} does not say how long the file is, and of which version"))),
         }
     }
 
@@ -330,23 +324,20 @@ impl Client {
         }
         // Everybody may read about a gated repository.
         let gated = Failure::refused(failure.status(), "GatedRepo");
-        match self.get(self.at(repo, &repo.revision).info_request(), 0) {
-            Ok(mut response) => match response.body_mut().read_json::<Value>() {
-                Ok(info) if info.get("gated").is_none_or(|gated| *gated == Value::Bool(false)) => {
-                    self.explain(repo, failure)
-                }
-                _ => self.explain(repo, gated),
-            },
+        match self.info(repo) {
+            Ok(info) if info.get("gated").is_none_or(|gated| *gated == Value::Bool(false)) => {
+                self.explain(repo, failure)
+            }
+            Ok(_) => self.explain(repo, gated),
             Err(refused) => self.explain(repo, refused),
         }
     }
 
     /// Fetches a file into the cache, or what is missing of it.
     fn fetch(&self, repo: &Repo, commit: &str, path: &str) -> Result<PathBuf> {
-        let cache = self.cache_of(repo);
         let (mut remote, etag) = self.remote(repo, commit, path, 0)?;
         ensure!(is_plain(&etag), "the Hub names a strange version of {path}, `{etag}`");
-        let (blob, pointer) = (cache.blob_path(&etag), cache.pointer_path(commit).join(path));
+        let (blob, pointer) = (self.folder(repo).join("blobs").join(&etag), self.pointer(repo, commit, path));
         let made =
             |at: &Path, done: std::io::Result<()>| done.with_context(|| format!("cannot write {}", at.display()));
         for file in [&blob, &pointer] {
@@ -372,7 +363,9 @@ impl Client {
             made(&pointer, point(&pointer, &blob, Path::new(path)))?;
         }
         if repo.revision != commit {
-            made(cache.pointer_path("").as_path(), cache.create_ref(commit))?;
+            let reference = self.reference(repo);
+            let folder = reference.parent().context("a file of the cache lies in a folder")?;
+            made(&reference, fs::create_dir_all(folder).and_then(|()| fs::write(&reference, commit)))?;
         }
         Ok(pointer)
     }
@@ -416,6 +409,11 @@ fn point(pointer: &Path, blob: &Path, path: &Path) -> std::io::Result<()> {
     }
 }
 
+/// A name as it stands in a URL's path.
+fn segment(text: &str) -> String {
+    utf8_percent_encode(text, SEGMENT).to_string()
+}
+
 /// Whether a path stays below the folder that it is put in.
 fn is_plain(path: &str) -> bool {
     !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
@@ -437,7 +435,7 @@ impl Hub for Client {
         if !snapshot.files.iter().any(|file| file == path) {
             return Ok(None);
         }
-        let pointer = self.cache_of(repo).pointer_path(&snapshot.commit).join(path);
+        let pointer = self.pointer(repo, &snapshot.commit, path);
         if pointer.exists() {
             return Ok(Some(pointer));
         }
@@ -451,7 +449,7 @@ impl Hub for Client {
         if !snapshot.files.iter().any(|file| file == path) {
             return Ok(None);
         }
-        let pointer = self.cache_of(repo).pointer_path(&snapshot.commit).join(path);
+        let pointer = self.pointer(repo, &snapshot.commit, path);
         if pointer.exists() {
             let file = File::open(&pointer).with_context(|| format!("cannot read {}", pointer.display()))?;
             return Ok(Some(Box::new(file)));
@@ -483,7 +481,7 @@ impl Hub for Client {
 
     fn cached(&self, name: &str) -> Vec<PathBuf> {
         let inside = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-        let snapshots = inside(self.cache.path().clone()).flat_map(|repo| inside(repo.join("snapshots")));
+        let snapshots = inside(self.cache.clone()).flat_map(|repo| inside(repo.join("snapshots")));
         snapshots.map(|snapshot| snapshot.join(name)).filter(|file| file.is_file()).collect()
     }
 

@@ -1,11 +1,12 @@
 //! What goes wrong with a request: what passes and is tried again, and what does not.
 
 use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use dictlearn_core::interrupt;
-use hf_hub::api::sync::ApiError;
 use ureq::http::Response;
 use ureq::Body;
 
@@ -13,6 +14,16 @@ use ureq::Body;
 pub const PATIENT: [u64; 4] = [250, 1_000, 4_000, 16_000];
 /// The longest pause that a server may ask for: the Hub counts requests in windows of five minutes.
 const LONGEST: Duration = Duration::from_secs(300);
+
+/// The code of a failure to trust a server's certificate.
+pub const CERTIFICATE: &str = "Certificate";
+/// Whether a server has answered since the program began.
+static REACHED: AtomicBool = AtomicBool::new(false);
+
+/// Notes that a server has answered: one that refuses connections later is down for a moment, and not elsewhere.
+pub fn reached() {
+    REACHED.store(true, Ordering::Relaxed);
+}
 
 /// Why a request gave nothing.
 #[derive(Debug)]
@@ -56,6 +67,20 @@ impl Failure {
         Failure { passing: true, ..self }
     }
 
+    /// A connection that could not be made, or broke.
+    fn of_connection(error: &io::Error) -> Self {
+        let why = error.to_string();
+        let passing = match error.kind() {
+            // What TLS does not accept; a name that is not there, other than a name server that does not answer.
+            io::ErrorKind::InvalidData => false,
+            _ if why.contains("failed to lookup") => why.contains("Temporary failure"),
+            io::ErrorKind::ConnectionRefused => REACHED.load(Ordering::Relaxed),
+            _ => true,
+        };
+        let code = if why.contains("certificate") { CERTIFICATE.to_owned() } else { String::new() };
+        Failure { code, ..Failure::new(why, passing) }
+    }
+
     /// Passes on a response that is a success.
     pub fn check(mut response: Response<Body>) -> Result<Response<Body>, Failure> {
         let status = response.status();
@@ -84,6 +109,11 @@ impl Failure {
         self.passing
     }
 
+    /// Whether the server gave no answer, or none that says anything about what was asked.
+    pub fn is_silence(&self) -> bool {
+        self.passing || self.status.is_none()
+    }
+
     /// The HTTP status, if there was an answer.
     pub fn status(&self) -> Option<u16> {
         self.status
@@ -106,24 +136,16 @@ impl From<ureq::Error> for Failure {
         use ureq::Error::{ConnectionFailed, HostNotFound, Io, Protocol, StatusCode, Timeout};
         match error {
             StatusCode(status) => Failure::of_status(status),
-            Io(_) | Timeout(_) | ConnectionFailed | HostNotFound | Protocol(_) => Failure::new(error.to_string(), true),
+            Io(error) => Failure::of_connection(&error),
+            Timeout(_) | ConnectionFailed | Protocol(_) => Failure::new(error.to_string(), true),
+            HostNotFound => Failure::new("there is no host of that name".to_owned(), false),
             other => Failure::new(other.to_string(), false),
         }
     }
 }
 
-impl From<ApiError> for Failure {
-    fn from(error: ApiError) -> Self {
-        match error {
-            ApiError::RequestError(error) => Failure::from(*error),
-            ApiError::IoError(error) => Failure::new(error.to_string(), true),
-            other => Failure::new(other.to_string(), false),
-        }
-    }
-}
-
-impl From<std::io::Error> for Failure {
-    fn from(error: std::io::Error) -> Self {
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
         Failure::new(error.to_string(), true)
     }
 }
@@ -152,4 +174,39 @@ pub fn patiently<T>(pauses: &[u64], what: &str, mut attempt: impl FnMut() -> Res
         }
     }
     attempt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_pass_is_not_tried_again() {
+        let error = |kind: io::ErrorKind, why: &str| Failure::from(ureq::Error::Io(io::Error::new(kind, why.to_owned())));
+        let other = io::ErrorKind::Other;
+        for lasting in [
+            error(io::ErrorKind::InvalidData, "invalid peer certificate: UnknownIssuer"),
+            error(other, "failed to lookup address information: Name or service not known"),
+            error(io::ErrorKind::ConnectionRefused, "Connection refused (os error 111)"),
+            Failure::from(ureq::Error::HostNotFound),
+        ] {
+            assert!(!lasting.is_passing() && lasting.is_silence(), "{lasting}");
+        }
+        for status in [401, 403, 404, 410, 418] {
+            let refused = Failure::of_status(status);
+            assert!(!refused.is_passing() && !refused.is_silence(), "{refused}");
+        }
+        for passing in [
+            error(other, "failed to lookup address information: Temporary failure in name resolution"),
+            error(io::ErrorKind::ConnectionReset, "Connection reset by peer"),
+            error(io::ErrorKind::UnexpectedEof, "Peer disconnected"),
+            Failure::of_status(503),
+            Failure::of_status(429),
+        ] {
+            assert!(passing.is_passing(), "{passing}");
+        }
+        // A host that has answered is down for a moment.
+        reached();
+        assert!(error(io::ErrorKind::ConnectionRefused, "refused").is_passing());
+    }
 }

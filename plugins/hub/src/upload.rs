@@ -8,49 +8,29 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::sync::PoisonError;
-use std::time::Duration;
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use base64::engine::general_purpose::STANDARD;
 use base64::Engine;
 use dictlearn_core::config::InputError;
-use dictlearn_core::hub::{CommitMessage, Content, Repo, RepoKind, Upload};
+use dictlearn_core::hub::{CommitMessage, Content, Repo, Upload};
 use dictlearn_core::interrupt;
 use dictlearn_core::progress::Progress;
-use percent_encoding::utf8_percent_encode;
 use serde_json::{json, Map, Value};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use ureq::http::Response;
-use ureq::{Agent, Body, SendBody};
+use ureq::{Body, SendBody};
 
-use crate::trouble::{patiently, Failure, PATIENT};
-use crate::{Client, CONNECT, SEGMENT, SILENCE};
+use crate::trouble::{self, patiently, Failure, PATIENT};
+use crate::{Client, PUBLIC};
 
 /// How much of a file the Hub wants to see to say whether it is large.
 const SAMPLE: u64 = 512;
 /// Files in one question.
 const AT_ONCE: usize = 256;
-/// How long the Hub may take to put a large file together, or to make a commit.
-const LONG: Duration = Duration::from_secs(600);
-/// The Hub as it calls itself, whatever address it is asked at.
-const PUBLIC: &str = "https://huggingface.co";
 /// The type of what the large files' store is asked.
 const LFS: &str = "application/vnd.git-lfs+json";
-
-/// What sends requests with a body. A redirection would lose the body, so none is followed.
-pub fn agent() -> Agent {
-    Agent::config_builder()
-        .user_agent(concat!("dictlearn/", env!("CARGO_PKG_VERSION")))
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .timeout_connect(Some(CONNECT))
-        .timeout_per_read(Some(LONG))
-        .timeout_per_write(Some(SILENCE))
-        .build()
-        .into()
-}
 
 /// A file on its way.
 struct Pending<'a> {
@@ -163,10 +143,6 @@ fn hash<D: Digest>(content: &Content, head: &str) -> Result<String> {
     Ok(hex(&hash.finalize()))
 }
 
-fn segment(text: &str) -> String {
-    utf8_percent_encode(text, SEGMENT).to_string()
-}
-
 fn json_of(mut response: Response<Body>) -> Result<Value, Failure> {
     Ok(response.body_mut().read_json::<Value>()?)
 }
@@ -254,11 +230,6 @@ impl Client {
         Ok(())
     }
 
-    fn api(&self, repo: &Repo, what: &str) -> String {
-        let kind = if repo.kind == RepoKind::Dataset { "datasets" } else { "models" };
-        format!("{}/api/{kind}/{}/{what}/{}", self.endpoint, repo.id, segment(&repo.revision))
-    }
-
     /// Sends a body, and passes on any answer. The token is the Hub's and goes to no other address.
     fn ask(&self, url: &str, content_type: &str, body: &[u8]) -> Result<Response<Body>, Failure> {
         let mut request = self.agent.post(url).header("Content-Type", content_type);
@@ -269,7 +240,9 @@ impl Client {
         if let (true, Some(token)) = (own, &self.token) {
             request = request.header("Authorization", format!("Bearer {token}"));
         }
-        Ok(request.send(body)?)
+        let response = request.send(body)?;
+        trouble::reached();
+        Ok(response)
     }
 
     fn post(&self, url: &str, content_type: &str, body: &[u8]) -> Result<Response<Body>, Failure> {
@@ -282,9 +255,8 @@ impl Client {
 
     /// What the Hub says of a repository at a revision, if there is one.
     fn info_now(&self, repo: &Repo, revision: &str) -> Result<Option<Value>> {
-        let info = persist(&format!("the {} `{repo}`", repo.kind), || {
-            json_of(self.get(self.at(repo, revision).info_request(), 0)?)
-        });
+        let at = Repo { revision: revision.to_owned(), ..repo.clone() };
+        let info = persist(&format!("the {} `{repo}`", repo.kind), || self.info(&at));
         match info {
             Ok(info) => Ok(Some(info)),
             Err(failure) => match (failure.status(), failure.code()) {
@@ -575,8 +547,7 @@ impl Client {
 
     /// The URL of a branch's last commit.
     fn last_commit(&self, repo: &Repo) -> Result<String, Failure> {
-        let info =
-            persist(&format!("`{repo}`"), || json_of(self.get(self.at(repo, &repo.revision).info_request(), 0)?))?;
+        let info = persist(&format!("`{repo}`"), || self.info(repo))?;
         let commit = info.get("sha").and_then(Value::as_str);
         let commit = commit.ok_or_else(|| Failure::lasting(strange("no commit")))?;
         Ok(format!("{}/commit/{commit}", self.page(repo)))

@@ -3,9 +3,14 @@
 use std::sync::mpsc::{sync_channel, Receiver};
 use std::thread::{self, JoinHandle};
 
+use chrono::NaiveDate;
 use dictlearn_core::prelude::*;
 
 use crate::contexts::{Contexts, Place, Row};
+
+/// Stack of a thread that renders chats: a template can nest lists as deep as its instructions allow, and freeing or
+/// comparing them takes stack for each level.
+pub const CHAT_STACK: usize = 512 << 20;
 
 /// Contexts that are made ahead of their use, the same and in the same order as without a thread.
 pub struct Ahead {
@@ -74,6 +79,7 @@ impl Ahead {
 
     fn start(&mut self) -> Result<()> {
         let Some(mut contexts) = self.contexts.take() else { bail!("the contexts are lost") };
+        let renders_chats = contexts.has_chat_template();
         let (send, made) = sync_channel(self.count);
         let work = move || {
             loop {
@@ -86,7 +92,9 @@ impl Ahead {
                 }
             }
         };
-        let thread = thread::Builder::new().name("contexts".to_owned()).spawn(work)?;
+        let thread = thread::Builder::new().name("contexts".to_owned());
+        let thread = if renders_chats { thread.stack_size(CHAT_STACK) } else { thread };
+        let thread = thread.spawn(work)?;
         self.worker = Some(Worker { made, thread });
         Ok(())
     }
@@ -119,6 +127,14 @@ impl Ahead {
         }
         self.place = place;
         Ok(())
+    }
+
+    /// Sets the date that chat templates see.
+    pub fn set_today(&mut self, today: NaiveDate) {
+        self.stop();
+        if let Some(contexts) = &mut self.contexts {
+            contexts.set_today(today);
+        }
     }
 
     /// Lets the stream stand where it stood, for a state to be saved; there is no more to be read.

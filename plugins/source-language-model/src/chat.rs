@@ -1,72 +1,187 @@
-//! Chats as the text that a model was trained on: the tokenizer's template.
+//! Chats as the text that a model was trained on: the tokenizer's template, rendered as transformers renders it.
 
+mod python;
+
+use std::fmt::Write;
+
+use chrono::NaiveDate;
 use dictlearn_core::lm::ModelFiles;
 use dictlearn_core::prelude::*;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
-use minijinja::{context, Environment, ErrorKind};
+use minijinja::{Environment, Error, ErrorKind};
+use serde_json::Map;
 
 const NAME: &str = "chat";
-/// How many of its instructions a template may run for a chat: so many take 0.2 s.
-const INSTRUCTIONS: u64 = 10_000_000;
+/// Instructions that a template may run for one chat: enough for thousands of messages, and done in a fraction of a
+/// second. They bound how deep a template can nest lists, and with it the stack that freeing them takes.
+const INSTRUCTIONS: u64 = 2_000_000;
+/// The tokens of tokenizer_config.json that templates know by name.
+const SPECIAL: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+/// The names of a message's reasoning. Templates read the first; gpt-oss's reads the second.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// A tokenizer's template for chats (<https://huggingface.co/docs/transformers/chat_templating>), run as Hugging Face's
-/// library runs it, except that there is no function that gives today's date: templates that ask for it have a date of
-/// their own for that case, and the text stays the same every day.
+/// A tokenizer's template for chats (<https://huggingface.co/docs/transformers/chat_templating>).
+///
+/// It renders what `apply_chat_template(messages, tokenize=False)` of transformers 5 does: no tools, no documents, no
+/// prompt for an answer. `strftime_now` gives the date that the source is built with.
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    bos: String,
-    eos: String,
+    special: Map<String, Value>,
+    /// Whether it asks for today's date.
+    is_dated: bool,
+}
+
+/// The text of a special token, which is a string or an object with the string as `content`.
+pub fn special_token<'a>(tokenizer_config: &'a Value, name: &str) -> Option<&'a str> {
+    let token = tokenizer_config.get(name)?;
+    token.as_str().or_else(|| token.get("content")?.as_str())
 }
 
 impl ChatTemplate {
     /// The template of a model's tokenizer, or why there is none.
-    pub fn read(files: &ModelFiles, tokenizer_config: &Value) -> Result<std::result::Result<Self, String>> {
-        let file = files.read("chat_template.jinja")?;
-        let file = file.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        let written = match tokenizer_config.get("chat_template") {
-            Some(Value::String(template)) => Some(template.clone()),
-            // Several, by name.
-            Some(Value::Array(several)) => {
-                let default = several.iter().find(|template| template["name"] == "default").or(several.first());
-                default.and_then(|template| template["template"].as_str()).map(str::to_owned)
-            }
-            _ => None,
+    pub fn read(
+        files: &ModelFiles,
+        tokenizer_config: &Value,
+        today: NaiveDate,
+    ) -> Result<std::result::Result<Self, String>> {
+        let name = files.name();
+        let template = match source(files, tokenizer_config)? {
+            Ok(template) => template,
+            Err(why) => return Ok(Err(why)),
         };
-        // A special token is a string, or an object with the string as `content`.
-        let token = |name: &str| {
-            let token = tokenizer_config.get(name);
-            let token = token.and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
-            token.unwrap_or_default().to_owned()
-        };
-        Ok(match file.or(written) {
-            None => Err(format!("the tokenizer of {} has no chat template", files.name())),
-            Some(template) => Self::new(template, token("bos_token"), token("eos_token"))
-                .map_err(|error| format!("the chat template of {} cannot be used: {error:#}", files.name())),
-        })
+        let special = SPECIAL.iter().filter_map(|name| {
+            special_token(tokenizer_config, name).map(|token| ((*name).to_owned(), Value::from(token)))
+        });
+        let template = Self::new(&template, special.collect(), today);
+        Ok(template.map_err(|error| format!("the chat template of {name} cannot be used: {error:#}")))
     }
 
-    fn new(template: String, bos: String, eos: String) -> std::result::Result<Self, minijinja::Error> {
+    fn new(template: &str, special: Map<String, Value>, today: NaiveDate) -> std::result::Result<Self, Error> {
         let mut environment = Environment::new();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_fuel(Some(INSTRUCTIONS));
-        // Templates call Python's methods of strings and dictionaries.
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        python::extend(&mut environment);
         environment.add_function("raise_exception", |message: String| {
-            Err::<String, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            Err::<String, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_template_owned(NAME, template)?;
-        Ok(ChatTemplate { environment, bos, eos })
+        let mut template = ChatTemplate { environment, special, is_dated: template.contains("strftime_now") }
+            .with_source(template)?;
+        template.set_today(today);
+        Ok(template)
+    }
+
+    fn with_source(mut self, template: &str) -> std::result::Result<Self, Error> {
+        let template = template.replace("\r\n", "\n").replace('\r', "\n");
+        self.environment.add_template_owned(NAME, without_generation(&template))?;
+        Ok(self)
+    }
+
+    /// Whether the text of chats depends on the date.
+    pub fn is_dated(&self) -> bool {
+        self.is_dated
+    }
+
+    /// Sets the date that `strftime_now` gives.
+    pub fn set_today(&mut self, today: NaiveDate) {
+        self.environment.add_function("strftime_now", move |format: &str| {
+            let mut text = String::new();
+            match write!(text, "{}", today.and_time(Default::default()).format(format)) {
+                Ok(()) => Ok(text),
+                Err(_) => {
+                    let why = format!("strftime_now cannot write a date as `{format}`");
+                    Err(Error::new(ErrorKind::InvalidOperation, why))
+                }
+            }
+        });
     }
 
     /// A chat's text, or why the template refuses it.
     pub fn render(&self, messages: &[Value]) -> std::result::Result<String, String> {
-        let template = self.environment.get_template(NAME).map_err(|error| error.to_string())?;
-        let values = context! {
-            messages => minijinja::Value::from(Serde(messages)), bos_token => &self.bos, eos_token => &self.eos, add_generation_prompt => false,
-        };
-        template.render(values).map_err(|error| error.to_string())
+        let messages: Vec<Value> = messages.iter().map(message).collect();
+        let mut values = self.special.clone();
+        // What transformers passes is defined, if none.
+        values.insert("tools".to_owned(), Value::Null);
+        values.insert("documents".to_owned(), Value::Null);
+        values.insert("add_generation_prompt".to_owned(), false.into());
+        values.insert("messages".to_owned(), messages.into());
+        let values = minijinja::Value::from(Serde(values));
+        let text = self.environment.get_template(NAME).and_then(|template| template.render(values));
+        text.map_err(|error| match error.kind() {
+            ErrorKind::OutOfFuel => format!("it does not end within {INSTRUCTIONS} instructions"),
+            _ => error.to_string(),
+        })
     }
+}
+
+/// The text of a model's template, or why there is none. Files of their own take precedence over tokenizer_config.json.
+fn source(files: &ModelFiles, tokenizer_config: &Value) -> Result<std::result::Result<String, String>> {
+    for file in ["chat_template.jinja", "additional_chat_templates/default.jinja"] {
+        if let Some(bytes) = files.read(file)? {
+            let text = String::from_utf8(bytes.into_owned());
+            return Ok(text.map_err(|_| format!("{file} of {} is not UTF-8", files.name())));
+        }
+    }
+    let written = match tokenizer_config.get("chat_template") {
+        Some(Value::String(template)) => Some(template.clone()),
+        Some(Value::Array(several)) => {
+            let default = several.iter().find(|template| template["name"] == "default");
+            if default.is_none() && !several.is_empty() {
+                let names: Vec<&str> = several.iter().filter_map(|template| template["name"].as_str()).collect();
+                return Ok(Err(format!(
+                    "the tokenizer of {} has several chat templates ({}), of which none is the default; put the one to \
+                     use into its chat_template.jinja",
+                    files.name(),
+                    names.join(", ")
+                )));
+            }
+            default.and_then(|template| template["template"].as_str()).map(str::to_owned)
+        }
+        _ => None,
+    };
+    let written = match written {
+        Some(template) => Some(template),
+        // Of models that read pictures too, the processor has it.
+        None => files
+            .json("chat_template.json")?
+            .and_then(|processor| processor["chat_template"].as_str().map(str::to_owned)),
+    };
+    Ok(written.ok_or_else(|| format!("the tokenizer of {} has no chat template", files.name())))
+}
+
+/// A message as transformers hands it to a template: without what is null, and with its reasoning under the names that
+/// templates read.
+fn message(message: &Value) -> Value {
+    let Some(message) = message.as_object() else { return message.clone() };
+    let there = || message.iter().filter(|(_, value)| !value.is_null());
+    let reasoning = REASONING.iter().find_map(|name| message.get(*name).filter(|value| !value.is_null()));
+    let thinking = reasoning.map(|reasoning| ("thinking".to_owned(), reasoning.clone()));
+    let mut message: Map<String, Value> =
+        thinking.into_iter().chain(there().map(|(name, value)| (name.clone(), value.clone()))).collect();
+    if let Some(reasoning) = reasoning {
+        message.insert(REASONING[0].to_owned(), reasoning.clone());
+    }
+    message.into()
+}
+
+/// A template whose `{% generation %}` blocks, which mark for transformers what the assistant says, are plain scopes.
+fn without_generation(template: &str) -> String {
+    let (mut out, mut rest) = (String::new(), template);
+    while let Some(start) = rest.find("{%") {
+        let Some(length) = rest[start..].find("%}") else { break };
+        let (before, tag) = (&rest[..start], &rest[start..start + length + 2]);
+        out.push_str(before);
+        let trims = |c: char| "-+".contains(c) || c.is_whitespace();
+        let inner = tag[2..tag.len() - 2].trim_matches(trims);
+        match inner {
+            "generation" => out.push_str(&tag.replace(inner, "with")),
+            "endgeneration" => out.push_str(&tag.replace(inner, "endwith")),
+            _ => out.push_str(tag),
+        }
+        rest = &rest[start + tag.len()..];
+    }
+    out + rest
 }
 
 #[cfg(test)]
@@ -74,30 +189,93 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// Of the kind that instruct models have: checks, Python's methods, loop variables.
-    const TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}
-    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{ raise_exception('roles must alternate') }}
-    {% endif %}
-{{ '<|' + message['role'] + '|>' }}
-{{ message['content'].strip() }}{{ eos_token if not loop.last }}
-{% endfor %}";
+    fn fixture(name: &str) -> String {
+        let path = format!("{}/../../tests/fixtures/chat_templates/{name}", env!("CARGO_MANIFEST_DIR"));
+        std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
 
-    #[test]
-    fn a_chat_is_put_into_the_models_form() {
-        let template = ChatTemplate::new(TEMPLATE.to_owned(), "<s>".to_owned(), "</s>".to_owned()).unwrap();
-        let chat = [json!({"role": "user", "content": " Hi "}), json!({"role": "assistant", "content": "Hello."})];
-        // What Jinja2 makes of it: a newline after a block goes, one after a value stays.
-        assert_eq!(template.render(&chat).unwrap(), "<s><|user|>\nHi</s>\n<|assistant|>\nHello.\n");
-        let error = template.render(&chat[1..]).unwrap_err();
-        assert!(error.contains("roles must alternate"), "{error}");
+    /// A template on the day of the fixtures.
+    fn template(text: &str, special: &Value) -> std::result::Result<ChatTemplate, String> {
+        let today = NaiveDate::from_ymd_opt(2026, 3, 9).unwrap();
+        let template = ChatTemplate::new(text, special.as_object().unwrap().clone(), today);
+        template.map_err(|error| error.to_string())
+    }
+
+    /// Fails if ours is not what transformers rendered, or if only one of the two refused.
+    fn compare(what: &str, ours: &std::result::Result<String, String>, theirs: &Value) {
+        match (ours, theirs["text"].as_str()) {
+            (Ok(ours), Some(theirs)) => assert_eq!(ours, theirs, "{what}"),
+            (Err(_), None) => {}
+            _ => panic!("{what}: {ours:?}, and in Python {theirs}"),
+        }
     }
 
     #[test]
-    fn a_template_that_does_not_end_is_left() {
-        let forever = "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}";
-        let template = ChatTemplate::new(forever.to_owned(), String::new(), String::new()).unwrap();
-        let error = template.render(&[]).unwrap_err();
-        assert!(error.contains("fuel"), "{error}");
+    fn published_templates_render_what_transformers_renders() {
+        let all: Value = serde_json::from_str(&fixture("rendered.json")).unwrap();
+        let rendered = all["rendered"].as_object().unwrap();
+        assert!(rendered.len() >= 30);
+        for (name, chats) in rendered {
+            let template = template(&fixture(&format!("{name}.jinja")), &all["special"]).unwrap();
+            for (chat, theirs) in chats.as_object().unwrap() {
+                let ours = template.render(all["chats"][chat].as_array().unwrap());
+                compare(&format!("{name} of the chat `{chat}`"), &ours, theirs);
+            }
+        }
+    }
+
+    #[test]
+    fn expressions_give_what_python_gives() {
+        let all: Value = serde_json::from_str(&fixture("expressions.json")).unwrap();
+        for (expression, theirs) in all["expressions"].as_object().unwrap() {
+            let text = format!("{{%- set m = messages[0] -%}}{{{{ {expression} }}}}");
+            let ours = template(&text, &json!({})).and_then(|it| it.render(&[all["value"].clone()]));
+            compare(expression, &ours, theirs);
+        }
+    }
+
+    #[test]
+    fn generation_blocks_are_scopes() {
+        let text = "{% set a = 1 %}\n{%- generation -%} {% set a = 2 %}{{ a }} {%- endgeneration %}{{ a }}{# {% x #}";
+        assert_eq!(template(text, &json!({})).unwrap().render(&[]).unwrap(), "21");
+        let error = template("{% generation %}", &json!({})).err().unwrap();
+        assert!(error.contains("syntax error"), "{error}");
+    }
+
+    #[test]
+    fn templates_that_do_not_end_are_refused() {
+        let forever = |text: &str| template(text, &json!({})).unwrap().render(&[]).unwrap_err();
+        for text in [
+            "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}",
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "{{ 'a'.ljust(9999999999) }}",
+            "{{ [1]|tojson(indent=9999999999) }}",
+            "{% set n = namespace(x=[]) %}{% for i in range(300) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        ] {
+            let error = forever(text);
+            assert!(error.contains("does not end within 2000000 instructions"), "{text}: {error}");
+        }
+        let error = forever("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}");
+        assert!(error.contains("recursion limit"), "{error}");
+    }
+
+    #[test]
+    fn lists_that_a_template_nests_deeply_fit_into_the_threads_stack() {
+        let deep = "{% set n = namespace(x=[]) %}{% for a in range(100) %}{% for i in range(1000) %}\
+                    {% set n.x = [n.x] %}{% endfor %}{% endfor %}{{ n.x|tojson }}";
+        let render = || template(deep, &json!({})).unwrap().render(&[]).unwrap_err();
+        let thread = std::thread::Builder::new().stack_size(crate::ahead::CHAT_STACK).spawn(render).unwrap();
+        let error = thread.join().unwrap();
+        assert!(error.contains("nested too deeply"), "{error}");
+    }
+
+    #[test]
+    fn what_a_template_refuses_is_said() {
+        let error = template("{{ raise_exception('roles must alternate') }}", &json!({})).unwrap().render(&[]);
+        assert!(error.unwrap_err().contains("roles must alternate"));
+        let error = template("{{ strftime_now('%Q') }}", &json!({})).unwrap().render(&[]).unwrap_err();
+        assert!(error.contains("strftime_now cannot write a date as `%Q`"), "{error}");
+        let error = template("{{ [1]|tojson(indnt=2) }}", &json!({})).unwrap().render(&[]).unwrap_err();
+        assert!(error.contains("indnt"), "{error}");
     }
 }

@@ -4,11 +4,12 @@ mod tokenizer;
 
 use std::collections::{BTreeMap, VecDeque};
 
+use chrono::NaiveDate;
 use dictlearn_core::lm::ModelFiles;
 use dictlearn_core::prelude::*;
 use tokenizers::Tokenizer;
 
-use crate::chat::ChatTemplate;
+use crate::chat::{self, ChatTemplate};
 
 /// Bytes that are tokenised at once. The tokenizer takes about a hundred times as much memory.
 const PIECE: usize = 1 << 18;
@@ -31,6 +32,10 @@ pub struct ContextsCx {
     pub vocab_size: i64,
     /// The longest context that the model takes.
     pub max_positions: Option<i64>,
+    /// The date that chat templates see.
+    pub today: NaiveDate,
+    /// Whether the user chose that date.
+    pub date_is_chosen: bool,
 }
 
 /// One context.
@@ -73,6 +78,8 @@ pub struct Contexts {
     end_of_text: Option<i64>,
     /// The token that begins every context.
     bos: Option<i64>,
+    /// The ids of BOS, EOS, padding and separator.
+    special_ids: Vec<i64>,
     /// Documents that were read and are not, or not wholly, in a context yet.
     carry: VecDeque<Tokenised>,
     rows: u64,
@@ -109,19 +116,31 @@ impl Contexts {
         let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or_default();
         let model_config = files.json("config.json")?.unwrap_or_default();
         let special = |name: &str| {
-            // A special token is a string, or an object with the string as `content`.
-            let token = tokenizer_config.get(format!("{name}_token"));
-            let token = token.and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
+            let token = chat::special_token(&tokenizer_config, &format!("{name}_token"));
             let by_name = token.and_then(|token| tokenizer.as_ref()?.token_to_id(token)).map(i64::from);
-            by_name.or_else(|| model_config.get(format!("{name}_token_id"))?.as_i64())
+            by_name.or_else(|| special_id(&model_config, name))
         };
         let end_of_text = special("eos");
-        let bos = cx.prepend_bos.then(|| special("bos").or(end_of_text)).flatten();
+        let first = special("bos");
+        let bos = cx.prepend_bos.then(|| first.or(end_of_text)).flatten();
+        let embedded = |id: &i64| (0..cx.vocab_size).contains(id);
+        for (name, id) in [("eos", end_of_text.filter(|_| cx.pack)), ("bos", bos)] {
+            if let Some(id) = id.filter(|id| !embedded(id) && !text.is_tokenized()) {
+                bail!(InputError::new(format!(
+                    "the files of {} say that {} is token {id}, but the model embeds only the ids 0 to {}",
+                    files.name(),
+                    name.to_uppercase(),
+                    cx.vocab_size - 1
+                ))
+                .help(format!("correct `{name}_token_id` in its config.json, or `{name}_token` in its tokenizer_config.json")));
+            }
+        }
         if cx.prepend_bos && bos.is_none() && !text.is_tokenized() {
             bail!(InputError::new(format!("{} does not say which token is BOS", files.name()))
                 .help("leave `prepend_bos` out, or add `bos_token` to its tokenizer_config.json"));
         }
-        let chats = ChatTemplate::read(files, &tokenizer_config)?;
+        let chats = ChatTemplate::read(files, &tokenizer_config, cx.today)?;
+        let special_ids = ["bos", "eos", "pad", "sep"].into_iter().filter_map(special).filter(embedded).collect();
         let mut contexts = Contexts {
             text,
             tokenizer,
@@ -130,6 +149,7 @@ impl Contexts {
             cx,
             end_of_text,
             bos,
+            special_ids,
             carry: VecDeque::new(),
             rows: 0,
         };
@@ -140,7 +160,75 @@ impl Contexts {
             let start = with.windows(plain.len().max(1)).position(|window| window == plain).unwrap_or(0);
             contexts.special = [with[..start].to_vec(), with[(start + plain.len()).min(with.len())..].to_vec()];
         }
+        if !contexts.text.is_tokenized() {
+            contexts.warn(files, &tokenizer_config, first);
+        }
         Ok(contexts)
+    }
+
+    /// Warns of files that disagree about special tokens, and of documents that nothing separates.
+    fn warn(&self, files: &ModelFiles, tokenizer_config: &Value, bos: Option<i64>) {
+        let [before, after] = &self.special;
+        let name = files.name();
+        let eos = self.end_of_text;
+        if self.cx.add_special_tokens && !self.cx.prepend_bos {
+            for (key, token, place) in [("bos", bos, before), ("eos", eos, after)] {
+                let says = tokenizer_config.get(format!("add_{key}_token")).and_then(Value::as_bool);
+                let does = token.is_some_and(|token| place.contains(&token));
+                if says.is_some_and(|says| says != does) {
+                    eprintln!(
+                        "warning: the tokenizer_config.json of {name} says `add_{key}_token: {}`, but its tokenizer.json \
+                         adds {} {}; tokenizer.json is followed, as in transformers 5 (4 follows the other for some \
+                         classes); `prepend_bos` on the source overrides both",
+                        !does,
+                        if does { "an" } else { "no" },
+                        key.to_uppercase(),
+                    );
+                }
+            }
+            if let Some((bos, first)) = bos.zip(before.first()).filter(|(bos, _)| !before.contains(bos)) {
+                let text = |id: i64| {
+                    let known = self.tokenizer.as_ref().zip(u32::try_from(id).ok());
+                    known.and_then(|(tokenizer, id)| tokenizer.id_to_token(id)).unwrap_or_else(|| id.to_string())
+                };
+                eprintln!(
+                    "warning: the tokenizer.json of {name} begins a text with `{}`, but its tokenizer_config.json names \
+                     `{}` as BOS; tokenizer.json is followed, as in transformers; `prepend_bos: true` on the source \
+                     takes the other",
+                    text(*first),
+                    text(bos)
+                );
+            }
+        }
+        if self.cx.pack && eos.is_none() && self.bos.is_none() && before.is_empty() && after.is_empty() {
+            eprintln!(
+                "warning: documents are packed with nothing between them: the files of {name} name no end-of-text token; \
+                 add `eos_token` to its tokenizer_config.json, or `eos_token_id` to its config.json"
+            );
+        }
+    }
+
+    /// The ids of BOS, EOS, padding and separator, as far as the model's files name them.
+    pub fn special_ids(&self) -> &[i64] {
+        &self.special_ids
+    }
+
+    /// The date that chat templates see.
+    pub fn today(&self) -> NaiveDate {
+        self.cx.today
+    }
+
+    /// Sets the date that chat templates see.
+    pub fn set_today(&mut self, today: NaiveDate) {
+        self.cx.today = today;
+        if let Ok(chats) = &mut self.chats {
+            chats.set_today(today);
+        }
+    }
+
+    /// Whether chats can be rendered, which takes a large stack.
+    pub fn has_chat_template(&self) -> bool {
+        self.chats.is_ok()
     }
 
     /// The next context; `None` at the end of the text.
@@ -206,6 +294,13 @@ impl Contexts {
                         InputError::new(format!("{origin} is a chat, and {why}"))
                             .help("use a model that is made for chats, or a text")
                     })?;
+                    if template.is_dated() && !std::mem::replace(&mut self.cx.date_is_chosen, true) {
+                        eprintln!(
+                            "the chat template writes today's date, {today}, into chats; `chat_date: {today}` on the \
+                             source gives the same text on another day",
+                            today = self.cx.today
+                        );
+                    }
                     match template.render(&messages) {
                         // The template has put special tokens where they belong.
                         Ok(text) => (self.encode(&text, false, &origin)?, origin),
@@ -319,6 +414,17 @@ impl Contexts {
     }
 }
 
+/// The id of a special token in a model's config: the first, where there are several.
+fn special_id(model_config: &Value, name: &str) -> Option<i64> {
+    let key = format!("{name}_token_id");
+    // Models that read pictures too have a config of their text part.
+    let own = |config: &Value| {
+        let id = config.get(&key)?;
+        id.as_i64().or_else(|| id.as_array()?.first()?.as_i64())
+    };
+    own(model_config).or_else(|| own(model_config.get("text_config")?))
+}
+
 /// The model's tokenizer, if it has one.
 fn tokenizer(files: &ModelFiles) -> Result<Option<Tokenizer>> {
     let Some(bytes) = files.read("tokenizer.json")? else { return Ok(None) };
@@ -358,6 +464,17 @@ fn between_words(text: &str, at_most: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn special_ids_of_configs() {
+        let of = |json: &str| special_id(&serde_json::from_str(json).unwrap(), "eos");
+        assert_eq!(of(r#"{"eos_token_id": 7}"#), Some(7));
+        assert_eq!(of(r#"{"eos_token_id": [128001, 128008, 128009]}"#), Some(128_001));
+        assert_eq!(of(r#"{"text_config": {"eos_token_id": [1, 106]}, "eos_token_id": null}"#), Some(1));
+        for none in ["{}", r#"{"eos_token_id": null}"#, r#"{"eos_token_id": []}"#, r#"{"eos_token_id": "2"}"#] {
+            assert_eq!(of(none), None, "{none}");
+        }
+    }
 
     #[test]
     fn pieces_end_between_words() {

@@ -21,6 +21,7 @@ mod sites;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use chrono::{Local, NaiveDate};
 use dictlearn_core::format::WrittenSource;
 use dictlearn_core::interrupt;
 use dictlearn_core::lm::{open_model, ModelFiles};
@@ -92,6 +93,14 @@ pub struct LanguageModelConfig {
     /// (`false`); null to leave it to the tokenizer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prepend_bos: Option<bool>,
+    /// Leave out the activations of special tokens: `true` for BOS, EOS, padding and separator as the model's files name
+    /// them, or a list of token ids. The model still reads those tokens.
+    #[serde(default, skip_serializing_if = "Exclude::is_none")]
+    pub exclude_special_tokens: Exclude,
+    /// Date that chat templates see as today, `YYYY-MM-DD`; null for the day on which the run begins. Some templates
+    /// write it into the system message (Llama 3.1 and later, gpt-oss): set it for the same tokens on another day.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_date: Option<String>,
     /// Leave out activations whose norm is more than so many times the median of their forward pass; 10 is usual. With
     /// several submodules, a token that is left out at one is left out at all.
     #[serde(default)]
@@ -108,6 +117,54 @@ pub struct LanguageModelConfig {
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
+}
+
+/// Tokens whose activations are left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Exclude {
+    /// All special tokens, or none.
+    Special(bool),
+    /// The tokens with these ids.
+    Ids(Vec<i64>),
+}
+
+impl Default for Exclude {
+    fn default() -> Self {
+        Exclude::Special(false)
+    }
+}
+
+impl Exclude {
+    fn is_none(&self) -> bool {
+        *self == Exclude::Special(false)
+    }
+
+    /// The ids, of which a model embeds `vocab_size`.
+    fn ids(&self, contexts: &Contexts, vocab_size: i64) -> Result<Vec<i64>> {
+        let field = "exclude_special_tokens";
+        match self {
+            Exclude::Special(false) => Ok(Vec::new()),
+            Exclude::Special(true) => match contexts.special_ids() {
+                [] => bail!(InputError::new("the model's files name no special tokens")
+                    .field(field)
+                    .help("give their ids: `exclude_special_tokens: [0, 1]`")),
+                ids => Ok(ids.to_vec()),
+            },
+            Exclude::Ids(ids) => {
+                if let Some(index) = ids.iter().position(|id| !(0..vocab_size).contains(id)) {
+                    bail!(InputError::new(format!(
+                        "token id {}, but the model embeds only the ids 0 to {}",
+                        ids[index],
+                        vocab_size - 1
+                    ))
+                    .field(format!("{field}[{index}]"))
+                    .help("give ids that the model's tokenizer has"));
+                }
+                Ok(ids.clone())
+            }
+        }
+    }
 }
 
 fn ctx_len() -> u64 {
@@ -196,6 +253,14 @@ impl SourceConfig for LanguageModelConfig {
                 .field("ctx_len")
                 .help("set it to 2 or more"));
         }
+        let chosen = self.chat_date.as_deref().map(|date| {
+            date.parse::<NaiveDate>().map_err(|_| {
+                InputError::new(format!("`{date}` is not a date"))
+                    .field("chat_date")
+                    .help("write it as YYYY-MM-DD: 2024-07-26")
+            })
+        });
+        let chosen = chosen.transpose()?;
         let contexts_cx = ContextsCx {
             ctx_len: self.ctx_len as usize,
             pack: self.pack,
@@ -203,10 +268,15 @@ impl SourceConfig for LanguageModelConfig {
             prepend_bos: self.prepend_bos == Some(true),
             vocab_size: model.vocab_size(),
             max_positions: model.max_positions(),
+            today: chosen.unwrap_or_else(|| Local::now().date_naive()),
+            date_is_chosen: chosen.is_some(),
         };
         let context_length = text.longest_row().unwrap_or(self.ctx_len as i64);
         let contexts = Contexts::new(text, &files, contexts_cx).under("model")?;
         let text_files = contexts.files();
+        let excluded = self.exclude_special_tokens.ids(&contexts, model.vocab_size())?;
+        let excluded = (!excluded.is_empty()).then(|| Tensor::from_slice(&excluded).to_device(model.device()));
+        let today = contexts.today();
         let contexts = Ahead::new(contexts, 2 * self.refresh_batch_size as usize);
         let mut settings = serde_json::to_value(self)?;
         if let Some(commit) = files.commit() {
@@ -226,8 +296,10 @@ impl SourceConfig for LanguageModelConfig {
             files,
             text_files,
             sites,
+            today,
             harvest: Harvest {
                 remove_bos: self.remove_bos,
+                excluded,
                 max_norm: self.max_activation_norm_multiple,
                 rows: self.refresh_batch_size as usize,
                 contexts,
@@ -257,6 +329,8 @@ struct LanguageModelSource {
     /// Of the text, with their lengths.
     text_files: BTreeMap<String, u64>,
     sites: Vec<LanguageModelSite>,
+    /// The date that chat templates see.
+    today: NaiveDate,
     harvest: Harvest,
     /// Made at the first batch: a source that is only asked for tokens needs none.
     buffer: Option<Buffer>,
@@ -272,6 +346,8 @@ struct LanguageModelSource {
 /// The model and the text: activations in the text's order.
 struct Harvest {
     remove_bos: bool,
+    /// The token ids whose activations are left out.
+    excluded: Option<Tensor>,
     max_norm: Option<f64>,
     rows: usize,
     contexts: Ahead,
@@ -375,6 +451,10 @@ impl Harvest {
                 |value: Tensor| if value.size()[0] < count { value.expand([count, -1, -1], true) } else { value };
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).map(of_all).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
+            let mask = match &self.excluded {
+                Some(ids) => mask.logical_and(&tokens.ids.isin(ids, false, true)),
+                None => mask,
+            };
             let mask = self.finite(&values, mask, rows)?;
             // Of all rows at once: a GPU is waited for at each answer.
             let counts = Vec::<i64>::try_from(mask.sum_dim_intlist([1].as_slice(), false, Kind::Int64))?;
@@ -628,6 +708,7 @@ impl ActivationSource for LanguageModelSource {
         let mut state = State::new();
         state.put("place", harvest.contexts.place())?;
         state.put("text_files", &self.text_files)?;
+        state.put("today", self.today.to_string())?;
         state.put("context", harvest.context)?;
         state.put("starts", &harvest.starts)?;
         state.put("ended", harvest.ended)?;
@@ -661,6 +742,11 @@ impl ActivationSource for LanguageModelSource {
             ))
             .field("text")
             .help("put its files back as they were, or train anew in another `--output-dir`"));
+        }
+        // A chat is the same text when the run goes on on another day.
+        if let Ok(today) = state.get::<String>("today")?.parse() {
+            self.today = today;
+            self.harvest.contexts.set_today(today);
         }
         let (device, points) = (self.cx.device, self.harvest.points.len());
         let saved = |name: String| Ok(state.tensor(&name)?.to_device(device));

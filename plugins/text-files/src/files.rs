@@ -175,21 +175,38 @@ mod tests {
     fn chats_in_every_spelling() {
         let content = br#"{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 {"text": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+{"text": {"role": ["user", "assistant"], "content": ["a", "b"], "tool_calls": null}}
+{"text": {"from": ["human", "gpt"], "value": ["a", "b"]}}
 {"text": [{"role": "user"}]}
 {"text": []}
+{"text": {"role": ["user", "assistant"], "content": ["a"]}}
+{"text": {"role": "user", "content": "a"}}
+{"text": {}}
 "#;
         let (_dir, mut stream) = stream("a.jsonl", content, Documents::Paragraph, false);
-        for line in 1..=2 {
+        for line in 1..=4 {
             let Some(Record::Chat(chat)) = stream.next_record().unwrap() else { panic!("not a chat") };
             assert!(chat.origin.ends_with(&format!("a.jsonl:{line}")));
             let said: Vec<_> = chat.messages.iter().map(|message| (&message["role"], &message["content"])).collect();
             assert_eq!(said, [(&"user".into(), &"a".into()), (&"assistant".into(), &"b".into())]);
         }
         assert_eq!(stream.next_record().unwrap(), None);
-        assert_eq!(stream.skipped().0, 2);
+        assert_eq!(stream.skipped().0, 5);
         // What only the model finds wrong with a record counts as well.
         stream.refuse("a.jsonl:1", "roles must alternate").unwrap();
-        assert_eq!(stream.skipped().0, 3);
+        assert_eq!(stream.skipped().0, 6);
+    }
+
+    #[test]
+    fn messages_that_call_tools_need_no_content() {
+        let content = br#"{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {}}]}]}
+{"text": [{"role": "assistant", "tool_calls": null}]}
+"#;
+        let (_dir, mut stream) = stream("a.jsonl", content, Documents::Paragraph, false);
+        let Some(Record::Chat(chat)) = stream.next_record().unwrap() else { panic!("not a chat") };
+        assert_eq!(chat.messages[1].get("content"), None);
+        assert_eq!(stream.next_record().unwrap(), None);
+        assert_eq!(stream.skipped().0, 1);
     }
 
     fn packed(ending: &str, content: &[u8]) -> Vec<u8> {

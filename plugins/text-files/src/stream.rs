@@ -262,10 +262,28 @@ fn field(line: &str, column: &str) -> std::result::Result<Value, String> {
     }
 }
 
-/// The messages of a chat as `{role, content}`, however they were written.
-fn messages(value: &[Value]) -> Option<Vec<Value>> {
+/// The messages of a chat as `{role, content}`, however they were written: a list of messages, or an object of equally
+/// long lists, which is how `datasets` keeps them.
+fn messages(value: &Value) -> Option<Vec<Value>> {
+    let rows = match value {
+        Value::Array(messages) => messages.clone(),
+        Value::Object(lists) => {
+            let length = lists.values().find_map(Value::as_array)?.len();
+            if lists.values().any(|list| !list.is_null() && list.as_array().is_none_or(|list| list.len() != length)) {
+                return None;
+            }
+            let row = |row: usize| {
+                let fields = lists.iter().filter_map(|(name, list)| Some((name.clone(), list.get(row)?.clone())));
+                Value::Object(fields.collect())
+            };
+            (0..length).map(row).collect()
+        }
+        _ => return None,
+    };
     let message = |message: &Value| {
-        if message.get("role").is_some_and(Value::is_string) && message.get("content").is_some() {
+        // A message that calls tools may say nothing.
+        let says = message.get("content").is_some() || message.get("tool_calls").is_some_and(Value::is_array);
+        if says && message.get("role").is_some_and(Value::is_string) {
             return Some(message.clone());
         }
         // As ShareGPT writes them.
@@ -276,7 +294,7 @@ fn messages(value: &[Value]) -> Option<Vec<Value>> {
         };
         Some(json!({"role": role, "content": message.get("value")?}))
     };
-    value.iter().map(message).collect()
+    rows.iter().map(message).collect()
 }
 
 impl TextFiles {
@@ -355,7 +373,7 @@ impl TextFiles {
                 }
                 Ok(None) => {}
                 Ok(Some(Value::String(found))) => (text, start) = (found, file.line),
-                Ok(Some(value)) => match value.as_array().and_then(|value| messages(value)) {
+                Ok(Some(value)) => match messages(&value) {
                     Some(messages) if !messages.is_empty() => {
                         return Ok(Some(Record::Chat(Chat { messages, origin: place })))
                     }

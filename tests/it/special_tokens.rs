@@ -1,0 +1,144 @@
+//! What stands between, before and around texts: separators, BOS, the tokens of chats; and leaving them out.
+
+use std::fs;
+
+use dictlearn_core::lm::EmbeddedModel;
+use dictlearn_core::tensors::TensorFile;
+use serde_json::{json, Value};
+
+use crate::common::Desk;
+
+/// The bundled model's separator.
+const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// A desk with the bundled model in the folder `model`, some documents, and a config that harvests them.
+fn desk() -> Desk {
+    let desk = Desk::new();
+    fs::create_dir(desk.path("model")).unwrap();
+    let bundled = dictlearn_core::inventory::iter::<EmbeddedModel>.into_iter().next().unwrap();
+    for (name, bytes) in bundled.files {
+        fs::write(desk.path("model").join(name), bytes).unwrap();
+    }
+    let lines: String = (0..40).map(|n| format!("{{\"text\": \"Miss number {n} was walking.\"}}\n")).collect();
+    desk.write("text.jsonl", &lines);
+    config(&desk, "pack: true");
+    desk
+}
+
+fn config(desk: &Desk, source: &str) {
+    desk.write(
+        "config.yaml",
+        &format!(
+            "precision: float32\nsource: {{type: language_model, model: model, submodule: gpt_neox.layers.0, epochs: 1, \
+             shuffle: false, ctx_len: 32, text: {{type: text_files, path: text.jsonl}}, {source}}}\n"
+        ),
+    );
+}
+
+fn edit(desk: &Desk, file: &str, edit: impl FnOnce(&mut Value)) {
+    let mut value = desk.json(file);
+    edit(&mut value);
+    desk.write(file, &value.to_string());
+}
+
+/// The harvested tokens, and what was said.
+fn harvested(desk: &Desk, out: &str) -> (Vec<i64>, String) {
+    let run = desk.run(&["activations", "config.yaml", "--out", out]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let shard = TensorFile::open(&desk.path(out).join("activations-00000.safetensors")).unwrap();
+    (Vec::<i64>::try_from(shard.tensor("token_ids").unwrap()).unwrap(), run.stderr)
+}
+
+/// The id of the bundled model's separator.
+fn end_of_text(desk: &Desk) -> i64 {
+    let tokenizer = desk.json("model/tokenizer.json");
+    let added = tokenizer["added_tokens"].as_array().unwrap();
+    added.iter().find(|token| token["content"] == END_OF_TEXT).unwrap()["id"].as_i64().unwrap()
+}
+
+#[test]
+fn special_tokens_can_be_left_out() {
+    let desk = desk();
+    let end = end_of_text(&desk);
+    let (all, _) = harvested(&desk, "all");
+    assert_eq!(all.iter().filter(|id| **id == end).count(), 40);
+    let without = |ids: &[i64]| all.iter().copied().filter(|id| !ids.contains(id)).collect::<Vec<i64>>();
+    config(&desk, "pack: true, exclude_special_tokens: true");
+    assert_eq!(harvested(&desk, "special").0, without(&[end]));
+    let some = all[3];
+    config(&desk, &format!("pack: true, exclude_special_tokens: [{end}, {some}]"));
+    assert_eq!(harvested(&desk, "listed").0, without(&[end, some]));
+    config(&desk, "pack: true, exclude_special_tokens: false");
+    assert_eq!(harvested(&desk, "none").0, all);
+}
+
+#[test]
+fn tokens_to_leave_out_must_be_the_models() {
+    let desk = desk();
+    for (written, found) in [("[0, 999999]", "token id 999999"), ("[-1]", "token id -1")] {
+        config(&desk, &format!("exclude_special_tokens: {written}"));
+        let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
+        assert!(said.contains(found) && said.contains("(source.exclude_special_tokens["), "{said}");
+    }
+    config(&desk, "exclude_special_tokens: sometimes");
+    let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
+    assert!(said.contains("exclude_special_tokens"), "{said}");
+}
+
+#[test]
+fn a_separator_is_the_first_of_several() {
+    let desk = desk();
+    let (all, said) = harvested(&desk, "all");
+    assert!(!said.contains("warning"), "{said}");
+    let end = end_of_text(&desk);
+    edit(&desk, "model/tokenizer_config.json", |config| *config = json!({}));
+    edit(&desk, "model/config.json", |config| config["eos_token_id"] = json!([end, 5]));
+    assert_eq!(harvested(&desk, "list").0, all);
+    edit(&desk, "model/config.json", |config| {
+        let config = config.as_object_mut().unwrap();
+        config.remove("eos_token_id");
+        config.remove("bos_token_id");
+    });
+    let (glued, said) = harvested(&desk, "glued");
+    assert!(!glued.contains(&end));
+    assert!(said.contains("warning: documents are packed with nothing between them"), "{said}");
+    edit(&desk, "model/config.json", |config| config["eos_token_id"] = json!([999_999]));
+    let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
+    assert!(said.contains("EOS is token 999999") && said.contains("eos_token_id"), "{said}");
+}
+
+#[test]
+fn tokenizer_files_that_disagree_on_bos_are_said() {
+    let desk = desk();
+    config(&desk, "remove_bos: false");
+    let (plain, _) = harvested(&desk, "plain");
+    edit(&desk, "model/tokenizer_config.json", |config| config["add_bos_token"] = json!(true));
+    let (still, said) = harvested(&desk, "still");
+    // As transformers 5 does.
+    assert_eq!(still, plain);
+    assert!(said.contains("`add_bos_token: true`, but its tokenizer.json adds no BOS"), "{said}");
+    config(&desk, "prepend_bos: true");
+    let (_, said) = harvested(&desk, "chosen");
+    assert!(!said.contains("add_bos_token"), "{said}");
+}
+
+#[test]
+fn chats_are_dated() {
+    let desk = desk();
+    desk.write("model/chat_template.jinja", "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}");
+    desk.write("text.jsonl", "{\"text\": {\"role\": [\"user\"], \"content\": [\"Hello.\"]}}\n");
+    config(&desk, "chat_date: 2024-07-26");
+    let (chat, said) = harvested(&desk, "chat");
+    assert!(!said.contains("chat_date"), "{said}");
+    let (_, said) = {
+        config(&desk, "chat_date: null");
+        harvested(&desk, "today")
+    };
+    assert!(said.contains("the chat template writes today's date"), "{said}");
+    config(&desk, "chat_date: yesterday");
+    let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
+    assert!(said.contains("`yesterday` is not a date") && said.contains("source.chat_date"), "{said}");
+    desk.write("text.jsonl", "{\"text\": \"26 Jul 2024: Hello.\"}\n");
+    config(&desk, "pack: false");
+    assert_eq!(harvested(&desk, "written").0, chat);
+}
