@@ -13,7 +13,7 @@ use crate::checkpoint::{self, make_dir, Checkpoints, Machine};
 use crate::config::{folder_name, InputError, RunConfig, SaeConfig, Under};
 use crate::device;
 use crate::dictionary::Dictionary;
-use crate::evaluate;
+use crate::evaluate::{self, Measured, ALL_READ};
 use crate::hub::{self, hub, Repo};
 use crate::interrupt::{self, Interrupt};
 use crate::logger::Logger;
@@ -253,14 +253,17 @@ impl Run {
             }
         }
         let features = saes.iter().map(|sae| sae.training.dictionary.dims().features).max().unwrap_or(0);
-        match &config.eval_source {
+        match Measured::own(config) {
             None => {
                 evaluate::check(&config.metrics, &mut *source)?;
                 memory.add(evaluate::memory(&config.metrics, &mut *source, features, 0)?)?;
             }
             // Opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
             Some(other) => {
-                let mut other = other.build(&source_cx).under("eval_source")?;
+                let mut other = other.build(&source_cx)?;
+                if let Some(shared) = other.overlap(&source.describe()).filter(|_| !config.metrics.is_empty()) {
+                    evaluate::warn_of_overlap(&shared);
+                }
                 evaluate::check(&config.metrics, &mut *other)?;
                 let own = other.memory().iter().filter(|need| !need.passing).map(|need| need.bytes).sum();
                 memory.add(evaluate::memory(&config.metrics, &mut *other, features, own)?)?;
@@ -678,10 +681,12 @@ impl Run {
         let folded: Vec<_> = trained.iter().map(|sae| self.folded(sae)).collect::<Result<_>>()?;
         let names_and_sites: Vec<(String, usize)> =
             trained.iter().map(|sae| (sae.training.name.clone(), sae.site)).collect();
-        let mut other = match &config.eval_source {
-            None => None,
-            Some(source) => Some(source.build(&config.source_cx(self.device)).under("eval_source")?),
-        };
+        let measured = Measured::own(config);
+        let mut other = measured.map(|measured| measured.build(&config.source_cx(self.device))).transpose()?;
+        if other.is_none() && self.stream.passes() > 1 && !config.metrics.is_empty() {
+            let source = self.stream.source_ref();
+            evaluate::warn_of_overlap(&source.overlap(&source.describe()).unwrap_or(ALL_READ.to_owned()));
+        }
         let source: &mut dyn ActivationSource = match &mut other {
             Some(source) => &mut **source,
             None => self.stream.source(),
@@ -690,7 +695,7 @@ impl Run {
         for ((_, site), dictionary) in names_and_sites.iter().zip(&folded) {
             subjects.push(Subject { dictionary: &**dictionary, site: eval_site(source, &self.sites[*site])? });
         }
-        let results = evaluate::evaluate(&config.metrics, &subjects, source, config.eval_source.is_some())?;
+        let results = evaluate::evaluate(&config.metrics, &subjects, source, measured.is_some())?;
         let names = names_and_sites.into_iter().map(|(name, _)| name);
         let results: Vec<_> = names.zip(results).collect();
         for (name, result) in &results {
