@@ -530,9 +530,12 @@ mod tests {
 
     #[test]
     fn every_row_is_either_trained_on_or_held_out() {
-        for (fraction, count) in [(0.1, 1000), (0.1, 1003), (0.25, 400), (0.3, 997), (0.5, 10), (0.9, 500), (1e-3, 5000)] {
+        for (fraction, count) in
+            [(0.1, 1000), (0.1, 1003), (0.25, 400), (0.3, 997), (0.5, 10), (0.9, 500), (1e-3, 5000)]
+        {
             let held_out = HeldOut::new(fraction, 7).unwrap();
-            let (held, trained) = (rows(held_out, count, Purpose::Evaluation), rows(held_out, count, Purpose::Training));
+            let (held, trained) =
+                (rows(held_out, count, Purpose::Evaluation), rows(held_out, count, Purpose::Training));
             let expected = count as f64 * fraction;
             assert!((held.len() as f64 - expected).abs() <= 1.0, "{fraction} of {count}: {}", held.len());
             let mut all = [held.clone(), trained].concat();
@@ -540,8 +543,7 @@ mod tests {
             assert!(all.into_iter().eq(0..count), "{fraction} of {count}");
             // The rows are the same whichever ranges they are asked for in.
             let parts = (0..count).step_by(13).map(|start| start..(start + 13).min(count));
-            let parts: Vec<u64> =
-                parts.flat_map(|part| held_out.wanted(part, Purpose::Evaluation)).flatten().collect();
+            let parts: Vec<u64> = parts.flat_map(|part| held_out.wanted(part, Purpose::Evaluation)).flatten().collect();
             assert_eq!(parts, held, "{fraction} of {count}");
         }
     }

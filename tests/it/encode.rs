@@ -44,12 +44,9 @@ fn numpy_files_and_other_names_are_encoded_alike() {
     };
     let expected = encoded("x.safetensors", &[]);
     assert_eq!(expected.size(), [50, 96]);
-    for (input, more) in [
-        ("x.npy", &[][..]),
-        ("x.npz", &[]),
-        ("x.safetensors", &["--tensor", "acts"]),
-        ("x.npz", &["--tensor", "acts"]),
-    ] {
+    for (input, more) in
+        [("x.npy", &[][..]), ("x.npz", &[]), ("x.safetensors", &["--tensor", "acts"]), ("x.npz", &["--tensor", "acts"])]
+    {
         assert_eq!(encoded(input, more), expected, "{input} {more:?}");
     }
 }
@@ -73,8 +70,7 @@ fn an_input_that_cannot_be_read_says_what_is_taken() {
         ("x.npz", &[], &["x.npz"]),
         ("nowhere.npy", &[], &["nowhere.npy"]),
     ] {
-        let said =
-            desk.refused(&[&["encode", "top_k", "--input", input, "--output", "y.safetensors"], more].concat());
+        let said = desk.refused(&[&["encode", "top_k", "--input", input, "--output", "y.safetensors"], more].concat());
         assert!(words.iter().all(|word| said.contains(word)), "{input} {more:?}: {said}");
     }
     let said = desk.refused(&["encode", "top_k", "--text", "a text", "--tensor", "x"]);
@@ -125,7 +121,8 @@ fn negative_features_count_and_are_ranked_by_magnitude() {
 #[test]
 fn a_text_without_a_model_is_told_of_the_model() {
     let desk = Desk::new();
-    let saes = "saes: [{name: a, trainer: {type: top_k, warmup_steps: 0}, dictionary: {dict_size: 64, k: 4}}]\nmetrics: []\n";
+    let saes =
+        "saes: [{name: a, trainer: {type: top_k, warmup_steps: 0}, dictionary: {dict_size: 64, k: 4}}]\nmetrics: []\n";
     desk.write("config.yaml", &tensor_file_config(2, saes));
     desk.ok(&["train", "config.yaml"]);
     let said = desk.refused(&["encode", "run/a", "--text", "a text"]);

@@ -485,7 +485,8 @@ fn published(desk: &Desk, place: &str, files: [&str; 2], change: &Value, tensor:
 #[test]
 fn keys_that_change_what_is_computed_are_refused_by_name() {
     let desk = Desk::new();
-    let llama = ("llama_scope", "llama_scope/Llama3_1-8B-Base-L3R-8x", ["hyperparams.json", "checkpoints/final.safetensors"]);
+    let llama =
+        ("llama_scope", "llama_scope/Llama3_1-8B-Base-L3R-8x", ["hyperparams.json", "checkpoints/final.safetensors"]);
     let sparsify = ("sparsify", "sparsify/sae/layers.3", ["cfg.json", "sae.safetensors"]);
     let gemma = (
         "gemma_scope",
@@ -528,6 +529,26 @@ fn keys_that_change_what_is_computed_are_refused_by_name() {
         assert!(run.code == 0 && run.stderr.contains("`trained_by`"), "{format}: {}", run.stderr);
         matches(&desk, &desk.path(format), &io, 1e-5);
     }
+}
+
+#[test]
+fn an_entry_that_an_openai_sae_does_not_have_is_refused_by_name() {
+    let desk = Desk::new();
+    let ones = |size: &[i64]| Tensor::ones(size, tch::kind::FLOAT_CPU);
+    let mut tensors = vec![
+        ("pre_bias", ones(&[6])),
+        ("encoder.weight", ones(&[10, 6])),
+        ("latent_bias", ones(&[10])),
+        ("decoder.weight", ones(&[6, 10])),
+        ("stats_last_nonzero", ones(&[10])),
+    ];
+    let file = desk.path("8.pt");
+    dictlearn_core::torch_file::write(&file, &tensors).unwrap();
+    desk.ok(&["import", "openai", "8.pt", "--out", "fine"]);
+    tensors.push(("decoder.bias", ones(&[6])));
+    dictlearn_core::torch_file::write(&file, &tensors).unwrap();
+    let message = desk.refused(&["import", "openai", "8.pt", "--out", "out"]);
+    assert!(message.contains("decoder.bias") && !message.contains("stats_last_nonzero"), "{message}");
 }
 
 #[test]

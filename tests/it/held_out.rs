@@ -89,21 +89,35 @@ fn measuring_what_was_trained_on_is_said() {
     // Three passes over the file leave nothing unread.
     desk.write("config.yaml", &config("path: x.safetensors", METRICS));
     let run = desk.run(&["train", "config.yaml"]);
-    let warned = |stderr: &str| stderr.contains("trained on") && stderr.contains("x.safetensors") && stderr.contains("held_out");
+    let warned =
+        |stderr: &str| stderr.contains("trained on") && stderr.contains("x.safetensors") && stderr.contains("held_out");
     assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
     let run = desk.run(&["eval", "run/a"]);
     assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
     // What training does not get to is left for the metrics, as before.
-    let run = desk.run(&["train", "config.yaml", "--output-dir", "short", "--set", "steps=5", "--set", "metrics[0].n_batches=3"]);
+    let run = desk.run(&[
+        "train",
+        "config.yaml",
+        "--output-dir",
+        "short",
+        "--set",
+        "steps=5",
+        "--set",
+        "metrics[0].n_batches=3",
+    ]);
     assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
     // The same file for both, by another name of it.
     std::os::unix::fs::symlink(desk.path("x.safetensors"), desk.path("other.safetensors")).unwrap();
-    desk.write("same.yaml", &config("path: x.safetensors", &format!("eval_source: {{path: other.safetensors}}\n{METRICS}")));
+    desk.write(
+        "same.yaml",
+        &config("path: x.safetensors", &format!("eval_source: {{path: other.safetensors}}\n{METRICS}")),
+    );
     let run = desk.run(&["train", "same.yaml", "--output-dir", "same"]);
     assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
     // Another file.
     std::fs::copy(desk.path("x.safetensors"), desk.path("copy.safetensors")).unwrap();
-    let run = desk.run(&["eval", "run/a", "--set", &format!("source.path={}", desk.path("copy.safetensors").display())]);
+    let run =
+        desk.run(&["eval", "run/a", "--set", &format!("source.path={}", desk.path("copy.safetensors").display())]);
     assert!(run.code == 0 && run.stderr.is_empty(), "{}", run.stderr);
 }
 
@@ -140,7 +154,8 @@ fn a_cache_of_activations_holds_rows_out() {
     // The same rows as of the file that it was written from.
     let rows = HeldOut::new(0.1, 0).unwrap().wanted(0..ROWS, Purpose::Evaluation).into_iter().flatten();
     let rows = Tensor::from_slice(&rows.map(|row| row as i64).collect::<Vec<_>>());
-    let x = TensorFile::open(&desk.path("x.safetensors")).unwrap().tensor("activations").unwrap().index_select(0, &rows);
+    let x =
+        TensorFile::open(&desk.path("x.safetensors")).unwrap().tensor("activations").unwrap().index_select(0, &rows);
     tensors::write(&desk.path("held.safetensors"), &[("x", x.shallow_clone())]).unwrap();
     desk.ok(&["encode", "run/a", "--input", "held.safetensors", "--output", "y.safetensors"]);
     let recon = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("recon").unwrap();

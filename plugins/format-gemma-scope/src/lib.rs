@@ -71,7 +71,7 @@ impl Format for GemmaScope {
         };
         notes.extend(check_keys(&said, "config.json", OFF, KNOWN)?);
         let embedding = !second && is_embedding(&words);
-        let transcodes = transcodes(&words) || clt || says_transcoder(&said)?;
+        let transcodes = says_transcoder(&said)? || transcodes(&words) || clt;
         let (mut w_enc, mut w_dec) = (take(&mut tensors, "W_enc")?, take(&mut tensors, "W_dec")?);
         if clt && w_dec.dim() == 3 {
             // [F, layers, d_out].
@@ -267,7 +267,9 @@ fn says_transcoder(said: &Value) -> Result<bool> {
             .help("supported are SAEs, transcoders and cross-layer transcoders"));
     }
     let (reads, writes) = (said["hf_hook_point_in"].as_str(), said["hf_hook_point_out"].as_str());
-    Ok(kind.contains("transcoder") || kind.contains("clt") || reads.zip(writes).is_some_and(|(reads, writes)| reads != writes))
+    Ok(kind.contains("transcoder")
+        || kind.contains("clt")
+        || reads.zip(writes).is_some_and(|(reads, writes)| reads != writes))
 }
 
 /// The same of Gemma Scope 2: what config.json says, or what the names do.

@@ -140,26 +140,30 @@ impl Format for LlamaScope {
             let Some(norms) = &norms else { return Ok(Activation::Jump(threshold)) };
             if threshold.size() != norms.size() {
                 let (found, wanted) = (threshold.size(), norms.size());
-                bail!(InputError::new(format!("the thresholds have shape {found:?}, and the decoder's rows {wanted:?}")));
+                bail!(InputError::new(format!(
+                    "the thresholds have shape {found:?}, and the decoder's rows {wanted:?}"
+                )));
             }
             // A feature that writes nothing is never above it.
             Ok(Activation::Jump((threshold / norms).masked_fill(&norms.le(0.0), f64::INFINITY)))
         };
         let threshold = config.get("jump_relu_threshold").and_then(Value::as_f64);
-        let activation = match (log_threshold, text("act_fn").map(str::to_lowercase).as_deref(), threshold) {
-            (Some(threshold), Some("jumprelu") | None, _) => jump(threshold.exp())?,
-            (None, Some("relu"), _) => Activation::Relu,
-            // The authors' code makes jumprelu of a topk that has a threshold.
-            (None, act_fn, Some(threshold)) if act_fn != Some("topk") || threshold > 0.0 => {
-                let unit = if norms.is_some() { scale_out } else { scale };
-                jump(b_enc.ones_like() * (threshold * unit))?
-            }
-            (_, Some(act_fn @ ("topk" | "relu")), _) => bail!(InputError::new(format!(
-                "{file}: `act_fn: {act_fn}` is not supported with what stands beside it"
-            ))
-            .help("supported are jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")),
-            _ => bail!(InputError::new("the threshold is not said").help("it is `jump_relu_threshold` of hyperparams.json")),
-        };
+        let activation =
+            match (log_threshold, text("act_fn").map(str::to_lowercase).as_deref(), threshold) {
+                (Some(threshold), Some("jumprelu") | None, _) => jump(threshold.exp())?,
+                (None, Some("relu"), _) => Activation::Relu,
+                // The authors' code makes jumprelu of a topk that has a threshold.
+                (None, act_fn, Some(threshold)) if act_fn != Some("topk") || threshold > 0.0 => {
+                    let unit = if norms.is_some() { scale_out } else { scale };
+                    jump(b_enc.ones_like() * (threshold * unit))?
+                }
+                (_, Some(act_fn @ ("topk" | "relu")), _) => bail!(InputError::new(format!(
+                    "{file}: `act_fn: {act_fn}` is not supported with what stands beside it"
+                ))
+                .help("supported are jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")),
+                _ => bail!(InputError::new("the threshold is not said")
+                    .help("it is `jump_relu_threshold` of hyperparams.json")),
+            };
         let reads = text("hook_point_in");
         let writes = text("hook_point_out").filter(|writes| reads.is_some_and(|reads| reads != *writes));
         let affine = Affine {
@@ -204,7 +208,8 @@ impl Format for LlamaScope {
 /// What activations were multiplied with in training: those that are read, and those that are reconstructed.
 fn scales(config: &Value, place: &Place, d: i64) -> Result<(f64, f64)> {
     let said = place.table.get("norm_scaling_factor").and_then(Value::as_f64);
-    if said.is_none() && config["norm_activation"].as_str().is_some_and(|way| !way.eq_ignore_ascii_case("dataset-wise")) {
+    if said.is_none() && config["norm_activation"].as_str().is_some_and(|way| !way.eq_ignore_ascii_case("dataset-wise"))
+    {
         // They are folded already, or there were none.
         return Ok((1.0, 1.0));
     }

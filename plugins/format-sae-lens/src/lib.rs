@@ -15,7 +15,9 @@ mod export;
 mod models;
 mod table;
 
-use dictlearn_core::format::{nothing_left, take, through, Activation, Affine, Format, Place, Published, Python, Request};
+use dictlearn_core::format::{
+    nothing_left, take, through, Activation, Affine, Format, Place, Published, Python, Request,
+};
 use dictlearn_core::prelude::*;
 use dictlearn_core::saved::Saved;
 use dictlearn_core::tensors::TensorFile;

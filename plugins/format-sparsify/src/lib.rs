@@ -7,7 +7,9 @@
 //! ŷ = f W_dec + b_dec [+ W_skip x]
 //! ```
 
-use dictlearn_core::format::{check_keys, nothing_left, take, Activation, Affine, Format, ModelSite, Place, Published, Request};
+use dictlearn_core::format::{
+    check_keys, nothing_left, take, Activation, Affine, Format, ModelSite, Place, Published, Request,
+};
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
 

@@ -318,9 +318,8 @@ impl ActivationSource for ActivationCache {
         }
         let parted = ["held_out", "held_out_seed"].iter().all(|key| self.described[key] == trained[key]);
         let apart = self.held_out.is_some() && self.cx.purpose == Purpose::Evaluation && parted;
-        (!apart).then(|| {
-            format!("rows of {}: `held_out: 0.1` in `source` keeps rows back from training", own.display())
-        })
+        (!apart)
+            .then(|| format!("rows of {}: `held_out: 0.1` in `source` keeps rows back from training", own.display()))
     }
 
     fn state(&self) -> Result<State> {
