@@ -15,7 +15,10 @@ fn main() -> anyhow::Result<()> {
     let features = sae.encode(&x); // [N, F]
     let x_hat = sae.reconstruction(&features, &x); // [N, d_out]; `decode` where nothing stands before the SAE
     println!("{}, {:?}", sae.class(), sae.dims());
-    println!("active features: {:?}", Vec::<i64>::try_from(features.gt(0.0).sum_dim_intlist(1, false, Kind::Int64))?);
+    println!(
+        "active features: {:?}",
+        Vec::<i64>::try_from(features.not_equal(0.0).sum_dim_intlist(1, false, Kind::Int64))?
+    );
     println!("squared error: {:.4}", (x_hat - x).square().mean(Kind::Float).double_value(&[]));
     Ok(())
 }

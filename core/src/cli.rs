@@ -14,13 +14,14 @@ use crate::config::{self, InputError, RunConfig, Sources, Under};
 use crate::describe;
 use crate::device;
 use crate::doctor;
-use crate::evaluate;
+use crate::evaluate::{self, Measured};
 use crate::format;
 use crate::harvest;
 use crate::hub;
 use crate::interrupt::Interrupt;
 use crate::metric::Subject;
 use crate::new_plugin;
+use crate::numpy;
 use crate::push::Push;
 use crate::registry::{self, component, components, nearest, Component, Kind};
 use crate::run::{self, Ending};
@@ -200,9 +201,12 @@ enum Command {
 struct EncodeArgs {
     /// The SAE's folder.
     sae_dir: PathBuf,
-    /// A .safetensors file with a tensor `x` [N, d].
+    /// A file with activations [N, d]: .safetensors or .npz with a tensor `x`, or .npy.
     #[arg(long, value_name = "FILE", requires = "output")]
     input: Option<PathBuf>,
+    /// The tensor of `--input`, if it is not called `x`: `activations` in what `dictlearn activations` writes.
+    #[arg(long, value_name = "NAME", requires = "input")]
+    tensor: Option<String>,
     /// The .safetensors file to write: `features` [N, F] and `recon` [N, d_out]; of a text also `x` [N, d] and `tokens` [N].
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -307,7 +311,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Doctor { json } => doctor(json),
         Command::Activations { config, out, limit, dtype } => activations(&config, &out, limit, dtype),
         Command::Encode(args) => match (&args.input, &args.output) {
-            (Some(input), Some(output)) => encode(&args.sae_dir, input, output),
+            (Some(input), Some(output)) => encode(&args.sae_dir, input, args.tensor.as_deref(), output),
             _ => encode_text(&args),
         },
         Command::Import { format, place, out, pretrained, releases, list } => {
@@ -592,14 +596,12 @@ fn own_config(sae_dir: &Path, named: Option<PathBuf>) -> Result<PathBuf> {
 
 /// The figures of SAEs, by the metrics of a config on its source, which is read once for all.
 fn measure(sae_dirs: &[&Path], config: &RunConfig) -> Result<Vec<Map<String, Value>>> {
-    let (key, source_config) = match &config.eval_source {
-        Some(source) => ("eval_source", source),
-        None => ("source", &config.source),
-    };
+    let measured = Measured::of(config);
+    let key = measured.key;
     let cx = source_cx(config)?;
     let read = |dir: &&Path| saved::read(dir, cx.device, device::Precision::Float32);
     let all: Vec<Saved> = sae_dirs.iter().map(read).collect::<Result<_>>()?;
-    let mut source = source_config.build(&cx).under(key)?;
+    let mut source = measured.build(&cx)?;
     let sites = source.sites();
     let mut subjects = Vec::new();
     for saved in &all {
@@ -624,9 +626,14 @@ fn measure(sae_dirs: &[&Path], config: &RunConfig) -> Result<Vec<Map<String, Val
     } else {
         &config.metrics
     };
+    // What others trained on is what theirs are measured on, too.
+    let own = all.iter().filter(|saved| saved.config["imported"].is_null());
+    if let Some(shared) = own.filter_map(|saved| source.overlap(&saved.config["buffer"])).next() {
+        evaluate::warn_of_overlap(&shared);
+    }
     let measuring = evaluate::Measuring {
         key,
-        origin: evaluate::origin(&**source_config)?,
+        origin: evaluate::origin(measured.source)?,
         from_the_beginning: true,
         say: &|message| eprintln!("{message}"),
     };
@@ -665,15 +672,59 @@ fn source_cx(config: &RunConfig) -> Result<SourceCx> {
     Ok(config.source_cx(device))
 }
 
-fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
+/// The activations to encode, and what to call them in messages.
+fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tensor, String)> {
+    let name = tensor.unwrap_or("x");
+    let said = format!("tensor `{name}`");
+    let other_name = |names: &[String]| -> InputError {
+        let near = nearest(name, names.iter().map(String::as_str));
+        let shown = near.or(names.first().map(String::as_str)).unwrap_or_default();
+        InputError::new(format!("{} has no {said}", input.display())).help(if names.is_empty() {
+            "it has none at all".to_owned()
+        } else {
+            format!("`--tensor {shown}` takes another; it has: {}", names.join(", "))
+        })
+    };
+    let extension = input.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    match extension.to_ascii_lowercase().as_str() {
+        "npy" => match tensor {
+            None => Ok((numpy::read_npy(input)?, "the array".to_owned())),
+            Some(_) => bail!(InputError::new(format!("{} has one array, without a name", input.display()))
+                .help("leave out `--tensor`")),
+        },
+        "npz" => {
+            let mut file = numpy::Npz::open(input)?;
+            let names = file.names();
+            if !names.iter().any(|known| known == name) {
+                bail!(other_name(&names));
+            }
+            Ok((file.array(name)?, said))
+        }
+        other => {
+            let file = match TensorFile::open(input) {
+                Err(_) if other != "safetensors" && input.is_file() => {
+                    bail!(InputError::new(format!("cannot read {}: not a safetensors file", input.display()))
+                        .help("`--input` takes .safetensors, .npy and .npz"))
+                }
+                opened => opened?,
+            };
+            if !file.has(name) {
+                bail!(other_name(&file.names()));
+            }
+            Ok((file.tensor(name)?, said))
+        }
+    }
+}
+
+fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output: &Path) -> Result<ExitCode> {
     /// Activations encoded at a time.
     const ROWS: i64 = 4096;
     let device = device::best();
     let saved = saved::read(sae_dir, device, device::Precision::Float32)?;
-    let x = TensorFile::open(input)?.tensor("x")?;
+    let (x, said) = activations_in(input, tensor)?;
     let width = saved.dictionary.dims().input;
     if x.dim() != 2 || x.size()[1] != width {
-        bail!(InputError::new(format!("{}: tensor `x` has shape {:?}", input.display(), x.size()))
+        bail!(InputError::new(format!("{}: {said} has shape {:?}", input.display(), x.size()))
             .help(format!("the SAE takes activations [N, {width}]")));
     }
     if std::path::absolute(input)? == std::path::absolute(output)? {
@@ -682,7 +733,7 @@ fn encode(sae_dir: &Path, input: &Path, output: &Path) -> Result<ExitCode> {
     }
     let bad: Vec<i64> = x.isfinite().all_dim(1, false).logical_not().nonzero().reshape([-1]).try_into()?;
     if let Some(row) = bad.first() {
-        bail!(InputError::new(format!("{}: row {row} of tensor `x` has a value that is not finite", input.display()))
+        bail!(InputError::new(format!("{}: row {row} of {said} has a value that is not finite", input.display()))
             .help("mend or remove the row"));
     }
     let (mut features, mut recon) = (Vec::new(), Vec::new());
@@ -715,7 +766,8 @@ fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
         bail!("no plugin that reads texts from files is linked in");
     };
     let given = ["source.shuffle=false".to_owned(), "source.pack=false".to_owned(), format!("source.text={text}")];
-    let config = load(&own, None, args.set.iter().cloned().chain(given).collect())?;
+    let config = load(&own, None, args.set.iter().cloned().chain(given).collect())
+        .map_err(|error| without_model(&own, args).unwrap_or(error))?;
     let (saved, shown) = features_of_text(args, &config).map_err(|error| config.written.locate(error))?;
     if let Some(output) = &args.output {
         let column = |tensor: fn(&Shown) -> &Tensor| {
@@ -744,6 +796,23 @@ fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Why no text can be read by the config's source, if it has no model to read it with.
+fn without_model(config: &Path, args: &EncodeArgs) -> Option<anyhow::Error> {
+    let source = load(config, None, args.set.clone()).ok()?.source;
+    let name = source.typetag_name();
+    let schema = (component(Kind::Source, name)?.schema)();
+    if schema.pointer("/properties/text").is_some() {
+        return None;
+    }
+    let error = InputError::new(format!(
+        "`--text` needs a language model, and the source `{name}` of {} has none",
+        config.display()
+    ));
+    let help = "`--config CONFIG.yaml` names a config whose source is the model that the activations are from; \
+                `--input FILE` encodes activations";
+    Some(error.help(help).into())
+}
+
 /// Tokens, and what an SAE made of them.
 struct Shown {
     x: Tensor,
@@ -757,15 +826,17 @@ struct Shown {
 }
 
 impl Shown {
-    /// An object for each token, with its strongest features.
+    /// An object for each token, with its strongest features, those of the largest magnitude.
     fn tokens(&self, top: i64) -> Result<Vec<Value>> {
-        let (values, indices) = self.features.topk(top.min(self.features.size()[1]), 1, true, true);
+        // By magnitude: codes may be negative.
+        let (_, indices) = self.features.abs().topk(top.min(self.features.size()[1]), 1, true, true);
+        let values = self.features.gather(1, &indices, false);
         let (values, indices): (Vec<Vec<f64>>, Vec<Vec<i64>>) =
             (values.to_kind(tch::Kind::Double).try_into()?, indices.try_into()?);
         let ids: Vec<i64> = (&self.ids).try_into()?;
-        let l0: Vec<i64> = self.features.gt(0.0).sum_dim_intlist(1, false, tch::Kind::Int64).try_into()?;
+        let l0: Vec<i64> = self.features.not_equal(0.0).sum_dim_intlist(1, false, tch::Kind::Int64).try_into()?;
         let of = |row: usize| {
-            let pairs = indices[row].iter().zip(&values[row]).filter(|(_, value)| **value > 0.0);
+            let pairs = indices[row].iter().zip(&values[row]).filter(|(_, value)| **value != 0.0);
             let features: Vec<Value> =
                 pairs.map(|(index, value)| json!({"index": index, "activation": *value as f32})).collect();
             let (text, position) = self.places[row];

@@ -774,7 +774,7 @@ fn resampling_revives_the_dead(trainer: &Component) {
         }
         let fire = |training: &Training| {
             let features = tch::no_grad(|| training.dictionary.encode(&batches[0].x)).narrow(1, 0, 4);
-            features.gt(0.0).any_dim(0, false).sum(Kind::Int64).int64_value(&[])
+            features.not_equal(0.0).any_dim(0, false).sum(Kind::Int64).int64_value(&[])
         };
         for (step, batch) in batches[..31].iter().enumerate() {
             training.step(step as u64, batch, false).unwrap();

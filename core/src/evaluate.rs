@@ -8,14 +8,52 @@ use comfy_table::{presets, CellAlignment, Table};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{from_yaml, InputError, Mistakes, Under};
+use crate::config::{from_yaml, InputError, Mistakes, RunConfig, Under};
 use crate::memory::Need;
 use crate::metric::{MetricConfig, Subject};
 use crate::model::{LanguageModel, Tokens};
 use crate::registry::{self, component};
-use crate::source::{ActivationSource, Activations, ModelSource, Part, Site, SourceConfig};
+use crate::source::{ActivationSource, Activations, ModelSource, Part, Purpose, Site, SourceConfig, SourceCx};
 use crate::state::State;
 use crate::tensors::write_file;
+
+/// What metrics are measured on, and the key of the config that says it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Measured<'a> {
+    /// `eval_source` or `source`.
+    pub key: &'static str,
+    /// The source, to be opened for this.
+    pub source: &'a dyn SourceConfig,
+}
+
+impl<'a> Measured<'a> {
+    /// A source of their own: `eval_source`, or the rows that `source` holds out. Without, a run measures on what is left
+    /// of the stream that it trains on.
+    pub fn own(config: &'a RunConfig) -> Option<Self> {
+        match &config.eval_source {
+            Some(source) => Some(Measured { key: "eval_source", source: &**source }),
+            None => config.source.held_out().map(|_| Measured { key: "source", source: &*config.source }),
+        }
+    }
+
+    /// The same; without, `source`, of which all is measured.
+    pub fn of(config: &'a RunConfig) -> Self {
+        Measured::own(config).unwrap_or(Measured { key: "source", source: &*config.source })
+    }
+
+    /// Opens it.
+    pub fn build(self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
+        self.source.build(&SourceCx { purpose: Purpose::Evaluation, ..*cx }).under(self.key)
+    }
+}
+
+/// Where training left nothing unread of a source that cannot say more.
+pub(crate) const ALL_READ: &str = "of which it left nothing unread: an `eval_source` or more data keeps the two apart";
+
+/// Tells the user that SAEs are measured on what they were trained on.
+pub(crate) fn warn_of_overlap(shared: &str) {
+    eprintln!("warning: the metrics are measured on what the SAEs were trained on, {shared}");
+}
 
 /// Refuses metrics that cannot be computed on a source, before anything is trained for them.
 pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSource) -> Result<()> {
@@ -101,6 +139,9 @@ pub fn evaluate(
         let mut found = measure(source)?;
         if found.is_none() {
             source.rewind()?;
+            if !from_the_beginning && !source.is_endless() {
+                warn_of_overlap(&source.overlap(&source.describe()).unwrap_or(ALL_READ.to_owned()));
+            }
             found = measure(source)?;
         }
         let Some((found, count)) = found else {

@@ -753,6 +753,49 @@ pub fn glob(text: &str) -> Result<glob::Pattern> {
     glob::Pattern::new(text).map_err(|error| InputError::new(format!("`{text}` is no glob: {error}")).into())
 }
 
+/// Sees that nothing in a published config changes what the SAE computes without being honoured.
+///
+/// The keys `off` would, in ways that no dictionary here does: any value but null, false, 0, "none" or an empty one is
+/// refused by name. `known` are the keys that the reader takes, and those that say only how the SAE was trained. The note
+/// that it returns names the keys that are neither, which are ignored.
+pub fn check_keys(config: &Value, file: &str, off: &[&str], known: &[&str]) -> Result<Option<String>> {
+    let Some(config) = config.as_object() else {
+        bail!(InputError::new(format!("{file} is not a JSON object")));
+    };
+    let is_off = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        // Python's enums may not call a member None.
+        Value::String(text) => text.is_empty() || text.trim_end_matches('_').eq_ignore_ascii_case("none"),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(entries) => entries.is_empty(),
+    };
+    for key in off {
+        if let Some(value) = config.get(*key).filter(|value| !is_off(value)) {
+            bail!(InputError::new(format!("{file}: `{key}: {value}` is not supported"))
+                .help("it changes what the SAE computes, in a way that no dictionary here does"));
+        }
+    }
+    let unknown: Vec<String> = config
+        .keys()
+        .filter(|key| !off.contains(&key.as_str()) && !known.contains(&key.as_str()))
+        .map(|key| format!("`{key}`"))
+        .collect();
+    Ok((!unknown.is_empty()).then(|| format!("{file} has unknown keys, which are ignored: {}", unknown.join(", "))))
+}
+
+/// Refuses tensors that are left when all that an SAE has were taken: they would change it, and nobody knows how.
+pub fn nothing_left(tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    if tensors.is_empty() {
+        return Ok(());
+    }
+    bail!(InputError::new(format!(
+        "the weights have tensors that such an SAE does not: {}",
+        tensors.keys().cloned().collect::<Vec<_>>().join(", ")
+    )))
+}
+
 /// A tensor of a file of weights, or an error that lists what there is.
 pub fn take(tensors: &mut BTreeMap<String, Tensor>, name: &str) -> Result<Tensor> {
     match tensors.remove(name) {
@@ -766,5 +809,26 @@ pub fn take(tensors: &mut BTreeMap<String, Tensor>, name: &str) -> Result<Tensor
                 false => format!("beside those that were read there are: {}{more}", others.join(", ")),
             })))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_changes_what_is_computed_is_refused_and_an_unknown_one_is_named() {
+        let check = |config: Value| check_keys(&config, "cfg.json", &["tied", "n_sources"], &["k"]);
+        let fine = json!({"k": 3, "tied": false, "n_sources": 0});
+        assert_eq!(check(fine).unwrap(), None);
+        for off in [json!(null), json!("none"), json!("None_"), json!([]), json!({}), json!(0.0)] {
+            assert_eq!(check(json!({ "tied": off })).unwrap(), None, "{off}");
+        }
+        for (on, word) in [(json!({"tied": true}), "`tied: true`"), (json!({"n_sources": 2}), "`n_sources: 2`")] {
+            let error = InputError::take(check(on).unwrap_err()).unwrap();
+            assert!(error.message().contains(word) && error.message().contains("cfg.json"), "{error}");
+        }
+        assert!(check(json!({"k": 1, "odd": true})).unwrap().unwrap().contains("`odd`"));
+        assert!(check(json!([1])).is_err());
     }
 }

@@ -27,7 +27,8 @@ pub use crate::register;
 pub use crate::resample::{ResampleWeight, Resampling};
 pub use crate::schedule::{RunLength, Schedule};
 pub use crate::source::{
-    ActivationSource, Activations, Batch, CheckpointBuffer, ModelSource, Part, Site, SitePart, SourceConfig, SourceCx,
+    ActivationSource, Activations, Batch, CheckpointBuffer, HeldOut, ModelSource, Part, Purpose, Site, SitePart,
+    SourceConfig, SourceCx,
 };
 pub use crate::state::State;
 pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};

@@ -13,7 +13,7 @@ use crate::checkpoint::{self, make_dir, Checkpoints, Machine};
 use crate::config::{folder_name, to_yaml, InputError, Mistakes, RunConfig, SaeConfig, SaveSteps, Under};
 use crate::device::{self, Precision};
 use crate::dictionary::Dictionary;
-use crate::evaluate;
+use crate::evaluate::{self, Measured, ALL_READ};
 use crate::hub::{self, hub, Repo};
 use crate::interrupt::{self, Interrupt};
 use crate::logger::Logger;
@@ -240,9 +240,9 @@ impl Run {
         let source_cx = config.source_cx(device);
         let mut memory = Plan::new(device);
         let source = mistakes.keep(config.source.build(&source_cx).under("source"))?;
-        let mut eval_source = match &config.eval_source {
+        let mut eval_source = match Measured::own(config) {
             None => None,
-            Some(other) => mistakes.keep(other.build(&source_cx).under("eval_source"))?,
+            Some(other) => mistakes.keep(other.build(&source_cx))?,
         };
         let Some(mut source) = source else {
             if let Some(other) = &mut eval_source {
@@ -258,7 +258,8 @@ impl Run {
         let mut saes: Vec<Sae> = Vec::new();
         for entry in 0..config.saes.len() {
             interrupt::check()?;
-            let built = build_sae(config, entry, &sites, (device, precision), &saes).under(format_args!("saes[{entry}]"));
+            let built =
+                build_sae(config, entry, &sites, (device, precision), &saes).under(format_args!("saes[{entry}]"));
             for sae in mistakes.keep(built)?.into_iter().flatten() {
                 // What does not fit is one mistake, whatever comes beside it.
                 if mistakes.is_empty() {
@@ -268,7 +269,9 @@ impl Run {
             }
         }
         let features = saes.iter().map(|sae| sae.training.dictionary.dims().features).max().unwrap_or(0);
-        // An `eval_source` is opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
+        // A source of the metrics' own is opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
+        let separate = eval_source.is_some();
+        let shared = eval_source.as_ref().and_then(|other| other.overlap(&source.describe()));
         let (measured, own): (&mut dyn ActivationSource, u64) = match &mut eval_source {
             None => (&mut *source, 0),
             Some(other) => {
@@ -276,7 +279,7 @@ impl Run {
                 (&mut **other, own)
             }
         };
-        for sae in saes.iter().filter(|_| config.eval_source.is_some()) {
+        for sae in saes.iter().filter(|_| separate) {
             mistakes.keep(eval_site(measured, &sites[sae.site]))?;
         }
         mistakes.keep(evaluate::check(&config.metrics, measured))?;
@@ -288,6 +291,9 @@ impl Run {
         }
         memory.add(evaluate::memory(&config.metrics, measured, features, own)?)?;
         drop(eval_source);
+        if let Some(shared) = shared.filter(|_| !config.metrics.is_empty()) {
+            evaluate::warn_of_overlap(&shared);
+        }
         if !adapted.is_empty() {
             eprintln!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
         }
@@ -571,7 +577,9 @@ impl Run {
             if checkpointing {
                 // A checkpoint is of no use without the log up to it.
                 match flush(&mut loggers) {
-                    Ok(()) => keeping.saver.checkpoint(step, self.state(step)?, &|message| keeping.progress.say(message))?,
+                    Ok(()) => {
+                        keeping.saver.checkpoint(step, self.state(step)?, &|message| keeping.progress.say(message))?
+                    }
                     Err(error) => keeping.saver.not_ready(&error, &|message| keeping.progress.say(message)),
                 }
             }
@@ -711,10 +719,12 @@ impl Run {
         let folded: Vec<_> = trained.iter().map(|sae| self.folded(sae)).collect::<Result<_>>()?;
         let names_and_sites: Vec<(String, usize)> =
             trained.iter().map(|sae| (sae.training.name.clone(), sae.site)).collect();
-        let mut other = match &config.eval_source {
-            None => None,
-            Some(source) => Some(source.build(&config.source_cx(self.device)).under("eval_source")?),
-        };
+        let measured = Measured::own(config);
+        let mut other = measured.map(|measured| measured.build(&config.source_cx(self.device))).transpose()?;
+        if other.is_none() && self.stream.passes() > 1 && !config.metrics.is_empty() {
+            let source = self.stream.source_ref();
+            evaluate::warn_of_overlap(&source.overlap(&source.describe()).unwrap_or(ALL_READ.to_owned()));
+        }
         let source: &mut dyn ActivationSource = match &mut other {
             Some(source) => &mut **source,
             None => self.stream.source(),
@@ -724,10 +734,11 @@ impl Run {
             subjects.push(Subject { dictionary: &**dictionary, site: eval_site(source, &self.sites[*site])? });
         }
         let say = |message: &str| keeping.progress.say(message);
+        let place = measured.unwrap_or_else(|| Measured::of(config));
         let measuring = evaluate::Measuring {
-            key: if config.eval_source.is_some() { "eval_source" } else { "source" },
-            origin: evaluate::origin(&**config.eval_source.as_ref().unwrap_or(&config.source))?,
-            from_the_beginning: config.eval_source.is_some(),
+            key: place.key,
+            origin: evaluate::origin(place.source)?,
+            from_the_beginning: measured.is_some(),
             say: &say,
         };
         let results = evaluate::evaluate(&config.metrics, &subjects, source, &measuring)?;

@@ -1,6 +1,7 @@
 //! Sources: where activations come from.
 
 use std::fmt::Debug;
+use std::ops::Range;
 
 use anyhow::{bail, Result};
 use schemars::JsonSchema;
@@ -28,6 +29,18 @@ pub struct SourceCx {
     pub checkpoint_buffer: CheckpointBuffer,
     /// Whether activations that are not finite end the run or are left out.
     pub on_nonfinite: OnNonfinite,
+    /// What its activations are for, where it holds some back from training ([`SourceConfig::held_out`]).
+    pub purpose: Purpose,
+}
+
+/// What a source's activations are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Purpose {
+    /// Training: the rows that are not held out.
+    #[default]
+    Training,
+    /// Metrics: the rows that are held out; all of them where none are.
+    Evaluation,
 }
 
 impl Default for SourceCx {
@@ -39,6 +52,7 @@ impl Default for SourceCx {
             precision: Precision::Float32,
             checkpoint_buffer: CheckpointBuffer::default(),
             on_nonfinite: OnNonfinite::default(),
+            purpose: Purpose::default(),
         }
     }
 }
@@ -60,6 +74,83 @@ pub enum CheckpointBuffer {
 pub trait SourceConfig: Debug + Send + Sync {
     /// Opens the source: reads headers, loads the model.
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>>;
+
+    /// The rows that it holds back from training for the metrics, if any. Such a source is opened a second time, with
+    /// [`Purpose::Evaluation`], and then gives these rows alone.
+    fn held_out(&self) -> Option<HeldOut> {
+        None
+    }
+}
+
+/// Rows held back from training, for metrics.
+///
+/// The rows are divided into strata of `1 / fraction` consecutive rows, and one row of each is held out, drawn by the seed.
+/// So the part is exact, evenly spread, and found without a list of all rows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct HeldOut {
+    fraction: f64,
+    seed: u64,
+}
+
+impl HeldOut {
+    /// What a source's fields `held_out` and `held_out_seed` ask for; `None` where the fraction is 0.
+    pub fn new(fraction: f64, seed: u64) -> Option<Self> {
+        (fraction > 0.0).then_some(HeldOut { fraction, seed })
+    }
+
+    /// The rows of a range that are wanted for a purpose, as ranges of consecutive rows, in order.
+    pub fn wanted(self, rows: Range<u64>, purpose: Purpose) -> Vec<Range<u64>> {
+        let held = self.held(&rows);
+        if purpose == Purpose::Evaluation {
+            return held.into_iter().map(|row| row..row + 1).collect();
+        }
+        let starts = std::iter::once(rows.start).chain(held.iter().map(|row| row + 1));
+        let ends = held.iter().copied().chain([rows.end]);
+        starts.zip(ends).map(|(start, end)| start..end).filter(|range| !range.is_empty()).collect()
+    }
+
+    /// The rows of a range that are held out, in order.
+    fn held(self, rows: &Range<u64>) -> Vec<u64> {
+        let stratum = |row: u64| (row as f64 * self.fraction) as u64;
+        let start = |stratum: u64| (stratum as f64 / self.fraction).ceil() as u64;
+        // One stratum more at both ends, where rounding may have put the row.
+        (stratum(rows.start).saturating_sub(1)..stratum(rows.end) + 2)
+            .map(|stratum| {
+                let (first, next) = (start(stratum), start(stratum + 1));
+                first + mixed(self.seed, stratum) % (next - first).max(1)
+            })
+            .filter(|row| rows.contains(row))
+            .collect()
+    }
+
+    /// Refuses a part of so many rows that leaves none for the purpose.
+    pub fn check(self, rows: u64, purpose: Purpose) -> Result<()> {
+        if self.fraction >= 1.0 {
+            bail!(InputError::new("nothing is left to train on")
+                .field("held_out")
+                .help("`held_out` is the part of the rows kept for the metrics, such as 0.1"));
+        }
+        // Whether there is one at all shows in the first two strata.
+        let first = rows.min((2.0 / self.fraction.min(1.0 - self.fraction)).ceil() as u64);
+        if self.wanted(0..first, purpose).is_empty() {
+            let (held, left) = match purpose {
+                Purpose::Evaluation => ("for the metrics", "larger"),
+                Purpose::Training => ("to train on", "smaller"),
+            };
+            bail!(InputError::new(format!("`held_out: {}` of {rows} rows leaves none {held}", self.fraction))
+                .field("held_out")
+                .help(format!("make `held_out` {left}, or add data")));
+        }
+        Ok(())
+    }
+}
+
+/// A number drawn for each pair of numbers (SplitMix64).
+fn mixed(seed: u64, index: u64) -> u64 {
+    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 /// A place whose activations a source gives: a module's value, one attention head's, a tensor of a file.
@@ -234,6 +325,14 @@ pub trait ActivationSource: Send {
     /// row there.
     fn origin(&self, row: i64) -> Option<String> {
         let _ = row;
+        None
+    }
+
+    /// What of its data is also in that of a source that described itself so ([`ActivationSource::describe`]) and was trained
+    /// on, and what would keep the two apart; for a warning when it is measured on. `None` where nothing is, or nobody can
+    /// tell.
+    fn overlap(&self, trained: &Value) -> Option<String> {
+        let _ = trained;
         None
     }
 
@@ -424,4 +523,53 @@ impl Part {
 /// The mean over the last dimension, which is kept.
 fn mean(value: &Tensor) -> Tensor {
     value.mean_dim([-1].as_slice(), true, value.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(held_out: HeldOut, count: u64, purpose: Purpose) -> Vec<u64> {
+        held_out.wanted(0..count, purpose).into_iter().flatten().collect()
+    }
+
+    #[test]
+    fn every_row_is_either_trained_on_or_held_out() {
+        for (fraction, count) in
+            [(0.1, 1000), (0.1, 1003), (0.25, 400), (0.3, 997), (0.5, 10), (0.9, 500), (1e-3, 5000)]
+        {
+            let held_out = HeldOut::new(fraction, 7).unwrap();
+            let (held, trained) =
+                (rows(held_out, count, Purpose::Evaluation), rows(held_out, count, Purpose::Training));
+            let expected = count as f64 * fraction;
+            assert!((held.len() as f64 - expected).abs() <= 1.0, "{fraction} of {count}: {}", held.len());
+            let mut all = [held.clone(), trained].concat();
+            all.sort_unstable();
+            assert!(all.into_iter().eq(0..count), "{fraction} of {count}");
+            // The rows are the same whichever ranges they are asked for in.
+            let parts = (0..count).step_by(13).map(|start| start..(start + 13).min(count));
+            let parts: Vec<u64> = parts.flat_map(|part| held_out.wanted(part, Purpose::Evaluation)).flatten().collect();
+            assert_eq!(parts, held, "{fraction} of {count}");
+        }
+    }
+
+    #[test]
+    fn the_seed_decides_which_rows_are_held_out() {
+        let held = |seed| rows(HeldOut::new(0.1, seed).unwrap(), 1000, Purpose::Evaluation);
+        assert_eq!(held(1), held(1));
+        let same = held(1).iter().filter(|row| held(2).contains(row)).count();
+        assert!(same < 30, "{same}");
+        // Not the same place in each stratum.
+        let places: std::collections::BTreeSet<u64> = held(1).iter().map(|row| row % 10).collect();
+        assert_eq!(places.len(), 10);
+    }
+
+    #[test]
+    fn a_part_that_leaves_nothing_is_refused() {
+        assert_eq!(HeldOut::new(0.0, 0), None);
+        let refused = |fraction, rows, purpose| HeldOut::new(fraction, 0).unwrap().check(rows, purpose).is_err();
+        assert!(refused(1.0, 100, Purpose::Training) && refused(1e-3, 3, Purpose::Evaluation));
+        assert!(!refused(0.1, 100, Purpose::Training) && !refused(0.1, 100, Purpose::Evaluation));
+        assert!(!refused(1e-3, 3, Purpose::Training));
+    }
 }

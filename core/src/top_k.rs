@@ -5,7 +5,7 @@
 //! A dictionary of the family has a [`Selection`], which makes its [`Code`]. The code exposes `post_relu`, the features
 //! before the selection, [B, F], and `top_values`, the selected ones, [rows, k], a row for what was selected from
 //! together: an activation or a batch. With `top_indices`, of the same shape, only the features at these
-//! count as fired; without, those that are above 0.
+//! count as fired; without, those that are not 0. Codes may be negative: what is largest is so by magnitude.
 
 use std::collections::BTreeMap;
 
@@ -421,8 +421,8 @@ impl TopKTrainer {
         };
         // Only the dead columns take part, so only they are sorted and decoded.
         let features = pass.code.extra("post_relu")?.index_select(1, &dead);
-        let (values, indices) = features.topk(self.top_k_aux.min(dead.size()[0]), -1, true, false);
-        let kept = features.zeros_like().scatter(-1, &indices, &values);
+        let (_, indices) = features.abs().topk(self.top_k_aux.min(dead.size()[0]), -1, true, false);
+        let kept = features.zeros_like().scatter(-1, &indices, &features.gather(-1, &indices, false));
         let off = residual - kept.matmul(&directions.index_select(0, &dead));
         Ok(self.over_variance(residual, &off).0)
     }
@@ -478,11 +478,11 @@ impl Trainer for TopKTrainer {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let top_values = pass.code.extra("top_values")?.detach();
         if let Some(selection) = pass.dictionary.selection() {
-            self.selected(pass.step, selection, || smallest_positive(&top_values));
+            self.selected(pass.step, selection, || smallest_positive(&top_values.abs()));
         }
         match pass.code.get("top_indices") {
             Some(indices) => self.fired.update_indices(indices, pass.batch.len()),
-            None => self.fired.update(&pass.code.features.detach().gt(0.0).any_dim(0, false), pass.batch.len()),
+            None => self.fired.update(&pass.code.features.detach().not_equal(0.0).any_dim(0, false), pass.batch.len()),
         }
 
         let residuals = (self.prefixes.residuals)(pass)?;

@@ -419,3 +419,148 @@ fn the_references_own_set_is_read_from_its_archive() {
         desk.refused(&["import", "dictionary_learning", "--pretrained", "pythia-70m-deduped/mlp_out_layer9/10_32768"]);
     assert!(refused.contains("mlp_out_layer"), "{refused}");
 }
+
+#[test]
+fn llama_scope_fires_where_the_authors_code_does() {
+    let desk = Desk::new();
+    let cases = crate::common::folders(&fixture("formats/llama_scope_authors"));
+    assert_eq!(cases.len(), 6);
+    for case in cases {
+        let about = crate::common::read_json(&case.join("case.json"));
+        let (path, out) = (about["path"].as_str().unwrap(), name(&case));
+        if out.contains("r1_distill") {
+            // Its factor stands in sae_lens's table.
+            let repo = desk.path("hf/hub/models--fnlp--Llama-Scope-R1-Distill");
+            let snapshot = repo.join("snapshots/c0").join(path);
+            fs::create_dir_all(&snapshot).unwrap();
+            fs::create_dir_all(repo.join("refs")).unwrap();
+            fs::write(repo.join("refs/main"), "c0").unwrap();
+            for file in ["config.json", "sae_weights.safetensors"] {
+                fs::copy(case.join(path).join(file), snapshot.join(file)).unwrap();
+            }
+            let table = json!({"r1": {
+                "repo_id": "fnlp/Llama-Scope-R1-Distill", "conversion_func": "llama_scope_r1_distill",
+                "saes": [{"id": "L3R", "path": path, "norm_scaling_factor": about["norm_scaling_factor"]}],
+            }});
+            desk.write("releases.yaml", &serde_yaml::to_string(&table).unwrap());
+            desk.ok(&["import", "sae_lens", "r1:L3R", "--releases", "releases.yaml", "--out", out]);
+        } else {
+            let run = desk.run(&["import", "llama_scope", case.join(path).to_str().unwrap(), "--out", out]);
+            assert!(run.code == 0 && run.stderr.is_empty(), "{}", run.stderr);
+        }
+        matches(&desk, &desk.path(out), &case.join("io.safetensors"), 1e-5);
+        // Features fire in the same places, not only nearly as strongly.
+        let found = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("features").unwrap();
+        let wanted = TensorFile::open(&case.join("io.safetensors")).unwrap().tensor("features").unwrap();
+        assert_eq!(found.not_equal(0.0), wanted.not_equal(0.0), "{out}");
+        let transcodes = out == "llama_scope_norm_in_out";
+        let config = desk.read(&format!("{out}/config.yaml"));
+        assert_eq!(config.contains("target: blocks.6.hook_mlp_out"), transcodes, "{config}");
+        // What sae_lens is given does the same.
+        let exported = format!("{out}-sae_lens");
+        desk.ok(&["export", out, "--format", "sae_lens", "--out", &exported]);
+        let architecture = if transcodes { "jumprelu_transcoder" } else { "jumprelu" };
+        assert_eq!(desk.json(&format!("{exported}/cfg.json"))["architecture"], architecture);
+        desk.ok(&["import", "sae_lens", &exported, "--out", &format!("{out}-again")]);
+        matches(&desk, &desk.path(&format!("{out}-again")), &case.join("io.safetensors"), 1e-5);
+    }
+}
+
+/// A published SAE of `tests/fixtures/formats` with its config changed and, perhaps, a tensor more.
+fn published(desk: &Desk, place: &str, files: [&str; 2], change: &Value, tensor: Option<&str>) -> PathBuf {
+    let (from, to) = (fixture("formats").join(place), desk.path("published").join(place));
+    let _ = fs::remove_dir_all(desk.path("published"));
+    let [config, weights] = files;
+    fs::create_dir_all(to.join(weights).parent().unwrap()).unwrap();
+    let mut said = crate::common::read_json(&from.join(config));
+    said.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+    fs::write(to.join(config), said.to_string()).unwrap();
+    let mut all: Vec<(String, Tensor)> =
+        TensorFile::open(&from.join(weights)).unwrap().tensors().unwrap().into_iter().collect();
+    all.extend(tensor.map(|name| (name.to_owned(), Tensor::ones([3], tch::kind::FLOAT_CPU))));
+    tensors::write(&to.join(weights), &all).unwrap();
+    to
+}
+
+#[test]
+fn keys_that_change_what_is_computed_are_refused_by_name() {
+    let desk = Desk::new();
+    let llama =
+        ("llama_scope", "llama_scope/Llama3_1-8B-Base-L3R-8x", ["hyperparams.json", "checkpoints/final.safetensors"]);
+    let sparsify = ("sparsify", "sparsify/sae/layers.3", ["cfg.json", "sae.safetensors"]);
+    let gemma = (
+        "gemma_scope",
+        "gemma_scope/gemma-scope-2-1b-pt/transcoder/layer_5_width_80_l0_medium_affine",
+        ["config.json", "params.safetensors"],
+    );
+    for ((format, place, files), change, tensor, word) in [
+        (llama, json!({"use_glu_encoder": true}), None, "`use_glu_encoder: true`"),
+        (llama, json!({"apply_decoder_bias_to_pre_encoder": true}), None, "`apply_decoder_bias_to_pre_encoder: true`"),
+        (llama, json!({"norm_activation": "token-wise"}), None, "`norm_activation: token-wise`"),
+        (llama, json!({"sae_type": "crosscoder"}), None, "`sae_type: crosscoder`"),
+        (llama, json!({"act_fn": "tanh"}), None, "`act_fn: tanh`"),
+        (llama, json!({"act_fn": "topk", "jump_relu_threshold": 0.0}), None, "`act_fn: topk`"),
+        (llama, json!({"sparsity_include_decoder_norm": "yes"}), None, "`sparsity_include_decoder_norm`"),
+        (llama, json!({}), Some("encoder_glu.weight"), "encoder_glu.weight"),
+        (llama, json!({"use_decoder_bias": false}), None, "decoder.bias"),
+        (sparsify, json!({"signed": true}), None, "`signed: true`"),
+        (sparsify, json!({"activation": "groupmax"}), None, "`groupmax`"),
+        (sparsify, json!({"normalize_io": true}), None, "`normalize_io: true`"),
+        (sparsify, json!({"n_targets": 3}), None, "`n_targets: 3`"),
+        (sparsify, json!({"matching_pursuit": true}), None, "`matching_pursuit: true`"),
+        (sparsify, json!({"coalesce_topk": "concat"}), None, "`coalesce_topk: \"concat\"`"),
+        (sparsify, json!({"num_latents": 81}), None, "`num_latents` is 81"),
+        (gemma, json!({"type": "crosscoder"}), None, "`type: crosscoder`"),
+        (gemma, json!({"width": 81}), None, "`width` is 81"),
+        (gemma, json!({"affine_connection": false}), None, "`affine_connection`"),
+        (gemma, json!({"apply_b_dec_to_input": true}), None, "`apply_b_dec_to_input: true`"),
+    ] {
+        let dir = published(&desk, place, files, &change, tensor);
+        let message = desk.refused(&["import", format, dir.to_str().unwrap(), "--out", "out"]);
+        assert!(message.contains(word), "{change}: {message}");
+        assert!(!desk.path("out").exists(), "{change}: something half-written stays behind");
+    }
+    // What changes nothing is no reason to refuse, and is not passed over either.
+    for (format, place, files) in [llama, sparsify, gemma] {
+        let io = fixture("formats").join(place).join("io.safetensors");
+        let off = json!({"use_glu_encoder": null, "normalize_io": false, "trained_by": "someone"});
+        let dir = published(&desk, place, files, &off, None);
+        let run = desk.run(&["import", format, dir.to_str().unwrap(), "--out", format]);
+        assert!(run.code == 0 && run.stderr.contains("`trained_by`"), "{format}: {}", run.stderr);
+        matches(&desk, &desk.path(format), &io, 1e-5);
+    }
+}
+
+#[test]
+fn an_entry_that_an_openai_sae_does_not_have_is_refused_by_name() {
+    let desk = Desk::new();
+    let ones = |size: &[i64]| Tensor::ones(size, tch::kind::FLOAT_CPU);
+    let mut tensors = vec![
+        ("pre_bias", ones(&[6])),
+        ("encoder.weight", ones(&[10, 6])),
+        ("latent_bias", ones(&[10])),
+        ("decoder.weight", ones(&[6, 10])),
+        ("stats_last_nonzero", ones(&[10])),
+    ];
+    let file = desk.path("8.pt");
+    dictlearn_core::torch_file::write(&file, &tensors).unwrap();
+    desk.ok(&["import", "openai", "8.pt", "--out", "fine"]);
+    tensors.push(("decoder.bias", ones(&[6])));
+    dictlearn_core::torch_file::write(&file, &tensors).unwrap();
+    let message = desk.refused(&["import", "openai", "8.pt", "--out", "out"]);
+    assert!(message.contains("decoder.bias") && !message.contains("stats_last_nonzero"), "{message}");
+}
+
+#[test]
+fn what_sae_lens_passes_to_an_activation_function_is_not_passed_over() {
+    let desk = Desk::new();
+    let kwargs = |cfg: &mut Value| cfg["activation_fn_kwargs"] = json!({"k": 7, "postact_fn": "Identity"});
+    let dir = changed(&desk, "legacy_v5_topk", kwargs, &[]);
+    let message = desk.refused(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]);
+    assert!(message.contains("`postact_fn: \"Identity\"`"), "{message}");
+    // A key of which sae_lens 6 knows as little as we do.
+    let dir = changed(&desk, "standard", |cfg| cfg["trained_by"] = "someone".into(), &[]);
+    let run = desk.run(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]);
+    assert!(run.code == 0 && run.stderr.contains("`trained_by`"), "{}", run.stderr);
+    matches(&desk, &desk.path("out"), &fixture("sae_lens/standard/io.safetensors"), 1e-5);
+}

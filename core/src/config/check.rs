@@ -129,7 +129,8 @@ impl<'a> Check<'a> {
         let is = || format!("`{shown}` is {}", show(value));
         if schema.get("anyOf").is_some() {
             let options = alternatives(schema);
-            let (none, some): (Vec<&Json>, Vec<&Json>) = options.into_iter().partition(|option| types(option) == ["null"]);
+            let (none, some): (Vec<&Json>, Vec<&Json>) =
+                options.into_iter().partition(|option| types(option) == ["null"]);
             return match some[..] {
                 _ if matches!(value, Value::Empty(..)) && !none.is_empty() => {}
                 [] => {}
@@ -137,9 +138,15 @@ impl<'a> Check<'a> {
                 _ => match some.iter().find(|option| fits(value, &types(option))) {
                     Some(option) => self.value(value, option, path),
                     None => {
-                        let wanted: Vec<&str> =
-                            some.iter().flat_map(|option| types(option).into_iter().map(|name| wanted(name, option))).collect();
-                        self.wrong(value, path, InputError::new(is()).help(format!("it must be {}", wanted.join(" or "))));
+                        let wanted: Vec<&str> = some
+                            .iter()
+                            .flat_map(|option| types(option).into_iter().map(|name| wanted(name, option)))
+                            .collect();
+                        self.wrong(
+                            value,
+                            path,
+                            InputError::new(is()).help(format!("it must be {}", wanted.join(" or "))),
+                        );
                     }
                 },
             };
@@ -173,7 +180,8 @@ impl<'a> Check<'a> {
                     || text.starts_with("cuda:") && text[5..].parse::<usize>().is_ok()
             };
             if pattern.contains("cuda") && !device(text) {
-                let error = InputError::new(is()).help("it can be auto, cpu, cuda, or cuda:N for the GPU of that number");
+                let error =
+                    InputError::new(is()).help("it can be auto, cpu, cuda, or cuda:N for the GPU of that number");
                 return self.wrong(value, path, error);
             }
         }
@@ -192,8 +200,8 @@ impl<'a> Check<'a> {
                 };
                 let finite = (!number.is_finite()).then(|| "finite".to_owned());
                 let wanted = finite.into_iter().chain(range).collect::<Vec<_>>().join(" and ");
-                let error =
-                    InputError::new(format!("{}, which is out of its range", is())).help(format!("it must be {wanted}"));
+                let error = InputError::new(format!("{}, which is out of its range", is()))
+                    .help(format!("it must be {wanted}"));
                 return self.wrong(value, path, error);
             }
         }
@@ -224,7 +232,9 @@ impl<'a> Check<'a> {
             let meant = value.as_str().and_then(|text| nearest(text, known.iter().copied()));
             let help = match (meant, usual(kind).next().or(known.first().copied())) {
                 (Some(name), _) => format!("write `{{type: {name}}}`; {listed}"),
-                (None, Some(name)) => format!("it must be a map with a `type`, for example `{{type: {name}}}`; {listed}"),
+                (None, Some(name)) => {
+                    format!("it must be a map with a `type`, for example `{{type: {name}}}`; {listed}")
+                }
                 (None, None) => listed,
             };
             return self.wrong(value, path, InputError::new(format!("`{shown}` is {}", show(value))).help(help));
@@ -280,8 +290,8 @@ impl<'a> Check<'a> {
 
     fn fields(&self, value: &Value, schema: &Json, path: &str, owner: Owner) {
         let Value::Dict(_, dict) = value else {
-            let error =
-                InputError::new(format!("`{}` is {}", self.as_written(path), show(value))).help("it must be a map of fields");
+            let error = InputError::new(format!("`{}` is {}", self.as_written(path), show(value)))
+                .help("it must be a map of fields");
             return self.wrong(value, path, error);
         };
         let none = serde_json::Map::new();

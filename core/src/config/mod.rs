@@ -23,7 +23,7 @@ use crate::dictionary::DictionaryConfig;
 use crate::logger::LoggerConfig;
 use crate::metric::MetricConfig;
 use crate::modifier::ModifierConfig;
-use crate::source::{CheckpointBuffer, SourceConfig, SourceCx};
+use crate::source::{CheckpointBuffer, Purpose, SourceConfig, SourceCx};
 use crate::trainer::TrainerConfig;
 use crate::training::OnNonfinite;
 
@@ -83,8 +83,8 @@ pub struct RunConfig {
     pub save_steps: Option<SaveSteps>,
     /// Where activations come from.
     pub source: Box<dyn SourceConfig>,
-    /// Where the metrics' activations come from: `source` with these keys changed, say to a held-out text. By default
-    /// the metrics go on with what training has not read.
+    /// Where the metrics' activations come from: `source` with these keys changed, say to a held-out text. By default they
+    /// are the rows that `source` holds out (`held_out`), or else the metrics go on with what training has not read.
     #[serde(default)]
     pub eval_source: Option<Box<dyn SourceConfig>>,
     /// The dictionaries; all of them train on the same stream.
@@ -111,6 +111,7 @@ impl RunConfig {
             precision: self.precision.precision(device).0,
             checkpoint_buffer: self.checkpoint_buffer,
             on_nonfinite: self.on_nonfinite,
+            purpose: Purpose::default(),
         }
     }
 }

@@ -11,7 +11,7 @@
 //! SAEs on the embedding were trained on activations √d times as large: W_enc is divided by √d and W_dec multiplied, as
 //! sae_lens does. Of a cross-layer transcoder (`clt`) what it writes to all layers is summed, as sae_lens does too.
 
-use dictlearn_core::format::{take, Activation, Affine, Format, ModelSite, Place, Published};
+use dictlearn_core::format::{check_keys, nothing_left, take, Activation, Affine, Format, ModelSite, Place, Published};
 use dictlearn_core::numpy::Npz;
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
@@ -35,6 +35,24 @@ register! {
 /// What is read of a folder's files, under the names of the first Gemma Scope.
 type Tensors = std::collections::BTreeMap<String, Tensor>;
 
+/// Keys of a Gemma Scope 2 config.json that would change what is computed; its SAEs have none of them.
+const OFF: &[&str] = &["apply_b_dec_to_input", "normalize_activations"];
+
+/// Those that are taken below, and those that only tell of the SAE.
+const KNOWN: &[&str] = &[
+    "affine_connection",
+    "architecture",
+    "dtype",
+    "hf_hook_point_in",
+    "hf_hook_point_out",
+    "l0",
+    "layer",
+    "model_name",
+    "site",
+    "type",
+    "width",
+];
+
 #[typetag::serde(name = NAME)]
 impl Format for GemmaScope {
     fn read(&self, place: &Place) -> Result<Published> {
@@ -46,8 +64,14 @@ impl Format for GemmaScope {
                 bail!(InputError::new("the features have a `scaling_factor`, which Gemma Scope's do not"));
             }
         }
+        let mut notes = Vec::new();
+        let said = match place.file("config.json")? {
+            Some(file) if second => dictlearn_core::saved::read_json(&file)?,
+            _ => Value::Object(Map::new()),
+        };
+        notes.extend(check_keys(&said, "config.json", OFF, KNOWN)?);
         let embedding = !second && is_embedding(&words);
-        let transcodes = transcodes(&words) || clt;
+        let transcodes = says_transcoder(&said)? || transcodes(&words) || clt;
         let (mut w_enc, mut w_dec) = (take(&mut tensors, "W_enc")?, take(&mut tensors, "W_dec")?);
         if clt && w_dec.dim() == 3 {
             // [F, layers, d_out].
@@ -68,19 +92,20 @@ impl Format for GemmaScope {
             transcodes,
             activation: Activation::Jump(take(&mut tensors, "threshold")?),
         };
-        if !tensors.is_empty() {
-            let names: Vec<String> = tensors.into_keys().collect();
-            bail!(InputError::new(format!(
-                "there are tensors that Gemma Scope's SAEs do not have: {}",
-                names.join(", ")
-            )));
-        }
+        nothing_left(&tensors)?;
         let (_, features, _) = affine.check()?;
+        if let Some(said) = said["width"].as_i64().filter(|said| *said != features) {
+            bail!(InputError::new(format!("config.json says `width` is {said}, and the weights have {features}")));
+        }
+        if said["affine_connection"].as_bool().is_some_and(|said| said != affine.w_skip.is_some()) {
+            bail!(InputError::new(
+                "config.json's `affine_connection` and the weights' `affine_skip_connection` contradict each other"
+            ));
+        }
         if let Some(said) = width(&words).filter(|said| *said != features) {
             bail!(InputError::new(format!("the folder's name says {said} features, and the weights have {features}")));
         }
-        let mut notes = Vec::new();
-        let site = if second { second_site(place, &words)? } else { first_site(&words) };
+        let site = if second { second_site(&said, &words, transcodes)? } else { first_site(&words) };
         if site.is_none() {
             notes.push(
                 "its path does not say which model and layer it belongs to: `eval` and `encode --text` will need \
@@ -234,12 +259,21 @@ fn first_site(words: &str) -> Option<ModelSite> {
     Some(ModelSite { model, submodule, target, ..usual() })
 }
 
+/// Whether a config.json says that it predicts something else than it reads.
+fn says_transcoder(said: &Value) -> Result<bool> {
+    let kind = said["type"].as_str().unwrap_or_default().to_lowercase();
+    if kind.contains("crosscoder") {
+        bail!(InputError::new(format!("config.json: `type: {kind}` is not supported"))
+            .help("supported are SAEs, transcoders and cross-layer transcoders"));
+    }
+    let (reads, writes) = (said["hf_hook_point_in"].as_str(), said["hf_hook_point_out"].as_str());
+    Ok(kind.contains("transcoder")
+        || kind.contains("clt")
+        || reads.zip(writes).is_some_and(|(reads, writes)| reads != writes))
+}
+
 /// The same of Gemma Scope 2: what config.json says, or what the names do.
-fn second_site(place: &Place, words: &str) -> Result<Option<ModelSite>> {
-    let said = match place.file("config.json")? {
-        Some(file) => dictlearn_core::saved::read_json(&file)?,
-        None => Value::Null,
-    };
+fn second_site(said: &Value, words: &str, transcodes: bool) -> Result<Option<ModelSite>> {
     let text = |key: &str| said.get(key).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
     if let Some(other) = text("architecture").filter(|name| name != "jump_relu") {
         bail!(InputError::new(format!("config.json says the architecture is `{other}`"))
@@ -261,7 +295,7 @@ fn second_site(place: &Place, words: &str) -> Result<Option<ModelSite>> {
     let Some(layer) = number_after(words, "layer_") else { return Ok(None) };
     let module = |rest: &str| format!("model.layers.{layer}{rest}");
     let has = |kind: &str| set(words).iter().any(|part| part.contains(kind));
-    let (reads, writes) = if transcodes(words) || is_clt(words) {
+    let (reads, writes) = if transcodes {
         (module(".pre_feedforward_layernorm.output"), Some(module(".post_feedforward_layernorm.output")))
     } else if has("resid_post") {
         (module(".output"), None)
@@ -270,7 +304,7 @@ fn second_site(place: &Place, words: &str) -> Result<Option<ModelSite>> {
     } else if has("mlp_out") {
         (module(".post_feedforward_layernorm.output"), None)
     } else if let Some(reads) = text("hf_hook_point_in") {
-        (reads, text("hf_hook_point_out"))
+        (reads, None)
     } else {
         return Ok(None);
     };

@@ -1,25 +1,75 @@
-//! Llama Scope: JumpReLU SAEs on every layer of Llama 3.1 8B.
+//! Llama Scope: JumpReLU SAEs and transcoders on every layer of Llama 3.1 8B.
 //!
 //! He et al. 2024, *Llama Scope*, <https://arxiv.org/abs/2410.20526>: `hyperparams.json` and `checkpoints/final.safetensors`
-//! in a folder such as `Llama3_1-8B-Base-L3R-8x`. They were trained on activations times s = √d / (their mean norm), which is
-//! folded into the weights as sae_lens does, so that features have its scale:
+//! in a folder such as `Llama3_1-8B-Base-L3R-8x`. They were trained on activations times s = √d / (their mean norm), with a
+//! factor s' of its own for what a transcoder predicts. Both are folded into the weights as sae_lens does, so that features
+//! have its scale:
 //!
 //! ```text
-//! f = π ⊙ H(π − θ s),  π = s x W_enc + b_enc          x̂ = (f W_dec + b_dec) / s
+//! f = π ⊙ H(π − t),  π = s x W_enc + b_enc          x̂ = (f W_dec + b_dec) / s'
+//! t = θ s, or with `sparsity_include_decoder_norm` t = θ s' / ‖W_dec‖ for each feature's row
 //! ```
 //!
-//! Those on DeepSeek-R1-Distill have `config.json`, `sae_weights.safetensors` and a threshold for each feature, which needs
-//! no factor.
+//! With that flag the authors compare θ with what a feature writes, ‖f W_dec‖ / s', in the activations' own units
+//! (`from_config` of <https://github.com/OpenMOSS/Language-Model-SAEs> at b9326392); sae_lens 6 leaves the norms out.
+//!
+//! Those on DeepSeek-R1-Distill have `config.json`, `sae_weights.safetensors` and a threshold for each feature in units of
+//! π: t = θ, or with the flag θ / ‖W_dec‖.
 
-use dictlearn_core::format::{take, Activation, Affine, Format, ModelSite, Place, Published};
+use dictlearn_core::format::{check_keys, nothing_left, take, Activation, Affine, Format, ModelSite, Place, Published};
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "llama_scope";
 
+/// Keys that change what the SAE computes, in ways that Llama Scope's SAEs do not have.
+const OFF: &[&str] = &["apply_decoder_bias_to_pre_encoder", "use_glu_encoder"];
+
+/// Keys that are taken below, and those of its training alone, in both forms of the config.
+const KNOWN: &[&str] = &[
+    "act_fn",
+    "bias_init_method",
+    "d_model",
+    "d_sae",
+    "dataset_average_activation_norm",
+    "ddp_size",
+    "decoder_exactly_fixed_norm",
+    "device",
+    "dtype",
+    "expansion_factor",
+    "hook_point_in",
+    "hook_point_out",
+    "init_decoder_norm",
+    "init_encoder_norm",
+    "init_encoder_with_decoder_transpose",
+    "jump_relu_threshold",
+    "jumprelu_threshold_window",
+    "k_warmup_steps",
+    "l1_coefficient",
+    "l1_coefficient_warmup_steps",
+    "lp",
+    "norm_activation",
+    "sae_pretrained_name_or_path",
+    "sae_type",
+    "seed",
+    "sparsity_include_decoder_norm",
+    "sparsity_threshold_for_triton_spmm_kernel",
+    "strict_loading",
+    "top_k",
+    "tp_size",
+    "use_batch_norm_mse",
+    "use_decoder_bias",
+    "use_ghost_grads",
+    "use_triton_kernel",
+    "exp_name",
+    "exp_series",
+    "exp_result_path",
+];
+
 /// A folder with hyperparams.json and checkpoints/final.safetensors, or of those on DeepSeek-R1-Distill config.json and
 /// sae_weights.safetensors. The scale of activations in training is folded into the weights as sae_lens does, so that
-/// features have the same values as there.
+/// features have the same values as there. With `sparsity_include_decoder_norm` a feature fires where the authors' code says
+/// it does: in units of its decoder row's norm, which sae_lens leaves out.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LlamaScope {}
@@ -35,21 +85,29 @@ register! {
 impl Format for LlamaScope {
     fn read(&self, place: &Place) -> Result<Published> {
         let distilled = place.file("hyperparams.json")?.is_none() && place.file("sae_weights.safetensors")?.is_some();
-        let (config, weights) = match distilled {
-            true => (place.json("config.json")?, place.need("sae_weights.safetensors")?),
-            false => (place.json("hyperparams.json")?, place.need("checkpoints/final.safetensors")?),
+        let (file, weights) = match distilled {
+            true => ("config.json", place.need("sae_weights.safetensors")?),
+            false => ("hyperparams.json", place.need("checkpoints/final.safetensors")?),
         };
-        for (key, usual) in [("apply_decoder_bias_to_pre_encoder", false), ("use_glu_encoder", false)] {
-            if config.get(key).and_then(Value::as_bool).is_some_and(|value| value != usual) {
-                bail!(InputError::new(format!("`{key}: {}` is not supported", !usual))
-                    .help("Llama Scope's SAEs do not have it"));
+        let config = place.json(file)?;
+        let note = check_keys(&config, file, OFF, KNOWN)?;
+        let text = |key: &str| config.get(key).and_then(Value::as_str);
+        let flag = |key: &str| match config.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(*value)),
+            Some(other) => Err(InputError::new(format!("{file}: `{key}` is {other}, not true or false"))),
+        };
+        let only = |key: &str, supported: &[&str]| match text(key) {
+            Some(other) if !supported.contains(&other.to_lowercase().as_str()) => {
+                Err(InputError::new(format!("{file}: `{key}: {other}` is not supported"))
+                    .help(format!("supported: {}", supported.join(", "))))
             }
-        }
-        if let Some(other) = config.get("act_fn").and_then(Value::as_str).filter(|name| *name != "jumprelu") {
-            bail!(
-                InputError::new(format!("`act_fn: {other}` is not supported")).help("Llama Scope's SAEs have jumprelu")
-            );
-        }
+            _ => Ok(()),
+        };
+        only("sae_type", &["sae"])?;
+        only("act_fn", &["jumprelu", "relu", "topk"])?;
+        only("norm_activation", &["dataset-wise", "inference", "none"])?;
+
         let mut tensors = TensorFile::open(&weights)?.tensors()?;
         for (name, tensor) in &mut tensors {
             if !tensor.is_floating_point() {
@@ -65,32 +123,58 @@ impl Format for LlamaScope {
         };
         let w_enc = turned(take(&mut tensors, "encoder.weight")?)?;
         let w_dec = turned(take(&mut tensors, "decoder.weight")?)?;
-        let (b_enc, b_dec) = (take(&mut tensors, "encoder.bias")?, take(&mut tensors, "decoder.bias")?);
-        let root = (w_enc.size()[0] as f64).sqrt();
-        let norm = config.pointer("/dataset_average_activation_norm/in").and_then(Value::as_f64);
-        let said = place.table.get("norm_scaling_factor").and_then(Value::as_f64);
-        let scale = norm.map(|norm| root / norm).or(said).filter(|scale| *scale > 0.0 && scale.is_finite());
-        let Some(scale) = scale else {
-            bail!(InputError::new("the mean norm of the activations is not said")
-                .help("it is `dataset_average_activation_norm.in` of hyperparams.json, or `norm_scaling_factor` of the table \
-                       of releases"));
+        let b_enc = take(&mut tensors, "encoder.bias")?;
+        let b_dec = match flag("use_decoder_bias")? {
+            Some(false) => Tensor::zeros(&w_dec.size()[1..], (Kind::Float, Device::Cpu)),
+            _ => take(&mut tensors, "decoder.bias")?,
         };
-        let threshold =
-            match (tensors.remove("log_jumprelu_threshold"), config["jump_relu_threshold"].as_f64()) {
-                (Some(threshold), _) => threshold.exp(),
-                (None, Some(threshold)) => b_enc.ones_like() * (threshold * scale),
-                (None, None) => bail!(InputError::new("the threshold is not said")
+        let log_threshold = if distilled { tensors.remove("log_jumprelu_threshold") } else { None };
+        nothing_left(&tensors)?;
+
+        let (scale, scale_out) = scales(&config, place, w_enc.size()[0])?;
+        let norms = match flag("sparsity_include_decoder_norm")? {
+            Some(true) => Some(w_dec.norm_scalaropt_dim(2.0, [1], false)),
+            _ => None,
+        };
+        let jump = |threshold: Tensor| -> Result<Activation> {
+            let Some(norms) = &norms else { return Ok(Activation::Jump(threshold)) };
+            if threshold.size() != norms.size() {
+                let (found, wanted) = (threshold.size(), norms.size());
+                bail!(InputError::new(format!(
+                    "the thresholds have shape {found:?}, and the decoder's rows {wanted:?}"
+                )));
+            }
+            // A feature that writes nothing is never above it.
+            Ok(Activation::Jump((threshold / norms).masked_fill(&norms.le(0.0), f64::INFINITY)))
+        };
+        let threshold = config.get("jump_relu_threshold").and_then(Value::as_f64);
+        let activation =
+            match (log_threshold, text("act_fn").map(str::to_lowercase).as_deref(), threshold) {
+                (Some(threshold), Some("jumprelu") | None, _) => jump(threshold.exp())?,
+                (None, Some("relu"), _) => Activation::Relu,
+                // The authors' code makes jumprelu of a topk that has a threshold.
+                (None, act_fn, Some(threshold)) if act_fn != Some("topk") || threshold > 0.0 => {
+                    let unit = if norms.is_some() { scale_out } else { scale };
+                    jump(b_enc.ones_like() * (threshold * unit))?
+                }
+                (_, Some(act_fn @ ("topk" | "relu")), _) => bail!(InputError::new(format!(
+                    "{file}: `act_fn: {act_fn}` is not supported with what stands beside it"
+                ))
+                .help("supported are jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")),
+                _ => bail!(InputError::new("the threshold is not said")
                     .help("it is `jump_relu_threshold` of hyperparams.json")),
             };
+        let reads = text("hook_point_in");
+        let writes = text("hook_point_out").filter(|writes| reads.is_some_and(|reads| reads != *writes));
         let affine = Affine {
             w_enc: w_enc * scale,
             b_enc,
-            w_dec: w_dec / scale,
-            b_dec: b_dec / scale,
+            w_dec: w_dec / scale_out,
+            b_dec: b_dec / scale_out,
             w_skip: None,
             subtract_b_dec: false,
-            transcodes: false,
-            activation: Activation::Jump(threshold),
+            transcodes: writes.is_some(),
+            activation,
         };
         let (d, features, _) = affine.check()?;
         for (key, found) in [("d_model", d), ("d_sae", features)] {
@@ -98,19 +182,48 @@ impl Format for LlamaScope {
                 bail!(InputError::new(format!("`{key}` is {said}, and the weights say {found}")));
             }
         }
-        let site = config.get("hook_point_in").and_then(Value::as_str).map(|hook| ModelSite {
+        let site = reads.map(|hook| ModelSite {
             model: if place.words().contains("R1-Distill") {
                 "deepseek-ai/DeepSeek-R1-Distill-Llama-8B".to_owned()
             } else {
                 "meta-llama/Llama-3.1-8B".to_owned()
             },
             submodule: hook.to_owned(),
+            target: writes.map(str::to_owned),
             prepend_bos: Some(true),
             ctx_len: Some(1024),
             dataset: Some("cerebras/SlimPajama-627B".to_owned()),
             ..ModelSite::default()
         });
+        let mut trainer = Map::new();
+        if writes.is_some() {
+            trainer.insert("transcodes".to_owned(), true.into());
+        }
         let (class, tensors) = affine.into_class()?;
-        Ok(Published { class: class.to_owned(), tensors, site, ..Published::default() })
+        let notes = note.into_iter().collect();
+        Ok(Published { class: class.to_owned(), tensors, site, trainer, notes, ..Published::default() })
     }
+}
+
+/// What activations were multiplied with in training: those that are read, and those that are reconstructed.
+fn scales(config: &Value, place: &Place, d: i64) -> Result<(f64, f64)> {
+    let said = place.table.get("norm_scaling_factor").and_then(Value::as_f64);
+    if said.is_none() && config["norm_activation"].as_str().is_some_and(|way| !way.eq_ignore_ascii_case("dataset-wise"))
+    {
+        // They are folded already, or there were none.
+        return Ok((1.0, 1.0));
+    }
+    let root = (d as f64).sqrt();
+    let of = |end: &str| {
+        let norm = config.pointer(&format!("/dataset_average_activation_norm/{end}")).and_then(Value::as_f64);
+        norm.map(|norm| root / norm)
+    };
+    let scale = of("in").or(said);
+    let scales = [scale, of("out").or(scale)].map(|scale| scale.filter(|scale| *scale > 0.0 && scale.is_finite()));
+    let [Some(scale), Some(scale_out)] = scales else {
+        bail!(InputError::new("the mean norm of the activations is not said").help(
+            "it is `dataset_average_activation_norm` of hyperparams.json, or `norm_scaling_factor` of the table of releases"
+        ));
+    };
+    Ok((scale, scale_out))
 }

@@ -48,6 +48,19 @@ impl Format for OpenAi {
                 tensors.insert(name.to_owned(), tensor.shallow_clone());
             }
         }
+        // Its buffers are statistics of the training; it saves the activation's fields twice, and tied weights.
+        let known = ["pre_bias", "encoder.weight", "latent_bias", "decoder.weight", "decoder.linear.weight"];
+        let statistics = ["stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"];
+        let others: Vec<&str> = value
+            .as_dict()
+            .into_iter()
+            .flatten()
+            .filter_map(|(name, _)| name.as_str())
+            .filter(|name| !known.contains(name) && !statistics.contains(name) && !name.starts_with("activation"))
+            .collect();
+        if !others.is_empty() {
+            bail!(InputError::new(format!("the file has entries that such an SAE does not: {}", others.join(", "))));
+        }
         let activation = value.get("activation").and_then(torch_file::Value::as_str).unwrap_or("ReLU");
         let state = value.get("activation_state_dict");
         let (activation, normalization) = match activation {

@@ -2,7 +2,7 @@
 
 use dictlearn_core::prelude::*;
 
-use dictlearn_core::format::ModelSite;
+use dictlearn_core::format::{check_keys, ModelSite};
 
 use crate::models;
 
@@ -18,6 +18,65 @@ const ARCHITECTURES: [&str; 10] = [
     "skip_transcoder",
     "jumprelu_transcoder",
     "jumprelu_skip_transcoder",
+];
+
+/// The keys that sae_lens 6 writes: those that it reads, and those of training alone, of the architectures above. It drops
+/// all others, and before 6.0 the whole of a run's config stood here.
+const KNOWN: &[&str] = &[
+    "activation_fn",
+    "activation_fn_kwargs",
+    "activation_fn_str",
+    "apply_b_dec_to_input",
+    "architecture",
+    "aux_loss_coefficient",
+    "context_size",
+    "d_in",
+    "d_out",
+    "d_sae",
+    "dataset_path",
+    "dataset_trust_remote_code",
+    "decoder_init_norm",
+    "device",
+    "dtype",
+    "exclude_special_tokens",
+    "finetuning_scaling_factor",
+    "hf_hook_name",
+    "hf_hook_name_out",
+    "hook_head_index",
+    "hook_head_index_out",
+    "hook_layer",
+    "hook_name",
+    "hook_name_out",
+    "jumprelu_bandwidth",
+    "jumprelu_init_threshold",
+    "jumprelu_sparsity_loss_mode",
+    "jumprelu_ste_to_input",
+    "jumprelu_tanh_scale",
+    "k",
+    "l0_coefficient",
+    "l0_warm_up_steps",
+    "l1_coefficient",
+    "l1_warm_up_steps",
+    "lp_norm",
+    "matryoshka_widths",
+    "metadata",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "model_name",
+    "neuronpedia_id",
+    "norm_scaling_factor",
+    "normalize_activations",
+    "pre_act_loss_coefficient",
+    "prepend_bos",
+    "rescale_acts_by_decoder_norm",
+    "reshape_activations",
+    "sae_lens_training_version",
+    "sae_lens_version",
+    "seqpos_slice",
+    "target_l0",
+    "topk_threshold_lr",
+    "use_matryoshka_aux_loss",
+    "use_sparse_activations",
 ];
 
 /// What was done to activations.
@@ -108,6 +167,12 @@ impl Cfg {
         let old = major.is_none_or(|major| major < 6);
         // Before 6.0 everything stood side by side.
         let about = |key: &str| if old { raw } else { metadata.get(key).map_or(raw, |_| metadata) };
+
+        let note = if old { None } else { check_keys(raw, "cfg.json", &[], KNOWN)? };
+        // What older versions passed to the activation function.
+        if let Some(kwargs) = raw.get("activation_fn_kwargs").filter(|kwargs| kwargs.is_object()) {
+            check_keys(kwargs, "cfg.json, activation_fn_kwargs", &["postact_fn"], &["k"])?;
+        }
 
         let mut architecture = text(raw, "architecture")?.unwrap_or_else(|| "standard".to_owned());
         let mut k = None;
@@ -206,7 +271,7 @@ impl Cfg {
             }
         }
         // What says which tokens it was trained on, and cannot be said here.
-        let mut notes = Vec::new();
+        let mut notes: Vec<String> = note.into_iter().collect();
         let said = |key: &str| about(key).get(key).filter(|value| !value.is_null()).cloned();
         if said("seqpos_slice")
             .is_some_and(|slice| slice.as_array().is_none_or(|ends| ends.iter().any(|end| !end.is_null())))

@@ -15,7 +15,9 @@ mod export;
 mod models;
 mod table;
 
-use dictlearn_core::format::{take, through, Activation, Affine, Format, Place, Published, Python, Request};
+use dictlearn_core::format::{
+    nothing_left, take, through, Activation, Affine, Format, Place, Published, Python, Request,
+};
 use dictlearn_core::prelude::*;
 use dictlearn_core::saved::Saved;
 use dictlearn_core::tensors::TensorFile;
@@ -279,17 +281,6 @@ fn single(tensor: Tensor) -> Tensor {
 /// In double precision, as everything small, so that what is added up loses nothing.
 fn double(tensor: Tensor) -> Tensor {
     tensor.to_kind(Kind::Double)
-}
-
-/// What a file has beside what was asked for would change the SAE, and nobody knows how.
-fn nothing_left(tensors: &std::collections::BTreeMap<String, Tensor>) -> Result<()> {
-    if tensors.is_empty() {
-        return Ok(());
-    }
-    bail!(InputError::new(format!(
-        "the weights have tensors that such an SAE does not: {}",
-        tensors.keys().cloned().collect::<Vec<_>>().join(", ")
-    )))
 }
 
 /// The factor by which activations were multiplied in training: of the table, the config or a checkpoint's scaler.

@@ -7,11 +7,95 @@
 //! ŷ = f W_dec + b_dec [+ W_skip x]
 //! ```
 
-use dictlearn_core::format::{take, Activation, Affine, Format, ModelSite, Place, Published, Request};
+use dictlearn_core::format::{
+    check_keys, nothing_left, take, Activation, Affine, Format, ModelSite, Place, Published, Request,
+};
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "sparsify";
+
+/// Keys that change what is computed, of older versions and of branches that SAEs were published from.
+const OFF: &[&str] = &[
+    "coalesce_topk",
+    "cross_layer",
+    "divide_cross_layer",
+    "encoder_halut",
+    "encoder_kron",
+    "encoder_monarch",
+    "encoder_mpnet",
+    "encoder_pkm",
+    "ito",
+    "logic_layers",
+    "matching_pursuit",
+    "monet",
+    "n_sources",
+    "n_targets",
+    "normalize_io",
+    "optimized_encoder_config",
+    "pkm_softmax",
+    "post_encoder_scale",
+    "post_neurons",
+    "signed",
+    "slice_decoder",
+    "slice_encoder",
+    "tied_decoder",
+];
+
+/// Keys that are taken below, and those that say only how it was trained, or are nothing without one of the others.
+const KNOWN: &[&str] = &[
+    "activation",
+    "autocast",
+    "d_in",
+    "decoder_xformers",
+    "e2e_kl_coeff",
+    "e2e_mse_coeff",
+    "e2e_start",
+    "expansion_factor",
+    "fff_config",
+    "freeze_encoder",
+    "group_max_k",
+    "init_method",
+    "k",
+    "kron_in_group",
+    "kron_lora",
+    "kron_out_group",
+    "kron_u",
+    "kronecker_config",
+    "matryoshka",
+    "matryoshka_groups",
+    "monarch_inner_dim",
+    "monarch_mul",
+    "monet_config",
+    "mp_aux",
+    "mp_detach",
+    "mp_encoder",
+    "mp_untie",
+    "multi_topk",
+    "naive_decoder",
+    "narrowing",
+    "normalize_decoder",
+    "normalize_encoder",
+    "num_latents",
+    "num_layers",
+    "per_step_loss",
+    "pkm_bias",
+    "pkm_config",
+    "pkm_heads",
+    "pkm_init_scale",
+    "pkm_pad",
+    "pkm_rand",
+    "post_l1_alpha",
+    "residual_mode",
+    "skip_connection",
+    "ste",
+    "ste_temperature",
+    "ste_thresh_est",
+    "topk_coalesced",
+    "topk_separate",
+    "train_post_encoder",
+    "transcode",
+];
 
 /// A folder with cfg.json and sae.safetensors, named by its module, or a run with a folder for each: TopK SAEs and
 /// transcoders, with a skip connection or without. The activation `groupmax` is refused.
@@ -56,9 +140,7 @@ impl Format for Sparsify {
                 InputError::new(format!("the activation `{activation}` is not supported")).help("supported is `topk`")
             );
         }
-        if flag("signed")? {
-            bail!(InputError::new("`signed: true`, features that may be negative, is not supported"));
-        }
+        let note = check_keys(&cfg, "cfg.json", OFF, KNOWN)?;
         let mut tensors = TensorFile::open(&place.need("sae.safetensors")?)?.tensors()?;
         for (name, tensor) in &tensors {
             if !tensor.is_floating_point() {
@@ -86,13 +168,13 @@ impl Format for Sparsify {
         if affine.w_skip.is_some() != flag("skip_connection")? {
             bail!(InputError::new("cfg.json's `skip_connection` and the weights' `W_skip` contradict each other"));
         }
-        if !tensors.is_empty() {
-            let names: Vec<String> = tensors.into_keys().collect();
-            bail!(InputError::new(format!("there are tensors that sparsify's do not have: {}", names.join(", "))));
-        }
-        let (d, ..) = affine.check()?;
-        if let Some(said) = cfg.get("d_in").and_then(Value::as_i64).filter(|said| *said != d) {
-            bail!(InputError::new(format!("cfg.json says `d_in` is {said}, and the weights say {d}")));
+        nothing_left(&tensors)?;
+        let (d, features, _) = affine.check()?;
+        for (key, found) in [("d_in", d), ("num_latents", features)] {
+            // 0 latents are as many as `expansion_factor` makes.
+            if let Some(said) = cfg.get(key).and_then(Value::as_i64).filter(|said| *said != found && *said != 0) {
+                bail!(InputError::new(format!("cfg.json says `{key}` is {said}, and the weights say {found}")));
+            }
         }
         // The run that it is part of says which model; the folder is named by the module.
         let run = match place.above().map(|run| run.file("config.json")).transpose()?.flatten() {
@@ -114,6 +196,7 @@ impl Format for Sparsify {
             ..ModelSite::default()
         });
         let (class, tensors) = affine.into_class()?;
-        Ok(Published { class: class.to_owned(), tensors, site, ..Published::default() })
+        let notes = note.into_iter().collect();
+        Ok(Published { class: class.to_owned(), tensors, site, notes, ..Published::default() })
     }
 }

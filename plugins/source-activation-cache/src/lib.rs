@@ -5,6 +5,8 @@
 //! in an order drawn for them. Neighbours in the text are far apart in the stream, and a folder that fits into the buffer
 //! is shuffled perfectly. With `shuffle: false` activations come in the order in which they were written.
 //!
+//! With `held_out: 0.1` training never reads a tenth of the rows, and metrics read these alone.
+//!
 //! The folder's manifest says what each shard must be. Names, lengths, types and shapes are checked when it is opened, and
 //! a shard's hash when it is first read.
 
@@ -45,6 +47,16 @@ pub struct ActivationCacheConfig {
     /// Whether a shard's hash is checked when it is first read; names, lengths, types and shapes always are.
     #[serde(default = "yes")]
     pub verify: bool,
+    /// Part of the rows that training never reads and metrics are measured on, from 0 to 1; `0.1` is a good choice. With
+    /// 0 the metrics go on with the rows that training has not read, and take the same rows again when there are none. An
+    /// `eval_source` with a `path` of its own needs `held_out: 0`, unless it is to be measured in part.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1))]
+    pub held_out: f64,
+    /// Seed that draws the held-out rows. The run's own `seed` has no part in it, so that runs with different seeds are
+    /// measured on the same rows.
+    #[serde(default)]
+    pub held_out_seed: u64,
 }
 
 fn batch_size() -> u64 {
@@ -70,6 +82,10 @@ register! {
 impl SourceConfig for ActivationCacheConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let folder = Folder::open(self.path.as_path(), self.verify).under("path")?;
+        let held_out = self.held_out();
+        if let Some(held_out) = held_out {
+            held_out.check(folder.rows(), cx.purpose)?;
+        }
         let mut described = folder.manifest().source.clone();
         if !described.is_object() {
             described = Value::Object(Map::new());
@@ -83,6 +99,7 @@ impl SourceConfig for ActivationCacheConfig {
             described,
             pieces: Pieces::new(folder.shard_rows(), (self.buffer_size / PIECES).clamp(1, PIECE)),
             folder,
+            held_out,
             batch_size: self.batch_size as usize,
             buffer_size: self.buffer_size,
             shuffle: self.shuffle,
@@ -96,12 +113,18 @@ impl SourceConfig for ActivationCacheConfig {
         source.begin_pass(0);
         Ok(Box::new(source))
     }
+
+    fn held_out(&self) -> Option<HeldOut> {
+        HeldOut::new(self.held_out, self.held_out_seed)
+    }
 }
 
 /// The rows of all shards in pieces of consecutive rows, none of which crosses from one shard to the next.
 struct Pieces {
     /// Rows of each shard.
     shards: Vec<u64>,
+    /// The number of each shard's first row.
+    starts: Vec<u64>,
     /// Rows in a piece, but for the last of a shard.
     length: u64,
     /// The number of each shard's first piece, and last how many there are.
@@ -110,11 +133,12 @@ struct Pieces {
 
 impl Pieces {
     fn new(shards: Vec<u64>, length: u64) -> Self {
-        let mut firsts = vec![0];
+        let (mut firsts, mut starts) = (vec![0], vec![0]);
         for rows in &shards {
             firsts.push(firsts[firsts.len() - 1] + rows.div_ceil(length));
+            starts.push(starts[starts.len() - 1] + rows);
         }
-        Pieces { shards, length, firsts }
+        Pieces { shards, starts, length, firsts }
     }
 
     fn count(&self) -> u64 {
@@ -128,11 +152,22 @@ impl Pieces {
         let start = (piece - self.firsts[shard]) * self.length;
         (shard, start..(start + self.length).min(self.shards[shard]))
     }
+
+    /// The rows of a piece that are wanted, of those that are held out or of the others.
+    fn wanted(&self, piece: u32, held_out: Option<HeldOut>, purpose: Purpose) -> Vec<(usize, Range<u64>)> {
+        let (shard, rows) = self.get(piece);
+        let Some(held_out) = held_out else { return vec![(shard, rows)] };
+        // Rows are held out by their number in the folder.
+        let start = self.starts[shard];
+        let wanted = held_out.wanted(start + rows.start..start + rows.end, purpose).into_iter();
+        wanted.map(|rows| (shard, rows.start - start..rows.end - start)).collect()
+    }
 }
 
 struct ActivationCache {
     described: Value,
     folder: Folder,
+    held_out: Option<HeldOut>,
     pieces: Pieces,
     batch_size: usize,
     buffer_size: u64,
@@ -206,7 +241,8 @@ impl ActivationCache {
     fn read(&mut self, mut pieces: Vec<u32>) -> Result<Held> {
         // In the order of the disk; it is the rows that are shuffled.
         pieces.sort_unstable();
-        let places: Vec<(usize, Range<u64>)> = pieces.iter().map(|piece| self.pieces.get(*piece)).collect();
+        let wanted = |piece: &u32| self.pieces.wanted(*piece, self.held_out, self.cx.purpose);
+        let places: Vec<(usize, Range<u64>)> = pieces.iter().flat_map(wanted).collect();
         let columns = self.folder.read(&places)?;
         let order = self.shuffle.then(|| {
             let mut order: Vec<i64> = (0..columns[0].size()[0]).collect();
@@ -272,6 +308,18 @@ impl ActivationSource for ActivationCache {
 
     fn describe(&self) -> Value {
         self.described.clone()
+    }
+
+    fn overlap(&self, trained: &Value) -> Option<String> {
+        let folder = |described: &Value| std::fs::canonicalize(described["path"].as_str()?).ok();
+        let own = folder(&self.described)?;
+        if folder(trained)? != own {
+            return None;
+        }
+        let parted = ["held_out", "held_out_seed"].iter().all(|key| self.described[key] == trained[key]);
+        let apart = self.held_out.is_some() && self.cx.purpose == Purpose::Evaluation && parted;
+        (!apart)
+            .then(|| format!("rows of {}: `held_out: 0.1` in `source` keeps rows back from training", own.display()))
     }
 
     fn state(&self) -> Result<State> {

@@ -49,6 +49,13 @@ impl SourceConfig for JoinedConfig {
         if sources.is_empty() {
             bail!(InputError::new("no sources to join").field("sources").help("name at least one"));
         }
+        let mut parts_held_out = self.sources.values().map(|source| source.held_out());
+        let first = parts_held_out.next().flatten();
+        if parts_held_out.any(|other| other != first) {
+            bail!(InputError::new("the joined sources hold out different rows")
+                .field("sources")
+                .help("give all of them the same `held_out` and `held_out_seed`"));
+        }
         let several = sources.len() > 1;
         let mut parts = Vec::new();
         for (name, source) in &sources {
@@ -63,6 +70,10 @@ impl SourceConfig for JoinedConfig {
             }
         }
         Ok(Box::new(Joined { sources, parts }))
+    }
+
+    fn held_out(&self) -> Option<HeldOut> {
+        self.sources.values().find_map(|source| source.held_out())
     }
 }
 
@@ -166,6 +177,10 @@ impl ActivationSource for Joined {
         let sources = self.sources.iter().map(|(name, source)| (name.clone(), source.describe()));
         let names: Vec<&str> = self.parts.iter().map(|part| part.name.as_str()).collect();
         serde_json::json!({"type": NAME, "sources": sources.collect::<Map<_, _>>(), "parts": names})
+    }
+
+    fn overlap(&self, trained: &Value) -> Option<String> {
+        self.sources.iter().find_map(|(name, source)| source.overlap(&trained["sources"][name]))
     }
 
     fn state(&self) -> Result<State> {

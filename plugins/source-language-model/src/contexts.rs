@@ -132,7 +132,9 @@ impl Contexts {
                     name.to_uppercase(),
                     cx.vocab_size - 1
                 ))
-                .help(format!("correct `{name}_token_id` in its config.json, or `{name}_token` in its tokenizer_config.json")));
+                .help(format!(
+                    "correct `{name}_token_id` in its config.json, or `{name}_token` in its tokenizer_config.json"
+                )));
             }
         }
         if cx.prepend_bos && bos.is_none() && !text.is_tokenized() {

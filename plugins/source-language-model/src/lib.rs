@@ -703,6 +703,11 @@ impl ActivationSource for LanguageModelSource {
         self.settings.clone()
     }
 
+    fn overlap(&self, trained: &Value) -> Option<String> {
+        (!self.settings["text"].is_null() && self.settings["text"] == trained["text"])
+            .then(|| "the same text: an `eval_source` with a `text` of its own keeps the two apart".to_owned())
+    }
+
     fn state(&self) -> Result<State> {
         let harvest = &self.harvest;
         let mut state = State::new();

@@ -2,6 +2,9 @@
 //!
 //! A pass is every row once. With `shuffle: false` batches are the rows in order; with `shuffle: true` each pass has an
 //! order of its own. The last partial batch of a pass is dropped. Training passes over the file as often as it needs.
+//!
+//! With `held_out: 0.1` training never reads a tenth of the rows, and metrics read these alone, the last partial batch
+//! too.
 
 use std::path::{Path, PathBuf};
 
@@ -32,6 +35,16 @@ pub struct TensorFileConfig {
     /// Whether each pass has a random order of its own.
     #[serde(default = "default_shuffle")]
     pub shuffle: bool,
+    /// Part of the rows that training never reads and metrics are measured on, from 0 to 1; `0.1` is a good choice. With
+    /// 0 the metrics go on with the rows that training has not read, and take the same rows again when there are none. An
+    /// `eval_source` with a `path` of its own needs `held_out: 0`, unless it is to be measured in part.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1))]
+    pub held_out: f64,
+    /// Seed that draws the held-out rows. The run's own `seed` has no part in it, so that runs with different seeds are
+    /// measured on the same rows.
+    #[serde(default)]
+    pub held_out_seed: u64,
 }
 
 fn default_tensor() -> String {
@@ -67,22 +80,37 @@ impl SourceConfig for TensorFileConfig {
             .field("target_tensor")
             .help("each row of the one is the target of the same row of the other"));
         }
+        let part: Option<Vec<u32>> = match self.held_out() {
+            None => None,
+            Some(held_out) => {
+                held_out.check(inputs.count as u64, cx.purpose)?;
+                let rows = held_out.wanted(0..inputs.count as u64, cx.purpose).into_iter().flatten();
+                Some(rows.map(|row| row as u32).collect())
+            }
+        };
+        let count = part.as_ref().map_or(inputs.count, Vec::len);
         let batch_size = self.batch_size as usize;
-        if inputs.count < batch_size {
+        let evaluates_part = part.is_some() && cx.purpose == Purpose::Evaluation;
+        if count < batch_size && !evaluates_part {
+            let of = if part.is_some() { " to train on" } else { "" };
             bail!(InputError::new(format!(
-                "{} has {} activations, fewer than one batch of {batch_size}",
-                self.path, inputs.count
+                "{} has {count} activations{of}, fewer than one batch of {batch_size}",
+                self.path
             ))
             .field("batch_size")
             .help("make `batch_size` smaller"));
         }
         let mut source = TensorFileSource {
             config: serde_json::to_value(self)?,
-            order: self.shuffle.then(|| (0..inputs.count as u32).collect()),
+            order: Vec::new(),
+            shuffle: self.shuffle,
             rng: rng(cx.seed, NAME),
             rng_at_pass: rng(cx.seed, NAME),
             inputs,
             targets,
+            part,
+            count,
+            evaluates_part,
             batch_size,
             position: 0,
             device: cx.device,
@@ -92,6 +120,27 @@ impl SourceConfig for TensorFileConfig {
         source.begin_pass();
         Ok(Box::new(source))
     }
+
+    fn held_out(&self) -> Option<HeldOut> {
+        HeldOut::new(self.held_out, self.held_out_seed)
+    }
+}
+
+/// The files of a path or glob.
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    let pattern = path.to_string_lossy();
+    let paths: Vec<PathBuf> = if path.exists() {
+        vec![path.to_owned()]
+    } else {
+        let found = glob::glob(&pattern).map_err(|error| {
+            InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")).field("path")
+        })?;
+        found.filter_map(Result::ok).collect()
+    };
+    if paths.is_empty() {
+        bail!(InputError::no_file(path).field("path"));
+    }
+    Ok(paths)
 }
 
 /// The rows of one tensor over all files.
@@ -111,18 +160,7 @@ enum Part {
 impl Rows {
     /// `field` is the config's that says `name`.
     fn open(path: &Path, name: &str, field: &str) -> Result<Self> {
-        let pattern = path.to_string_lossy();
-        let paths: Vec<PathBuf> = if path.exists() {
-            vec![path.to_owned()]
-        } else {
-            let found = glob::glob(&pattern).map_err(|error| {
-                InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")).field("path")
-            })?;
-            found.filter_map(Result::ok).collect()
-        };
-        if paths.is_empty() {
-            bail!(InputError::no_file(path).field("path"));
-        }
+        let paths = files(path)?;
         let mut rows = Rows { name: name.to_owned(), parts: Vec::new(), count: 0, width: 0 };
         for path in paths {
             let part = Part::open(&path, name).under("path")?;
@@ -229,9 +267,16 @@ struct TensorFileSource {
     config: Value,
     inputs: Rows,
     targets: Option<Rows>,
+    /// The rows that it gives, where they are not all.
+    part: Option<Vec<u32>>,
+    /// How many it gives in a pass, but for the last partial batch.
+    count: usize,
+    /// Whether it gives what is held out, and then all of it.
+    evaluates_part: bool,
     batch_size: usize,
-    /// The order of this pass, where it is not the file's.
-    order: Option<Vec<u32>>,
+    shuffle: bool,
+    /// The rows in the order of this pass, where it is not the file's.
+    order: Vec<u32>,
     rng: Rng,
     /// The generator as it was before it made `order`: enough to make it again.
     rng_at_pass: Rng,
@@ -248,9 +293,14 @@ impl TensorFileSource {
     fn begin_pass(&mut self) {
         self.position = 0;
         self.rng_at_pass = self.rng.clone();
-        if let Some(order) = &mut self.order {
-            order.iter_mut().zip(0..).for_each(|(slot, row)| *slot = row);
-            order.shuffle(&mut self.rng);
+        self.order.clear();
+        match &self.part {
+            Some(part) => self.order.extend(part),
+            None if self.shuffle => self.order.extend(0..self.inputs.count as u32),
+            None => {}
+        }
+        if self.shuffle {
+            self.order.shuffle(&mut self.rng);
         }
     }
 }
@@ -262,12 +312,15 @@ impl ActivationSource for TensorFileSource {
     }
 
     fn next_batch(&mut self) -> Result<Option<Activations>> {
-        let end = self.position + self.batch_size;
-        if end > self.inputs.count {
+        let mut end = self.position + self.batch_size;
+        if self.evaluates_part {
+            end = end.min(self.count);
+        }
+        if end > self.count || end == self.position {
             return Ok(None);
         }
-        let rows: Vec<usize> = match &self.order {
-            Some(order) => order[self.position..end].iter().map(|row| *row as usize).collect(),
+        let rows: Vec<usize> = match self.order.get(self.position..end) {
+            Some(order) => order.iter().map(|row| *row as usize).collect(),
             None => (self.position..end).collect(),
         };
         self.position = end;
@@ -321,6 +374,24 @@ impl ActivationSource for TensorFileSource {
         described
     }
 
+    fn overlap(&self, trained: &Value) -> Option<String> {
+        let path = |config: &Value| config["path"].as_str().map(PathBuf::from);
+        let of = |path: PathBuf| -> std::collections::BTreeSet<PathBuf> {
+            let files = files(&path).unwrap_or_default().into_iter();
+            files.map(|file| file.canonicalize().unwrap_or(file)).collect()
+        };
+        let (own, others) = (of(path(&self.config)?), of(path(trained)?));
+        let shared = own.intersection(&others).next()?;
+        let parted = ["held_out", "held_out_seed"].iter().all(|key| self.config[key] == trained[key]);
+        if self.evaluates_part && own == others && parted {
+            return None;
+        }
+        Some(format!(
+            "rows of {}: `held_out: 0.1` in `source` keeps rows back from training",
+            shared.file_name().unwrap_or_default().to_string_lossy()
+        ))
+    }
+
     fn state(&self) -> Result<State> {
         let mut state = State::new();
         state.put("position", self.position)?;
@@ -364,6 +435,8 @@ mod tests {
             target_tensor: None,
             batch_size: 4,
             shuffle,
+            held_out: 0.0,
+            held_out_seed: 0,
         };
         let cx = SourceCx { seed: 1, ..SourceCx::default() };
         let source = config.build(&cx).unwrap();
@@ -403,5 +476,75 @@ mod tests {
         sorted.sort_by(f32::total_cmp);
         sorted.dedup();
         assert_eq!(sorted.len(), 12);
+    }
+
+    #[test]
+    fn held_out_rows_are_measured_on_and_never_trained_on() {
+        let (dir, _) = source(false);
+        let open = |shuffle, purpose, seed, held_out_seed| {
+            let config = TensorFileConfig {
+                path: dir.path().join("*.safetensors").into(),
+                tensor: default_tensor(),
+                target_tensor: None,
+                batch_size: 2,
+                shuffle,
+                held_out: 0.25,
+                held_out_seed,
+            };
+            config.build(&SourceCx { seed, purpose, ..SourceCx::default() }).unwrap()
+        };
+        // One of each four of the 14 rows: three of them, and perhaps one of the last two.
+        let held = pass(&mut *open(false, Purpose::Evaluation, 1, 0));
+        assert!((3..=4).contains(&held.len()), "{held:?}");
+        for shuffle in [false, true] {
+            let mut trained = open(shuffle, Purpose::Training, 1, 0);
+            for _ in 0..3 {
+                let rows = pass(&mut *trained);
+                assert_eq!(rows.len(), 10);
+                assert!(rows.iter().all(|row| !held.contains(row)), "{rows:?} {held:?}");
+                trained.rewind().unwrap();
+            }
+        }
+        // The run's seed does not decide which they are; their own does.
+        let sorted = |mut rows: Vec<f32>| {
+            rows.sort_by(f32::total_cmp);
+            rows
+        };
+        assert_eq!(sorted(pass(&mut *open(true, Purpose::Evaluation, 2, 0))), held);
+        assert!((1..5).any(|seed| pass(&mut *open(false, Purpose::Evaluation, 1, seed)) != held));
+        // What is resumed goes on with the same rows.
+        let mut one = open(true, Purpose::Training, 1, 0);
+        one.next_batch().unwrap();
+        let state = one.state().unwrap();
+        let rest = pass(&mut *one);
+        let mut other = open(true, Purpose::Training, 1, 0);
+        other.restore(&state).unwrap();
+        assert_eq!(pass(&mut *other), rest);
+    }
+
+    #[test]
+    fn an_overlap_with_training_is_noticed() {
+        let (dir, all) = source(false);
+        let described = |file: &str, held_out: f64| {
+            let config = TensorFileConfig {
+                path: dir.path().join(file).into(),
+                tensor: default_tensor(),
+                target_tensor: None,
+                batch_size: 2,
+                shuffle: true,
+                held_out,
+                held_out_seed: 0,
+            };
+            let measured = config.build(&SourceCx { purpose: Purpose::Evaluation, ..SourceCx::default() }).unwrap();
+            (measured.describe(), measured)
+        };
+        assert!(all.overlap(&all.describe()).unwrap().contains("a.safetensors"));
+        assert!(all.overlap(&described("b.safetensors", 0.0).0).unwrap().contains("b.safetensors"));
+        let (trained, measured) = described("*.safetensors", 0.25);
+        assert_eq!(measured.overlap(&trained), None);
+        assert!(all.overlap(&trained).is_some() && measured.overlap(&all.describe()).is_some());
+        let (_, other) = described("a.safetensors", 0.0);
+        assert_eq!(other.overlap(&described("b.safetensors", 0.0).0), None);
+        assert_eq!(other.overlap(&serde_json::json!({"model": "gpt2"})), None);
     }
 }

@@ -1,0 +1,172 @@
+//! Rows that a source holds out: never trained on, and all that is measured.
+
+use dictlearn_core::source::{HeldOut, Purpose};
+use dictlearn_core::tensors::{self, TensorFile};
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use crate::common::{fixture, Desk};
+
+const ROWS: u64 = 1280;
+
+/// A desk with activations in x.safetensors and, in poisoned.safetensors, with no numbers in the rows for a purpose.
+fn desk(poisoned: Purpose) -> Desk {
+    let desk = Desk::new();
+    let all = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
+    let x = all.narrow(0, 0, ROWS as i64).contiguous();
+    tensors::write(&desk.path("x.safetensors"), &[("activations", x.shallow_clone())]).unwrap();
+    let rows = HeldOut::new(0.1, 0).unwrap().wanted(0..ROWS, poisoned).into_iter().flatten();
+    let rows = Tensor::from_slice(&rows.map(|row| row as i64).collect::<Vec<_>>());
+    let x = x.index_fill(0, &rows, f64::NAN);
+    tensors::write(&desk.path("poisoned.safetensors"), &[("activations", x)]).unwrap();
+    desk
+}
+
+/// Sixty steps of 64 go over the rows three times.
+fn config(source: &str, more: &str) -> String {
+    format!(
+        "steps: 60\noutput_dir: run\nprecision: float32\nsource: {{type: tensor_file, batch_size: 64, {source}}}\n\
+         saes: [{{name: a, trainer: {{type: top_k, warmup_steps: 0}}, dictionary: {{dict_size: 64, k: 4}}}}]\n{more}\n"
+    )
+}
+
+const METRICS: &str = "metrics: [{type: reconstruction, n_batches: 100}]";
+
+#[test]
+fn held_out_rows_are_never_trained_on_and_are_all_that_is_measured() {
+    for shuffle in [true, false] {
+        // Training does not stumble over the rows that are held out, the metrics do.
+        let held = desk(Purpose::Evaluation);
+        let source = format!("path: poisoned.safetensors, shuffle: {shuffle}, held_out: 0.1");
+        held.write("config.yaml", &config(&source, "metrics: []\nnormalize_activations: true"));
+        held.ok(&["train", "config.yaml"]);
+        let said = held.refused(&["eval", "run/a", "--set", "metrics=[{type: reconstruction}]"]);
+        assert!(said.contains("not finite"), "{said}");
+        // And the other way round.
+        let trained = desk(Purpose::Training);
+        trained.write("config.yaml", &config(&source.replace("poisoned", "x"), METRICS));
+        let run = trained.run(&["train", "config.yaml"]);
+        assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
+        let path = trained.path("poisoned.safetensors");
+        let set = format!("source.path={}", path.display());
+        let again: Value = serde_json::from_str(&trained.ok(&["eval", "run/a", "--json", "--set", &set])).unwrap();
+        let first = trained.json("run/a/eval.json");
+        for key in ["l2_loss", "l0", "frac_variance_explained", "frac_alive"] {
+            let [first, again] = [&first, &again].map(|figures| figures[key].as_f64().unwrap());
+            assert!((first - again).abs() < 1e-4 * first.abs(), "{key}: {first} {again}");
+        }
+    }
+}
+
+#[test]
+fn an_eval_source_over_the_same_file_measures_what_is_held_out() {
+    let desk = desk(Purpose::Training);
+    let eval_source = format!("eval_source: {{shuffle: false}}\n{METRICS}");
+    desk.write("config.yaml", &config("path: x.safetensors, held_out: 0.1", &eval_source));
+    let run = desk.run(&["train", "config.yaml"]);
+    assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
+    // The figures are those of the held-out rows, computed here.
+    let x = TensorFile::open(&desk.path("x.safetensors")).unwrap().tensor("activations").unwrap();
+    let rows = HeldOut::new(0.1, 0).unwrap().wanted(0..ROWS, Purpose::Evaluation).into_iter().flatten();
+    let rows = Tensor::from_slice(&rows.map(|row| row as i64).collect::<Vec<_>>());
+    let x = x.index_select(0, &rows);
+    tensors::write(&desk.path("held.safetensors"), &[("x", x.shallow_clone())]).unwrap();
+    desk.ok(&["encode", "run/a", "--input", "held.safetensors", "--output", "y.safetensors"]);
+    let recon = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("recon").unwrap();
+    let l2 = (x - recon).norm_scalaropt_dim(2.0, [1], false).mean(Kind::Double).double_value(&[]);
+    let found = desk.json("run/a/eval.json")["l2_loss"].as_f64().unwrap();
+    assert!((found - l2).abs() < 1e-4 * l2, "{found} {l2}");
+    // Measuring them all is another thing, and is said.
+    let run = desk.run(&["eval", "run/a", "--json", "--set", "eval_source.held_out=0"]);
+    assert!(run.code == 0 && run.stderr.contains("warning") && run.stderr.contains("held_out"), "{}", run.stderr);
+    let all: Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_ne!(all["l2_loss"].as_f64().unwrap(), found);
+}
+
+#[test]
+fn measuring_what_was_trained_on_is_said() {
+    let desk = desk(Purpose::Training);
+    // Three passes over the file leave nothing unread.
+    desk.write("config.yaml", &config("path: x.safetensors", METRICS));
+    let run = desk.run(&["train", "config.yaml"]);
+    let warned =
+        |stderr: &str| stderr.contains("trained on") && stderr.contains("x.safetensors") && stderr.contains("held_out");
+    assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
+    let run = desk.run(&["eval", "run/a"]);
+    assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
+    // What training does not get to is left for the metrics, as before.
+    let run = desk.run(&[
+        "train",
+        "config.yaml",
+        "--output-dir",
+        "short",
+        "--set",
+        "steps=5",
+        "--set",
+        "metrics[0].n_batches=3",
+    ]);
+    assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
+    // The same file for both, by another name of it.
+    std::os::unix::fs::symlink(desk.path("x.safetensors"), desk.path("other.safetensors")).unwrap();
+    desk.write(
+        "same.yaml",
+        &config("path: x.safetensors", &format!("eval_source: {{path: other.safetensors}}\n{METRICS}")),
+    );
+    let run = desk.run(&["train", "same.yaml", "--output-dir", "same"]);
+    assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
+    // Another file.
+    std::fs::copy(desk.path("x.safetensors"), desk.path("copy.safetensors")).unwrap();
+    let run =
+        desk.run(&["eval", "run/a", "--set", &format!("source.path={}", desk.path("copy.safetensors").display())]);
+    assert!(run.code == 0 && run.stderr.is_empty(), "{}", run.stderr);
+}
+
+#[test]
+fn a_part_that_cannot_be_held_out_is_refused_with_its_place() {
+    let desk = desk(Purpose::Training);
+    for (source, words) in [
+        ("held_out: 1", &["config.yaml", "held_out", "nothing is left"][..]),
+        ("held_out: 1.5", &["config.yaml", "held_out"]),
+        ("held_out: -0.1", &["config.yaml", "held_out"]),
+        ("held_out: 0.0001", &["config.yaml", "held_out", "1280 rows"]),
+        ("held_out: 0.99", &["to train on", "batch_size"]),
+        ("held_outt: 0.1", &["did you mean `held_out`"]),
+    ] {
+        desk.write("config.yaml", &config(&format!("path: x.safetensors, {source}"), METRICS));
+        let said = desk.refused(&["train", "config.yaml"]);
+        assert!(words.iter().all(|word| said.contains(word)), "{source}: {said}");
+        assert!(!desk.path("run").exists(), "{source}");
+    }
+}
+
+#[test]
+fn a_cache_of_activations_holds_rows_out() {
+    let desk = desk(Purpose::Training);
+    desk.write("write.yaml", &config("path: x.safetensors", ""));
+    desk.ok(&["activations", "write.yaml", "--out", "cache"]);
+    let cached = config("path: x.safetensors", METRICS).replace(
+        "{type: tensor_file, batch_size: 64, path: x.safetensors}",
+        "{type: activation_cache, path: cache, batch_size: 64, buffer_size: 256, held_out: 0.1}",
+    );
+    desk.write("config.yaml", &cached);
+    let run = desk.run(&["train", "config.yaml"]);
+    assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
+    // The same rows as of the file that it was written from.
+    let rows = HeldOut::new(0.1, 0).unwrap().wanted(0..ROWS, Purpose::Evaluation).into_iter().flatten();
+    let rows = Tensor::from_slice(&rows.map(|row| row as i64).collect::<Vec<_>>());
+    let x =
+        TensorFile::open(&desk.path("x.safetensors")).unwrap().tensor("activations").unwrap().index_select(0, &rows);
+    tensors::write(&desk.path("held.safetensors"), &[("x", x.shallow_clone())]).unwrap();
+    desk.ok(&["encode", "run/a", "--input", "held.safetensors", "--output", "y.safetensors"]);
+    let recon = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("recon").unwrap();
+    let l2 = (x - recon).norm_scalaropt_dim(2.0, [1], false).mean(Kind::Double).double_value(&[]);
+    let found = desk.json("run/a/eval.json")["l2_loss"].as_f64().unwrap();
+    assert!((found - l2).abs() < 1e-4 * l2, "{found} {l2}");
+    let again: Value = serde_json::from_str(&desk.ok(&["eval", "run/a", "--json"])).unwrap();
+    assert!((again["l2_loss"].as_f64().unwrap() - l2).abs() < 1e-4 * l2);
+    let run = desk.run(&["eval", "run/a", "--set", "source.held_out_seed=1"]);
+    assert!(run.code == 0 && run.stderr.contains("trained on"), "{}", run.stderr);
+    desk.write("bad.yaml", &cached.replace("held_out: 0.1", "held_out: 1"));
+    let said = desk.refused(&["train", "bad.yaml", "--output-dir", "bad"]);
+    assert!(said.contains("held_out") && said.contains("bad.yaml"), "{said}");
+}
