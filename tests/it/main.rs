@@ -19,4 +19,5 @@ mod python;
 mod resume;
 mod sites;
 mod soak;
+mod text;
 mod transcoders;

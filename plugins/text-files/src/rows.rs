@@ -203,6 +203,40 @@ mod tests {
         }
     }
 
+    fn fixture(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/text").join(name)
+    }
+
+    #[test]
+    fn token_ids_are_read_as_sae_lens_and_datasets_write_them() {
+        let expected: Value = serde_json::from_slice(&std::fs::read(fixture("rows.json")).unwrap()).unwrap();
+        for name in ["pretokenized", "padded"] {
+            let rows = read(&fixture(&format!("{name}.parquet")), "input_ids").unwrap();
+            let ids: Vec<Value> = rows.into_iter().map(|row| row.unwrap()).map(unpadded).collect();
+            assert_eq!(Value::Array(ids), expected[name], "{name}");
+        }
+    }
+
+    /// A cell's token ids without padding.
+    fn unpadded(cell: Cell) -> Value {
+        let ids = cell.value.as_array().unwrap().iter();
+        let Some(mask) = cell.mask else { return ids.cloned().collect() };
+        ids.zip(mask.as_array().unwrap()).filter(|(_, text)| **text == 1).map(|(id, _)| id.clone()).collect()
+    }
+
+    #[test]
+    fn a_column_within_a_column_is_named_with_a_dot() {
+        let rows = read(&fixture("nested.parquet"), "translation.en").unwrap();
+        let texts: Vec<_> = rows.into_iter().map(|row| row.unwrap().value).collect();
+        assert_eq!(texts, ["one 0", "one 1", "one 2", "one 3"]);
+        let rows = read(&fixture("nested.parquet"), "translation.ids.input_ids").unwrap();
+        let first = rows.into_iter().next().unwrap().unwrap();
+        assert_eq!(unpadded(first), serde_json::json!([5, 6, 7]));
+        let error = InputError::take(open(&fixture("nested.parquet"), "translation.fr").err().unwrap()).unwrap();
+        let help = "its columns of strings and lists are: translation.en, translation.de, translation.ids.input_ids";
+        assert!(error.to_string().contains(help), "{error}");
+    }
+
     #[test]
     fn another_column_or_a_damaged_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
