@@ -24,12 +24,15 @@ pub enum Record {
     Text(Document),
     /// A chat, to be put into the model's own form of chats and tokenised.
     Chat(Chat),
-    /// A row of token ids that is a context as it stands, with its attention mask.
+    /// A row of token ids with its attention mask: a context as it stands, if the stream is tokenized, and otherwise a
+    /// document that needs no tokenizer.
     Tokens {
         /// Token ids, one a position.
         ids: Vec<i64>,
         /// Which positions are text (true) and which are padding.
         mask: Vec<bool>,
+        /// Where it is from, for messages: `tokens.parquet:120`.
+        origin: String,
     },
 }
 

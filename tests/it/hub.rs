@@ -254,6 +254,66 @@ fn a_dataset_that_cannot_be_read_is_taken_from_its_conversion() {
     assert_eq!(shard(&desk, "offline"), shard(&local, "out"));
 }
 
+/// The names in the texts that a split of a dataset was harvested from.
+fn same_as(server: &HubServer, text: &str, names: &[&str]) {
+    let desk = reading(text);
+    harvested(server, &desk, "out");
+    let local = reading("{type: text_files, path: all, column: content}");
+    for (at, name) in names.iter().enumerate() {
+        local.write(&format!("all/{at}.jsonl"), &lines(name, 5));
+    }
+    local.ok(&["activations", "config.yaml", "--out", "out"]);
+    assert_eq!(shard(&desk, "out"), shard(&local, "out"), "{text}");
+}
+
+#[test]
+fn a_split_of_a_dataset_has_no_files_of_another() {
+    let server = HubServer::start();
+    let folder = "datasets/someone/folder";
+    server.put(folder, "README.md", "---\nconfigs:\n- config_name: en\n  data_dir: en\n---\n");
+    server.put(folder, "en/train.jsonl", lines("train", 5)).put(folder, "en/test.jsonl", lines("test", 5));
+    let text = |more: &str| format!("{{type: hub_dataset, repo: someone/{more}, column: content}}");
+    same_as(&server, &text("folder"), &["train"]);
+    same_as(&server, &text("folder, split: test"), &["test"]);
+    let shards = "datasets/someone/shards";
+    for split in ["train_sft", "train_gen", "test_sft"] {
+        server.put(shards, &format!("data/{split}-00000-of-00002.jsonl"), lines(split, 5));
+        server.put(shards, &format!("data/{split}-00001-of-00002.jsonl"), lines("more", 5));
+    }
+    same_as(&server, &text("shards, split: train_sft"), &["train_sft", "more"]);
+    let said = refused(&server, &reading(&text("shards")), None);
+    assert!(
+        said.contains("has no split `train`") && said.contains("its splits: test_sft, train_gen, train_sft"),
+        "{said}"
+    );
+    // A split that is in part of another format is not read in part.
+    let mixed = "datasets/someone/mixed";
+    server.put(mixed, "train-0.jsonl", lines("train", 5)).put(mixed, "train-1.jsonl.bz2", "");
+    let said = refused(&server, &reading(&text("mixed")), None);
+    assert!(said.contains("has files that cannot be read") && said.contains("it has train-1.jsonl.bz2"), "{said}");
+    server.put(mixed, "README.md", "---\nconfigs:\n- {config_name: a, data_files: [{split: train}]}\n---\n");
+    let said = refused(&server, &reading(&text("mixed")), None);
+    assert!(said.contains("the dataset's README.md has `configs[0].data_files"), "{said}");
+}
+
+#[test]
+fn rows_of_token_ids_are_read_from_a_dataset() {
+    let server = HubServer::start();
+    let table = fs::read(fixture("text/pretokenized.parquet")).unwrap();
+    let dataset = "datasets/someone/pretokenized";
+    server.put(dataset, "data/train-00000-of-00001.parquet", table).put(dataset, "sae_lens.json", "{}");
+    let read = |text: &str| {
+        let desk = Desk::new();
+        desk.write("config.yaml", &reading_config(fixture("models/gpt_neox").to_str().unwrap(), text));
+        desk
+    };
+    let desk = read("{type: hub_dataset, repo: someone/pretokenized}");
+    harvested(&server, &desk, "out");
+    let local = read(&format!("{{type: text_files, path: {:?}}}", fixture("text/pretokenized.parquet")));
+    local.ok(&["activations", "config.yaml", "--out", "out"]);
+    assert_eq!(shard(&desk, "out"), shard(&local, "out"));
+}
+
 #[test]
 fn datasets_that_are_not_there() {
     let server = HubServer::start();

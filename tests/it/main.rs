@@ -24,4 +24,5 @@ mod sites;
 mod soak;
 mod special_tokens;
 mod start;
+mod text;
 mod transcoders;

@@ -83,6 +83,8 @@ pub struct Contexts {
     /// Documents that were read and are not, or not wholly, in a context yet.
     carry: VecDeque<Tokenised>,
     rows: u64,
+    /// The first row of token ids that was longer than a context.
+    cut: Option<String>,
 }
 
 /// A document as tokens.
@@ -97,9 +99,9 @@ struct Tokenised {
 
 impl Contexts {
     /// Contexts of a text for a model.
-    pub fn new(text: Box<dyn TextStream>, files: &ModelFiles, cx: ContextsCx) -> Result<Self> {
+    pub fn new(mut text: Box<dyn TextStream>, files: &ModelFiles, cx: ContextsCx) -> Result<Self> {
         let tokenizer = tokenizer(files)?;
-        if tokenizer.is_none() && !text.is_tokenized() {
+        if tokenizer.is_none() && !text.is_tokenized() && begins_with_text(&mut *text)? {
             bail!(InputError::new(format!("the model {} has no tokenizer.json", files.name()))
                 .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`"));
         }
@@ -154,6 +156,7 @@ impl Contexts {
             special_ids,
             carry: VecDeque::new(),
             rows: 0,
+            cut: None,
         };
         if contexts.tokenizer.is_some() && cx.add_special_tokens {
             let [with, plain] = [true, false].map(|special| contexts.piece("a", special, files.name()));
@@ -253,8 +256,7 @@ impl Contexts {
     }
 
     fn row_of_tokens(&mut self) -> Result<Option<Row>> {
-        let Some(Record::Tokens { ids, mask }) = self.text.next_record()? else { return Ok(None) };
-        let origin = format!("row {}", self.rows);
+        let Some(Record::Tokens { ids, mask, origin }) = self.text.next_record()? else { return Ok(None) };
         self.rows += 1;
         self.check(&ids, &origin)?;
         if let Some(most) = self.cx.max_positions.filter(|most| ids.len() as i64 > *most) {
@@ -285,9 +287,19 @@ impl Contexts {
     fn document(&mut self) -> Result<Option<Tokenised>> {
         loop {
             let position = self.text.position();
+            let mut separator = self.end_of_text.filter(|_| self.cx.pack);
             let (ids, origin) = match self.text.next_record().under("text")? {
                 None => return Ok(None),
-                Some(Record::Tokens { .. }) => bail!("rows of tokens among documents"),
+                Some(Record::Tokens { mut ids, mask, origin }) => {
+                    // Who tokenized it has put special tokens where they belong.
+                    separator = None;
+                    let mut is_text = mask.into_iter();
+                    ids.retain(|_| is_text.next().unwrap_or(true));
+                    if !self.cx.pack && ids.len() > self.cx.ctx_len {
+                        self.cut.get_or_insert_with(|| format!("{origin} with {}", ids.len()));
+                    }
+                    (ids, origin)
+                }
                 Some(Record::Text(document)) => {
                     (self.encode(&document.text, self.cx.add_special_tokens, &document.origin)?, document.origin)
                 }
@@ -314,7 +326,6 @@ impl Contexts {
                 }
             };
             self.check(&ids, &origin)?;
-            let separator = self.end_of_text.filter(|_| self.cx.pack);
             let ids: Vec<i64> = separator.into_iter().chain(ids).collect();
             if !ids.is_empty() {
                 return Ok(Some(Tokenised { ids, origin, position, used: 0 }));
@@ -346,7 +357,8 @@ impl Contexts {
     /// A part of a document as tokens.
     fn piece(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<Vec<i64>> {
         let Some(tokenizer) = &self.tokenizer else {
-            bail!("a text that is not tokenised needs a tokenizer");
+            bail!(InputError::new(format!("{origin} is a text, and the model has no tokenizer.json"))
+                .help("add it to the model's folder, or give token ids alone"));
         };
         tokenizer::ids(tokenizer, text, add_special_tokens).map_err(|why| {
             InputError::new(format!("{origin}: the model's tokenizer cannot tokenise it: {why}"))
@@ -409,10 +421,18 @@ impl Contexts {
         Ok(())
     }
 
-    /// What the user should know: records skipped.
+    /// What the user should know: records skipped, token ids left out.
     pub fn note(&self) -> Option<String> {
         let (count, first) = self.text.skipped();
-        first.map(|first| format!("warning: {count} bad records were skipped, the first is {first}"))
+        let skipped = first.map(|first| format!("warning: {count} bad records were skipped, the first is {first}"));
+        let cut = self.cut.as_ref().map(|first| {
+            let length = self.cx.ctx_len;
+            format!(
+                "warning: rows of token ids are longer than `ctx_len` {length}, and the rest of each is left out (the first: \
+                 {first}); raise `ctx_len`, or set `pack: true`"
+            )
+        });
+        skipped.into_iter().chain(cut).reduce(|one, other| format!("{one}\n{other}"))
     }
 }
 
@@ -425,6 +445,13 @@ fn special_id(model_config: &Value, name: &str) -> Option<i64> {
         id.as_i64().or_else(|| id.as_array()?.first()?.as_i64())
     };
     own(model_config).or_else(|| own(model_config.get("text_config")?))
+}
+
+/// Whether a stream's first item needs a tokenizer. A stream that cannot be read says so when it is read in earnest.
+fn begins_with_text(text: &mut dyn TextStream) -> Result<bool> {
+    let begins = matches!(text.next_record(), Ok(Some(Record::Text(_) | Record::Chat(_))));
+    text.seek(0)?;
+    Ok(begins)
 }
 
 /// The model's tokenizer, if it has one.

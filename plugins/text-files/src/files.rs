@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::text::{Wanted, WrittenText};
+use glob::{glob_with, MatchOptions, Pattern};
 
-use crate::column;
+use crate::splits::{self, Card, Glob, METADATA};
 use crate::stream::{ending, Documents, Options, Place, TextFiles, ENDINGS};
 
 const NAME: &str = "text_files";
@@ -14,17 +15,28 @@ const NAME: &str = "text_files";
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TextFilesConfig {
-    /// A file, a folder, or a glob; several files are read in the order of their names.
+    /// A file, a folder, or a glob; several files are read in the order of their names. Hidden files and metadata
+    /// (README.md, config.json, sae_lens.json) in a folder are left out.
     pub path: ConfigPath,
-    /// The field of a .jsonl record, or the column of a .parquet file, that holds the text or the messages of a chat.
-    #[serde(default = "column")]
-    pub column: String,
+    /// Which split of a folder that holds a dataset, as Hugging Face's `load_dataset` divides it. Default: all files, if they
+    /// are of one split.
+    #[serde(default)]
+    pub split: Option<String>,
+    /// Which subset of such a folder, where its README.md has several.
+    #[serde(default)]
+    pub subset: Option<String>,
+    /// The field of a .jsonl record, or the column of a .parquet file, that holds the text, the messages of a chat, or token
+    /// ids (a list of integers); `translation.en` for a field within a field. Default: `text`, or where there is none
+    /// `input_ids` or `tokens`.
+    #[serde(default)]
+    pub column: Option<String>,
     /// What a document is in a .txt file.
     #[serde(default)]
     pub documents: Documents,
-    /// End with an error at the first bad record instead of skipping it.
+    /// `true`: end with an error at the first bad record. `false`: also skip a file that cannot be read, or the rest of it.
+    /// Default: skip and count bad records, and end with an error at a file that cannot be read.
     #[serde(default)]
-    pub strict: bool,
+    pub strict: Option<bool>,
 }
 
 register! {
@@ -46,37 +58,143 @@ inventory::submit! {
 #[typetag::serde(name = NAME)]
 impl TextConfig for TextFilesConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
-        let places = files(self.path.as_path()).under("path")?.into_iter().map(Place::Local).collect();
-        let options = Options { column: self.column.clone(), documents: self.documents, strict: self.strict };
+        let places = self.files()?.into_iter().map(Place::Local).collect();
+        let options = Options::new(self.column.as_deref(), self.documents, self.strict);
         Ok(Box::new(TextFiles::new(places, options)))
     }
 }
 
-/// The text files that a path means, sorted.
-fn files(path: &Path) -> Result<Vec<PathBuf>> {
-    let supported = |path: &PathBuf| ending(&path.to_string_lossy()).is_some();
-    let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
-    if path.is_file() {
-        let path = path.to_owned();
-        if !supported(&path) {
-            bail!(InputError::new(format!("{}: files of this kind are not read", path.display())).help(help));
+impl TextFilesConfig {
+    /// The files that are read, in order.
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        let path = self.path.as_path();
+        if path.is_dir() {
+            return self.of_folder(path);
         }
-        return Ok(vec![path]);
+        for (key, given) in [("split", &self.split), ("subset", &self.subset)] {
+            if given.is_some() {
+                bail!(InputError::new(format!("`{key}` is given, but {} is not a folder", path.display()))
+                    .field(key)
+                    .help(format!("leave `{key}` out, or set `path` to the dataset's folder")));
+            }
+        }
+        let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
+        let supported = |path: &Path| ending(&path.to_string_lossy()).is_some();
+        if path.is_file() {
+            if !supported(path) {
+                bail!(InputError::new(format!("{}: files of this kind are not read", path.display()))
+                    .field("path")
+                    .help(help));
+            }
+            return Ok(vec![path.to_owned()]);
+        }
+        let pattern = path.to_string_lossy();
+        let mut found = listed(&pattern).under("path")?;
+        found.retain(|path| supported(path));
+        if found.is_empty() {
+            if !pattern.contains(['*', '?', '[']) {
+                bail!(InputError::no_file(path).field("path"));
+            }
+            bail!(InputError::new(format!("there is no text at {}", path.display())).field("path").help(help));
+        }
+        Ok(found)
     }
-    let pattern = path.to_string_lossy();
-    let pattern = if path.is_dir() { format!("{pattern}/**/*") } else { pattern.into_owned() };
-    let found = glob::glob(&pattern)
+
+    /// The files of a folder that are read.
+    fn of_folder(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let found = listed(&format!("{}/**/*", Pattern::escape(&folder.to_string_lossy()))).under("path")?;
+        let name = |path: &PathBuf| path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
+        let names: Vec<String> = found.iter().map(name).collect();
+        let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
+        names.sort_unstable();
+        let what = format!("the folder {}", folder.display());
+        if let Some(written) = names.iter().find(|name| name.ends_with(".arrow")) {
+            if names.iter().any(|name| name.ends_with("state.json") || *name == "dataset_dict.json") {
+                bail!(InputError::new(format!(
+                    "{what} was written by `save_to_disk` of Hugging Face's datasets ({written})"
+                ))
+                .field("path")
+                .help(format!(
+                    "write it as parquet: `datasets.load_from_disk({:?}).to_parquet(\"tokens.parquet\")`",
+                    folder.display().to_string()
+                )));
+            }
+        }
+        let head = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
+        let chosen = match &self.split {
+            Some(split) => {
+                let card = Card::read(head("README.md").as_deref(), head(".huggingface.yaml").as_deref());
+                let card = card.map_err(|error| error.field("path").help("name files with a glob as `path`"))?;
+                splits::find(&names, &card, split, self.subset.as_deref())
+                    .map_err(|missing| missing.refused(&what, "path", split, self.subset.as_deref(), &names))?
+            }
+            None if self.subset.is_some() => {
+                bail!(InputError::new("`subset` is given without `split`").field("subset").help("add `split: train`"));
+            }
+            None => {
+                let all = all(&names)?;
+                if all.is_empty() {
+                    let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
+                    bail!(InputError::new(format!("there is no text at {}", folder.display()))
+                        .field("path")
+                        .help(help));
+                }
+                one_split(&all).map_err(|splits| {
+                    let held = match &splits[..] {
+                        [one] => format!("{what} holds files of the split `{one}` beside others"),
+                        several => format!("{what} holds several splits: {}", several.join(", ")),
+                    };
+                    InputError::new(held).field("path").help(format!(
+                        "name one (`split: {}`), or the files with a glob; `path: {}/**/*` reads all of them",
+                        splits[0],
+                        folder.display()
+                    ))
+                })?;
+                all
+            }
+        };
+        Ok(chosen.into_iter().map(|name| folder.join(name)).collect())
+    }
+}
+
+/// The files that a glob means, sorted. A link to a file that is gone is one of them, so that it is not missed in silence.
+fn listed(pattern: &str) -> Result<Vec<PathBuf>> {
+    let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
+    let found = glob_with(pattern, options)
         .map_err(|error| InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")))?;
-    let mut found: Vec<PathBuf> =
-        found.filter_map(Result::ok).filter(|path| path.is_file()).filter(supported).collect();
-    found.sort();
-    if found.is_empty() {
-        if !path.exists() && !pattern.contains(['*', '?', '[']) {
-            bail!(InputError::no_file(path));
+    let mut files = Vec::new();
+    for path in found {
+        let path = path.map_err(|error| InputError::new(format!("cannot list {pattern}: {error}")))?;
+        if path.is_file() || !path.exists() {
+            files.push(path);
         }
-        bail!(InputError::new(format!("there is no text at {}", path.display())).help(help));
     }
-    Ok(found)
+    files.sort();
+    Ok(files)
+}
+
+/// The files of a folder that can be read, without metadata.
+fn all<'a>(names: &[&'a str]) -> Result<Vec<&'a str>, InputError> {
+    const MORE_METADATA: [&str; 2] = ["sae_lens.json", "state.json"];
+    let glob = Glob::new("**")?;
+    let described = |name: &str| {
+        let name = name.rsplit('/').next().unwrap_or(name);
+        METADATA.contains(&name) || MORE_METADATA.contains(&name)
+    };
+    let kept = names.iter().copied().filter(|name| ending(name).is_some() && glob.matches(name) && !described(name));
+    Ok(kept.collect())
+}
+
+/// Whether files are all of one split by their names; if not, the names of the splits. Files for testing are not trained
+/// on because a folder was given.
+fn one_split(files: &[&str]) -> Result<(), Vec<String>> {
+    let splits = splits::splits(files, &splits::Subset::default()).unwrap_or_default();
+    let splits: Vec<_> = splits.into_iter().filter(|split| !split.files.is_empty()).collect();
+    match &splits[..] {
+        [] => Ok(()),
+        [one] if one.name == "train" || one.files.len() == files.len() => Ok(()),
+        several => Err(several.iter().map(|split| split.name.clone()).collect()),
+    }
 }
 
 #[cfg(test)]
@@ -87,14 +205,42 @@ mod tests {
         file: &str,
         content: &[u8],
         documents: Documents,
-        strict: bool,
+        strict: Option<bool>,
     ) -> (tempfile::TempDir, Box<dyn TextStream>) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(file);
         std::fs::write(&path, content).unwrap();
-        let config = TextFilesConfig { path: path.into(), column: column(), documents, strict };
-        let stream = config.build().unwrap();
+        let stream = TextFilesConfig { documents, strict, ..config(&path) }.build().unwrap();
         (dir, stream)
+    }
+
+    fn config(path: &Path) -> TextFilesConfig {
+        TextFilesConfig {
+            path: path.to_owned().into(),
+            split: None,
+            subset: None,
+            column: None,
+            documents: Documents::default(),
+            strict: None,
+        }
+    }
+
+    /// An error of the input, with its help.
+    fn said(error: anyhow::Error) -> String {
+        InputError::take(error).expect("an error of the input").to_string()
+    }
+
+    /// What is said where the records end with an error.
+    fn refused(stream: &mut dyn TextStream) -> String {
+        loop {
+            match stream.next_record() {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("nothing was refused"),
+                Err(error) => {
+                    break said(error);
+                }
+            }
+        }
     }
 
     fn texts(stream: &mut dyn TextStream) -> Vec<String> {
@@ -115,7 +261,7 @@ mod tests {
             (Documents::Line, vec!["one", "two", "three", "four"]),
             (Documents::File, vec!["one\ntwo\n\n\nthree\n \nfour"]),
         ] {
-            let (_dir, mut stream) = stream("a.txt", TEXT, documents, false);
+            let (_dir, mut stream) = stream("a.txt", TEXT, documents, None);
             assert_eq!(texts(&mut *stream), expected, "{documents:?}");
         }
     }
@@ -123,12 +269,12 @@ mod tests {
     #[test]
     fn bad_records_are_skipped_counted_and_named() {
         let content = b"{\"text\": \"a\"}\n{\"text\": 3}\nnonsense\n\n{\"other\": \"x\"}\n\xff\n{\"text\": \"b\"}\n";
-        let (_dir, mut lenient) = stream("a.jsonl", content, Documents::Paragraph, false);
+        let (_dir, mut lenient) = stream("a.jsonl", content, Documents::Paragraph, None);
         assert_eq!(texts(&mut *lenient), ["a", "b"]);
         let (skipped, first) = lenient.skipped();
         assert_eq!(skipped, 4);
         assert!(first.unwrap().ends_with("a.jsonl:2: field `text` is neither a string nor the messages of a chat"));
-        let (_dir, mut strict) = stream("a.jsonl", content, Documents::Paragraph, true);
+        let (_dir, mut strict) = stream("a.jsonl", content, Documents::Paragraph, Some(true));
         strict.next_record().unwrap();
         assert!(strict.next_record().unwrap_err().to_string().contains("a.jsonl:2"));
     }
@@ -138,7 +284,7 @@ mod tests {
         // Five million bytes without a line's end, and as many lines without an empty one.
         for text in ["word ".repeat(1_000_000), "word\n".repeat(1_000_000)] {
             for documents in [Documents::Paragraph, Documents::File] {
-                let (_dir, mut stream) = stream("a.txt", text.as_bytes(), documents, false);
+                let (_dir, mut stream) = stream("a.txt", text.as_bytes(), documents, None);
                 let texts = texts(&mut *stream);
                 assert!((4..10).contains(&texts.len()), "{}", texts.len());
                 assert!(texts.iter().all(|text| text.len() < 1 << 21));
@@ -151,7 +297,7 @@ mod tests {
     #[test]
     fn what_can_only_be_wrong_is_refused_at_once() {
         let refused = |name: &str, content: &[u8]| {
-            let (_dir, mut stream) = stream(name, content, Documents::Paragraph, false);
+            let (_dir, mut stream) = stream(name, content, Documents::Paragraph, None);
             format!("{:#}", stream.next_record().unwrap_err())
         };
         let error = refused("a.jsonl", "{\"txt\": \"a\"}\n".repeat(1000).as_bytes());
@@ -166,7 +312,7 @@ mod tests {
     #[test]
     fn a_byte_order_mark_is_no_text() {
         for (name, content) in [("a.txt", "\u{feff}a"), ("a.jsonl", "\u{feff}{\"text\": \"a\"}\n")] {
-            let (_dir, mut stream) = stream(name, content.as_bytes(), Documents::Paragraph, true);
+            let (_dir, mut stream) = stream(name, content.as_bytes(), Documents::Paragraph, Some(true));
             assert_eq!(texts(&mut *stream), ["a"]);
         }
     }
@@ -183,7 +329,7 @@ mod tests {
 {"text": {"role": "user", "content": "a"}}
 {"text": {}}
 "#;
-        let (_dir, mut stream) = stream("a.jsonl", content, Documents::Paragraph, false);
+        let (_dir, mut stream) = stream("a.jsonl", content, Documents::Paragraph, None);
         for line in 1..=4 {
             let Some(Record::Chat(chat)) = stream.next_record().unwrap() else { panic!("not a chat") };
             assert!(chat.origin.ends_with(&format!("a.jsonl:{line}")));
@@ -203,7 +349,7 @@ mod tests {
             br#"{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {}}]}]}
 {"text": [{"role": "assistant", "tool_calls": null}]}
 "#;
-        let (_dir, mut stream) = stream("a.jsonl", content, Documents::Paragraph, false);
+        let (_dir, mut stream) = stream("a.jsonl", content, Documents::Paragraph, None);
         let Some(Record::Chat(chat)) = stream.next_record().unwrap() else { panic!("not a chat") };
         assert_eq!(chat.messages[1].get("content"), None);
         assert_eq!(stream.next_record().unwrap(), None);
@@ -225,35 +371,239 @@ mod tests {
     fn compressed_files_are_the_same_text() {
         for ending in ["gz", "zst"] {
             let name = format!("a.txt.{ending}");
-            let (_dir, mut text) = stream(&name, &packed(ending, TEXT), Documents::Line, true);
+            let (_dir, mut text) = stream(&name, &packed(ending, TEXT), Documents::Line, Some(true));
             assert_eq!(texts(&mut *text), ["one", "two", "three", "four"], "{name}");
             let name = format!("a.jsonl.{ending}");
             // Two members, as files have that were joined.
             let json = [packed(ending, b"{\"text\": \"a\"}\n"), packed(ending, b"{\"text\": \"b\"}\n")].concat();
-            let (_dir, mut text) = stream(&name, &json, Documents::Paragraph, true);
+            let (_dir, mut text) = stream(&name, &json, Documents::Paragraph, Some(true));
             assert_eq!(texts(&mut *text), ["a", "b"], "{name}");
         }
     }
 
     #[test]
-    fn what_stands_before_a_break_is_used() {
+    fn a_file_that_breaks_off_ends_the_run_unless_that_is_allowed() {
         let lines: String = (0..20_000).map(|line| format!("{{\"text\": \"{} {line}\"}}\n", line * 7919)).collect();
         for ending in ["gz", "zst"] {
             let whole = packed(ending, lines.as_bytes());
             let name = format!("a.jsonl.{ending}");
-            let (_dir, mut cut) = stream(&name, &whole[..whole.len() / 2], Documents::Paragraph, false);
-            let found = texts(&mut *cut);
+            let cut = &whole[..whole.len() / 2];
+            for strict in [None, Some(true)] {
+                let (_dir, mut ends) = stream(&name, cut, Documents::Paragraph, strict);
+                let said = refused(&mut *ends);
+                assert!(
+                    said.contains(&format!("{name}:")) && said.contains("the file is damaged or breaks off"),
+                    "{said}"
+                );
+                assert!(said.contains("`strict: false`"), "{said}");
+                assert!(ends.position() > 5_000, "{}", ends.position());
+            }
+            // What stands before the break is used.
+            let (dir, mut goes_on) = stream(&name, cut, Documents::Paragraph, Some(false));
+            let found = texts(&mut *goes_on);
             assert!(found.len() > 5_000 && found.len() < 15_000, "{name}: {}", found.len());
-            let (skipped, first) = cut.skipped();
+            let (skipped, first) = goes_on.skipped();
             assert_eq!(skipped, 1, "{name}: {first:?}");
             assert!(first.unwrap().contains(&format!("{name}:{}: the file is damaged or breaks off", found.len() + 1)));
-            let (_dir, mut strict) = stream(&name, &whole[..whole.len() / 2], Documents::Paragraph, true);
-            let error = loop {
-                if let Err(error) = strict.next_record() {
-                    break error.to_string();
-                }
-            };
-            assert!(error.contains("breaks off"), "{error}");
+            // So are the files after it.
+            std::fs::write(dir.path().join("b.jsonl"), "{\"text\": \"b\"}\n").unwrap();
+            let mut both = TextFilesConfig { strict: Some(false), ..config(dir.path()) }.build().unwrap();
+            assert_eq!(texts(&mut *both).last().unwrap(), "b");
+            // No byte of it can be read.
+            for (bytes, what) in [(&b"plainly no archive"[..], "damaged"), (&whole[..5], "damaged")] {
+                let (_dir, mut none) = stream(&name, bytes, Documents::Paragraph, None);
+                let said = refused(&mut *none);
+                assert!(said.contains(&name) && said.contains(what), "{said}");
+            }
+        }
+        // The beginning of a document is one, in a file without records.
+        let whole = packed("zst", "a line of text\n".repeat(100_000).as_bytes());
+        let (_dir, mut text) = stream("a.txt.zst", &whole[..whole.len() - 4], Documents::File, Some(false));
+        assert!(texts(&mut *text).len() >= 1);
+    }
+
+    #[test]
+    fn a_long_window_is_read() {
+        let mut packer = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        // The longest that decoders accept unasked is 27.
+        packer.window_log(28).unwrap();
+        std::io::Write::write_all(&mut packer, b"{\"text\": \"a\"}\n").unwrap();
+        let packed = packer.finish().unwrap();
+        let (_dir, mut text) = stream("a.jsonl.zst", &packed, Documents::Paragraph, None);
+        assert_eq!(texts(&mut *text), ["a"]);
+    }
+
+    fn utf16(text: &str, order: fn(u16) -> [u8; 2]) -> Vec<u8> {
+        text.encode_utf16().flat_map(order).collect()
+    }
+
+    #[test]
+    fn utf_16_is_decoded_or_refused_by_name() {
+        let json = "{\"text\": \"Grüße, 世界 🌍\"}\n{\"text\": \"b\"}\r\n";
+        for order in [u16::to_le_bytes, u16::to_be_bytes] {
+            let marked = utf16(&format!("\u{feff}{json}"), order);
+            for (name, content) in [("a.jsonl", marked.clone()), ("a.jsonl.gz", packed("gz", &marked))] {
+                let (_dir, mut text) = stream(name, &content, Documents::Paragraph, Some(true));
+                assert_eq!(texts(&mut *text), ["Grüße, 世界 🌍", "b"], "{name}");
+            }
+            let (_dir, mut text) = stream("a.txt", &utf16("\u{feff}one\r\ntwo", order), Documents::Line, Some(true));
+            assert_eq!(texts(&mut *text), ["one", "two"]);
+            let (_dir, mut unmarked) = stream("a.jsonl", &utf16(json, order), Documents::Paragraph, None);
+            let said = refused(&mut *unmarked);
+            assert!(said.contains("a.jsonl looks like UTF-16 without a byte order mark"), "{said}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_text_is_refused_by_name() {
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n";
+        for (name, content, why) in [
+            ("a.jsonl", &pointer[..], "is a Git LFS pointer: run `git lfs pull`"),
+            ("a.parquet", &pointer[..], "is a Git LFS pointer: run `git lfs pull`"),
+            ("a.jsonl", &packed("gz", b"{}\n"), "name that ends in .gz"),
+            ("a.txt", &packed("zst", b"text"), "name that ends in .zst"),
+            ("a.parquet", b"", "is not a whole parquet file"),
+        ] {
+            let (_dir, mut text) = stream(name, content, Documents::Paragraph, None);
+            let said = refused(&mut *text);
+            assert!(said.contains(name) && said.contains(why), "{said}");
+        }
+        // A link to a file that is gone.
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a.jsonl"), "{\"text\": \"a\"}\n").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("nowhere"), dir.path().join("b.jsonl")).unwrap();
+        let said = refused(&mut *config(dir.path()).build().unwrap());
+        assert!(said.contains("cannot read") && said.contains("b.jsonl"), "{said}");
+    }
+
+    fn rows(stream: &mut dyn TextStream) -> Vec<Vec<i64>> {
+        let mut rows = Vec::new();
+        while let Some(record) = stream.next_record().unwrap() {
+            let Record::Tokens { ids, mask, .. } = record else { panic!("no row of tokens: {record:?}") };
+            assert_eq!(mask, vec![true; ids.len()]);
+            rows.push(ids);
+        }
+        rows
+    }
+
+    #[test]
+    fn lists_of_integers_are_token_ids() {
+        let content = br#"{"input_ids": [1, 2, 3]}
+{"input_ids": [0, 0, 4, 5, 0], "attention_mask": [0, 0, 1, 1, 0]}
+{"input_ids": [6, 7], "attention_mask": [true, false]}
+{"tokens": [8]}
+{"input_ids": [9, "x"]}
+{"input_ids": [9, 1.5]}
+{"input_ids": [9, null]}
+{"input_ids": [9, 9], "attention_mask": [1]}
+{"input_ids": [9, 9, 9], "attention_mask": [1, 0, 1]}
+{"input_ids": [9, 9], "attention_mask": [0, 0]}
+{"input_ids": [9, 9], "attention_mask": [1, 2]}
+"#;
+        let (_dir, mut text) = stream("a.jsonl", content, Documents::Paragraph, None);
+        assert_eq!(rows(&mut *text), [vec![1, 2, 3], vec![4, 5], vec![6], vec![8]]);
+        let (skipped, first) = text.skipped();
+        assert_eq!(skipped, 7);
+        assert!(first.unwrap().ends_with("a.jsonl:5: `input_ids[1]` is a string, and a token id is an integer"));
+        for (line, why) in [
+            (6, "`input_ids[1]` is 1.5, and a token id is an integer"),
+            (7, "`input_ids[1]` is null"),
+            (8, "`attention_mask` has 1 positions, and `input_ids` 2"),
+            (9, "`attention_mask[1]` is 0 between tokens"),
+            (10, "`attention_mask` is 0 everywhere"),
+            (11, "`attention_mask` is not a list of 0 and 1"),
+        ] {
+            let line = content.split_inclusive(|byte| *byte == b'\n').nth(line - 1).unwrap();
+            let (_dir, mut text) = stream("a.jsonl", line, Documents::Paragraph, Some(true));
+            let said = refused(&mut *text);
+            assert!(said.contains("a.jsonl:1: ") && said.contains(why), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_field_within_a_field_is_named_with_a_dot() {
+        let content = br#"{"translation": {"en": "one", "de": "eins"}, "a.b": {"c": "x"}}
+{"translation.en": "two"}
+{"translation": {"de": "drei"}}
+"#;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        std::fs::write(&path, content).unwrap();
+        let of = |column: &str| TextFilesConfig { column: Some(column.into()), ..config(&path) }.build().unwrap();
+        assert_eq!(texts(&mut *of("translation.en")), ["one", "two"]);
+        assert_eq!(texts(&mut *of("a.b.c")), ["x"]);
+        let said = refused(&mut *of("translation"));
+        assert!(said.contains("has fields of its own: name one, `translation."), "{said}");
+    }
+
+    /// A folder with such files, each with its own name for a text.
+    fn folder(files: &[&str]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for file in files {
+            let path = dir.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, format!("{{\"text\": \"{file}\"}}\n")).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn a_folder_is_not_read_beyond_one_split() {
+        let said = |config: TextFilesConfig| said(config.build().err().unwrap());
+        let dir = folder(&["train.jsonl", "test.jsonl", "x/validation.jsonl"]);
+        let found = said(config(dir.path()));
+        assert!(
+            found.contains("holds several splits: train, validation, test\nhelp: name one (`split: train`)"),
+            "{found}"
+        );
+        let of = |split: &str| TextFilesConfig { split: Some(split.into()), ..config(dir.path()) };
+        assert_eq!(texts(&mut *of("train").build().unwrap()), ["train.jsonl"]);
+        let found = said(of("tset"));
+        assert!(
+            found.contains("has no split `tset`\nhelp: did you mean `test`? its splits: train, validation, test"),
+            "{found}"
+        );
+        let all = config(&dir.path().join("**/*"));
+        assert_eq!(texts(&mut *all.build().unwrap()).len(), 3);
+        let dir = folder(&["a.jsonl", "b.jsonl", "held-out-test.jsonl"]);
+        let found = said(config(dir.path()));
+        assert!(found.contains("holds files of the split `test` beside others"), "{found}");
+        let found = said(TextFilesConfig { split: Some("train".into()), ..config(&dir.path().join("a.jsonl")) });
+        assert!(found.contains("`split` is given, but") && found.contains("a.jsonl is not a folder"), "{found}");
+    }
+
+    #[test]
+    fn a_folder_is_read_without_what_is_no_data() {
+        let dir = folder(&[
+            "b.jsonl",
+            "x/a.jsonl",
+            ".hidden.jsonl",
+            ".git/c.jsonl",
+            "__pycache__/d.jsonl",
+            "README.md",
+            "config.json",
+            "sae_lens.json",
+            "dataset_info.json",
+        ]);
+        assert_eq!(texts(&mut *config(dir.path()).build().unwrap()), ["b.jsonl", "x/a.jsonl"]);
+        // A folder's name is no glob.
+        let dir = folder(&["a[1]/b.jsonl"]);
+        assert_eq!(texts(&mut *config(&dir.path().join("a[1]")).build().unwrap()), ["a[1]/b.jsonl"]);
+        // As sae_lens and `save_to_disk` write to disk.
+        let dir = folder(&["data-00000-of-00001.arrow", "dataset_info.json", "state.json", "sae_lens.json"]);
+        let said = said(config(dir.path()).build().err().unwrap());
+        assert!(said.contains("was written by `save_to_disk`") && said.contains("to_parquet"), "{said}");
+    }
+
+    #[test]
+    fn a_folder_of_a_dataset_is_divided_by_its_readme() {
+        let dir = folder(&["x/one.jsonl", "x/two.jsonl", "three.jsonl"]);
+        let readme = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: x/t*.jsonl}\n  - \
+                      {split: test, path: x/o*.jsonl}\n---\n";
+        std::fs::write(dir.path().join("README.md"), readme).unwrap();
+        for (split, expected) in [("train", "x/two.jsonl"), ("test", "x/one.jsonl")] {
+            let config = TextFilesConfig { split: Some(split.into()), ..config(dir.path()) };
+            assert_eq!(texts(&mut *config.build().unwrap()), [expected]);
         }
     }
 
@@ -263,7 +613,7 @@ mod tests {
         for ending in ["", ".gz", ".zst"] {
             let whole = if ending.is_empty() { lines.clone().into_bytes() } else { packed(ending, lines.as_bytes()) };
             let name = format!("a.jsonl{ending}");
-            let (dir, mut text) = stream(&name, &whole, Documents::Paragraph, false);
+            let (dir, mut text) = stream(&name, &whole, Documents::Paragraph, None);
             assert_eq!(text.files().values().copied().collect::<Vec<_>>(), [whole.len() as u64]);
             text.next_record().unwrap();
             let file = std::fs::OpenOptions::new().write(true).open(dir.path().join(&name)).unwrap();
@@ -282,7 +632,7 @@ mod tests {
 
     #[test]
     fn seeking_continues_where_it_was() {
-        let (_dir, mut stream) = stream("a.txt", TEXT, Documents::Line, false);
+        let (_dir, mut stream) = stream("a.txt", TEXT, Documents::Line, None);
         stream.next_record().unwrap();
         let position = stream.position();
         let rest = texts(&mut *stream);

@@ -7,57 +7,71 @@ use dictlearn_core::prelude::*;
 use parquet::basic::Type as Physical;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
-use parquet::record::Field;
+use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
-/// The values of a column: strings, or lists of messages. After a row that cannot be read there are none.
+use crate::stream::{Cell, Unreadable};
+
+/// The column that says which token ids are padding.
+const MASK: &str = "attention_mask";
+
+/// The values of a column: strings, or lists of messages or token ids.
 pub struct Rows {
+    name: String,
     rows: RowIter<'static>,
-    broken: bool,
+    /// The names of the column and of the groups that it is in, from the outside in.
+    path: Vec<String>,
+    column: String,
+    ended: bool,
 }
 
 impl Rows {
-    /// Opens a file at the column of that name.
-    pub fn open(name: &str, file: File, column: &str) -> Result<Self> {
-        let refused = |error: parquet::errors::ParquetError| {
-            InputError::new(format!("{name} is not a whole parquet file: {error}"))
-        };
+    /// Opens a file at the first of these columns that it has.
+    pub fn open(name: &str, file: File, columns: &[String]) -> Result<Self> {
+        let refused =
+            |error: parquet::errors::ParquetError| Unreadable(format!("{name} is not a whole parquet file: {error}"));
         let reader = SerializedFileReader::new(file).map_err(refused)?;
         let schema = reader.metadata().file_metadata().schema();
-        let strings = |column: &&Arc<Type>| column.is_group() || column.get_physical_type() == Physical::BYTE_ARRAY;
-        let columns = schema.get_fields();
-        let Some(found) = columns.iter().filter(strings).find(|known| known.name() == column) else {
-            let known: Vec<&str> = columns.iter().filter(strings).map(|column| column.name()).collect();
-            bail!(InputError::new(format!("{name} has no column `{column}` of strings")).field("column").help(
-                match known.is_empty() {
-                    true => "it has no column of strings at all".to_owned(),
-                    false => format!("its columns of strings are: {}", known.join(", ")),
-                }
-            ));
+        let found = columns.iter().find_map(|column| Some((column, path(schema, column)?)));
+        let Some((column, types)) = found else {
+            let known = readable(schema);
+            let column = columns.first().map_or("text", String::as_str);
+            bail!(InputError::new(format!("{name} has no column `{column}` of strings or lists"))
+                .field("column")
+                .help(match known.is_empty() {
+                    true => "it has no column of strings or lists at all".to_owned(),
+                    false => format!("its columns of strings and lists are: {}", known.join(", ")),
+                }));
         };
-        let only = Type::group_type_builder(schema.name()).with_fields(vec![found.clone()]).build().map_err(refused)?;
-        let rows = RowIter::from_file_into(Box::new(reader)).project(Some(only)).map_err(refused)?;
-        Ok(Rows { rows, broken: false })
-    }
-}
-
-impl Iterator for Rows {
-    type Item = std::result::Result<Value, String>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.broken {
-            return None;
+        let (groups, column_type) = types.split_at(types.len() - 1);
+        let mut fields = column_type.to_vec();
+        let siblings = groups.last().map_or(schema, |group| &**group).get_fields();
+        if !is_string(&column_type[0]) {
+            fields.extend(siblings.iter().find(|sibling| sibling.name() == MASK && !is_string(sibling)).cloned());
         }
-        let row = match self.rows.next()? {
-            Ok(row) => row,
-            Err(error) => {
-                self.broken = true;
-                return Some(Err(format!("the file is damaged or breaks off: {error}")));
-            }
-        };
-        let field = row.get_column_iter().next().map(|(_, field)| field.clone());
-        Some(match field {
-            Some(Field::Str(text)) => Ok(text.into()),
+        for group in groups.iter().rev() {
+            let only = Type::group_type_builder(group.name()).with_repetition(group.get_basic_info().repetition());
+            fields = vec![Arc::new(only.with_fields(fields).build().map_err(refused)?)];
+        }
+        let only = Type::group_type_builder(schema.name()).with_fields(fields).build().map_err(refused)?;
+        let path = types.iter().map(|part| part.name().to_owned()).collect();
+        let column = column.clone();
+        let rows = RowIter::from_file_into(Box::new(reader)).project(Some(only)).map_err(refused)?;
+        Ok(Rows { name: name.to_owned(), rows, path, column, ended: false })
+    }
+
+    /// The next row's value, or why it has none; `None` at the end.
+    pub fn next_row(&mut self) -> Result<Option<std::result::Result<Cell, String>>, Unreadable> {
+        if self.ended {
+            return Ok(None);
+        }
+        let Some(row) = self.rows.next() else { return Ok(None) };
+        let row = row.map_err(|error| {
+            self.ended = true;
+            Unreadable(format!("{} is damaged or breaks off: {error}", self.name))
+        })?;
+        let value = match field(&row, &self.path) {
+            Some(Field::Str(text)) => Ok(text.clone().into()),
             // A file may not say that its bytes are text.
             Some(Field::Bytes(bytes)) => match String::from_utf8(bytes.data().to_vec()) {
                 Ok(text) => Ok(text.into()),
@@ -65,7 +79,69 @@ impl Iterator for Rows {
             },
             Some(list @ (Field::ListInternal(_) | Field::Group(_))) => Ok(list.to_json_value()),
             _ => Err("no text in this row".to_owned()),
-        })
+        };
+        let mut mask = self.path.clone();
+        mask.pop();
+        mask.push(MASK.to_owned());
+        Ok(Some(value.map(|value| Cell {
+            column: self.column.clone(),
+            value,
+            mask: field(&row, &mask).map(Field::to_json_value),
+        })))
+    }
+}
+
+fn is_string(column: &Type) -> bool {
+    column.is_primitive() && column.get_physical_type() == Physical::BYTE_ARRAY
+}
+
+/// Whether a column may hold a text, a chat or token ids.
+fn is_readable(column: &Type) -> bool {
+    let info = column.get_basic_info();
+    is_string(column)
+        || column.is_group()
+        || (info.has_repetition() && info.repetition() == parquet::basic::Repetition::REPEATED)
+}
+
+/// Whether a column is a group of named fields, rather than a list or a map.
+fn is_struct(column: &Type) -> bool {
+    let info = column.get_basic_info();
+    let plain = info.logical_type_ref().is_none() && info.converted_type() == parquet::basic::ConvertedType::NONE;
+    column.is_group() && plain && info.repetition() != parquet::basic::Repetition::REPEATED
+}
+
+/// The column of that name with the groups that it is in: `text`, or `translation.en`.
+fn path(group: &Type, column: &str) -> Option<Vec<Arc<Type>>> {
+    let fields = group.get_fields();
+    if let Some(found) = fields.iter().find(|field| field.name() == column && is_readable(field)) {
+        return Some(vec![found.clone()]);
+    }
+    fields.iter().filter(|field| is_struct(field)).find_map(|field| {
+        let rest = column.strip_prefix(field.name())?.strip_prefix('.')?;
+        let mut below = path(field, rest)?;
+        below.insert(0, field.clone());
+        Some(below)
+    })
+}
+
+/// The names of the columns that may hold a text, a chat or token ids.
+fn readable(group: &Type) -> Vec<String> {
+    let names = |field: &Arc<Type>| -> Vec<String> {
+        match is_struct(field) {
+            true => readable(field).into_iter().map(|below| format!("{}.{below}", field.name())).collect(),
+            false => is_readable(field).then(|| field.name().to_owned()).into_iter().collect(),
+        }
+    };
+    group.get_fields().iter().flat_map(names).collect()
+}
+
+/// The field of a row at the end of a path.
+fn field<'a>(row: &'a Row, path: &[String]) -> Option<&'a Field> {
+    let (name, rest) = path.split_first()?;
+    let (_, field) = row.get_column_iter().find(|(known, _)| *known == name)?;
+    match field {
+        Field::Group(row) if !rest.is_empty() => self::field(row, rest),
+        field => rest.is_empty().then_some(field),
     }
 }
 
@@ -101,17 +177,64 @@ mod tests {
         writer.close().unwrap();
     }
 
+    fn open(path: &Path, column: &str) -> Result<Rows> {
+        Rows::open("a.parquet", File::open(path).unwrap(), &[column.to_owned()])
+    }
+
+    fn read(path: &Path, column: &str) -> Result<Vec<std::result::Result<Cell, String>>> {
+        let mut rows = open(path, column)?;
+        let mut found = Vec::new();
+        while let Some(row) = rows.next_row()? {
+            found.push(row);
+        }
+        Ok(found)
+    }
+
     #[test]
     fn the_column_is_read_through_all_row_groups() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
         for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::ZSTD(Default::default())] {
             write(&path, compression);
-            let rows: Vec<_> = Rows::open("a.parquet", File::open(&path).unwrap(), "text").unwrap().collect();
-            let texts: Vec<_> = rows.iter().flatten().filter_map(Value::as_str).collect();
+            let rows = read(&path, "text").unwrap();
+            let texts: Vec<_> = rows.iter().flatten().filter_map(|cell| cell.value.as_str()).collect();
             assert_eq!(texts, ["text 0.0", "text 0.1", "text 1.0", "text 1.1"], "{compression}");
             assert_eq!(rows.len() - texts.len(), 2, "rows without text");
         }
+    }
+
+    fn fixture(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/text").join(name)
+    }
+
+    #[test]
+    fn token_ids_are_read_as_sae_lens_and_datasets_write_them() {
+        let expected: Value = serde_json::from_slice(&std::fs::read(fixture("rows.json")).unwrap()).unwrap();
+        for name in ["pretokenized", "padded"] {
+            let rows = read(&fixture(&format!("{name}.parquet")), "input_ids").unwrap();
+            let ids: Vec<Value> = rows.into_iter().map(|row| row.unwrap()).map(unpadded).collect();
+            assert_eq!(Value::Array(ids), expected[name], "{name}");
+        }
+    }
+
+    /// A cell's token ids without padding.
+    fn unpadded(cell: Cell) -> Value {
+        let ids = cell.value.as_array().unwrap().iter();
+        let Some(mask) = cell.mask else { return ids.cloned().collect() };
+        ids.zip(mask.as_array().unwrap()).filter(|(_, text)| **text == 1).map(|(id, _)| id.clone()).collect()
+    }
+
+    #[test]
+    fn a_column_within_a_column_is_named_with_a_dot() {
+        let rows = read(&fixture("nested.parquet"), "translation.en").unwrap();
+        let texts: Vec<_> = rows.into_iter().map(|row| row.unwrap().value).collect();
+        assert_eq!(texts, ["one 0", "one 1", "one 2", "one 3"]);
+        let rows = read(&fixture("nested.parquet"), "translation.ids.input_ids").unwrap();
+        let first = rows.into_iter().next().unwrap().unwrap();
+        assert_eq!(unpadded(first), serde_json::json!([5, 6, 7]));
+        let error = InputError::take(open(&fixture("nested.parquet"), "translation.fr").err().unwrap()).unwrap();
+        let help = "its columns of strings and lists are: translation.en, translation.de, translation.ids.input_ids";
+        assert!(error.to_string().contains(help), "{error}");
     }
 
     #[test]
@@ -120,12 +243,12 @@ mod tests {
         let path = dir.path().join("a.parquet");
         write(&path, Compression::SNAPPY);
         for column in ["txt", "n"] {
-            let error = Rows::open("a.parquet", File::open(&path).unwrap(), column).err().unwrap();
-            assert!(error.to_string().contains(&format!("no column `{column}` of strings")), "{error}");
+            let error = open(&path, column).err().unwrap();
+            assert!(error.to_string().contains(&format!("no column `{column}` of strings or lists")), "{error}");
         }
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-        let error = Rows::open("a.parquet", File::open(&path).unwrap(), "text").err().unwrap();
+        let error = open(&path, "text").err().unwrap();
         assert!(error.to_string().contains("not a whole parquet file"), "{error}");
     }
 }

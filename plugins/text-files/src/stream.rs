@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::io::{BufRead, BufReader, Cursor, ErrorKind, Read, Seek};
 use std::path::PathBuf;
 
 use dictlearn_core::hub::{hub, Repo};
 use dictlearn_core::prelude::*;
+use encoding_rs_io::DecodeReaderBytesBuilder;
 use serde_json::json;
 
 use crate::rows;
@@ -22,6 +23,12 @@ const LONGEST_DOCUMENT: usize = 1 << 20;
 
 /// Bytes of the longest line of a .jsonl file.
 const LONGEST_RECORD: usize = 1 << 28;
+
+/// Base-two logarithm of the longest window that a .zst file may refer back over: what `zstd --long=31` writes.
+const LONGEST_WINDOW: u32 = 31;
+
+/// Bytes at the beginning of a file by which it is judged.
+const SNIFFED: u64 = 4096;
 
 /// Bad records at the beginning after which it is the config that is wrong.
 const HOPELESS: u64 = 100;
@@ -43,12 +50,44 @@ pub enum Documents {
 /// How records are read.
 #[derive(Debug)]
 pub struct Options {
-    /// The field that holds the text or the messages.
+    /// Fields that may hold the text, the messages or the token ids; the first that a record has is read.
+    columns: Vec<String>,
+    documents: Documents,
+    /// Whether a bad record ends the run; absent, only a file that cannot be read does.
+    strict: Option<bool>,
+}
+
+impl Options {
+    /// As a config has them.
+    pub fn new(column: Option<&str>, documents: Documents, strict: Option<bool>) -> Self {
+        let columns = match column {
+            Some(column) => vec![column.to_owned()],
+            None => ["text", "input_ids", "tokens"].map(str::to_owned).to_vec(),
+        };
+        Options { columns, documents, strict }
+    }
+}
+
+/// Why a file cannot be read, with its name.
+#[derive(Debug)]
+pub struct Unreadable(pub String);
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unreadable {}
+
+/// What a record holds.
+pub struct Cell {
+    /// The field that was read.
     pub column: String,
-    /// What a document is in a .txt file.
-    pub documents: Documents,
-    /// Whether a bad record ends the run.
-    pub strict: bool,
+    /// Its value.
+    pub value: Value,
+    /// The `attention_mask` beside it.
+    pub mask: Option<Value>,
 }
 
 /// Where a file is.
@@ -90,7 +129,7 @@ impl Place {
                 None => bail!(InputError::new(format!("there is no file {self} (any more)"))),
             },
         };
-        Ok(File::open(path).map_err(|error| InputError::new(format!("cannot read {self}: {error}")))?)
+        Ok(File::open(path).map_err(|error| Unreadable(format!("cannot read {self}: {error}")))?)
     }
 }
 
@@ -122,6 +161,8 @@ struct Bad {
 struct OpenFile {
     name: String,
     content: Content,
+    /// Whether it is on this machine, where no failure is the network's.
+    is_local: bool,
     /// The beginning of the next line, where a line was cut.
     rest: Vec<u8>,
     /// Lines or rows read so far.
@@ -139,42 +180,55 @@ enum Content {
 /// One line or row of a file, or why it is none.
 enum Line {
     Text(String),
-    /// The value of a row's column.
-    Value(Value),
+    /// What a row holds.
+    Cell(Cell),
     Bad(String),
 }
 
 impl OpenFile {
-    fn open(place: &Place, column: &str) -> Result<Self> {
+    fn open(place: &Place, columns: &[String]) -> Result<Self> {
         let name = place.to_string();
+        let is_local = matches!(place, Place::Local(_));
         let ending = ending(&name).unwrap_or_default();
         let lines = || -> Result<Box<dyn BufRead + Send>> {
-            let file = place.stream()?;
-            Ok(match ending.rsplit_once('.').map(|(_, packed)| packed) {
-                Some("gz") => Box::new(BufReader::new(flate2::read::MultiGzDecoder::new(BufReader::new(file)))),
+            let file = BufReader::new(place.stream()?);
+            let unpacked: Box<dyn Read + Send> = match ending.rsplit_once('.').map(|(_, packed)| packed) {
+                Some("gz") => Box::new(flate2::read::MultiGzDecoder::new(file)),
                 Some("zst") => {
-                    let decoder = zstd::Decoder::new(file);
-                    let refused = |error| InputError::new(format!("cannot read {name}: {error}"));
-                    Box::new(BufReader::new(decoder.map_err(refused)?))
+                    let decoder = zstd::Decoder::with_buffer(file).and_then(|mut decoder| {
+                        decoder.window_log_max(LONGEST_WINDOW)?;
+                        Ok(decoder)
+                    });
+                    Box::new(decoder.map_err(|error| Unreadable(format!("cannot read {name}: {error}")))?)
                 }
-                _ => Box::new(BufReader::new(file)),
-            })
+                _ => Box::new(file),
+            };
+            decoded(unpacked, &name, is_local)
         };
         let content = match ending {
-            "parquet" => Content::Rows(rows::Rows::open(&name, place.file()?, column)?),
+            "parquet" => {
+                let mut file = place.file()?;
+                let mut head = Vec::new();
+                let read = (&file).take(SNIFFED).read_to_end(&mut head).and_then(|_| file.rewind());
+                read.map_err(|error| failure(&error, &name, true))?;
+                if let Some(why) = no_text(&head).filter(|_| !head.starts_with(b"PAR1")) {
+                    bail!(Unreadable(format!("{name} {why}")));
+                }
+                Content::Rows(rows::Rows::open(&name, file, columns)?)
+            }
             json if json.starts_with("json") => Content::Json(lines()?),
             _ => Content::Text(lines()?),
         };
-        Ok(OpenFile { name, content, rest: Vec::new(), line: 0, ended: false })
+        Ok(OpenFile { name, content, is_local, rest: Vec::new(), line: 0, ended: false })
     }
 
     fn line(&mut self) -> Result<Option<Line>> {
         let (reader, longest) = match &mut self.content {
             Content::Rows(rows) => {
                 self.line += 1;
-                let row = rows.next();
-                self.ended = !matches!(row, Some(Ok(_)));
-                return Ok(row.map(|row| row.map_or_else(Line::Bad, Line::Value)));
+                let row = rows.next_row().inspect_err(|_| self.ended = true)?;
+                self.ended = row.is_none();
+                return Ok(row.map(|row| row.map_or_else(Line::Bad, Line::Cell)));
             }
             Content::Text(reader) => (reader, LONGEST_DOCUMENT),
             Content::Json(reader) => (reader, LONGEST_RECORD),
@@ -189,31 +243,25 @@ impl OpenFile {
             }
             // The last line need not have an end.
             Ok(_) => self.ended = bytes.last() != Some(&b'\n') && bytes.len() < longest,
-            // The file was cut off, or is damaged from here on; what a record before it said has been read.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::UnexpectedEof | ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other
-                ) =>
-            {
+            // What a record before the break said has been read.
+            Err(error) => {
                 *reader = Box::new(std::io::empty());
                 self.ended = true;
-                return Ok(Some(Line::Bad(format!("the file is damaged or breaks off: {error}"))));
+                return Err(failure(&error, &self.origin(self.line), self.is_local));
             }
-            Err(error) => return Err(anyhow::anyhow!("cannot read {}: {error}", self.name)),
         }
         if bytes.len() == longest && bytes.last() != Some(&b'\n') {
             if longest == LONGEST_RECORD {
-                skip_line(reader).with_context(|| format!("cannot read {}", self.name))?;
+                if let Err(error) = skip_line(reader) {
+                    self.ended = true;
+                    return Err(failure(&error, &self.origin(self.line), self.is_local));
+                }
                 return Ok(Some(Line::Bad(format!("a record of more than {} MB", LONGEST_RECORD >> 20))));
             }
             self.rest = bytes.split_off(between_words(&bytes));
         }
         while matches!(bytes.last(), Some(b'\n' | b'\r')) {
             bytes.pop();
-        }
-        if self.line == 1 && bytes.starts_with(BYTE_ORDER_MARK) {
-            bytes.drain(..BYTE_ORDER_MARK.len());
         }
         Ok(Some(match String::from_utf8(bytes) {
             Ok(text) => Line::Text(text),
@@ -226,8 +274,78 @@ impl OpenFile {
     }
 }
 
-/// What some editors begin a file with.
-const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+/// What an error while reading is: of the file, or of the network.
+fn failure(error: &std::io::Error, place: &str, is_local: bool) -> anyhow::Error {
+    let of_file = matches!(
+        error.kind(),
+        ErrorKind::UnexpectedEof | ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other
+    );
+    match is_local || of_file {
+        true => Unreadable(format!("{place}: the file is damaged or breaks off: {error}")).into(),
+        false => anyhow::anyhow!("cannot read {place}: {error}"),
+    }
+}
+
+/// A file's content as UTF-8, whatever its byte order mark says; without one it is UTF-8 already. What is plainly no text is
+/// refused.
+fn decoded(mut content: Box<dyn Read + Send>, name: &str, is_local: bool) -> Result<Box<dyn BufRead + Send>> {
+    let mut head = Vec::new();
+    let read = content.by_ref().take(SNIFFED).read_to_end(&mut head);
+    if let (Err(error), true) = (&read, head.is_empty()) {
+        return Err(failure(error, name, is_local));
+    }
+    if let Some(why) = no_text(&head) {
+        bail!(Unreadable(format!("{name} {why}")));
+    }
+    // An error that came after some text comes again after that text.
+    let rest: Box<dyn Read + Send> = match read {
+        Ok(_) => content,
+        Err(error) => Box::new(Failed(Some(error))),
+    };
+    let whole = Cursor::new(head).chain(rest);
+    let decoder = DecodeReaderBytesBuilder::new().utf8_passthru(true).strip_bom(true).build(whole);
+    Ok(Box::new(BufReader::new(decoder)))
+}
+
+/// Why the first bytes of a file are not those of a text, if they are not.
+fn no_text(head: &[u8]) -> Option<String> {
+    const FOREIGN: [(&[u8], &str); 7] = [
+        (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer: run `git lfs pull`"),
+        (b"\x1f\x8b", "is compressed: give it a name that ends in .gz"),
+        (b"\x28\xb5\x2f\xfd", "is compressed: give it a name that ends in .zst"),
+        (b"PAR1", "is a parquet file: give it a name that ends in .parquet"),
+        (b"PK\x03\x04", "is a zip archive: unpack it"),
+        (b"\xff\xfe\0\0", "is UTF-32: write it as UTF-8"),
+        (b"\0\0\xfe\xff", "is UTF-32: write it as UTF-8"),
+    ];
+    if let Some((_, why)) = FOREIGN.iter().find(|(magic, _)| head.starts_with(magic)) {
+        return Some((*why).to_owned());
+    }
+    if head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff") {
+        return None;
+    }
+    // Of UTF-16, every other byte of Latin letters, digits and line ends is zero.
+    let zeros = |from: usize| head.iter().skip(from).step_by(2).filter(|byte| **byte == 0).count();
+    let (order, count) = match (zeros(0), zeros(1)) {
+        (0, count) => ("LE", count),
+        (count, 0) => ("BE", count),
+        _ => return None,
+    };
+    (count >= 4 && count * 16 >= head.len()).then(|| {
+        format!(
+            "looks like UTF-16 without a byte order mark: write it as UTF-8, `iconv -f UTF-16{order} -t UTF-8 FILE > NEW`"
+        )
+    })
+}
+
+/// A reader that fails once.
+struct Failed(Option<std::io::Error>);
+
+impl Read for Failed {
+    fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+        self.0.take().map_or(Ok(0), Err)
+    }
+}
 
 /// Reads to the end of a line and keeps nothing of it.
 fn skip_line(reader: &mut dyn BufRead) -> std::io::Result<()> {
@@ -250,15 +368,82 @@ fn between_words(bytes: &[u8]) -> usize {
     space.or_else(letter).unwrap_or(bytes.len())
 }
 
-/// The value of a JSON record's field, or why there is none.
-fn field(line: &str, column: &str) -> std::result::Result<Value, String> {
+/// The first of these fields that a JSON record has, or why there is none.
+fn field(line: &str, columns: &[String]) -> std::result::Result<Cell, String> {
     let mut record: Value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
-    match record.get_mut(column) {
-        Some(value) => Ok(value.take()),
-        None => {
-            let fields: Vec<&str> = record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
-            Err(format!("no field `{column}`, it has: {}", fields.join(", ")))
-        }
+    let found = columns.iter().find_map(|column| Some((column, path(&record, column)?)));
+    let Some((column, path)) = found else {
+        let fields: Vec<&str> = record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+        let column = columns.first().map_or("", String::as_str);
+        return Err(format!("no field `{column}`, it has: {}", fields.join(", ")));
+    };
+    let mut holder = &mut record;
+    for name in &path[..path.len() - 1] {
+        holder = &mut holder[*name];
+    }
+    let mut take = |name: &str| holder.get_mut(name).map(Value::take);
+    let value = take(path[path.len() - 1]).unwrap_or_default();
+    Ok(Cell { column: column.clone(), value, mask: take("attention_mask") })
+}
+
+/// The names from the outside in of a field of that name: `translation.en` may be a field of `translation`.
+fn path<'a>(record: &Value, column: &'a str) -> Option<Vec<&'a str>> {
+    let fields = record.as_object()?;
+    if fields.contains_key(column) {
+        return Some(vec![column]);
+    }
+    column.match_indices('.').find_map(|(at, _)| {
+        let mut below = path(fields.get(&column[..at])?, &column[at + 1..])?;
+        below.insert(0, &column[..at]);
+        Some(below)
+    })
+}
+
+/// Token ids without their padding, or what is wrong with them.
+fn token_ids(column: &str, ids: &[Value], mask: Option<&Value>) -> std::result::Result<Vec<i64>, String> {
+    let mut found = Vec::with_capacity(ids.len());
+    for (at, id) in ids.iter().enumerate() {
+        found.push(
+            id.as_i64().ok_or_else(|| format!("`{column}[{at}]` is {}, and a token id is an integer", shown(id)))?,
+        );
+    }
+    let Some(mask) = mask.filter(|mask| !mask.is_null()) else { return Ok(found) };
+    let is_text = |value: &Value| match value {
+        Value::Bool(text) => Some(*text),
+        value => value.as_i64().filter(|text| matches!(text, 0 | 1)).map(|text| text == 1),
+    };
+    let mask: Option<Vec<bool>> = mask.as_array().and_then(|mask| mask.iter().map(is_text).collect());
+    let mask = mask.ok_or("`attention_mask` is not a list of 0 and 1")?;
+    if mask.len() != found.len() {
+        return Err(format!("`attention_mask` has {} positions, and `{column}` {}", mask.len(), found.len()));
+    }
+    let start = mask.iter().position(|text| *text).ok_or("`attention_mask` is 0 everywhere")?;
+    let end = mask.iter().rposition(|text| *text).map_or(start, |last| last + 1);
+    if let Some(hole) = mask[start..end].iter().position(|text| !text) {
+        let hole = start + hole;
+        return Err(format!(
+            "`attention_mask[{hole}]` is 0 between tokens, and only padding at an end can be left out"
+        ));
+    }
+    Ok(found[start..end].to_vec())
+}
+
+/// Why a field's value is no record.
+fn neither(column: &str, value: &Value) -> String {
+    let what = format!("field `{column}` is neither a string nor the messages of a chat");
+    match value.as_object().and_then(|fields| fields.keys().next()) {
+        Some(first) => format!("{what}, but has fields of its own: name one, `{column}.{first}`"),
+        None => what,
+    }
+}
+
+/// A value, for a message.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(_) => "a string".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+        other => other.to_string(),
     }
 }
 
@@ -320,36 +505,33 @@ impl TextFiles {
             .help("a document has letters in it; `column` names the field of a record that holds it")
     }
 
-    /// Refuses a file that is shorter than it was: what is missing would be missed in silence.
-    fn check_length(&self, name: &str) -> Result<()> {
-        let Some(before) = self.lengths.get(name) else { return Ok(()) };
-        let now =
-            std::fs::metadata(name).map_err(|error| InputError::new(format!("cannot read {name}: {error}")))?.len();
-        if now < *before {
-            bail!(InputError::new(format!("{name} was cut while it was read: it has {now} bytes, and had {before}"))
-                .help("put the file back as it was; `--resume` goes on from the last checkpoint"));
-        }
-        Ok(())
-    }
-
     /// The next record of the open file; `None` at its end.
     fn record(&mut self) -> Result<Option<Record>> {
         let Some(file) = &mut self.open else { return Ok(None) };
-        let column = &self.options.column;
+        let columns = &self.options.columns;
         let (mut text, mut start) = (String::new(), file.line + 1);
         loop {
-            let line = file.line()?;
+            let line = match file.line().map_err(|error| error.downcast::<Unreadable>()) {
+                Ok(line) => line,
+                Err(Ok(why)) => {
+                    check_length(&self.lengths, &file.name)?;
+                    self.bad.skip_file(&self.options, why)?;
+                    // The text before the break is a document.
+                    continue;
+                }
+                Err(Err(error)) => return Err(error),
+            };
             let ended = line.is_none();
             let value = match (line, &file.content) {
                 (None, _) => Ok(None),
                 (Some(Line::Bad(why)), _) => Err(why),
-                (Some(Line::Value(value)), _) => Ok(Some(value)),
+                (Some(Line::Cell(cell)), _) => Ok(Some(cell)),
                 (Some(Line::Text(line)), Content::Json(_)) if line.trim().is_empty() => continue,
                 (Some(Line::Text(line)), Content::Json(_)) if file.line == 1 && line.trim_start().starts_with('[') => {
                     bail!(InputError::new(format!("{} is a JSON array, not a record on each line", file.name))
                         .help("write each element on a line of its own: `jq -c '.[]' FILE > FILE.jsonl`"));
                 }
-                (Some(Line::Text(line)), Content::Json(_)) => field(&line, column).map(Some),
+                (Some(Line::Text(line)), Content::Json(_)) => field(&line, columns).map(Some),
                 (Some(Line::Text(line)), _) => {
                     let whole = self.options.documents == Documents::File;
                     if !line.trim().is_empty() || whole {
@@ -372,17 +554,27 @@ impl TextFiles {
                     continue;
                 }
                 Ok(None) => {}
-                Ok(Some(Value::String(found))) => (text, start) = (found, file.line),
-                Ok(Some(value)) => match messages(&value) {
-                    Some(messages) if !messages.is_empty() => {
-                        return Ok(Some(Record::Chat(Chat { messages, origin: place })))
-                    }
-                    _ => {
-                        let why = format!("field `{column}` is neither a string nor the messages of a chat");
-                        self.bad.skip(&self.options, self.position, &place, &why)?;
-                        continue;
-                    }
-                },
+                Ok(Some(Cell { value: Value::String(found), .. })) => (text, start) = (found, file.line),
+                Ok(Some(Cell { column, value, mask })) => {
+                    let list = value.as_array();
+                    let why = match list.filter(|list| !list.is_empty() && !list.iter().any(Value::is_object)) {
+                        Some(ids) => match token_ids(&column, ids, mask.as_ref()) {
+                            Ok(ids) => {
+                                let mask = vec![true; ids.len()];
+                                return Ok(Some(Record::Tokens { ids, mask, origin: place }));
+                            }
+                            Err(why) => why,
+                        },
+                        None => match messages(&value) {
+                            Some(messages) if !messages.is_empty() => {
+                                return Ok(Some(Record::Chat(Chat { messages, origin: place })))
+                            }
+                            _ => neither(&column, &value),
+                        },
+                    };
+                    self.bad.skip(&self.options, self.position, &place, &why)?;
+                    continue;
+                }
             }
             if !text.trim().is_empty() {
                 return Ok(Some(Record::Text(Document { text, origin: file.origin(start) })));
@@ -396,12 +588,23 @@ impl TextFiles {
     }
 }
 
+/// Refuses a file that is shorter than it was: what is missing would be missed in silence.
+fn check_length(lengths: &BTreeMap<String, u64>, name: &str) -> Result<()> {
+    let Some(before) = lengths.get(name) else { return Ok(()) };
+    let now = std::fs::metadata(name).map_err(|error| InputError::new(format!("cannot read {name}: {error}")))?.len();
+    if now < *before {
+        bail!(InputError::new(format!("{name} was cut while it was read: it has {now} bytes, and had {before}"))
+            .help("put the file back as it was; `--resume` goes on from the last checkpoint"));
+    }
+    Ok(())
+}
+
 impl Bad {
     /// Counts a bad record, or ends with it. `delivered` is how many good ones there were.
     fn skip(&mut self, options: &Options, delivered: u64, place: &str, why: &str) -> Result<()> {
         let place = format!("{place}: {why}");
-        if options.strict {
-            bail!(InputError::new(place).help("mend the record, or skip such with `strict: false`"));
+        if options.strict == Some(true) {
+            bail!(InputError::new(place).help("mend the record, or leave `strict` out to skip such records"));
         }
         self.count += 1;
         let first = self.first.get_or_insert(place);
@@ -411,6 +614,16 @@ impl Bad {
         }
         Ok(())
     }
+
+    /// Ends with a file that cannot be read, or counts it as a bad record.
+    fn skip_file(&mut self, options: &Options, why: Unreadable) -> Result<()> {
+        if options.strict != Some(false) {
+            bail!(InputError::new(why.0).help("fetch the file again, or go on without it with `strict: false`"));
+        }
+        self.count += 1;
+        self.first.get_or_insert(why.0);
+        Ok(())
+    }
 }
 
 impl TextStream for TextFiles {
@@ -418,7 +631,7 @@ impl TextStream for TextFiles {
         loop {
             let record = self.record()?;
             if let Some(file) = self.open.as_ref().filter(|file| file.ended) {
-                self.check_length(&file.name)?;
+                check_length(&self.lengths, &file.name)?;
             }
             if let Some(record) = record {
                 self.position += 1;
@@ -430,7 +643,12 @@ impl TextStream for TextFiles {
                 }
                 return Ok(None);
             };
-            self.open = Some(OpenFile::open(place, &self.options.column)?);
+            self.open = None;
+            match OpenFile::open(place, &self.options.columns).map_err(|error| error.downcast::<Unreadable>()) {
+                Ok(file) => self.open = Some(file),
+                Err(Ok(why)) => self.bad.skip_file(&self.options, why)?,
+                Err(Err(error)) => return Err(error),
+            }
             self.next += 1;
         }
     }
