@@ -10,7 +10,6 @@ use tch::{Kind, Tensor};
 
 use super::pickle::{self, Fault, Item, Layout, Node, Pickle, View};
 use super::read::{self, contiguous, dims, Budget, TENSOR_OVERHEAD};
-use crate::config::InputError;
 use crate::files;
 
 /// A state dict in a file of `torch.save`, as models are published in `pytorch_model.bin`: the file is checked when it is
