@@ -51,9 +51,8 @@ fn changed(case: &str, config: impl Fn(&mut Value), weights: impl Fn(&mut Vec<(S
 
 /// A model's logits and the output of each of its layers.
 fn computed(model: &dyn LanguageModel, tokens: &Tokens) -> Vec<Tensor> {
-    let outputs = (0..model.n_layers()).map(|layer| {
-        model.value_at(tokens, &HookPoint { module: model.names().layer(layer), io: Io::Out })
-    });
+    let outputs = (0..model.n_layers())
+        .map(|layer| model.value_at(tokens, &HookPoint { module: model.names().layer(layer), io: Io::Out }));
     outputs.chain([model.forward(tokens, &mut Hooks::none()).unwrap()]).collect()
 }
 
@@ -172,10 +171,10 @@ fn every_spelling_of_rotary_embeddings_is_the_same_model() {
             assert_eq!(with(&keys), expected, "{case}: {spelling}");
             tried += 1;
         }
-        // It matters what is said.
+        // It matters what is said, but where a single pair is rotated, whose frequency is 1 whatever the base is.
         let mut other = rope.clone();
         other["rope_theta"] = 7.0.into();
-        assert_ne!(with(&[("rope_parameters", other.into())]), expected, "{case}");
+        assert_eq!(with(&[("rope_parameters", other.into())]) == expected, case == "gpt_neox", "{case}");
     }
     assert!(tried > 100, "{tried}");
 }
@@ -203,9 +202,11 @@ fn layers_that_slide_have_a_rotary_base_of_their_own() {
 
 #[test]
 fn fields_equal_to_the_default_may_be_absent() {
-    for (case, field, value) in
-        [("phi3", "rms_norm_eps", json!(1e-5)), ("olmo2", "rms_norm_eps", json!(1e-5)), ("llama", "rms_norm_eps", json!(1e-6))]
-    {
+    for (case, field, value) in [
+        ("phi3", "rms_norm_eps", json!(1e-5)),
+        ("olmo2", "rms_norm_eps", json!(1e-5)),
+        ("llama", "rms_norm_eps", json!(1e-6)),
+    ] {
         let (_, tokens, _) = open(case);
         let [given, absent] = [Some(value), None].map(|value| {
             let change = |config: &mut Value| {
@@ -234,9 +235,8 @@ fn the_weights_decide_whether_head_and_embedding_are_one() {
         let names: Vec<String> = model.parameters().into_iter().map(|(name, _)| name).collect();
         (computed(&*model, &tokens), names.contains(&"lm_head.weight".to_owned()))
     };
-    let embedding = |tensors: &[(String, Tensor)]| {
-        tensors.iter().find(|(name, _)| name == EMBEDDING).unwrap().1.shallow_clone()
-    };
+    let embedding =
+        |tensors: &[(String, Tensor)]| tensors.iter().find(|(name, _)| name == EMBEDDING).unwrap().1.shallow_clone();
     let own = |tensors: &mut Vec<(String, Tensor)>| {
         let head = embedding(tensors).flip([0]);
         tensors.push(("lm_head.weight".to_owned(), head));
@@ -255,7 +255,10 @@ fn the_weights_decide_whether_head_and_embedding_are_one() {
     }
     // Of a tied model only the head was saved.
     let head = tied(true, |tensors| {
-        tensors.iter_mut().filter(|(name, _)| name == EMBEDDING).for_each(|(name, _)| *name = "lm_head.weight".to_owned());
+        tensors
+            .iter_mut()
+            .filter(|(name, _)| name == EMBEDDING)
+            .for_each(|(name, _)| *name = "lm_head.weight".to_owned());
     });
     assert_eq!(of(&head), (expected, false));
     let neither = tied(true, |tensors| tensors.retain(|(name, _)| name != EMBEDDING));

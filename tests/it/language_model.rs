@@ -396,7 +396,8 @@ fn a_head_that_the_config_denies_is_used_with_a_warning() {
         desk.write("model/config.json", &config.replace(untied, tied));
         let run = desk.run(&["activations", "config.yaml", "--out", &format!("out-{warned}")]);
         assert_eq!(run.code, 0, "{}", run.stderr);
-        let warnings = run.stderr.lines().filter(|line| line.starts_with("warning: ") && line.contains("embed_out.weight"));
+        let warnings =
+            run.stderr.lines().filter(|line| line.starts_with("warning: ") && line.contains("embed_out.weight"));
         assert_eq!(warnings.count(), warned, "{}", run.stderr);
     }
 }

@@ -173,14 +173,18 @@ impl Rope {
             // A type that only scaling has a need of must be said.
             None => match map.keys().find(|name| !["rope_theta", "partial_rotary_factor"].contains(&name.as_str())) {
                 None => "default".to_owned(),
-                Some(other) => bail!(InputError::new(format!("config.json: `{key}` has `{other}`, and no `rope_type`"))
-                    .help(format!("types are: {}", SCALINGS.join(", ")))),
+                Some(other) => {
+                    bail!(InputError::new(format!("config.json: `{key}` has `{other}`, and no `rope_type`"))
+                        .help(format!("types are: {}", SCALINGS.join(", "))))
+                }
             },
         };
         let positive = |name: &str| -> Result<f64> {
             match spelled.number(name)? {
                 Some(number) if number > 0.0 => Ok(number),
-                Some(number) => bail!(InputError::new(format!("config.json: `{key}.{name}` is {number}, not positive"))),
+                Some(number) => {
+                    bail!(InputError::new(format!("config.json: `{key}.{name}` is {number}, not positive")))
+                }
                 None => bail!(InputError::new(format!("config.json: `{key}` of type `{kind}` has no number `{name}`"))),
             }
         };
@@ -227,11 +231,13 @@ impl Rope {
             }
             other => {
                 let near = nearest(other, SCALINGS).map(|near| format!("did you mean `{near}`? "));
-                bail!(InputError::new(format!("config.json: `{key}` of type `{other}` is not supported")).help(format!(
-                    "{}supported are {}; it changes what the model computes, so it is not ignored",
-                    near.unwrap_or_default(),
-                    SCALINGS.join(", ")
-                )))
+                bail!(InputError::new(format!("config.json: `{key}` of type `{other}` is not supported")).help(
+                    format!(
+                        "{}supported are {}; it changes what the model computes, so it is not ignored",
+                        near.unwrap_or_default(),
+                        SCALINGS.join(", ")
+                    )
+                ))
             }
         })
     }

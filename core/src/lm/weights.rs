@@ -301,8 +301,9 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
     let Some(config) = files.json("config.json")? else {
         if let Some(adapter) = files.json("adapter_config.json")? {
             let base = adapter.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or("its base model");
-            bail!(InputError::new(format!("{name} is an adapter of {base} (PEFT, LoRA), not a model"))
-                .help("merge the two in Python, `model.merge_and_unload().save_pretrained(DIR)`, and name that folder"));
+            bail!(InputError::new(format!("{name} is an adapter of {base} (PEFT, LoRA), not a model")).help(
+                "merge the two in Python, `model.merge_and_unload().save_pretrained(DIR)`, and name that folder"
+            ));
         }
         bail!(InputError::new(format!("the model {name} has no config.json"))
             .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json"));

@@ -59,7 +59,8 @@ impl StateDictFile {
     /// Reads one tensor to the CPU, contiguous, in the type that the file has.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let Stored { place, kind, view } = self.stored(name)?;
-        Ok(read::elements(*kind, view, &self.map[place.clone()]).map_err(|fault| fault.of(&self.path.display().to_string()))?)
+        Ok(read::elements(*kind, view, &self.map[place.clone()])
+            .map_err(|fault| fault.of(&self.path.display().to_string()))?)
     }
 
     /// The bytes of a tensor, where they lie in one piece in its order.

@@ -32,7 +32,8 @@ struct Table(Map<String, Value>);
 fn table(request: &Request) -> Result<Option<Table>> {
     let Some(path) = table_file(request)? else { return Ok(None) };
     let refused = |why: String| InputError::new(format!("cannot read the table of releases {}: {why}", path.display()));
-    let value: Value = dictlearn_core::config::from_yaml(&files::read_text(&path)?).map_err(|error| refused(error.to_string()))?;
+    let value: Value =
+        dictlearn_core::config::from_yaml(&files::read_text(&path)?).map_err(|error| refused(error.to_string()))?;
     match value {
         Value::Object(releases) => Ok(Some(Table(releases))),
         _ => Err(refused("it is not a mapping of releases".to_owned()).into()),
