@@ -15,6 +15,7 @@ pub mod device;
 pub mod dictionary;
 pub mod doctor;
 pub mod evaluate;
+pub mod files;
 pub mod firing;
 pub mod format;
 pub mod harvest;

@@ -15,6 +15,7 @@ use saphyr::{LoadableYamlNode, MarkedYaml};
 
 use super::error::{InputError, Mistakes, Origin};
 use super::RunConfig;
+use crate::files;
 use crate::registry::{nearest, usual, Kind};
 use crate::yaml;
 
@@ -445,12 +446,7 @@ fn read_text(path: &Path) -> Result<String, InputError> {
     if path.is_dir() {
         return Err(InputError::new(format!("{} is a folder", path.display())).help("give the config file in it"));
     }
-    if !path.exists() {
-        return Err(InputError::no_file(path));
-    }
-    let bytes =
-        std::fs::read(path).map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
-    String::from_utf8(bytes).map_err(|_| InputError::new(format!("{} is not text in UTF-8", path.display())))
+    files::read_text(path)
 }
 
 /// A YAML value as figment's.

@@ -423,7 +423,7 @@ fn is_plain(path: &str) -> bool {
 impl Hub for Client {
     fn about(&self) -> About {
         About {
-            cache: self.cache.path().clone(),
+            cache: self.cache.clone(),
             endpoint: self.endpoint.clone(),
             offline: self.offline,
             token: self.token.is_some(),

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, ErrorKind, Read, Seek};
 use std::path::PathBuf;
 
+use dictlearn_core::files;
 use dictlearn_core::hub::{hub, Repo};
 use dictlearn_core::prelude::*;
 use encoding_rs_io::DecodeReaderBytesBuilder;
@@ -129,7 +130,11 @@ impl Place {
                 None => bail!(InputError::new(format!("there is no file {self} (any more)"))),
             },
         };
-        Ok(File::open(path).map_err(|error| Unreadable(format!("cannot read {self}: {error}")))?)
+        let unreadable = |error: InputError| {
+            let help = error.help_text().map_or_else(String::new, |help| format!("; {help}"));
+            Unreadable(format!("{}{help}", error.message()))
+        };
+        Ok(files::open(&path).map_err(unreadable)?)
     }
 }
 
