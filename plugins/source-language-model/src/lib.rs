@@ -452,7 +452,7 @@ impl Harvest {
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).map(of_all).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
             let mask = match &self.excluded {
-                Some(ids) => mask.logical_and(&tokens.ids.isin(ids, false, true)),
+                Some(ids) => mask.logical_and(&Tensor::isin(&tokens.ids, ids, false, true)),
                 None => mask,
             };
             let mask = self.finite(&values, mask, rows)?;
