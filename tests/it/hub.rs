@@ -382,7 +382,11 @@ fn an_authority_of_a_company_is_trusted_if_it_is_named() {
     }
     // Of another authority than the server's.
     let other = run("other", &[("SSL_CERT_FILE", &fixture("tls/server.pem"))]);
-    assert!(other.stderr.contains("which SSL_CERT_FILE names") || other.stderr.contains("the cache has it"), "{}", other.stderr);
+    assert!(
+        other.stderr.contains("which SSL_CERT_FILE names") || other.stderr.contains("the cache has it"),
+        "{}",
+        other.stderr
+    );
 }
 
 #[test]

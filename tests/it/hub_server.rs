@@ -131,7 +131,8 @@ impl HubServer {
         let chain = vec![CertificateDer::from_pem_file(file("server.pem")).unwrap()];
         let key = PrivateKeyDer::from_pem_file(file("server.key")).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let config =
+            rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         let config = Arc::new(config.with_no_client_auth().with_single_cert(chain, key).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (address, target) = (listener.local_addr().unwrap(), self.endpoint.replace("http://", ""));
@@ -140,7 +141,10 @@ impl HubServer {
                 let (config, target) = (config.clone(), target.clone());
                 thread::spawn(move || {
                     // Who does not trust the certificate goes away.
-                    let _ = pass_on(rustls::StreamOwned::new(rustls::ServerConnection::new(config).unwrap(), connection), &target);
+                    let _ = pass_on(
+                        rustls::StreamOwned::new(rustls::ServerConnection::new(config).unwrap(), connection),
+                        &target,
+                    );
                 });
             }
         });
@@ -237,10 +241,7 @@ impl Mirror {
 }
 
 /// Passes a request without a body on to the plain server, and its answer back.
-fn pass_on(
-    mut client: rustls::StreamOwned<rustls::ServerConnection, TcpStream>,
-    target: &str,
-) -> std::io::Result<()> {
+fn pass_on(mut client: rustls::StreamOwned<rustls::ServerConnection, TcpStream>, target: &str) -> std::io::Result<()> {
     let (mut request, mut byte) = (Vec::new(), [0]);
     while !request.ends_with(b"\r\n\r\n") {
         client.read_exact(&mut byte)?;

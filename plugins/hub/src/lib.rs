@@ -112,7 +112,11 @@ impl Client {
     /// A file of the repository at a commit in the cache, or the folder of all of them.
     fn pointer(&self, repo: &Repo, commit: &str, path: &str) -> PathBuf {
         let files = self.folder(repo).join("snapshots").join(commit);
-        if path.is_empty() { files } else { files.join(path) }
+        if path.is_empty() {
+            files
+        } else {
+            files.join(path)
+        }
     }
 
     /// The file of the cache that says which commit the repository's revision stands for.
@@ -160,12 +164,9 @@ impl Client {
         let cached = self.cached(repo);
         if self.offline {
             return cached.ok_or_else(|| {
-                InputError::new(format!(
-                    "the {kind} `{repo}` is not in the Hub's cache, {}",
-                    self.cache.display()
-                ))
-                .help("HF_HUB_OFFLINE is set, so it is not fetched")
-                .into()
+                InputError::new(format!("the {kind} `{repo}` is not in the Hub's cache, {}", self.cache.display()))
+                    .help("HF_HUB_OFFLINE is set, so it is not fetched")
+                    .into()
             });
         }
         // Who has it need not wait long for the Hub.

@@ -91,8 +91,12 @@ fn trusted() -> Result<RootCerts> {
 /// What to do about a server whose certificate nobody trusted has signed.
 pub fn certificate_help() -> String {
     match variable(&CERTIFICATES) {
-        Some((name, path)) => format!("add the certificate of the authority that signed it to {path}, which {name} names"),
-        None => "if your network inspects TLS, set SSL_CERT_FILE to a file with the certificate of its authority".to_owned(),
+        Some((name, path)) => {
+            format!("add the certificate of the authority that signed it to {path}, which {name} names")
+        }
+        None => {
+            "if your network inspects TLS, set SSL_CERT_FILE to a file with the certificate of its authority".to_owned()
+        }
     }
 }
 

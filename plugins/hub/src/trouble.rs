@@ -182,7 +182,8 @@ mod tests {
 
     #[test]
     fn what_does_not_pass_is_not_tried_again() {
-        let error = |kind: io::ErrorKind, why: &str| Failure::from(ureq::Error::Io(io::Error::new(kind, why.to_owned())));
+        let error =
+            |kind: io::ErrorKind, why: &str| Failure::from(ureq::Error::Io(io::Error::new(kind, why.to_owned())));
         let other = io::ErrorKind::Other;
         for lasting in [
             error(io::ErrorKind::InvalidData, "invalid peer certificate: UnknownIssuer"),

@@ -17,8 +17,7 @@ const NAME: &str = "chat";
 /// second. They bound how deep a template can nest lists, and with it the stack that freeing them takes.
 const INSTRUCTIONS: u64 = 2_000_000;
 /// The tokens of tokenizer_config.json that templates know by name.
-const SPECIAL: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+const SPECIAL: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 /// The names of a message's reasoning. Templates read the first; gpt-oss's reads the second.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
@@ -66,8 +65,8 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| {
             Err::<String, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
-        let mut template = ChatTemplate { environment, special, is_dated: template.contains("strftime_now") }
-            .with_source(template)?;
+        let mut template =
+            ChatTemplate { environment, special, is_dated: template.contains("strftime_now") }.with_source(template)?;
         template.set_today(today);
         Ok(template)
     }

@@ -113,7 +113,15 @@ impl Contexts {
             ))
             .help("the tokenizer and the model do not belong together"));
         }
-        let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or_default();
+        let mut tokenizer_config =
+            files.json("tokenizer_config.json")?.unwrap_or_else(|| Value::Object(Default::default()));
+        // Older models have special tokens in a file of their own, which takes precedence.
+        let older = files.json("special_tokens_map.json")?;
+        if let (Some(config), Some(Value::Object(older))) = (tokenizer_config.as_object_mut(), older) {
+            for (name, token) in older {
+                config.insert(name, token);
+            }
+        }
         let model_config = files.json("config.json")?.unwrap_or_default();
         let special = |name: &str| {
             let token = chat::special_token(&tokenizer_config, &format!("{name}_token"));
@@ -132,7 +140,9 @@ impl Contexts {
                     name.to_uppercase(),
                     cx.vocab_size - 1
                 ))
-                .help(format!("correct `{name}_token_id` in its config.json, or `{name}_token` in its tokenizer_config.json")));
+                .help(format!(
+                    "correct `{name}_token_id` in its config.json, or `{name}_token` in its tokenizer_config.json"
+                )));
             }
         }
         if cx.prepend_bos && bos.is_none() && !text.is_tokenized() {

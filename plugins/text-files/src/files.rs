@@ -199,7 +199,8 @@ mod tests {
 
     #[test]
     fn messages_that_call_tools_need_no_content() {
-        let content = br#"{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {}}]}]}
+        let content =
+            br#"{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {}}]}]}
 {"text": [{"role": "assistant", "tool_calls": null}]}
 "#;
         let (_dir, mut stream) = stream("a.jsonl", content, Documents::Paragraph, false);

@@ -238,7 +238,13 @@ impl Json<'_> {
         charge(self.state, self.out.len() - before)
     }
 
-    fn items(&mut self, open: char, items: Vec<(Option<Value>, Value)>, close: char, depth: usize) -> Result<(), Error> {
+    fn items(
+        &mut self,
+        open: char,
+        items: Vec<(Option<Value>, Value)>,
+        close: char,
+        depth: usize,
+    ) -> Result<(), Error> {
         self.out.push(open);
         let empty = items.is_empty();
         for (index, (key, value)) in items.into_iter().enumerate() {
