@@ -94,6 +94,10 @@ fn a_separator_is_the_first_of_several() {
     edit(&desk, "model/tokenizer_config.json", |config| *config = json!({}));
     edit(&desk, "model/config.json", |config| config["eos_token_id"] = json!([end, 5]));
     assert_eq!(harvested(&desk, "list").0, all);
+    edit(&desk, "model/config.json", |config| config["eos_token_id"] = json!(5));
+    desk.write("model/special_tokens_map.json", &json!({"eos_token": {"content": END_OF_TEXT}}).to_string());
+    assert_eq!(harvested(&desk, "map").0, all);
+    fs::remove_file(desk.path("model/special_tokens_map.json")).unwrap();
     edit(&desk, "model/config.json", |config| {
         let config = config.as_object_mut().unwrap();
         config.remove("eos_token_id");

@@ -105,7 +105,15 @@ impl Contexts {
             bail!(InputError::new(format!("the model {} has no tokenizer.json", files.name()))
                 .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`"));
         }
-        let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or_default();
+        let mut tokenizer_config =
+            files.json("tokenizer_config.json")?.unwrap_or_else(|| Value::Object(Default::default()));
+        // Older models have special tokens in a file of their own, which takes precedence.
+        let older = files.json("special_tokens_map.json")?;
+        if let (Some(config), Some(Value::Object(older))) = (tokenizer_config.as_object_mut(), older) {
+            for (name, token) in older {
+                config.insert(name, token);
+            }
+        }
         let model_config = files.json("config.json")?.unwrap_or_default();
         let special = |name: &str| {
             let token = chat::special_token(&tokenizer_config, &format!("{name}_token"));

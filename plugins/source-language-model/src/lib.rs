@@ -19,6 +19,7 @@ mod chat;
 mod contexts;
 mod sites;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use chrono::{Local, NaiveDate};
@@ -27,6 +28,7 @@ use dictlearn_core::interrupt;
 use dictlearn_core::lm::{open_model, ModelFiles};
 use dictlearn_core::prelude::*;
 use dictlearn_core::rng::rng;
+use dictlearn_core::schemars::{json_schema, Schema, SchemaGenerator};
 
 use ahead::Ahead;
 use buffer::Buffer;
@@ -120,13 +122,25 @@ pub struct LanguageModelConfig {
 }
 
 /// Tokens whose activations are left out.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Exclude {
     /// All special tokens, or none.
     Special(bool),
     /// The tokens with these ids.
     Ids(Vec<i64>),
+}
+
+impl JsonSchema for Exclude {
+    fn schema_name() -> Cow<'static, str> {
+        "Exclude".into()
+    }
+    fn inline_schema() -> bool {
+        true
+    }
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": ["boolean", "array"], "items": {"type": "integer"}})
+    }
 }
 
 impl Default for Exclude {
@@ -452,7 +466,7 @@ impl Harvest {
             let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).map(of_all).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
             let mask = match &self.excluded {
-                Some(ids) => mask.logical_and(&tokens.ids.isin(ids, false, true)),
+                Some(ids) => mask.logical_and(&Tensor::isin(&tokens.ids, ids, false, true)),
                 None => mask,
             };
             let mask = self.finite(&values, mask, rows)?;
