@@ -54,6 +54,11 @@ pub trait Format: Debug + Send + Sync {
         false
     }
 
+    /// Files that an SAE of this format has, any of them and no other format's: for a hint where another format was asked.
+    fn marks(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Whether a folder here holds an SAE of this format, for the card of one that is uploaded.
     fn is_in(&self, dir: &Path) -> bool {
         let _ = dir;
@@ -569,7 +574,11 @@ pub fn through(vector: &Tensor, encoder: &Tensor) -> Tensor {
 /// One SAE becomes the folder `out`; several become folders in it, by name. Without `out` they go to `saes/<name>`.
 pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Result<Vec<PathBuf>> {
     let format = named(format_name)?;
-    let places = format.find(request)?;
+    let asked = request.place.as_deref().and_then(|place| Place::parse(place).ok());
+    let places = format.find(request).map_err(|error| match &asked {
+        Some(place) => with_other_format(error, &*format, place),
+        None => error,
+    })?;
     let mut written = Vec::new();
     for place in &places {
         let dir = match out {
@@ -717,7 +726,28 @@ fn read(format: &dyn Format, place: &Place) -> Result<Published> {
         Some(other) => named(other)?.read(place),
         None => format.read(place),
     };
+    let read = read.map_err(|error| with_other_format(error, format, place));
     read.with_context(|| format!("cannot import {place}"))
+}
+
+/// The error, with the format that the files are of, where another was asked.
+fn with_other_format(error: anyhow::Error, asked: &dyn Format, place: &Place) -> anyhow::Error {
+    let input = match InputError::take(error) {
+        Ok(input) => input,
+        Err(other) => return other,
+    };
+    let files = place.files().unwrap_or_default();
+    let has = |format: &dyn Format| format.marks().iter().any(|mark| files.iter().any(|file| file == mark));
+    if has(asked) {
+        return input.into();
+    }
+    let other = registry::names(Kind::Format).into_iter().find(|name| named(name).is_ok_and(|format| has(&*format)));
+    match other {
+        Some(other) => {
+            input.and_help(&format!("the files are those of `{other}`: `dictlearn import {other} ...`")).into()
+        }
+        None => input.into(),
+    }
 }
 
 /// Writes an imported SAE's folder: weights, config.json, and the config.yaml that says where it reads.

@@ -532,6 +532,41 @@ fn keys_that_change_what_is_computed_are_refused_by_name() {
 }
 
 #[test]
+fn a_place_of_another_format_is_told_by_its_files() {
+    let desk = Desk::new();
+    let place = |path: &str| fixture(path).to_str().unwrap().to_owned();
+    for (asked, path, other) in [
+        ("sae_lens", "formats/gemma_scope/gemma-scope-2b-pt-transcoders/layer_3/width_80/average_l0_7", "gemma_scope"),
+        ("sae_lens", "formats/llama_scope/Llama3_1-8B-Base-L3R-8x", "llama_scope"),
+        ("gemma_scope", "sae_lens/standard", "sae_lens"),
+        ("sparsify", "formats/dictionary_learning/AutoEncoder", "dictionary_learning"),
+    ] {
+        let message = desk.refused(&["import", asked, &place(path), "--out", "out"]);
+        assert!(message.contains(&format!("`dictlearn import {other} ")), "{asked}: {message}");
+    }
+    // Where the files are the format's own, something else is wrong with them.
+    let cfg = |cfg: &mut Value| cfg["architecture"] = "standart".into();
+    let dir = changed(&desk, "standard", cfg, &[]);
+    assert!(!desk.refused(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]).contains("dictlearn import"));
+}
+
+#[test]
+fn weights_of_several_types_in_one_file_are_read() {
+    // Checkpoints that sparsify cannot load itself, since it takes the first tensor's type for all.
+    let desk = Desk::new();
+    let (place, files) = ("sparsify/sae/layers.3", ["cfg.json", "sae.safetensors"]);
+    let dir = published(&desk, place, files, &json!({}), None);
+    let tensors = TensorFile::open(&dir.join(files[1])).unwrap().tensors().unwrap().into_iter();
+    let narrow = |(name, tensor): (String, Tensor)| {
+        let kind = if name == "W_dec" { Kind::BFloat16 } else { Kind::Float };
+        (name, tensor.to_kind(kind))
+    };
+    tensors::write(&dir.join(files[1]), &tensors.map(narrow).collect::<Vec<_>>()).unwrap();
+    desk.ok(&["import", "sparsify", dir.to_str().unwrap(), "--out", "mixed"]);
+    matches(&desk, &desk.path("mixed"), &fixture("formats").join(place).join("io.safetensors"), 1e-2);
+}
+
+#[test]
 fn an_entry_that_an_openai_sae_does_not_have_is_refused_by_name() {
     let desk = Desk::new();
     let ones = |size: &[i64]| Tensor::ones(size, tch::kind::FLOAT_CPU);

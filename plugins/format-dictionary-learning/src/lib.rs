@@ -79,6 +79,10 @@ impl Format for DictionaryLearning {
         pretrained::offers()
     }
 
+    fn marks(&self) -> &'static [&'static str] {
+        &["ae.pt", OWN]
+    }
+
     fn read(&self, place: &Place) -> Result<Published> {
         if let Some(entry) = place.table.get(pretrained::ENTRY).and_then(Value::as_str) {
             return pretrained::read(place, entry);

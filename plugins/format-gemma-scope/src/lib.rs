@@ -55,6 +55,10 @@ const KNOWN: &[&str] = &[
 
 #[typetag::serde(name = NAME)]
 impl Format for GemmaScope {
+    fn marks(&self) -> &'static [&'static str] {
+        &["params.npz", "params.safetensors"]
+    }
+
     fn read(&self, place: &Place) -> Result<Published> {
         let words = place.words();
         let second = place.file("params.npz")?.is_none();

@@ -83,6 +83,10 @@ register! {
 
 #[typetag::serde(name = NAME)]
 impl Format for LlamaScope {
+    fn marks(&self) -> &'static [&'static str] {
+        &["hyperparams.json"]
+    }
+
     fn read(&self, place: &Place) -> Result<Published> {
         let distilled = place.file("hyperparams.json")?.is_none() && place.file("sae_weights.safetensors")?.is_some();
         let (file, weights) = match distilled {

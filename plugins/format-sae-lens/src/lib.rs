@@ -66,6 +66,10 @@ impl Format for SaeLens {
         table::offers(request)
     }
 
+    fn marks(&self) -> &'static [&'static str] {
+        &["sae_weights.safetensors"]
+    }
+
     fn read(&self, place: &Place) -> Result<Published> {
         read(place)
     }

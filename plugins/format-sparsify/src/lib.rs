@@ -127,6 +127,10 @@ impl Format for Sparsify {
         Ok(found)
     }
 
+    fn marks(&self) -> &'static [&'static str] {
+        &["sae.safetensors"]
+    }
+
     fn read(&self, place: &Place) -> Result<Published> {
         let cfg = place.json("cfg.json")?;
         let flag = |key: &str| match cfg.get(key) {
