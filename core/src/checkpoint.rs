@@ -222,7 +222,8 @@ fn differences(key: &str, begun: Option<&Value>, now: Option<&Value>, found: &mu
         (Some(Value::Mapping(begun)), Some(Value::Mapping(now))) => {
             let keys: BTreeSet<&str> = begun.keys().chain(now.keys()).filter_map(Value::as_str).collect();
             keys.into_iter()
-                .filter(|inner| *inner != "on_nonfinite")
+                // What is done about bad numbers and bad data, wherever a component has it.
+                .filter(|inner| !matches!(*inner, "on_nonfinite" | "strict"))
                 .for_each(|inner| differences(&format!("{key}.{inner}"), begun.get(inner), now.get(inner), found));
         }
         (Some(Value::Sequence(begun)), Some(Value::Sequence(now))) => {

@@ -146,3 +146,33 @@ fn a_damaged_file_ends_the_run_unless_the_config_allows_it() {
     assert!(said.contains("1 bad records were skipped, the first is") && said.contains("b.jsonl.gz"), "{said}");
     assert_eq!(found, activations(&harvest(&parquet("pretokenized"), "")).0);
 }
+
+#[test]
+fn a_run_that_a_damaged_file_ended_goes_on_without_it() {
+    let rows = recorded("pretokenized");
+    let lines: String = (0..4).flat_map(|_| &rows).map(|row| format!("{}\n", json!({ "input_ids": row }))).collect();
+    let desk = Desk::new();
+    desk.write("tokens/a.jsonl", &lines);
+    desk.write("tokens/b.jsonl.gz", "no archive");
+    desk.write("tokens/c.jsonl", &lines);
+    let config = |strict: &str| {
+        format!(
+            "steps: 30\ncheckpoint_every: 2\nlog_every: 10\nmetrics: []\nsource: {{type: language_model, model: {:?}, submodule: \
+             gpt_neox.layers.0, ctx_len: 16, n_ctxs: 4, refresh_batch_size: 2, out_batch_size: 16, text: {{type: text_files, \
+             path: tokens{strict}}}}}\nsaes: [{{name: a, dictionary: {{type: auto_encoder, dict_size: 8}}, trainer: {{type: \
+             standard, warmup_steps: 0, sparsity_warmup_steps: 0, resample_steps: null}}}}]\n",
+            fixture(MODEL)
+        )
+    };
+    desk.write("config.yaml", &config(""));
+    let said = desk.refused(&["train", "config.yaml", "--output-dir", "run"]);
+    assert!(said.contains("b.jsonl.gz") && said.contains("`strict: false`"), "{said}");
+    desk.write("config.yaml", &config(", strict: false"));
+    let run = desk.run(&["train", "config.yaml", "--output-dir", "run", "--resume"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert!(run.stderr.contains("b.jsonl.gz"), "{}", run.stderr);
+    // It is the run that skips the file from the beginning.
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
+    let weights = |run: &str| fs::read(desk.path(run).join("a/ae.safetensors")).unwrap();
+    assert_eq!(weights("run"), weights("whole"));
+}

@@ -285,6 +285,9 @@ fn failure(error: &std::io::Error, place: &str, is_local: bool) -> anyhow::Error
         error.kind(),
         ErrorKind::UnexpectedEof | ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other
     );
+    if error.to_string().contains("Allocation error") {
+        return Unreadable(format!("{place}: its window needs more memory than there is: {error}")).into();
+    }
     match is_local || of_file {
         true => Unreadable(format!("{place}: the file is damaged or breaks off: {error}")).into(),
         false => anyhow::anyhow!("cannot read {place}: {error}"),

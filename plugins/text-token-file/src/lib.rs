@@ -69,7 +69,7 @@ impl TextStream for TokenFile {
         }
         let ids = Vec::<i64>::try_from(self.ids.get(self.row))?;
         let mask = Vec::<bool>::try_from(self.mask.get(self.row))?;
-        let origin = format!("{}: row {}", self.file.0, self.row);
+        let origin = format!("row {}", self.row);
         self.row += 1;
         Ok(Some(Record::Tokens { ids, mask, origin }))
     }
