@@ -13,6 +13,7 @@ pub mod describe;
 pub mod device;
 pub mod dictionary;
 pub mod evaluate;
+pub mod files;
 pub mod firing;
 pub mod format;
 pub mod harvest;

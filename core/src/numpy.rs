@@ -1,7 +1,6 @@
 //! NumPy's files: arrays of floating-point numbers in .npy and .npz.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{Cursor, Read};
 use std::path::Path;
 
@@ -11,6 +10,7 @@ use tch::{Kind, Tensor};
 use zip::ZipArchive;
 
 use crate::config::InputError;
+use crate::files;
 
 /// How many times its length a file may unfold to: weights hardly compress, and a file that does is made to fill memory.
 const UNFOLDS: u64 = 64;
@@ -23,8 +23,7 @@ fn refused(path: &Path, why: impl std::fmt::Display) -> InputError {
 
 /// The array of an .npy file, of floating-point numbers of any width, byte order and layout, as float32.
 pub fn read_npy(path: &Path) -> Result<Tensor> {
-    let bytes = std::fs::read(path).map_err(|error| refused(path, error))?;
-    Ok(array(bytes).map_err(|why| refused(path, why))?)
+    Ok(array(files::read(path)?).map_err(|why| refused(path, why))?)
 }
 
 /// An .npz file, opened.
@@ -38,10 +37,7 @@ pub struct Npz {
 impl Npz {
     /// Opens a file and reads what arrays there are.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|error| refused(path, error))?;
-        // SAFETY: the map is read-only; a file that another process shortens meanwhile would raise SIGBUS, which any
-        // reader of mapped weights accepts.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|error| refused(path, error))?;
+        let map = files::map(path)?;
         let budget = (map.len() as u64 * UNFOLDS).max(SMALL);
         let archive = ZipArchive::new(Cursor::new(map)).map_err(|error| refused(path, error))?;
         Ok(Npz { path: path.to_owned(), archive, budget })

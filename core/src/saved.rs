@@ -13,6 +13,7 @@ use crate::adapted::{Adapted, Normalization};
 use crate::config::InputError;
 use crate::device::Precision;
 use crate::dictionary::{Dictionary, SavedClass};
+use crate::files;
 use crate::registry::nearest;
 use crate::tensors::{self, TensorFile};
 use crate::torch_file;
@@ -253,6 +254,5 @@ pub fn normalization(config: &Value, path: &Path) -> Result<Option<Normalization
 /// Reads a JSON file.
 pub fn read_json(path: &Path) -> Result<Value> {
     let refused = |why: String| InputError::new(format!("cannot read {}: {why}", path.display()));
-    let text = fs::read_to_string(path).map_err(|error| refused(error.to_string()))?;
-    Ok(serde_json::from_str(&text).map_err(|error| refused(format!("not JSON: {error}")))?)
+    Ok(files::parse_json(&files::read(path)?).map_err(|error| refused(format!("not JSON: {error}")))?)
 }

@@ -11,6 +11,7 @@ use safetensors::SafeTensorError;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
+use crate::files;
 
 /// Writes a file whole or not at all: beside its place, synced, then renamed over it, the directory synced.
 ///
@@ -217,13 +218,10 @@ enum Bytes {
 impl TensorFile {
     /// Opens a file and checks its header against its length.
     pub fn open(path: &Path) -> Result<Self> {
-        let refused = |why: String| InputError::new(format!("cannot read {}: {why}", path.display()));
-        let file = File::open(path).map_err(|error| refused(error.to_string()))?;
-        // SAFETY: the map is read-only; a file that another process shortens meanwhile would raise SIGBUS, which any
-        // reader of mapped weights accepts.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|error| refused(error.to_string()))?;
+        let map = files::map(path)?;
         let (header, start) = header(&map).map_err(|error| {
-            refused("not a whole safetensors file".to_owned()).help(format!("the header says: {error}"))
+            InputError::new(format!("cannot read {}: not a whole safetensors file", path.display()))
+                .help(format!("the header says: {error}"))
         })?;
         Ok(TensorFile { path: path.to_owned(), bytes: Bytes::Mapped(map), header, start })
     }
@@ -295,16 +293,15 @@ impl TensorFile {
 
     /// Lets the system take back the memory that reading a tensor brought in. Reading it again reads the file again.
     pub fn forget(&self, name: &str) {
-        #[cfg(unix)]
         if let (Bytes::Mapped(map), Some(info)) = (&self.bytes, self.header.info(name)) {
-            // Whole pages only: those at the ends may hold parts of other tensors, which is harmless.
             let (from, to) = info.data_offsets;
-            // SAFETY: the map is of a file and read-only, so pages that are dropped come back as they were.
-            let _ =
-                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.start + from, to - from) };
+            files::forget(map, self.start + from..self.start + to);
         }
-        #[cfg(not(unix))]
-        let _ = name;
+    }
+
+    /// The bytes of a tensor.
+    pub fn bytes_of(&self, name: &str) -> Option<&[u8]> {
+        self.header.info(name).map(|info| self.data(info))
     }
 
     /// An entry of the file's metadata.

@@ -10,6 +10,7 @@ use figment::value::{Dict, Empty, Map, Num, Tag, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 
 use super::error::{InputError, Origin};
+use crate::files;
 use crate::registry::nearest;
 use crate::yaml;
 
@@ -327,12 +328,7 @@ fn read_text(path: &Path) -> Result<String, InputError> {
     if path.is_dir() {
         return Err(InputError::new(format!("{} is a folder", path.display())).help("give the config file in it"));
     }
-    if !path.exists() {
-        return Err(InputError::no_file(path));
-    }
-    let bytes =
-        std::fs::read(path).map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
-    String::from_utf8(bytes).map_err(|_| InputError::new(format!("{} is not text in UTF-8", path.display())))
+    files::read_text(path)
 }
 
 /// A YAML value as figment's.

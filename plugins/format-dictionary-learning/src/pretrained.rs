@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::Read;
 
+use dictlearn_core::files;
 use dictlearn_core::hub::Repo;
 use zip::ZipArchive;
 
@@ -21,8 +22,7 @@ const LARGEST: u64 = 1 << 30;
 fn open() -> Result<ZipArchive<File>> {
     let path = hub_file(REPO, ARCHIVE)?;
     let refused = |why: String| InputError::new(format!("cannot read {}: {why}", path.display()));
-    let file = File::open(&path).map_err(|error| refused(error.to_string()))?;
-    Ok(ZipArchive::new(file).map_err(|error| refused(error.to_string()))?)
+    Ok(ZipArchive::new(files::open(&path)?).map_err(|error| refused(error.to_string()))?)
 }
 
 /// The dictionaries of the archive: name, and folder in it.

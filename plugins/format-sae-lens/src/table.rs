@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use dictlearn_core::files;
 use dictlearn_core::format::{glob, Place, Request};
 use dictlearn_core::hub::{hub, Repo, RepoKind};
 use dictlearn_core::prelude::*;
@@ -31,8 +32,8 @@ struct Table(Map<String, Value>);
 fn table(request: &Request) -> Result<Option<Table>> {
     let Some(path) = table_file(request)? else { return Ok(None) };
     let refused = |why: String| InputError::new(format!("cannot read the table of releases {}: {why}", path.display()));
-    let text = std::fs::read_to_string(&path).map_err(|error| refused(error.to_string()))?;
-    let value: Value = dictlearn_core::config::from_yaml(&text).map_err(|error| refused(error.to_string()))?;
+    let value: Value =
+        dictlearn_core::config::from_yaml(&files::read_text(&path)?).map_err(|error| refused(error.to_string()))?;
     match value {
         Value::Object(releases) => Ok(Some(Table(releases))),
         _ => Err(refused("it is not a mapping of releases".to_owned()).into()),

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::path::PathBuf;
 
+use dictlearn_core::files;
 use dictlearn_core::hub::{hub, Repo};
 use dictlearn_core::prelude::*;
 use serde_json::json;
@@ -90,7 +91,7 @@ impl Place {
                 None => bail!(InputError::new(format!("there is no file {self} (any more)"))),
             },
         };
-        Ok(File::open(path).map_err(|error| InputError::new(format!("cannot read {self}: {error}")))?)
+        Ok(files::open(&path)?)
     }
 }
 
