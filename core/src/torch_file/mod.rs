@@ -4,6 +4,7 @@
 //! dicts and numbers, makes the values itself, and refuses a file that names anything else. What a file claims (sizes,
 //! strides, places) is checked before it is used, and what is made of it is bounded by the file's length.
 
+mod file;
 mod pickle;
 mod read;
 #[cfg(test)]
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
+pub use file::StateDictFile;
 pub use read::{read, read_bytes};
 pub use write::write;
 

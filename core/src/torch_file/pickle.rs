@@ -8,13 +8,14 @@ use std::collections::HashMap;
 use tch::Kind;
 
 use super::STORAGES;
+use crate::config::InputError;
 
 /// How many instructions and copied values a pickle may have. A tensor of a state dict takes about forty.
 const MAX_WORK: usize = 4 << 20;
 /// As many dimensions as libtorch's own loops take.
 const MAX_DIMS: usize = 64;
 
-const SAVE_STATE_DICT: &str = "save the state dict alone: torch.save(model.state_dict(), path)";
+pub(super) const SAVE_STATE_DICT: &str = "save the state dict alone: torch.save(model.state_dict(), path)";
 
 /// Why a file is refused: what it does or is, to be read after its name.
 #[derive(Debug)]
@@ -30,6 +31,15 @@ impl Fault {
 
     pub(super) fn help(self, help: &'static str) -> Self {
         Fault { help: Some(help), ..self }
+    }
+
+    /// The error that it is, in a file of that name.
+    pub(super) fn of(self, name: &str) -> InputError {
+        let error = InputError::new(format!("{name} {}", self.what));
+        match self.help {
+            Some(help) => error.help(help),
+            None => error,
+        }
     }
 
     /// The bytes are not what a pickle can be.
@@ -92,10 +102,16 @@ pub(super) struct Storage<'a> {
     pub(super) elements: i64,
 }
 
-/// Where in its storage a tensor is, counted in elements. Nothing is negative, and there are as many strides as sizes.
+/// A tensor: its storage, and where in it.
 #[derive(Debug)]
 pub(super) struct Layout<'a> {
     pub(super) storage: Storage<'a>,
+    pub(super) view: View,
+}
+
+/// Where in its storage a tensor is, counted in elements. Nothing is negative, and there are as many strides as sizes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct View {
     pub(super) offset: i64,
     pub(super) sizes: Vec<i64>,
     pub(super) strides: Vec<i64>,
@@ -731,7 +747,7 @@ impl<'a> Machine<'a> {
             let (sizes, strides) = (sizes.len(), strides.len());
             return Err(Fault::damaged(format!("a tensor of its pickle has {sizes} sizes and {strides} strides")));
         }
-        Ok(Layout { storage, offset, sizes, strides })
+        Ok(Layout { storage, view: View { offset, sizes, strides } })
     }
 
     fn numpy_scalar(&self, kind: Item<'a>, bytes: Item<'a>) -> Result<Item<'a>> {
