@@ -416,9 +416,16 @@ impl DecoderConfig {
 impl Decoder {
     /// A decoder whose weights are read as they are needed. All of them are checked now: that they are there, that they
     /// have the config's shapes, and that there are no others.
-    pub fn open(config: DecoderConfig, weights: Weights, cx: &ModelCx) -> Result<Self> {
+    pub fn open(mut config: DecoderConfig, mut weights: Weights, cx: &ModelCx) -> Result<Self> {
         config.check()?;
-        let tied = config.head.tied.then(|| format!("{}.weight", config.head.path));
+        let [embedding, head] = [config.embed.tokens, config.head.path].map(|path| format!("{path}.weight"));
+        if config.head.tied {
+            config.head.tied = weights.tie(&embedding, &head)?;
+        } else if !weights.has(&head) && weights.has(&embedding) {
+            bail!(InputError::new(format!("the model has no head: there is no tensor `{head}`"))
+                .help("if its head is the embedding, write `\"tie_word_embeddings\": true` into its config.json"));
+        }
+        let tied = config.head.tied.then_some(head);
         let (mut asked, mut bytes) = (Vec::new(), 0);
         let decoder = Self::build(config, cx, &mut |name, shape, kind| {
             weights.check(name, shape)?;

@@ -1,16 +1,18 @@
 //! Opening a language model by its name: a folder, a model that a plugin ships, or a repository of the Hub.
 
 use std::borrow::Cow;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Result};
 use serde_json::Value;
 
+use super::weights::WeightFile;
 use crate::config::InputError;
+use crate::files;
 use crate::hub::{hub, Repo, RepoKind};
 use crate::registry::nearest;
 use crate::tensors::TensorFile;
+use crate::torch_file::StateDictFile;
 
 /// A model that a plugin ships: `model: embedded:NAME`.
 pub struct EmbeddedModel {
@@ -103,23 +105,26 @@ impl ModelFiles {
             return Ok(Some(Cow::Borrowed(bytes)));
         }
         let Some(path) = self.path(file)? else { return Ok(None) };
-        let bytes =
-            fs::read(&path).map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))?;
-        Ok(Some(Cow::Owned(bytes)))
+        Ok(Some(Cow::Owned(files::read(&path)?)))
     }
 
     /// A JSON file, if the model has it.
     pub fn json(&self, file: &str) -> Result<Option<Value>> {
         let Some(bytes) = self.read(file)? else { return Ok(None) };
-        let parsed = serde_json::from_slice(&bytes)
+        let parsed = files::parse_json(&bytes)
             .map_err(|error| InputError::new(format!("{}/{file} is not JSON: {error}", self.name)))?;
         Ok(Some(parsed))
     }
 
-    pub(super) fn tensors(&self, file: &str) -> Result<Option<TensorFile>> {
-        match self.embedded(file) {
-            Some((name, bytes)) => TensorFile::from_static(name, bytes).map(Some),
-            None => self.path(file)?.map(|path| TensorFile::open(&path)).transpose(),
+    /// A file of weights, if the model has it.
+    pub(super) fn weights(&self, file: &str) -> Result<Option<WeightFile>> {
+        if let Some((name, bytes)) = self.embedded(file) {
+            return Ok(Some(WeightFile::Safetensors(TensorFile::from_static(name, bytes)?)));
         }
+        let Some(path) = self.path(file)? else { return Ok(None) };
+        Ok(Some(match file.ends_with(".safetensors") {
+            true => WeightFile::Safetensors(TensorFile::open(&path)?),
+            false => WeightFile::Torch(StateDictFile::open(&path)?),
+        }))
     }
 }

@@ -13,6 +13,7 @@ use crate::device::Precision;
 use crate::model::LanguageModel;
 use crate::registry::nearest;
 use crate::tensors::TensorFile;
+use crate::torch_file::StateDictFile;
 
 /// A family of language models: what `model_type` in a config.json names.
 pub struct ModelFamily {
@@ -33,48 +34,156 @@ pub struct ModelCx {
     pub precision: Precision,
 }
 
-/// The weights of a model, by Hugging Face's names, in one file or several. Files are mapped: what is not asked for is
-/// not read.
+/// The weights of a model, by Hugging Face's names, in one file or several. Files are mapped: a tensor is read when it is
+/// asked for.
 pub struct Weights {
     name: String,
-    files: Vec<TensorFile>,
-    place: BTreeMap<String, usize>,
+    files: Vec<WeightFile>,
+    place: BTreeMap<String, Place>,
     device: Device,
 }
+
+/// Where a tensor is.
+#[derive(Clone)]
+struct Place {
+    /// The index of its file.
+    file: usize,
+    /// Its name there.
+    name: String,
+}
+
+/// A file of weights, as it was published.
+pub(super) enum WeightFile {
+    Safetensors(TensorFile),
+    Torch(StateDictFile),
+}
+
+impl WeightFile {
+    fn names(&self) -> Vec<String> {
+        match self {
+            WeightFile::Safetensors(file) => file.names(),
+            WeightFile::Torch(file) => file.names(),
+        }
+    }
+
+    fn shape(&self, name: &str) -> Vec<i64> {
+        let shape = match self {
+            WeightFile::Safetensors(file) => file.shape(name),
+            WeightFile::Torch(file) => file.shape(name),
+        };
+        shape.unwrap_or_default()
+    }
+
+    fn kind(&self, name: &str) -> Result<Kind> {
+        match self {
+            WeightFile::Safetensors(file) => file.kind(name),
+            WeightFile::Torch(file) => file.kind(name),
+        }
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        match self {
+            WeightFile::Safetensors(file) => file.tensor(name),
+            WeightFile::Torch(file) => file.tensor(name),
+        }
+    }
+
+    /// The tensor's bytes, where they lie in one piece.
+    fn bytes(&self, name: &str) -> Option<&[u8]> {
+        match self {
+            WeightFile::Safetensors(file) => file.bytes_of(name),
+            WeightFile::Torch(file) => file.bytes(name),
+        }
+    }
+
+    fn forget(&self, name: &str) {
+        match self {
+            WeightFile::Safetensors(file) => file.forget(name),
+            WeightFile::Torch(file) => file.forget(name),
+        }
+    }
+}
+
+/// The names that weights are published under, the best first: one file, or the index of its shards.
+const PUBLISHED: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 
 /// Ends of names that older versions of Hugging Face's library saved beside the weights and that hold none: masks and
 /// frequencies.
 const NO_WEIGHTS: [&str; 4] = ["attn.bias", "attention.bias", ".masked_bias", "rotary_emb.inv_freq"];
 
+/// Modules that PyTorch wraps around others, which then stand in the names of their weights: torch.compile,
+/// FullyShardedDataParallel, activation checkpointing.
+const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+
+/// A name without the wrappers that a model was saved in. DataParallel's wrapper, `module`, is only ever the outermost.
+fn unwrapped(name: &str) -> String {
+    let parts: Vec<&str> = name.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
+    let outer = parts.iter().take_while(|part| **part == "module").count();
+    parts[outer..].join(".")
+}
+
 impl Weights {
     fn open(files: &ModelFiles, device: Device) -> Result<Self> {
         let mut weights = Weights { name: files.name().to_owned(), files: Vec::new(), place: BTreeMap::new(), device };
-        let shards: BTreeSet<String> = match files.json("model.safetensors.index.json")? {
-            Some(index) => {
-                let map = index.get("weight_map").and_then(Value::as_object);
-                map.into_iter().flat_map(|map| map.values()).filter_map(Value::as_str).map(str::to_owned).collect()
-            }
-            None => BTreeSet::from(["model.safetensors".to_owned()]),
-        };
-        for shard in shards {
-            let Some(file) = files.tensors(&shard)? else {
-                bail!(InputError::new(format!("the model {} has no {shard}", files.name())).help(
-                    "weights are read from model.safetensors, or from the shards of model.safetensors.index.json"
-                ));
+        for published in PUBLISHED {
+            let index = format!("{published}.index.json");
+            let Some(map) = files.json(&index)? else {
+                match files.weights(published)? {
+                    Some(file) => {
+                        weights.add(file)?;
+                        return Ok(weights);
+                    }
+                    None => continue,
+                }
             };
-            let index = weights.files.len();
-            weights.place.extend(file.names().into_iter().map(|tensor| (tensor, index)));
-            weights.files.push(file);
+            let map = map.get("weight_map").and_then(Value::as_object);
+            let shards = map.into_iter().flat_map(|map| map.values()).filter_map(Value::as_str);
+            let shards: BTreeSet<&str> = shards.collect();
+            if shards.is_empty() {
+                bail!(InputError::new(format!("{index} of the model {} names no shards", files.name()))
+                    .help("its `weight_map` gives the file of each tensor; fetch it again"));
+            }
+            for shard in shards {
+                let Some(file) = files.weights(shard)? else {
+                    bail!(InputError::new(format!("the model {} has no {shard}, which {index} names", files.name()))
+                        .help("not all of the model was copied: fetch the missing file"));
+                };
+                weights.add(file)?;
+            }
+            return Ok(weights);
         }
-        Ok(weights)
+        bail!(InputError::new(format!("the model {} has no weights", files.name())).help(format!(
+            "weights are read from {}, or from the shards that the file's .index.json names",
+            PUBLISHED.join(" or ")
+        )))
     }
 
-    /// The file that has a tensor, and its name there: published files of GPT-2 leave out the first part of each name,
-    /// which is the model's name in its Python class.
-    fn find<'a>(&'a self, name: &'a str) -> Option<(&'a TensorFile, &'a str)> {
+    fn add(&mut self, file: WeightFile) -> Result<()> {
+        for name in file.names() {
+            let place = Place { file: self.files.len(), name: name.clone() };
+            let other = self.place.insert(unwrapped(&name), place);
+            if let Some(other) = other.filter(|other| other.name != name) {
+                bail!(InputError::new(format!(
+                    "the model {} has one tensor under two names: `{}` and `{name}`",
+                    self.name, other.name
+                ))
+                .help("remove one of them: a wrapper's name (`module.`, `_orig_mod.`) is not part of a tensor's"));
+            }
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// Where a tensor is: published files of GPT-2 leave out the first part of each name, which is the model's name in
+    /// its Python class.
+    fn place(&self, name: &str) -> Option<&Place> {
         let bare = name.split_once('.').map(|(_, rest)| rest);
-        let known = std::iter::once(name).chain(bare).find(|name| self.place.contains_key(*name))?;
-        Some((&self.files[self.place[known]], known))
+        std::iter::once(name).chain(bare).find_map(|name| self.place.get(name))
+    }
+
+    /// The file that has a tensor, and its name there.
+    fn find(&self, name: &str) -> Option<(&WeightFile, &str)> {
+        self.place(name).map(|place| (&self.files[place.file], place.name.as_str()))
     }
 
     /// Whether there is a tensor of that name.
@@ -92,7 +201,7 @@ impl Weights {
                 None => error.help("are the weights those of another model?"),
             });
         };
-        let found = file.shape(known).unwrap_or_default();
+        let found = file.shape(known);
         if found != shape {
             bail!(InputError::new(format!(
                 "the model {}: tensor `{name}` has shape {found:?}, but config.json says {shape:?}",
@@ -108,17 +217,65 @@ impl Weights {
         Ok(())
     }
 
+    /// Whether head and embedding are one tensor, where config.json says that they are. The weights decide: two that
+    /// differ stay two, as in transformers 5. Where only the head was saved, it is the embedding as well.
+    pub fn tie(&mut self, embedding: &str, head: &str) -> Result<bool> {
+        let [embed, own] = [embedding, head].map(|name| self.place(name).cloned());
+        match (embed, own) {
+            (Some(_), None) => Ok(true),
+            (None, Some(own)) => {
+                self.place.insert(embedding.to_owned(), own);
+                Ok(true)
+            }
+            (None, None) => bail!(InputError::new(format!(
+                "the model {} has neither `{embedding}` nor `{head}`, which by its config.json are one tensor",
+                self.name
+            ))
+            .help("are the weights those of another model, or only a part of them?")),
+            (Some(embed), Some(own)) => {
+                let tied = self.equal(&embed, &own)?;
+                if !tied {
+                    eprintln!(
+                        "warning: the config.json of the model {} says `tie_word_embeddings: true`, but its weights have \
+                         a `{head}` of their own: that is used, as in transformers 5 (4 takes the embedding)",
+                        self.name
+                    );
+                }
+                Ok(tied)
+            }
+        }
+    }
+
+    /// Whether two tensors hold the same numbers.
+    fn equal(&self, a: &Place, b: &Place) -> Result<bool> {
+        let [(a, a_name), (b, b_name)] = [a, b].map(|place| (&self.files[place.file], &place.name));
+        if a.shape(a_name) != b.shape(b_name) {
+            return Ok(false);
+        }
+        let same_kind = a.kind(a_name)? == b.kind(b_name)?;
+        let equal = match (a.bytes(a_name), b.bytes(b_name)) {
+            // A .bin has one storage for both.
+            (Some(a), Some(b)) if same_kind => std::ptr::eq(a, b) || a == b,
+            _ => a.tensor(a_name)?.to_kind(Kind::Float).equal(&b.tensor(b_name)?.to_kind(Kind::Float)),
+        };
+        a.forget(a_name);
+        b.forget(b_name);
+        Ok(equal)
+    }
+
     /// Checks that the file has no weights but those `asked` for; `tied` may be there as well.
     pub fn check_none_left(&self, asked: &[String], tied: Option<&str>) -> Result<()> {
-        let asked: BTreeSet<&str> =
-            asked.iter().map(String::as_str).chain(tied).filter_map(|name| Some(self.find(name)?.1)).collect();
-        let extra = |name: &&str| !asked.contains(name) && !NO_WEIGHTS.iter().any(|end| name.ends_with(end));
-        let extra: Vec<&str> = self.place.keys().map(String::as_str).filter(extra).collect();
+        let asked = asked.iter().map(String::as_str).chain(tied);
+        let asked: BTreeSet<&str> = asked.filter_map(|name| Some(self.find(name)?.1)).collect();
+        let extra = |place: &&Place| {
+            !asked.contains(place.name.as_str()) && !NO_WEIGHTS.iter().any(|end| place.name.ends_with(end))
+        };
+        let extra: Vec<&Place> = self.place.values().filter(extra).collect();
         let Some(first) = extra.first() else { return Ok(()) };
         let more = if extra.len() > 1 { format!(" and {} more", extra.len() - 1) } else { String::new() };
         bail!(InputError::new(format!(
-            "the model {} has tensors that its config.json has no place for: `{first}`{more}",
-            self.name
+            "the model {} has tensors that its config.json has no place for: `{}`{more}",
+            self.name, first.name
         ))
         .help("config.json and the weights are not of the same model, or it has a part that is not supported"));
     }
@@ -142,6 +299,12 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
     let cx = ModelCx { device, precision };
     let files = ModelFiles::find(name)?;
     let Some(config) = files.json("config.json")? else {
+        if let Some(adapter) = files.json("adapter_config.json")? {
+            let base = adapter.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or("its base model");
+            bail!(InputError::new(format!("{name} is an adapter of {base} (PEFT, LoRA), not a model")).help(
+                "merge the two in Python, `model.merge_and_unload().save_pretrained(DIR)`, and name that folder"
+            ));
+        }
         bail!(InputError::new(format!("the model {name} has no config.json"))
             .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json"));
     };
