@@ -10,7 +10,7 @@ use super::blocks::{activation, NormKind};
 use super::decoder::{
     AttentionConfig, DecoderConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
 };
-use super::rotary::Rope;
+use super::rotary::{Rope, Rotary};
 use crate::config::InputError;
 use crate::registry::{component, Kind};
 
@@ -61,9 +61,8 @@ pub struct Usual {
     pub intermediate_size: i64,
     /// The longest context.
     pub max_position_embeddings: i64,
-    /// Added to the mean square in norms.
-    #[serde(default = "rms_norm_eps")]
-    pub rms_norm_eps: f64,
+    /// Added to the mean square in norms; 1e-6 where it is not given, unless the family says otherwise.
+    pub rms_norm_eps: Option<f64>,
     /// The MLP's activation.
     pub hidden_act: Option<String>,
     /// Whether the head is the embedding.
@@ -71,10 +70,6 @@ pub struct Usual {
     /// Rotary embeddings.
     #[serde(flatten)]
     pub rope: Rope,
-}
-
-fn rms_norm_eps() -> f64 {
-    1e-6
 }
 
 impl Usual {
@@ -89,8 +84,13 @@ impl Usual {
     /// The decoder of Llama, of which the other families change what they do otherwise: RMS norms before attention and
     /// MLP, rotary attention without biases, a gated SiLU MLP without biases.
     pub fn decoder(&self) -> Result<DecoderConfig> {
+        let rotary = self.rope.rotary(self.head_dim()?, 10_000.0, self.max_position_embeddings)?;
+        self.decoder_with(vec![rotary])
+    }
+
+    /// The same with rotary embeddings that the family has made itself, of which all layers use the first.
+    pub fn decoder_with(&self, rotary: Vec<Rotary>) -> Result<DecoderConfig> {
         let head_dim = self.head_dim()?;
-        let rotary = self.rope.rotary(head_dim, 10_000.0, self.max_position_embeddings)?;
         let scale = (head_dim as f64).powf(-0.5);
         let layer = LayerConfig { window: None, rotary: Some(0), scale };
         Ok(DecoderConfig {
@@ -98,12 +98,12 @@ impl Usual {
             vocab_size: self.vocab_size,
             max_positions: Some(self.max_position_embeddings),
             layers: vec![layer; self.num_hidden_layers],
-            rotary: vec![rotary],
+            rotary,
             layers_path: "model.layers",
             embed: EmbedConfig { tokens: "model.embed_tokens", positions: None, scale: 1.0, scale_inside: false },
             norm: NormConfig {
                 kind: NormKind::Rms,
-                eps: self.rms_norm_eps,
+                eps: self.rms_norm_eps.unwrap_or(1e-6),
                 before_attention: Some("input_layernorm"),
                 after_attention: None,
                 before_mlp: Some("post_attention_layernorm"),

@@ -1,13 +1,16 @@
 //! Rotary position embedding and its scalings.
 
+use std::collections::BTreeMap;
+
 use anyhow::{bail, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::kernels;
 use crate::config::InputError;
+use crate::registry::nearest;
 
 /// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>), in the half-split form that Hugging
 /// Face's models use: dimension i is turned with dimension i + width / 2.
@@ -55,10 +58,10 @@ pub struct Rope {
     /// Which part of a head is rotated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial_rotary_factor: Option<f64>,
-    /// How the frequencies are changed for long contexts.
+    /// How the frequencies are changed for long contexts, as transformers writes it before release 5.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<Value>,
-    /// All of these together, where newer files have them; or an entry of them for each type of layers.
+    /// All of these together, as transformers 5 writes them; or an entry of them for each type of layers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_parameters: Option<Value>,
     /// The longest context before it was made longer.
@@ -66,71 +69,159 @@ pub struct Rope {
     pub original_max_position_embeddings: Option<f64>,
 }
 
+/// The types of layers that a config may give rotary embeddings of their own.
+const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
+
+/// The types of scaling, some of which have two names.
+const SCALINGS: [&str; 4] = ["default", "linear", "llama3", "longrope"];
+
+/// What a config says of rotary embeddings in one place, whichever of the spellings it uses.
+struct Spelled<'a> {
+    /// The key: `rope_scaling` or `rope_parameters`.
+    key: &'static str,
+    /// Its value.
+    map: &'a Map<String, Value>,
+}
+
+impl<'a> Spelled<'a> {
+    /// The entries by type of layers, where there are such. Whatever else stands beside them says nothing.
+    fn nested(&self) -> Result<Option<BTreeMap<&'a str, Self>>> {
+        let Spelled { key, map } = *self;
+        if !map.iter().any(|(name, value)| value.is_object() || LAYER_TYPES.contains(&name.as_str())) {
+            return Ok(None);
+        }
+        let mut entries = BTreeMap::new();
+        for (layers, value) in map.iter().filter(|(_, value)| value.is_object()) {
+            if !LAYER_TYPES.contains(&layers.as_str()) {
+                let near = nearest(layers, LAYER_TYPES).map(|near| format!("did you mean `{near}`? "));
+                bail!(InputError::new(format!("config.json: `{key}` has an entry for layers of type `{layers}`"))
+                    .help(format!("{}known: {}", near.unwrap_or_default(), LAYER_TYPES.join(", "))));
+            }
+            entries.insert(layers.as_str(), Spelled { key, map: value.as_object().unwrap_or(map) });
+        }
+        Ok(Some(entries))
+    }
+
+    fn number(&self, name: &str) -> Result<Option<f64>> {
+        match self.map.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) => Ok(Some(number)),
+                None => bail!(InputError::new(format!("config.json: `{}.{name}` is {value}, not a number", self.key))),
+            },
+        }
+    }
+}
+
 impl Rope {
-    /// The embedding of heads of a width; `theta` where the config gives no base.
+    /// The embedding of heads of a width in all layers; `theta` where the config gives no base.
     pub fn rotary(&self, head_dim: i64, theta: f64, max_positions: i64) -> Result<Rotary> {
-        self.read(self.rope_parameters.as_ref(), head_dim, theta, max_positions)
+        let theta = self.rope_theta.unwrap_or(theta);
+        let Some(spelled) = self.spelled()? else { return self.read(None, head_dim, theta, max_positions) };
+        let Some(entries) = spelled.nested()? else {
+            return self.read(Some(&spelled), head_dim, theta, max_positions);
+        };
+        let mut entries = entries.into_values();
+        let first = entries.next();
+        if entries.any(|other| first.as_ref().is_none_or(|first| first.map != other.map)) {
+            bail!(InputError::new(format!(
+                "config.json: `{}` differs between types of layers, and all layers of this family have the same",
+                spelled.key
+            ))
+            .help("it changes what the model computes, so it is not ignored; is `model_type` right?"));
+        }
+        self.read(first.as_ref(), head_dim, theta, max_positions)
     }
 
-    /// The same for one type of layers, where `rope_parameters` has an entry for it.
+    /// The embedding in layers of one type, for a config that says it by type; `theta` where it gives no base for them.
+    /// `None` for a config that makes no difference between layers.
     pub fn rotary_of(&self, layers: &str, head_dim: i64, theta: f64, max_positions: i64) -> Result<Option<Rotary>> {
-        let parameters = self.rope_parameters.as_ref().and_then(|parameters| parameters.get(layers));
-        parameters.map(|parameters| self.read(Some(parameters), head_dim, theta, max_positions)).transpose()
+        let Some(entries) = self.spelled()?.map(|spelled| spelled.nested()).transpose()?.flatten() else {
+            return Ok(None);
+        };
+        self.read(entries.get(layers), head_dim, theta, max_positions).map(Some)
     }
 
-    fn read(&self, parameters: Option<&Value>, head_dim: i64, theta: f64, max_positions: i64) -> Result<Rotary> {
-        let parameters = parameters.filter(|parameters| parameters.is_object());
-        let number = |name: &str| parameters?.get(name)?.as_f64();
-        let part = number("partial_rotary_factor").or(self.partial_rotary_factor).unwrap_or(1.0);
-        let theta = number("rope_theta").or(self.rope_theta).unwrap_or(theta);
+    /// What the config says. Where it uses both keys, transformers 5 takes the older one.
+    fn spelled(&self) -> Result<Option<Spelled<'_>>> {
+        for (key, value) in [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)] {
+            match value {
+                None | Some(Value::Null) => {}
+                Some(Value::Object(map)) if map.is_empty() => {}
+                Some(Value::Object(map)) => return Ok(Some(Spelled { key, map })),
+                Some(other) => bail!(InputError::new(format!("config.json: `{key}` is {other}, not a map"))),
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&self, spelled: Option<&Spelled>, head_dim: i64, theta: f64, max_positions: i64) -> Result<Rotary> {
+        let number = |name| spelled.map_or(Ok(None), |spelled| spelled.number(name));
+        let part = number("partial_rotary_factor")?.or(self.partial_rotary_factor).unwrap_or(1.0);
+        let theta = number("rope_theta")?.unwrap_or(theta);
         let mut rotary = Rotary::new((head_dim as f64 * part) as i64, theta)?;
-        if let Some(scaling) = parameters.or(self.rope_scaling.as_ref()).filter(|scaling| !scaling.is_null()) {
-            rotary.scaling = self.scaling(scaling, rotary.width / 2, max_positions)?;
+        if let Some(spelled) = spelled {
+            rotary.scaling = self.scaling(spelled, rotary.width / 2, max_positions)?;
         }
         Ok(rotary)
     }
 
-    fn scaling(&self, scaling: &Value, frequencies: i64, max_positions: i64) -> Result<Scaling> {
-        let kind = scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str);
-        let number = |name: &str| -> Result<f64> {
-            scaling.get(name).and_then(Value::as_f64).ok_or_else(|| {
-                let kind = kind.unwrap_or_default();
-                InputError::new(format!("config.json: `rope_scaling` of type `{kind}` has no number `{name}`")).into()
-            })
-        };
-        Ok(match kind {
-            Some("default") => Scaling::None,
-            Some("linear") => Scaling::Linear { factor: number("factor")? },
-            Some("llama3") => Scaling::Llama3 {
-                factor: number("factor")?,
-                low: number("low_freq_factor")?,
-                high: number("high_freq_factor")?,
-                original: number("original_max_position_embeddings")?,
+    fn scaling(&self, spelled: &Spelled, frequencies: i64, max_positions: i64) -> Result<Scaling> {
+        let Spelled { key, map } = spelled;
+        let kind = match map.get("rope_type").or_else(|| map.get("type")) {
+            Some(kind) => kind.as_str().map(str::to_owned).unwrap_or_else(|| kind.to_string()),
+            // A type that only scaling has a need of must be said.
+            None => match map.keys().find(|name| !["rope_theta", "partial_rotary_factor"].contains(&name.as_str())) {
+                None => "default".to_owned(),
+                Some(other) => {
+                    bail!(InputError::new(format!("config.json: `{key}` has `{other}`, and no `rope_type`"))
+                        .help(format!("types are: {}", SCALINGS.join(", "))))
+                }
             },
-            Some("longrope" | "su") => {
+        };
+        let positive = |name: &str| -> Result<f64> {
+            match spelled.number(name)? {
+                Some(number) if number > 0.0 => Ok(number),
+                Some(number) => {
+                    bail!(InputError::new(format!("config.json: `{key}.{name}` is {number}, not positive")))
+                }
+                None => bail!(InputError::new(format!("config.json: `{key}` of type `{kind}` has no number `{name}`"))),
+            }
+        };
+        // The longest context of the first training, from where transformers 5 takes it.
+        let original = || -> Result<f64> {
+            let inside = spelled.number("original_max_position_embeddings")?;
+            Ok(self.original_max_position_embeddings.or(inside).unwrap_or(max_positions as f64))
+        };
+        Ok(match kind.as_str() {
+            "default" => Scaling::None,
+            "linear" => Scaling::Linear { factor: positive("factor")? },
+            "llama3" => Scaling::Llama3 {
+                factor: positive("factor")?,
+                low: positive("low_freq_factor")?,
+                high: positive("high_freq_factor")?,
+                original: original()?,
+            },
+            // Phi-3 has had all three names for it.
+            "longrope" | "su" | "yarn" if kind != "yarn" || map.contains_key("short_factor") => {
                 let list = |name: &str| -> Result<Vec<f64>> {
-                    let list = scaling.get(name).and_then(Value::as_array).into_iter().flatten();
+                    let list = map.get(name).and_then(Value::as_array).into_iter().flatten();
                     let list: Vec<f64> = list.filter_map(Value::as_f64).collect();
                     if list.len() as i64 != frequencies {
                         bail!(InputError::new(format!(
-                            "config.json: `rope_scaling.{name}` has {} numbers, and {frequencies} frequencies are to be \
-                             scaled",
+                            "config.json: `{key}.{name}` has {} numbers, and {frequencies} frequencies are to be scaled",
                             list.len(),
                         )));
                     }
                     Ok(list)
                 };
-                let original = scaling.get("original_max_position_embeddings").and_then(Value::as_f64);
-                let Some(original) = original.or(self.original_max_position_embeddings) else {
-                    bail!(InputError::new(
-                        "config.json: `rope_scaling` of type `longrope` needs \
-                         `original_max_position_embeddings`"
-                    ));
+                let original = original()?;
+                let factor = match spelled.number("factor")? {
+                    Some(_) => positive("factor")?,
+                    None => max_positions as f64 / original,
                 };
-                let longest = max_positions as f64;
-                let factor = longest / original;
                 let usual = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
-                let magnitude = scaling.get("attention_factor").and_then(Value::as_f64).unwrap_or(usual);
+                let magnitude = spelled.number("attention_factor")?.unwrap_or(usual);
                 Scaling::Long {
                     short: list("short_factor")?,
                     long: list("long_factor")?,
@@ -139,13 +230,13 @@ impl Rope {
                 }
             }
             other => {
-                bail!(InputError::new(format!(
-                    "config.json: `rope_scaling` of type `{}` is not supported",
-                    other.unwrap_or("(none)")
-                ))
-                .help(
-                    "supported are default, linear, llama3 and longrope; it changes what the model computes, so it is \
-                     not ignored"
+                let near = nearest(other, SCALINGS).map(|near| format!("did you mean `{near}`? "));
+                bail!(InputError::new(format!("config.json: `{key}` of type `{other}` is not supported")).help(
+                    format!(
+                        "{}supported are {}; it changes what the model computes, so it is not ignored",
+                        near.unwrap_or_default(),
+                        SCALINGS.join(", ")
+                    )
                 ))
             }
         })

@@ -12,7 +12,7 @@ const MODEL_TYPE: &str = "gemma";
 pub struct GemmaConfig {
     #[serde(flatten)]
     usual: Usual,
-    /// The MLP's activation; where it is not given it is the tanh form of GELU, whatever `hidden_act` says.
+    /// An older name of `hidden_act`.
     hidden_activation: Option<String>,
     /// Whether attention's projections have biases.
     #[serde(default)]
@@ -39,7 +39,12 @@ fn decoder(config: &Value) -> Result<DecoderConfig> {
     let mut fields: GemmaConfig = read(config)?;
     fields.usual.head_dim.get_or_insert(256);
     let mut decoder = fields.usual.decoder()?;
-    decoder.mlp.act = activation(fields.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"))?;
+    // The first files say `gelu` and mean its tanh form.
+    let act = match fields.usual.hidden_act.as_deref() {
+        None | Some("gelu") => fields.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"),
+        Some(other) => other,
+    };
+    decoder.mlp.act = activation(act)?;
     decoder.norm.kind = NormKind::RmsPlusOne;
     decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
     decoder.attention.input_bias = fields.attention_bias;

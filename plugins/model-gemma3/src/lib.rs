@@ -78,16 +78,17 @@ fn decoder(config: &Value) -> Result<DecoderConfig> {
     let head_dim = *fields.usual.head_dim.get_or_insert(256);
     let rope = &fields.usual.rope;
     let longest = fields.usual.max_position_embeddings;
-    let full = match rope.rotary_of("full_attention", head_dim, 1e6, longest)? {
+    let (theta, local) = (rope.rope_theta.unwrap_or(1e6), fields.rope_local_base_freq);
+    // What is not said by type of layers is said of the full ones.
+    let full = match rope.rotary_of("full_attention", head_dim, theta, longest)? {
         Some(rotary) => rotary,
-        None => rope.rotary(head_dim, 1e6, longest)?,
+        None => rope.rotary(head_dim, theta, longest)?,
     };
-    let local = match rope.rotary_of("sliding_attention", head_dim, fields.rope_local_base_freq, longest)? {
+    let local = match rope.rotary_of("sliding_attention", head_dim, local, longest)? {
         Some(rotary) => rotary,
-        None => Rotary::new(head_dim, fields.rope_local_base_freq)?,
+        None => Rotary::new(head_dim, local)?,
     };
-    let mut decoder = fields.usual.decoder()?;
-    decoder.rotary = vec![full, local];
+    let mut decoder = fields.usual.decoder_with(vec![full, local])?;
     decoder.mlp.act = activation(fields.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"))?;
     decoder.norm.kind = NormKind::RmsPlusOne;
     decoder.embed.scale = (decoder.hidden_size as f64).sqrt();

@@ -12,7 +12,12 @@ pub struct MistralConfig {
     #[serde(flatten)]
     usual: Usual,
     /// How many positions a token sees, itself among them; null for all before it.
+    #[serde(default = "sliding_window")]
     sliding_window: Option<i64>,
+}
+
+fn sliding_window() -> Option<i64> {
+    Some(4096)
 }
 
 register! {

@@ -34,7 +34,8 @@ inventory::submit! {
 }
 
 fn decoder(config: &Value) -> Result<DecoderConfig> {
-    let Olmo2Config { usual, attention_bias, .. } = read(config)?;
+    let Olmo2Config { mut usual, attention_bias, .. } = read(config)?;
+    usual.rms_norm_eps.get_or_insert(1e-5);
     let mut decoder = usual.decoder()?;
     decoder.norm.before_attention = None;
     decoder.norm.after_attention = Some("post_attention_layernorm");

@@ -36,7 +36,10 @@ inventory::submit! {
 }
 
 fn decoder(config: &Value) -> Result<DecoderConfig> {
-    let Phi3Config { usual, sliding_window, .. } = read(config)?;
+    let Phi3Config { mut usual, sliding_window, .. } = read(config)?;
+    usual.rms_norm_eps.get_or_insert(1e-5);
+    // Both 4 and 5 take this one before the one in `rope_parameters`, even where the file does not have it.
+    usual.rope.original_max_position_embeddings.get_or_insert(4096.0);
     let mut decoder = usual.decoder()?;
     for layer in &mut decoder.layers {
         layer.window = sliding_window;
