@@ -96,16 +96,6 @@ impl Contexts {
             bail!(InputError::new(format!("the model {} has no tokenizer.json", files.name()))
                 .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`"));
         }
-        // Embeddings are often longer than the vocabulary, for speed, but never shorter.
-        let ids = tokenizer.iter().flat_map(|tokenizer| tokenizer.get_vocab(true)).map(|(_, id)| i64::from(id));
-        if let Some(largest) = ids.max().filter(|largest| *largest >= cx.vocab_size && !text.is_tokenized()) {
-            bail!(InputError::new(format!(
-                "the tokenizer of {} has token ids up to {largest}, but the model embeds only 0 to {}",
-                files.name(),
-                cx.vocab_size - 1
-            ))
-            .help("the tokenizer and the model do not belong together"));
-        }
         let tokenizer_config = files.json("tokenizer_config.json")?.unwrap_or_default();
         let model_config = files.json("config.json")?.unwrap_or_default();
         let special = |name: &str| {
@@ -139,6 +129,12 @@ impl Contexts {
             // The plain tokens stand in the middle of the others.
             let start = with.windows(plain.len().max(1)).position(|window| window == plain).unwrap_or(0);
             contexts.special = [with[..start].to_vec(), with[(start + plain.len()).min(with.len())..].to_vec()];
+        }
+        // A tokenizer may have ids that the model does not embed, an image's place among them: what counts is what a text
+        // gives.
+        let between = contexts.end_of_text.filter(|_| cx.pack && !contexts.text.is_tokenized());
+        for (id, what) in [(between, "end of text"), (contexts.bos, "BOS")] {
+            contexts.check(id.as_slice(), &format!("the {what} token of {}", files.name()))?;
         }
         Ok(contexts)
     }
@@ -258,15 +254,21 @@ impl Contexts {
         })
     }
 
+    /// Refuses tokens that the model does not embed.
     fn check(&self, ids: &[i64], origin: &str) -> Result<()> {
-        if let Some(wrong) = ids.iter().find(|id| !(0..self.cx.vocab_size).contains(*id)) {
-            bail!(InputError::new(format!(
-                "{origin}: token id {wrong}, but the model embeds only the ids 0 to {}",
-                self.cx.vocab_size - 1
-            ))
-            .help("the tokenizer and the model do not belong together"));
-        }
-        Ok(())
+        let Some(wrong) = ids.iter().find(|id| !(0..self.cx.vocab_size).contains(*id)) else { return Ok(()) };
+        let name = u32::try_from(*wrong).ok().and_then(|id| self.tokenizer.as_ref()?.id_to_token(id));
+        let error = InputError::new(format!(
+            "{origin}: token id {wrong}{}, but the model embeds only the ids 0 to {}",
+            name.as_ref().map_or_else(String::new, |name| format!(" (`{name}`)")),
+            self.cx.vocab_size - 1
+        ));
+        bail!(match name {
+            Some(name) => error.help(format!(
+                "take `{name}` out of the text; if ordinary words give such ids, the tokenizer is another model's"
+            )),
+            None => error.help("the tokens and the model do not belong together"),
+        })
     }
 
     /// Rows as one batch, padded on the right to the longest.
