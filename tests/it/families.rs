@@ -10,13 +10,14 @@ use dictlearn_core::lm::open_model;
 use dictlearn_core::model::Visit;
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::{self, TensorFile};
+use dictlearn_core::torch_file::{self, StateDictFile};
+use serde_json::json;
 
-use crate::common::fixture;
+use crate::common::{fixture, folders, read_json};
 
 fn cases() -> Vec<String> {
-    let entries = fs::read_dir(fixture("models")).unwrap();
-    let mut cases: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-    cases.sort();
+    let folders = folders(&fixture("models")).into_iter();
+    let cases: Vec<String> = folders.map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect();
     assert!(cases.len() >= 14, "{cases:?}");
     cases
 }
@@ -46,6 +47,21 @@ fn changed(case: &str, config: impl Fn(&mut Value), weights: impl Fn(&mut Vec<(S
     weights(&mut tensors);
     tensors::write(&dir.path().join("model.safetensors"), &tensors).unwrap();
     dir
+}
+
+/// A model's logits and the output of each of its layers.
+fn computed(model: &dyn LanguageModel, tokens: &Tokens) -> Vec<Tensor> {
+    let outputs = (0..model.n_layers())
+        .map(|layer| model.value_at(tokens, &HookPoint { module: model.names().layer(layer), io: Io::Out }));
+    outputs.chain([model.forward(tokens, &mut Hooks::none()).unwrap()]).collect()
+}
+
+/// Why a folder's model is refused.
+fn refusal(dir: &Path) -> String {
+    let error = load(dir, Precision::Float32).err().unwrap_or_else(|| panic!("{} was loaded", dir.display()));
+    assert!(error.chain().any(|cause| cause.is::<InputError>()), "{error:#}");
+    let error = InputError::take(error).unwrap();
+    error.to_string()
 }
 
 /// Relative difference at the text positions.
@@ -78,6 +94,313 @@ fn every_site_logits_and_loss() {
         let expected = io["loss"].double_value(&[0]);
         assert!((loss / expected - 1.0).abs() < 1e-5, "{case} loss: {loss}, expected {expected}");
     }
+}
+
+#[test]
+fn a_config_of_transformers_5_gives_the_same_numbers() {
+    for case in &cases() {
+        let (model, tokens, _) = open(case);
+        let newer = read_json(&fixture("models").join(case).join("config.transformers5.json"));
+        assert!(newer["transformers_version"].as_str().unwrap().starts_with("5."), "{case}");
+        let dir = changed(case, |config| *config = newer.clone(), |_| {});
+        let same = load(dir.path(), Precision::Float32).unwrap();
+        assert_eq!(computed(&*same, &tokens), computed(&*model, &tokens), "{case}");
+    }
+}
+
+/// What a config says of rotary embeddings, as `rope_parameters` has it, and the config without it.
+fn without_rope(config: &Value) -> Option<(Map<String, Value>, Value)> {
+    let mut rest = config.clone();
+    let theta = ["rope_theta", "rotary_emb_base"].into_iter().find_map(|key| rest.as_object_mut()?.remove(key))?;
+    let mut rope = match rest.as_object_mut()?.remove("rope_scaling") {
+        Some(Value::Object(scaling)) => scaling,
+        _ => Map::from_iter([("rope_type".to_owned(), "default".into())]),
+    };
+    rope.insert("rope_theta".to_owned(), theta);
+    if let Some(part) = rest.as_object_mut()?.remove("rotary_pct") {
+        rope.insert("partial_rotary_factor".to_owned(), part);
+    }
+    Some((rope, rest))
+}
+
+#[test]
+fn every_spelling_of_rotary_embeddings_is_the_same_model() {
+    let mut tried = 0;
+    for case in &cases() {
+        let (model, tokens, _) = open(case);
+        let expected = computed(&*model, &tokens);
+        let config = read_json(&fixture("models").join(case).join("config.json"));
+        let Some((rope, rest)) = without_rope(&config) else { continue };
+        let with = |keys: &[(&str, Value)]| {
+            let mut config = rest.clone();
+            keys.iter().for_each(|(key, value)| config[*key] = value.clone());
+            let dir = changed(case, |it| *it = config.clone(), |_| {});
+            computed(&*load(dir.path(), Precision::Float32).unwrap(), &tokens)
+        };
+        let mut plain = rope.clone();
+        let theta = plain.remove("rope_theta").unwrap();
+        let mut spellings = vec![
+            ("flat", vec![("rope_parameters", rope.clone().into())]),
+            ("all in rope_scaling", vec![("rope_scaling", rope.clone().into())]),
+            ("base outside", vec![("rope_scaling", plain.clone().into()), ("rope_theta", theta.clone())]),
+            ("both keys", vec![("rope_scaling", rope.clone().into()), ("rope_parameters", json!({"rope_theta": 3.0}))]),
+            ("dtype", vec![("rope_parameters", rope.clone().into()), ("torch_dtype", "float32".into())]),
+            ("an empty map", vec![("rope_parameters", rope.clone().into()), ("rope_scaling", json!({}))]),
+            // As the first releases of transformers 5 wrote what is nested: with values beside it that say nothing.
+            (
+                "nested, and more",
+                vec![(
+                    "rope_parameters",
+                    json!({"full_attention": rope, "sliding_attention": null, "rope_theta": 3.0, "rope_type": "default"}),
+                )],
+            ),
+        ];
+        if case != "gemma3_text" {
+            spellings.push(("nested", vec![("rope_parameters", json!({"full_attention": rope}))]));
+            spellings.push((
+                "nested twice",
+                vec![("rope_parameters", json!({"full_attention": rope, "sliding_attention": rope}))],
+            ));
+        }
+        if rope.get("rope_type") == Some(&"default".into()) {
+            let mut bare = rope.clone();
+            bare.remove("rope_type");
+            spellings.push(("no type", vec![("rope_parameters", bare.into())]));
+        }
+        for (spelling, keys) in spellings {
+            assert_eq!(with(&keys), expected, "{case}: {spelling}");
+            tried += 1;
+        }
+        // It matters what is said, but where a single pair is rotated, whose frequency is 1 whatever the base is.
+        let mut other = rope.clone();
+        other["rope_theta"] = 7.0.into();
+        assert_eq!(with(&[("rope_parameters", other.into())]) == expected, case == "gpt_neox", "{case}");
+    }
+    assert!(tried > 100, "{tried}");
+}
+
+#[test]
+fn layers_that_slide_have_a_rotary_base_of_their_own() {
+    let (model, tokens, _) = open("gemma3_text");
+    let expected = computed(&*model, &tokens);
+    let config = read_json(&fixture("models/gemma3_text/config.transformers5.json"));
+    let with = |rope: Value| {
+        let mut config = config.clone();
+        config["rope_parameters"] = rope;
+        let dir = changed("gemma3_text", |it| *it = config.clone(), |_| {});
+        computed(&*load(dir.path(), Precision::Float32).unwrap(), &tokens)
+    };
+    // What is absent is the default, which is another for each type.
+    assert_eq!(with(json!({"full_attention": {}, "sliding_attention": {}})), expected);
+    assert_eq!(with(json!({"full_attention": null})), expected);
+    let other = with(json!({"sliding_attention": {"rope_theta": 1e6}}));
+    assert_ne!(other[0], expected[0], "the first layer slides");
+    let full = with(json!({"full_attention": {"rope_type": "linear", "factor": 8.0}}));
+    assert_eq!(full[0], expected[0]);
+    assert_ne!(full[1], expected[1], "the second does not");
+}
+
+#[test]
+fn fields_equal_to_the_default_may_be_absent() {
+    for (case, field, value) in [
+        ("phi3", "rms_norm_eps", json!(1e-5)),
+        ("olmo2", "rms_norm_eps", json!(1e-5)),
+        ("llama", "rms_norm_eps", json!(1e-6)),
+    ] {
+        let (_, tokens, _) = open(case);
+        let [given, absent] = [Some(value), None].map(|value| {
+            let change = |config: &mut Value| {
+                config.as_object_mut().unwrap().remove(field);
+                value.iter().for_each(|value| config[field] = value.clone());
+            };
+            let dir = changed(case, change, |_| {});
+            computed(&*load(dir.path(), Precision::Float32).unwrap(), &tokens)
+        });
+        assert_eq!(given, absent, "{case}: {field}");
+    }
+}
+
+/// The folder of a model whose head is the embedding, with its weights changed and `tie_word_embeddings` as given.
+fn tied(tie: bool, weights: impl Fn(&mut Vec<(String, Tensor)>)) -> tempfile::TempDir {
+    changed("llama3", |config| config["tie_word_embeddings"] = tie.into(), weights)
+}
+
+#[test]
+fn the_weights_decide_whether_head_and_embedding_are_one() {
+    const EMBEDDING: &str = "model.embed_tokens.weight";
+    let (model, tokens, _) = open("llama3");
+    let expected = computed(&*model, &tokens);
+    let of = |dir: &tempfile::TempDir| {
+        let model = load(dir.path(), Precision::Float32).unwrap();
+        let names: Vec<String> = model.parameters().into_iter().map(|(name, _)| name).collect();
+        (computed(&*model, &tokens), names.contains(&"lm_head.weight".to_owned()))
+    };
+    let embedding =
+        |tensors: &[(String, Tensor)]| tensors.iter().find(|(name, _)| name == EMBEDDING).unwrap().1.shallow_clone();
+    let own = |tensors: &mut Vec<(String, Tensor)>| {
+        let head = embedding(tensors).flip([0]);
+        tensors.push(("lm_head.weight".to_owned(), head));
+    };
+    // A head of its own is used, whatever the config says.
+    let (untied, _) = of(&tied(false, own));
+    assert_ne!(untied.last(), expected.last());
+    assert_eq!(of(&tied(true, own)), (untied, true));
+    // The same numbers twice are one tensor, in another type as well.
+    for kind in [Kind::Float, Kind::Double] {
+        let twice = tied(true, |tensors| {
+            let head = embedding(tensors).to_kind(kind);
+            tensors.push(("lm_head.weight".to_owned(), head));
+        });
+        assert_eq!(of(&twice), (expected.iter().map(Tensor::shallow_clone).collect(), false), "{kind:?}");
+    }
+    // Of a tied model only the head was saved.
+    let head = tied(true, |tensors| {
+        tensors
+            .iter_mut()
+            .filter(|(name, _)| name == EMBEDDING)
+            .for_each(|(name, _)| *name = "lm_head.weight".to_owned());
+    });
+    assert_eq!(of(&head), (expected, false));
+    let neither = tied(true, |tensors| tensors.retain(|(name, _)| name != EMBEDDING));
+    let said = refusal(neither.path());
+    assert!(said.contains(EMBEDDING) && said.contains("lm_head.weight") && said.contains("neither"), "{said}");
+    let said = refusal(tied(false, |_| {}).path());
+    assert!(said.contains("no tensor `lm_head.weight`") && said.contains("tie_word_embeddings"), "{said}");
+}
+
+/// A folder with the config of a model and other files.
+fn folder(case: &str, files: &[(&str, &Path)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(fixture("models").join(case).join("config.json"), dir.path().join("config.json")).unwrap();
+    for (name, from) in files {
+        fs::copy(from, dir.path().join(name)).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn weights_are_read_from_pytorch_model_bin() {
+    let (model, tokens, _) = open("gpt_neo");
+    let expected = computed(&*model, &tokens);
+    // As TinyStories is published: head and embedding in one storage, masks among the weights.
+    let bin = fixture("models_bin/gpt_neo/pytorch_model.bin");
+    let whole = folder("gpt_neo", &[("pytorch_model.bin", &bin)]);
+    let model = load(whole.path(), Precision::Float32).unwrap();
+    assert_eq!(computed(&*model, &tokens), expected);
+    assert!(model.parameters().iter().all(|(name, _)| name != "lm_head.weight"), "head and embedding are one");
+
+    let file = StateDictFile::open(&bin).unwrap();
+    let shard = |part: usize| -> Vec<(String, Tensor)> {
+        let names = file.names().into_iter().enumerate().filter(|(index, _)| index % 2 == part);
+        names.map(|(_, name)| (name.clone(), file.tensor(&name).unwrap())).collect()
+    };
+    let sharded = folder("gpt_neo", &[]);
+    let (mut map, names) = (Map::new(), ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]);
+    for (part, name) in names.into_iter().enumerate() {
+        let shard = shard(part);
+        shard.iter().for_each(|(tensor, _)| drop(map.insert(tensor.clone(), name.into())));
+        let named: Vec<(&str, Tensor)> = shard.iter().map(|(name, tensor)| (&**name, tensor.shallow_clone())).collect();
+        torch_file::write(&sharded.path().join(name), &named).unwrap();
+    }
+    let index = json!({"metadata": {}, "weight_map": map}).to_string();
+    fs::write(sharded.path().join("pytorch_model.bin.index.json"), index).unwrap();
+    assert_eq!(computed(&*load(sharded.path(), Precision::Float32).unwrap(), &tokens), expected);
+
+    fs::remove_file(sharded.path().join(names[1])).unwrap();
+    let said = refusal(sharded.path());
+    assert!(said.contains(names[1]) && said.contains("pytorch_model.bin.index.json"), "{said}");
+    // Safetensors come first, as in transformers.
+    let both = folder(
+        "gpt_neo",
+        &[
+            ("pytorch_model.bin", &fixture("torch_file/hostile.pt")),
+            ("model.safetensors", &fixture("models/gpt_neo/model.safetensors")),
+        ],
+    );
+    assert_eq!(computed(&*load(both.path(), Precision::Float32).unwrap(), &tokens), expected);
+}
+
+#[test]
+fn a_pytorch_model_bin_that_is_no_state_dict_is_refused() {
+    let bin = fs::read(fixture("models_bin/gpt_neo/pytorch_model.bin")).unwrap();
+    let dir = folder("gpt_neo", &[]);
+    let with = |bytes: &[u8]| {
+        fs::write(dir.path().join("pytorch_model.bin"), bytes).unwrap();
+        refusal(dir.path())
+    };
+    let hostile = with(&fs::read(fixture("torch_file/hostile.pt")).unwrap());
+    assert!(hostile.contains("posix.system") && hostile.contains("nothing of it was run"), "{hostile}");
+    assert!(with(&bin[..bin.len() - 100]).contains("not a whole zip archive"));
+    assert!(with(&fs::read(fixture("torch_file/legacy.pt")).unwrap()).contains("PyTorch before 1.6"));
+    assert!(with(b"").contains("not a file of torch.save"));
+    // A changed number is found before the first pass, not in it.
+    let mut damaged = bin.clone();
+    damaged[bin.len() / 2] ^= 1;
+    assert!(with(&damaged).contains("checksum"));
+    fs::remove_file(dir.path().join("pytorch_model.bin")).unwrap();
+    let said = refusal(dir.path());
+    assert!(said.contains("has no weights") && said.contains("pytorch_model.bin"), "{said}");
+}
+
+#[test]
+fn an_adapter_is_no_model() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("adapter_config.json"), "{\"base_model_name_or_path\": \"owner/base\"}").unwrap();
+    let said = refusal(dir.path());
+    assert!(said.contains("adapter of owner/base") && said.contains("merge_and_unload"), "{said}");
+}
+
+#[test]
+fn a_config_may_hold_numbers_that_only_python_writes() {
+    let (model, tokens, _) = open("llama");
+    let dir = changed("llama", |_| {}, |_| {});
+    let path = dir.path().join("config.json");
+    let config = fs::read_to_string(&path).unwrap();
+    fs::write(&path, config.replacen('{', "{\"time_step_limit\": [0.0, Infinity], \"x\": NaN, ", 1)).unwrap();
+    assert_eq!(computed(&*load(dir.path(), Precision::Float32).unwrap(), &tokens), computed(&*model, &tokens));
+    // A number that the model computes with is missed.
+    fs::write(&path, config.replacen("\"hidden_size\":32", "\"hidden_size\":Infinity", 1)).unwrap();
+    let said = refusal(dir.path());
+    assert!(said.contains("hidden_size"), "{said}");
+}
+
+#[test]
+fn the_wrapper_that_a_model_was_saved_in_is_no_part_of_its_names() {
+    for case in ["llama", "gpt2", "gpt_neox"] {
+        let (model, tokens, _) = open(case);
+        let expected = computed(&*model, &tokens);
+        for wrapper in ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module."] {
+            let wrapped = changed(
+                case,
+                |_| {},
+                |tensors| tensors.iter_mut().for_each(|(name, _)| *name = format!("{wrapper}{name}")),
+            );
+            let wrapped = load(wrapped.path(), Precision::Float32).unwrap();
+            assert_eq!(computed(&*wrapped, &tokens), expected, "{case} {wrapper}");
+        }
+        // Layers that were compiled one by one, or whose activations are checkpointed.
+        let inner = changed(
+            case,
+            |_| {},
+            |tensors| {
+                for (name, _) in tensors.iter_mut() {
+                    *name = name.replace(".0.", ".0._orig_mod.").replace(".1.", ".1._checkpoint_wrapped_module.");
+                }
+            },
+        );
+        assert_eq!(computed(&*load(inner.path(), Precision::Float32).unwrap(), &tokens), expected, "{case}");
+    }
+    let twice = changed(
+        "llama",
+        |_| {},
+        |tensors| {
+            let again: Vec<_> =
+                tensors.iter().map(|(name, tensor)| (format!("module.{name}"), tensor.shallow_clone())).collect();
+            tensors.extend(again);
+        },
+    );
+    let said = refusal(twice.path());
+    assert!(said.contains("under two names") && said.contains("`module."), "{said}");
 }
 
 #[test]
@@ -198,7 +521,7 @@ fn weights_in_half_precision_and_in_shards() {
         }
         drop(file);
         fs::remove_file(half.path().join("model.safetensors")).unwrap();
-        let index = serde_json::json!({"metadata": {}, "weight_map": map});
+        let index = json!({"metadata": {}, "weight_map": map});
         fs::write(half.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
         let sharded = load(half.path(), Precision::Float32).unwrap();
         assert_eq!(sharded.forward(&tokens, &mut Hooks::none()).unwrap(), logits, "{kind:?}");
@@ -258,19 +581,31 @@ fn layers_past_the_hook_are_not_read() {
 fn what_is_not_implemented_is_refused_by_name() {
     let refused = |case: &str, change: &dyn Fn(&mut Value)| {
         let dir = changed(case, change, |_| {});
-        let error = load(dir.path(), Precision::Float32).err().unwrap_or_else(|| panic!("{case} was loaded"));
-        format!("{error:#}")
+        refusal(dir.path())
     };
     for (case, key, value, expected) in [
-        ("llama", "rope_scaling", serde_json::json!({"rope_type": "yarn", "factor": 2.0}), "yarn"),
+        ("llama", "rope_scaling", json!({"rope_type": "yarn", "factor": 2.0}), "yarn"),
+        ("llama", "rope_parameters", json!({"rope_type": "lama3", "factor": 2.0}), "did you mean `llama3`?"),
+        ("llama", "rope_parameters", json!({"factor": 2.0}), "has `factor`, and no `rope_type`"),
+        ("llama", "rope_parameters", json!({"full_atention": {}}), "did you mean `full_attention`?"),
+        (
+            "llama",
+            "rope_parameters",
+            json!({"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 2e4}}),
+            "differs between types of layers",
+        ),
+        ("llama", "rope_parameters", json!([1e4]), "`rope_parameters` is [10000.0], not a map"),
+        ("llama", "rope_scaling", json!({"type": "linear"}), "has no number `factor`"),
+        ("llama", "rope_scaling", json!({"type": "linear", "factor": "two"}), "`rope_scaling.factor` is \"two\""),
+        ("llama", "rope_scaling", json!({"type": "linear", "factor": 0.0}), "not positive"),
         ("llama", "attn_logit_softcapping", 30.0.into(), "attn_logit_softcapping"),
-        ("llama", "quantization_config", serde_json::json!({"bits": 4}), "quantization_config"),
+        ("llama", "quantization_config", json!({"bits": 4}), "quantization_config"),
         ("llama", "hidden_act", "xielu".into(), "xielu"),
         ("llama", "num_key_value_heads", 3.into(), "4 heads cannot share 3"),
         ("gpt_neox", "sliding_window", 4.into(), "sliding_window"),
         ("gpt2", "num_key_value_heads", 2.into(), "num_key_value_heads"),
-        ("gpt_neo", "attention_layers", serde_json::json!(["global"]), "for 1 layers"),
-        ("qwen3", "layer_types", serde_json::json!(["full_attention", "linear_attention", "x"]), "linear_attention"),
+        ("gpt_neo", "attention_layers", json!(["global"]), "for 1 layers"),
+        ("qwen3", "layer_types", json!(["full_attention", "linear_attention", "x"]), "linear_attention"),
         ("gemma3_text", "use_bidirectional_attention", true.into(), "use_bidirectional_attention"),
         ("mistral", "rope_theta", (-1.0).into(), "not positive"),
         ("phi3", "num_hidden_layers", 2.into(), "has no place for: `model.layers.2."),

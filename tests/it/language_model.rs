@@ -10,6 +10,7 @@ use dictlearn_core::model::cross_entropy;
 use dictlearn_core::prelude::*;
 use dictlearn_core::source::SourceCx;
 use dictlearn_core::tensors::{self, TensorFile};
+use serde_json::json;
 
 use crate::common::{fixture, Desk};
 
@@ -309,7 +310,8 @@ fn damaged_models_are_refused() {
     let layers = with(&config.replace("\"num_hidden_layers\": 3", "\"num_hidden_layers\": 4"), &whole);
     assert!(layers.contains("has no tensor `gpt_neox.layers.3."), "{layers}");
     assert!(with(&config.replace("\"hidden_size\"", "\"hidden_sizes\""), &whole).contains("hidden_size"));
-    assert!(with(&config.replace("\"rope_scaling\": null", "\"rope_scaling\": {}"), &whole).contains("rope_scaling"));
+    let scaling = "\"rope_scaling\": {\"factor\": 2}";
+    assert!(with(&config.replace("\"rope_scaling\": null", scaling), &whole).contains("rope_scaling"));
     assert!(with(&config.replace("\"gelu\"", "\"glue\""), &whole).contains("glue"));
     fs::remove_file(desk.path("model/model.safetensors")).unwrap();
     fs::write(desk.path("model/model.safetensors.index.json"), "{\"weight_map\": {\"a\": \"part-1.safetensors\"}}")
@@ -329,6 +331,141 @@ fn tokens_that_the_model_does_not_have_are_refused() {
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
     assert!(said.contains("row 1") && said.contains("500") && said.contains("0 to 127"), "{said}");
     assert!(!desk.path("out").exists());
+}
+
+/// Puts a model with a tokenizer of words into the desk's `model/`: `t17` is 17, and the first id that the model does not
+/// embed is an image's place, as Gemma 3 has it.
+fn model_of_words(desk: &Desk) {
+    let words: serde_json::Map<String, Value> = (0..128).map(|id| (format!("t{id}"), id.into())).collect();
+    let place = json!({
+        "id": 128, "content": "<image_soft_token>", "single_word": false, "lstrip": false, "rstrip": false,
+        "normalized": false, "special": true
+    });
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [place], "normalizer": null,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"}
+    });
+    desk.write("model/tokenizer.json", &tokenizer.to_string());
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(fixture("models/gpt_neox").join(name), desk.path("model").join(name)).unwrap();
+    }
+}
+
+#[test]
+fn a_tokenizer_may_have_ids_that_no_text_gives() {
+    let desk = Desk::new();
+    model_of_words(&desk);
+    let config = |more: &str| {
+        desk.write(
+            "config.yaml",
+            &format!(
+                "source: {{type: language_model, model: model/, submodule: gpt_neox.layers.1, ctx_len: 4, \
+                 text: {{type: text_files, path: corpus.txt, documents: line}}{more}}}\n"
+            ),
+        );
+    };
+    config("");
+    desk.write("corpus.txt", "t1 t2 t3\nt4 t5\n");
+    desk.ok(&["activations", "config.yaml", "--out", "out"]);
+    desk.write("corpus.txt", "t1 t2 t3\nt4 <image_soft_token> t5\n");
+    let said = desk.refused(&["activations", "config.yaml", "--out", "other"]);
+    assert!(said.contains("corpus.txt:2: token id 128 (`<image_soft_token>`)") && said.contains("0 to 127"), "{said}");
+    assert!(!desk.path("other").exists());
+    // Nor may it be what stands between documents.
+    desk.write("corpus.txt", "t1 t2 t3\nt4 t5\n");
+    desk.write("model/tokenizer_config.json", "{\"eos_token\": \"<image_soft_token>\"}");
+    desk.ok(&["activations", "config.yaml", "--out", "unpacked"]);
+    config(", pack: true");
+    let said = desk.refused(&["activations", "config.yaml", "--out", "other"]);
+    assert!(said.contains("end of text") && said.contains("`<image_soft_token>`"), "{said}");
+}
+
+#[test]
+fn a_head_that_the_config_denies_is_used_with_a_warning() {
+    let desk = Desk::new();
+    let from = fixture("models/gpt_neox");
+    fs::create_dir(desk.path("model")).unwrap();
+    fs::copy(from.join("model.safetensors"), desk.path("model/model.safetensors")).unwrap();
+    let config = fs::read_to_string(from.join("config.json")).unwrap();
+    let untied = "\"tie_word_embeddings\": false";
+    assert!(config.contains(untied));
+    let source = tokens(Path::new("model/"), &from.join("io.safetensors"), "");
+    desk.write("config.yaml", &format!("source: {source}\n"));
+    for (tied, warned) in [(untied, 0), ("\"tie_word_embeddings\": true", 1)] {
+        desk.write("model/config.json", &config.replace(untied, tied));
+        let run = desk.run(&["activations", "config.yaml", "--out", &format!("out-{warned}")]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        let warnings =
+            run.stderr.lines().filter(|line| line.starts_with("warning: ") && line.contains("embed_out.weight"));
+        assert_eq!(warnings.count(), warned, "{}", run.stderr);
+    }
+}
+
+#[test]
+fn a_git_lfs_pointer_is_called_one_wherever_it_lies() {
+    const POINTER: &str = "version https://git-lfs.github.com/spec/v1\n\
+                           oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n";
+    let desk = Desk::new();
+    let refused = |args: &[&str], file: &str| {
+        let said = desk.refused(args);
+        assert!(said.contains("this is a Git LFS pointer") && said.contains("run `git lfs pull`"), "{file}: {said}");
+        assert!(said.contains(file), "{file}: {said}");
+        said
+    };
+    let activations = ["activations", "config.yaml", "--out", "out"];
+    // The model's files.
+    let text = |path: &str| {
+        desk.write(
+            "config.yaml",
+            &format!(
+                "source: {{type: language_model, model: model/, submodule: gpt_neox.layers.1, ctx_len: 4, \
+                 text: {{type: text_files, path: {path}}}}}\n"
+            ),
+        );
+    };
+    desk.write("corpus.txt", "t1 t2 t3\n");
+    text("corpus.txt");
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"] {
+        model_of_words(&desk);
+        desk.write(&format!("model/{file}"), POINTER);
+        refused(&activations, file);
+        fs::remove_file(desk.path("model").join(file)).unwrap();
+    }
+    // What is left has no safetensors.
+    desk.write("model/config.json", &fs::read_to_string(fixture("models/gpt_neox/config.json")).unwrap());
+    desk.write("model/pytorch_model.bin", POINTER);
+    refused(&activations, "pytorch_model.bin");
+    // Texts, which would otherwise be trained on.
+    model_of_words(&desk);
+    for file in ["corpus.txt", "corpus.jsonl", "corpus.txt.gz", "corpus.jsonl.zst", "corpus.parquet"] {
+        desk.write(file, POINTER);
+        text(file);
+        refused(&activations, file);
+    }
+    // Activations and tokens.
+    for file in ["x.safetensors", "x.npy", "x.npz"] {
+        desk.write(file, POINTER);
+        desk.write("config.yaml", &format!("source: {{type: tensor_file, path: {file}, batch_size: 2}}\n"));
+        refused(&activations, file);
+    }
+    desk.write("config.yaml", &format!("source: {}\n", tokens(Path::new("model/"), Path::new("x.safetensors"), "")));
+    refused(&activations, "x.safetensors");
+    // SAEs, ours and others'.
+    desk.golden_sae("top_k");
+    for (file, gone) in [("ae.safetensors", None), ("ae.pt", Some("ae.safetensors")), ("config.json", None)] {
+        gone.iter().for_each(|gone| fs::remove_file(desk.path("top_k").join(gone)).unwrap());
+        desk.write(&format!("top_k/{file}"), POINTER);
+        refused(&["encode", "top_k", "--input", "x.safetensors", "--output", "y.safetensors"], file);
+    }
+    desk.write("scope/params.npz", POINTER);
+    refused(&["import", "gemma_scope", "scope", "--out", "imported"], "params.npz");
+    // The config itself.
+    desk.write("config.yaml", POINTER);
+    refused(&["train", "config.yaml"], "config.yaml");
+    let left = desk.files();
+    let new = ["out/", "imported/", "y.safetensors", "runs/"];
+    assert!(!left.iter().any(|file| new.iter().any(|start| file.starts_with(start))), "{left:?}");
 }
 
 #[test]
