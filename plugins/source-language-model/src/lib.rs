@@ -46,7 +46,8 @@ const AT_ONCE: usize = 1024;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LanguageModelConfig {
-    /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`.
+    /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`. Weights
+    /// are read from `model.safetensors`, or else from `pytorch_model.bin`; either may be sharded.
     pub model: PathOrName,
     /// The module whose value is harvested: its path in the Hugging Face model (`gpt_neox.layers.1.mlp`), or a
     /// TransformerLens name (`blocks.1.hook_mlp_out`). A list of them makes as many sites.
