@@ -1,6 +1,7 @@
 //! Set-up and checks, as `cargo xtask COMMAND`. Knows nothing of libtorch but how to find and fetch it.
 
 mod libtorch;
+mod reuse;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -148,6 +149,7 @@ fn plugins(root: &Path) -> Result<()> {
     let example = root.join("examples/out-of-tree-plugin");
     // The crates that the workspace was built with, so that they need not be fetched and compiled again.
     std::fs::copy(root.join("Cargo.lock"), example.join("Cargo.lock")).context("cannot copy Cargo.lock")?;
+    reuse::dependencies(root, &example)?;
     cargo(&example, &["test"], &[])?;
     let out = tempfile::tempdir()?;
     let run_dir = out.path().join("run").display().to_string();
@@ -157,6 +159,9 @@ fn plugins(root: &Path) -> Result<()> {
         let (name, dir) = (format!("my_{kind}"), out.path().join(kind));
         let dir_text = dir.display().to_string();
         cargo(root, &["run", "--quiet", "--", "new-plugin", kind, &name, "--out", &dir_text], &[])?;
+        reuse::dependencies(root, &dir)?;
+        // The example compiled the crates of dictlearn: cargo does it once for all plugins outside the workspace.
+        reuse::everything_else(&dir, &name)?;
         cargo(&dir, &["test", "--quiet"], &[])?;
     }
     guide(root, out.path())
