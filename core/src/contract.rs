@@ -322,7 +322,7 @@ fn dictionary_cx() -> DictionaryCx<'static> {
 fn dictionary(component: &Component) -> Box<dyn Dictionary> {
     tch::manual_seed(5);
     let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
-    config.build(&dictionary_cx()).unwrap()
+    EXAMPLE.of(&who(component), config.build(&dictionary_cx()))
 }
 
 /// Parses an example in the slot of its kind, writes it as YAML again, and both once more.
@@ -382,10 +382,13 @@ fn example_trains(component: &Component) {
     std::fs::write(&file, &example).unwrap();
     // Fewer steps, for the test's sake; the schedules of examples fit in.
     let sources = Sources { file, profile: None, set: vec!["steps=50".to_owned()], variables: Vec::new() };
-    let trained = config::load(&sources).and_then(|config| {
-        let yaml = to_yaml(&config).unwrap();
-        run::train(&config, &yaml, &dir.path().join("run"), false, &Interrupt::default()).map(|_| ())
-    });
+    let train = || {
+        let config = config::load(&sources)?;
+        let yaml = to_yaml(&config)?;
+        run::train(&config, &yaml, &dir.path().join("run"), false, &Interrupt::default())?;
+        anyhow::Ok(())
+    };
+    let trained = train();
     if let Err(error) = trained {
         EXAMPLE_TRAINS.broken(&who(component), format!("{error:?}, in\n{example}"));
     }
