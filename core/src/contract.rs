@@ -407,13 +407,15 @@ fn encodes_and_decodes(component: &Component) {
     // Training encodes as users do, but for what is selected over a batch, which users select by a threshold.
     if !dictionary.selection().is_some_and(Selection::by_threshold) {
         let trained = tch::no_grad(|| dictionary.forward(&x).features);
-        FORWARD.check(&who, trained == features, || format!("they differ by up to {}", greatest(&(&trained - &features))));
+        FORWARD
+            .check(&who, trained == features, || format!("they differ by up to {}", greatest(&(&trained - &features))));
     }
     // Three dimensions, as a model has them, are as good as two.
     let three = tch::no_grad(|| dictionary.reconstruct(&x.view([5, 10, D])).0);
     SHAPES.same(&who, "the reconstruction's shape of [5, 10, d]", three.size(), vec![5, 10, dims.output]);
     let apart = greatest(&(three.view([50, dims.output]) - &x_hat));
-    SHAPES.check(&who, apart < 1e-5, || format!("reconstructions of [5, 10, d] differ from those of [50, d] by {apart}"));
+    SHAPES
+        .check(&who, apart < 1e-5, || format!("reconstructions of [5, 10, d] differ from those of [50, d] by {apart}"));
 }
 
 /// The greatest magnitude in a tensor.
@@ -540,7 +542,9 @@ fn scaled_biases_take_scaled_activations(component: &Component) {
     let before = tch::no_grad(|| dictionary.reconstruct(&(&x / scale)));
     dictionary.scale_biases(scale);
     let after = tch::no_grad(|| dictionary.reconstruct(&x));
-    for (what, after, before) in [("features", after.1, before.1 * scale), ("reconstructions", after.0, before.0 * scale)] {
+    for (what, after, before) in
+        [("features", after.1, before.1 * scale), ("reconstructions", after.0, before.0 * scale)]
+    {
         let off = greatest(&(&after - &before)) / greatest(&before).max(1e-9);
         SCALES.check(&who, off < 1e-3, || {
             let done = old.iter().zip(tensors(&*dictionary)).map(|((name, old), (_, new))| {
@@ -737,7 +741,9 @@ fn may_be_longer_if_it_says_so(trainer: &Component) {
     let short = train(STEPS);
     if !short.trainer.depends_on_steps() {
         let (short, long) = (RESUMES.of(&who, short.state()), RESUMES.of(&who, train(3 * STEPS).state()));
-        LONGER.check(&who, short == long, || format!("step {STEPS} differs between runs of {STEPS} and {} steps", 3 * STEPS));
+        LONGER.check(&who, short == long, || {
+            format!("step {STEPS} differs between runs of {STEPS} and {} steps", 3 * STEPS)
+        });
     }
 }
 
@@ -1069,7 +1075,10 @@ fn has_the_terms_that_it_declares(trainer: &Component) {
     let has = |role: Role| terms.iter().any(|term| term.role == role);
     let says = training.trainer.has_sparsity_term();
     TERMS.check(&who, has(Role::Sparsity) == says, || {
-        format!("`has_sparsity_term` is {says}, and the loss has {} of sparsity", if says { "no term" } else { "a term" })
+        format!(
+            "`has_sparsity_term` is {says}, and the loss has {} of sparsity",
+            if says { "no term" } else { "a term" }
+        )
     });
     TERMS.check(&who, has(Role::Reconstruction), || "no term of reconstruction".to_owned());
 }
@@ -1101,7 +1110,8 @@ fn resampling_revives_the_dead(trainer: &Component) {
         };
         for (step, batch) in batches[..31].iter().enumerate() {
             silent_step(&who, &mut training, step, batch);
-            RESAMPLES.check(&who, step >= 14 || fire(&training) == 0, || format!("features fire at step {step} already"));
+            RESAMPLES
+                .check(&who, step >= 14 || fire(&training) == 0, || format!("features fire at step {step} already"));
         }
         RESAMPLES.check(&who, fire(&training) == 4, || format!("{} of 4 features are still dead", 4 - fire(&training)));
     }
@@ -1154,7 +1164,8 @@ fn goes_on_with_dead_features(who: &str, trainer: &Component, sae: &SaeConfig, b
     fields.insert("dead_feature_threshold".into(), 1.into());
     let yaml = serde_yaml::to_string(&fields).unwrap();
     let dictionary: Box<dyn DictionaryConfig> = from_yaml(&serde_yaml::to_string(&sae.dictionary).unwrap()).unwrap();
-    let sae = SaeConfig { dictionary, trainer: DEAD.of(who, from_yaml(&yaml).map_err(Into::into)), ..self::sae(trainer) };
+    let sae =
+        SaeConfig { dictionary, trainer: DEAD.of(who, from_yaml(&yaml).map_err(Into::into)), ..self::sae(trainer) };
     let mut training = DEAD.of(who, Training::new(&sae, &training_cx()));
     for (step, batch) in batches[..10].iter().enumerate() {
         let stepped = catch_unwind(AssertUnwindSafe(|| training.step(step as u64, batch, false)));
@@ -1223,7 +1234,8 @@ fn delivers_resumes_and_rewinds(component: &Component) {
     };
     for number in 0..3 {
         let activations = deliver(&mut *source);
-        let activations = activations.unwrap_or_else(|| DELIVERS.broken(&who, format!("it ends after {number} batches")));
+        let activations =
+            activations.unwrap_or_else(|| DELIVERS.broken(&who, format!("it ends after {number} batches")));
         DELIVERS.same(&who, "the number of sites in a batch", activations.sites.len(), sites.len());
         for (batch, site) in activations.sites.iter().zip(&sites) {
             let widths = (batch.x.size()[1], batch.target.size()[1]);
@@ -1321,7 +1333,8 @@ fn refuses_a_folder_with_nothing_in_it(component: &Component) {
         format.find(&request).and_then(|places| places.iter().try_for_each(|place| format.read(place).map(|_| ())));
     let Err(error) = read else { REFUSES_NOTHING.broken(&who, "an empty folder was read as an SAE") };
     let said = format!("{error:?}");
-    REFUSES_NOTHING.check(&who, InputError::take(error).is_ok(), || format!("an error that is no `InputError`: {said}"));
+    REFUSES_NOTHING
+        .check(&who, InputError::take(error).is_ok(), || format!("an error that is no `InputError`: {said}"));
 }
 
 /// Every dictionary goes through the format unharmed, or is refused; some do.

@@ -127,10 +127,7 @@ impl Selection {
         let (values, indices) = scores.topk(self.k, -1, true, false);
         let selected = candidates.gather(-1, &indices, false);
         let features = candidates.zeros_like().scatter(-1, &indices, &selected);
-        Code::new(features)
-            .with("post_relu", candidates)
-            .with("top_values", values)
-            .with("top_indices", indices)
+        Code::new(features).with("post_relu", candidates).with("top_values", values).with("top_indices", indices)
     }
 
     /// Of the pre-activations [B, F] of a batch after ReLU the B·k largest, in training.

@@ -189,7 +189,10 @@ dictionary!(narrow_post_relu, "narrow_post_relu", {
         let code = selected(selection, pre_activations);
         let values = code.extra("top_values").unwrap().shallow_clone();
         let magnitudes = code.features.abs();
-        Code::new(code.features).penalize(magnitudes).with("post_relu", values.shallow_clone()).with("top_values", values)
+        Code::new(code.features)
+            .penalize(magnitudes)
+            .with("post_relu", values.shallow_clone())
+            .with("top_values", values)
     }
 });
 
@@ -237,7 +240,11 @@ fn a_post_relu_of_another_shape_is_named() {
 
 #[test]
 fn negative_penalized_activations_are_named() {
-    says(Slot::Dictionary, "negative_penalty", &["never negative", "the smallest is -", "code.penalize(features.abs())"]);
+    says(
+        Slot::Dictionary,
+        "negative_penalty",
+        &["never negative", "the smallest is -", "code.penalize(features.abs())"],
+    );
 }
 
 #[test]
@@ -321,7 +328,11 @@ trainer!(undeclared, "undeclared", false, |_| 1e-3);
 
 #[test]
 fn a_trainer_that_does_not_save_its_count_is_named() {
-    says(Slot::Trainer, "forgetful", &["a resumed run ends on the same weights", "weights that differ: ", "in `state`"]);
+    says(
+        Slot::Trainer,
+        "forgetful",
+        &["a resumed run ends on the same weights", "weights that differ: ", "in `state`"],
+    );
 }
 
 #[test]

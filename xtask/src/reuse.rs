@@ -16,7 +16,8 @@ use crate::libtorch;
 
 /// Fails if the plugin's release build or its tests compile a dependency that the workspace's release build and tests did not.
 pub fn dependencies(root: &Path, plugin: &Path) -> Result<()> {
-    for (ours, theirs) in [(&["build", "--release"][..], &["build", "--release"][..]), (&["test", "--workspace"], &["test"])]
+    for (ours, theirs) in
+        [(&["build", "--release"][..], &["build", "--release"][..]), (&["test", "--workspace"], &["test"])]
     {
         let (ours, theirs) = (units(root, ours)?, units(plugin, theirs)?);
         ensure!(theirs.values().any(|unit| !unit.own), "the unit graph of {} has no dependency", plugin.display());
