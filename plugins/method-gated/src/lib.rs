@@ -321,7 +321,7 @@ register! {
     usual_dictionary: NAME,
     short_run: "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated, lr: 2e-3, l1_penalty: 0.2, \
                warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
-    measured: "0% of the variance explained with L0 0, 0% of the cross entropy recovered",
+    measured: "81.5% of the variance explained with L0 24, 99.2% of the cross entropy recovered",
 }
 
 #[typetag::serde(name = NAME)]

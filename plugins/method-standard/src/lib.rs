@@ -249,7 +249,7 @@ register! {
     usual: true,
     short_run: "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: standard, lr: 2e-3, \
                l1_penalty: 0.1, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
-    measured: "0% of the variance explained with L0 0, 0% of the cross entropy recovered",
+    measured: "84.2% of the variance explained with L0 38, 99.1% of the cross entropy recovered",
 }
 
 #[typetag::serde(name = TRAINER)]

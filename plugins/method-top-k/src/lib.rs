@@ -215,7 +215,7 @@ register! {
     usual_dictionary: NAME,
     short_run: "{dictionary: {type: top_k, expansion_factor: 4, k: 32}, trainer: {type: top_k, lr: 2e-3, \
                warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000}}",
-    measured: "0% of the variance explained with L0 0, 0% of the cross entropy recovered",
+    measured: "89.7% of the variance explained with L0 32, 99.6% of the cross entropy recovered",
 }
 
 #[typetag::serde(name = NAME)]
