@@ -35,11 +35,11 @@ const TRAINERS: [&str; 8] =
 
 #[derive(Debug, Parser)]
 struct Args {
-    /// A Python that has the reference.
-    #[arg(long, env = "DICTLEARN_BENCH_PYTHON")]
+    /// A Python that has the reference; default `DICTLEARN_BENCH_PYTHON`.
+    #[arg(long)]
     python: Option<PathBuf>,
-    /// A Python that has sae_lens.
-    #[arg(long, env = "DICTLEARN_BENCH_PYTHON_SAE_LENS")]
+    /// A Python that has sae_lens; default `DICTLEARN_BENCH_PYTHON_SAE_LENS`.
+    #[arg(long)]
     sae_lens: Option<PathBuf>,
     /// Widths of activations and dictionaries.
     #[arg(long, value_delimiter = ',', default_value = "512x8192")]
@@ -105,7 +105,10 @@ struct Took {
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let mut args = Args::parse();
+    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    args.python = args.python.or_else(|| variable("DICTLEARN_BENCH_PYTHON"));
+    args.sae_lens = args.sae_lens.or_else(|| variable("DICTLEARN_BENCH_PYTHON_SAE_LENS"));
     if let Some(turn) = &args.turn {
         println!("{}", serde_json::to_string(&our_turn(&turn[0], &serde_json::from_str(&turn[1])?)?)?);
         return Ok(());

@@ -4,6 +4,7 @@
 //! [`register!`]; linking it into a binary is enough for a config to name it.
 
 pub mod adapted;
+pub mod autoencoder;
 pub mod checkpoint;
 pub mod cli;
 mod compare;

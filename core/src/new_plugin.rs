@@ -45,12 +45,16 @@ pub fn write(kind: Kind, name: &str, out: &Path, dictlearn: &Path) -> Result<()>
         bail!(InputError::new(format!("the source of dictlearn is not in {}", dictlearn.display()))
             .help("say where your clone is: `--dictlearn DIR`"));
     };
+    refuse_the_workspace(out, &dictlearn)?;
+    let manifest = dictlearn.join("Cargo.toml");
+    let manifest = fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
     let camel: String = name.split('_').map(capital).collect();
     let filled = |text: &str| {
         text.replace("ExampleName", &camel)
             .replace("example_name", name)
             .replace("EXAMPLE_KIND", &capital(kind.name()))
             .replace("DICTLEARN", &toml_text(&dictlearn))
+            .replace("PROFILES\n", &profiles(&manifest))
     };
     // Rewritten by cargo for the new crate; with it the crates that dictlearn was built with are used again.
     let lock = fs::read_to_string(dictlearn.join("Cargo.lock")).ok();
@@ -68,6 +72,37 @@ pub fn write(kind: Kind, name: &str, out: &Path, dictlearn: &Path) -> Result<()>
         let dir = path.parent().unwrap_or(out);
         fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The profiles of a manifest, as they stand there. cargo reuses what it compiled for another workspace only where all
+/// settings are the same, so a plugin takes over those of dictlearn.
+pub fn profiles(manifest: &str) -> String {
+    let mut kept = String::new();
+    let mut inside = false;
+    for line in manifest.lines() {
+        if line.starts_with('[') {
+            inside = line.starts_with("[profile.");
+        }
+        if inside && !line.trim().is_empty() && !line.starts_with('#') {
+            if line.starts_with('[') && !kept.is_empty() {
+                kept.push('\n');
+            }
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    kept
+}
+
+/// Refuses a folder whose crates belong to the workspace of dictlearn: a crate there cannot be a workspace of its own.
+fn refuse_the_workspace(out: &Path, dictlearn: &Path) -> Result<()> {
+    let parent = std::path::absolute(out).ok().and_then(|out| fs::canonicalize(out.parent()?).ok());
+    if parent.is_some_and(|parent| ["plugins", "examples"].iter().any(|folder| parent == dictlearn.join(folder))) {
+        bail!(InputError::new(format!("{} belongs to the workspace of dictlearn", out.display())).help(
+            "choose an `--out` outside `plugins` and `examples`; CONTRIBUTING.md describes plugins of this repository"
+        ));
     }
     Ok(())
 }
@@ -127,4 +162,28 @@ fn capital(word: &str) -> String {
 /// A path between quotes in TOML.
 fn toml_text(path: &Path) -> String {
     path.display().to_string().replace('\\', "\\\\").replace('"', "\\\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn profiles_of_a_manifest_are_taken_without_comments_and_other_tables() {
+        let manifest = "[package]\nname = \"a\"\n\n# Why.\n[profile.dev]\nopt-level = 1\n\n# Members.\n\
+                        [profile.dev.package.\"*\"]\nopt-level = 2\n\n[lints]\nworkspace = true\n";
+        let expected = "[profile.dev]\nopt-level = 1\n\n[profile.dev.package.\"*\"]\nopt-level = 2\n";
+        assert_eq!(profiles(manifest), expected);
+        assert_eq!(profiles("[package]\n"), "");
+    }
+
+    #[test]
+    fn a_folder_of_our_workspace_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let clone = fs::canonicalize(dir.path()).unwrap();
+        fs::create_dir_all(clone.join("plugins")).unwrap();
+        let error = refuse_the_workspace(&clone.join("plugins/mine"), &clone).unwrap_err();
+        assert!(format!("{error:?}").contains("belongs to the workspace of dictlearn"), "{error:?}");
+        refuse_the_workspace(&clone.join("mine"), &clone).unwrap();
+    }
 }

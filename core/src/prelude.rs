@@ -9,6 +9,7 @@ pub use tch::{self, Device, Kind, Tensor};
 pub use typetag;
 
 pub use crate::adapted::{Normalization, NormalizationKind};
+pub use crate::autoencoder::{Autoencoder, Nonlinearity};
 pub use crate::config::{ConfigPath, InputError, Mistakes, PathOrName, Under};
 pub use crate::constraint::Constraints;
 pub use crate::device::Precision;
@@ -32,6 +33,7 @@ pub use crate::source::{
 };
 pub use crate::state::State;
 pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
+pub use crate::top_k::Selection;
 pub use crate::trainer::{
     mean_of_sums, penalizable, AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx,
 };

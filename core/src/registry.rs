@@ -106,11 +106,30 @@ pub struct Component {
     /// Whether a config that names no component of its kind gets this one, with its defaults (loggers; metrics, in
     /// `dictlearn eval`), and whether it stands in the examples of others (sources, trainers).
     pub usual: bool,
+    /// For a trainer: settings for a short run; its defaults are the reference's, for long ones.
+    pub short_run: Option<ShortRun>,
     /// JSON Schema of its config, without `type`.
     pub schema: fn() -> schemars::Schema,
 }
 
 inventory::collect!(Component);
+
+/// Settings with which a method gives a sensible SAE in a short run: [`ShortRun::STEPS`] steps of
+/// [`ShortRun::BATCH`] activations of the bundled model. configs/short-runs.yaml trains all of them.
+#[derive(Debug, Clone, Copy)]
+pub struct ShortRun {
+    /// YAML of an SAE's `dictionary` and `trainer`.
+    pub settings: &'static str,
+    /// What they gave on text that was not trained on.
+    pub measured: &'static str,
+}
+
+impl ShortRun {
+    /// Steps of a short run.
+    pub const STEPS: u64 = 1500;
+    /// Activations in a batch of a short run.
+    pub const BATCH: i64 = 1024;
+}
 
 /// The components of one kind, sorted by name.
 pub fn components(kind: Kind) -> Vec<&'static Component> {
@@ -185,7 +204,8 @@ pub fn check() -> Result<()> {
 #[macro_export]
 macro_rules! register {
     ($kind:ident $config:ty, $name:expr, summary: $summary:expr, paper: $paper:expr, example: $example:expr
-     $(, usual_dictionary: $dictionary:expr)? $(, usual: $usual:expr)? $(,)?) => {
+     $(, usual_dictionary: $dictionary:expr)? $(, usual: $usual:expr)?
+     $(, short_run: $settings:expr, measured: $measured:expr)? $(,)?) => {
         $crate::inventory::submit! {
             $crate::registry::Component {
                 kind: $crate::register!(@kind $kind),
@@ -195,6 +215,7 @@ macro_rules! register {
                 example: $example,
                 usual_dictionary: $crate::register!(@dictionary $($dictionary)?),
                 usual: $crate::register!(@usual $($usual)?),
+                short_run: $crate::register!(@short_run $($settings, $measured)?),
                 schema: || $crate::schemars::schema_for!($config),
             }
         }
@@ -210,6 +231,10 @@ macro_rules! register {
     (@kind format) => { $crate::registry::Kind::Format };
     (@dictionary) => { None };
     (@dictionary $dictionary:expr) => { Some($dictionary) };
+    (@short_run) => { None };
+    (@short_run $settings:expr, $measured:expr) => {
+        Some($crate::registry::ShortRun { settings: $settings, measured: $measured })
+    };
     (@usual) => { false };
     (@usual $usual:expr) => { $usual };
 }
@@ -227,6 +252,7 @@ mod tests {
             example: "",
             usual_dictionary: None,
             usual: false,
+            short_run: None,
             schema: schemars::Schema::default,
         }
     }

@@ -2,10 +2,13 @@
 //! trainer with the auxiliary loss for dead features (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*,
 //! <https://arxiv.org/abs/2406.04093>).
 //!
-//! A dictionary of the family has a [`Selection`], which makes its [`Code`]. The code exposes `post_relu`, the features
-//! before the selection, [B, F], and `top_values`, the selected ones, [rows, k], a row for what was selected from
-//! together: an activation or a batch. With `top_indices`, of the same shape, only the features at these
-//! count as fired; without, those that are not 0. Codes may be negative: what is largest is so by magnitude.
+//! A dictionary of the family has a [`Selection`], which makes its [`Code`]. The trainer reads of the code:
+//!
+//! | | | |
+//! | --- | --- | --- |
+//! | `post_relu` | [B, F] | the features before the selection, from which the auxiliary loss selects among the dead |
+//! | `top_values` | [rows, k] | the magnitudes of the selected features, whose smallest positive ones move the threshold; a row for what was selected from together, an activation or a batch |
+//! | `top_indices` | [rows, k] | which features count as fired; optional, without it those that are not 0 |
 
 use std::collections::BTreeMap;
 
@@ -117,6 +120,14 @@ impl Selection {
             .with("post_relu", post_relu)
             .with("top_values", values)
             .with("top_indices", indices)
+    }
+
+    /// Of `candidates` [.., F], which may be negative, for each activation the k with the greatest `scores` [.., F].
+    pub fn by_score(&self, candidates: Tensor, scores: &Tensor) -> Code {
+        let (values, indices) = scores.topk(self.k, -1, true, false);
+        let selected = candidates.gather(-1, &indices, false);
+        let features = candidates.zeros_like().scatter(-1, &indices, &selected);
+        Code::new(features).with("post_relu", candidates).with("top_values", values).with("top_indices", indices)
     }
 
     /// Of the pre-activations [B, F] of a batch after ReLU the B·k largest, in training.
@@ -421,7 +432,7 @@ impl TopKTrainer {
         };
         // Only the dead columns take part, so only they are sorted and decoded.
         let features = pass.code.extra("post_relu")?.index_select(1, &dead);
-        let (_, indices) = features.abs().topk(self.top_k_aux.min(dead.size()[0]), -1, true, false);
+        let (_, indices) = features.detach().abs().topk(self.top_k_aux.min(dead.size()[0]), -1, true, false);
         let kept = features.zeros_like().scatter(-1, &indices, &features.gather(-1, &indices, false));
         let off = residual - kept.matmul(&directions.index_select(0, &dead));
         Ok(self.over_variance(residual, &off).0)

@@ -3,7 +3,7 @@
 use dictlearn as _;
 use dictlearn_core::config::{from_yaml, to_yaml, RunConfig};
 use dictlearn_core::contract::{self, example_files};
-use dictlearn_core::registry::{component, components, Kind as Slot};
+use dictlearn_core::registry::{component, components, Kind as Slot, ShortRun};
 
 use crate::common::Desk;
 
@@ -71,4 +71,32 @@ fn a_config_of_examples_trains() {
         assert_eq!(to_yaml(&merged).unwrap(), desk.read(&format!("{}/config.yaml", trainer.name)));
         desk.ok(&["eval", &format!("{0}/{0}", trainer.name), "--json"]);
     }
+}
+
+/// The settings are stated where a trainer is registered; the config is what a user trains.
+#[test]
+fn the_short_runs_that_describe_shows_are_a_config() {
+    let desk = Desk::new();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/short-runs.yaml");
+    let config: serde_yaml::Value = serde_yaml::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    assert_eq!(config["steps"], ShortRun::STEPS);
+    assert_eq!(config["source"]["out_batch_size"], ShortRun::BATCH);
+    let saes = config["saes"].as_sequence().unwrap();
+    let mut found = 0;
+    for trainer in components(Slot::Trainer) {
+        let Some(short) = trainer.short_run else {
+            // Crosscoders read several sites: configs/crosscoder.yaml.
+            assert!(trainer.usual_dictionary.unwrap().contains("crosscoder"), "{} has no short run", trainer.name);
+            continue;
+        };
+        let sae = saes.iter().find(|sae| sae["name"] == trainer.name).expect(trainer.name);
+        let settings: serde_yaml::Value = serde_yaml::from_str(short.settings).unwrap();
+        assert_eq!((&sae["trainer"], &sae["dictionary"]), (&settings["trainer"], &settings["dictionary"]));
+        assert_eq!(settings["trainer"]["type"], trainer.name);
+        let described = desk.ok(&["describe", "trainer", trainer.name]);
+        assert!(described.contains(&serde_yaml::to_string(&settings).unwrap()), "{described}");
+        assert!(described.contains(short.measured), "{described}");
+        found += 1;
+    }
+    assert_eq!(saes.len(), found);
 }

@@ -1,6 +1,7 @@
 //! Set-up and checks, as `cargo xtask COMMAND`. Knows nothing of libtorch but how to find and fetch it.
 
 mod libtorch;
+mod reuse;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -148,6 +149,7 @@ fn plugins(root: &Path) -> Result<()> {
     let example = root.join("examples/out-of-tree-plugin");
     // The crates that the workspace was built with, so that they need not be fetched and compiled again.
     std::fs::copy(root.join("Cargo.lock"), example.join("Cargo.lock")).context("cannot copy Cargo.lock")?;
+    reuse::dependencies(root, &example)?;
     cargo(&example, &["test"], &[])?;
     let out = tempfile::tempdir()?;
     let run_dir = out.path().join("run").display().to_string();
@@ -157,22 +159,40 @@ fn plugins(root: &Path) -> Result<()> {
         let (name, dir) = (format!("my_{kind}"), out.path().join(kind));
         let dir_text = dir.display().to_string();
         cargo(root, &["run", "--quiet", "--", "new-plugin", kind, &name, "--out", &dir_text], &[])?;
+        reuse::dependencies(root, &dir)?;
+        // The example compiled the crates of dictlearn: cargo does it once for all plugins outside the workspace.
+        reuse::everything_else(&dir, &name)?;
         cargo(&dir, &["test", "--quiet"], &[])?;
     }
     guide(root, out.path())
 }
 
-/// Does what docs/writing-plugins.md says: writes the files that its blocks name, piece by piece, and calls its commands.
-fn guide(root: &Path, dir: &Path) -> Result<()> {
-    let guide = std::fs::read_to_string(root.join("docs/writing-plugins.md")).context("cannot read the guide")?;
-    let (mut commands, mut files) = (Vec::new(), std::collections::BTreeMap::<&str, String>::new());
+/// A crate of the guide: the commands that make it, its files, and the commands that follow.
+#[derive(Default)]
+struct GuideCrate<'a> {
+    begin: &'a str,
+    files: std::collections::BTreeMap<&'a str, String>,
+    commands: Vec<&'a str>,
+}
+
+/// The crates of docs/writing-plugins.md. Commands with `new-plugin` begin one; the first line of a block names its file.
+fn guide_crates(guide: &str) -> Result<Vec<GuideCrate<'_>>> {
+    let mut crates: Vec<GuideCrate> = Vec::new();
     // Every other part stands between fences, its first line says what it is.
     for block in guide.split("\n```").skip(1).step_by(2) {
         let (what, text) = block.split_once('\n').context("a block has a first line")?;
+        if what == "text" {
+            continue;
+        }
+        if what == "sh" && text.contains("dictlearn new-plugin ") {
+            crates.push(GuideCrate { begin: text, ..GuideCrate::default() });
+            continue;
+        }
+        let last = crates.last_mut().context("the guide begins with a crate")?;
         match what.split_once(' ') {
-            None if what == "sh" => commands.push(text),
+            None if what == "sh" => last.commands.push(text),
             Some((_, file)) => {
-                let content = files.entry(file).or_default();
+                let content = last.files.entry(file).or_default();
                 if !content.is_empty() {
                     content.push('\n');
                 }
@@ -182,23 +202,42 @@ fn guide(root: &Path, dir: &Path) -> Result<()> {
             None => bail!("the guide has a block of `{what}` that nothing is done with"),
         }
     }
-    let (first, rest) = commands.split_first().context("the guide has commands")?;
+    Ok(crates)
+}
+
+/// Does what docs/writing-plugins.md says: writes the files that its blocks name, piece by piece, and calls its commands.
+fn guide(root: &Path, dir: &Path) -> Result<()> {
+    let guide = std::fs::read_to_string(root.join("docs/writing-plugins.md")).context("cannot read the guide")?;
+    let crates = guide_crates(&guide)?;
+    ensure!(crates.len() == 2, "the guide writes {} crates, not a trainer and a dictionary", crates.len());
     let program = target_dir(root)?.join("debug");
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::env::join_paths(std::iter::once(program).chain(std::env::split_paths(&path)))?;
+    let place = dir.join("place");
     let shell = |script: &str, dir: &Path| {
         let mut command = Command::new("sh");
         for name in libtorch::VARIABLES {
             command.env_remove(name);
         }
-        call(command.args(["-euc", script]).current_dir(dir).env("PATH", &path))
+        let script = format!("{script}\npwd > \"$PLACE\"");
+        call(command.args(["-euc", &script]).current_dir(dir).env("PATH", &path).env("PLACE", &place))?;
+        // Where the commands have led.
+        anyhow::Ok(PathBuf::from(std::fs::read_to_string(&place)?.trim_end()))
     };
-    shell(first, dir)?;
-    let crate_dir = dir.join("tanh");
-    for (file, content) in files {
-        std::fs::write(crate_dir.join(file), content).with_context(|| format!("cannot write {file}"))?;
+    let mut current = dir.to_owned();
+    for GuideCrate { begin, files, commands } in crates {
+        current = shell(begin, &current)?;
+        let name = current.file_name().context("a crate has a folder")?.to_owned();
+        for (file, content) in files {
+            // The crates' files are told apart by the folder.
+            let file = Path::new(file).strip_prefix(&name).unwrap_or(Path::new(file));
+            std::fs::write(current.join(file), content).with_context(|| format!("cannot write {}", file.display()))?;
+        }
+        for script in commands {
+            current = shell(script, &current)?;
+        }
     }
-    rest.iter().try_for_each(|script| shell(script, &crate_dir))
+    Ok(())
 }
 
 fn quickstart(root: &Path) -> Result<()> {
@@ -257,4 +296,21 @@ fn call(command: &mut Command) -> Result<()> {
         bail!("`{name} {}` failed ({status})", words.join(" "));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_of_the_guide_belong_to_the_crate_before_them() {
+        let guide = "a\n```sh\ndictlearn new-plugin x\n```\nb\n```rust src/lib.rs\nuse a;\n```\n\n```rust src/lib.rs\nuse b;\n```\n\
+                     ```text\nnothing\n```\n```sh\ncargo test\n```\n```sh\ncd ..\ndictlearn new-plugin y\n```\n";
+        let crates = guide_crates(guide).unwrap();
+        assert_eq!(crates.len(), 2);
+        assert_eq!(crates[0].files["src/lib.rs"], "use a;\n\nuse b;\n");
+        assert_eq!(crates[0].commands, ["cargo test"]);
+        assert!(crates[1].begin.starts_with("cd .."));
+        assert!(guide_crates("\n```sh\ndictlearn new-plugin x\n```\n```zig\n```\n").is_err());
+    }
 }

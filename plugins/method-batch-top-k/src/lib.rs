@@ -198,6 +198,10 @@ register! {
     paper: "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
     example: "{type: batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
     usual_dictionary: NAME,
+    short_run: "{dictionary: {type: batch_top_k, expansion_factor: 4, k: 32}, trainer: {type: batch_top_k, lr: 2e-3, \
+               warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000, threshold_start_step: 300, \
+               threshold_beta: 0.99}}",
+    measured: "89.7% of the variance explained with L0 33, 99.6% of the cross entropy recovered",
 }
 
 #[typetag::serde(name = NAME)]

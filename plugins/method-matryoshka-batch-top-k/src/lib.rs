@@ -256,6 +256,10 @@ register! {
     paper: "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
     example: "{type: matryoshka_batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
     usual_dictionary: NAME,
+    short_run: "{dictionary: {type: matryoshka_batch_top_k, expansion_factor: 4, k: 32, group_fractions: [0.125, \
+               0.125, 0.25, 0.5]}, trainer: {type: matryoshka_batch_top_k, lr: 2e-3, warmup_steps: 100, decay_start: \
+               1200, dead_feature_threshold: 200_000, threshold_start_step: 300, threshold_beta: 0.99}}",
+    measured: "87.4% of the variance explained with L0 33, 99.7% of the cross entropy recovered",
 }
 
 #[typetag::serde(name = NAME)]

@@ -240,6 +240,10 @@ register! {
     example: "{type: p_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 20, \
               anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
     usual_dictionary: "auto_encoder",
+    short_run: "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: p_anneal, lr: 2e-3, \
+               initial_sparsity_penalty: 0.04, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
+               anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
+    measured: "87.3% of the variance explained with L0 39, 99.4% of the cross entropy recovered",
 }
 
 register! {
@@ -249,6 +253,10 @@ register! {
     example: "{type: gated_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
               sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
     usual_dictionary: "gated",
+    short_run: "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated_anneal, lr: 2e-3, \
+               initial_sparsity_penalty: 0.13, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
+               anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
+    measured: "81.4% of the variance explained with L0 27, 99.1% of the cross entropy recovered",
 }
 
 #[typetag::serde(name = P_ANNEAL)]

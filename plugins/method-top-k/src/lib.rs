@@ -213,6 +213,9 @@ register! {
     paper: "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
     example: "{type: top_k, lr: 1e-3, warmup_steps: 20}",
     usual_dictionary: NAME,
+    short_run: "{dictionary: {type: top_k, expansion_factor: 4, k: 32}, trainer: {type: top_k, lr: 2e-3, \
+               warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000}}",
+    measured: "89.7% of the variance explained with L0 32, 99.6% of the cross entropy recovered",
 }
 
 #[typetag::serde(name = NAME)]
