@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn pointers_are_refused_and_other_files_are_read_whole() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.bin");
+        let path = dir.path().join("weights.bin");
         let older = POINTER.replace("git-lfs.github", "hawser.github");
         let windows = POINTER.replace('\n', "\r\n");
         for pointer in [POINTER, &older, &windows] {
@@ -144,7 +144,7 @@ mod tests {
             for refused in [read(&path).map(drop), read_text(&path).map(drop), map(&path).map(drop)] {
                 let said = refused.unwrap_err().to_string();
                 assert!(said.contains("Git LFS pointer") && said.contains("git lfs pull"), "{said}");
-                assert!(said.contains("a.bin"), "{said}");
+                assert!(said.contains("weights.bin"), "{said}");
             }
         }
         // A text about pointers is none.
@@ -155,6 +155,6 @@ mod tests {
             assert_eq!(read_text(&path).unwrap(), text);
             assert_eq!(&map(&path).unwrap()[..], text.as_bytes());
         }
-        assert!(read(&dir.path().join("b.bin")).unwrap_err().to_string().contains("did you mean"));
+        assert!(read(&dir.path().join("weight.bin")).unwrap_err().to_string().contains("did you mean"));
     }
 }
