@@ -256,7 +256,8 @@ impl Run {
         let mut saes: Vec<Sae> = Vec::new();
         for entry in 0..config.saes.len() {
             interrupt::check()?;
-            let built = build_sae(config, entry, &sites, (device, precision), &saes).under(format_args!("saes[{entry}]"));
+            let built =
+                build_sae(config, entry, &sites, (device, precision), &saes).under(format_args!("saes[{entry}]"));
             for sae in mistakes.keep(built)?.into_iter().flatten() {
                 // What does not fit is one mistake, whatever comes beside it.
                 if mistakes.is_empty() {
@@ -569,7 +570,9 @@ impl Run {
             if checkpointing {
                 // A checkpoint is of no use without the log up to it.
                 match flush(&mut loggers) {
-                    Ok(()) => keeping.saver.checkpoint(step, self.state(step)?, &|message| keeping.progress.say(message))?,
+                    Ok(()) => {
+                        keeping.saver.checkpoint(step, self.state(step)?, &|message| keeping.progress.say(message))?
+                    }
                     Err(error) => keeping.saver.not_ready(&error, &|message| keeping.progress.say(message)),
                 }
             }

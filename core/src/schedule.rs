@@ -65,7 +65,8 @@ impl Schedule {
             }
             // A warm-up that does not end is a mistake of its own.
             let ends = |warmup: &u64| *warmup < steps;
-            let warm = [Some(warmup_steps), sparsity_warmup_steps].into_iter().flatten().filter(ends).max().unwrap_or(0);
+            let warm =
+                [Some(warmup_steps), sparsity_warmup_steps].into_iter().flatten().filter(ends).max().unwrap_or(0);
             if start <= warm || start >= steps {
                 refused(
                     "decay_start",

@@ -517,7 +517,9 @@ fn errors(said: &str) -> Vec<&str> {
 fn all_mistakes_of_a_config_are_reported_at_once() {
     let desk = desk();
     let saes = "saes:\n- trainer: {type: topk, lr: 1}\n- trainer: {type: standard, lr: fast, l1_penalti: 1}\n  modifiers: [{type: ghosts}]\n";
-    let config = format!("seed: one\nsetps: 3\nlog_every: 0\n{SOURCE}{saes}metrics: [{{type: reconstruction, n_batches: -1}}]\n");
+    let config = format!(
+        "seed: one\nsetps: 3\nlog_every: 0\n{SOURCE}{saes}metrics: [{{type: reconstruction, n_batches: -1}}]\n"
+    );
     let said = refusal(&desk, &config, &["--set", "device=gpu"], &[("DICTLEARN_SAVE_EVERY", "often")]);
     let places: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix(" --> ")).collect();
     assert_eq!(
@@ -544,8 +546,10 @@ fn all_mistakes_of_a_config_are_reported_at_once() {
     assert!(errors(&said(21)).len() == 21 && said(21).contains("error: there is 1 more mistake\n"), "{}", said(21));
     assert!(errors(&said(50)).len() == 21 && said(50).contains("error: there are 30 more mistakes\n"), "{}", said(50));
     // A sweep and an `eval_source` repeat nothing.
-    let sweep = format!("{SOURCE}eval_source: {{shuffle: false}}\n{SAES}  sweep: {{trainer.lrr: [1, 2, 3], dictionary.k: [1, 2]}}\n")
-        .replace("batch_size", "batch_sise");
+    let sweep = format!(
+        "{SOURCE}eval_source: {{shuffle: false}}\n{SAES}  sweep: {{trainer.lrr: [1, 2, 3], dictionary.k: [1, 2]}}\n"
+    )
+    .replace("batch_size", "batch_sise");
     let said = refusal(&desk, &sweep, &[], &[]);
     assert_eq!(errors(&said).len(), 2, "{said}");
 }
@@ -554,8 +558,16 @@ fn all_mistakes_of_a_config_are_reported_at_once() {
 fn defaults_adapt_to_short_runs() {
     let desk = desk();
     let trainers = [
-        "standard", "standard_april_update", "gated", "top_k", "batch_top_k", "jump_relu", "p_anneal", "gated_anneal",
-        "crosscoder", "batch_top_k_crosscoder",
+        "standard",
+        "standard_april_update",
+        "gated",
+        "top_k",
+        "batch_top_k",
+        "jump_relu",
+        "p_anneal",
+        "gated_anneal",
+        "crosscoder",
+        "batch_top_k_crosscoder",
     ];
     let sae = |name: &&str| {
         let k = if name.contains("top_k") { ", dictionary: {k: 4, dict_size: 64}" } else { "" };
@@ -588,12 +600,18 @@ fn defaults_adapt_to_short_runs() {
     }
     // The reference's defaults stay in long runs, and what is written stays everywhere.
     let default = |steps: u64, field: &str, more: &str| {
-        desk.write("mine.yaml", &format!("steps: {steps}\n{SOURCE}saes: [{{trainer: {{type: p_anneal{more}}}}}, {{trainer: {{type: top_k}}}}]\n"));
+        desk.write("mine.yaml", &format!("steps: {steps}\n{SOURCE}saes: [{{trainer: {{type: p_anneal{more}}}}}, {{trainer: {{type: top_k}}, dictionary: {{k: 4}}}}]\n"));
         let merged = merged(&desk, &[], &[]);
         let sae = usize::from(merged["saes"][0]["trainer"].get(field).is_none());
         merged["saes"][sae]["trainer"][field].as_u64().unwrap()
     };
-    for (field, long) in [("warmup_steps", 1000), ("sparsity_warmup_steps", 2000), ("anneal_start", 15_000), ("dead_feature_threshold", 10_000_000), ("threshold_start_step", 1000)] {
+    for (field, long) in [
+        ("warmup_steps", 1000),
+        ("sparsity_warmup_steps", 2000),
+        ("anneal_start", 15_000),
+        ("dead_feature_threshold", 10_000_000),
+        ("threshold_start_step", 1000),
+    ] {
         assert_eq!(default(20_000, field, ""), long, "{field}");
     }
     assert_eq!(default(10_000, "warmup_steps", ""), 1000);
@@ -601,8 +619,16 @@ fn defaults_adapt_to_short_runs() {
     assert_eq!(default(20_000, "sparsity_warmup_steps", ", decay_start: 1500"), 1499);
     assert_eq!(default(100, "warmup_steps", ", warmup_steps: 70"), 70);
     assert_eq!(default(100, "sparsity_warmup_steps", ", decay_start: 15"), 14);
-    let said = refusal(&desk, &format!("steps: 100\n{SOURCE}saes: [{{trainer: {{type: standard, warmup_steps: 1000}}}}]\n"), &[], &[]);
-    assert!(said.contains("`warmup_steps` is 1000, but the run has only 100 steps") && errors(&said).len() == 1, "{said}");
+    let said = refusal(
+        &desk,
+        &format!("steps: 100\n{SOURCE}saes: [{{trainer: {{type: standard, warmup_steps: 1000}}}}]\n"),
+        &[],
+        &[],
+    );
+    assert!(
+        said.contains("`warmup_steps` is 1000, but the run has only 100 steps") && errors(&said).len() == 1,
+        "{said}"
+    );
 }
 
 #[test]
@@ -617,8 +643,9 @@ fn metrics_default_to_what_the_source_allows() {
     let plain = format!("steps: 4\n{SOURCE}{SAES}").replace(", warmup_steps: 5", "");
     let found = figures(&plain).unwrap();
     assert!(found["frac_variance_explained"].is_f64() && found.get("frac_recovered").is_none(), "{found}");
-    assert_eq!(figures(&format!("{plain}metrics: []\n")), None);
-    let model = "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, n_ctxs: 32, \
+    assert_eq!(figures(&format!("{plain}metrics: []\n")), Some(serde_json::json!({})));
+    let model =
+        "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, n_ctxs: 32, \
                  out_batch_size: 64, text: {type: embedded, name: austen}}";
     let found = figures(&plain.replace(SOURCE, &format!("source: {model}\n"))).unwrap();
     assert!(found["frac_variance_explained"].is_f64() && found["frac_recovered"].is_f64(), "{found}");
@@ -654,7 +681,10 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
         let run = crate::common::Run::of(command.output().unwrap());
         assert_eq!(run.code, 0, "{}", run.stderr);
         let own = |line: &&str| line.contains("DICTLEARN");
-        (run.stderr.lines().filter(own).collect::<Vec<_>>().join("\n"), serde_yaml::from_str::<Value>(&run.stdout).unwrap())
+        (
+            run.stderr.lines().filter(own).collect::<Vec<_>>().join("\n"),
+            serde_yaml::from_str::<Value>(&run.stdout).unwrap(),
+        )
     };
     let (text, merged) = said(&[("DICTLEARN_SEED", "7"), ("DICTLEARN_SOURCE__BATCH_SIZE", "32")], &[]);
     assert_eq!(text, "from the environment: DICTLEARN_SEED=7, DICTLEARN_SOURCE__BATCH_SIZE=32");
@@ -663,7 +693,10 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
     assert_eq!(said(&[("DICTLEARN_SEED", "7")], &["--set", "seed=3"]).0, "");
     for (name, text) in [
         ("DICTLEARN_DEBUG", "warning: DICTLEARN_DEBUG is not a key of a config and changes nothing"),
-        ("DICTLEARN_SETPS", "warning: DICTLEARN_SETPS is not a key of a config and changes nothing; did you mean DICTLEARN_STEPS?"),
+        (
+            "DICTLEARN_SETPS",
+            "warning: DICTLEARN_SETPS is not a key of a config and changes nothing; did you mean DICTLEARN_STEPS?",
+        ),
         ("DICTLEARN_PROFILES", "warning: DICTLEARN_PROFILES is not a key of a config and changes nothing"),
         (
             "DICTLEARN_SOURCE__BATCH_SIZ",
@@ -678,7 +711,13 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
     ] {
         assert_eq!(said(&[(name, "1")], &[]).0, text);
     }
-    for name in ["DICTLEARN_CACHE", "DICTLEARN_TEST_RUNS", "DICTLEARN_SOAK_MINUTES", "DICTLEARN_FUZZ_READER", "DICTLEARN_BENCH_X"] {
+    for name in [
+        "DICTLEARN_CACHE",
+        "DICTLEARN_TEST_RUNS",
+        "DICTLEARN_SOAK_MINUTES",
+        "DICTLEARN_FUZZ_READER",
+        "DICTLEARN_BENCH_X",
+    ] {
         assert_eq!(said(&[(name, "[")], &[]).0, "", "{name}");
     }
 }
@@ -686,12 +725,18 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
 #[test]
 fn weights_are_kept_at_chosen_steps() {
     let desk = desk();
-    let config = |keys: &str| format!("steps: 40\ncheckpoint_every: null\n{keys}{}{SAES}", SOURCE.replace("batch_size", "shuffle: false, batch_size"));
+    let config = |keys: &str| {
+        format!(
+            "steps: 40\ncheckpoint_every: null\n{keys}{}{SAES}",
+            SOURCE.replace("batch_size", "shuffle: false, batch_size")
+        )
+    };
     let kept = |keys: &str| -> Vec<u64> {
         desk.write("mine.yaml", &config(keys));
         let _ = std::fs::remove_dir_all(desk.path("run"));
         desk.ok(&["train", "mine.yaml", "--output-dir", "run"]);
-        let step = |file: String| file.strip_prefix("run/top_k/checkpoints/ae_")?.strip_suffix(".safetensors")?.parse().ok();
+        let step =
+            |file: String| file.strip_prefix("run/top_k/checkpoints/ae_")?.strip_suffix(".safetensors")?.parse().ok();
         let mut steps: Vec<u64> = desk.files().into_iter().filter_map(step).collect();
         steps.sort_unstable();
         steps

@@ -42,8 +42,7 @@ pub fn variables() -> Vec<(String, String)> {
     let tools = |name: &str| TOOLS.iter().any(|tool| name.starts_with(tool));
     let own = |name: &str| name.strip_prefix(PREFIX).is_some_and(|name| !tools(name));
     let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
-    let mut found: Vec<(String, String)> =
-        std::env::vars_os().filter_map(text).filter(|(name, _)| own(name)).collect();
+    let mut found: Vec<(String, String)> = std::env::vars_os().filter_map(text).filter(|(name, _)| own(name)).collect();
     found.sort();
     found
 }

@@ -46,8 +46,8 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
     if !acting.is_empty() {
         notes.insert(0, format!("from the environment: {}", acting.join(", ")));
     }
-    let mut config: RunConfig =
-        serde_path_to_error::deserialize(Node { value: &root, merged: Some(&merged) }).map_err(|error| {
+    let mut config: RunConfig = serde_path_to_error::deserialize(Node { value: &root, merged: Some(&merged) })
+        .map_err(|error| {
             let check = Check::new(&merged, &schema, &written);
             check.serde(&root, &error.path().to_string(), &error.inner().to_string())
         })?;
@@ -330,7 +330,9 @@ fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
         if trainer == name.as_str() && trainer.is_some_and(|trainer| component(Kind::Trainer, trainer).is_none()) {
             continue;
         }
-        let Ok(text) = <String as serde::Deserialize>::deserialize(Node { value: name, merged: None }) else { continue };
+        let Ok(text) = <String as serde::Deserialize>::deserialize(Node { value: name, merged: None }) else {
+            continue;
+        };
         let wrong = if !seen.insert(text.clone()) {
             Some(InputError::new(format!("two SAEs are named `{text}`")).help("give each a `name` of its own"))
         } else {
