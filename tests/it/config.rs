@@ -600,12 +600,7 @@ fn defaults_adapt_to_short_runs() {
     }
     // The reference's defaults stay in long runs, and what is written stays everywhere.
     let default = |steps: u64, field: &str, more: &str| {
-        desk.write(
-            "mine.yaml",
-            &format!(
-                "steps: {steps}\n{SOURCE}saes: [{{trainer: {{type: p_anneal{more}}}}}, {{trainer: {{type: top_k}}}}]\n"
-            ),
-        );
+        desk.write("mine.yaml", &format!("steps: {steps}\n{SOURCE}saes: [{{trainer: {{type: p_anneal{more}}}}}, {{trainer: {{type: top_k}}, dictionary: {{k: 4}}}}]\n"));
         let merged = merged(&desk, &[], &[]);
         let sae = usize::from(merged["saes"][0]["trainer"].get(field).is_none());
         merged["saes"][sae]["trainer"][field].as_u64().unwrap()
@@ -648,7 +643,7 @@ fn metrics_default_to_what_the_source_allows() {
     let plain = format!("steps: 4\n{SOURCE}{SAES}").replace(", warmup_steps: 5", "");
     let found = figures(&plain).unwrap();
     assert!(found["frac_variance_explained"].is_f64() && found.get("frac_recovered").is_none(), "{found}");
-    assert_eq!(figures(&format!("{plain}metrics: []\n")), None);
+    assert_eq!(figures(&format!("{plain}metrics: []\n")), Some(serde_json::json!({})));
     let model =
         "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, n_ctxs: 32, \
                  out_batch_size: 64, text: {type: embedded, name: austen}}";

@@ -2,7 +2,7 @@
 //!
 //! Only what schemars writes for our types is understood; serde has the last word on everything.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use figment::value::{Dict, Value};
 use schemars::Schema;
@@ -29,6 +29,8 @@ pub(super) struct Check<'a> {
     /// For each SAE, the number that it has in the files: a sweep makes several of one.
     written: &'a [usize],
     mistakes: RefCell<Mistakes>,
+    /// Number of mistakes that were added, repeated ones among them.
+    added: Cell<usize>,
     /// Keys that only a variable sets and no config has, with what is said of them.
     ignored: RefCell<Vec<(String, String)>>,
 }
@@ -54,7 +56,7 @@ impl Owner<'_> {
 impl<'a> Check<'a> {
     pub(super) fn new(merged: &'a Merged, schema: &Schema, written: &'a [usize]) -> Self {
         let defs = schema.get("$defs").cloned().unwrap_or(Json::Null);
-        Check { merged, defs, written, mistakes: RefCell::default(), ignored: RefCell::default() }
+        Check { merged, defs, written, mistakes: RefCell::default(), added: Cell::new(0), ignored: RefCell::default() }
     }
 
     /// Compares a config with its schema. Returns its mistakes, and the keys that are to be ignored with what is said of them.
@@ -65,12 +67,17 @@ impl<'a> Check<'a> {
 
     /// Adds a mistake about the value at a path.
     fn wrong(&self, value: &Value, path: &str, error: InputError) {
-        self.mistakes.borrow_mut().add(self.error(value, path, false, error));
+        self.add(self.error(value, path, false, error));
+    }
+
+    fn add(&self, error: InputError) {
+        self.added.set(self.added.get() + 1);
+        self.mistakes.borrow_mut().add(error);
     }
 
     /// Number of things that were found to be wrong so far.
     fn found(&self) -> usize {
-        self.mistakes.borrow().len() + self.ignored.borrow().len()
+        self.added.get() + self.ignored.borrow().len()
     }
 
     /// An error with its place.
@@ -241,7 +248,7 @@ impl<'a> Check<'a> {
         };
         let Some(name) = dict.get("type") else {
             let error = InputError::new(format!("`{shown}` does not say its `type`")).help(listed);
-            return self.mistakes.borrow_mut().add(self.error(value, path, true, error));
+            return self.add(self.error(value, path, true, error));
         };
         let found = name.as_str().and_then(|name| component(kind, name));
         let Some(found) = found else {
@@ -285,7 +292,7 @@ impl<'a> Check<'a> {
             Some(leaf) => self.error(leaf, &whole, false, InputError::new(message)),
             None => self.error(value, path, false, InputError::new(message)),
         };
-        self.mistakes.borrow_mut().add(error);
+        self.add(error);
     }
 
     fn fields(&self, value: &Value, schema: &Json, path: &str, owner: Owner) {
@@ -324,7 +331,7 @@ impl<'a> Check<'a> {
                 None => error,
             };
             let at = self.error(dict.get("type").unwrap_or(value), path, true, error);
-            self.mistakes.borrow_mut().add(at);
+            self.add(at);
         }
     }
 
@@ -370,8 +377,7 @@ impl<'a> Check<'a> {
         let known =
             if known.is_empty() { "it has no fields".to_owned() } else { format!("known: {}", known.join(", ")) };
         let help: Vec<String> = [hint.or(near), Some(known)].into_iter().flatten().collect();
-        let error = self.error(field, path, true, error.help(help.join(" ")));
-        self.mistakes.borrow_mut().add(error);
+        self.add(self.error(field, path, true, error.help(help.join(" "))));
     }
 
     /// What was meant by `{lr: 0,002}`, which in YAML is `lr: 0` and a key `002` without a value.

@@ -36,6 +36,12 @@ pub(super) fn locate(origin: &Origin, text: &str, path: &str, key: bool) -> Orig
     Origin::File(file.clone(), position(text, path, key).map(|(position, _)| position))
 }
 
+/// True if a text has a word at a line, counted from 1, and a column, counted from 0.
+fn starts_at(text: &str, line: usize, column: usize, word: &str) -> bool {
+    let line = text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
+    line.char_indices().nth(column).is_some_and(|(at, _)| line[at..].starts_with(word))
+}
+
 /// Line and column, counted from 1, and whether the whole path was found.
 pub(super) fn position(text: &str, path: &str, key: bool) -> Option<((usize, usize), bool)> {
     let documents = MarkedYaml::load_from_str(text).ok()?;
@@ -44,7 +50,11 @@ pub(super) fn position(text: &str, path: &str, key: bool) -> Option<((usize, usi
     for step in steps(path) {
         let next = match (&step, &node.data) {
             (Step::Key(name), YamlData::Mapping(entries)) => {
-                entries.iter().find(|(entry, _)| entry.data.as_str() == Some(name.as_str()))
+                entries.iter().find(|(entry, _)| match entry.data.as_str() {
+                    Some(key) => key == name,
+                    // A number, of which the digits count: `002`.
+                    None => starts_at(text, entry.span.start.line(), entry.span.start.col(), name),
+                })
             }
             (Step::Index(index), YamlData::Sequence(items)) => items.get(*index).map(|item| (item, item)),
             _ => None,
