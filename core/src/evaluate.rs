@@ -164,7 +164,9 @@ pub fn evaluate(
         let by_metric: Map<_, _> =
             counts.iter().map(|(name, count)| ((*name).to_owned(), count.json().into())).collect();
         measured.insert("by_metric".to_owned(), by_metric.into());
-        for result in &mut results {
+        let sites = source.sites();
+        for (result, subject) in results.iter_mut().zip(subjects) {
+            measured.insert("site".to_owned(), sites[subject.site].name.as_str().into());
             result.insert(MEASURED.to_owned(), measured.clone().into());
         }
     }
@@ -375,7 +377,7 @@ fn origin_of(config: &Value) -> Map<String, Value> {
         }
     }
     let mut origin = Map::from_iter([("source".to_owned(), config["type"].clone())]);
-    for key in ["model", "submodule", "text", "path"] {
+    for key in ["model", "text", "path"] {
         let mut found = Vec::new();
         collect(config, key, &mut found);
         // A text's own path stands in the text.
