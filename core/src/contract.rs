@@ -458,7 +458,8 @@ fn has_what_selecting_trainers_need(component: &Component) {
         }
         let selected = code.features.not_equal(0.0);
         let other = (&code.features - candidates).masked_select(&selected);
-        SELECTS.check(&who, other.numel() == 0 || greatest(&other) < 1e-6, || {
+        let tolerance = 1e-5 * greatest(candidates).max(1e-9);
+        SELECTS.check(&who, other.numel() == 0 || greatest(&other) < tolerance, || {
             format!("selected features are not those in `post_relu`: they differ by {}", greatest(&other))
         });
     };
