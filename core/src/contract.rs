@@ -472,6 +472,13 @@ fn has_what_selecting_trainers_need(component: &Component) {
     let read = saved_and_read(&ANNEALS, &who, &*dictionary);
     let read = read.selection().unwrap_or_else(|| ANNEALS.broken(&who, "what is read back has no selection"));
     ANNEALS.same(&who, "k, read back,", read.k(), k + 1);
+    // As a resumed run does: into a dictionary that the config made.
+    let mut resumed = self::dictionary(component);
+    let tensors =
+        dictionary.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
+    ANNEALS.of(&who, resumed.load(&tensors, Path::new("checkpoint")));
+    let loaded = resumed.selection().map(Selection::k);
+    ANNEALS.same(&who, "k, loaded in place,", loaded, Some(k + 1));
 }
 
 fn saved_and_read(promise: &Promise, who: &str, dictionary: &dyn Dictionary) -> Box<dyn Dictionary> {
