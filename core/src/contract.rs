@@ -457,7 +457,8 @@ fn has_what_selecting_trainers_need(component: &Component) {
         }
         let selected = code.features.not_equal(0.0);
         let other = (&code.features - candidates).masked_select(&selected);
-        SELECTS.check(&who, other.numel() == 0 || greatest(&other) < 1e-6, || {
+        let tolerance = 1e-5 * greatest(candidates).max(1e-9);
+        SELECTS.check(&who, other.numel() == 0 || greatest(&other) < tolerance, || {
             format!("selected features are not those in `post_relu`: they differ by {}", greatest(&other))
         });
     };
@@ -470,6 +471,13 @@ fn has_what_selecting_trainers_need(component: &Component) {
     let read = saved_and_read(&ANNEALS, &who, &*dictionary);
     let read = read.selection().unwrap_or_else(|| ANNEALS.broken(&who, "what is read back has no selection"));
     ANNEALS.same(&who, "k, read back,", read.k(), k + 1);
+    // As a resumed run does: into a dictionary that the config made.
+    let mut resumed = self::dictionary(component);
+    let tensors =
+        dictionary.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
+    ANNEALS.of(&who, resumed.load(&tensors, Path::new("checkpoint")));
+    let loaded = resumed.selection().map(Selection::k);
+    ANNEALS.same(&who, "k, loaded in place,", loaded, Some(k + 1));
 }
 
 fn saved_and_read(promise: &Promise, who: &str, dictionary: &dyn Dictionary) -> Box<dyn Dictionary> {
