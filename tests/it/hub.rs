@@ -145,7 +145,7 @@ fn refused(server: &HubServer, desk: &Desk, token: Option<&str>) -> String {
     run.stderr
         .replace(&server.endpoint, "HUB")
         .lines()
-        .filter(|line| !line.starts_with(' '))
+        .filter(|line| !line.starts_with(" ") || line.starts_with(" --> "))
         .collect::<Vec<_>>()
         .join("\n")
 }
