@@ -176,7 +176,7 @@ promises! {
          submit a `SavedClass` of its class whose `shaped` gives tensors of the saved shapes";
     OTHER_WIDTH: "built for targets of another width than its input, it reconstructs that width",
         "size the decoder and its bias by `cx.output_dim`, or refuse other widths in `build`";
-    SCALES: "after `scale_biases(s)`, activations times s give features and reconstructions times s",
+    SCALES: "after `scale_biases(s)`, activations times s give reconstructions times s",
         "multiply by s in `scale_biases` all that is added to activations or compared with them: biases and thresholds \
          (`Selection::scale`); leave weights as they are";
 }
@@ -549,23 +549,21 @@ fn scaled_biases_take_scaled_activations(component: &Component) {
     let before = tch::no_grad(|| dictionary.reconstruct(&(&x / scale)));
     dictionary.scale_biases(scale);
     let after = tch::no_grad(|| dictionary.reconstruct(&x));
-    for (what, after, before) in
-        [("features", after.1, before.1 * scale), ("reconstructions", after.0, before.0 * scale)]
-    {
-        let off = greatest(&(&after - &before)) / greatest(&before).max(1e-9);
-        SCALES.check(&who, off < 1e-3, || {
-            let done = old.iter().zip(tensors(&*dictionary)).map(|((name, old), (_, new))| {
-                let done = match () {
-                    () if new == *old => "left as it was",
-                    () if new.allclose(&(old * scale), 1e-5, 1e-8, false) => "scaled",
-                    () => "changed otherwise",
-                };
-                format!("`{name}` was {done}")
-            });
-            let done = done.collect::<Vec<_>>().join(", ");
-            format!("{what} are off by {:.0}% after `scale_biases({scale})`; {done}", 100.0 * off)
+    // Not the features: a crosscoder's stay as they are, and its parts' scales take s.
+    let (after, before) = (after.0, before.0 * scale);
+    let off = greatest(&(&after - &before)) / greatest(&before).max(1e-9);
+    SCALES.check(&who, off < 1e-3, || {
+        let done = old.iter().zip(tensors(&*dictionary)).map(|((name, old), (_, new))| {
+            let done = match () {
+                () if new == *old => "left as it was",
+                () if new.allclose(&(old * scale), 1e-5, 1e-8, false) => "scaled",
+                () => "changed otherwise",
+            };
+            format!("`{name}` was {done}")
         });
-    }
+        let done = done.collect::<Vec<_>>().join(", ");
+        format!("reconstructions are off by {:.0}% after `scale_biases({scale})`; {done}", 100.0 * off)
+    });
 }
 
 fn sae(trainer: &Component) -> SaeConfig {
