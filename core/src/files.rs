@@ -104,7 +104,7 @@ pub(crate) fn forget(map: &Mmap, part: Range<usize>) {
 
 /// Whether these bytes are what Git LFS leaves in a file's place
 /// (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>); its first releases named another site.
-fn is_pointer(bytes: &[u8]) -> bool {
+pub fn is_pointer(bytes: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(bytes) else { return false };
     let mut lines = text.lines();
     let version = lines.next().unwrap_or_default();

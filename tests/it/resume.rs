@@ -251,7 +251,7 @@ fn branches_of_the_hub_that_move_on_are_read_as_they_were() {
     assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 1, "the new model is not fetched");
     // A run that begins anew reads what is there now.
     let said = desk.refused(&["train", "config.yaml", "--output-dir", "new"]);
-    assert!(said.contains("has no tensor `gpt_neox.embed_in.weight`"), "{said}");
+    assert!(said.contains("has neither `gpt_neox.embed_in.weight` nor `embed_out.weight`"), "{said}");
 }
 
 /// Waits for something that a run does.
@@ -369,7 +369,8 @@ fn small_disks_hold_what_matters_most() {
     };
     let run = desk.run(&["train", "config.yaml", "--output-dir", "disk/run"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    assert!(!run.stderr.contains("warning"), "{}", run.stderr);
+    let mut warnings = run.stderr.lines().filter(|line| line.starts_with("warning"));
+    assert!(warnings.all(|line| line.contains("the figures rest on")), "{}", run.stderr);
     same(&desk, "run", "disk/run");
     drop(disk);
 

@@ -458,8 +458,12 @@ mod tests {
     fn what_is_no_text_is_refused_by_name() {
         let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n";
         for (name, content, why) in [
-            ("a.jsonl", &pointer[..], "is a Git LFS pointer: run `git lfs pull`"),
-            ("a.parquet", &pointer[..], "is a Git LFS pointer: run `git lfs pull`"),
+            ("a.jsonl", &pointer[..], "this is a Git LFS pointer, not the file that it stands for; run `git lfs pull`"),
+            (
+                "a.parquet",
+                &pointer[..],
+                "this is a Git LFS pointer, not the file that it stands for; run `git lfs pull`",
+            ),
             ("a.jsonl", &packed("gz", b"{}\n"), "name that ends in .gz"),
             ("a.txt", &packed("zst", b"text"), "name that ends in .zst"),
             ("a.parquet", b"", "is not a whole parquet file"),

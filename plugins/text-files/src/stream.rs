@@ -317,8 +317,7 @@ fn decoded(mut content: Box<dyn Read + Send>, name: &str, is_local: bool) -> Res
 
 /// Why the first bytes of a file are not those of a text, if they are not.
 fn no_text(head: &[u8]) -> Option<String> {
-    const FOREIGN: [(&[u8], &str); 7] = [
-        (b"version https://git-lfs.github.com/spec/", "is a Git LFS pointer: run `git lfs pull`"),
+    const FOREIGN: [(&[u8], &str); 6] = [
         (b"\x1f\x8b", "is compressed: give it a name that ends in .gz"),
         (b"\x28\xb5\x2f\xfd", "is compressed: give it a name that ends in .zst"),
         (b"PAR1", "is a parquet file: give it a name that ends in .parquet"),
@@ -326,6 +325,10 @@ fn no_text(head: &[u8]) -> Option<String> {
         (b"\xff\xfe\0\0", "is UTF-32: write it as UTF-8"),
         (b"\0\0\xfe\xff", "is UTF-32: write it as UTF-8"),
     ];
+    // From a mirror of the Hub; files on disk were refused when they were opened.
+    if files::is_pointer(head) {
+        return Some("is a Git LFS pointer, not the file that it stands for".to_owned());
+    }
     if let Some((_, why)) = FOREIGN.iter().find(|(magic, _)| head.starts_with(magic)) {
         return Some((*why).to_owned());
     }
