@@ -156,7 +156,7 @@ impl Merged {
     }
 
     /// What variables say that set a value of this config: `DICTLEARN_SEED=7`.
-    pub(super) fn from_environment(&self, root: &Value, variables: &[(String, String)]) -> Vec<String> {
+    pub(super) fn environment_that_acts(&self, root: &Value, variables: &[(String, String)]) -> Vec<String> {
         let mut acting = BTreeSet::new();
         self.acting(root, &mut acting);
         let acts = |name: &String| acting.contains(name.as_str());

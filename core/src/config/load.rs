@@ -42,7 +42,7 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
         remove(&mut root, &spans::steps(&path));
         notes.push(format!("warning: {said}"));
     }
-    let acting = merged.from_environment(&root, &sources.variables);
+    let acting = merged.environment_that_acts(&root, &sources.variables);
     if !acting.is_empty() {
         notes.insert(0, format!("from the environment: {}", acting.join(", ")));
     }
