@@ -247,7 +247,7 @@ impl ConfigArgs {
 
 fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunConfig> {
     let config = config::load(&Sources { file: file.to_owned(), profile, set, variables: config::variables() })?;
-    config.written.notes().iter().for_each(|note| eprintln!("{}", config::printable(note)));
+    config.written.notes().iter().for_each(|note| crate::say!("{}", config::printable(note)));
     Ok(config)
 }
 
@@ -255,7 +255,7 @@ fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunCon
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     // libtorch's errors that no one foresaw, want of memory above all, arrive as panics.
-    std::panic::set_hook(Box::new(|panic| eprintln!("error: {}", unforeseen(panic))));
+    std::panic::set_hook(Box::new(|panic| crate::say!("error: {}", unforeseen(panic))));
     match std::panic::catch_unwind(|| registry::check().and_then(|()| run(cli.command))) {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => fail(error),
@@ -281,11 +281,11 @@ fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
 fn fail(error: anyhow::Error) -> ExitCode {
     match InputError::take(error) {
         Ok(input) => {
-            eprintln!("error: {}", config::printable(&input.to_string()));
+            crate::say!("error: {}", config::printable(&input.to_string()));
             ExitCode::from(2)
         }
         Err(other) => {
-            eprintln!("error: {}", config::printable(&format!("{other:#}")));
+            crate::say!("error: {}", config::printable(&format!("{other:#}")));
             ExitCode::from(1)
         }
     }
@@ -332,7 +332,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let interrupt = Interrupt::listen()?;
             match push.upload(hub::hub()?, message.as_deref(), private) {
                 Err(_) if interrupt.asked() => {
-                    eprintln!("stopped; nothing was committed");
+                    crate::say!("stopped; nothing was committed");
                     Ok(ExitCode::from(interrupt.status()))
                 }
                 done => {
@@ -349,7 +349,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::NewPlugin { kind: name_of_kind, name, out, dictlearn } => {
             new_plugin::write(kind(&name_of_kind)?, &name, &out, &dictlearn.unwrap_or_else(new_plugin::own_source))?;
-            eprintln!(
+            crate::say!(
                 "{} is written: there, `cargo test` tries it, and `cargo run --release -- train CONFIG.yaml` is dictlearn \
                  with it",
                 out.display()
@@ -390,11 +390,11 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
             Ok(ExitCode::SUCCESS)
         }
         Ending::Interrupted(step) => {
-            eprintln!("stopped after {step} steps; everything is saved, `--resume` goes on");
+            crate::say!("stopped after {step} steps; everything is saved, `--resume` goes on");
             Ok(ExitCode::from(interrupt.status()))
         }
         Ending::NotBegun => {
-            eprintln!("stopped before the first step; nothing is left to go on from");
+            crate::say!("stopped before the first step; nothing is left to go on from");
             Ok(ExitCode::from(interrupt.status()))
         }
     }
@@ -500,7 +500,7 @@ fn compare(places: &[PathBuf], sort: Option<&str>, json: bool, csv: bool) -> Res
     if let Some(key) = sort {
         comparison.sort(key)?;
     }
-    comparison.notes(&program()).iter().for_each(|note| eprintln!("{note}"));
+    comparison.notes(&program()).iter().for_each(|note| crate::say!("{note}"));
     print(&match (json, csv) {
         (true, _) => serde_json::to_string(&comparison.json())?,
         (_, true) => comparison.csv(),
@@ -635,7 +635,8 @@ fn measure(sae_dirs: &[&Path], config: &RunConfig) -> Result<Vec<Map<String, Val
         key,
         origin: evaluate::origin(measured.source)?,
         from_the_beginning: true,
-        say: &|message| eprintln!("{message}"),
+        overlap_is_known: false,
+        say: &|message| crate::say!("{message}"),
     };
     evaluate::evaluate(metrics, &subjects, &mut *source, &measuring)
 }
@@ -746,7 +747,7 @@ fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output: &Path) -> 
         }
     });
     tensors::write(output, &[("features", Tensor::cat(&features, 0)), ("recon", Tensor::cat(&recon, 0))])?;
-    eprintln!("{} activations encoded to {}", x.size()[0], output.display());
+    crate::say!("{} activations encoded to {}", x.size()[0], output.display());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -782,7 +783,7 @@ fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
                 ("tokens", column(|part| &part.ids)),
             ],
         )?;
-        eprintln!("written to {}", output.display());
+        crate::say!("written to {}", output.display());
     }
     let tokens: Vec<Value> = shown.iter().map(|part| part.tokens(args.top)).collect::<Result<Vec<_>>>()?.concat();
     if tokens.is_empty() {
@@ -889,7 +890,7 @@ fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<(Saved, Vec
             Some(_) => "the longest that the model takes",
             None => "`--set source.ctx_len=N` takes more",
         };
-        eprintln!("a text is cut to a context of {length} tokens; {more}");
+        crate::say!("a text is cut to a context of {length} tokens; {more}");
     }
     Ok((saved, shown))
 }
@@ -902,7 +903,7 @@ fn import(name: &str, request: &format::Request, out: Option<&Path>, list: Optio
         let width = shown.iter().map(|(offer, _)| offer.len()).max().unwrap_or(0);
         let line = |(offer, about): &&(String, String)| format!("{offer:width$}  {about}").trim_end().to_owned() + "\n";
         print(&config::printable(&shown.iter().map(line).collect::<String>()))?;
-        eprintln!("{} of {} names match", shown.len(), offers.len());
+        crate::say!("{} of {} names match", shown.len(), offers.len());
         return Ok(ExitCode::SUCCESS);
     }
     for dir in format::import(name, request, out)? {
@@ -927,7 +928,7 @@ fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dtype: harvest
     let mut source = source.map_err(|error| config.written.locate(error))?;
     let manifest = harvest::write(&mut *source, out, limit, dtype, &interrupt);
     let manifest = manifest.map_err(|error| config.written.locate(error))?;
-    eprintln!("{} activations written to {}", manifest.activations, out.display());
+    crate::say!("{} activations written to {}", manifest.activations, out.display());
     Ok(ExitCode::from(if manifest.complete { 0 } else { interrupt.status() }))
 }
 
@@ -958,7 +959,7 @@ fn list(name: Option<&str>) -> Result<ExitCode> {
         }
     }
     if text.is_empty() {
-        eprintln!("none are linked in");
+        crate::say!("none are linked in");
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
@@ -987,6 +988,6 @@ fn docs(out: &Path) -> Result<ExitCode> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         tensors::write_file(&path, page.as_bytes())?;
     }
-    eprintln!("{} pages written to {}", pages.len(), out.display());
+    crate::say!("{} pages written to {}", pages.len(), out.display());
     Ok(ExitCode::SUCCESS)
 }

@@ -1307,8 +1307,13 @@ fn measures_each_dictionary(component: &Component) {
         let both: Vec<Box<dyn Dictionary>> =
             components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
         let both: Vec<Subject> = both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
-        let measuring =
-            evaluate::Measuring { key: "source", origin: Map::new(), from_the_beginning: true, say: &|_| () };
+        let measuring = evaluate::Measuring {
+            key: "source",
+            origin: Map::new(),
+            from_the_beginning: true,
+            overlap_is_known: false,
+            say: &|_| (),
+        };
         let found = evaluate::evaluate(std::slice::from_ref(&metric), &both, &mut *source, &measuring);
         let found = MEASURES.of(&who, found);
         MEASURES.same(&who, "the number of dictionaries with figures", found.len(), 2);

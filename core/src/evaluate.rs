@@ -52,7 +52,7 @@ pub(crate) const ALL_READ: &str = "of which it left nothing unread: an `eval_sou
 
 /// Tells the user that SAEs are measured on what they were trained on.
 pub(crate) fn warn_of_overlap(shared: &str) {
-    eprintln!("warning: the metrics are measured on what the SAEs were trained on, {shared}");
+    crate::say!("warning: the metrics are measured on what the SAEs were trained on, {shared}");
 }
 
 /// Refuses metrics that cannot be computed on a source, before anything is trained for them.
@@ -111,6 +111,8 @@ pub struct Measuring<'a> {
     pub origin: Map<String, Value>,
     /// Whether each metric starts again from the beginning of the data, instead of where the one before it left the source.
     pub from_the_beginning: bool,
+    /// Whether the user knows already that the dictionaries are measured on what they were trained on.
+    pub overlap_is_known: bool,
     /// Gets a warning where there is too little data for a figure.
     pub say: &'a dyn Fn(&str),
 }
@@ -123,7 +125,8 @@ pub fn evaluate(
     source: &mut dyn ActivationSource,
     measuring: &Measuring,
 ) -> Result<Vec<Map<String, Value>>> {
-    let Measuring { key, origin, from_the_beginning, say } = measuring;
+    let Measuring { key, origin, from_the_beginning, overlap_is_known, say } = measuring;
+    let mut overlap_is_known = *overlap_is_known;
     let mut results = vec![Map::new(); subjects.len()];
     let mut counts: Vec<(&str, Count)> = Vec::new();
     check(metrics, source)?;
@@ -139,7 +142,8 @@ pub fn evaluate(
         let mut found = measure(source)?;
         if found.is_none() {
             source.rewind()?;
-            if !from_the_beginning && !source.is_endless() {
+            if !from_the_beginning && !source.is_endless() && !overlap_is_known {
+                overlap_is_known = true;
                 warn_of_overlap(&source.overlap(&source.describe()).unwrap_or(ALL_READ.to_owned()));
             }
             found = measure(source)?;

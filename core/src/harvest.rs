@@ -300,7 +300,7 @@ impl Writer {
             bail!(InputError::new("the source gave not one activation").help(help));
         }
         for note in notes {
-            eprintln!("{note}");
+            crate::say!("{note}");
         }
         let sites = self.sites.iter().zip(&self.tensors);
         let manifest = Manifest {

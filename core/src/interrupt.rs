@@ -49,14 +49,14 @@ impl Interrupt {
                 let again = seen.asked.swap(signal, Ordering::SeqCst) != 0;
                 let at_once = seen.at_once.load(Ordering::SeqCst);
                 if at_once && !again {
-                    eprintln!("\nstopped in the evaluation; what was trained is saved");
+                    crate::say!("\nstopped in the evaluation; what was trained is saved");
                 }
                 if at_once || again {
                     // SAFETY: ends the process and touches no memory. `exit` would run libtorch's destructors while its
                     // threads compute.
                     unsafe { libc::_exit(status(signal).into()) }
                 }
-                eprintln!("\nstopping after this step; interrupt again to quit now");
+                crate::say!("\nstopping after this step; interrupt again to quit now");
             }
         };
         thread::Builder::new().name("signals".to_owned()).spawn(listen).context("cannot listen to signals")?;

@@ -6,6 +6,15 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
+/// Prints a line to stderr, as `eprintln!` does. Whoever reads may have closed it (`2>&1 | head`), which is no reason to stop.
+#[macro_export]
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($words)*);
+    }};
+}
+
 /// How long a command without a terminal stays silent.
 const SILENCE: Duration = Duration::from_secs(10);
 
@@ -97,7 +106,7 @@ impl Progress {
                 let left = elapsed.mul_f64(last.saturating_sub(done) as f64 / (done - self.first).max(1) as f64);
                 format!("/{}, {} left", self.amount(last), HumanDuration(left))
             });
-            eprintln!("{} {}{of}{message}", self.unit, self.amount(done));
+            crate::say!("{} {}{of}{message}", self.unit, self.amount(done));
         }
     }
 
@@ -111,8 +120,8 @@ impl Progress {
     /// Says something without breaking the bar.
     pub fn say(&self, message: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{message}")),
-            None => eprintln!("{message}"),
+            Some(bar) => bar.suspend(|| crate::say!("{message}")),
+            None => crate::say!("{message}"),
         }
     }
 

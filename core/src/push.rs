@@ -107,7 +107,7 @@ impl Push {
         }
         let url = hub.upload(&self.repo, &self.files, &message, private)?;
         if left_out {
-            eprintln!(
+            crate::say!(
                 "the repository's own README.md stays; to replace it, put one into the SAE's folder \
                  (`--dry-run` prints the generated one)"
             );
@@ -305,7 +305,7 @@ fn absolute(json: &Value, key: &str) -> Vec<String> {
 
 fn warn_of_paths(file: &str, keys: &[String]) {
     if !keys.is_empty() {
-        eprintln!("warning: {file} is uploaded with paths of this machine in it: {}", keys.join(", "));
+        crate::say!("warning: {file} is uploaded with paths of this machine in it: {}", keys.join(", "));
     }
 }
 

@@ -96,13 +96,13 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
         first = step;
         if begun.as_ref().is_some_and(|(_, text)| *text == yaml) {
             if let Some(done) = run.already_done(config, run_dir, first)? {
-                eprintln!("the run is done already; --resume has nothing left to do");
+                crate::say!("the run is done already; --resume has nothing left to do");
                 return Ok(done);
             }
         }
-        eprintln!("resuming at step {step}");
+        crate::say!("resuming at step {step}");
     }
-    run.memory.lines().iter().for_each(|line| eprintln!("{line}"));
+    run.memory.lines().iter().for_each(|line| crate::say!("{line}"));
     let created = held.is_none();
     let before = entries(run_dir);
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
@@ -144,7 +144,7 @@ fn lock(run_dir: &Path) -> Result<fs::File> {
         }
         // Not every file system has locks.
         Err(fs::TryLockError::Error(error)) => {
-            eprintln!("warning: {} cannot be locked: {error}; let no other run write to it", run_dir.display());
+            crate::say!("warning: {} cannot be locked: {error}; let no other run write to it", run_dir.display());
             Ok(file)
         }
     }
@@ -295,7 +295,7 @@ impl Run {
             evaluate::warn_of_overlap(&shared);
         }
         if !adapted.is_empty() {
-            eprintln!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
+            crate::say!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
         }
         let norms = vec![1.0; sites.len()];
         let watches = sites.iter().map(|_| Watch::default()).collect();
@@ -322,7 +322,7 @@ impl Run {
             if *norm <= 0.0 || !norm.is_finite() {
                 bail!(InputError::new(format!("activations{at} cannot be normalised: their norm is {norm}")));
             }
-            eprintln!("activations{at} are divided by {norm:.4} while training");
+            crate::say!("activations{at} are divided by {norm:.4} while training");
         }
         for sae in &mut self.saes {
             // What is loaded takes activations as the model makes them.
@@ -721,7 +721,8 @@ impl Run {
             trained.iter().map(|sae| (sae.training.name.clone(), sae.site)).collect();
         let measured = Measured::own(config);
         let mut other = measured.map(|measured| measured.build(&config.source_cx(self.device))).transpose()?;
-        if other.is_none() && self.stream.passes() > 1 && !config.metrics.is_empty() {
+        let overlap_is_known = other.is_none() && self.stream.passes() > 1 && !config.metrics.is_empty();
+        if overlap_is_known {
             let source = self.stream.source_ref();
             evaluate::warn_of_overlap(&source.overlap(&source.describe()).unwrap_or(ALL_READ.to_owned()));
         }
@@ -739,6 +740,7 @@ impl Run {
             key: place.key,
             origin: evaluate::origin(place.source)?,
             from_the_beginning: measured.is_some(),
+            overlap_is_known,
             say: &say,
         };
         let results = evaluate::evaluate(&config.metrics, &subjects, source, &measuring)?;
@@ -819,7 +821,7 @@ impl Run {
         }
         let differences = self.machine.differences(&state.get("machine")?);
         if !differences.is_empty() {
-            eprintln!(
+            crate::say!(
                 "warning: the run was begun elsewhere ({}): it goes on, but not to the same bits as if it had stayed there",
                 differences.join(", ")
             );
@@ -888,7 +890,7 @@ fn usual_metrics(
         let metric = [metric];
         match fits(&metric, source)? {
             Ok(()) => metrics.extend(metric),
-            Err(error) => eprintln!(
+            Err(error) => crate::say!(
                 "warning: {} is not measured by default: {}; `metrics: [{{type: {}, batch_size: 1}}]` may do",
                 metric[0].typetag_name(),
                 error.message(),

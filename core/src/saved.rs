@@ -223,7 +223,7 @@ pub fn fitting(
     match others.len() {
         1 if inventory::iter::<SavedClass>.into_iter().any(|saved| saved.class == class) => {
             let other = others.remove(0);
-            eprintln!("warning: the class is said to be {class}, and the tensors are those of {}", other.class());
+            crate::say!("warning: the class is said to be {class}, and the tensors are those of {}", other.class());
             Ok(other)
         }
         _ => named,

@@ -857,3 +857,18 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
         assert!(problem.contains(what) && problem.contains("\nhelp: "), "{problem}");
     }
 }
+
+#[test]
+fn a_reader_of_stderr_that_leaves_changes_nothing() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    let code = |config: &str| {
+        let mut program = desk.program();
+        let mut child = program.args(["train", config]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stderr.take());
+        child.wait().unwrap().code()
+    };
+    assert_eq!(code("config.yaml"), Some(0));
+    assert!(desk.path("run/top_k/eval.json").exists());
+    assert_eq!(code("nowhere.yaml"), Some(2));
+}

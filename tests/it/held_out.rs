@@ -170,3 +170,50 @@ fn a_cache_of_activations_holds_rows_out() {
     let said = desk.refused(&["train", "bad.yaml", "--output-dir", "bad"]);
     assert!(said.contains("held_out") && said.contains("bad.yaml"), "{said}");
 }
+
+#[test]
+fn texts_that_share_a_file_are_warned_of() {
+    let desk = Desk::new();
+    for name in ["a", "b"] {
+        desk.write(
+            &format!("txt/{name}.txt"),
+            &format!("{} in {name}.\n\n", "It is a truth universally acknowledged").repeat(40),
+        );
+    }
+    std::os::unix::fs::symlink(desk.path("txt/b.txt"), desk.path("link.txt")).unwrap();
+    let austen = "{type: embedded, name: austen, split: held_out}";
+    let mix = format!("{{type: mix, streams: [{{weight: 1, text: {{type: text_files, path: txt/a.txt}}}}, {{weight: 1, text: {austen}}}]}}");
+    let warned = |text: &str, measured: &str| {
+        desk.write(
+            "config.yaml",
+            &format!(
+                "steps: 2\nsource: {{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, \
+                 n_ctxs: 16, out_batch_size: 16, text: {text}}}\neval_source: {{text: {measured}}}\n\
+                 saes: [{{trainer: {{type: top_k}}, dictionary: {{dict_size: 64, k: 4}}}}]\nmetrics: [{{type: reconstruction, n_batches: 1}}]\n"
+            ),
+        );
+        let run = desk.run(&["train", "config.yaml", "--output-dir", &format!("run{}", fastrand::u64(..))]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        run.stderr.matches("measured on what the SAEs were trained on").count()
+    };
+    let files = |path: &str| format!("{{type: text_files, path: '{path}'}}");
+    assert_eq!(warned(&files("txt/*.txt"), &files("txt/b.txt")), 1);
+    assert_eq!(warned(&files("txt"), &files("link.txt")), 1);
+    assert_eq!(warned(&mix, austen), 1);
+    assert_eq!(warned(&files("txt/a.txt"), &files("txt/b.txt")), 0);
+}
+
+#[test]
+fn an_overlap_is_said_once_for_all_metrics() {
+    let desk = Desk::new();
+    desk.write("a.txt", &"It is a truth universally acknowledged.\n\n".repeat(40));
+    desk.write(
+        "config.yaml",
+        "steps: 60\noutput_dir: run\nsource: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, \
+         n_ctxs: 16, out_batch_size: 16, text: {type: text_files, path: a.txt}}\n\
+         saes: [{trainer: {type: top_k}, dictionary: {dict_size: 64, k: 4}}]\n",
+    );
+    let run = desk.run(&["train", "config.yaml"]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    assert_eq!(run.stderr.matches("measured on what the SAEs were trained on").count(), 1, "{}", run.stderr);
+}

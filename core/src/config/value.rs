@@ -201,7 +201,7 @@ impl SaveSteps {
                 let part = |index: u64| 10f64.powf(-3.0 + 3.0 * index as f64 / last as f64);
                 // What is a whole step but for rounding stays one.
                 let step = |index: u64| (steps as f64 * part(index) * (1.0 + 1e-12)) as u64;
-                std::iter::once(0).chain((0..last.min(steps)).map(step)).collect()
+                std::iter::once(0).chain((0..last).map(step)).collect()
             }
         }
     }
@@ -250,7 +250,7 @@ impl JsonSchema for SaveSteps {
             {
                 "type": "object",
                 "properties": {
-                    "log": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "How many steps, step 0 among them."}
+                    "log": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "How many steps at most, step 0 among them: those that fall on the same step are one."}
                 },
                 "required": ["log"],
                 "additionalProperties": false

@@ -175,7 +175,7 @@ impl Client {
         let info = match (info, cached) {
             (Ok(info), _) => info,
             (Err(failure), Some(cached)) if failure.is_silence() => {
-                eprintln!(
+                dictlearn_core::say!(
                     "warning: the Hub cannot be asked for the {kind} `{repo}` ({failure}); the cache has it at commit {}, \
                      which is used",
                     cached.commit
@@ -349,7 +349,7 @@ impl Client {
         let lock = blob.with_extension("lock");
         let lock = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
         if lock.try_lock().is_err() {
-            eprintln!("another program is fetching {path} of `{repo}`; waiting for it");
+            dictlearn_core::say!("another program is fetching {path} of `{repo}`; waiting for it");
             lock.lock().context("cannot wait for the other program")?;
         }
         if !blob.exists() {

@@ -154,7 +154,7 @@ impl From<io::Error> for Failure {
 pub fn pause(what: &str, failure: &Failure, milliseconds: u64) {
     let pause = failure.pause.unwrap_or(Duration::from_millis(milliseconds)).min(LONGEST);
     if pause >= Duration::from_secs(1) {
-        eprintln!("{what}: {failure}; trying again in {} s", pause.as_secs());
+        dictlearn_core::say!("{what}: {failure}; trying again in {} s", pause.as_secs());
     }
     let until = Instant::now() + pause;
     while Instant::now() < until && !interrupt::asked() {

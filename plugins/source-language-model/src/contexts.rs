@@ -179,7 +179,7 @@ impl Contexts {
                 let says = tokenizer_config.get(format!("add_{key}_token")).and_then(Value::as_bool);
                 let does = token.is_some_and(|token| place.contains(&token));
                 if says.is_some_and(|says| says != does) {
-                    eprintln!(
+                    dictlearn_core::say!(
                         "warning: the tokenizer_config.json of {name} says `add_{key}_token: {}`, but its tokenizer.json \
                          adds {} {}; tokenizer.json is followed, as in transformers 5 (4 follows the other for some \
                          classes); `prepend_bos` on the source overrides both",
@@ -194,7 +194,7 @@ impl Contexts {
                     let known = self.tokenizer.as_ref().zip(u32::try_from(id).ok());
                     known.and_then(|(tokenizer, id)| tokenizer.id_to_token(id)).unwrap_or_else(|| id.to_string())
                 };
-                eprintln!(
+                dictlearn_core::say!(
                     "warning: the tokenizer.json of {name} begins a text with `{}`, but its tokenizer_config.json names \
                      `{}` as BOS; tokenizer.json is followed, as in transformers; `prepend_bos: true` on the source \
                      takes the other",
@@ -204,7 +204,7 @@ impl Contexts {
             }
         }
         if self.cx.pack && eos.is_none() && self.bos.is_none() && before.is_empty() && after.is_empty() {
-            eprintln!(
+            dictlearn_core::say!(
                 "warning: documents are packed with nothing between them: the files of {name} name no end-of-text token; \
                  add `eos_token` to its tokenizer_config.json, or `eos_token_id` to its config.json"
             );
@@ -307,7 +307,7 @@ impl Contexts {
                             .help("use a model that is made for chats, or a text")
                     })?;
                     if template.is_dated() && !std::mem::replace(&mut self.cx.date_is_chosen, true) {
-                        eprintln!(
+                        dictlearn_core::say!(
                             "the chat template writes today's date, {today}, into chats; `chat_date: {today}` on the \
                              source gives the same text on another day",
                             today = self.cx.today

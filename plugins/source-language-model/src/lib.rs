@@ -578,6 +578,19 @@ impl Harvest {
 }
 
 impl LanguageModelSource {
+    /// A file that this text and the one of that config both read. One that cannot be opened (any more) shares none.
+    fn shared_file(&self, theirs: &Value) -> Option<String> {
+        if self.text_files.is_empty() || !names_files(theirs) {
+            return None;
+        }
+        let theirs: Box<dyn TextConfig> = serde_json::from_value(theirs.clone()).ok()?;
+        let real = |files: BTreeMap<String, u64>| -> BTreeSet<std::path::PathBuf> {
+            files.keys().filter_map(|file| std::fs::canonicalize(file).ok()).collect()
+        };
+        let (own, theirs) = (real(self.text_files.clone()), real(theirs.build().ok()?.files()));
+        own.intersection(&theirs).next().map(|file| file.display().to_string())
+    }
+
     /// What each site has of a row of every column.
     fn activations(&self, columns: &[Tensor]) -> Activations {
         let part = |part: &Part| part.of(&columns[self.column(part)]);
@@ -627,6 +640,25 @@ impl LanguageModelSource {
             }
         }
         Ok(buffer)
+    }
+}
+
+/// Whether a text's config is another's, or that of one of the texts that it mixes.
+fn is_part_of(part: &Value, whole: &Value) -> bool {
+    part == whole
+        || match whole {
+            Value::Object(fields) => fields.values().any(|value| is_part_of(part, value)),
+            Value::Array(items) => items.iter().any(|item| is_part_of(part, item)),
+            _ => false,
+        }
+}
+
+/// Whether a text's config names files of this machine.
+fn names_files(config: &Value) -> bool {
+    match config {
+        Value::Object(fields) => fields.iter().any(|(name, value)| name == "path" || names_files(value)),
+        Value::Array(items) => items.iter().any(names_files),
+        _ => false,
     }
 }
 
@@ -719,8 +751,13 @@ impl ActivationSource for LanguageModelSource {
     }
 
     fn overlap(&self, trained: &Value) -> Option<String> {
-        (!self.settings["text"].is_null() && self.settings["text"] == trained["text"])
-            .then(|| "the same text: an `eval_source` with a `text` of its own keeps the two apart".to_owned())
+        let (own, theirs) = (&self.settings["text"], &trained["text"]);
+        let same = !own.is_null() && (is_part_of(own, theirs) || is_part_of(theirs, own));
+        let keep_apart = ": an `eval_source` with a `text` of its own keeps the two apart";
+        if same {
+            return Some(format!("the same text{keep_apart}"));
+        }
+        self.shared_file(theirs).map(|file| format!("the file {file} among others{keep_apart}"))
     }
 
     fn state(&self) -> Result<State> {
@@ -784,7 +821,7 @@ impl ActivationSource for LanguageModelSource {
             ];
             let starts: VecDeque<(i64, Place)> = state.get("starts")?;
             if let Some(start) = starts.front() {
-                eprintln!("running the model over the text again, for what is in the buffer");
+                dictlearn_core::say!("running the model over the text again, for what is in the buffer");
                 let columns = self.harvest.replay(&Tensor::cat(&parts, 0), *start)?;
                 let split = [parts[0].size()[0], parts[1].size()[0]];
                 for mut column in columns.into_iter().map(|column| column.split_with_sizes(split, 0)) {
