@@ -70,6 +70,9 @@ enum Command {
         /// Print one JSON object instead of a table; of several SAEs a list of objects, each with its path as `sae`.
         #[arg(long)]
         json: bool,
+        /// Write the figures to each SAE's eval.json too.
+        #[arg(long)]
+        save: bool,
     },
     /// Compare the SAEs of runs: what their configs differ in, and what was measured of them.
     Compare {
@@ -306,7 +309,7 @@ fn print(text: &str) -> Result<()> {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Train { config, output_dir, resume, dry_run } => train(&config, output_dir, resume, dry_run),
-        Command::Eval { places, config, set, json } => eval(&places, config, &set, json),
+        Command::Eval { places, config, set, json, save } => eval(&places, config, &set, json, save),
         Command::Compare { places, sort, json, csv } => compare(&places, sort.as_deref(), json, csv),
         Command::Doctor { json } => doctor(json),
         Command::Activations { config, out, limit, dtype } => activations(&config, &out, limit, dtype),
@@ -400,7 +403,7 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
     }
 }
 
-fn eval(places: &[PathBuf], config: Option<PathBuf>, set: &[String], json: bool) -> Result<ExitCode> {
+fn eval(places: &[PathBuf], config: Option<PathBuf>, set: &[String], json: bool, save: bool) -> Result<ExitCode> {
     // What is wrong with an SAE is said before what is wrong with a config.
     let mut dirs: Vec<PathBuf> = Vec::new();
     for place in places {
@@ -432,28 +435,51 @@ fn eval(places: &[PathBuf], config: Option<PathBuf>, set: &[String], json: bool)
             None => groups.push((file, alike, config, vec![index])),
         }
     }
-    let names = saved::labels(&dirs);
-    let mut results: Vec<Map<String, Value>> = vec![Map::new(); dirs.len()];
+    let mut results: Vec<Option<Map<String, Value>>> = vec![None; dirs.len()];
+    // What can be measured is measured and shown, whatever is wrong with the others.
+    let mut failed = None;
     for (_, _, config, members) in &groups {
-        let own: Vec<&Path> = members.iter().map(|index| dirs[*index].as_path()).collect();
-        let found = measure(&own, config).map_err(|error| config.written.locate(error))?;
-        for (index, result) in members.iter().zip(found) {
-            results[*index] = result;
+        let mut measured = |members: &[usize]| {
+            let own: Vec<&Path> = members.iter().map(|index| dirs[*index].as_path()).collect();
+            let found = measure(&own, config)?;
+            members.iter().zip(found).for_each(|(index, result)| results[*index] = Some(result));
+            anyhow::Ok(())
+        };
+        let Err(error) = measured(members) else { continue };
+        crate::interrupt::check()?;
+        failed.get_or_insert(config.written.locate(error));
+        if members.len() > 1 {
+            // One of them may be the cause.
+            for index in members {
+                let _ = measured(&[*index]);
+                crate::interrupt::check()?;
+            }
         }
     }
+    let one = dirs == places && dirs.len() == 1;
+    let names = saved::labels(&dirs);
+    let all = dirs.into_iter().zip(names).zip(results);
+    let found: Vec<((PathBuf, String), Map<String, Value>)> =
+        all.filter_map(|(sae, result)| Some((sae, result?))).collect();
+    if save {
+        found.iter().try_for_each(|((dir, _), result)| evaluate::write(dir, result))?;
+    }
     if !json {
-        print(&evaluate::table(&names.into_iter().zip(results).collect::<Vec<_>>()))?;
-    } else if dirs == places && dirs.len() == 1 {
-        print(&serde_json::to_string(&results[0])?)?;
+        let rows: Vec<_> = found.into_iter().map(|((_, name), result)| (name, result)).collect();
+        if !rows.is_empty() {
+            print(&evaluate::table(&rows))?;
+        }
+    } else if one && failed.is_none() {
+        print(&serde_json::to_string(&found[0].1)?)?;
     } else {
-        let named = |(dir, result): (&PathBuf, Map<String, Value>)| {
+        let named = |((dir, _), result): ((PathBuf, String), Map<String, Value>)| {
             let name = ("sae".to_owned(), dir.display().to_string().into());
             std::iter::once(name).chain(result).collect::<Map<_, _>>()
         };
-        let all: Vec<Map<String, Value>> = dirs.iter().zip(results).map(named).collect();
+        let all: Vec<Map<String, Value>> = found.into_iter().map(named).collect();
         print(&serde_json::to_string(&all)?)?;
     }
-    Ok(ExitCode::SUCCESS)
+    failed.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
 /// The keys of a config that measuring an SAE depends on.

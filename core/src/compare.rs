@@ -42,7 +42,11 @@ impl Comparison {
         let read = |(dir, name): (PathBuf, String)| {
             let config = flat(&saved::read_json(&dir.join("config.json"))?);
             let figures = dir.join("eval.json");
-            let figures = match figures.exists().then(|| saved::read_json(&figures)).transpose()? {
+            let again = |error| match InputError::take(error) {
+                Ok(error) => error.help("remove it, or measure the SAE again (`dictlearn eval SAE_DIR --save`)").into(),
+                Err(error) => error,
+            };
+            let figures = match figures.exists().then(|| saved::read_json(&figures).map_err(again)).transpose()? {
                 None => Map::new(),
                 Some(Value::Object(figures)) => figures,
                 Some(_) => bail!(InputError::new(format!("{} is not an object of figures", figures.display()))
@@ -102,10 +106,9 @@ impl Comparison {
         if let Some(first) = missing.first() {
             let dir = shell_quoted(&first.dir.display().to_string());
             notes.push(format!(
-                "{} of {} SAEs have no eval.json; this makes one: {program} eval {dir} --json > {}",
+                "{} of {} SAEs have no eval.json; this makes one: {program} eval {dir} --save",
                 missing.len(),
-                self.saes.len(),
-                shell_quoted(&first.dir.join("eval.json").display().to_string())
+                self.saes.len()
             ));
         }
         let rows = self.rows();

@@ -750,7 +750,27 @@ fn runs_are_compared_in_one_table() {
     assert!(said.contains("did you mean `frac_alive`?") && said.contains("sort by one of: "), "{said}");
     assert!(desk.refused(&["compare", "nowhere"]).contains("nowhere does not exist"));
     fs::write(desk.path("run/standard/eval.json"), "{\"l0\":").unwrap();
-    assert!(desk.refused(&["compare", "run"]).contains("run/standard/eval.json: not JSON"));
+    let said = desk.refused(&["compare", "run"]);
+    assert!(said.contains("run/standard/eval.json: not JSON") && said.contains("--save"), "{said}");
+    desk.ok(&["eval", "run/standard", "--save"]);
+    desk.ok(&["compare", "run"]);
+}
+
+#[test]
+fn what_can_be_measured_is_shown_whatever_is_wrong_with_the_rest() {
+    let desk = Desk::new();
+    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    desk.ok(&["train", "config.yaml", "--output-dir", "runs/a"]);
+    desk.ok(&["train", "config.yaml", "--output-dir", "runs/b", "--set", "seed=7"]);
+    fs::write(desk.path("runs/a/top_k/ae.safetensors"), "").unwrap();
+    let run = desk.run(&["eval", "runs"]);
+    assert_eq!(run.code, 2, "{}", run.stderr);
+    assert!(run.stderr.contains("runs/a/top_k/ae.safetensors"), "{}", run.stderr);
+    assert!(
+        run.stdout.contains("a/standard") && run.stdout.contains("b/top_k") && !run.stdout.contains("a/top_k"),
+        "{}",
+        run.stdout
+    );
 }
 
 #[test]

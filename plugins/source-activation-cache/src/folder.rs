@@ -1,9 +1,9 @@
 //! A folder of activations: shards checked against the manifest, rows read from them.
 
-use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use dictlearn_core::files;
 use dictlearn_core::harvest::{hash_of_file, shards_in, Manifest, Shard, TOKENS};
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
@@ -167,7 +167,7 @@ fn open_shard(path: &Path, shard: &Shard, columns: &[Column]) -> Result<TensorFi
     if !path.exists() {
         bail!(refused("the shard is missing".to_owned()));
     }
-    let bytes = fs::metadata(path).map_err(|error| refused(error.to_string()))?.len();
+    let bytes = files::open(path)?.metadata().map_err(|error| refused(error.to_string()))?.len();
     if bytes != shard.bytes {
         bail!(refused(format!("the shard has {bytes} bytes, but meta.json says {}", shard.bytes)));
     }
