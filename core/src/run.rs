@@ -233,6 +233,7 @@ impl Run {
             );
         }
         check_save_steps(config, &mut mistakes);
+        check_stop_after(config, &mut mistakes);
         let device = config.device.device().map_err(anyhow::Error::from).under("device");
         // What is built where it cannot be is thrown away again.
         let device = mistakes.keep(device)?.unwrap_or(Device::Cpu);
@@ -248,6 +249,8 @@ impl Run {
             if let Some(other) = &mut eval_source {
                 mistakes.keep(evaluate::check(&config.metrics, &mut **other))?;
             }
+            adapt(config, None, begun);
+            check_without_source(config, &mut mistakes)?;
             mistakes.into_result()?;
             bail!("the source could not be built");
         };
@@ -876,6 +879,48 @@ fn check_save_steps(config: &RunConfig, mistakes: &mut Mistakes) {
                 .help("leave it out, or write `save_steps: {log: N}`, which follows the length of the run"),
         );
     }
+}
+
+/// Refuses to stop after the end.
+fn check_stop_after(config: &RunConfig, mistakes: &mut Mistakes) {
+    if let Some(stop) = config.stop_after.filter(|stop| *stop > config.steps) {
+        mistakes.add(
+            InputError::new(format!("`stop_after` is {stop}, but the run has only {} steps", config.steps))
+                .field("stop_after")
+                .help("leave it out, or set it to `steps` or less"),
+        );
+    }
+}
+
+/// Widths of the made-up activations on which SAEs are checked when the source could not be built.
+const MADE_UP: [i64; 2] = [8, 16];
+
+/// Adds the mistakes of SAEs that no source would mend: those that are the same at two widths. Errors that depend on the
+/// source differ there, at the least by the width that they name.
+fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<()> {
+    for (entry, sae) in config.saes.iter().enumerate() {
+        let found = |width: i64| -> Result<Vec<InputError>> {
+            interrupt::check()?;
+            let cx = TrainingCx {
+                widths: (width, width),
+                parts: Vec::new(),
+                steps: config.steps,
+                seed: sae.seed.unwrap_or(config.seed),
+                device: Device::Cpu,
+                precision: Precision::Float32,
+            };
+            let built = Training::new(sae, &cx).map(drop).under(format_args!("saes[{entry}]"));
+            // What fails otherwise may fail for want of the source.
+            let errors = built.err().and_then(|error| InputError::take(error).ok());
+            Ok(errors.map_or_else(Vec::new, InputError::each))
+        };
+        let [narrow, wide] = MADE_UP;
+        let (first, second) = (found(narrow)?, found(wide)?);
+        let same = |one: &InputError, other: &InputError| one.message() == other.message() && one.key() == other.key();
+        let both = first.into_iter().filter(|one| second.iter().any(|other| same(one, other)));
+        both.for_each(|one| mistakes.add(one));
+    }
+    Ok(())
 }
 
 /// The default metrics that a source allows and for which there is memory.

@@ -261,6 +261,11 @@ fn wrong_configs() {
     case("a wrong value in a sweep", format!("{SOURCE}{SAES}  sweep: {{trainer.lr: [1e-3, slow]}}\n"));
     case("not YAML", "source: {type: tensor_file\nsteps: 3\n".to_owned());
     case("a tab", "source:\n\ttype: tensor_file\n".to_owned());
+    case("a tab in a later line", "source:\n  type: synthetic\n\tseed: 3\n".to_owned());
+    case("a tab after a scalar", "steps: 10\n\tsource: x\n".to_owned());
+    case("a tab after spaces", "source:\n  type: synthetic\n  \tfoo: 1\n".to_owned());
+    case("a whole number beyond 64 bits", format!("{SOURCE}{SAES}seed: 99999999999999999999999\n"));
+    case("a stop after the end", format!("steps: 50\nstop_after: 500\n{SOURCE}{SAES}"));
     case("the same key twice", format!("{SOURCE}{SAES}steps: 3\nsteps: 4\n"));
     case("the same key twice in a flow map", format!("{SOURCE}saes: [{{trainer: {{type: top_k, lr: 1, lr: 2}}}}]\n"));
     case("a glob without quotes", format!("source: {{type: tensor_file, path: *.npy}}\n{SAES}"));
@@ -506,6 +511,80 @@ fn the_merged_config_trains_the_same_run() {
     assert_eq!(weights("one"), weights("two"));
     let settings = |run: &str| desk.read(&format!("{run}/config.yaml")).replace(&format!("/{run}\n"), "/RUN\n");
     assert_eq!(settings("one"), settings("two"));
+}
+
+#[test]
+fn byte_order_marks_are_skipped() {
+    let desk = desk();
+    let plain = format!("steps: 10\n{SOURCE}{SAES}");
+    desk.write("plain.yaml", &plain);
+    desk.write("marked.yaml", &format!("\u{feff}{plain}"));
+    desk.write("including.yaml", "\u{feff}include: marked.yaml\n");
+    let merged = |config: &str| desk.ok(&["train", config, "--output-dir", "run", "--dry-run"]);
+    for config in ["marked.yaml", "including.yaml"] {
+        assert_eq!(merged(config), merged("plain.yaml"));
+    }
+    // Places are those of the text behind it.
+    let said = refusal(&desk, &format!("\u{feff}setps: 1\n{SOURCE}{SAES}"), &[], &[]);
+    assert!(said.contains("mine.yaml:1:1 (setps)"), "{said}");
+}
+
+#[test]
+fn errors_name_the_argument_that_was_typed() {
+    let desk = desk();
+    let said = refusal(&desk, &format!("{SOURCE}{SAES}"), &["--set", "saes[0].seed=99999999999999999999999"], &[]);
+    let place = "error: `saes[0].seed` is 99999999999999999999999, which is out of range\n \
+                 --> --set saes[0].seed=99999999999999999999999 (saes[0].seed)\n";
+    assert!(said.starts_with(place), "{said}");
+    // What is missing from a list that is given whole.
+    let set = "saes=[{trainer: {type: top_k}}]";
+    let said = refusal(&desk, &format!("{SOURCE}{SAES}"), &["--set", set], &[]);
+    assert!(said.contains(&format!("\n --> --set {set} (saes[0].dictionary)\n")), "{said}");
+    // What `eval_source` takes from `source`.
+    let other = format!("{SOURCE}eval_source: {{shuffle: false}}\n{SAES}");
+    let said = refusal(&desk, &other, &["--set", "source.batch_size=0"], &[]);
+    assert_eq!(errors(&said).len(), 1, "{said}");
+    assert!(said.contains("--set source.batch_size=0 (source.batch_size)"), "{said}");
+}
+
+/// A run on the bundled model, with its own SAE.
+const LM: &str =
+    "steps: 1000\nsource:\n  type: language_model\n  model: embedded:austen\n  submodule: gpt_neox.layers.2\n  \
+                  text: {type: embedded, name: austen}\n  ctx_len: 64\n  n_ctxs: 64\n  out_batch_size: 256\n\
+                  saes:\n- trainer: {type: top_k}\n  dictionary: {type: top_k, dict_size: 256, k: 16}\n";
+
+#[test]
+fn mistakes_of_source_and_saes_are_reported_together() {
+    let desk = desk();
+    let keys = |sets: &[&str]| {
+        let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
+        let said = refusal(&desk, LM, &args, &[]);
+        let key = |line: &str| line.rsplit_once('(').unwrap().1.trim_end_matches(')').to_owned();
+        let mut keys: Vec<String> = said.lines().filter(|line| line.starts_with(" --> ")).map(key).collect();
+        keys.sort();
+        keys
+    };
+    assert_eq!(
+        keys(&[
+            "saes[0].trainer.warmup_steps=5000",
+            "source.submodule=gpt_neox.layers.9",
+            "source.ctx_len=1000",
+            "source.out_batch_size=100000",
+        ]),
+        ["saes[0].trainer.warmup_steps", "source.ctx_len", "source.out_batch_size", "source.submodule"]
+    );
+    let text = "source.text={type: text_files, path: nothere.txt}";
+    assert_eq!(
+        keys(&[text, "source.submodule=gpt_neox.layers.9", "saes[0].dictionary.k=999"]),
+        ["saes[0].dictionary.k", "source.submodule", "source.text.path"]
+    );
+    assert_eq!(
+        keys(&["source.submodule=[gpt_neox.layers.8, gpt_neox.layers.1, gpt_neox.layers.9]"]),
+        ["source.submodule[0]", "source.submodule[2]"]
+    );
+    // How many features follow from the width, which is not known then.
+    let unknown = "saes[0].dictionary={type: top_k, expansion_factor: 4, k: 200}";
+    assert_eq!(keys(&["source.submodule=gpt_neox.layers.9", unknown]), ["source.submodule"]);
 }
 
 /// The errors that a run is refused with.

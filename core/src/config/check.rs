@@ -108,7 +108,14 @@ impl<'a> Check<'a> {
                 }
             }
         }
-        error.at(spans::locate(origin, text, &path_in_file(&written), key), &*written)
+        // What `eval_source` takes from `source` was typed for that.
+        let typed = match origin {
+            Origin::Set(text) => text.trim_start().starts_with("source"),
+            Origin::Variable(name) => name.starts_with("DICTLEARN_SOURCE"),
+            Origin::File(..) => false,
+        };
+        let path = written.strip_prefix("eval_").filter(|_| typed).unwrap_or(&written);
+        error.at(spans::locate(origin, text, &path_in_file(path), key), path)
     }
 
     /// The path with the numbers that SAEs have in the file.

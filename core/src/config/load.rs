@@ -189,11 +189,14 @@ fn expand_saes(root: &mut Dict, merged: &Merged, mistakes: &mut Mistakes) -> Vec
 fn fill(sae: &mut Dict) {
     let Some(trainer) = sae.get("trainer").and_then(|trainer| trainer.find_ref("type")).cloned() else { return };
     let Some(name) = trainer.as_str().map(str::to_owned) else { return };
+    let tag = trainer.tag();
     sae.entry("name".to_owned()).or_insert(trainer);
     let usual = component(Kind::Trainer, &name).and_then(|trainer| trainer.usual_dictionary);
-    let dictionary = sae.entry("dictionary".to_owned()).or_insert_with(|| Value::from(Dict::new()));
-    if let (Value::Dict(_, dictionary), Some(usual)) = (dictionary, usual) {
-        dictionary.entry("type".to_owned()).or_insert_with(|| Value::from(usual));
+    // What is missing from the dictionary is missing where the trainer was written, unless the dictionary was written too.
+    let dictionary = sae.entry("dictionary".to_owned()).or_insert_with(|| Value::Dict(tag, Dict::new()));
+    if let (Value::Dict(own, dictionary), Some(usual)) = (dictionary, usual) {
+        let tag = *own;
+        dictionary.entry("type".to_owned()).or_insert_with(|| Value::String(tag, usual.to_owned()));
     }
 }
 
