@@ -243,10 +243,22 @@ impl ConfigArgs {
     fn load(&self) -> Result<RunConfig> {
         load(&self.config, self.profile.clone(), self.set.clone())
     }
+
+    /// The same for a run. An error has what is wrong with its parts too.
+    fn load_to_train(&self) -> Result<RunConfig> {
+        load_from(&Sources {
+            file: self.config.clone(),
+            profile: self.profile.clone(),
+            set: self.set.clone(),
+            variables: config::variables(),
+            builds_rest: true,
+            ..Sources::default()
+        })
+    }
 }
 
 fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunConfig> {
-    load_from(&Sources { file: file.to_owned(), profile, set, variables: config::variables(), eval_follows: false })
+    load_from(&Sources { file: file.to_owned(), profile, set, variables: config::variables(), ..Sources::default() })
 }
 
 fn load_from(sources: &Sources) -> Result<RunConfig> {
@@ -365,7 +377,7 @@ fn run(command: Command) -> Result<ExitCode> {
 }
 
 fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: bool) -> Result<ExitCode> {
-    let mut config = args.load()?;
+    let mut config = args.load_to_train()?;
     if let Some(dir) = output_dir {
         config.output_dir = Some(std::path::absolute(dir)?.into());
     }
@@ -472,6 +484,7 @@ fn load_to_measure(file: &Path, set: &[String]) -> Result<RunConfig> {
         set: set.to_vec(),
         variables: config::variables(),
         eval_follows: true,
+        ..Sources::default()
     })?;
     let first = |set: &str| set.split(['.', '[', '=']).next().unwrap_or_default().trim().to_owned();
     if let Some(other) = set.iter().find(|set| !MEASURING.contains(&first(set).as_str())) {

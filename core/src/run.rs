@@ -848,6 +848,10 @@ pub fn stopped_error(stops: Vec<String>) -> InputError {
     )
 }
 
+fn trainer_field(entry: usize, field: &str) -> String {
+    format!("saes[{entry}].trainer.{field}")
+}
+
 /// Adapts the defaults of trainers that nobody wrote to the length of the run, or takes them from the config of the run that is
 /// resumed. Returns what it changed.
 fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -> Vec<String> {
@@ -856,7 +860,7 @@ fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -
     let mut adapted: Vec<String> = Vec::new();
     let RunConfig { saes, written, steps, .. } = config;
     for (entry, sae) in saes.iter_mut().enumerate() {
-        let says = |field: &str| written.says(&format!("saes[{entry}].trainer.{field}"));
+        let says = |field: &str| written.says(&trainer_field(entry, field));
         let begun = begun.as_ref().and_then(|begun| begun.get("saes")?.get(entry)?.get("trainer"));
         let mut length = RunLength::new(*steps, batch_size, &says, begun);
         sae.trainer.adapt(&mut length);
@@ -899,27 +903,50 @@ const MADE_UP: [i64; 2] = [8, 16];
 /// source differ there, at the least by the width that they name.
 fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<()> {
     for (entry, sae) in config.saes.iter().enumerate() {
-        let found = |width: i64| -> Result<Vec<InputError>> {
-            interrupt::check()?;
-            let cx = TrainingCx {
-                widths: (width, width),
-                parts: Vec::new(),
-                steps: config.steps,
-                seed: sae.seed.unwrap_or(config.seed),
-                device: Device::Cpu,
-                precision: Precision::Float32,
-            };
-            let built = Training::new(sae, &cx).map(drop).under(format_args!("saes[{entry}]"));
-            // What fails otherwise may fail for want of the source.
-            let errors = built.err().and_then(|error| InputError::take(error).ok());
-            Ok(errors.map_or_else(Vec::new, InputError::each))
-        };
-        let [narrow, wide] = MADE_UP;
-        let (first, second) = (found(narrow)?, found(wide)?);
-        let same = |one: &InputError, other: &InputError| one.message() == other.message() && one.key() == other.key();
-        let both = first.into_iter().filter(|one| second.iter().any(|other| same(one, other)));
-        both.for_each(|one| mistakes.add(one));
+        check_sae_without_source(sae, entry, (config.steps, config.seed), mistakes)?;
     }
+    Ok(())
+}
+
+/// The same for one SAE, and before for the defaults that it leaves out; `says` tells which keys are written.
+pub(crate) fn check_part(
+    sae: &mut SaeConfig,
+    entry: usize,
+    (steps, seed): (u64, u64),
+    says: &dyn Fn(&str) -> bool,
+    mistakes: &mut Mistakes,
+) -> Result<()> {
+    let says = |field: &str| says(&trainer_field(entry, field));
+    sae.trainer.adapt(&mut RunLength::new(steps, None, &says, None));
+    check_sae_without_source(sae, entry, (steps, seed), mistakes)
+}
+
+fn check_sae_without_source(
+    sae: &SaeConfig,
+    entry: usize,
+    (steps, seed): (u64, u64),
+    mistakes: &mut Mistakes,
+) -> Result<()> {
+    let found = |width: i64| -> Result<Vec<InputError>> {
+        interrupt::check()?;
+        let cx = TrainingCx {
+            widths: (width, width),
+            parts: Vec::new(),
+            steps,
+            seed: sae.seed.unwrap_or(seed),
+            device: Device::Cpu,
+            precision: Precision::Float32,
+        };
+        let built = Training::new(sae, &cx).map(drop).under(format_args!("saes[{entry}]"));
+        // What fails otherwise may fail for want of the source.
+        let errors = built.err().and_then(|error| InputError::take(error).ok());
+        Ok(errors.map_or_else(Vec::new, InputError::each))
+    };
+    let [narrow, wide] = MADE_UP;
+    let (first, second) = (found(narrow)?, found(wide)?);
+    let same = |one: &InputError, other: &InputError| one.message() == other.message() && one.key() == other.key();
+    let both = first.into_iter().filter(|one| second.iter().any(|other| same(one, other)));
+    both.for_each(|one| mistakes.add(one));
     Ok(())
 }
 

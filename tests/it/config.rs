@@ -400,10 +400,10 @@ fn later_layers_win() {
     let own = says(12, &keys[2..]);
     let profile: String = says(13, &keys[3..]).lines().map(|line| format!("    {line}\n")).collect();
     desk.write("mine.yaml", &format!("include: base.yaml\n{own}{SOURCE}{SAES}profiles:\n  quick:\n{profile}"));
-    let args = ["--profile", "quick", "--set", "stop_after=15"];
+    let args = ["--profile", "quick", "--set", "stop_after=10"];
     let merged = merged(&desk, &args, &[("DICTLEARN_CHECKPOINT_EVERY", "14"), ("DICTLEARN_STOP_AFTER", "14")]);
     let found: Vec<u64> = keys.iter().map(|key| merged[*key].as_u64().unwrap()).collect();
-    assert_eq!(found, [42, 11, 12, 13, 14, 15]);
+    assert_eq!(found, [42, 11, 12, 13, 14, 10]);
 }
 
 #[test]
@@ -520,7 +520,9 @@ fn byte_order_marks_are_skipped() {
     desk.write("plain.yaml", &plain);
     desk.write("marked.yaml", &format!("\u{feff}{plain}"));
     desk.write("including.yaml", "\u{feff}include: marked.yaml\n");
-    let merged = |config: &str| desk.ok(&["train", config, "--output-dir", "run", "--dry-run"]);
+    let merged = |config: &str| -> Value {
+        serde_yaml::from_str(&desk.ok(&["train", config, "--output-dir", "run", "--dry-run"])).unwrap()
+    };
     for config in ["marked.yaml", "including.yaml"] {
         assert_eq!(merged(config), merged("plain.yaml"));
     }
@@ -544,6 +546,7 @@ fn errors_name_the_argument_that_was_typed() {
     let other = format!("{SOURCE}eval_source: {{shuffle: false}}\n{SAES}");
     let said = refusal(&desk, &other, &["--set", "source.batch_size=0"], &[]);
     assert_eq!(errors(&said).len(), 1, "{said}");
+    assert!(said.starts_with("error: `source.batch_size` is 0"), "{said}");
     assert!(said.contains("--set source.batch_size=0 (source.batch_size)"), "{said}");
 }
 
@@ -585,6 +588,32 @@ fn mistakes_of_source_and_saes_are_reported_together() {
     // How many features follow from the width, which is not known then.
     let unknown = "saes[0].dictionary={type: top_k, expansion_factor: 4, k: 200}";
     assert_eq!(keys(&["source.submodule=gpt_neox.layers.9", unknown]), ["source.submodule"]);
+}
+
+#[test]
+fn what_is_written_rightly_is_checked_beside_wrong_keys() {
+    let desk = desk();
+    let two = format!("{LM}- trainer: {{type: standard, lr: fast}}\n");
+    let said = |config: &str, sets: &[&str]| {
+        let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
+        refusal(&desk, config, &args, &[])
+    };
+    let several = ["source.submodule=gpt_neox.layers.9", "saes[0].dictionary.k=800", "log_evry=3"];
+    let all = said(&two, &several);
+    for error in ["unknown field `log_evry`", "`saes[1].trainer.lr` is \"fast\"", "`k` is 800", "gpt_neox.layers.9"] {
+        assert!(errors(&all).iter().any(|line| line.contains(error)), "{error}: {all}");
+    }
+    assert_eq!(errors(&all).len(), 4, "{all}");
+    // A warm-up is not compared with a number of steps that may not be meant.
+    let warm = "saes[0].trainer.warmup_steps=15000";
+    assert_eq!(errors(&said(LM, &[warm, "setps=20000"])).len(), 1);
+    assert_eq!(errors(&said(LM, &[warm, "steps=many"])).len(), 1);
+    assert_eq!(errors(&said(LM, &[warm, "sed=1"])).len(), 2);
+    // Of a wrong part nothing else is said: what `dict_size` was meant to be is not known.
+    assert_eq!(errors(&said(LM, &["saes[0].dictionary.dict_size=many", "saes[0].dictionary.k=300"])).len(), 1);
+    // Nothing is downloaded for a run that is refused.
+    let hub = ["source.model=nobody/nothing", "sed=1"];
+    assert_eq!(errors(&said(LM, &hub)).len(), 1);
 }
 
 /// The errors that a run is refused with.

@@ -30,6 +30,8 @@ pub struct Sources {
     pub set: Vec<String>,
     /// The `DICTLEARN_*` variables and their values.
     pub variables: Vec<(String, String)>,
+    /// Where some keys are wrong, what is written rightly is built nevertheless, to find its mistakes too.
+    pub builds_rest: bool,
     /// What variables and `--set` change of `source` they change of `eval_source` too, if the files have one.
     pub eval_follows: bool,
 }
@@ -262,9 +264,9 @@ const OVERRIDE: &str = "__override";
 
 fn parse_override(origin: &Origin, key: &str, text: &str) -> Result<Value, InputError> {
     let value = yaml::parse(text).map_err(|error| {
-        if let Some((inner, error)) = out_of_range(&error) {
-            let joint = if inner.is_empty() || inner.starts_with('[') { "" } else { "." };
-            return error.at(origin.clone(), format!("{key}{joint}{inner}"));
+        if let Some(wrong) = out_of_range(&error, key) {
+            let key = wrong.key().to_owned();
+            return wrong.at(origin.clone(), key);
         }
         let (what, help, _) = not_yaml(&error, text);
         InputError::new(format!("`{text}` is not YAML: {what}")).help(help).at(origin.clone(), key)
@@ -428,7 +430,8 @@ fn read_map(path: &Path) -> Result<(Origin, String, Dict), InputError> {
     let text = read_text(path)?;
     let at = |location: Option<serde_yaml::Location>| location.map(|location| (location.line(), location.column()));
     let mut parsed: serde_yaml::Value = yaml::parse(&text).map_err(|error| {
-        if let Some((key, wrong)) = out_of_range(&error) {
+        if let Some(wrong) = out_of_range(&error, "") {
+            let key = wrong.key().to_owned();
             let written = super::spans::locate(&origin, &text, &key, false);
             return wrong.at(written, key);
         }
@@ -446,15 +449,16 @@ fn read_map(path: &Path) -> Result<(Origin, String, Dict), InputError> {
     }
 }
 
-/// The error about a whole number that fits neither 64-bit type, and the key of that number.
-fn out_of_range(error: &serde_yaml::Error) -> Option<(String, InputError)> {
+/// The error about a whole number that fits neither 64-bit type, in the YAML of a key.
+fn out_of_range(error: &serde_yaml::Error, outer: &str) -> Option<InputError> {
     let message = error.to_string();
     let (before, after) = message.split_once("invalid type: integer `")?;
     let (number, _) = after.split_once("` as ").filter(|(_, after)| after.starts_with(['u', 'i']))?;
-    let key = before.trim_end_matches([':', ' ']).to_owned();
-    let named = if key.is_empty() { "the value".to_owned() } else { format!("`{key}`") };
+    let inner = before.trim_end_matches([':', ' ']);
+    let joint = if outer.is_empty() || inner.is_empty() || inner.starts_with('[') { "" } else { "." };
+    let key = format!("{outer}{joint}{inner}");
     let help = format!("a whole number lies between {} and {}; quote it if it is text", i64::MIN, u64::MAX);
-    Some((key, InputError::new(format!("{named} is {number}, which is out of range")).help(help)))
+    Some(InputError::new(format!("`{key}` is {number}, which is out of range")).field(key).help(help))
 }
 
 /// What is wrong with a text that is not YAML, what would do, and where it is if that is not where the parser says.
