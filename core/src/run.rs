@@ -897,10 +897,11 @@ fn check_stop_after(config: &RunConfig, mistakes: &mut Mistakes) {
 }
 
 /// Widths of the made-up activations on which SAEs are checked when the source could not be built.
-const MADE_UP: [i64; 2] = [8, 16];
+/// Far apart, so that a small `expansion_factor` does not round to no features at both.
+const MADE_UP: [i64; 2] = [8, 256];
 
 /// Adds the mistakes of SAEs that no source would mend: those that are the same at two widths. Errors that depend on the
-/// source differ there, at the least by the width that they name.
+/// source differ there, at least by the number of features that they name.
 fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<()> {
     for (entry, sae) in config.saes.iter().enumerate() {
         check_sae_without_source(sae, entry, (config.steps, config.seed), mistakes)?;
@@ -908,7 +909,7 @@ fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<(
     Ok(())
 }
 
-/// The same for one SAE, and before for the defaults that it leaves out; `says` tells which keys are written.
+/// Adds the mistakes of one SAE that no source would mend, once its defaults are adapted. `says` tells which keys are written.
 pub(crate) fn check_part(
     sae: &mut SaeConfig,
     entry: usize,
@@ -943,7 +944,8 @@ fn check_sae_without_source(
         Ok(errors.map_or_else(Vec::new, InputError::each))
     };
     let [narrow, wide] = MADE_UP;
-    let (first, second) = (found(narrow)?, found(wide)?);
+    let first = found(narrow)?;
+    let second = if first.is_empty() { Vec::new() } else { found(wide)? };
     let same = |one: &InputError, other: &InputError| one.message() == other.message() && one.key() == other.key();
     let both = first.into_iter().filter(|one| second.iter().any(|other| same(one, other)));
     both.for_each(|one| mistakes.add(one));

@@ -588,6 +588,9 @@ fn mistakes_of_source_and_saes_are_reported_together() {
     // How many features follow from the width, which is not known then.
     let unknown = "saes[0].dictionary={type: top_k, expansion_factor: 4, k: 200}";
     assert_eq!(keys(&["source.submodule=gpt_neox.layers.9", unknown]), ["source.submodule"]);
+    let few = "saes[0].dictionary={type: auto_encoder, expansion_factor: 0.03}";
+    let plain = "saes[0].trainer={type: standard}";
+    assert_eq!(keys(&["source.submodule=gpt_neox.layers.9", plain, few]), ["source.submodule"]);
 }
 
 #[test]
