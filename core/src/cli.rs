@@ -246,10 +246,26 @@ impl ConfigArgs {
     fn load(&self) -> Result<RunConfig> {
         load(&self.config, self.profile.clone(), self.set.clone())
     }
+
+    /// The same for a run. An error has what is wrong with its parts too.
+    fn load_to_train(&self) -> Result<RunConfig> {
+        load_from(&Sources {
+            file: self.config.clone(),
+            profile: self.profile.clone(),
+            set: self.set.clone(),
+            variables: config::variables(),
+            builds_rest: true,
+            ..Sources::default()
+        })
+    }
 }
 
 fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunConfig> {
-    let config = config::load(&Sources { file: file.to_owned(), profile, set, variables: config::variables() })?;
+    load_from(&Sources { file: file.to_owned(), profile, set, variables: config::variables(), ..Sources::default() })
+}
+
+fn load_from(sources: &Sources) -> Result<RunConfig> {
+    let config = config::load(sources)?;
     config.written.notes().iter().for_each(|note| crate::say!("{}", config::printable(note)));
     Ok(config)
 }
@@ -364,7 +380,7 @@ fn run(command: Command) -> Result<ExitCode> {
 }
 
 fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: bool) -> Result<ExitCode> {
-    let mut config = args.load()?;
+    let mut config = args.load_to_train()?;
     if let Some(dir) = output_dir {
         config.output_dir = Some(std::path::absolute(dir)?.into());
     }
@@ -488,37 +504,24 @@ const MEASURING: [&str; 7] = ["source", "eval_source", "metrics", "device", "pre
 /// Loads a config to measure with. What is set of `source` is set of `eval_source` too, if there is one: it is what is
 /// measured.
 fn load_to_measure(file: &Path, set: &[String]) -> Result<RunConfig> {
-    fn of_source(key: &str) -> Option<&str> {
-        key.trim_start().strip_prefix("source").filter(|rest| rest.trim().is_empty() || rest.starts_with(['.', '[']))
-    }
-    let config = load(file, None, set.to_vec())?;
+    let config = load_from(&Sources {
+        file: file.to_owned(),
+        profile: None,
+        set: set.to_vec(),
+        variables: config::variables(),
+        eval_follows: true,
+        ..Sources::default()
+    })?;
     let first = |set: &str| set.split(['.', '[', '=']).next().unwrap_or_default().trim().to_owned();
     if let Some(other) = set.iter().find(|set| !MEASURING.contains(&first(set).as_str())) {
         bail!(InputError::new(format!("`--set {other}` changes nothing of what is measured"))
             .help(format!("an SAE is measured as it was saved; what can be set is {}", MEASURING.join(", "))));
     }
-    if config.eval_source.is_none() {
-        return Ok(config);
+    if let Some(none) = set.iter().rfind(|set| first(set) == "metrics").filter(|_| config.metrics.is_empty()) {
+        bail!(InputError::new(format!("`--set {none}` leaves nothing to measure"))
+            .help("name metrics (`dictlearn list metrics`), or leave `metrics` out for those of the config"));
     }
-    let mirrored = set.iter().filter_map(|set| {
-        let (key, value) = set.split_once('=')?;
-        Some(format!("eval_source{}={value}", of_source(key)?))
-    });
-    let mut variables = config::variables();
-    let own = variables.iter().filter_map(|(name, value)| {
-        let rest = name.strip_prefix("DICTLEARN_SOURCE").filter(|rest| rest.is_empty() || rest.starts_with("__"))?;
-        Some((format!("DICTLEARN_EVAL_SOURCE{rest}"), value.clone()))
-    });
-    // What is said of `eval_source` itself comes later and wins.
-    let own: Vec<_> = own.filter(|(name, _)| !variables.iter().any(|(other, _)| other == name)).collect();
-    let mirrored: Vec<String> = mirrored.collect();
-    if own.is_empty() && mirrored.is_empty() {
-        return Ok(config);
-    }
-    variables.extend(own);
-    variables.sort();
-    let set = mirrored.into_iter().chain(set.iter().cloned()).collect();
-    Ok(config::load(&Sources { file: file.to_owned(), profile: None, set, variables })?)
+    Ok(config)
 }
 
 fn compare(places: &[PathBuf], sort: Option<&str>, json: bool, csv: bool) -> Result<ExitCode> {

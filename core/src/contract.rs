@@ -381,7 +381,7 @@ fn example_trains(component: &Component) {
     let file = std::env::current_dir().unwrap().join(format!("{}-{}.yaml", component.kind, component.name));
     std::fs::write(&file, &example).unwrap();
     // Fewer steps, for the test's sake; the schedules of examples fit in.
-    let sources = Sources { file, profile: None, set: vec!["steps=50".to_owned()], variables: Vec::new() };
+    let sources = Sources { file, set: vec!["steps=50".to_owned()], ..Sources::default() };
     let train = || {
         let mut config = config::load(&sources)?;
         run::train(&mut config, &dir.path().join("run"), false, &Interrupt::default())?;

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
 
 use anyhow::{bail, Result};
@@ -166,8 +167,22 @@ pub(crate) fn commits() -> Vec<(Repo, String)> {
     OPEN.get().map(|hub| hub.commits()).unwrap_or_default()
 }
 
+/// Whether nothing is to be read of the Hub.
+static CLOSED: AtomicBool = AtomicBool::new(false);
+
+/// Does something that may not wait for downloads: until it is done, the Hub cannot be opened.
+pub(crate) fn without<T>(work: impl FnOnce() -> T) -> T {
+    CLOSED.store(true, Ordering::Relaxed);
+    let done = work();
+    CLOSED.store(false, Ordering::Relaxed);
+    done
+}
+
 /// The Hub, as the environment says; opened once.
 pub fn hub() -> Result<&'static dyn Hub> {
+    if CLOSED.load(Ordering::Relaxed) {
+        bail!("nothing is downloaded for a run that is refused");
+    }
     if let Some(hub) = OPEN.get() {
         return Ok(&**hub);
     }

@@ -233,6 +233,7 @@ impl Run {
             );
         }
         check_save_steps(config, &mut mistakes);
+        check_stop_after(config, &mut mistakes);
         let device = config.device.device().map_err(anyhow::Error::from).under("device");
         // What is built where it cannot be is thrown away again.
         let device = mistakes.keep(device)?.unwrap_or(Device::Cpu);
@@ -248,6 +249,8 @@ impl Run {
             if let Some(other) = &mut eval_source {
                 mistakes.keep(evaluate::check(&config.metrics, &mut **other))?;
             }
+            adapt(config, None, begun);
+            check_without_source(config, &mut mistakes)?;
             mistakes.into_result()?;
             bail!("the source could not be built");
         };
@@ -847,6 +850,10 @@ pub fn stopped_error(stops: Vec<String>) -> InputError {
     )
 }
 
+fn trainer_field(entry: usize, field: &str) -> String {
+    format!("saes[{entry}].trainer.{field}")
+}
+
 /// Adapts the defaults of trainers that nobody wrote to the length of the run, or takes them from the config of the run that is
 /// resumed. Returns what it changed.
 fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -> Vec<String> {
@@ -855,7 +862,7 @@ fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -
     let mut adapted: Vec<String> = Vec::new();
     let RunConfig { saes, written, steps, .. } = config;
     for (entry, sae) in saes.iter_mut().enumerate() {
-        let says = |field: &str| written.says(&format!("saes[{entry}].trainer.{field}"));
+        let says = |field: &str| written.says(&trainer_field(entry, field));
         let begun = begun.as_ref().and_then(|begun| begun.get("saes")?.get(entry)?.get("trainer"));
         let mut length = RunLength::new(*steps, batch_size, &says, begun);
         sae.trainer.adapt(&mut length);
@@ -878,6 +885,73 @@ fn check_save_steps(config: &RunConfig, mistakes: &mut Mistakes) {
                 .help("leave it out, or write `save_steps: {log: N}`, which follows the length of the run"),
         );
     }
+}
+
+/// Refuses to stop after the end.
+fn check_stop_after(config: &RunConfig, mistakes: &mut Mistakes) {
+    if let Some(stop) = config.stop_after.filter(|stop| *stop > config.steps) {
+        mistakes.add(
+            InputError::new(format!("`stop_after` is {stop}, but the run has only {} steps", config.steps))
+                .field("stop_after")
+                .help("leave it out, or set it to `steps` or less"),
+        );
+    }
+}
+
+/// Widths of the made-up activations on which SAEs are checked when the source could not be built.
+/// Far apart, so that a small `expansion_factor` does not round to no features at both.
+const MADE_UP: [i64; 2] = [8, 256];
+
+/// Adds the mistakes of SAEs that no source would mend: those that are the same at two widths. Errors that depend on the
+/// source differ there, at least by the number of features that they name.
+fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<()> {
+    for (entry, sae) in config.saes.iter().enumerate() {
+        check_sae_without_source(sae, entry, (config.steps, config.seed), mistakes)?;
+    }
+    Ok(())
+}
+
+/// Adds the mistakes of one SAE that no source would mend, once its defaults are adapted. `says` tells which keys are written.
+pub(crate) fn check_part(
+    sae: &mut SaeConfig,
+    entry: usize,
+    (steps, seed): (u64, u64),
+    says: &dyn Fn(&str) -> bool,
+    mistakes: &mut Mistakes,
+) -> Result<()> {
+    let says = |field: &str| says(&trainer_field(entry, field));
+    sae.trainer.adapt(&mut RunLength::new(steps, None, &says, None));
+    check_sae_without_source(sae, entry, (steps, seed), mistakes)
+}
+
+fn check_sae_without_source(
+    sae: &SaeConfig,
+    entry: usize,
+    (steps, seed): (u64, u64),
+    mistakes: &mut Mistakes,
+) -> Result<()> {
+    let found = |width: i64| -> Result<Vec<InputError>> {
+        interrupt::check()?;
+        let cx = TrainingCx {
+            widths: (width, width),
+            parts: Vec::new(),
+            steps,
+            seed: sae.seed.unwrap_or(seed),
+            device: Device::Cpu,
+            precision: Precision::Float32,
+        };
+        let built = Training::new(sae, &cx).map(drop).under(format_args!("saes[{entry}]"));
+        // What fails otherwise may fail for want of the source.
+        let errors = built.err().and_then(|error| InputError::take(error).ok());
+        Ok(errors.map_or_else(Vec::new, InputError::each))
+    };
+    let [narrow, wide] = MADE_UP;
+    let first = found(narrow)?;
+    let second = if first.is_empty() { Vec::new() } else { found(wide)? };
+    let same = |one: &InputError, other: &InputError| one.message() == other.message() && one.key() == other.key();
+    let both = first.into_iter().filter(|one| second.iter().any(|other| same(one, other)));
+    both.for_each(|one| mistakes.add(one));
+    Ok(())
 }
 
 /// The default metrics that a source allows and for which there is memory.

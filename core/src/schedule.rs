@@ -67,10 +67,19 @@ impl Schedule {
             let ends = |warmup: &u64| *warmup < steps;
             let warm =
                 [Some(warmup_steps), sparsity_warmup_steps].into_iter().flatten().filter(ends).max().unwrap_or(0);
-            if start <= warm || start >= steps {
+            let message = if start >= steps {
+                Some(format!("`decay_start` is {start}, but the run has only {steps} steps"))
+            } else if start == 0 {
+                Some("`decay_start` is 0, the first step".to_owned())
+            } else if start <= warm {
+                Some(format!("`decay_start` is {start}, but the warm-up ends at step {warm}"))
+            } else {
+                None
+            };
+            if let Some(message) = message {
                 refused(
                     "decay_start",
-                    format!("`decay_start` is {start}, with warm-ups until step {warm} and {steps} steps in all"),
+                    message,
                     "`decay_start` must come after `warmup_steps` and `sparsity_warmup_steps` and before `steps`",
                 );
             }

@@ -647,11 +647,9 @@ fn what_is_set_of_the_source_is_what_is_measured() {
     // What is wrong with the data is said where it was set.
     desk.write("empty.txt", "");
     let said = desk.refused(&["eval", "run/top_k", "--set", "source.text={type: text_files, path: empty.txt}"]);
-    assert!(
-        said.contains("--set source.text={type: text_files, path: empty.txt}")
-            || said.contains("--set eval_source.text="),
-        "{said}"
-    );
+    assert!(said.contains("--set source.text={type: text_files, path: empty.txt}"), "{said}");
+    let said = desk.refused(&["eval", "run/top_k", "--set", "source.ctx_len=100000"]);
+    assert!(said.contains(" --> --set source.ctx_len=100000 (source.ctx_len)\n"), "{said}");
 }
 
 #[test]
@@ -664,6 +662,8 @@ fn settings_that_measuring_does_not_use_are_refused() {
         assert!(said.contains("changes nothing of what is measured") && said.contains("eval_source"), "{said}");
     }
     assert!(desk.refused(&["eval", "run/top_k", "--set", "sorce.batch_size=1"]).contains("did you mean `source`"));
+    let said = desk.refused(&["eval", "run/top_k", "--set", "metrics=[]"]);
+    assert!(said.contains("`--set metrics=[]` leaves nothing to measure"), "{said}");
 }
 
 #[test]

@@ -261,6 +261,11 @@ fn wrong_configs() {
     case("a wrong value in a sweep", format!("{SOURCE}{SAES}  sweep: {{trainer.lr: [1e-3, slow]}}\n"));
     case("not YAML", "source: {type: tensor_file\nsteps: 3\n".to_owned());
     case("a tab", "source:\n\ttype: tensor_file\n".to_owned());
+    case("a tab in a later line", "source:\n  type: synthetic\n\tseed: 3\n".to_owned());
+    case("a tab after a scalar", "steps: 10\n\tsource: x\n".to_owned());
+    case("a tab after spaces", "source:\n  type: synthetic\n  \tfoo: 1\n".to_owned());
+    case("a whole number beyond 64 bits", format!("{SOURCE}{SAES}seed: 99999999999999999999999\n"));
+    case("a stop after the end", format!("steps: 50\nstop_after: 500\n{SOURCE}{SAES}"));
     case("the same key twice", format!("{SOURCE}{SAES}steps: 3\nsteps: 4\n"));
     case("the same key twice in a flow map", format!("{SOURCE}saes: [{{trainer: {{type: top_k, lr: 1, lr: 2}}}}]\n"));
     case("a glob without quotes", format!("source: {{type: tensor_file, path: *.npy}}\n{SAES}"));
@@ -395,10 +400,10 @@ fn later_layers_win() {
     let own = says(12, &keys[2..]);
     let profile: String = says(13, &keys[3..]).lines().map(|line| format!("    {line}\n")).collect();
     desk.write("mine.yaml", &format!("include: base.yaml\n{own}{SOURCE}{SAES}profiles:\n  quick:\n{profile}"));
-    let args = ["--profile", "quick", "--set", "stop_after=15"];
+    let args = ["--profile", "quick", "--set", "stop_after=10"];
     let merged = merged(&desk, &args, &[("DICTLEARN_CHECKPOINT_EVERY", "14"), ("DICTLEARN_STOP_AFTER", "14")]);
     let found: Vec<u64> = keys.iter().map(|key| merged[*key].as_u64().unwrap()).collect();
-    assert_eq!(found, [42, 11, 12, 13, 14, 15]);
+    assert_eq!(found, [42, 11, 12, 13, 14, 10]);
 }
 
 #[test]
@@ -506,6 +511,112 @@ fn the_merged_config_trains_the_same_run() {
     assert_eq!(weights("one"), weights("two"));
     let settings = |run: &str| desk.read(&format!("{run}/config.yaml")).replace(&format!("/{run}\n"), "/RUN\n");
     assert_eq!(settings("one"), settings("two"));
+}
+
+#[test]
+fn byte_order_marks_are_skipped() {
+    let desk = desk();
+    let plain = format!("steps: 10\n{SOURCE}{SAES}");
+    desk.write("plain.yaml", &plain);
+    desk.write("marked.yaml", &format!("\u{feff}{plain}"));
+    desk.write("including.yaml", "\u{feff}include: marked.yaml\n");
+    let merged = |config: &str| -> Value {
+        serde_yaml::from_str(&desk.ok(&["train", config, "--output-dir", "run", "--dry-run"])).unwrap()
+    };
+    for config in ["marked.yaml", "including.yaml"] {
+        assert_eq!(merged(config), merged("plain.yaml"));
+    }
+    // Places are those of the text behind it.
+    let said = refusal(&desk, &format!("\u{feff}setps: 1\n{SOURCE}{SAES}"), &[], &[]);
+    assert!(said.contains("mine.yaml:1:1 (setps)"), "{said}");
+}
+
+#[test]
+fn errors_name_the_argument_that_was_typed() {
+    let desk = desk();
+    let said = refusal(&desk, &format!("{SOURCE}{SAES}"), &["--set", "saes[0].seed=99999999999999999999999"], &[]);
+    let place = "error: `saes[0].seed` is 99999999999999999999999, which is out of range\n \
+                 --> --set saes[0].seed=99999999999999999999999 (saes[0].seed)\n";
+    assert!(said.starts_with(place), "{said}");
+    // What is missing from a list that is given whole.
+    let set = "saes=[{trainer: {type: top_k}}]";
+    let said = refusal(&desk, &format!("{SOURCE}{SAES}"), &["--set", set], &[]);
+    assert!(said.contains(&format!("\n --> --set {set} (saes[0].dictionary)\n")), "{said}");
+    // What `eval_source` takes from `source`.
+    let other = format!("{SOURCE}eval_source: {{shuffle: false}}\n{SAES}");
+    let said = refusal(&desk, &other, &["--set", "source.batch_size=0"], &[]);
+    assert_eq!(errors(&said).len(), 1, "{said}");
+    assert!(said.starts_with("error: `source.batch_size` is 0"), "{said}");
+    assert!(said.contains("--set source.batch_size=0 (source.batch_size)"), "{said}");
+}
+
+/// A run on the bundled model, with its own SAE.
+const LM: &str =
+    "steps: 1000\nsource:\n  type: language_model\n  model: embedded:austen\n  submodule: gpt_neox.layers.2\n  \
+                  text: {type: embedded, name: austen}\n  ctx_len: 64\n  n_ctxs: 64\n  out_batch_size: 256\n\
+                  saes:\n- trainer: {type: top_k}\n  dictionary: {type: top_k, dict_size: 256, k: 16}\n";
+
+#[test]
+fn mistakes_of_source_and_saes_are_reported_together() {
+    let desk = desk();
+    let keys = |sets: &[&str]| {
+        let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
+        let said = refusal(&desk, LM, &args, &[]);
+        let key = |line: &str| line.rsplit_once('(').unwrap().1.trim_end_matches(')').to_owned();
+        let mut keys: Vec<String> = said.lines().filter(|line| line.starts_with(" --> ")).map(key).collect();
+        keys.sort();
+        keys
+    };
+    assert_eq!(
+        keys(&[
+            "saes[0].trainer.warmup_steps=5000",
+            "source.submodule=gpt_neox.layers.9",
+            "source.ctx_len=1000",
+            "source.out_batch_size=100000",
+        ]),
+        ["saes[0].trainer.warmup_steps", "source.ctx_len", "source.out_batch_size", "source.submodule"]
+    );
+    let text = "source.text={type: text_files, path: nothere.txt}";
+    assert_eq!(
+        keys(&[text, "source.submodule=gpt_neox.layers.9", "saes[0].dictionary.k=999"]),
+        ["saes[0].dictionary.k", "source.submodule", "source.text.path"]
+    );
+    assert_eq!(
+        keys(&["source.submodule=[gpt_neox.layers.8, gpt_neox.layers.1, gpt_neox.layers.9]"]),
+        ["source.submodule[0]", "source.submodule[2]"]
+    );
+    // How many features follow from the width, which is not known then.
+    let unknown = "saes[0].dictionary={type: top_k, expansion_factor: 4, k: 200}";
+    assert_eq!(keys(&["source.submodule=gpt_neox.layers.9", unknown]), ["source.submodule"]);
+    let few = "saes[0].dictionary={type: auto_encoder, expansion_factor: 0.03}";
+    let plain = "saes[0].trainer={type: standard}";
+    assert_eq!(keys(&["source.submodule=gpt_neox.layers.9", plain, few]), ["source.submodule"]);
+}
+
+#[test]
+fn what_is_written_rightly_is_checked_beside_wrong_keys() {
+    let desk = desk();
+    let two = format!("{LM}- trainer: {{type: standard, lr: fast}}\n");
+    let said = |config: &str, sets: &[&str]| {
+        let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
+        refusal(&desk, config, &args, &[])
+    };
+    let several = ["source.submodule=gpt_neox.layers.9", "saes[0].dictionary.k=800", "log_evry=3"];
+    let all = said(&two, &several);
+    for error in ["unknown field `log_evry`", "`saes[1].trainer.lr` is \"fast\"", "`k` is 800", "gpt_neox.layers.9"] {
+        assert!(errors(&all).iter().any(|line| line.contains(error)), "{error}: {all}");
+    }
+    assert_eq!(errors(&all).len(), 4, "{all}");
+    // A warm-up is not compared with a number of steps that may not be meant.
+    let warm = "saes[0].trainer.warmup_steps=15000";
+    assert_eq!(errors(&said(LM, &[warm, "setps=20000"])).len(), 1);
+    assert_eq!(errors(&said(LM, &[warm, "steps=many"])).len(), 1);
+    assert_eq!(errors(&said(LM, &[warm, "sed=1"])).len(), 2);
+    // Of a wrong part nothing else is said: what `dict_size` was meant to be is not known.
+    assert_eq!(errors(&said(LM, &["saes[0].dictionary.dict_size=many", "saes[0].dictionary.k=300"])).len(), 1);
+    // Nothing is downloaded for a run that is refused.
+    let hub = ["source.model=nobody/nothing", "sed=1"];
+    assert_eq!(errors(&said(LM, &hub)).len(), 1);
 }
 
 /// The errors that a run is refused with.

@@ -108,11 +108,18 @@ impl<'a> Check<'a> {
                 }
             }
         }
-        error.at(spans::locate(origin, text, &path_in_file(&written), key), &*written)
+        // What `eval_source` takes from `source` was typed for that.
+        let typed = match origin {
+            Origin::Set(text) => text.trim_start().starts_with("source"),
+            Origin::Variable(name) => name.starts_with("DICTLEARN_SOURCE"),
+            Origin::File(..) => false,
+        };
+        let path = written.strip_prefix("eval_").filter(|_| typed).unwrap_or(&written);
+        error.at(spans::locate(origin, text, &path_in_file(path), key), path)
     }
 
     /// The path with the numbers that SAEs have in the file.
-    fn as_written(&self, path: &str) -> String {
+    pub(super) fn as_written(&self, path: &str) -> String {
         let Some((index, rest)) = path.strip_prefix("saes[").and_then(|rest| rest.split_once(']')) else {
             return path.to_owned();
         };
@@ -309,7 +316,10 @@ impl<'a> Check<'a> {
         let before = self.found();
         let mut trainer_is_wrong = matches!(owner, Owner::Sae) && !dict.contains_key("trainer");
         let (first, others): (Vec<_>, Vec<_>) = dict.iter().partition(|(key, _)| is_trainer(key));
-        for (key, field) in first.into_iter().chain(others) {
+        // What `eval_source` takes from `source` is an error of `source`.
+        let follows = |key: &str| key == "eval_source" && matches!(owner, Owner::Run);
+        let (last, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|(key, _)| follows(key));
+        for (key, field) in first.into_iter().chain(others).chain(last) {
             let tag = key == "type" && matches!(owner, Owner::Component(_));
             let follows = trainer_is_wrong && key == "dictionary" && field.find_ref("type").is_none();
             match properties.get(key) {

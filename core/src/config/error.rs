@@ -49,6 +49,11 @@ impl Mistakes {
         }
     }
 
+    /// Each of them.
+    pub(super) fn each(self) -> Vec<InputError> {
+        self.0
+    }
+
     /// The value of a result, or `None` after adding its mistake. Returns any error that is not the user's to mend.
     pub fn keep<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
         match result {
@@ -58,6 +63,11 @@ impl Mistakes {
                 Ok(None)
             }
         }
+    }
+
+    /// The key of each mistake whose place is known, and `None` for the others.
+    pub(super) fn keys(&self) -> Vec<Option<String>> {
+        self.0.iter().map(|one| one.place().map(|place| place.key.clone())).collect()
     }
 
     /// Number of mistakes.

@@ -30,6 +30,10 @@ pub struct Sources {
     pub set: Vec<String>,
     /// The `DICTLEARN_*` variables and their values.
     pub variables: Vec<(String, String)>,
+    /// Where some keys are wrong, what is written rightly is built nevertheless, to find its mistakes too.
+    pub builds_rest: bool,
+    /// What variables and `--set` change of `source` they change of `eval_source` too, if the files have one.
+    pub eval_follows: bool,
 }
 
 const PREFIX: &str = "DICTLEARN_";
@@ -122,7 +126,7 @@ impl Merged {
         }
         for set in without_value {
             mistakes.add(
-                InputError::new(format!("`--set {set}` does not say a value"))
+                InputError::new(format!("`--set {set}` has no value"))
                     .help("write --set KEY=VALUE, for example --set saes[0].trainer.lr=1e-4"),
             );
         }
@@ -139,6 +143,9 @@ impl Merged {
             figment = figment.merge(LayerProvider(index, &layer.data));
         }
         let mut root = merged(&figment);
+        if sources.eval_follows && root.contains_key("eval_source") {
+            overrides = followed(overrides);
+        }
         for (origin, key, value) in overrides {
             // figment gives the value its tag; the place in the tree is found here, since figment does not know lists.
             // A key of its own: under one that was there, a map would be merged with it.
@@ -190,6 +197,27 @@ impl Merged {
     }
 }
 
+type Override = (Origin, String, Value);
+
+/// The overrides of `source` for `eval_source` too. Those of `eval_source` itself come later and win.
+fn followed(overrides: Vec<Override>) -> Vec<Override> {
+    let of_source = |key: &str| {
+        let rest = key.trim().strip_prefix("source").map(str::trim_start);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    };
+    let (variables, set): (Vec<_>, Vec<_>) =
+        overrides.into_iter().partition(|(origin, ..)| matches!(origin, Origin::Variable(_)));
+    let with_copies = |own: Vec<Override>| {
+        let copies: Vec<Override> = own
+            .iter()
+            .filter(|(_, key, _)| of_source(key))
+            .map(|(origin, key, value)| (origin.clone(), format!("eval_{}", key.trim()), value.clone()))
+            .collect();
+        copies.into_iter().chain(own)
+    };
+    with_copies(variables).chain(with_copies(set)).collect()
+}
+
 /// Keys that only a file may have.
 const FILE_ONLY: [&str; 2] = ["include", "profiles"];
 
@@ -236,6 +264,10 @@ const OVERRIDE: &str = "__override";
 
 fn parse_override(origin: &Origin, key: &str, text: &str) -> Result<Value, InputError> {
     let value = yaml::parse(text).map_err(|error| {
+        if let Some(wrong) = out_of_range(&error, key) {
+            let key = wrong.key().to_owned();
+            return wrong.at(origin.clone(), key);
+        }
         let (what, help, _) = not_yaml(&error, text);
         InputError::new(format!("`{text}` is not YAML: {what}")).help(help).at(origin.clone(), key)
     })?;
@@ -398,6 +430,11 @@ fn read_map(path: &Path) -> Result<(Origin, String, Dict), InputError> {
     let text = read_text(path)?;
     let at = |location: Option<serde_yaml::Location>| location.map(|location| (location.line(), location.column()));
     let mut parsed: serde_yaml::Value = yaml::parse(&text).map_err(|error| {
+        if let Some(wrong) = out_of_range(&error, "") {
+            let key = wrong.key().to_owned();
+            let written = super::spans::locate(&origin, &text, &key, false);
+            return wrong.at(written, key);
+        }
         let (what, help, place) = not_yaml(&error, &text);
         let place = place.or(at(error.location()));
         InputError::new(format!("not YAML: {what}")).help(help).at(Origin::File(path.to_owned(), place), "")
@@ -412,6 +449,18 @@ fn read_map(path: &Path) -> Result<(Origin, String, Dict), InputError> {
     }
 }
 
+/// The error about a whole number that fits neither 64-bit type, in the YAML of a key.
+fn out_of_range(error: &serde_yaml::Error, outer: &str) -> Option<InputError> {
+    let message = error.to_string();
+    let (before, after) = message.split_once("invalid type: integer `")?;
+    let (number, _) = after.split_once("` as ").filter(|(_, after)| after.starts_with(['u', 'i']))?;
+    let inner = before.trim_end_matches([':', ' ']);
+    let joint = if outer.is_empty() || inner.is_empty() || inner.starts_with('[') { "" } else { "." };
+    let key = format!("{outer}{joint}{inner}");
+    let help = format!("a whole number lies between {} and {}; quote it if it is text", i64::MIN, u64::MAX);
+    Some(InputError::new(format!("`{key}` is {number}, which is out of range")).field(key).help(help))
+}
+
 /// What is wrong with a text that is not YAML, what would do, and where it is if that is not where the parser says.
 fn not_yaml(error: &serde_yaml::Error, text: &str) -> (String, &'static str, Option<(usize, usize)>) {
     let message = error.to_string();
@@ -423,12 +472,20 @@ fn not_yaml(error: &serde_yaml::Error, text: &str) -> (String, &'static str, Opt
         return (format!("`{}` is given twice", key.trim_matches('"')), "keep one of the two", place);
     }
     let Some(location) = error.location() else { return (plain, "check it for indentation, quotes and colons", None) };
-    let line = text.lines().nth(location.line().saturating_sub(1)).unwrap_or_default();
-    let indentation = line.len() - line.trim_start().len();
-    if let (true, Some(tab)) = (plain.contains("cannot start any token"), line[..indentation].find('\t')) {
-        let place = Some((location.line(), tab + 1));
-        return ("a tab in the indentation".to_owned(), "indent with spaces: YAML takes no tabs there", place);
+    if plain.contains("tab character") || plain.contains("cannot start any token") {
+        // The parser gives the place of the tab or that of the line's beginning, or ends the block before it.
+        let tab = |line: usize| {
+            let line = text.lines().nth(line)?;
+            line[..line.len() - line.trim_start().len()].find('\t')
+        };
+        let here = location.line().saturating_sub(1);
+        let lines = if plain.contains("tab character") { here..text.lines().count() } else { here..here + 1 };
+        if let Some((line, tab)) = lines.into_iter().find_map(|line| Some((line, tab(line)?))) {
+            let place = Some((line + 1, tab + 1));
+            return ("a tab in the indentation".to_owned(), "indent with spaces: YAML takes no tabs there", place);
+        }
     }
+    let line = text.lines().nth(location.line().saturating_sub(1)).unwrap_or_default();
     let found = line.chars().nth(location.column().saturating_sub(1));
     let help = if plain.contains("mapping values are not allowed") {
         "quote a value that has a colon followed by a space, and check the indentation"
@@ -446,7 +503,9 @@ fn read_text(path: &Path) -> Result<String, InputError> {
     if path.is_dir() {
         return Err(InputError::new(format!("{} is a folder", path.display())).help("give the config file in it"));
     }
-    files::read_text(path)
+    let text = files::read_text(path)?;
+    // Windows editors begin a file with a byte order mark.
+    Ok(text.strip_prefix('\u{feff}').map_or(text.clone(), str::to_owned))
 }
 
 /// A YAML value as figment's.

@@ -11,9 +11,10 @@ use super::check::{follow, Check};
 use super::error::{InputError, Mistakes};
 use super::layers::{Merged, Sources};
 use super::node::{float, integer, Node};
-use super::{spans, RunConfig};
-use crate::registry::{component, usual, Kind};
-use crate::yaml;
+use super::{spans, RunConfig, SaeConfig, Under};
+use crate::registry::{component, nearest, usual, Kind};
+use crate::source::{SourceConfig, SourceCx};
+use crate::{hub, run, yaml};
 
 /// Loads a config. An error has every mistake of its files, of variables and of arguments.
 pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
@@ -35,6 +36,9 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
         mistakes.add(error);
     }
     check_names(&root, &Check::new(&merged, &schema, &written), &mut mistakes);
+    if sources.builds_rest {
+        build_rest(&root, &merged, &Check::new(&merged, &schema, &written), &mut mistakes);
+    }
     mistakes.into_result()?;
 
     let mut notes: Vec<String> = merged.ignored.iter().map(|said| format!("warning: {said}")).collect();
@@ -53,6 +57,53 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
         })?;
     config.written = Written(Some(Box::new(Loaded { merged, root, written, notes })));
     Ok(config)
+}
+
+/// Builds what is written rightly where other keys are wrong, and adds its mistakes: the source, if nothing of it has to be
+/// downloaded, and the SAEs, as far as they need no source.
+fn build_rest(root: &Value, merged: &Merged, check: &Check, mistakes: &mut Mistakes) {
+    // What has no place, an unknown profile say, may be wrong with everything.
+    let Some(wrong) = mistakes.keys().into_iter().collect::<Option<Vec<String>>>() else { return };
+    if wrong.is_empty() {
+        return;
+    }
+    let is_right = |key: &str| {
+        let concerns =
+            |wrong: &String| wrong.strip_prefix(key).is_some_and(|rest| !rest.starts_with(char::is_alphanumeric));
+        !wrong.iter().any(concerns)
+    };
+    fn read<T: DeserializeOwned>(value: Option<&Value>, merged: &Merged) -> Option<T> {
+        T::deserialize(Node { value: value?, merged: Some(merged) }).ok()
+    }
+    let seed: Option<u64> = read(root.find_ref("seed"), merged);
+    let seed = seed.unwrap_or_default();
+    let mut found = Mistakes::new();
+    if let Some(source) = read::<Box<dyn SourceConfig>>(root.find_ref("source").filter(|_| is_right("source")), merged)
+    {
+        let cx = SourceCx { seed, ..SourceCx::default() };
+        let built = hub::without(|| source.build(&cx).map(drop).under("source"));
+        // What fails otherwise may do so for want of a download.
+        built.err().and_then(|error| InputError::take(error).ok()).into_iter().for_each(|error| found.add(error));
+    }
+    // A key that may have been meant for `steps` leaves open how many there are.
+    let is_steps = |key: &String| !key.contains(['.', '[']) && nearest(key, ["steps", "stop_after"]) == Some("steps");
+    if !wrong.iter().any(is_steps) {
+        let steps = match root.find_ref("steps") {
+            None => Some(super::default_steps()),
+            steps => read(steps, merged),
+        };
+        let saes = root.find_ref("saes").and_then(Value::as_array).unwrap_or_default();
+        for (entry, sae) in saes.iter().enumerate() {
+            let sae = Some(sae).filter(|_| is_right(&check.as_written(&format!("saes[{entry}]"))));
+            let (Some(mut sae), Some(steps)) = (read::<SaeConfig>(sae, merged), steps) else { continue };
+            let says = |path: &str| follow(root, path).is_some();
+            let _ = hub::without(|| run::check_part(&mut sae, entry, (steps, seed), &says, &mut found));
+        }
+    }
+    for one in found.each() {
+        let key = one.key().to_owned();
+        mistakes.add(if one.place().is_none() { check.locate(root, &key, one) } else { one });
+    }
 }
 
 /// Takes the value at a path out of a config.
@@ -189,11 +240,14 @@ fn expand_saes(root: &mut Dict, merged: &Merged, mistakes: &mut Mistakes) -> Vec
 fn fill(sae: &mut Dict) {
     let Some(trainer) = sae.get("trainer").and_then(|trainer| trainer.find_ref("type")).cloned() else { return };
     let Some(name) = trainer.as_str().map(str::to_owned) else { return };
+    let tag = trainer.tag();
     sae.entry("name".to_owned()).or_insert(trainer);
     let usual = component(Kind::Trainer, &name).and_then(|trainer| trainer.usual_dictionary);
-    let dictionary = sae.entry("dictionary".to_owned()).or_insert_with(|| Value::from(Dict::new()));
-    if let (Value::Dict(_, dictionary), Some(usual)) = (dictionary, usual) {
-        dictionary.entry("type".to_owned()).or_insert_with(|| Value::from(usual));
+    // What is missing from the dictionary is missing where the trainer was written, unless the dictionary was written too.
+    let dictionary = sae.entry("dictionary".to_owned()).or_insert_with(|| Value::Dict(tag, Dict::new()));
+    if let (Value::Dict(own, dictionary), Some(usual)) = (dictionary, usual) {
+        let tag = *own;
+        dictionary.entry("type".to_owned()).or_insert_with(|| Value::String(tag, usual.to_owned()));
     }
 }
 

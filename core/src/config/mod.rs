@@ -44,7 +44,7 @@ pub struct RunConfig {
     #[serde(default = "default_steps")]
     #[schemars(range(min = 1))]
     pub steps: u64,
-    /// End at this step, saved, with the schedules still laid out for `steps`.
+    /// End at this step, saved, with the schedules still laid out for `steps`; no more than `steps`.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub stop_after: Option<u64>,
@@ -91,7 +91,7 @@ pub struct RunConfig {
     #[serde(default)]
     pub saes: Vec<SaeConfig>,
     /// What is measured at the end of training and by `dictlearn eval`. If absent, what the source allows: `reconstruction`, and
-    /// `loss_recovered` for a language model. `[]` for nothing.
+    /// `loss_recovered` for a language model. With `[]` training measures nothing, and `dictlearn eval` measures the default.
     #[serde(default)]
     pub metrics: Vec<Box<dyn MetricConfig>>,
     /// Where the figures go: to a file in the run's folder unless told otherwise; `[]` for nowhere.

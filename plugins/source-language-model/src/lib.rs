@@ -21,6 +21,7 @@ mod sites;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
 
 use chrono::{Local, NaiveDate};
 use dictlearn_core::format::WrittenSource;
@@ -235,47 +236,28 @@ inventory::submit! {
 #[typetag::serde(name = NAME)]
 impl SourceConfig for LanguageModelConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
-        let text = self.text.build().under("text")?;
-        let (model, files) = open_model(&self.model.0, cx.device, cx.precision).under("model")?;
-        let sites = sites(&*model, self)?;
-        if let Some((row, most)) = text.longest_row().zip(model.max_positions()).filter(|(row, most)| row > most) {
-            bail!(InputError::new(format!(
-                "the rows of tokens have {row} positions, but the model takes at most {most}"
-            ))
-            .field("text")
-            .help("cut the rows, or choose a model with longer contexts"));
+        let mut mistakes = Mistakes::new();
+        self.check(&mut mistakes);
+        let text = mistakes.keep(self.text.build().under("text"))?;
+        // A model that may have to be downloaded is not, if the run is refused anyway.
+        let at_hand = self.model.0.starts_with("embedded:") || Path::new(&self.model.0).exists();
+        let mut opened = None;
+        if mistakes.is_empty() || at_hand {
+            opened = mistakes.keep(open_model(&self.model.0, cx.device, cx.precision).under("model"))?;
         }
-        let too_long = |most: &i64| !text.is_tokenized() && self.ctx_len as i64 > *most;
-        if let Some(most) = model.max_positions().filter(too_long) {
-            bail!(InputError::new(format!(
-                "`ctx_len` is {}, but the model takes at most {most} positions",
-                self.ctx_len
-            ))
-            .field("ctx_len")
-            .help(format!("set `ctx_len` to {most} or less")));
+        let mut places = None;
+        if let Some((model, _)) = &opened {
+            places = mistakes.keep(sites(&**model, self))?;
+            if let Some(text) = &text {
+                self.check_lengths(&**text, &**model, &mut mistakes);
+            }
         }
-        let capacity = self.n_ctxs * self.ctx_len;
-        if self.shuffle && self.out_batch_size * 2 > capacity {
-            bail!(InputError::new(format!(
-                "a batch of {} activations is more than half of the buffer's {capacity}",
-                self.out_batch_size
-            ))
-            .field("out_batch_size")
-            .help("make `n_ctxs` larger or `out_batch_size` smaller"));
-        }
-        if self.prepend_bos == Some(true) && self.ctx_len < 2 {
-            bail!(InputError::new("a context of one token is the BOS token alone")
-                .field("ctx_len")
-                .help("set it to 2 or more"));
-        }
-        let chosen = self.chat_date.as_deref().map(|date| {
-            date.parse::<NaiveDate>().map_err(|_| {
-                InputError::new(format!("`{date}` is not a date"))
-                    .field("chat_date")
-                    .help("write it as YYYY-MM-DD: 2024-07-26")
-            })
-        });
-        let chosen = chosen.transpose()?;
+        mistakes.into_result()?;
+        let (Some(text), Some((model, files)), Some(sites)) = (text, opened, places) else {
+            bail!("the source could not be built");
+        };
+        let capacity = self.capacity();
+        let chosen = self.chat_date.as_deref().and_then(|date| date.parse::<NaiveDate>().ok());
         let contexts_cx = ContextsCx {
             ctx_len: self.ctx_len as usize,
             pack: self.pack,
@@ -335,6 +317,61 @@ impl SourceConfig for LanguageModelConfig {
             context_length,
             cx: *cx,
         }))
+    }
+}
+
+impl LanguageModelConfig {
+    /// Activations that the buffer holds.
+    fn capacity(&self) -> u64 {
+        self.n_ctxs.saturating_mul(self.ctx_len)
+    }
+
+    /// Adds the mistakes that show without the model and the text.
+    fn check(&self, mistakes: &mut Mistakes) {
+        let capacity = self.capacity();
+        if self.shuffle && self.out_batch_size.saturating_mul(2) > capacity {
+            mistakes.add(
+                InputError::new(format!(
+                    "a batch of {} activations is more than half of the buffer's {capacity}",
+                    self.out_batch_size
+                ))
+                .field("out_batch_size")
+                .help("make `n_ctxs` larger or `out_batch_size` smaller"),
+            );
+        }
+        if self.prepend_bos == Some(true) && self.ctx_len < 2 {
+            mistakes.add(
+                InputError::new("a context of one token is the BOS token alone")
+                    .field("ctx_len")
+                    .help("set it to 2 or more"),
+            );
+        }
+        if let Some(date) = self.chat_date.as_deref().filter(|date| date.parse::<NaiveDate>().is_err()) {
+            mistakes.add(
+                InputError::new(format!("`{date}` is not a date"))
+                    .field("chat_date")
+                    .help("write it as YYYY-MM-DD: 2024-07-26"),
+            );
+        }
+    }
+
+    /// Adds contexts that are too long for the model.
+    fn check_lengths(&self, text: &dyn TextStream, model: &dyn LanguageModel, mistakes: &mut Mistakes) {
+        let Some(most) = model.max_positions() else { return };
+        if let Some(row) = text.longest_row().filter(|row| *row > most) {
+            mistakes.add(
+                InputError::new(format!("the rows of tokens have {row} positions, but the model takes at most {most}"))
+                    .field("text")
+                    .help("cut the rows, or choose a model with longer contexts"),
+            );
+        }
+        if !text.is_tokenized() && self.ctx_len as i64 > most {
+            mistakes.add(
+                InputError::new(format!("`ctx_len` is {}, but the model takes at most {most} positions", self.ctx_len))
+                    .field("ctx_len")
+                    .help(format!("set `ctx_len` to {most} or less")),
+            );
+        }
     }
 }
 

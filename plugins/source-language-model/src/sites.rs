@@ -98,14 +98,14 @@ impl LanguageModelSite {
     }
 }
 
-/// The sites of a config, in its order.
+/// The sites of a config, in its order; or the mistakes of all its submodules.
 pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<Vec<LanguageModelSite>> {
     let Submodules(names) = &config.submodule;
     if names.is_empty() {
         bail!(InputError::new("`submodule` is an empty list").field("submodule").help("name at least one module"));
     }
-    let mut sites: Vec<LanguageModelSite> = Vec::new();
-    for (index, name) in names.iter().enumerate() {
+    let add = |index: usize, sites: &mut Vec<LanguageModelSite>| {
+        let name = &names[index];
         let key = if names.len() == 1 { "submodule".to_owned() } else { format!("submodule[{index}]") };
         if names[..index].contains(name) {
             bail!(InputError::new(format!("`{name}` is named twice")).field(key).help("leave one of them out"));
@@ -125,7 +125,7 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
             let mut site = LanguageModelSite::new(name.clone(), name, None, reads, writes);
             site.site.settings.insert("target".to_owned(), target.as_str().into());
             sites.push(site);
-            continue;
+            return Ok(());
         }
         let writes = part(if config.io == IoChoice::In { Io::In } else { Io::Out })?;
         if config.io == IoChoice::In && writes.point.io != Io::In {
@@ -156,7 +156,13 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
                 }
             }
         }
+        Ok(())
+    };
+    let (mut sites, mut mistakes) = (Vec::new(), Mistakes::new());
+    for index in 0..names.len() {
+        mistakes.keep(add(index, &mut sites))?;
     }
+    mistakes.into_result()?;
     Ok(sites)
 }
 
