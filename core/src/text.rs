@@ -126,4 +126,9 @@ pub trait TextStream: Send {
     fn skipped(&self) -> (u64, Option<String>) {
         (0, None)
     }
+
+    /// How many files were skipped, wholly or from where they break off, with the place and reason of the first.
+    fn skipped_files(&self) -> (u64, Option<String>) {
+        (0, None)
+    }
 }

@@ -363,7 +363,7 @@ fn a_chat_is_read_in_the_models_own_form() {
     model.write("chat_template.jinja", template);
     let run = desk.run(&["activations", "config.yaml", "--out", "out"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    assert!(run.stderr.contains("1 bad records were skipped") && run.stderr.contains("not three"), "{}", run.stderr);
+    assert!(run.stderr.contains("1 bad record was skipped: ") && run.stderr.contains("not three"), "{}", run.stderr);
     let written: String = (0..6)
         .filter(|n| *n != 3)
         .map(|n| format!("USER: Who is person {n}?\nASSISTANT: Nobody of note, number {n}.\n\n"))

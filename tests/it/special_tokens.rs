@@ -73,6 +73,45 @@ fn special_tokens_can_be_left_out() {
 }
 
 #[test]
+fn special_tokens_that_are_none_are_named() {
+    let desk = desk();
+    edit(&desk, "model/tokenizer_config.json", |config| config["eos_token"] = json!("</nope>"));
+    let (_, said) = harvested(&desk, "unknown");
+    assert!(said.contains("says `eos_token: </nope>`, which its tokenizer.json does not have"), "{said}");
+    edit(&desk, "model/config.json", |config| config["eos_token_id"] = json!("abc"));
+    let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
+    assert!(said.contains("has `eos_token_id: \"abc\"`, and a token id is an integer"), "{said}");
+}
+
+#[test]
+fn leaving_out_every_token_names_the_option() {
+    let desk = desk();
+    let every: Vec<i64> = (0..desk.json("model/config.json")["vocab_size"].as_i64().unwrap()).collect();
+    config(&desk, &format!("exclude_special_tokens: {every:?}"));
+    let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
+    assert!(said.contains("`exclude_special_tokens` leaves out every token of the text"), "{said}");
+    assert!(!said.contains("add data"), "{said}");
+}
+
+#[test]
+fn documents_that_are_cut_are_counted() {
+    let desk = desk();
+    let long = "Miss Bates was walking with her mother. ".repeat(400);
+    let lines: String = ["Emma.", &long, &long].iter().map(|text| format!("{}\n", json!({"text": text}))).collect();
+    desk.write("text.jsonl", &lines);
+    let most = desk.json("model/config.json")["max_position_embeddings"].as_i64().unwrap();
+    for (ctx_len, help) in [(8, "raise `ctx_len`, or set `pack: true`"), (most, "text.jsonl:2); set `pack: true`")] {
+        config(&desk, "pack: false");
+        desk.write("config.yaml", &desk.read("config.yaml").replace("ctx_len: 32", &format!("ctx_len: {ctx_len}")));
+        let (_, said) = harvested(&desk, &format!("cut{ctx_len}"));
+        let count = format!("warning: 2 of 3 documents are longer than `ctx_len` {ctx_len}");
+        assert!(said.contains(&count) && said.contains(help), "{said}");
+    }
+    config(&desk, "pack: true");
+    assert!(!harvested(&desk, "packed").1.contains("longer than"));
+}
+
+#[test]
 fn tokens_to_leave_out_must_be_the_models() {
     let desk = desk();
     for (written, found) in [("[0, 999999]", "token id 999999"), ("[-1]", "token id -1")] {
@@ -121,6 +160,29 @@ fn tokenizer_files_that_disagree_on_bos_are_said() {
     // As transformers 5 does.
     assert_eq!(still, plain);
     assert!(said.contains("`add_bos_token: true`, but its tokenizer.json adds no BOS"), "{said}");
+    // A tokenizer that begins texts with another token than BOS: one warning, not two that contradict each other.
+    let tokenizer = desk.read("model/tokenizer.json");
+    let end = end_of_text(&desk);
+    edit(&desk, "model/tokenizer.json", |tokenizer| {
+        tokenizer["post_processor"] = json!({
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [end], "tokens": [END_OF_TEXT]}},
+        });
+    });
+    edit(&desk, "model/tokenizer_config.json", |config| config["bos_token"] = json!("the"));
+    let (_, said) = harvested(&desk, "other");
+    assert!(said.contains("begins a text with `<|endoftext|>`") && !said.contains("adds no BOS"), "{said}");
+    edit(&desk, "model/tokenizer_config.json", |config| {
+        (config["bos_token"], config["add_bos_token"]) = (json!(END_OF_TEXT), json!(false));
+    });
+    let (_, said) = harvested(&desk, "added");
+    assert!(said.contains("`add_bos_token: false`, but its tokenizer.json adds a BOS"), "{said}");
+    edit(&desk, "model/tokenizer_config.json", |config| config["add_bos_token"] = json!("yes"));
+    let (_, said) = harvested(&desk, "word");
+    assert!(said.contains("`add_bos_token: \"yes\"`, which is neither true nor false"), "{said}");
+    desk.write("model/tokenizer.json", &tokenizer);
     config(&desk, "prepend_bos: true");
     let (_, said) = harvested(&desk, "chosen");
     assert!(!said.contains("add_bos_token"), "{said}");

@@ -123,6 +123,10 @@ impl InputError {
 
     /// There is no such file; the help offers the one beside it that is named most like it.
     pub fn no_file(path: &Path) -> Self {
+        if let Ok(target) = std::fs::read_link(path) {
+            return InputError::new(format!("the link {} leads nowhere", path.display()))
+                .help(format!("it points to {}: put that file there, or remove the link", target.display()));
+        }
         let error = InputError::new(format!("there is no file {}", path.display()));
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
         // Extensions are alike anyway, and would make everything alike.

@@ -83,8 +83,10 @@ pub struct Contexts {
     /// Documents that were read and are not, or not wholly, in a context yet.
     carry: VecDeque<Tokenised>,
     rows: u64,
-    /// The first row of token ids that was longer than a context.
-    cut: Option<String>,
+    /// Documents that were read.
+    documents: u64,
+    /// Those of which only the beginning is in a context, and where the first is from.
+    cut: (u64, Option<String>),
 }
 
 /// A document as tokens.
@@ -95,6 +97,8 @@ struct Tokenised {
     position: u64,
     /// Tokens of it that are in a context.
     used: usize,
+    /// Whether it ends with these tokens: one that is longer than its context is not tokenised to its end.
+    whole: bool,
 }
 
 impl Contexts {
@@ -115,10 +119,21 @@ impl Contexts {
             }
         }
         let model_config = files.json("config.json")?.unwrap_or_default();
+        let mut by_key = BTreeMap::new();
+        for name in ["bos", "eos", "pad", "sep"] {
+            let id = special_id(&model_config, name).map_err(|(key, value)| {
+                InputError::new(format!(
+                    "the config.json of {} has `{key}: {value}`, and a token id is an integer",
+                    files.name()
+                ))
+                .help(format!("correct `{key}` in that file: an integer, a list of them, or null"))
+            })?;
+            by_key.extend(id.map(|id| (name, id)));
+        }
         let special = |name: &str| {
             let token = chat::special_token(&tokenizer_config, &format!("{name}_token"));
             let by_name = token.and_then(|token| tokenizer.as_ref()?.token_to_id(token)).map(i64::from);
-            by_name.or_else(|| special_id(&model_config, name))
+            by_name.or_else(|| by_key.get(name).copied())
         };
         let end_of_text = special("eos");
         let first = special("bos");
@@ -154,7 +169,8 @@ impl Contexts {
             special_ids,
             carry: VecDeque::new(),
             rows: 0,
-            cut: None,
+            documents: 0,
+            cut: (0, None),
         };
         if contexts.tokenizer.is_some() && cx.add_special_tokens {
             let [with, plain] = [true, false].map(|special| contexts.piece("a", special, files.name()));
@@ -174,22 +190,49 @@ impl Contexts {
         let [before, after] = &self.special;
         let name = files.name();
         let eos = self.end_of_text;
+        for (key, id) in [("bos", bos), ("eos", eos)] {
+            let token = chat::special_token(tokenizer_config, &format!("{key}_token"));
+            let known = |token: &&str| self.tokenizer.as_ref().is_none_or(|known| known.token_to_id(token).is_some());
+            if let Some(token) = token.filter(|token| !known(token)) {
+                dictlearn_core::say!(
+                    "warning: the tokenizer_config.json of {name} says `{key}_token: {token}`, which its tokenizer.json does not \
+                     have: {}",
+                    match id {
+                        Some(id) => format!("`{key}_token_id: {id}` of its config.json is taken"),
+                        None => format!("it has no {}", key.to_uppercase()),
+                    }
+                );
+            }
+        }
         if self.cx.add_special_tokens && !self.cx.prepend_bos {
+            // Another token than BOS at the beginning is a fault of its own, of which is warned below.
+            let other = bos.zip(before.first()).filter(|(bos, _)| !before.contains(bos));
             for (key, token, place) in [("bos", bos, before), ("eos", eos, after)] {
-                let says = tokenizer_config.get(format!("add_{key}_token")).and_then(Value::as_bool);
+                let setting = tokenizer_config.get(format!("add_{key}_token")).filter(|value| !value.is_null());
+                if let Some(value) = setting.filter(|value| !value.is_boolean()) {
+                    dictlearn_core::say!(
+                        "warning: the tokenizer_config.json of {name} says `add_{key}_token: {value}`, which is neither true nor \
+                         false: it is ignored"
+                    );
+                }
+                let says = setting.and_then(Value::as_bool);
                 let does = token.is_some_and(|token| place.contains(&token));
-                if says.is_some_and(|says| says != does) {
+                if says.is_some_and(|says| says != does) && !(key == "bos" && other.is_some()) {
                     dictlearn_core::say!(
                         "warning: the tokenizer_config.json of {name} says `add_{key}_token: {}`, but its tokenizer.json \
                          adds {} {}; tokenizer.json is followed, as in transformers 5 (4 follows the other for some \
                          classes); `prepend_bos` on the source overrides both",
                         !does,
-                        if does { "an" } else { "no" },
+                        match key {
+                            _ if !does => "no",
+                            "eos" => "an",
+                            _ => "a",
+                        },
                         key.to_uppercase(),
                     );
                 }
             }
-            if let Some((bos, first)) = bos.zip(before.first()).filter(|(bos, _)| !before.contains(bos)) {
+            if let Some((bos, first)) = other {
                 let text = |id: i64| {
                     let known = self.tokenizer.as_ref().zip(u32::try_from(id).ok());
                     known.and_then(|(tokenizer, id)| tokenizer.id_to_token(id)).unwrap_or_else(|| id.to_string())
@@ -274,6 +317,10 @@ impl Contexts {
             let end = document.ids.len().min(document.used + length - ids.len());
             ids.extend(&document.ids[document.used..end]);
             document.used = end;
+            if !self.cx.pack && (end < document.ids.len() || !document.whole) {
+                self.cut.0 += 1;
+                self.cut.1.get_or_insert_with(|| document.origin.clone());
+            }
             if end == document.ids.len() || !self.cx.pack {
                 self.carry.pop_front();
             }
@@ -286,20 +333,18 @@ impl Contexts {
         loop {
             let position = self.text.position();
             let mut separator = self.end_of_text.filter(|_| self.cx.pack);
-            let (ids, origin) = match self.text.next_record().under("text")? {
+            let (ids, whole, origin) = match self.text.next_record().under("text")? {
                 None => return Ok(None),
                 Some(Record::Tokens { mut ids, mask, origin }) => {
                     // Who tokenized it has put special tokens where they belong.
                     separator = None;
                     let mut is_text = mask.into_iter();
                     ids.retain(|_| is_text.next().unwrap_or(true));
-                    if !self.cx.pack && ids.len() > self.cx.ctx_len {
-                        self.cut.get_or_insert_with(|| format!("{origin} with {}", ids.len()));
-                    }
-                    (ids, origin)
+                    (ids, true, origin)
                 }
                 Some(Record::Text(document)) => {
-                    (self.encode(&document.text, self.cx.add_special_tokens, &document.origin)?, document.origin)
+                    let (ids, whole) = self.encode(&document.text, self.cx.add_special_tokens, &document.origin)?;
+                    (ids, whole, document.origin)
                 }
                 Some(Record::Chat(Chat { messages, origin })) => {
                     let template = self.chats.as_ref().map_err(|why| {
@@ -315,7 +360,10 @@ impl Contexts {
                     }
                     match template.render(&messages) {
                         // The template has put special tokens where they belong.
-                        Ok(text) => (self.encode(&text, false, &origin)?, origin),
+                        Ok(text) => {
+                            let (ids, whole) = self.encode(&text, false, &origin)?;
+                            (ids, whole, origin)
+                        }
                         Err(why) => {
                             self.text.refuse(&origin, &format!("the model's chat template refuses it: {why}"))?;
                             continue;
@@ -326,19 +374,21 @@ impl Contexts {
             self.check(&ids, &origin)?;
             let ids: Vec<i64> = separator.into_iter().chain(ids).collect();
             if !ids.is_empty() {
-                return Ok(Some(Tokenised { ids, origin, position, used: 0 }));
+                self.documents += 1;
+                return Ok(Some(Tokenised { ids, origin, position, used: 0, whole }));
             }
         }
     }
 
-    /// A document as tokens: all of them, or, where a context holds one document, as many as it holds.
-    fn encode(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<Vec<i64>> {
+    /// A document as tokens, and whether that is all of them: where a context holds one document, it may be as many as the
+    /// context holds.
+    fn encode(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<(Vec<i64>, bool)> {
         let (piece, enough) = match self.cx.pack {
             true => (PIECE, usize::MAX),
             false => (PIECE.min(BYTES_OF_A_TOKEN * self.cx.ctx_len), self.cx.ctx_len),
         };
         if text.len() <= piece {
-            return self.piece(text, add_special_tokens, origin);
+            return Ok((self.piece(text, add_special_tokens, origin)?, true));
         }
         let none = Default::default();
         let [before, after] = if add_special_tokens { &self.special } else { &none };
@@ -349,7 +399,7 @@ impl Contexts {
             rest = later;
         }
         ids.extend(after);
-        Ok(ids)
+        Ok((ids, rest.is_empty()))
     }
 
     /// A part of a document as tokens.
@@ -425,30 +475,47 @@ impl Contexts {
         Ok(())
     }
 
-    /// What the user should know: records skipped, token ids left out.
+    /// What the user should know: records and files skipped, documents cut.
     pub fn note(&self) -> Option<String> {
         let (count, first) = self.text.skipped();
-        let skipped = first.map(|first| format!("warning: {count} bad records were skipped, the first is {first}"));
-        let cut = self.cut.as_ref().map(|first| {
-            let length = self.cx.ctx_len;
+        let records = first.map(|first| match count {
+            1 => format!("warning: 1 bad record was skipped: {first}"),
+            _ => format!("warning: {count} bad records were skipped, the first is {first}"),
+        });
+        let (count, first) = self.text.skipped_files();
+        let files = first.map(|first| match count {
+            1 => format!("warning: 1 file was skipped from where it breaks off: {first}"),
+            _ => format!("warning: {count} files were skipped from where they break off, the first is {first}"),
+        });
+        let (count, first) = &self.cut;
+        let cut = first.as_ref().map(|first| {
+            let (documents, length) = (self.documents, self.cx.ctx_len);
+            let is_longest = self.cx.max_positions.is_some_and(|most| length as i64 >= most);
+            let raise = if is_longest { "" } else { "raise `ctx_len`, or " };
             format!(
-                "warning: rows of token ids are longer than `ctx_len` {length}, and the rest of each is left out (the first: \
-                 {first}); raise `ctx_len`, or set `pack: true`"
+                "warning: {count} of {documents} documents are longer than `ctx_len` {length}, and the rest of each is left out \
+                 (the first is {first}); {raise}set `pack: true`"
             )
         });
-        skipped.into_iter().chain(cut).reduce(|one, other| format!("{one}\n{other}"))
+        records.into_iter().chain(files).chain(cut).reduce(|one, other| format!("{one}\n{other}"))
     }
 }
 
-/// The id of a special token in a model's config: the first, where there are several.
-fn special_id(model_config: &Value, name: &str) -> Option<i64> {
+/// The id of a special token in a model's config: the first, where there are several. Fails with the key and a value that is
+/// no id.
+fn special_id(model_config: &Value, name: &str) -> std::result::Result<Option<i64>, (String, Value)> {
     let key = format!("{name}_token_id");
     // Models that read pictures too have a config of their text part.
-    let own = |config: &Value| {
-        let id = config.get(&key)?;
-        id.as_i64().or_else(|| id.as_array()?.first()?.as_i64())
-    };
-    own(model_config).or_else(|| own(model_config.get("text_config")?))
+    for config in [Some(model_config), model_config.get("text_config")].into_iter().flatten() {
+        let id = match config.get(&key) {
+            Some(Value::Array(several)) => several.first(),
+            id => id,
+        };
+        if let Some(id) = id.filter(|id| !id.is_null()) {
+            return id.as_i64().map(Some).ok_or_else(|| (key, id.clone()));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether a stream's first item needs a tokenizer. A stream that cannot be read says so when it is read in earnest.
@@ -501,11 +568,17 @@ mod tests {
     #[test]
     fn special_ids_of_configs() {
         let of = |json: &str| special_id(&serde_json::from_str(json).unwrap(), "eos");
-        assert_eq!(of(r#"{"eos_token_id": 7}"#), Some(7));
-        assert_eq!(of(r#"{"eos_token_id": [128001, 128008, 128009]}"#), Some(128_001));
-        assert_eq!(of(r#"{"text_config": {"eos_token_id": [1, 106]}, "eos_token_id": null}"#), Some(1));
-        for none in ["{}", r#"{"eos_token_id": null}"#, r#"{"eos_token_id": []}"#, r#"{"eos_token_id": "2"}"#] {
-            assert_eq!(of(none), None, "{none}");
+        assert_eq!(of(r#"{"eos_token_id": 7}"#), Ok(Some(7)));
+        assert_eq!(of(r#"{"eos_token_id": [128001, 128008, 128009]}"#), Ok(Some(128_001)));
+        assert_eq!(of(r#"{"text_config": {"eos_token_id": [1, 106]}, "eos_token_id": null}"#), Ok(Some(1)));
+        for none in ["{}", r#"{"eos_token_id": null}"#, r#"{"eos_token_id": []}"#] {
+            assert_eq!(of(none), Ok(None), "{none}");
+        }
+        for (bad, value) in
+            [(r#"{"eos_token_id": "2"}"#, "\"2\""), (r#"{"text_config": {"eos_token_id": [true]}}"#, "true")]
+        {
+            let (key, found) = of(bad).unwrap_err();
+            assert_eq!((key.as_str(), found.to_string().as_str()), ("eos_token_id", value), "{bad}");
         }
     }
 

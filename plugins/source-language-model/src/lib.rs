@@ -307,6 +307,7 @@ impl SourceConfig for LanguageModelConfig {
                 context: 0,
                 starts: VecDeque::new(),
                 ended: false,
+                gave: false,
                 leaves_out: cx.on_nonfinite == OnNonfinite::SkipBatch,
                 left_out: None,
             },
@@ -417,6 +418,8 @@ struct Harvest {
     /// context.
     starts: VecDeque<(i64, Place)>,
     ended: bool,
+    /// Whether an activation was harvested, ever.
+    gave: bool,
     /// Whether activations that are not finite are left out; otherwise they are an error.
     leaves_out: bool,
     /// How many were, and why the first.
@@ -592,10 +595,19 @@ impl Harvest {
     fn take(&mut self, count: usize) -> Result<Option<Vec<Tensor>>> {
         while self.available() == 0 {
             match self.forward()? {
+                None if self.excluded.is_some() && !self.gave && self.context > 0 => {
+                    bail!(InputError::new(format!(
+                        "`exclude_special_tokens` leaves out every token of the text ({} contexts)",
+                        self.context
+                    ))
+                    .field("exclude_special_tokens")
+                    .help("list fewer token ids, or give a text with other tokens"));
+                }
                 None => return Ok(None),
                 Some(values) => self.pending = values,
             }
         }
+        self.gave = true;
         let here = self.available().min(count as i64);
         let rest = self.available() - here;
         let taken = self.pending.iter().map(|tensor| tensor.narrow(0, 0, here)).collect();

@@ -268,12 +268,13 @@ mod tests {
 
     #[test]
     fn bad_records_are_skipped_counted_and_named() {
-        let content = b"{\"text\": \"a\"}\n{\"text\": 3}\nnonsense\n\n{\"other\": \"x\"}\n\xff\n{\"text\": \"b\"}\n";
+        let content = b"{\"text\": \"a\"}\n{\"text\": 3}\nnonsense\n\n{\"other\": \"x\"}\n{\"text\": \"b\"}\n";
         let (_dir, mut lenient) = stream("a.jsonl", content, Documents::Paragraph, None);
         assert_eq!(texts(&mut *lenient), ["a", "b"]);
         let (skipped, first) = lenient.skipped();
-        assert_eq!(skipped, 4);
-        assert!(first.unwrap().ends_with("a.jsonl:2: field `text` is neither a string nor the messages of a chat"));
+        assert_eq!((skipped, lenient.skipped_files()), (3, (0, None)));
+        let what = "a.jsonl:2: field `text` is neither a string, the messages of a chat nor token ids";
+        assert!(first.unwrap().ends_with(what));
         let (_dir, mut strict) = stream("a.jsonl", content, Documents::Paragraph, Some(true));
         strict.next_record().unwrap();
         assert!(strict.next_record().unwrap_err().to_string().contains("a.jsonl:2"));
@@ -402,7 +403,8 @@ mod tests {
             let (dir, mut goes_on) = stream(&name, cut, Documents::Paragraph, Some(false));
             let found = texts(&mut *goes_on);
             assert!(found.len() > 5_000 && found.len() < 15_000, "{name}: {}", found.len());
-            let (skipped, first) = goes_on.skipped();
+            assert_eq!(goes_on.skipped(), (0, None), "a file is no record");
+            let (skipped, first) = goes_on.skipped_files();
             assert_eq!(skipped, 1, "{name}: {first:?}");
             assert!(first.unwrap().contains(&format!("{name}:{}: the file is damaged or breaks off", found.len() + 1)));
             // So are the files after it.
@@ -477,7 +479,96 @@ mod tests {
         std::fs::write(dir.path().join("a.jsonl"), "{\"text\": \"a\"}\n").unwrap();
         std::os::unix::fs::symlink(dir.path().join("nowhere"), dir.path().join("b.jsonl")).unwrap();
         let said = refused(&mut *config(dir.path()).build().unwrap());
-        assert!(said.contains("cannot read") && said.contains("b.jsonl"), "{said}");
+        assert!(said.contains("the link") && said.contains("b.jsonl leads nowhere"), "{said}");
+        assert!(said.contains("nowhere: put that file there") && !said.contains("did you mean"), "{said}");
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf_8_are_a_file_that_cannot_be_read() {
+        // Latin-1, in the middle of a file.
+        let text = b"one\n\ntwo\n\nna\xefve\n\nfour\n".to_vec();
+        let json =
+            b"{\"text\": \"one\"}\n{\"text\": \"two\"}\n{\"text\": \"na\xefve\"}\n{\"text\": \"four\"}\n".to_vec();
+        for (name, content, line) in [
+            ("a.txt", text.clone(), 5),
+            ("a.jsonl", json.clone(), 3),
+            ("a.txt.gz", packed("gz", &text), 5),
+            ("a.jsonl.zst", packed("zst", &json), 3),
+        ] {
+            for strict in [None, Some(true)] {
+                let (_dir, mut text) = stream(name, &content, Documents::Paragraph, strict);
+                let said = refused(&mut *text);
+                assert!(said.contains(&format!("{name}:{line}: not UTF-8 (byte 0xef)")), "{said}");
+                assert!(
+                    said.contains("`iconv -f LATIN1 -t UTF-8 FILE > NEW`") && said.contains("`strict: false`"),
+                    "{said}"
+                );
+            }
+            let (dir, mut text) = stream(name, &content, Documents::Paragraph, Some(false));
+            assert_eq!(texts(&mut *text), ["one", "two"], "{name}");
+            assert_eq!((text.skipped().0, text.skipped_files().0), (0, 1), "{name}");
+            std::fs::write(dir.path().join("b.txt"), "b").unwrap();
+            let mut both = TextFilesConfig { strict: Some(false), ..config(dir.path()) }.build().unwrap();
+            assert_eq!(texts(&mut *both).last().unwrap(), "b", "the files after it are read");
+        }
+        // A picture is no Latin-1.
+        let (_dir, mut picture) = stream("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", Documents::Line, None);
+        let said = refused(&mut *picture);
+        assert!(said.contains("a.txt is not a text") && !said.contains("iconv"), "{said}");
+        // Characters that stand for lost ones, and zeros, are text.
+        let (_dir, mut text) = stream("a.txt", "a \u{fffd} b\0c".as_bytes(), Documents::Line, Some(true));
+        assert_eq!(texts(&mut *text), ["a \u{fffd} b\0c"]);
+        // A character that the first look at the file ends within.
+        let long = format!("{}é\0", "a".repeat(4095));
+        let (_dir, mut text) = stream("a.txt", long.as_bytes(), Documents::Line, Some(true));
+        assert_eq!(texts(&mut *text), [long]);
+    }
+
+    #[test]
+    fn utf_16_that_breaks_off_or_is_damaged_is_a_file_that_cannot_be_read() {
+        for order in [u16::to_le_bytes, u16::to_be_bytes] {
+            // Longer than what is decoded at once, so that characters fall on the border, and pairs of surrogates too.
+            let whole: String = (0..5_000).map(|line| format!("{line} \u{fffd}🌍🌍\n")).collect();
+            let bytes = utf16(&format!("\u{feff}{whole}"), order);
+            let (_dir, mut text) = stream("a.txt", &bytes, Documents::Line, Some(true));
+            assert!(texts(&mut *text).iter().map(|line| format!("{line}\n")).eq(whole.split_inclusive('\n')));
+            let half = [&bytes[..bytes.len() - 4], &order(0xd83c)[..]].concat();
+            let swapped = [&bytes[..], &order(0xdf0d), &order(0x61)].concat();
+            for content in [&bytes[..bytes.len() - 1], &half[..], &swapped[..]] {
+                let (_dir, mut text) = stream("a.txt", content, Documents::Line, None);
+                let said = refused(&mut *text);
+                assert!(said.contains("a.txt:") && said.contains("it is not UTF-16 from here on"), "{said}");
+                assert!(text.position() > 4_900, "{}", text.position());
+            }
+        }
+    }
+
+    #[test]
+    fn a_text_without_records_says_what_would_do() {
+        let said = |name: &str, content: &str| {
+            let (_dir, mut text) = stream(name, content.as_bytes(), Documents::Paragraph, None);
+            refused(&mut *text)
+        };
+        for (name, content) in [("a.txt", ""), ("a.jsonl", ""), ("a.txt", " \n\n")] {
+            let said = said(name, content);
+            assert!(said.contains("it is empty, or holds nothing but blanks") && !said.contains("column"), "{said}");
+        }
+        for line in [
+            r#"{"input_ids": [1, 2], "attention_mask": [1]}"#,
+            r#"{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}"#,
+            r#"{"input_ids": [1.5]}"#,
+            r#"{"input_ids": [[1, 2], [3]]}"#,
+            r#"{"input_ids": []}"#,
+        ] {
+            let said = said("a.jsonl", line);
+            assert!(said.contains("1 bad record, ") && said.contains("as a flat list of integers"), "{said}");
+            assert!(!said.contains("`column`") && !said.contains("neither"), "{said}");
+        }
+        let nested = said("a.jsonl", r#"{"id": 1, "translation": {"en": "one", "de": "eins"}}"#);
+        assert!(nested.contains("no field `text`, it has: id, translation."), "{nested}");
+        assert!(nested.contains("translation.en") && nested.contains("`column` names the field"), "{nested}");
+        let many = said("a.jsonl", &"text\n".repeat(200));
+        assert!(many.contains("not JSON") && many.contains("write a JSON object on each line"), "{many}");
     }
 
     fn rows(stream: &mut dyn TextStream) -> Vec<Vec<i64>> {

@@ -75,7 +75,11 @@ impl Rows {
             // A file may not say that its bytes are text.
             Some(Field::Bytes(bytes)) => match String::from_utf8(bytes.data().to_vec()) {
                 Ok(text) => Ok(text.into()),
-                Err(_) => Err("not UTF-8".to_owned()),
+                Err(_) => {
+                    self.ended = true;
+                    let why = "holds bytes that are not UTF-8: if they are Latin-1, decode the column and write the file anew";
+                    return Err(Unreadable(format!("{}: column `{}` {why}", self.name, self.column)));
+                }
             },
             Some(list @ (Field::ListInternal(_) | Field::Group(_))) => Ok(list.to_json_value()),
             _ => Err("no text in this row".to_owned()),

@@ -9,7 +9,6 @@ use std::path::PathBuf;
 use dictlearn_core::files;
 use dictlearn_core::hub::{hub, Repo};
 use dictlearn_core::prelude::*;
-use encoding_rs_io::DecodeReaderBytesBuilder;
 use serde_json::json;
 
 use crate::rows;
@@ -156,11 +155,36 @@ pub struct TextFiles {
     bad: Bad,
 }
 
-/// Bad records: how many, and the place and reason of the first.
+/// What was skipped: how many records and files, and the place and reason of the first of each.
 #[derive(Default)]
 struct Bad {
     count: u64,
     first: Option<String>,
+    /// What to do about the first record.
+    help: &'static str,
+    files: u64,
+    first_file: Option<String>,
+}
+
+/// Why a line or row is no record, and what to do about it.
+struct Fault {
+    why: String,
+    help: &'static str,
+}
+
+impl Fault {
+    /// The field that is read is missing, or holds something else.
+    fn of_field(why: String) -> Self {
+        Fault { why, help: "`column` names the field that holds the text, the messages of a chat or the token ids" }
+    }
+
+    /// A row of token ids that is none.
+    fn of_ids(why: String) -> Self {
+        const HELP: &str =
+            "write a row of token ids as a flat list of integers, and an `attention_mask` beside it as as many 1s \
+                            and 0s, with 0 only at its ends";
+        Fault { why, help: HELP }
+    }
 }
 
 struct OpenFile {
@@ -187,7 +211,7 @@ enum Line {
     Text(String),
     /// What a row holds.
     Cell(Cell),
-    Bad(String),
+    Bad(Fault),
 }
 
 impl OpenFile {
@@ -233,7 +257,7 @@ impl OpenFile {
                 self.line += 1;
                 let row = rows.next_row().inspect_err(|_| self.ended = true)?;
                 self.ended = row.is_none();
-                return Ok(row.map(|row| row.map_or_else(Line::Bad, Line::Cell)));
+                return Ok(row.map(|row| row.map_or_else(|why| Line::Bad(Fault::of_field(why)), Line::Cell)));
             }
             Content::Text(reader) => (reader, LONGEST_DOCUMENT),
             Content::Json(reader) => (reader, LONGEST_RECORD),
@@ -261,17 +285,29 @@ impl OpenFile {
                     self.ended = true;
                     return Err(failure(&error, &self.origin(self.line), self.is_local));
                 }
-                return Ok(Some(Line::Bad(format!("a record of more than {} MB", LONGEST_RECORD >> 20))));
+                let why = format!("a record of more than {} MB", LONGEST_RECORD >> 20);
+                return Ok(Some(Line::Bad(Fault { why, help: "write each record on a line of its own" })));
             }
             self.rest = bytes.split_off(between_words(&bytes));
         }
         while matches!(bytes.last(), Some(b'\n' | b'\r')) {
             bytes.pop();
         }
-        Ok(Some(match String::from_utf8(bytes) {
-            Ok(text) => Line::Text(text),
-            Err(_) => Line::Bad("not UTF-8".to_owned()),
-        }))
+        match String::from_utf8(bytes) {
+            Ok(text) => Ok(Some(Line::Text(text))),
+            Err(error) => {
+                *reader = Box::new(std::io::empty());
+                self.rest.clear();
+                self.ended = true;
+                let byte = error.as_bytes()[error.utf8_error().valid_up_to()];
+                Err(Unreadable(format!(
+                    "{}: not UTF-8 (byte {byte:#04x}): if the file is Latin-1, `iconv -f LATIN1 -t UTF-8 FILE > NEW` writes it as \
+                     UTF-8",
+                    self.origin(self.line)
+                ))
+                .into())
+            }
+        }
     }
 
     fn origin(&self, line: u64) -> String {
@@ -310,18 +346,83 @@ fn decoded(mut content: Box<dyn Read + Send>, name: &str, is_local: bool) -> Res
         Ok(_) => content,
         Err(error) => Box::new(Failed(Some(error))),
     };
-    let whole = Cursor::new(head).chain(rest);
-    let decoder = DecodeReaderBytesBuilder::new().utf8_passthru(true).strip_bom(true).build(whole);
-    Ok(Box::new(BufReader::new(decoder)))
+    let order = match head {
+        _ if head.starts_with(b"\xff\xfe") => Some(u16::from_le_bytes as fn([u8; 2]) -> u16),
+        _ if head.starts_with(b"\xfe\xff") => Some(u16::from_be_bytes as fn([u8; 2]) -> u16),
+        _ => None,
+    };
+    let is_utf8 = std::str::from_utf8(&head).map_or_else(|error| error.error_len().is_none(), |_| true);
+    if order.is_none() && !is_utf8 && head.contains(&0) {
+        bail!(Unreadable(format!("{name} is not a text: it has zero bytes, and bytes that are not UTF-8")));
+    }
+    let mark = match order {
+        Some(_) => 2,
+        None if head.starts_with(b"\xef\xbb\xbf") => 3,
+        None => 0,
+    };
+    let whole = Cursor::new(head.split_off(mark)).chain(rest);
+    Ok(match order {
+        Some(unit) => Box::new(BufReader::new(Utf16 { bytes: whole, unit, rest: Vec::new(), text: Cursor::default() })),
+        None => Box::new(BufReader::new(whole)),
+    })
+}
+
+/// UTF-16 as UTF-8. What is not UTF-16 is an error, where a library's decoder would put U+FFFD.
+struct Utf16<R> {
+    bytes: R,
+    unit: fn([u8; 2]) -> u16,
+    /// The beginning of a character whose other bytes have not arrived.
+    rest: Vec<u8>,
+    text: Cursor<Vec<u8>>,
+}
+
+impl<R: Read> Read for Utf16<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let broken = || std::io::Error::new(ErrorKind::InvalidData, "it is not UTF-16 from here on");
+        loop {
+            let count = self.text.read(buffer)?;
+            if count > 0 || buffer.is_empty() {
+                return Ok(count);
+            }
+            let mut more = [0; SNIFFED as usize];
+            let count = match self.bytes.read(&mut more) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                count => count?,
+            };
+            if count == 0 {
+                return if self.rest.is_empty() { Ok(0) } else { Err(broken()) };
+            }
+            self.rest.extend(&more[..count]);
+            let units: Vec<u16> = self.rest.chunks_exact(2).map(|unit| (self.unit)([unit[0], unit[1]])).collect();
+            let mut text = String::new();
+            let mut used = 0;
+            for character in char::decode_utf16(units.iter().copied()) {
+                match character {
+                    Ok(character) => {
+                        text.push(character);
+                        used += character.len_utf16();
+                    }
+                    // The second half of a pair may be still to come.
+                    Err(half) if used + 1 == units.len() && half.unpaired_surrogate() < 0xdc00 => break,
+                    Err(_) if text.is_empty() => return Err(broken()),
+                    // The text before it goes first.
+                    Err(_) => break,
+                }
+            }
+            self.rest.drain(..2 * used);
+            self.text = Cursor::new(text.into_bytes());
+        }
+    }
 }
 
 /// Why the first bytes of a file are not those of a text, if they are not.
 fn no_text(head: &[u8]) -> Option<String> {
-    const FOREIGN: [(&[u8], &str); 6] = [
+    const FOREIGN: [(&[u8], &str); 7] = [
         (b"\x1f\x8b", "is compressed: give it a name that ends in .gz"),
         (b"\x28\xb5\x2f\xfd", "is compressed: give it a name that ends in .zst"),
         (b"PAR1", "is a parquet file: give it a name that ends in .parquet"),
         (b"PK\x03\x04", "is a zip archive: unpack it"),
+        (b"%PDF-", "is a PDF: take the text out of it"),
         (b"\xff\xfe\0\0", "is UTF-32: write it as UTF-8"),
         (b"\0\0\xfe\xff", "is UTF-32: write it as UTF-8"),
     ];
@@ -380,13 +481,18 @@ fn between_words(bytes: &[u8]) -> usize {
 }
 
 /// The first of these fields that a JSON record has, or why there is none.
-fn field(line: &str, columns: &[String]) -> std::result::Result<Cell, String> {
-    let mut record: Value = serde_json::from_str(line).map_err(|error| format!("not JSON: {error}"))?;
+fn field(line: &str, columns: &[String]) -> std::result::Result<Cell, Fault> {
+    let mut record: Value = serde_json::from_str(line).map_err(|error| Fault {
+        why: format!("not JSON: {error}"),
+        help: "write a JSON object on each line, as `{\"text\": \"...\"}`",
+    })?;
     let found = columns.iter().find_map(|column| Some((column, path(&record, column)?)));
     let Some((column, path)) = found else {
-        let fields: Vec<&str> = record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
         let column = columns.first().map_or("", String::as_str);
-        return Err(format!("no field `{column}`, it has: {}", fields.join(", ")));
+        return Err(Fault::of_field(match names(&record) {
+            names if names.is_empty() => format!("no field `{column}`, and no other"),
+            names => format!("no field `{column}`, it has: {}", names.join(", ")),
+        }));
     };
     let mut holder = &mut record;
     for name in &path[..path.len() - 1] {
@@ -408,6 +514,15 @@ fn path<'a>(record: &Value, column: &'a str) -> Option<Vec<&'a str>> {
         below.insert(0, &column[..at]);
         Some(below)
     })
+}
+
+/// The names of a record's fields, as `column` takes them.
+fn names(record: &Value) -> Vec<String> {
+    let below = |(name, value): (&String, &Value)| match names(value) {
+        below if below.is_empty() => vec![name.clone()],
+        below => below.into_iter().map(|below| format!("{name}.{below}")).collect(),
+    };
+    record.as_object().into_iter().flatten().flat_map(below).collect()
 }
 
 /// Token ids without their padding, or what is wrong with them.
@@ -441,8 +556,11 @@ fn token_ids(column: &str, ids: &[Value], mask: Option<&Value>) -> std::result::
 
 /// Why a field's value is no record.
 fn neither(column: &str, value: &Value) -> String {
-    let what = format!("field `{column}` is neither a string nor the messages of a chat");
-    match value.as_object().and_then(|fields| fields.keys().next()) {
+    if value.as_array().is_some_and(Vec::is_empty) {
+        return format!("field `{column}` is an empty list");
+    }
+    let what = format!("field `{column}` is neither a string, the messages of a chat nor token ids");
+    match names(value).first() {
         Some(first) => format!("{what}, but has fields of its own: name one, `{column}.{first}`"),
         None => what,
     }
@@ -511,9 +629,22 @@ impl TextFiles {
             0 | 1 => String::new(),
             count => format!(" and {} more files", count - 1),
         };
-        let bad = self.bad.first.as_ref().map(|bad| format!(": {} bad records, the first {bad}", self.bad.count));
-        InputError::new(format!("there is no text in {first}{more}{}", bad.unwrap_or_default()))
-            .help("a document has letters in it; `column` names the field of a record that holds it")
+        let (bad, of_record) = (&self.bad, self.bad.first.is_some());
+        let records = bad.first.iter().map(|first| match bad.count {
+            1 => format!("1 bad record, {first}"),
+            count => format!("{count} bad records, the first {first}"),
+        });
+        let files = bad.first_file.iter().map(|first| match bad.files {
+            1 => format!("1 file that cannot be read, {first}"),
+            count => format!("{count} files that cannot be read, the first {first}"),
+        });
+        let why: Vec<String> = records.chain(files).collect();
+        let why = if why.is_empty() { String::new() } else { format!(": {}", why.join("; ")) };
+        InputError::new(format!("there is no text in {first}{more}{why}")).help(match () {
+            () if of_record => bad.help,
+            () if bad.files > 0 => "mend the file, or fetch it again",
+            () => "it is empty, or holds nothing but blanks: fetch it again, or name another file",
+        })
     }
 
     /// The next record of the open file; `None` at its end.
@@ -535,7 +666,7 @@ impl TextFiles {
             let ended = line.is_none();
             let value = match (line, &file.content) {
                 (None, _) => Ok(None),
-                (Some(Line::Bad(why)), _) => Err(why),
+                (Some(Line::Bad(fault)), _) => Err(fault),
                 (Some(Line::Cell(cell)), _) => Ok(Some(cell)),
                 (Some(Line::Text(line)), Content::Json(_)) if line.trim().is_empty() => continue,
                 (Some(Line::Text(line)), Content::Json(_)) if file.line == 1 && line.trim_start().starts_with('[') => {
@@ -560,30 +691,31 @@ impl TextFiles {
             };
             let place = file.origin(file.line);
             match value {
-                Err(why) => {
-                    self.bad.skip(&self.options, self.position, &place, &why)?;
+                Err(fault) => {
+                    self.bad.skip(&self.options, self.position, &place, fault)?;
                     continue;
                 }
                 Ok(None) => {}
                 Ok(Some(Cell { value: Value::String(found), .. })) => (text, start) = (found, file.line),
                 Ok(Some(Cell { column, value, mask })) => {
                     let list = value.as_array();
-                    let why = match list.filter(|list| !list.is_empty() && !list.iter().any(Value::is_object)) {
+                    let fault = match list.filter(|list| !list.is_empty() && !list.iter().any(Value::is_object)) {
                         Some(ids) => match token_ids(&column, ids, mask.as_ref()) {
                             Ok(ids) => {
                                 let mask = vec![true; ids.len()];
                                 return Ok(Some(Record::Tokens { ids, mask, origin: place }));
                             }
-                            Err(why) => why,
+                            Err(why) => Fault::of_ids(why),
                         },
                         None => match messages(&value) {
                             Some(messages) if !messages.is_empty() => {
                                 return Ok(Some(Record::Chat(Chat { messages, origin: place })))
                             }
-                            _ => neither(&column, &value),
+                            _ if list.is_some_and(Vec::is_empty) => Fault::of_ids(neither(&column, &value)),
+                            _ => Fault::of_field(neither(&column, &value)),
                         },
                     };
-                    self.bad.skip(&self.options, self.position, &place, &why)?;
+                    self.bad.skip(&self.options, self.position, &place, fault)?;
                     continue;
                 }
             }
@@ -612,27 +744,31 @@ fn check_length(lengths: &BTreeMap<String, u64>, name: &str) -> Result<()> {
 
 impl Bad {
     /// Counts a bad record, or ends with it. `delivered` is how many good ones there were.
-    fn skip(&mut self, options: &Options, delivered: u64, place: &str, why: &str) -> Result<()> {
-        let place = format!("{place}: {why}");
+    fn skip(&mut self, options: &Options, delivered: u64, place: &str, fault: Fault) -> Result<()> {
+        let place = format!("{place}: {}", fault.why);
         if options.strict == Some(true) {
             bail!(InputError::new(place).help("mend the record, or leave `strict` out to skip such records"));
         }
         self.count += 1;
+        if self.first.is_none() {
+            self.help = fault.help;
+        }
         let first = self.first.get_or_insert(place);
         if delivered == 0 && self.count == HOPELESS {
             bail!(InputError::new(format!("none of the first {HOPELESS} records can be used; the first is {first}"))
-                .help("`column` names the field that holds the text or the messages of a chat"));
+                .help(self.help));
         }
         Ok(())
     }
 
-    /// Ends with a file that cannot be read, or counts it as a bad record.
+    /// Ends with a file that cannot be read, or counts it.
     fn skip_file(&mut self, options: &Options, why: Unreadable) -> Result<()> {
         if options.strict != Some(false) {
-            bail!(InputError::new(why.0).help("fetch the file again, or go on without it with `strict: false`"));
+            bail!(InputError::new(why.0)
+                .help("mend the file or fetch it again, or go on without it with `strict: false`"));
         }
-        self.count += 1;
-        self.first.get_or_insert(why.0);
+        self.files += 1;
+        self.first_file.get_or_insert(why.0);
         Ok(())
     }
 }
@@ -679,10 +815,15 @@ impl TextStream for TextFiles {
     }
 
     fn refuse(&mut self, origin: &str, why: &str) -> Result<()> {
-        self.bad.skip(&self.options, self.position, origin, why)
+        let help = "take such chats out of the text, or choose a model whose chat template takes them";
+        self.bad.skip(&self.options, self.position, origin, Fault { why: why.to_owned(), help })
     }
 
     fn skipped(&self) -> (u64, Option<String>) {
         (self.bad.count, self.bad.first.clone())
+    }
+
+    fn skipped_files(&self) -> (u64, Option<String>) {
+        (self.bad.files, self.bad.first_file.clone())
     }
 }

@@ -126,7 +126,7 @@ impl TextStream for Mix {
         let mut record = part.text.next_record()?;
         if record.is_none() {
             if part.given == 0 {
-                let (_, why) = part.text.skipped();
+                let why = part.text.skipped().1.or(part.text.skipped_files().1);
                 let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
                 bail!(InputError::new(format!("streams[{due}] of the mix has not one document{why}")));
             }
@@ -174,9 +174,17 @@ impl TextStream for Mix {
     }
 
     fn skipped(&self) -> (u64, Option<String>) {
-        let all = self.parts.iter().map(|part| part.text.skipped());
-        all.fold((0, None), |(count, first), (more, other)| (count + more, first.or(other)))
+        sum(self.parts.iter().map(|part| part.text.skipped()))
     }
+
+    fn skipped_files(&self) -> (u64, Option<String>) {
+        sum(self.parts.iter().map(|part| part.text.skipped_files()))
+    }
+}
+
+/// Counts added up, with the first of what they count.
+fn sum(counts: impl Iterator<Item = (u64, Option<String>)>) -> (u64, Option<String>) {
+    counts.fold((0, None), |(count, first), (more, other)| (count + more, first.or(other)))
 }
 
 #[cfg(test)]
