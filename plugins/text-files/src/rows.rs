@@ -242,6 +242,26 @@ mod tests {
     }
 
     #[test]
+    fn bytes_of_a_column_that_are_not_utf_8_are_a_file_that_cannot_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.parquet");
+        let schema = Arc::new(parse_message_type("message m { required byte_array text; }").unwrap());
+        let mut writer = SerializedFileWriter::new(File::create(&path).unwrap(), schema, Default::default()).unwrap();
+        let mut rows = writer.next_row_group().unwrap();
+        let mut column = rows.next_column().unwrap().unwrap();
+        let texts = [&b"one"[..], b"na\xefve", b"three"].map(|text| ByteArray::from(text.to_vec()));
+        column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+        column.close().unwrap();
+        rows.close().unwrap();
+        writer.close().unwrap();
+        let mut rows = open(&path, "text").unwrap();
+        assert_eq!(rows.next_row().unwrap().unwrap().unwrap().value, "one");
+        let why = rows.next_row().err().unwrap().to_string();
+        assert!(why.contains("a.parquet: column `text` holds bytes that are not UTF-8"), "{why}");
+        assert!(rows.next_row().unwrap().is_none());
+    }
+
+    #[test]
     fn another_column_or_a_damaged_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
