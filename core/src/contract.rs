@@ -25,6 +25,7 @@ use crate::config::{self, from_yaml, SaeConfig, Sources};
 use crate::interrupt::Interrupt;
 use crate::prelude::*;
 use crate::registry::{self, component, components, Component, Kind as Slot};
+use crate::rng::seeded;
 use crate::top_k::Selection;
 use crate::training::{NotFinite, OnNonfinite, Training, TrainingCx};
 use crate::two_layer;
@@ -252,9 +253,8 @@ fn enter_the_examples_folder() {
 
 /// The files that examples name, to be put into a folder in which they run.
 pub fn example_files(dir: &Path) {
-    tch::manual_seed(1);
-    tensors::write(&dir.join("activations.safetensors"), &[("activations", activations(1000))]).unwrap();
-    let ids = Tensor::randint(100, [16, 24], (Kind::Int64, Device::Cpu));
+    let (rows, ids) = seeded(1, || (activations(1000), Tensor::randint(100, [16, 24], (Kind::Int64, Device::Cpu))));
+    tensors::write(&dir.join("activations.safetensors"), &[("activations", rows)]).unwrap();
     tensors::write(&dir.join("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
     let text = "A first paragraph.\n\nA second one.\n\nAnd a third.\n\n".repeat(100);
     std::fs::write(dir.join("corpus.txt"), text).unwrap();
@@ -320,9 +320,8 @@ fn dictionary_cx() -> DictionaryCx<'static> {
 }
 
 fn dictionary(component: &Component) -> Box<dyn Dictionary> {
-    tch::manual_seed(5);
     let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
-    EXAMPLE.of(&who(component), config.build(&dictionary_cx()))
+    EXAMPLE.of(&who(component), seeded(5, || config.build(&dictionary_cx())))
 }
 
 /// Parses an example in the slot of its kind, writes it as YAML again, and both once more.
@@ -599,8 +598,7 @@ fn training_cx() -> TrainingCx {
 }
 
 fn batches() -> Vec<Batch> {
-    tch::manual_seed(2);
-    activations(STEPS as i64 * 64).split(64, 0).into_iter().map(Batch::of).collect()
+    seeded(2, || activations(STEPS as i64 * 64)).split(64, 0).into_iter().map(Batch::of).collect()
 }
 
 fn weights(training: &Training) -> BTreeMap<String, Vec<u8>> {

@@ -1,6 +1,8 @@
 //! Random numbers whose state can be saved: shuffling, resampling and synthetic data draw from these and not from
 //! libtorch's global generator, whose state tch cannot read, so that a resumed run draws what it would have drawn.
 
+use std::sync::{Mutex, PoisonError};
+
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -16,4 +18,13 @@ pub fn rng(seed: u64, purpose: &str) -> Rng {
     let mut rng = Rng::seed_from_u64(seed);
     rng.set_stream(stream);
     rng
+}
+
+/// Calls `make` with libtorch's global generator at `seed`. The generator is the process's, so threads that draw from it take
+/// turns: what is made depends on the seed alone.
+pub(crate) fn seeded<T>(seed: u64, make: impl FnOnce() -> T) -> T {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(seed as i64);
+    make()
 }

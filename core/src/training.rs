@@ -15,7 +15,7 @@ use crate::dictionary::{Dictionary, DictionaryCx};
 use crate::memory::Need;
 use crate::modifier::{Modifier, ModifierConfig, ModifierCx};
 use crate::optim::{Adam, Gradients};
-use crate::rng::{rng, Rng};
+use crate::rng::{rng, seeded, Rng};
 use crate::saved;
 use crate::source::{Batch, SitePart};
 use crate::state::{bytes, State};
@@ -77,17 +77,14 @@ impl Training {
     /// Builds the dictionary, its trainer and its modifiers, and loads initial weights.
     pub fn new(config: &SaeConfig, cx: &TrainingCx) -> Result<Self> {
         // Every SAE starts from the run's seed or its own, as in the reference, so that neighbours do not change its weights.
-        tch::manual_seed(cx.seed as i64);
-        let mut dictionary = config
-            .dictionary
-            .build(&DictionaryCx {
-                activation_dim: cx.widths.0,
-                output_dim: cx.widths.1,
-                parts: &cx.parts,
-                device: cx.device,
-                precision: cx.precision,
-            })
-            .under("dictionary")?;
+        let dictionary_cx = DictionaryCx {
+            activation_dim: cx.widths.0,
+            output_dim: cx.widths.1,
+            parts: &cx.parts,
+            device: cx.device,
+            precision: cx.precision,
+        };
+        let mut dictionary = seeded(cx.seed, || config.dictionary.build(&dictionary_cx)).under("dictionary")?;
         if dictionary.dims().output != cx.widths.1 {
             bail!(InputError::new(format!(
                 "the class {} reconstructs vectors of width {}, but the source's targets have width {}",
