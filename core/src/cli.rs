@@ -749,6 +749,14 @@ fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tensor, String)
 fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output: &Path) -> Result<ExitCode> {
     /// Activations encoded at a time.
     const ROWS: i64 = 4096;
+    if input.is_dir() {
+        bail!(InputError::new(format!("--input is a folder, {}", input.display()))
+            .help("give a .safetensors, .npz or .npy file; a folder of activations is a source, `activation_cache`"));
+    }
+    if let Some(dir) = output.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.is_dir()) {
+        bail!(InputError::new(format!("there is no folder {} to write --output to", dir.display()))
+            .help(format!("make it: `mkdir -p {}`", dir.display())));
+    }
     let device = device::best();
     let saved = saved::read(sae_dir, device, device::Precision::Float32)?;
     let (x, said) = activations_in(input, tensor)?;

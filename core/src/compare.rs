@@ -129,7 +129,7 @@ impl Comparison {
     /// The table.
     pub fn table(&self) -> String {
         let cells =
-            |sae: &Compared| self.keys.iter().map(|key| sae.config.get(key).map_or("–".to_owned(), plain)).collect();
+            |sae: &Compared| self.keys.iter().map(|key| sae.config.get(key).map_or("–".to_owned(), short)).collect();
         let table =
             evaluate::table_with(&self.keys, self.saes.iter().map(|sae| (sae.name.clone(), cells(sae), &sae.figures)));
         std::iter::once(table).chain(evaluate::measured_lines(&self.rows())).collect::<Vec<_>>().join("\n")
@@ -184,6 +184,15 @@ fn plain(value: &Value) -> String {
         Value::String(text) => text.clone(),
         Value::Null => String::new(),
         other => other.to_string(),
+    }
+}
+
+/// The same for people: numbers with four digits that count, as long as that is shorter.
+fn short(value: &Value) -> String {
+    let text = plain(value);
+    match value.as_f64().filter(|_| value.is_f64()) {
+        Some(number) if text.len() > 9 => format!("{number:.3e}"),
+        _ => text,
     }
 }
 

@@ -57,6 +57,10 @@ fn an_input_that_cannot_be_read_says_what_is_taken() {
     desk.golden_sae("top_k");
     let x = Tensor::zeros([4, 32], (Kind::Float, tch::Device::Cpu));
     tensors::write(&desk.path("x.safetensors"), &[("activations", x.shallow_clone())]).unwrap();
+    let said = desk.refused(&["encode", "top_k", "--input", ".", "--output", "y.safetensors"]);
+    assert!(said.contains("--input is a folder") && said.contains("activation_cache"), "{said}");
+    let said = desk.refused(&["encode", "top_k", "--input", "x.safetensors", "--output", "nowhere/y.safetensors"]);
+    assert!(said.contains("there is no folder nowhere") && said.contains("mkdir -p nowhere"), "{said}");
     fs::write(desk.path("x.npy"), npy(&x)).unwrap();
     fs::write(desk.path("cut.npy"), &npy(&x)[..40]).unwrap();
     fs::write(desk.path("x.csv"), "0,0,0").unwrap();

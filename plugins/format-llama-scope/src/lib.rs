@@ -152,22 +152,24 @@ impl Format for LlamaScope {
             Ok(Activation::Jump((threshold / norms).masked_fill(&norms.le(0.0), f64::INFINITY)))
         };
         let threshold = config.get("jump_relu_threshold").and_then(Value::as_f64);
-        let activation =
-            match (log_threshold, text("act_fn").map(str::to_lowercase).as_deref(), threshold) {
-                (Some(threshold), Some("jumprelu") | None, _) => jump(threshold.exp())?,
-                (None, Some("relu"), _) => Activation::Relu,
-                // The authors' code makes jumprelu of a topk that has a threshold.
-                (None, act_fn, Some(threshold)) if act_fn != Some("topk") || threshold > 0.0 => {
-                    let unit = if norms.is_some() { scale_out } else { scale };
-                    jump(b_enc.ones_like() * (threshold * unit))?
-                }
-                (_, Some(act_fn @ ("topk" | "relu")), _) => bail!(InputError::new(format!(
-                    "{file}: `act_fn: {act_fn}` is not supported with what stands beside it"
-                ))
-                .help("supported are jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")),
-                _ => bail!(InputError::new("the threshold is not said")
-                    .help("it is `jump_relu_threshold` of hyperparams.json")),
-            };
+        let activation = match (log_threshold, text("act_fn").map(str::to_lowercase).as_deref(), threshold) {
+            (Some(threshold), Some("jumprelu") | None, _) => jump(threshold.exp())?,
+            (None, Some("relu"), _) => Activation::Relu,
+            // The authors' code makes jumprelu of a topk that has a threshold.
+            (None, act_fn, Some(threshold)) if act_fn != Some("topk") || threshold > 0.0 => {
+                let unit = if norms.is_some() { scale_out } else { scale };
+                jump(b_enc.ones_like() * (threshold * unit))?
+            }
+            (_, Some(act_fn @ ("topk" | "relu")), _) => bail!(InputError::new(format!(
+                "{file}: `act_fn: {act_fn}` is not supported with what stands beside it"
+            ))
+            .help("supported are jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")),
+            _ => bail!(InputError::new(match config.get("jump_relu_threshold").filter(|value| !value.is_null()) {
+                Some(value) => format!("{file}: `jump_relu_threshold` is {value}, not a number"),
+                None => format!("{file} has no `jump_relu_threshold`"),
+            })
+            .help("the authors' files have the threshold of every feature there")),
+        };
         let reads = text("hook_point_in");
         let writes = text("hook_point_out").filter(|writes| reads.is_some_and(|reads| reads != *writes));
         let affine = Affine {

@@ -184,8 +184,10 @@ impl Cfg {
                 architecture = "topk".to_owned();
                 k = raw.get("activation_fn_kwargs").map_or(Ok(None), |kwargs| count(kwargs, "k"))?;
             }
-            other => bail!(InputError::new(format!("the activation function `{other}` is not supported"))
-                .help("supported are `relu` and `topk`")),
+            other => bail!(InputError::new(format!(
+                "the activation function `{other}` is not supported with the architecture `{architecture}`"
+            ))
+            .help("supported are `relu`, and `topk` with the architecture `topk`")),
         }
         if !ARCHITECTURES.contains(&architecture.as_str()) {
             bail!(InputError::new(format!("the architecture `{architecture}` is not supported"))

@@ -386,10 +386,12 @@ impl ActivationSource for TensorFileSource {
         if self.evaluates_part && own == others && parted {
             return None;
         }
-        Some(format!(
-            "rows of {}: `held_out: 0.1` in `source` keeps rows back from training",
-            shared.file_name().unwrap_or_default().to_string_lossy()
-        ))
+        let file = shared.file_name().unwrap_or_default().to_string_lossy();
+        Some(match self.config["held_out"].as_f64().filter(|part| *part > 0.0) {
+            // Held out of another set of rows than was trained on.
+            Some(_) => format!("rows of {file}: another `held_out`, `held_out_seed` or `path` was trained with"),
+            None => format!("rows of {file}: `held_out: 0.1` in `source` keeps rows back from training"),
+        })
     }
 
     fn state(&self) -> Result<State> {
