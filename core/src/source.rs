@@ -109,6 +109,11 @@ impl HeldOut {
         starts.zip(ends).map(|(start, end)| start..end).filter(|range| !range.is_empty()).collect()
     }
 
+    /// Whether a row is wanted for a purpose.
+    pub fn wants(self, row: u64, purpose: Purpose) -> bool {
+        !self.wanted(row..row + 1, purpose).is_empty()
+    }
+
     /// The rows of a range that are held out, in order.
     fn held(self, rows: &Range<u64>) -> Vec<u64> {
         let stratum = |row: u64| (row as f64 * self.fraction) as u64;

@@ -217,3 +217,39 @@ fn an_overlap_is_said_once_for_all_metrics() {
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert_eq!(run.stderr.matches("measured on what the SAEs were trained on").count(), 1, "{}", run.stderr);
 }
+
+#[test]
+fn documents_of_a_text_are_held_out() {
+    let desk = Desk::new();
+    let text: String = (0..200).map(|n| format!("It is a truth universally acknowledged, number {n}.\n\n")).collect();
+    desk.write("a.txt", &text);
+    let config = |more: &str| {
+        format!(
+            "steps: 60\noutput_dir: run\nsource: {{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, \
+             n_ctxs: 64, out_batch_size: 64, text: {{type: text_files, path: a.txt}}{more}}}\n\
+             saes: [{{trainer: {{type: top_k}}, dictionary: {{dict_size: 64, k: 4}}}}]\nmetrics: [{{type: reconstruction, n_batches: 100}}]\n"
+        )
+    };
+    let measured = |more: &str| {
+        desk.write("config.yaml", &config(more));
+        let run = desk.run(&["train", "config.yaml", "--output-dir", &format!("run{}", more.len())]);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        let figures = desk.json(&format!("run{}/top_k/eval.json", more.len()));
+        (figures["measured"]["tokens"].as_u64().unwrap(), run.stderr)
+    };
+    let (all, said) = measured("");
+    assert!(said.contains("measured on what the SAEs were trained on"), "{said}");
+    let (part, said) = measured(", held_out: 0.25");
+    assert!(!said.contains("measured on what the SAEs were trained on"), "{said}");
+    assert!(part > all / 8 && part < all / 2, "{part} of {all}");
+    // The same documents, whatever is measured later.
+    let said = desk.run(&["eval", "run16/top_k", "--json"]);
+    let found: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    assert_eq!(found["measured"]["tokens"], part);
+    assert!(!said.stderr.contains("trained on"), "{}", said.stderr);
+    let run = desk.run(&["eval", "run16/top_k", "--json", "--set", "source.held_out_seed=1"]);
+    assert!(run.stderr.contains("measured on what the SAEs were trained on"), "{}", run.stderr);
+    desk.write("config.yaml", &config(", held_out: 1"));
+    let said = desk.refused(&["train", "config.yaml"]);
+    assert!(said.contains("nothing is left to train on") && said.contains("(source.held_out)"), "{said}");
+}

@@ -17,6 +17,7 @@ mod ahead;
 mod buffer;
 mod chat;
 mod contexts;
+mod held_out;
 mod sites;
 
 use std::borrow::Cow;
@@ -34,6 +35,7 @@ use dictlearn_core::schemars::{json_schema, Schema, SchemaGenerator};
 use ahead::Ahead;
 use buffer::Buffer;
 use contexts::{Contexts, ContextsCx, Place, Row};
+use held_out::PartOfText;
 use sites::{sites, LanguageModelSite};
 pub use sites::{Heads, IoChoice, Submodules};
 
@@ -117,6 +119,16 @@ pub struct LanguageModelConfig {
     /// cut to `ctx_len`.
     #[serde(default)]
     pub pack: bool,
+    /// Part of the text's documents that training never reads and metrics are measured on, from 0 to 1. With 0 the metrics go on
+    /// with the text that training has not read. An `eval_source` with a `text` of its own needs `held_out: 0`, unless it is to
+    /// be measured in part. Documents of one book or page may fall into both parts: where that matters, name an `eval_source`.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    #[schemars(range(min = 0, max = 1))]
+    pub held_out: f64,
+    /// Seed that draws the held-out documents. The run's own `seed` has no part in it, so that runs with different seeds are
+    /// measured on the same documents.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub held_out_seed: u64,
     /// How often the text is read at most; null for as often as the run needs.
     #[serde(default)]
     #[schemars(range(min = 1))]
@@ -203,6 +215,14 @@ fn yes() -> bool {
     true
 }
 
+fn is_zero(number: &f64) -> bool {
+    *number == 0.0
+}
+
+fn is_first(seed: &u64) -> bool {
+    *seed == 0
+}
+
 register! {
     source LanguageModelConfig, NAME,
     summary: "Activations of a language model, through a shuffling buffer",
@@ -268,6 +288,10 @@ impl SourceConfig for LanguageModelConfig {
             today: chosen.unwrap_or_else(|| Local::now().date_naive()),
             date_is_chosen: chosen.is_some(),
         };
+        let text = match self.held_out() {
+            None => text,
+            Some(held_out) => Box::new(PartOfText { text, held_out, purpose: cx.purpose }),
+        };
         let context_length = text.longest_row().unwrap_or(self.ctx_len as i64);
         let contexts = Contexts::new(text, &files, contexts_cx).under("model")?;
         let text_files = contexts.files();
@@ -319,6 +343,10 @@ impl SourceConfig for LanguageModelConfig {
             cx: *cx,
         }))
     }
+
+    fn held_out(&self) -> Option<HeldOut> {
+        HeldOut::new(self.held_out, self.held_out_seed)
+    }
 }
 
 impl LanguageModelConfig {
@@ -338,6 +366,13 @@ impl LanguageModelConfig {
                 ))
                 .field("out_batch_size")
                 .help("make `n_ctxs` larger or `out_batch_size` smaller"),
+            );
+        }
+        if self.held_out >= 1.0 {
+            mistakes.add(
+                InputError::new("nothing is left to train on")
+                    .field("held_out")
+                    .help("`held_out` is the part of the documents kept for the metrics, such as 0.1"),
             );
         }
         if self.prepend_bos == Some(true) && self.ctx_len < 2 {
@@ -802,7 +837,13 @@ impl ActivationSource for LanguageModelSource {
     fn overlap(&self, trained: &Value) -> Option<String> {
         let (own, theirs) = (&self.settings["text"], &trained["text"]);
         let same = !own.is_null() && (is_part_of(own, theirs) || is_part_of(theirs, own));
-        let keep_apart = ": an `eval_source` with a `text` of its own keeps the two apart";
+        let parted = ["held_out", "held_out_seed"].iter().all(|key| self.settings[*key] == trained[*key]);
+        let apart = self.cx.purpose == Purpose::Evaluation && !self.settings["held_out"].is_null() && parted;
+        if apart && own == theirs {
+            return None;
+        }
+        let keep_apart =
+            ": `held_out: 0.1` in `source`, or an `eval_source` with a `text` of its own, keeps the two apart";
         if same {
             return Some(format!("the same text{keep_apart}"));
         }
