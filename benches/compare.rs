@@ -16,10 +16,10 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use dictlearn_core::config::from_yaml;
-use dictlearn_core::device::{self, bfloat16_is_faster, Precision};
+use dictlearn_core::device::{self, Precision, bfloat16_is_faster};
 use dictlearn_core::source::Batch;
 use dictlearn_core::training::{Training, TrainingCx};
 use serde::{Deserialize, Serialize};
@@ -186,11 +186,7 @@ fn main() -> Result<()> {
 }
 
 fn kind(autocast: bool) -> &'static str {
-    if autocast {
-        "bfloat16"
-    } else {
-        "float32"
-    }
+    if autocast { "bfloat16" } else { "float32" }
 }
 
 fn machine() -> String {
@@ -200,7 +196,9 @@ fn machine() -> String {
 }
 
 fn heading(what: &str) {
-    println!("| {what} | dictlearn, ms | dictionary_learning, ms | sae_lens, ms | times as fast as these | memory of a step / (batch x F x 4) | theirs |");
+    println!(
+        "| {what} | dictlearn, ms | dictionary_learning, ms | sae_lens, ms | times as fast as these | memory of a step / (batch x F x 4) | theirs |"
+    );
     println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
 }
 
@@ -222,11 +220,7 @@ fn ratios(found: &BTreeMap<(bool, &str, bool), [f64; 3]>) {
 
 /// A number with so many digits; nothing of one that was not measured.
 fn shown(value: f64, digits: usize) -> String {
-    if value.is_nan() {
-        String::new()
-    } else {
-        format!("{value:.digits$}")
-    }
+    if value.is_nan() { String::new() } else { format!("{value:.digits$}") }
 }
 
 /// All sides in turn, several times over: the median of each, in milliseconds.

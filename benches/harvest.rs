@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use dictlearn_core::device::Precision;
 use dictlearn_core::source::{SourceConfig, SourceCx};
 use serde_json::json;

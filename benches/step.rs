@@ -12,7 +12,7 @@ use dictlearn_core::config::from_yaml;
 use dictlearn_core::constraint::Constraints;
 use dictlearn_core::device::Precision;
 use dictlearn_core::optim::Adam;
-use dictlearn_core::registry::{component, components, Component, Kind as Slot};
+use dictlearn_core::registry::{Component, Kind as Slot, component, components};
 use dictlearn_core::source::Batch;
 use dictlearn_core::training::{Training, TrainingCx};
 use dictlearn_core::two_layer::Hand;

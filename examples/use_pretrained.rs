@@ -5,7 +5,7 @@
 use anyhow::Context;
 use dictlearn as _; // Links the plugins in.
 use dictlearn_core::{device, format};
-use tch::{kind, Kind, Tensor};
+use tch::{Kind, Tensor, kind};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

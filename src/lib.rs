@@ -13,7 +13,7 @@ mod allocator {
     /// are cut from free ones of any size (2³⁰ times as large). By default they are not if a free one is more than 2⁶ times as
     /// large; then they lie on fresh pages, step after step, and a run of `top_k` takes 2 MB more with each.
     #[used]
-    #[export_name = "malloc_conf"]
+    #[unsafe(export_name = "malloc_conf")]
     static SETTINGS: Option<&'static u8> =
         Some(&b"dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,lg_extent_max_active_fit:30\0"[0]);
 }

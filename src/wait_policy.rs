@@ -6,7 +6,7 @@
 //! calls the functions in `.preinit_array` before it initialises any library, which makes the second start cost a few
 //! milliseconds.
 
-use std::ffi::{c_char, c_int, CStr};
+use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 
 /// Spins before a waiting thread sleeps: about 10 microseconds instead of 3 milliseconds.
@@ -17,7 +17,7 @@ const CHOICES: [&[u8]; 2] = [b"GOMP_SPINCOUNT=", b"OMP_WAIT_POLICY="];
 const MOST_VARIABLES: usize = 4096;
 
 #[used]
-#[link_section = ".preinit_array"]
+#[unsafe(link_section = ".preinit_array")]
 static BEFORE_LIBRARIES: extern "C" fn(c_int, *const *const c_char, *const *const c_char) = set;
 
 /// Starts the program again with [`SETTING`], unless the user chose. Changes nothing where that fails. No library is

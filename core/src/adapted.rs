@@ -123,11 +123,7 @@ impl Adapted {
     }
 
     fn widen(&self, tensor: Tensor) -> Tensor {
-        if self.kind.is_some() {
-            tensor.to_kind(Kind::Float)
-        } else {
-            tensor
-        }
+        if self.kind.is_some() { tensor.to_kind(Kind::Float) } else { tensor }
     }
 }
 

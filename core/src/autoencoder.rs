@@ -14,8 +14,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::device::Precision;
 use crate::dictionary::{
-    decoder_for, random_directions, saved_shape, trained, trained_matrix, without_bias, Code, Decoder, Dictionary,
-    DictionaryCx, Dims, Encoder, SavedClass,
+    Code, Decoder, Dictionary, DictionaryCx, Dims, Encoder, SavedClass, decoder_for, random_directions, saved_shape,
+    trained, trained_matrix, without_bias,
 };
 use crate::top_k::Selection;
 

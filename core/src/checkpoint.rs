@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 use tch::Device;
@@ -155,8 +155,10 @@ impl Checkpoints {
         if more > 0 {
             changed.push(format!("and {more} more"));
         }
-        bail!(InputError::new(format!("the run was begun with another config: {}", changed.join(", ")))
-            .help("resume with the config that it was begun with, or choose another --output-dir"));
+        bail!(
+            InputError::new(format!("the run was begun with another config: {}", changed.join(", ")))
+                .help("resume with the config that it was begun with, or choose another --output-dir")
+        );
     }
 }
 

@@ -4,12 +4,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use serde_json::{json, Map, Value};
+use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use crate::compare::{shell_quoted, short_path, Comparison};
+use crate::compare::{Comparison, shell_quoted, short_path};
 use crate::config::{self, InputError, RunConfig, Sources, Under};
 use crate::describe;
 use crate::device;
@@ -23,7 +23,7 @@ use crate::metric::Subject;
 use crate::new_plugin;
 use crate::numpy;
 use crate::push::Push;
-use crate::registry::{self, component, components, nearest, Component, Kind};
+use crate::registry::{self, Component, Kind, component, components, nearest};
 use crate::run::{self, Ending};
 use crate::saved::{self, Saved};
 use crate::source::{Site, SourceCx};
@@ -514,12 +514,16 @@ fn load_to_measure(file: &Path, set: &[String]) -> Result<RunConfig> {
     })?;
     let first = |set: &str| set.split(['.', '[', '=']).next().unwrap_or_default().trim().to_owned();
     if let Some(other) = set.iter().find(|set| !MEASURING.contains(&first(set).as_str())) {
-        bail!(InputError::new(format!("`--set {other}` changes nothing of what is measured"))
-            .help(format!("an SAE is measured as it was saved; what can be set is {}", MEASURING.join(", "))));
+        bail!(
+            InputError::new(format!("`--set {other}` changes nothing of what is measured"))
+                .help(format!("an SAE is measured as it was saved; what can be set is {}", MEASURING.join(", ")))
+        );
     }
     if let Some(none) = set.iter().rfind(|set| first(set) == "metrics").filter(|_| config.metrics.is_empty()) {
-        bail!(InputError::new(format!("`--set {none}` leaves nothing to measure"))
-            .help("name metrics (`dictlearn list metrics`), or leave `metrics` out for those of the config"));
+        bail!(
+            InputError::new(format!("`--set {none}` leaves nothing to measure"))
+                .help("name metrics (`dictlearn list metrics`), or leave `metrics` out for those of the config")
+        );
     }
     Ok(config)
 }
@@ -617,8 +621,10 @@ fn own_config(sae_dir: &Path, named: Option<PathBuf>) -> Result<PathBuf> {
     let dir = std::path::absolute(sae_dir)?;
     let own = [Some(&*dir), dir.parent()].into_iter().flatten().map(|dir| dir.join("config.yaml"));
     let Some(file) = named.or_else(|| own.into_iter().find(|file| file.exists())) else {
-        bail!(InputError::new(format!("nothing says which model {} reads, and where", sae_dir.display()))
-            .help("give a config with a `source`: `--config CONFIG.yaml`"));
+        bail!(
+            InputError::new(format!("nothing says which model {} reads, and where", sae_dir.display()))
+                .help("give a config with a `source`: `--config CONFIG.yaml`")
+        );
     };
     Ok(file)
 }
@@ -637,14 +643,16 @@ fn measure(sae_dirs: &[&Path], config: &RunConfig) -> Result<Vec<Map<String, Val
         let site = own_site(saved, &sites).under(key)?;
         let dims = saved.dictionary.dims();
         if (dims.input, dims.output) != sites[site].widths() {
-            bail!(InputError::new(format!(
-                "{} takes activations of width {}, but the source's have width {}",
-                saved.dir.display(),
-                dims.input,
-                sites[site].activation_dim
-            ))
-            .field(key)
-            .help("evaluate it on the model and submodule that it was trained on"));
+            bail!(
+                InputError::new(format!(
+                    "{} takes activations of width {}, but the source's have width {}",
+                    saved.dir.display(),
+                    dims.input,
+                    sites[site].activation_dim
+                ))
+                .field(key)
+                .help("evaluate it on the model and submodule that it was trained on")
+            );
         }
         subjects.push(Subject { dictionary: &*saved.dictionary, site });
     }
@@ -676,23 +684,27 @@ fn own_site(saved: &Saved, sites: &[Site]) -> Result<usize> {
     let name = buffer["site"].as_str().or(buffer["submodule"].as_str());
     let Some(site) = Site::find(sites, name.unwrap_or_default()) else {
         let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
-        bail!(InputError::new(match name {
-            Some(name) => format!("{} was trained at {name}, where the source has no site", saved.dir.display()),
-            None => format!("{} does not say at which of the source's sites it was trained", saved.dir.display()),
-        })
-        .help(format!("its sites: {}", names.join(", "))));
+        bail!(
+            InputError::new(match name {
+                Some(name) => format!("{} was trained at {name}, where the source has no site", saved.dir.display()),
+                None => format!("{} does not say at which of the source's sites it was trained", saved.dir.display()),
+            })
+            .help(format!("its sites: {}", names.join(", ")))
+        );
     };
     // Side by side in another order they would be read for each other.
     let trained: Vec<&str> = buffer["parts"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     let parts: Vec<&str> = sites[site].parts.iter().map(|part| part.name.as_str()).collect();
     if !trained.is_empty() && trained != parts {
-        bail!(InputError::new(format!(
-            "{} was trained on the parts {}, and the source has {}",
-            saved.dir.display(),
-            trained.join(", "),
-            if parts.is_empty() { "none".to_owned() } else { parts.join(", ") }
-        ))
-        .help("join the same sources under the same names"));
+        bail!(
+            InputError::new(format!(
+                "{} was trained on the parts {}, and the source has {}",
+                saved.dir.display(),
+                trained.join(", "),
+                if parts.is_empty() { "none".to_owned() } else { parts.join(", ") }
+            ))
+            .help("join the same sources under the same names")
+        );
     }
     Ok(site)
 }
@@ -719,8 +731,10 @@ fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tensor, String)
     match extension.to_ascii_lowercase().as_str() {
         "npy" => match tensor {
             None => Ok((numpy::read_npy(input)?, "the array".to_owned())),
-            Some(_) => bail!(InputError::new(format!("{} has one array, without a name", input.display()))
-                .help("leave out `--tensor`")),
+            Some(_) => bail!(
+                InputError::new(format!("{} has one array, without a name", input.display()))
+                    .help("leave out `--tensor`")
+            ),
         },
         "npz" => {
             let mut file = numpy::Npz::open(input)?;
@@ -733,8 +747,10 @@ fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tensor, String)
         other => {
             let file = match TensorFile::open(input) {
                 Err(_) if other != "safetensors" && input.is_file() => {
-                    bail!(InputError::new(format!("cannot read {}: not a safetensors file", input.display()))
-                        .help("`--input` takes .safetensors, .npy and .npz"))
+                    bail!(
+                        InputError::new(format!("cannot read {}: not a safetensors file", input.display()))
+                            .help("`--input` takes .safetensors, .npy and .npz")
+                    )
                 }
                 opened => opened?,
             };
@@ -750,29 +766,40 @@ fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output: &Path) -> 
     /// Activations encoded at a time.
     const ROWS: i64 = 4096;
     if input.is_dir() {
-        bail!(InputError::new(format!("--input is a folder, {}", input.display()))
-            .help("give a .safetensors, .npz or .npy file; a folder of activations is a source, `activation_cache`"));
+        bail!(
+            InputError::new(format!("--input is a folder, {}", input.display())).help(
+                "give a .safetensors, .npz or .npy file; a folder of activations is a source, `activation_cache`"
+            )
+        );
     }
     if let Some(dir) = output.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.is_dir()) {
-        bail!(InputError::new(format!("there is no folder {} to write --output to", dir.display()))
-            .help(format!("make it: `mkdir -p {}`", dir.display())));
+        bail!(
+            InputError::new(format!("there is no folder {} to write --output to", dir.display()))
+                .help(format!("make it: `mkdir -p {}`", dir.display()))
+        );
     }
     let device = device::best();
     let saved = saved::read(sae_dir, device, device::Precision::Float32)?;
     let (x, said) = activations_in(input, tensor)?;
     let width = saved.dictionary.dims().input;
     if x.dim() != 2 || x.size()[1] != width {
-        bail!(InputError::new(format!("{}: {said} has shape {:?}", input.display(), x.size()))
-            .help(format!("the SAE takes activations [N, {width}]")));
+        bail!(
+            InputError::new(format!("{}: {said} has shape {:?}", input.display(), x.size()))
+                .help(format!("the SAE takes activations [N, {width}]"))
+        );
     }
     if std::path::absolute(input)? == std::path::absolute(output)? {
-        bail!(InputError::new(format!("--output is --input, {}", input.display()))
-            .help("the input would be lost: write to another file"));
+        bail!(
+            InputError::new(format!("--output is --input, {}", input.display()))
+                .help("the input would be lost: write to another file")
+        );
     }
     let bad: Vec<i64> = x.isfinite().all_dim(1, false).logical_not().nonzero().reshape([-1]).try_into()?;
     if let Some(row) = bad.first() {
-        bail!(InputError::new(format!("{}: row {row} of {said} has a value that is not finite", input.display()))
-            .help("mend or remove the row"));
+        bail!(
+            InputError::new(format!("{}: row {row} of {said} has a value that is not finite", input.display()))
+                .help("mend or remove the row")
+        );
     }
     let (mut features, mut recon) = (Vec::new(), Vec::new());
     tch::no_grad(|| {
@@ -893,13 +920,15 @@ fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<(Saved, Vec
     let site = own_site(&saved, &sites).under("source")?;
     let width = saved.dictionary.dims().input;
     if width != sites[site].activation_dim {
-        bail!(InputError::new(format!(
-            "{} takes activations of width {width}, but the model's have width {}",
-            args.sae_dir.display(),
-            sites[site].activation_dim
-        ))
-        .field("source")
-        .help("name the model and submodule that it was trained on"));
+        bail!(
+            InputError::new(format!(
+                "{} takes activations of width {width}, but the model's have width {}",
+                args.sae_dir.display(),
+                sites[site].activation_dim
+            ))
+            .field("source")
+            .help("name the model and submodule that it was trained on")
+        );
     }
     let longest = serde_json::to_value(&config.source)?["ctx_len"].as_i64();
     let mut shown: Vec<Shown> = Vec::new();

@@ -4,8 +4,8 @@ use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Result};
-use serde_json::{json, Map, Value};
+use anyhow::{Result, bail};
+use serde_json::{Map, Value, json};
 
 use crate::config::InputError;
 use crate::evaluate;
@@ -49,8 +49,10 @@ impl Comparison {
             let figures = match figures.exists().then(|| saved::read_json(&figures).map_err(again)).transpose()? {
                 None => Map::new(),
                 Some(Value::Object(figures)) => figures,
-                Some(_) => bail!(InputError::new(format!("{} is not an object of figures", figures.display()))
-                    .help("remove it, or measure the SAE again (`dictlearn eval`)")),
+                Some(_) => bail!(
+                    InputError::new(format!("{} is not an object of figures", figures.display()))
+                        .help("remove it, or measure the SAE again (`dictlearn eval`)")
+                ),
             };
             Ok(Compared { dir, name, config, figures })
         };
@@ -89,11 +91,7 @@ impl Comparison {
                 (Some(_), None) => return Ordering::Less,
                 (None, None) => Ordering::Equal,
             };
-            if down {
-                order.reverse()
-            } else {
-                order
-            }
+            if down { order.reverse() } else { order }
         };
         self.saes.sort_by(order);
         Ok(())
@@ -277,11 +275,7 @@ pub fn short_path(path: &Path) -> String {
     let below = here.and_then(|here| path.strip_prefix(here).ok()).filter(|path| !path.as_os_str().is_empty());
     let path = below.unwrap_or(path).display().to_string();
     // It would be read as an option.
-    if path.starts_with('-') {
-        format!("./{path}")
-    } else {
-        path
-    }
+    if path.starts_with('-') { format!("./{path}") } else { path }
 }
 
 #[cfg(test)]

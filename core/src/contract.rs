@@ -15,16 +15,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Display};
-use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-use crate::config::{self, from_yaml, SaeConfig, Sources};
+use crate::config::{self, SaeConfig, Sources, from_yaml};
 use crate::interrupt::Interrupt;
 use crate::prelude::*;
-use crate::registry::{self, component, components, Component, Kind as Slot};
+use crate::registry::{self, Component, Kind as Slot, component, components};
 use crate::rng::seeded;
 use crate::top_k::Selection;
 use crate::training::{NotFinite, OnNonfinite, Training, TrainingCx};
@@ -245,8 +245,10 @@ fn enter_the_examples_folder() {
         let dir = TempDir::new().unwrap();
         example_files(dir.path());
         std::env::set_current_dir(dir.path()).unwrap();
-        std::env::set_var("HF_HOME", dir.path().join("hf"));
-        std::env::set_var("HF_HUB_OFFLINE", "1");
+        // TODO: Audit that the environment access only happens in single-threaded code.
+        unsafe { std::env::set_var("HF_HOME", dir.path().join("hf")) };
+        // TODO: Audit that the environment access only happens in single-threaded code.
+        unsafe { std::env::set_var("HF_HUB_OFFLINE", "1") };
         dir
     });
 }

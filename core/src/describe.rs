@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::config;
 use crate::format;
 use crate::modifier::{ModifierConfig, Need};
-use crate::registry::{components, Component, Kind, ShortRun};
+use crate::registry::{Component, Kind, ShortRun, components};
 
 /// A field of a component's config.
 struct Field {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::Path;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -35,18 +35,20 @@ pub struct Dims {
 pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activation_dim: i64) -> Result<i64> {
     let size = match (dict_size, expansion_factor) {
         (Some(_), Some(_)) => {
-            bail!(InputError::new("both `dict_size` and `expansion_factor` are given")
-                .field("dict_size")
-                .help("give one of them"))
+            bail!(
+                InputError::new("both `dict_size` and `expansion_factor` are given")
+                    .field("dict_size")
+                    .help("give one of them")
+            )
         }
         (Some(size), None) => size,
         (None, factor) => (factor.unwrap_or(8.0) * activation_dim as f64).round() as i64,
     };
     if size < 1 {
         let field = if dict_size.is_some() { "dict_size" } else { "expansion_factor" };
-        bail!(InputError::new(format!("a dictionary of {size} features"))
-            .field(field)
-            .help("it must have at least one"));
+        bail!(
+            InputError::new(format!("a dictionary of {size} features")).field(field).help("it must have at least one")
+        );
     }
     // Two matrices and what they are made from: what it takes to be there at all, long before it is trained.
     let bytes = (size as u64).saturating_mul(activation_dim.max(1) as u64).saturating_mul(4 * 4);
@@ -144,11 +146,7 @@ impl Decoder {
 
     /// The features' directions as rows, [F, d], sharing memory with the weight.
     pub fn rows(&self) -> Tensor {
-        if self.feature_dim == 0 {
-            self.weight.shallow_clone()
-        } else {
-            self.weight.transpose(0, 1)
-        }
+        if self.feature_dim == 0 { self.weight.shallow_clone() } else { self.weight.transpose(0, 1) }
     }
 
     /// Norms of the features' directions, `[F]`.
@@ -333,11 +331,7 @@ impl dyn Dictionary + '_ {
             .filter(|trainer| own.is_some() && trainer.usual_dictionary == own.map(|saved| saved.name))
             .map(|trainer| format!("`{}`", trainer.name))
             .collect();
-        if names.is_empty() {
-            "another trainer".to_owned()
-        } else {
-            format!("the trainer {}", names.join(" or "))
-        }
+        if names.is_empty() { "another trainer".to_owned() } else { format!("the trainer {}", names.join(" or ")) }
     }
 
     /// Every saved tensor: parameters, then buffers.
@@ -356,18 +350,24 @@ impl dyn Dictionary + '_ {
         for name in tensors.keys() {
             if !own.iter().any(|(known, _)| known == name) {
                 let known: Vec<_> = own.iter().map(|(known, _)| *known).collect();
-                bail!(refused(format!("tensor `{name}` does not belong to the class {}", self.class()))
-                    .help(format!("it has: {}", known.join(", "))));
+                bail!(
+                    refused(format!("tensor `{name}` does not belong to the class {}", self.class()))
+                        .help(format!("it has: {}", known.join(", ")))
+                );
             }
         }
         for (name, target) in &mut own {
             let Some(tensor) = tensors.get(*name) else {
-                bail!(refused(format!("tensor `{name}` of the class {} is missing", self.class()))
-                    .help(format!("it has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))));
+                bail!(
+                    refused(format!("tensor `{name}` of the class {} is missing", self.class()))
+                        .help(format!("it has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", ")))
+                );
             };
             if tensor.size() != target.size() {
-                bail!(refused(format!("tensor `{name}` has shape {:?}, not {:?}", tensor.size(), target.size()))
-                    .help("the config's dictionary and the source's activation_dim decide the shape"));
+                bail!(
+                    refused(format!("tensor `{name}` has shape {:?}, not {:?}", tensor.size(), target.size()))
+                        .help("the config's dictionary and the source's activation_dim decide the shape")
+                );
             }
             tch::no_grad(|| target.copy_(tensor));
         }
@@ -401,8 +401,10 @@ inventory::collect!(SavedClass);
 /// The shape of a tensor of a saved dictionary, or an error that names it.
 pub fn saved_shape<const N: usize>(tensors: &BTreeMap<String, Tensor>, name: &str) -> Result<[i64; N]> {
     let Some(tensor) = tensors.get(name) else {
-        bail!(InputError::new(format!("tensor `{name}` is missing"))
-            .help(format!("the file has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", "))));
+        bail!(
+            InputError::new(format!("tensor `{name}` is missing"))
+                .help(format!("the file has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", ")))
+        );
     };
     let size = tensor.size();
     if size.contains(&0) {

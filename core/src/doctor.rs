@@ -6,18 +6,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
 use tch::{Cuda, Device, Kind, Tensor};
 
-use crate::config::{from_yaml, InputError, PrecisionChoice, SaeConfig};
+use crate::config::{InputError, PrecisionChoice, SaeConfig, from_yaml};
 use crate::device::{self, Precision};
 use crate::dictionary::DictionaryCx;
 use crate::hub::{self, About};
 use crate::memory::{self, Size};
 use crate::modifier::Modifier;
-use crate::registry::{component, components, Component, Kind as Slot};
+use crate::registry::{Component, Kind as Slot, component, components};
 use crate::source::Batch;
 use crate::training::{Training, TrainingCx};
 

@@ -3,12 +3,12 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::{bail, Result};
-use comfy_table::{presets, CellAlignment, Table};
+use anyhow::{Result, bail};
+use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{from_yaml, InputError, Mistakes, RunConfig, Under};
+use crate::config::{InputError, Mistakes, RunConfig, Under, from_yaml};
 use crate::memory::Need;
 use crate::metric::{MetricConfig, Subject};
 use crate::model::{LanguageModel, Tokens};
@@ -151,8 +151,10 @@ pub fn evaluate(
         let Some((found, count)) = found else {
             let notes = source.notes().join("; ");
             let notes = if notes.is_empty() { notes } else { format!(" ({notes})") };
-            bail!(InputError::new(format!("the source has no data to measure `{}` on{notes}", metric.typetag_name()))
-                .help("its data is shorter than one batch: add data, or make the batches smaller"));
+            bail!(
+                InputError::new(format!("the source has no data to measure `{}` on{notes}", metric.typetag_name()))
+                    .help("its data is shorter than one batch: add data, or make the batches smaller")
+            );
         };
         for (result, figures) in results.iter_mut().zip(found) {
             result.extend(figures);

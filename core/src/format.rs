@@ -9,16 +9,16 @@ use std::fmt::{self, Debug};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, bail, Context, Result};
-use serde_json::{json, Map, Value};
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 
 use crate::adapted::Normalization;
-use crate::config::{from_yaml, printable, InputError};
+use crate::config::{InputError, from_yaml, printable};
 use crate::device::Precision;
 use crate::dictionary::Dictionary;
-use crate::hub::{hub, Repo, RepoKind};
-use crate::registry::{self, nearest, Kind};
+use crate::hub::{Repo, RepoKind, hub};
+use crate::registry::{self, Kind, nearest};
 use crate::saved::{self, Saved};
 use crate::tensors::{self, write_file};
 use crate::text::{self, Wanted};
@@ -37,16 +37,20 @@ pub trait Format: Debug + Send + Sync {
     /// What can be had by name, for `--list`: names that [`Format::find`] takes, and a word on each.
     fn offers(&self, request: &Request) -> Result<Vec<(String, String)>> {
         let _ = request;
-        bail!(InputError::new("this format has no table of what was published")
-            .help("name the folder or the Hub repository that you know of"))
+        bail!(
+            InputError::new("this format has no table of what was published")
+                .help("name the folder or the Hub repository that you know of")
+        )
     }
 
     /// Writes an SAE into a folder, which is there and empty, as the format's own readers take it.
     fn write(&self, sae: &Saved, dir: &Path) -> Result<()> {
         let _ = (sae, dir);
         let able: Vec<&str> = writers();
-        bail!(InputError::new("this format can be imported, and not exported")
-            .help(format!("those that can be: {}", able.join(", "))))
+        bail!(
+            InputError::new("this format can be imported, and not exported")
+                .help(format!("those that can be: {}", able.join(", ")))
+        )
     }
 
     /// Whether [`Format::write`] can write anything.
@@ -119,10 +123,14 @@ impl Request {
     pub fn named(&self) -> Result<&str> {
         match (&self.place, &self.pretrained) {
             (Some(place), None) => Ok(place),
-            (_, Some(_)) => bail!(InputError::new("this format has no set of published SAEs for `--pretrained`")
-                .help("name the folder or the Hub repository that you know of")),
-            (None, None) => bail!(InputError::new("nothing is named that could be imported")
-                .help("give a folder, or `owner/name/path` of a repository on the Hub")),
+            (_, Some(_)) => bail!(
+                InputError::new("this format has no set of published SAEs for `--pretrained`")
+                    .help("name the folder or the Hub repository that you know of")
+            ),
+            (None, None) => bail!(
+                InputError::new("nothing is named that could be imported")
+                    .help("give a folder, or `owner/name/path` of a repository on the Hub")
+            ),
         }
     }
 }
@@ -170,13 +178,17 @@ impl Place {
         if parts.len() > 1 && !parts[0].is_empty() && Path::new(parts[0]).is_dir() || text.starts_with('/') {
             bail!(InputError::new(format!("there is no {text}")).help("look at the path"));
         }
-        if !local.is_absolute() && parts.len() >= 2 && !parts.iter().any(|part| ["", ".", ".."].contains(part)) {
-            if let Some(repo) = Repo::parse(RepoKind::Model, &parts[..2].join("/")) {
-                return Ok(Place::on_hub(repo, &parts[2..].join("/")));
-            }
+        if !local.is_absolute()
+            && parts.len() >= 2
+            && !parts.iter().any(|part| ["", ".", ".."].contains(part))
+            && let Some(repo) = Repo::parse(RepoKind::Model, &parts[..2].join("/"))
+        {
+            return Ok(Place::on_hub(repo, &parts[2..].join("/")));
         }
-        bail!(InputError::new(format!("`{text}` is no folder here, and cannot be a repository of the Hub"))
-            .help("give a folder, or `owner/name[@revision]/path` of a repository on the Hub"))
+        bail!(
+            InputError::new(format!("`{text}` is no folder here, and cannot be a repository of the Hub"))
+                .help("give a folder, or `owner/name[@revision]/path` of a repository on the Hub")
+        )
     }
 
     /// A folder or file here.
@@ -466,16 +478,21 @@ impl Affine {
     pub fn check(&self) -> Result<(i64, i64, i64)> {
         let [d, features] = shape("W_enc", &self.w_enc)?;
         let [rows, d_out] = shape("W_dec", &self.w_dec)?;
-        let fits = |name: &str, tensor: &Tensor, wanted: &[i64]| -> Result<()> {
-            if tensor.size() != wanted {
-                bail!(InputError::new(format!("`{name}` has shape {:?}, not {wanted:?}", tensor.size()))
-                    .help(format!("with W_enc {:?} and W_dec {:?}", self.w_enc.size(), self.w_dec.size())));
-            }
-            Ok(())
-        };
+        let fits =
+            |name: &str, tensor: &Tensor, wanted: &[i64]| -> Result<()> {
+                if tensor.size() != wanted {
+                    bail!(
+                        InputError::new(format!("`{name}` has shape {:?}, not {wanted:?}", tensor.size()))
+                            .help(format!("with W_enc {:?} and W_dec {:?}", self.w_enc.size(), self.w_dec.size()))
+                    );
+                }
+                Ok(())
+            };
         if rows != features {
-            bail!(InputError::new(format!("W_enc has {features} features and W_dec has {rows}"))
-                .help("W_enc is [d, F], W_dec [F, d]"));
+            bail!(
+                InputError::new(format!("W_enc has {features} features and W_dec has {rows}"))
+                    .help("W_enc is [d, F], W_dec [F, d]")
+            );
         }
         fits("b_enc", &self.b_enc, &[features])?;
         fits("b_dec", &self.b_dec, &[d_out])?;
@@ -490,8 +507,10 @@ impl Affine {
             _ => {}
         }
         if !self.transcodes && d != d_out {
-            bail!(InputError::new(format!("it reads activations of width {d} and reconstructs width {d_out}"))
-                .help("only a transcoder does, and this is not said to be one"));
+            bail!(
+                InputError::new(format!("it reads activations of width {d} and reconstructs width {d_out}"))
+                    .help("only a transcoder does, and this is not said to be one")
+            );
         }
         if self.transcodes && self.subtract_b_dec && d != d_out {
             bail!(InputError::new("b_dec cannot be subtracted from activations of another width"));
@@ -617,8 +636,10 @@ fn folder(name: &str) -> PathBuf {
 /// Refuses to write over something else.
 fn refuse_other(dir: &Path) -> Result<()> {
     if dir.is_symlink() && !dir.exists() {
-        bail!(InputError::new(format!("{} is a link that leads nowhere", dir.display()))
-            .help("give another folder with `--out`"));
+        bail!(
+            InputError::new(format!("{} is a link that leads nowhere", dir.display()))
+                .help("give another folder with `--out`")
+        );
     }
     if dir.is_file() {
         bail!(InputError::new(format!("{} is a file", dir.display())).help("give another folder with `--out`"));
@@ -628,8 +649,10 @@ fn refuse_other(dir: &Path) -> Result<()> {
         Err(error) => error.kind() == std::io::ErrorKind::NotFound,
     };
     if !empty {
-        bail!(InputError::new(format!("{} is there already", dir.display()))
-            .help("give another folder with `--out`, or remove it first"));
+        bail!(
+            InputError::new(format!("{} is there already", dir.display()))
+                .help("give another folder with `--out`, or remove it first")
+        );
     }
     Ok(())
 }
@@ -659,8 +682,10 @@ pub fn whole_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resul
 pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictionary>, Map<String, Value>)> {
     for (name, tensor) in &published.tensors {
         if tensor.is_floating_point() && tensor.isnan().any().int64_value(&[]) != 0 {
-            bail!(InputError::new(format!("tensor `{name}` has values that are not numbers"))
-                .help("the file is damaged, or was saved after training had failed"));
+            bail!(
+                InputError::new(format!("tensor `{name}` has values that are not numbers"))
+                    .help("the file is damaged, or was saved after training had failed")
+            );
         }
     }
     let mut trainer = published.trainer.clone();
@@ -710,8 +735,10 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Di
     let places = format.find(&Request { place: Some(place.to_owned()), ..Request::default() })?;
     let [place] = &places[..] else {
         let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
-        bail!(InputError::new(format!("`{place}` means {} SAEs", places.len()))
-            .help(format!("name one of them: {}", names.join(", "))));
+        bail!(
+            InputError::new(format!("`{place}` means {} SAEs", places.len()))
+                .help(format!("name one of them: {}", names.join(", ")))
+        );
     };
     let published = read(&*format, place)?;
     let (read, trainer) = dictionary(&published, &place.to_string())?;
@@ -803,8 +830,10 @@ pub fn check_keys(config: &Value, file: &str, off: &[&str], known: &[&str]) -> R
     };
     for key in off {
         if let Some(value) = config.get(*key).filter(|value| !is_off(value)) {
-            bail!(InputError::new(format!("{file}: `{key}: {value}` is not supported"))
-                .help("it changes what the SAE computes, in a way that no dictionary here does"));
+            bail!(
+                InputError::new(format!("{file}: `{key}: {value}` is not supported"))
+                    .help("it changes what the SAE computes, in a way that no dictionary here does")
+            );
         }
     }
     let unknown: Vec<String> = config

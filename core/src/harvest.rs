@@ -10,7 +10,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -116,8 +116,10 @@ impl Manifest {
         let path = dir.join("meta.json");
         if !path.exists() {
             let what = if dir.is_dir() { "holds no meta.json" } else { "is no folder of activations" };
-            bail!(InputError::new(format!("{} {what}", dir.display()))
-                .help("`dictlearn activations CONFIG.yaml --out DIR` writes such a folder, its meta.json last"));
+            bail!(
+                InputError::new(format!("{} {what}", dir.display()))
+                    .help("`dictlearn activations CONFIG.yaml --out DIR` writes such a folder, its meta.json last")
+            );
         }
         let refused = |why: String| {
             InputError::new(format!("{}: {why}", path.display()))
@@ -204,12 +206,16 @@ pub fn write(
         bail!(InputError::new(format!("{} is a file", out.display())).help("give a folder to write to"));
     }
     if out.join("meta.json").exists() {
-        bail!(InputError::new(format!("{} already holds activations", out.display()))
-            .help("choose another --out, or remove it"));
+        bail!(
+            InputError::new(format!("{} already holds activations", out.display()))
+                .help("choose another --out, or remove it")
+        );
     }
     if let Some(shard) = shards_in(out).first() {
-        bail!(InputError::new(format!("{} holds {shard} and no meta.json: its writer was killed", out.display()))
-            .help("choose another --out, or remove it"));
+        bail!(
+            InputError::new(format!("{} holds {shard} and no meta.json: its writer was killed", out.display()))
+                .help("choose another --out, or remove it")
+        );
     }
     let created = !out.exists();
     fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
@@ -268,9 +274,11 @@ impl Writer {
         interrupt: &Interrupt,
     ) -> Result<Manifest> {
         if limit.is_none() && source.is_endless() {
-            bail!(InputError::new("the source has no end")
-                .field("source")
-                .help("say how many activations: `--limit COUNT`"));
+            bail!(
+                InputError::new("the source has no end")
+                    .field("source")
+                    .help("say how many activations: `--limit COUNT`")
+            );
         }
         let mut progress = Progress::counting("activations", limit.map(|limit| limit as u64));
         let (mut count, mut interrupted) = (0, false);
@@ -351,11 +359,13 @@ impl Writer {
                 let stored = tensor.detach().to_device(Device::Cpu).to_kind(self.dtype.kind());
                 if !bool::try_from(stored.isfinite().all())? {
                     let greatest = tensor.abs().max().double_value(&[]);
-                    bail!(InputError::new(format!(
-                        "an activation of {greatest} at {} does not fit into {}",
-                        site.name, self.dtype
-                    ))
-                    .help("write them with `--dtype bfloat16` or `--dtype float32`"));
+                    bail!(
+                        InputError::new(format!(
+                            "an activation of {greatest} at {} does not fit into {}",
+                            site.name, self.dtype
+                        ))
+                        .help("write them with `--dtype bfloat16` or `--dtype float32`")
+                    );
                 }
                 own.push(format!("{prefix}{name}"));
                 tensors.push((format!("{prefix}{name}"), stored));

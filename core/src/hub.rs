@@ -6,10 +6,10 @@
 use std::fmt;
 use std::io::Read;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::config::InputError;
@@ -191,8 +191,10 @@ pub fn hub() -> Result<&'static dyn Hub> {
             let hub = (plugin.open)()?;
             Ok(&**OPEN.get_or_init(|| hub))
         }
-        None => bail!(InputError::new("this program was built without access to the Hugging Face Hub")
-            .help("give a local path instead, or add the plugin `hub` to Cargo.toml")),
+        None => bail!(
+            InputError::new("this program was built without access to the Hugging Face Hub")
+                .help("give a local path instead, or add the plugin `hub` to Cargo.toml")
+        ),
     }
 }
 

@@ -132,11 +132,7 @@ pub(crate) struct Size(pub u64);
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let megabytes = self.0 as f64 / 1e6;
-        if megabytes < 1000.0 {
-            write!(f, "{megabytes:.1} MB")
-        } else {
-            write!(f, "{:.1} GB", megabytes / 1000.0)
-        }
+        if megabytes < 1000.0 { write!(f, "{megabytes:.1} MB") } else { write!(f, "{:.1} GB", megabytes / 1000.0) }
     }
 }
 

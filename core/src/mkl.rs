@@ -9,7 +9,7 @@ use std::ffi::c_int;
 /// ask it is as it was.
 ///
 /// Every program that links this crate has it.
-#[no_mangle]
+#[unsafe(no_mangle)]
 extern "C" fn mkl_serv_intel_cpu_true() -> c_int {
     let vendor = std::arch::x86_64::__cpuid(0);
     let intel = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel";

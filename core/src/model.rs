@@ -302,7 +302,7 @@ impl dyn LanguageModel + '_ {
         let names = self.names();
         let layer = match names.layer_of(&point.module) {
             None if point.module == names.embed || Some(&point.module) == names.positions.as_ref() => {
-                return Prefix { model: self, tokens, hidden: None }
+                return Prefix { model: self, tokens, hidden: None };
             }
             None => self.n_layers(),
             Some(layer) => layer,

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
 use crate::config::InputError;
@@ -78,8 +78,10 @@ impl Need {
             ),
         };
         if !met {
-            bail!(InputError::new(format!("the modifier `{name}` needs {why}"))
-                .help("leave the modifier out, or choose another dictionary or trainer"));
+            bail!(
+                InputError::new(format!("the modifier `{name}` needs {why}"))
+                    .help("leave the modifier out, or choose another dictionary or trainer")
+            );
         }
         Ok(())
     }

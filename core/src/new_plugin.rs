@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::config::InputError;
-use crate::registry::{component, Kind};
+use crate::registry::{Kind, component};
 
 /// What the crate of each kind begins as. Templates are Rust with the names `example_name` and `ExampleName`.
 fn template(kind: Kind) -> &'static str {
@@ -42,8 +42,10 @@ pub fn write(kind: Kind, name: &str, out: &Path, dictlearn: &Path) -> Result<()>
     let Ok(dictlearn) =
         fs::canonicalize(dictlearn).and_then(|dir| fs::metadata(dir.join("core/Cargo.toml")).map(|_| dir))
     else {
-        bail!(InputError::new(format!("the source of dictlearn is not in {}", dictlearn.display()))
-            .help("say where your clone is: `--dictlearn DIR`"));
+        bail!(
+            InputError::new(format!("the source of dictlearn is not in {}", dictlearn.display()))
+                .help("say where your clone is: `--dictlearn DIR`")
+        );
     };
     refuse_the_workspace(out, &dictlearn)?;
     let manifest = dictlearn.join("Cargo.toml");
@@ -140,8 +142,10 @@ fn check_name(name: &str) -> Result<()> {
         "anyhow",
     ];
     if !words.clone().all(word) || reserved.contains(&name) || is_keyword(name) {
-        bail!(InputError::new(format!("`{name}` cannot be the name of a plugin"))
-            .help("names are lowercase words joined by underscores, such as `log_penalty`, and also name a crate"));
+        bail!(
+            InputError::new(format!("`{name}` cannot be the name of a plugin"))
+                .help("names are lowercase words joined by underscores, such as `log_penalty`, and also name a crate")
+        );
     }
     Ok(())
 }

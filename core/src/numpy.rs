@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{Cursor, Read};
 use std::path::Path;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use npyz::{NpyFile, Order};
 use tch::{Kind, Tensor};
 use zip::ZipArchive;
@@ -54,8 +54,10 @@ impl Npz {
         let entry = match self.archive.by_name(&format!("{name}.npy")) {
             Ok(entry) => entry,
             Err(zip::result::ZipError::FileNotFound) => {
-                bail!(InputError::new(format!("{} has no array `{name}`", self.path.display()))
-                    .help(format!("it has: {}", names.join(", "))))
+                bail!(
+                    InputError::new(format!("{} has no array `{name}`", self.path.display()))
+                        .help(format!("it has: {}", names.join(", ")))
+                )
             }
             Err(error) => bail!(refused(&self.path, error)),
         };

@@ -1,6 +1,6 @@
 //! How a command shows that it is alive: a bar on a terminal, elsewhere one plain line now and then. All on stderr.
 
-use std::io::{stderr, IsTerminal};
+use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};

@@ -6,7 +6,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::HumanBytes;
 use serde_json::Value;
 use tch::Device;
@@ -164,26 +164,30 @@ impl fmt::Display for Push {
 }
 
 fn below(folder: &str, file: &str) -> String {
-    if folder.is_empty() {
-        file.to_owned()
-    } else {
-        format!("{folder}/{file}")
-    }
+    if folder.is_empty() { file.to_owned() } else { format!("{folder}/{file}") }
 }
 
 fn parse_repo(name: &str) -> Result<Repo> {
     let Some(repo) = Repo::parse(RepoKind::Model, name) else {
-        bail!(InputError::new(format!("`{name}` is not a repository of the Hub"))
-            .help("give it as owner/name, or owner/name@branch"));
+        bail!(
+            InputError::new(format!("`{name}` is not a repository of the Hub"))
+                .help("give it as owner/name, or owner/name@branch")
+        );
     };
     if !repo.id.contains('/') {
-        bail!(InputError::new(format!("`{name}` does not say whose repository it is"))
-            .help(format!("give it as owner/name, with your name at the Hub or an organization's: OWNER/{}", repo.id)));
+        bail!(
+            InputError::new(format!("`{name}` does not say whose repository it is")).help(format!(
+                "give it as owner/name, with your name at the Hub or an organization's: OWNER/{}",
+                repo.id
+            ))
+        );
     }
     let is_commit = repo.revision.len() == 40 && repo.revision.chars().all(|c| c.is_ascii_hexdigit());
     if is_commit {
-        bail!(InputError::new(format!("`{}` is a commit, to which nothing can be added", repo.revision))
-            .help("name a branch, or leave it out for main"));
+        bail!(
+            InputError::new(format!("`{}` is a commit, to which nothing can be added", repo.revision))
+                .help("name a branch, or leave it out for main")
+        );
     }
     Ok(repo)
 }
@@ -198,8 +202,9 @@ fn parse_path(path: &str) -> Result<String> {
             && !part.contains(|c: char| "\\\"'`*?".contains(c) || c.is_control())
     };
     if !path.is_empty() && !path.split('/').all(good) {
-        bail!(InputError::new(format!("`{path}` is no folder of a repository"))
-            .help("give one below its root, such as `layer_3/top_k`, without `.`, `..`, `.git`, `.cache`, quotes or wildcards"));
+        bail!(InputError::new(format!("`{path}` is no folder of a repository")).help(
+            "give one below its root, such as `layer_3/top_k`, without `.`, `..`, `.git`, `.cache`, quotes or wildcards"
+        ));
     }
     Ok(path.to_owned())
 }

@@ -1,9 +1,9 @@
 //! Resampling of dead features (Bricken et al. 2023, "Neuron resampling"): a feature that never fires starts anew from
 //! an activation that the dictionary reconstructs badly.
 
-use anyhow::{anyhow, bail, Result};
-use rand::distr::weighted::WeightedIndex;
+use anyhow::{Result, anyhow, bail};
 use rand::distr::Distribution;
+use rand::distr::weighted::WeightedIndex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -50,9 +50,11 @@ impl Resampling {
     pub fn new(every: Option<u64>, weight: ResampleWeight, dictionary: &dyn Dictionary) -> Result<Option<Self>> {
         let Some(every) = every else { return Ok(None) };
         if !can_resample(dictionary) {
-            bail!(InputError::new(format!("the features of the class {} cannot be resampled", dictionary.class()))
-                .field("resample_steps")
-                .help("leave `resample_steps` out"));
+            bail!(
+                InputError::new(format!("the features of the class {} cannot be resampled", dictionary.class()))
+                    .field("resample_steps")
+                    .help("leave `resample_steps` out")
+            );
         }
         Ok(Some(Resampling::every(every, None, weight, dictionary)))
     }

@@ -4,17 +4,17 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{self, make_dir, Checkpoints, Machine};
-use crate::config::{folder_name, to_yaml, InputError, Mistakes, RunConfig, SaeConfig, SaveSteps, Under};
+use crate::checkpoint::{self, Checkpoints, Machine, make_dir};
+use crate::config::{InputError, Mistakes, RunConfig, SaeConfig, SaveSteps, Under, folder_name, to_yaml};
 use crate::device::{self, Precision};
 use crate::dictionary::Dictionary;
-use crate::evaluate::{self, Measured, ALL_READ};
-use crate::hub::{self, hub, Repo};
+use crate::evaluate::{self, ALL_READ, Measured};
+use crate::hub::{self, Repo, hub};
 use crate::interrupt::{self, Interrupt};
 use crate::logger::Logger;
 use crate::memory::{Plan, Size};
@@ -22,12 +22,12 @@ use crate::metric::{MetricConfig, Subject};
 use crate::progress::Progress;
 use crate::registry::nearest;
 use crate::saved;
-use crate::saver::{patiently, Saver};
+use crate::saver::{Saver, patiently};
 use crate::schedule::RunLength;
-use crate::source::{describe_site, ActivationSource, Activations, Batch, Site, Stream};
+use crate::source::{ActivationSource, Activations, Batch, Site, Stream, describe_site};
 use crate::state::{self, State};
 use crate::tensors::write_file;
-use crate::training::{is_finite, saved_config, NotFinite, OnNonfinite, Training, TrainingCx};
+use crate::training::{NotFinite, OnNonfinite, Training, TrainingCx, is_finite, saved_config};
 use crate::watch::{Found, Watch};
 use crate::yaml;
 
@@ -79,7 +79,7 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
     let mut run = match Run::build(config, begun.as_ref().map(|(_, text)| &**text)) {
         // Whatever broke off then did so because it was asked to.
         Err(_) if interrupt.asked() => {
-            return Ok(checkpoint.map_or(Ending::NotBegun, |(step, _)| Ending::Interrupted(step)))
+            return Ok(checkpoint.map_or(Ending::NotBegun, |(step, _)| Ending::Interrupted(step)));
         }
         built => built?,
     };
@@ -94,11 +94,11 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
             done => done.context("cannot take up the checkpoint")?,
         }
         first = step;
-        if begun.as_ref().is_some_and(|(_, text)| *text == yaml) {
-            if let Some(done) = run.already_done(config, run_dir, first)? {
-                crate::say!("the run is done already; --resume has nothing left to do");
-                return Ok(done);
-            }
+        if begun.as_ref().is_some_and(|(_, text)| *text == yaml)
+            && let Some(done) = run.already_done(config, run_dir, first)?
+        {
+            crate::say!("the run is done already; --resume has nothing left to do");
+            return Ok(done);
         }
         crate::say!("resuming at step {step}");
     }
@@ -139,8 +139,10 @@ fn lock(run_dir: &Path) -> Result<fs::File> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => {
-            bail!(InputError::new(format!("another process is training in {}", run_dir.display()))
-                .help("wait for it or stop it, or choose another `--output-dir`"))
+            bail!(
+                InputError::new(format!("another process is training in {}", run_dir.display()))
+                    .help("wait for it or stop it, or choose another `--output-dir`")
+            )
         }
         // Not every file system has locks.
         Err(fs::TryLockError::Error(error)) => {
@@ -310,11 +312,7 @@ impl Run {
 
     /// Words that tell a site from the others, if there are others.
     fn at(&self, site: usize) -> String {
-        if self.sites.len() == 1 {
-            String::new()
-        } else {
-            format!(" at {}", self.sites[site].name)
-        }
+        if self.sites.len() == 1 { String::new() } else { format!(" at {}", self.sites[site].name) }
     }
 
     /// Takes each site's norm from the beginning of the stream.
@@ -694,9 +692,11 @@ impl Run {
     fn check_steps(&self, config: &RunConfig, done: u64, run_dir: &Path) -> Result<()> {
         if config.steps < done {
             let message = format!("`steps` is {}, and the run has taken {done} already", config.steps);
-            bail!(InputError::new(message)
-                .field("steps")
-                .help("resume with the number of steps that it was begun with, or choose another --output-dir"));
+            bail!(
+                InputError::new(message)
+                    .field("steps")
+                    .help("resume with the number of steps that it was begun with, or choose another --output-dir")
+            );
         }
         let Some(sae) = self.saes.iter().find(|sae| sae.training.trainer.depends_on_steps()) else { return Ok(()) };
         let name = &sae.training.name;
@@ -1002,9 +1002,11 @@ fn build_sae(
             folder_name(&training.name).map_err(anyhow::Error::from).under("name")?;
         }
         if let Some(other) = others.iter().chain(&built).find(|other| other.training.name == training.name) {
-            bail!(InputError::new(format!("two SAEs are named `{}`", training.name))
-                .field("name")
-                .help(format!("the other is made of saes[{}]: give each a `name` of its own", other.entry)));
+            bail!(
+                InputError::new(format!("two SAEs are named `{}`", training.name))
+                    .field("name")
+                    .help(format!("the other is made of saes[{}]: give each a `name` of its own", other.entry))
+            );
         }
         training.on_nonfinite = sae.on_nonfinite.unwrap_or(config.on_nonfinite);
         built.push(Sae { training, cx, site: *site, entry, stopped: None, skipped: Skips::default() });
@@ -1039,16 +1041,20 @@ fn eval_site(source: &dyn ActivationSource, site: &Site) -> Result<usize> {
     let sites = source.sites();
     let Some(found) = Site::find(&sites, &site.name) else {
         let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
-        bail!(InputError::new(format!("`eval_source` has no site `{}`, on which an SAE trains", site.name))
-            .field("eval_source")
-            .help(format!("its sites: {}", names.join(", "))));
+        bail!(
+            InputError::new(format!("`eval_source` has no site `{}`, on which an SAE trains", site.name))
+                .field("eval_source")
+                .help(format!("its sites: {}", names.join(", ")))
+        );
     };
     if sites[found].widths() != site.widths() {
-        bail!(InputError::new(format!(
-            "the activations of `eval_source` have width {}, but those of `source` {}",
-            sites[found].activation_dim, site.activation_dim
-        ))
-        .field("eval_source"));
+        bail!(
+            InputError::new(format!(
+                "the activations of `eval_source` have width {}, but those of `source` {}",
+                sites[found].activation_dim, site.activation_dim
+            ))
+            .field("eval_source")
+        );
     }
     Ok(found)
 }
@@ -1067,17 +1073,23 @@ fn refuse_other_run(run_dir: &Path, resume: bool, checkpoints: &Checkpoints) -> 
         bail!(InputError::new(format!("the output directory {} is a file", run_dir.display())));
     }
     if resume && checkpoints.exist() {
-        bail!(InputError::new(format!("no checkpoint of {} can be read", run_dir.display()))
-            .help("to train anew, choose another `--output-dir` or remove it"));
+        bail!(
+            InputError::new(format!("no checkpoint of {} can be read", run_dir.display()))
+                .help("to train anew, choose another `--output-dir` or remove it")
+        );
     }
     let trained = entries(run_dir).iter().any(|sae| sae.join("ae.safetensors").exists());
     if resume && trained {
-        bail!(InputError::new(format!("{} holds trained SAEs and no checkpoint to go on from", run_dir.display()))
-            .help("to train anew, choose another `--output-dir` or remove it"));
+        bail!(
+            InputError::new(format!("{} holds trained SAEs and no checkpoint to go on from", run_dir.display()))
+                .help("to train anew, choose another `--output-dir` or remove it")
+        );
     }
     if run_dir.join("config.yaml").exists() && !resume {
-        bail!(InputError::new(format!("the output directory {} already holds a run", run_dir.display()))
-            .help("choose another (`--output-dir`), go on with it (`--resume`), or remove it"));
+        bail!(
+            InputError::new(format!("the output directory {} already holds a run", run_dir.display()))
+                .help("choose another (`--output-dir`), go on with it (`--resume`), or remove it")
+        );
     }
     Ok(())
 }

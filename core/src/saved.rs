@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, bail, Context, Result};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -94,8 +94,10 @@ pub(crate) fn adapted(
 pub fn weights(dir: &Path) -> Result<PathBuf> {
     if !dir.is_dir() {
         let what = if dir.exists() { "is a file, not an SAE's folder" } else { "does not exist" };
-        bail!(InputError::new(format!("{} {what}", dir.display()))
-            .help("an SAE's folder holds ae.safetensors and config.json; a run has one for each of its SAEs"));
+        bail!(
+            InputError::new(format!("{} {what}", dir.display()))
+                .help("an SAE's folder holds ae.safetensors and config.json; a run has one for each of its SAEs")
+        );
     }
     let weights =
         |dir: &Path| ["ae.safetensors", "ae.pt"].map(|name| dir.join(name)).into_iter().find(|file| file.exists());

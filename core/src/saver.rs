@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, Context, Result};
+use anyhow::{Context, Result, anyhow};
 use tch::Tensor;
 
-use crate::checkpoint::{make_dir, Checkpoints};
+use crate::checkpoint::{Checkpoints, make_dir};
 use crate::interrupt::Interrupt;
 use crate::state::State;
 use crate::tensors;
@@ -143,10 +143,11 @@ impl Saver {
             self.written(say)?;
         }
         let patient = self.trouble.as_ref().is_none_or(|trouble| Instant::now() >= trouble.again);
-        if self.writing.is_none() && patient {
-            if let Some(weights) = self.waiting.pop_front() {
-                self.start(Job::Weights(weights))?;
-            }
+        if self.writing.is_none()
+            && patient
+            && let Some(weights) = self.waiting.pop_front()
+        {
+            self.start(Job::Weights(weights))?;
         }
         Ok(())
     }

@@ -46,14 +46,14 @@ impl Schedule {
                 "`sparsity_warmup_steps` must be less than `steps`",
             );
         }
-        if let Some(every) = resample_steps {
-            if every == 0 || every >= steps {
-                refused(
-                    "resample_steps",
-                    format!("`resample_steps` is {every}, and the run has {steps} steps"),
-                    "`resample_steps` must be above 0 and less than `steps`",
-                );
-            }
+        if let Some(every) = resample_steps
+            && (every == 0 || every >= steps)
+        {
+            refused(
+                "resample_steps",
+                format!("`resample_steps` is {every}, and the run has {steps} steps"),
+                "`resample_steps` must be above 0 and less than `steps`",
+            );
         }
         if let Some(start) = decay_start {
             if resample_steps.is_some() {

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -131,9 +131,11 @@ impl HeldOut {
     /// Refuses a part of so many rows that leaves none for the purpose.
     pub fn check(self, rows: u64, purpose: Purpose) -> Result<()> {
         if self.fraction >= 1.0 {
-            bail!(InputError::new("nothing is left to train on")
-                .field("held_out")
-                .help("`held_out` is the part of the rows kept for the metrics, such as 0.1"));
+            bail!(
+                InputError::new("nothing is left to train on")
+                    .field("held_out")
+                    .help("`held_out` is the part of the rows kept for the metrics, such as 0.1")
+            );
         }
         // Whether there is one at all shows in the first two strata.
         let first = rows.min((2.0 / self.fraction.min(1.0 - self.fraction)).ceil() as u64);
@@ -142,9 +144,11 @@ impl HeldOut {
                 Purpose::Evaluation => ("for the metrics", "larger"),
                 Purpose::Training => ("to train on", "smaller"),
             };
-            bail!(InputError::new(format!("`held_out: {}` of {rows} rows leaves none {held}", self.fraction))
-                .field("held_out")
-                .help(format!("make `held_out` {left}, or add data")));
+            bail!(
+                InputError::new(format!("`held_out: {}` of {rows} rows leaves none {held}", self.fraction))
+                    .field("held_out")
+                    .help(format!("make `held_out` {left}, or add data"))
+            );
         }
         Ok(())
     }
@@ -420,8 +424,10 @@ impl Stream {
             if self.batches_in_pass == 0 {
                 let notes = self.source.notes().join("; ");
                 let notes = if notes.is_empty() { notes } else { format!(" ({notes})") };
-                bail!(InputError::new(format!("the source gave not one batch of activations{notes}"))
-                    .help("its data is shorter than one batch: add data, or make the batches smaller"));
+                bail!(
+                    InputError::new(format!("the source gave not one batch of activations{notes}"))
+                        .help("its data is shorter than one batch: add data, or make the batches smaller")
+                );
             }
             if self.source.passes().is_some_and(|passes| self.pass + 1 >= passes) {
                 return Ok(None);

@@ -5,9 +5,9 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, bail, Context, Result};
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+use anyhow::{Context, Result, anyhow, bail};
 use safetensors::SafeTensorError;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::InputError;
@@ -58,7 +58,7 @@ pub(crate) fn remove_partial(dir: &Path) {
 /// `false` where the file system has no files without a name, or there is no way to name one.
 #[cfg(target_os = "linux")]
 fn write_unnamed(dir: &Path, path: &Path, pieces: &[&[u8]]) -> std::io::Result<bool> {
-    use rustix::fs::{linkat, open, AtFlags, Mode, OFlags, CWD};
+    use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
     use std::os::fd::AsRawFd;
 
     let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
@@ -24,8 +24,8 @@ use crate::optim::AdamConfig;
 use crate::schedule::Schedule;
 use crate::source::Batch;
 use crate::state::State;
-use crate::trainer::{mean_of_sums, number, AfterStep, ByHand, HandPass, Pass, Terms, Trainer, TrainerCx};
-use crate::two_layer::{mean_square, sum_of_rows, Hand};
+use crate::trainer::{AfterStep, ByHand, HandPass, Pass, Terms, Trainer, TrainerCx, mean_of_sums, number};
+use crate::two_layer::{Hand, mean_square, sum_of_rows};
 
 /// How many features are selected, and from which value on.
 #[derive(Debug)]
@@ -51,9 +51,11 @@ impl Selection {
     /// Refuses a `k` that the dictionary cannot select.
     pub fn check(k: i64, features: i64) -> Result<()> {
         if k > features {
-            bail!(InputError::new(format!("`k` is {k}, but the dictionary has only {features} features"))
-                .field("k")
-                .help("make `k` smaller or `dict_size` larger"));
+            bail!(
+                InputError::new(format!("`k` is {k}, but the dictionary has only {features} features"))
+                    .field("k")
+                    .help("make `k` smaller or `dict_size` larger")
+            );
         }
         Ok(())
     }
@@ -512,11 +514,7 @@ impl Trainer for TopKTrainer {
         let (block, indices) = hand.select(selection);
         self.selected(pass.step, selection, || {
             let smallest = block.smallest_positive();
-            if selection.by_threshold() {
-                smallest.amin([0], true)
-            } else {
-                smallest
-            }
+            if selection.by_threshold() { smallest.amin([0], true) } else { smallest }
         });
         let mut fired = Tensor::zeros([hand.features()], (Kind::Float, block.z.device()));
         block.sum_by_feature(&block.z.gt(0.0).to_kind(Kind::Float), &mut fired);

@@ -5,7 +5,7 @@
 
 use std::fmt::Debug;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 

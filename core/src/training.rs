@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -15,12 +15,12 @@ use crate::dictionary::{Dictionary, DictionaryCx};
 use crate::memory::Need;
 use crate::modifier::{Modifier, ModifierConfig, ModifierCx};
 use crate::optim::{Adam, Gradients};
-use crate::rng::{rng, seeded, Rng};
+use crate::rng::{Rng, rng, seeded};
 use crate::saved;
 use crate::source::{Batch, SitePart};
-use crate::state::{bytes, State};
+use crate::state::{State, bytes};
 use crate::top_k::Selection;
-use crate::trainer::{float, AfterStep, HandPass, Pass, Terms, Trainer, TrainerCx};
+use crate::trainer::{AfterStep, HandPass, Pass, Terms, Trainer, TrainerCx, float};
 use crate::watch::Watch;
 
 /// What a dictionary in training is built for.
@@ -86,14 +86,18 @@ impl Training {
         };
         let mut dictionary = seeded(cx.seed, || config.dictionary.build(&dictionary_cx)).under("dictionary")?;
         if dictionary.dims().output != cx.widths.1 {
-            bail!(InputError::new(format!(
-                "the class {} reconstructs vectors of width {}, but the source's targets have width {}",
-                dictionary.class(),
-                dictionary.dims().output,
-                cx.widths.1
-            ))
-            .field("dictionary")
-            .help("choose one that predicts vectors of another width, a transcoder (`dictlearn list dictionaries`)"));
+            bail!(
+                InputError::new(format!(
+                    "the class {} reconstructs vectors of width {}, but the source's targets have width {}",
+                    dictionary.class(),
+                    dictionary.dims().output,
+                    cx.widths.1
+                ))
+                .field("dictionary")
+                .help(
+                    "choose one that predicts vectors of another width, a transcoder (`dictlearn list dictionaries`)"
+                )
+            );
         }
         let mut normalization = None;
         if let Some(path) = &config.init_from {
@@ -264,7 +268,9 @@ impl Training {
                         let l0 = fired.sum(Kind::Double).double_value(&[]) / batch.len() as f64;
                         Some(self.figures(step, batch, l0, error, &terms))
                     }
-                    _ => bail!("the trainer took the step by hand and does not say which features fired, or how far off it was"),
+                    _ => bail!(
+                        "the trainer took the step by hand and does not say which features fired, or how far off it was"
+                    ),
                 };
                 return Ok(Loss { loss, gradients: Some(by_hand.gradients), figures });
             }
@@ -423,9 +429,11 @@ impl Training {
             None => self.dictionary.scale_biases(1.0 / norm),
             Some(Normalization { input_only: false, .. }) => {}
             Some(_) => {
-                bail!(InputError::new("it normalises what it reads and not what it predicts, which is scaled here")
-                    .field("normalize_activations")
-                    .help("set it to false"))
+                bail!(
+                    InputError::new("it normalises what it reads and not what it predicts, which is scaled here")
+                        .field("normalize_activations")
+                        .help("set it to false")
+                )
             }
         }
         Ok(())

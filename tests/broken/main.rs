@@ -266,7 +266,7 @@ fn a_panic_of_the_component_is_named_with_the_promise() {
 
 /// A trainer with one of two faults.
 macro_rules! trainer {
-    ($module:ident, $name:literal, $sparsity:literal, $steps:expr) => {
+    ($module:ident, $name:literal, $sparsity:literal, $steps:expr_2021) => {
         mod $module {
             use super::*;
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use dictlearn_core::tensors::{self, TensorFile};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{fixture, tensor_file_config, Desk, Run};
+use crate::common::{Desk, Run, fixture, tensor_file_config};
 
 const TWO_SAES: &str = "saes:\n- trainer: {type: standard, warmup_steps: 2, sparsity_warmup_steps: 4}\n  \
                         dictionary: {dict_size: 64}\n- trainer: {type: top_k, warmup_steps: 2}\n  \
@@ -291,9 +291,10 @@ fn encode_refuses_what_does_not_fit() {
     assert!(desk.refused(&args).contains("not a whole safetensors file"));
     write("x", Tensor::from_slice(&[0.0, f32::NAN]).repeat([3, 16]));
     assert!(desk.refused(&args).contains("row 0 of tensor `x`"));
-    assert!(desk
-        .refused(&["encode", "top_k", "--input", "x.safetensors", "--output", "./x.safetensors"])
-        .contains("--input"));
+    assert!(
+        desk.refused(&["encode", "top_k", "--input", "x.safetensors", "--output", "./x.safetensors"])
+            .contains("--input")
+    );
     assert!(desk.refused(&["encode", "nowhere", "--input", "x", "--output", "y"]).contains("nowhere does not exist"));
     // A folder of a run is not an SAE's, but it is known where those are.
     fs::create_dir(desk.path("run")).unwrap();
@@ -614,8 +615,7 @@ fn what_is_set_of_the_source_is_what_is_measured() {
     let desk = Desk::new();
     desk.write("config.yaml", ON_A_MODEL);
     let trained = desk.ok(&["train", "config.yaml"]);
-    let on =
-        "measured on embedded austen held_out: 1280 tokens in 20 contexts (reconstruction), 512 tokens in 8 contexts \
+    let on = "measured on embedded austen held_out: 1280 tokens in 20 contexts (reconstruction), 512 tokens in 8 contexts \
               (loss_recovered)\n";
     assert!(trained.contains(on), "{trained}");
     assert!(desk.ok(&["eval", "run/top_k"]).contains(on));

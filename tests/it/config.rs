@@ -2,7 +2,7 @@
 
 use serde_yaml::Value;
 
-use crate::common::{fixture, Desk};
+use crate::common::{Desk, fixture};
 
 /// What stands around the wrong part of a config.
 const SOURCE: &str = "source: {type: tensor_file, path: batches.safetensors, batch_size: 64}\n";
@@ -551,8 +551,7 @@ fn errors_name_the_argument_that_was_typed() {
 }
 
 /// A run on the bundled model, with its own SAE.
-const LM: &str =
-    "steps: 1000\nsource:\n  type: language_model\n  model: embedded:austen\n  submodule: gpt_neox.layers.2\n  \
+const LM: &str = "steps: 1000\nsource:\n  type: language_model\n  model: embedded:austen\n  submodule: gpt_neox.layers.2\n  \
                   text: {type: embedded, name: austen}\n  ctx_len: 64\n  n_ctxs: 64\n  out_batch_size: 256\n\
                   saes:\n- trainer: {type: top_k}\n  dictionary: {type: top_k, dict_size: 256, k: 16}\n";
 
@@ -755,8 +754,7 @@ fn metrics_default_to_what_the_source_allows() {
     let found = figures(&plain).unwrap();
     assert!(found["frac_variance_explained"].is_f64() && found.get("frac_recovered").is_none(), "{found}");
     assert_eq!(figures(&format!("{plain}metrics: []\n")), Some(serde_json::json!({})));
-    let model =
-        "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, n_ctxs: 32, \
+    let model = "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1, ctx_len: 16, n_ctxs: 32, \
                  out_batch_size: 64, text: {type: embedded, name: austen}}";
     let found = figures(&plain.replace(SOURCE, &format!("source: {model}\n"))).unwrap();
     assert!(found["frac_variance_explained"].is_f64() && found["frac_recovered"].is_f64(), "{found}");

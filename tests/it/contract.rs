@@ -1,9 +1,9 @@
 //! What every registered component keeps, whoever wrote it.
 
 use dictlearn as _;
-use dictlearn_core::config::{from_yaml, to_yaml, RunConfig};
+use dictlearn_core::config::{RunConfig, from_yaml, to_yaml};
 use dictlearn_core::contract::{self, example_files};
-use dictlearn_core::registry::{component, components, Kind as Slot, ShortRun};
+use dictlearn_core::registry::{Kind as Slot, ShortRun, component, components};
 
 use crate::common::Desk;
 

@@ -6,7 +6,7 @@ use dictlearn_core::tensors::{self, TensorFile};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::common::{fixture, tensor_file_config, Desk};
+use crate::common::{Desk, fixture, tensor_file_config};
 
 /// An .npy file of float32 rows.
 fn npy(rows: &Tensor) -> Vec<u8> {

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use dictlearn_core::registry::{components, Kind};
+use dictlearn_core::registry::{Kind, components};
 use dictlearn_core::tensors;
 use serde_json::Value;
 use tch::{Device, Kind as Type, Tensor};
 
-use crate::common::{fixture, Desk};
+use crate::common::{Desk, fixture};
 
 /// The first cells of a section's table.
 fn documented(section: &str) -> BTreeSet<String> {

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use dictlearn_core::tensors::{self, TensorFile};
-use serde_json::{json, Value};
+use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use crate::common::{fixture, Desk};
+use crate::common::{Desk, fixture};
 
 /// The largest difference, relative to the largest value.
 fn difference(found: &Tensor, wanted: &Tensor) -> f64 {

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use dictlearn_core::device::Precision;
 use dictlearn_core::format::{self, Request};
 use dictlearn_core::{saved, tensors, torch_file};
 use serde_json::json;
-use tch::{kind::FLOAT_CPU, Device, Tensor};
+use tch::{Device, Tensor, kind::FLOAT_CPU};
 use tempfile::TempDir;
 
 use crate::common::fixture;
@@ -26,7 +26,7 @@ use crate::common::fixture;
 #[path = "../../fuzz/src/lib.rs"]
 mod targets;
 
-use targets::{limit_memory, TARGETS};
+use targets::{TARGETS, limit_memory};
 
 /// Readers, each with its formats' good files in folders of their own.
 const READERS: [&str; 10] = [
@@ -68,7 +68,8 @@ fn run_of_one_reader() {
     let Ok(reader) = std::env::var("DICTLEARN_FUZZ_READER") else { return };
     let seconds = std::env::var("DICTLEARN_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     let dir = TempDir::new().unwrap();
-    std::env::set_var("HF_HOME", dir.path().join("hf"));
+    // TODO: Audit that the environment access only happens in single-threaded code.
+    unsafe { std::env::set_var("HF_HOME", dir.path().join("hf")) };
     let seeds = seeds(&reader, dir.path());
     let before = inventory_of(dir.path());
     limit_memory();

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use dictlearn_core::config::from_yaml;
 use dictlearn_core::dictionary::SavedClass;
 use dictlearn_core::inventory;
-use dictlearn_core::registry::{components, Component, Kind as Slot};
+use dictlearn_core::registry::{Component, Kind as Slot, components};
 use dictlearn_core::tensors::TensorFile;
 use dictlearn_core::trainer::TrainerConfig;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::common::{fixture, folders, read_json, tensor_file_config_of, Desk};
+use crate::common::{Desk, fixture, folders, read_json, tensor_file_config_of};
 use crate::python::Library;
 
 fn tensors(path: &Path) -> BTreeMap<String, Tensor> {

@@ -5,7 +5,7 @@ use dictlearn_core::tensors::{self, TensorFile};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::common::{fixture, Desk};
+use crate::common::{Desk, fixture};
 
 const ROWS: u64 = 1280;
 
@@ -182,7 +182,9 @@ fn texts_that_share_a_file_are_warned_of() {
     }
     std::os::unix::fs::symlink(desk.path("txt/b.txt"), desk.path("link.txt")).unwrap();
     let austen = "{type: embedded, name: austen, split: held_out}";
-    let mix = format!("{{type: mix, streams: [{{weight: 1, text: {{type: text_files, path: txt/a.txt}}}}, {{weight: 1, text: {austen}}}]}}");
+    let mix = format!(
+        "{{type: mix, streams: [{{weight: 1, text: {{type: text_files, path: txt/a.txt}}}}, {{weight: 1, text: {austen}}}]}}"
+    );
     let warned = |text: &str, measured: &str| {
         desk.write(
             "config.yaml",

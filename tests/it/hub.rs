@@ -6,8 +6,8 @@ use std::process::Command;
 
 use dictlearn_core::tensors::TensorFile;
 
-use crate::common::{fixture, Desk, Run};
-use crate::hub_server::{Fault, HubServer, COMMIT};
+use crate::common::{Desk, Run, fixture};
+use crate::hub_server::{COMMIT, Fault, HubServer};
 
 const MODEL: &str = "someone/tiny";
 
@@ -357,8 +357,7 @@ fn a_chat_is_read_in_the_models_own_form() {
     assert!(said.contains("chats.parquet:1 is a chat, and the tokenizer of"), "{said}");
     assert!(said.contains("has no chat template"), "{said}");
 
-    let template =
-        "{% for m in messages %}\n{% if '3' in m.content %}\n{{ raise_exception('not three') }}\n{% endif %}\n\
+    let template = "{% for m in messages %}\n{% if '3' in m.content %}\n{{ raise_exception('not three') }}\n{% endif %}\n\
                     {{ m.role.upper() + ': ' + m.content }}\n{% endfor %}";
     model.write("chat_template.jinja", template);
     let run = desk.run(&["activations", "config.yaml", "--out", "out"]);

@@ -12,7 +12,7 @@ use dictlearn_core::source::SourceCx;
 use dictlearn_core::tensors::{self, TensorFile};
 use serde_json::json;
 
-use crate::common::{fixture, Desk};
+use crate::common::{Desk, fixture};
 
 const MODELS: [&str; 2] = ["gpt_neox", "gpt_neox_sequential"];
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::common::{tensor_file_config, Desk, Run};
+use crate::common::{Desk, Run, tensor_file_config};
 use crate::hub_server::{Fault, HubServer};
 
 const REPO: &str = "someone/saes";

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use dictlearn_core::tensors::{self, TensorFile};
-use serde_json::{json, Value};
+use serde_json::{Value, json};
 use tch::Kind;
 
-use crate::common::{fixture, folders, read_json, Desk, Run};
+use crate::common::{Desk, Run, fixture, folders, read_json};
 
 /// Relative to the largest value, sums in another order differ by less.
 const TOLERANCE: f64 = 1e-5;

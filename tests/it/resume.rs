@@ -11,7 +11,7 @@ use dictlearn as _;
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors;
 
-use crate::common::{fixture, tensor_file_config, Desk, Disk, Run};
+use crate::common::{Desk, Disk, Run, fixture, tensor_file_config};
 use crate::hub_server::HubServer;
 
 /// Trains fast, and long enough to be met in the middle.
@@ -160,7 +160,7 @@ fn json_line(text: &str) -> String {
 }
 
 macro_rules! killed_and_resumed {
-    ($($name:ident: $source:expr, $saes:expr, $more:expr;)*) => {
+    ($($name:ident: $source:expr_2021, $saes:expr_2021, $more:expr_2021;)*) => {
         $(
             #[test]
             fn $name() {

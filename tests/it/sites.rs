@@ -11,7 +11,7 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::{self, TensorFile};
 use serde_json::json;
 
-use crate::common::{fixture, Desk};
+use crate::common::{Desk, fixture};
 
 fn source(yaml: &str) -> Box<dyn ActivationSource> {
     let config: Box<dyn SourceConfig> = from_yaml(yaml).unwrap();

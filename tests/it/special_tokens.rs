@@ -4,7 +4,7 @@ use std::fs;
 
 use dictlearn_core::lm::EmbeddedModel;
 use dictlearn_core::tensors::TensorFile;
-use serde_json::{json, Value};
+use serde_json::{Value, json};
 
 use crate::common::Desk;
 

@@ -9,7 +9,7 @@ use dictlearn_core::source::SourceCx;
 use dictlearn_core::tensors;
 use serde_json::json;
 
-use crate::common::{fixture, read_json, Desk};
+use crate::common::{Desk, fixture, read_json};
 
 /// A model without a tokenizer, of 128 token ids.
 const MODEL: &str = "models/gpt_neox";

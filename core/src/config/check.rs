@@ -10,14 +10,14 @@ use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
 use super::error::{InputError, Mistakes, Origin};
-use super::layers::{unknown_variable, Merged};
-use super::node::{float, integer, Node};
+use super::layers::{Merged, unknown_variable};
+use super::node::{Node, float, integer};
 use super::spans;
 use crate::dictionary::DictionaryConfig;
 use crate::logger::LoggerConfig;
 use crate::metric::MetricConfig;
 use crate::modifier::ModifierConfig;
-use crate::registry::{component, names, nearest, usual, Component, Kind};
+use crate::registry::{Component, Kind, component, names, nearest, usual};
 use crate::source::SourceConfig;
 use crate::text::TextConfig;
 use crate::trainer::TrainerConfig;
@@ -102,10 +102,10 @@ impl<'a> Check<'a> {
         ];
         for (candidate, path) in candidates {
             let Some(candidate) = candidate else { continue };
-            if let Some((at, true)) = spans::position(text, &path_in_file(&candidate), key) {
-                if let Origin::File(file, _) = origin {
-                    return error.at(Origin::File(file.clone(), Some(at)), path);
-                }
+            if let Some((at, true)) = spans::position(text, &path_in_file(&candidate), key)
+                && let Origin::File(file, _) = origin
+            {
+                return error.at(Origin::File(file.clone(), Some(at)), path);
             }
         }
         // What `eval_source` takes from `source` was typed for that.

@@ -5,7 +5,7 @@ use serde_yaml::{Mapping, Value};
 
 use super::from_yaml;
 use crate::metric::MetricConfig;
-use crate::registry::{component, components, usual, Component, Kind};
+use crate::registry::{Component, Kind, component, components, usual};
 use crate::source::{SourceConfig, SourceCx};
 
 /// A whole config with the component's example in its slot and usual ones around it; `None` for what no config names.

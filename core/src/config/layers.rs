@@ -13,10 +13,10 @@ use figment::{Figment, Metadata, Profile, Provider};
 
 use saphyr::{LoadableYamlNode, MarkedYaml};
 
-use super::error::{InputError, Mistakes, Origin};
 use super::RunConfig;
+use super::error::{InputError, Mistakes, Origin};
 use crate::files;
-use crate::registry::{nearest, usual, Kind};
+use crate::registry::{Kind, nearest, usual};
 use crate::yaml;
 
 /// What a config is loaded from.

@@ -3,16 +3,16 @@
 use std::collections::BTreeSet;
 
 use figment::value::{Dict, Value};
-use schemars::{schema_for, Schema};
+use schemars::{Schema, schema_for};
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
-use super::check::{follow, Check};
+use super::check::{Check, follow};
 use super::error::{InputError, Mistakes};
 use super::layers::{Merged, Sources};
-use super::node::{float, integer, Node};
-use super::{spans, RunConfig, SaeConfig, Under};
-use crate::registry::{component, nearest, usual, Kind};
+use super::node::{Node, float, integer};
+use super::{RunConfig, SaeConfig, Under, spans};
+use crate::registry::{Kind, component, nearest, usual};
 use crate::source::{SourceConfig, SourceCx};
 use crate::{hub, run, yaml};
 

@@ -3,10 +3,10 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 
-use schemars::{json_schema, JsonSchema, Schema, SchemaGenerator};
-use serde_json::{json, Map, Value};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde_json::{Map, Value, json};
 
-use crate::registry::{components, Kind};
+use crate::registry::{Kind, components};
 
 /// One of the components of a kind, told apart by `type`.
 fn slot(kind: Kind, generator: &mut SchemaGenerator) -> Schema {

@@ -1,6 +1,6 @@
 //! The blocks that families are made of: attention, linear maps, norms, activations.
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use super::kernels;
@@ -88,11 +88,7 @@ impl Attention {
             Some(cap) => {
                 let groups = size[1] / k.size()[1];
                 let each = |x: &Tensor| {
-                    if grouped {
-                        x.repeat_interleave_self_int(groups, 1, size[1])
-                    } else {
-                        x.shallow_clone()
-                    }
+                    if grouped { x.repeat_interleave_self_int(groups, 1, size[1]) } else { x.shallow_clone() }
                 };
                 let scores = q.matmul(&each(&k).transpose(-2, -1)).to_kind(Kind::Float) * (self.scale / cap);
                 let scores = scores.tanh() * cap;
@@ -218,8 +214,10 @@ pub fn activation(name: &str) -> Result<Activation> {
         "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Activation::GeluTanh,
         "relu" => Activation::Relu,
         "silu" | "swish" => Activation::Silu,
-        other => bail!(InputError::new(format!("config.json: the activation `{other}` is not supported"))
-            .help("supported are gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu and silu")),
+        other => bail!(
+            InputError::new(format!("config.json: the activation `{other}` is not supported"))
+                .help("supported are gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu and silu")
+        ),
     })
 }
 

@@ -1,18 +1,18 @@
 //! What families share in reading a Hugging Face config.json.
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use schemars::JsonSchema;
-use serde::de::DeserializeOwned;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::blocks::{activation, NormKind};
+use super::blocks::{NormKind, activation};
 use super::decoder::{
     AttentionConfig, DecoderConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
 };
 use super::rotary::{Rope, Rotary};
 use crate::config::InputError;
-use crate::registry::{component, Kind};
+use crate::registry::{Kind, component};
 
 /// Reads a family's fields from a config.json.
 pub fn read<T: DeserializeOwned + JsonSchema>(config: &Value) -> Result<T> {
@@ -152,8 +152,10 @@ pub fn sliding_layers(
     let sliding = |name: &String| match name.as_str() {
         "full_attention" => Ok(false),
         "sliding_attention" => Ok(true),
-        other => bail!(InputError::new(format!("config.json: layers of type `{other}` are not supported"))
-            .help("supported are full_attention and sliding_attention")),
+        other => bail!(
+            InputError::new(format!("config.json: layers of type `{other}` are not supported"))
+                .help("supported are full_attention and sliding_attention")
+        ),
     };
     types.iter().map(sliding).collect()
 }
@@ -207,8 +209,10 @@ pub(super) fn refuse_unknown_arithmetic(config: &Value, family: &str) -> Result<
     let given = config.as_object().into_iter().flatten();
     for (name, value) in given.filter(|(name, _)| ARITHMETIC.contains(&name.as_str())) {
         if !known(name) && !neutral(value) {
-            bail!(InputError::new(format!("config.json: `{name}` is {value}, which {family} models do not have here"))
-                .help("it changes what the model computes and is not implemented, so it is not ignored"));
+            bail!(
+                InputError::new(format!("config.json: `{name}` is {value}, which {family} models do not have here"))
+                    .help("it changes what the model computes and is not implemented, so it is not ignored")
+            );
         }
     }
     Ok(())

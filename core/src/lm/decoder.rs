@@ -10,10 +10,10 @@
 use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::{residual, shape_only, Activation, Attention, Context, Linear, Norm, NormKind};
+use super::blocks::{Activation, Attention, Context, Linear, Norm, NormKind, residual, shape_only};
 use super::kernels;
 use super::rotary::Rotary;
 use super::weights::Weights;
@@ -422,8 +422,10 @@ impl Decoder {
         if config.head.tied {
             config.head.tied = weights.tie(&embedding, &head)?;
         } else if !weights.has(&head) && weights.has(&embedding) {
-            bail!(InputError::new(format!("the model has no head: there is no tensor `{head}`"))
-                .help("if its head is the embedding, write `\"tie_word_embeddings\": true` into its config.json"));
+            bail!(
+                InputError::new(format!("the model has no head: there is no tensor `{head}`"))
+                    .help("if its head is the embedding, write `\"tie_word_embeddings\": true` into its config.json")
+            );
         }
         let tied = config.head.tied.then_some(head);
         let (mut asked, mut bytes) = (Vec::new(), 0);

@@ -3,13 +3,13 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use serde_json::Value;
 
 use super::weights::WeightFile;
 use crate::config::InputError;
 use crate::files;
-use crate::hub::{hub, Repo, RepoKind};
+use crate::hub::{Repo, RepoKind, hub};
 use crate::registry::nearest;
 use crate::tensors::TensorFile;
 use crate::torch_file::StateDictFile;
@@ -58,14 +58,18 @@ impl ModelFiles {
             return found(FilesPlace::Dir(dir.to_owned()));
         }
         if dir.exists() {
-            bail!(InputError::new(format!("the model {name} is a file"))
-                .help("give the folder that holds config.json, model.safetensors and tokenizer.json"));
+            bail!(
+                InputError::new(format!("the model {name} is a file"))
+                    .help("give the folder that holds config.json, model.safetensors and tokenizer.json")
+            );
         }
         let Some(repo) = Repo::parse(RepoKind::Model, name) else {
             let embedded = inventory::iter::<EmbeddedModel>.into_iter().next();
             let embedded = embedded.map_or_else(String::new, |model| format!(", or `embedded:{}`", model.name));
-            bail!(InputError::new(format!("the model `{name}` is not a folder, and not the name of a repository"))
-                .help(format!("give a folder in Hugging Face's layout, a repository of the Hub{embedded}")));
+            bail!(
+                InputError::new(format!("the model `{name}` is not a folder, and not the name of a repository"))
+                    .help(format!("give a folder in Hugging Face's layout, a repository of the Hub{embedded}"))
+            );
         };
         // Says now whether there is such a repository.
         hub()?.commit(&repo)?;

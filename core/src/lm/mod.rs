@@ -9,9 +9,9 @@ mod names;
 mod rotary;
 mod weights;
 
-pub use blocks::{activation, Activation, Attention, Context, Linear, Norm, NormKind};
+pub use blocks::{Activation, Attention, Context, Linear, Norm, NormKind, activation};
 pub use decoder::{Decoder, DecoderConfig};
 pub use files::{EmbeddedModel, ModelFiles};
 pub use names::Names;
 pub use rotary::{Rope, Rotary};
-pub use weights::{open_model, ModelCx, ModelFamily, Weights};
+pub use weights::{ModelCx, ModelFamily, Weights, open_model};

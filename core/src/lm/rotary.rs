@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -94,8 +94,10 @@ impl<'a> Spelled<'a> {
         for (layers, value) in map.iter().filter(|(_, value)| value.is_object()) {
             if !LAYER_TYPES.contains(&layers.as_str()) {
                 let near = nearest(layers, LAYER_TYPES).map(|near| format!("did you mean `{near}`? "));
-                bail!(InputError::new(format!("config.json: `{key}` has an entry for layers of type `{layers}`"))
-                    .help(format!("{}known: {}", near.unwrap_or_default(), LAYER_TYPES.join(", "))));
+                bail!(
+                    InputError::new(format!("config.json: `{key}` has an entry for layers of type `{layers}`"))
+                        .help(format!("{}known: {}", near.unwrap_or_default(), LAYER_TYPES.join(", ")))
+                );
             }
             entries.insert(layers.as_str(), Spelled { key, map: value.as_object().unwrap_or(map) });
         }
@@ -124,11 +126,13 @@ impl Rope {
         let mut entries = entries.into_values();
         let first = entries.next();
         if entries.any(|other| first.as_ref().is_none_or(|first| first.map != other.map)) {
-            bail!(InputError::new(format!(
-                "config.json: `{}` differs between types of layers, and all layers of this family have the same",
-                spelled.key
-            ))
-            .help("it changes what the model computes, so it is not ignored; is `model_type` right?"));
+            bail!(
+                InputError::new(format!(
+                    "config.json: `{}` differs between types of layers, and all layers of this family have the same",
+                    spelled.key
+                ))
+                .help("it changes what the model computes, so it is not ignored; is `model_type` right?")
+            );
         }
         self.read(first.as_ref(), head_dim, theta, max_positions)
     }
@@ -174,8 +178,10 @@ impl Rope {
             None => match map.keys().find(|name| !["rope_theta", "partial_rotary_factor"].contains(&name.as_str())) {
                 None => "default".to_owned(),
                 Some(other) => {
-                    bail!(InputError::new(format!("config.json: `{key}` has `{other}`, and no `rope_type`"))
-                        .help(format!("types are: {}", SCALINGS.join(", "))))
+                    bail!(
+                        InputError::new(format!("config.json: `{key}` has `{other}`, and no `rope_type`"))
+                            .help(format!("types are: {}", SCALINGS.join(", ")))
+                    )
                 }
             },
         };

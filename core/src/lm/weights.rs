@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::config::refuse_unknown_arithmetic;
 use super::ModelFiles;
+use super::config::refuse_unknown_arithmetic;
 use crate::config::InputError;
 use crate::device::Precision;
 use crate::model::LanguageModel;
@@ -140,13 +140,17 @@ impl Weights {
             let shards = map.into_iter().flat_map(|map| map.values()).filter_map(Value::as_str);
             let shards: BTreeSet<&str> = shards.collect();
             if shards.is_empty() {
-                bail!(InputError::new(format!("{index} of the model {} names no shards", files.name()))
-                    .help("its `weight_map` gives the file of each tensor; fetch it again"));
+                bail!(
+                    InputError::new(format!("{index} of the model {} names no shards", files.name()))
+                        .help("its `weight_map` gives the file of each tensor; fetch it again")
+                );
             }
             for shard in shards {
                 let Some(file) = files.weights(shard)? else {
-                    bail!(InputError::new(format!("the model {} has no {shard}, which {index} names", files.name()))
-                        .help("not all of the model was copied: fetch the missing file"));
+                    bail!(
+                        InputError::new(format!("the model {} has no {shard}, which {index} names", files.name()))
+                            .help("not all of the model was copied: fetch the missing file")
+                    );
                 };
                 weights.add(file)?;
             }
@@ -163,11 +167,13 @@ impl Weights {
             let place = Place { file: self.files.len(), name: name.clone() };
             let other = self.place.insert(unwrapped(&name), place);
             if let Some(other) = other.filter(|other| other.name != name) {
-                bail!(InputError::new(format!(
-                    "the model {} has one tensor under two names: `{}` and `{name}`",
-                    self.name, other.name
-                ))
-                .help("remove one of them: a wrapper's name (`module.`, `_orig_mod.`) is not part of a tensor's"));
+                bail!(
+                    InputError::new(format!(
+                        "the model {} has one tensor under two names: `{}` and `{name}`",
+                        self.name, other.name
+                    ))
+                    .help("remove one of them: a wrapper's name (`module.`, `_orig_mod.`) is not part of a tensor's")
+                );
             }
         }
         self.files.push(file);
@@ -203,16 +209,20 @@ impl Weights {
         };
         let found = file.shape(known);
         if found != shape {
-            bail!(InputError::new(format!(
-                "the model {}: tensor `{name}` has shape {found:?}, but config.json says {shape:?}",
-                self.name
-            ))
-            .help("config.json and the weights are not of the same model"));
+            bail!(
+                InputError::new(format!(
+                    "the model {}: tensor `{name}` has shape {found:?}, but config.json says {shape:?}",
+                    self.name
+                ))
+                .help("config.json and the weights are not of the same model")
+            );
         }
         let kind = file.kind(known)?;
         if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
-            bail!(InputError::new(format!("the model {}: tensor `{name}` is of type {kind:?}", self.name))
-                .help("weights are read as float32, float16 or bfloat16; quantised ones are not supported"));
+            bail!(
+                InputError::new(format!("the model {}: tensor `{name}` is of type {kind:?}", self.name))
+                    .help("weights are read as float32, float16 or bfloat16; quantised ones are not supported")
+            );
         }
         Ok(())
     }
@@ -227,11 +237,13 @@ impl Weights {
                 self.place.insert(embedding.to_owned(), own);
                 Ok(true)
             }
-            (None, None) => bail!(InputError::new(format!(
-                "the model {} has neither `{embedding}` nor `{head}`, which by its config.json are one tensor",
-                self.name
-            ))
-            .help("are the weights those of another model, or only a part of them?")),
+            (None, None) => bail!(
+                InputError::new(format!(
+                    "the model {} has neither `{embedding}` nor `{head}`, which by its config.json are one tensor",
+                    self.name
+                ))
+                .help("are the weights those of another model, or only a part of them?")
+            ),
             (Some(embed), Some(own)) => {
                 let tied = self.equal(&embed, &own)?;
                 if !tied {
@@ -273,11 +285,13 @@ impl Weights {
         let extra: Vec<&Place> = self.place.values().filter(extra).collect();
         let Some(first) = extra.first() else { return Ok(()) };
         let more = if extra.len() > 1 { format!(" and {} more", extra.len() - 1) } else { String::new() };
-        bail!(InputError::new(format!(
-            "the model {} has tensors that its config.json has no place for: `{}`{more}",
-            self.name, first.name
-        ))
-        .help("config.json and the weights are not of the same model, or it has a part that is not supported"));
+        bail!(
+            InputError::new(format!(
+                "the model {} has tensors that its config.json has no place for: `{}`{more}",
+                self.name, first.name
+            ))
+            .help("config.json and the weights are not of the same model, or it has a part that is not supported")
+        );
     }
 
     /// The tensor of that name on the model's device; it must have this shape.
@@ -305,18 +319,24 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
                 "merge the two in Python, `model.merge_and_unload().save_pretrained(DIR)`, and name that folder"
             ));
         }
-        bail!(InputError::new(format!("the model {name} has no config.json"))
-            .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json"));
+        bail!(
+            InputError::new(format!("the model {name} has no config.json"))
+                .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json")
+        );
     };
     let Some(family) = config.get("model_type").and_then(Value::as_str) else {
-        bail!(InputError::new(format!("the config.json of the model {name} names no `model_type`"))
-            .help("is it the config of a Hugging Face model?"));
+        bail!(
+            InputError::new(format!("the config.json of the model {name} names no `model_type`"))
+                .help("is it the config of a Hugging Face model?")
+        );
     };
     let mut known: Vec<&str> = inventory::iter::<ModelFamily>.into_iter().map(|family| family.model_type).collect();
     known.sort_unstable();
     let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {
-        bail!(InputError::new(format!("the model {name} is of the family `{family}`, which is not supported"))
-            .help(format!("supported are: {} (`dictlearn list models`)", known.join(", "))));
+        bail!(
+            InputError::new(format!("the model {name} is of the family `{family}`, which is not supported"))
+                .help(format!("supported are: {} (`dictlearn list models`)", known.join(", ")))
+        );
     };
     let load = || {
         for name in ["num_hidden_layers", "n_layer", "num_layers"] {

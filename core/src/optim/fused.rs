@@ -8,7 +8,7 @@ use super::{AdamConfig, Gradients, Moments};
 use crate::constraint::{Constraints, LEAST_NORM};
 use crate::device::at_hand;
 use crate::dictionary::Decoder;
-use crate::parallel::{numbers, share_in, Output};
+use crate::parallel::{Output, numbers, share_in};
 
 /// One parameter's numbers, as rows.
 struct Rows<'a> {

@@ -5,7 +5,7 @@ mod fused;
 use anyhow::Result;
 use tch::Tensor;
 
-use crate::constraint::{clip_gradients, normalize_decoder, remove_parallel_gradient, Constraints};
+use crate::constraint::{Constraints, clip_gradients, normalize_decoder, remove_parallel_gradient};
 use crate::device::at_hand;
 use crate::dictionary::{Decoder, Dictionary};
 use crate::state::State;
@@ -163,11 +163,7 @@ impl Adam {
         if let Some(decoder) = &decoder {
             normalize_decoder(decoder);
         }
-        if look {
-            Gradients::Finite
-        } else {
-            Gradients::Unread(norm)
-        }
+        if look { Gradients::Finite } else { Gradients::Unread(norm) }
     }
 
     /// One step with the parameters' gradients: θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays; on a GPU its
@@ -181,11 +177,7 @@ impl Adam {
     fn gradients(&self) -> Vec<Tensor> {
         let own = self.moments.iter().map(|Moments { parameter, .. }| {
             let gradient = parameter.grad();
-            if self.joined.is_none() || gradient.defined() {
-                gradient
-            } else {
-                parameter.detach().zeros_like()
-            }
+            if self.joined.is_none() || gradient.defined() { gradient } else { parameter.detach().zeros_like() }
         });
         if self.joined.is_none() {
             return own.collect();
@@ -281,7 +273,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::dictionary::{trained_matrix, Dims};
+    use crate::dictionary::{Dims, trained_matrix};
 
     /// Weights and nothing that is done with them.
     struct Weights {

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, Result};
+use anyhow::{Result, anyhow};
 use memmap2::Mmap;
 use tch::{Kind, Tensor};
 
 use super::pickle::{self, Fault, Item, Layout, Node, Pickle, View};
-use super::read::{self, contiguous, dims, Budget, TENSOR_OVERHEAD};
+use super::read::{self, Budget, TENSOR_OVERHEAD, contiguous, dims};
 use crate::files;
 
 /// A state dict in a file of `torch.save`, as models are published in `pytorch_model.bin`: the file is checked when it is

@@ -705,7 +705,7 @@ impl<'a> Machine<'a> {
                 Node::Tensor(Box::new(self.layout(*storage, *offset, *sizes, *strides)?))
             }
             (Call::Parameter, [tensor, ..]) if matches!(self.held(*tensor), Some(Node::Tensor(_))) => {
-                return Ok(*tensor)
+                return Ok(*tensor);
             }
             (Call::Device, [Item::Text(name)]) => {
                 self.charge(name.len())?;

@@ -11,8 +11,8 @@ use anyhow::Result;
 use tch::{Kind, TchError, Tensor};
 use zip::{CompressionMethod, ZipArchive};
 
-use super::pickle::{self, quoted, Fault, Item, Layout, Node, Storage, View};
 use super::Value;
+use super::pickle::{self, Fault, Item, Layout, Node, Storage, View, quoted};
 use crate::config::InputError;
 use crate::files;
 

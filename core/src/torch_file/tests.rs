@@ -10,7 +10,7 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::write::serialize;
-use super::{read, read_bytes, Value};
+use super::{Value, read, read_bytes};
 use crate::config::InputError;
 
 /// What Python wrote: see make.py there.

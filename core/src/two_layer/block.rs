@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
+use super::Operand;
 use super::map;
 use super::pattern::Pattern;
-use super::Operand;
-use crate::device::{at_hand, Precision};
+use crate::device::{Precision, at_hand};
 
 /// Pre-activations z of some of the features, for all B rows of a batch: either all of them, [B, n], or only those that
 /// matter, `[entries]`. Where it says "as z", a tensor has z's shape, and belongs to it number by number.

@@ -3,7 +3,7 @@
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
-use crate::parallel::{numbers, share_in, Bf16, Number, Output};
+use crate::parallel::{Bf16, Number, Output, numbers, share_in};
 
 /// An input of a calculation: a matrix, a row that is repeated, or a number.
 pub(super) enum Row {

@@ -38,7 +38,7 @@ use tch::{Kind, Tensor};
 
 pub use block::{Block, Input};
 
-use crate::device::{at_hand, Precision};
+use crate::device::{Precision, at_hand};
 use crate::dictionary::Dictionary;
 use crate::parallel::numbers;
 use crate::source::Batch;
@@ -119,11 +119,7 @@ impl Weight {
     }
 
     fn turned(&self, tensor: &Tensor) -> Tensor {
-        if self.feature_dim == 0 {
-            tensor.shallow_clone()
-        } else {
-            tensor.tr()
-        }
+        if self.feature_dim == 0 { tensor.shallow_clone() } else { tensor.tr() }
     }
 
     /// Room for its gradient as rows, where the last one was if possible.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
-use crate::parallel::{numbers, share, share_in, Output};
+use crate::parallel::{Output, numbers, share, share_in};
 
 /// One entry of a row: its value's bits, and below them its feature, inverted. Of values above 0 the larger is the larger
 /// integer, what is no number before all, and of equal ones that of the lower feature.

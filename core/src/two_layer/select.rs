@@ -10,7 +10,7 @@ use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
 use super::pattern::{Entry, Pattern};
-use crate::parallel::{numbers, share_in, Bf16, Number, Output};
+use crate::parallel::{Bf16, Number, Output, numbers, share_in};
 
 /// The pre-activations above 0 that are kept. What is no number counts as the largest, so that it is not overlooked.
 pub(super) enum Kept {

@@ -13,19 +13,19 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use dictlearn_core::device::Precision;
-use dictlearn_core::lm::{open_model, Decoder, ModelCx, Rope};
-use dictlearn_core::model::{cross_entropy, Hooks, LanguageModel, Tokens};
+use dictlearn_core::lm::{Decoder, ModelCx, Rope, open_model};
+use dictlearn_core::model::{Hooks, LanguageModel, Tokens, cross_entropy};
 use dictlearn_core::optim::{Adam, AdamConfig};
 use dictlearn_core::rng::rng;
 use dictlearn_core::tensors;
-use dictlearn_model_gpt_neox::{random, GptNeoxConfig};
+use dictlearn_model_gpt_neox::{GptNeoxConfig, random};
 use rand::Rng;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
-use tokenizers::models::bpe::{BpeTrainerBuilder, BPE};
+use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, NormalizerWrapper, PostProcessorWrapper, Tokenizer, TokenizerImpl};
 

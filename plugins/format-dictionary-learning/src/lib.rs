@@ -10,8 +10,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dictlearn_core::format::{glob, Format, ModelSite, Place, Published, Python, Request};
-use dictlearn_core::hub::{hub, Repo, RepoKind};
+use dictlearn_core::format::{Format, ModelSite, Place, Published, Python, Request, glob};
+use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
 use dictlearn_core::saved::{self, Saved};
 use dictlearn_core::{tensors, torch_file};
@@ -122,8 +122,10 @@ impl Format for DictionaryLearning {
     fn write(&self, sae: &Saved, dir: &Path) -> Result<()> {
         let class = sae.dictionary.class();
         if !CLASSES.contains(&class) {
-            bail!(InputError::new(format!("the reference has no class that does what {class} does"))
-                .help(format!("it has: {}", CLASSES.join(", "))));
+            bail!(
+                InputError::new(format!("the reference has no class that does what {class} does"))
+                    .help(format!("it has: {}", CLASSES.join(", ")))
+            );
         }
         let dims = sae.dictionary.dims();
         if dims.input != dims.output {
@@ -133,8 +135,10 @@ impl Format for DictionaryLearning {
             )));
         }
         if sae.normalization.is_some() {
-            bail!(InputError::new("the reference's classes do not normalise what they read")
-                .help("`--format sae_lens` can say it"));
+            bail!(
+                InputError::new("the reference's classes do not normalise what they read")
+                    .help("`--format sae_lens` can say it")
+            );
         }
         let mut config = sae.config.clone();
         // What its loader looks at.
@@ -220,8 +224,10 @@ fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Re
         None => by_tensors(&tensors)?.to_owned(),
     };
     if !CLASSES.contains(&class.as_str()) {
-        bail!(InputError::new(format!("the class `{class}` is not supported"))
-            .help(format!("supported are: {}", CLASSES.join(", "))));
+        bail!(
+            InputError::new(format!("the class `{class}` is not supported"))
+                .help(format!("supported are: {}", CLASSES.join(", ")))
+        );
     }
     // Older files of these classes have no threshold, and k in the config alone.
     let k = trainer.get("k").and_then(Value::as_i64);
@@ -233,10 +239,11 @@ fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Re
     }
     // The annealing of k had ended, or had not; the reference takes the config's, and refuses where they differ.
     let mut notes = Vec::new();
-    if let (Some(said), Some(tensor)) = (k, tensors.get("k")) {
-        if tensor.numel() == 1 && tensor.double_value(&vec![0; tensor.dim()]) as i64 != said {
-            notes.push(format!("config.json says k is {said}, and the weights say otherwise, which is what counts"));
-        }
+    if let (Some(said), Some(tensor)) = (k, tensors.get("k"))
+        && tensor.numel() == 1
+        && tensor.double_value(&vec![0; tensor.dim()]) as i64 != said
+    {
+        notes.push(format!("config.json says k is {said}, and the weights say otherwise, which is what counts"));
     }
     let site = config.as_ref().and_then(site);
     let mut kept = trainer.as_object().cloned().unwrap_or_default();
@@ -259,13 +266,18 @@ fn by_tensors(tensors: &BTreeMap<String, Tensor>) -> Result<&'static str> {
         () if has("W_enc") && has("threshold") => "JumpReluAutoEncoder",
         // TopK and BatchTopK have the same tensors, and select in other ways.
         () if has("b_dec") && has("encoder.weight") => {
-            bail!(InputError::new("the weights may be of AutoEncoderTopK or of BatchTopKSAE")
-                .help("put a config.json beside them: {\"trainer\": {\"dict_class\": \"AutoEncoderTopK\", \"k\": 32}}"))
+            bail!(
+                InputError::new("the weights may be of AutoEncoderTopK or of BatchTopKSAE").help(
+                    "put a config.json beside them: {\"trainer\": {\"dict_class\": \"AutoEncoderTopK\", \"k\": 32}}"
+                )
+            )
         }
         () if has("bias") && has("encoder.weight") => "AutoEncoder",
         () if has("decoder.bias") && has("encoder.weight") => "AutoEncoderNew",
-        () => bail!(InputError::new("the weights are of no class of the reference's")
-            .help(format!("they have: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", ")))),
+        () => bail!(
+            InputError::new("the weights are of no class of the reference's")
+                .help(format!("they have: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", ")))
+        ),
     })
 }
 

@@ -11,7 +11,7 @@
 //! SAEs on the embedding were trained on activations √d times as large: W_enc is divided by √d and W_dec multiplied, as
 //! sae_lens does. Of a cross-layer transcoder (`clt`) what it writes to all layers is summed, as sae_lens does too.
 
-use dictlearn_core::format::{check_keys, nothing_left, take, Activation, Affine, Format, ModelSite, Place, Published};
+use dictlearn_core::format::{Activation, Affine, Format, ModelSite, Place, Published, check_keys, nothing_left, take};
 use dictlearn_core::numpy::Npz;
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
@@ -63,10 +63,10 @@ impl Format for GemmaScope {
         let words = place.words();
         let second = place.file("params.npz")?.is_none();
         let (mut tensors, clt) = if second { second_tensors(place)? } else { (first_tensors(place)?, false) };
-        if let Some(factor) = tensors.remove("scaling_factor") {
-            if !factor.allclose(&factor.ones_like(), 1e-5, 1e-8, false) {
-                bail!(InputError::new("the features have a `scaling_factor`, which Gemma Scope's do not"));
-            }
+        if let Some(factor) = tensors.remove("scaling_factor")
+            && !factor.allclose(&factor.ones_like(), 1e-5, 1e-8, false)
+        {
+            bail!(InputError::new("the features have a `scaling_factor`, which Gemma Scope's do not"));
         }
         let mut notes = Vec::new();
         let said = match place.file("config.json")? {
@@ -267,8 +267,10 @@ fn first_site(words: &str) -> Option<ModelSite> {
 fn says_transcoder(said: &Value) -> Result<bool> {
     let kind = said["type"].as_str().unwrap_or_default().to_lowercase();
     if kind.contains("crosscoder") {
-        bail!(InputError::new(format!("config.json: `type: {kind}` is not supported"))
-            .help("supported are SAEs, transcoders and cross-layer transcoders"));
+        bail!(
+            InputError::new(format!("config.json: `type: {kind}` is not supported"))
+                .help("supported are SAEs, transcoders and cross-layer transcoders")
+        );
     }
     let (reads, writes) = (said["hf_hook_point_in"].as_str(), said["hf_hook_point_out"].as_str());
     Ok(kind.contains("transcoder")
@@ -280,8 +282,10 @@ fn says_transcoder(said: &Value) -> Result<bool> {
 fn second_site(said: &Value, words: &str, transcodes: bool) -> Result<Option<ModelSite>> {
     let text = |key: &str| said.get(key).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
     if let Some(other) = text("architecture").filter(|name| name != "jump_relu") {
-        bail!(InputError::new(format!("config.json says the architecture is `{other}`"))
-            .help("Gemma Scope 2 has jump_relu"));
+        bail!(
+            InputError::new(format!("config.json says the architecture is `{other}`"))
+                .help("Gemma Scope 2 has jump_relu")
+        );
     }
     let repo = words.split('/').find(|part| part.contains("gemma-scope-2-")).map(|part| {
         let part = part.rsplit("--").next().unwrap_or(part);

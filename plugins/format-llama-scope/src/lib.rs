@@ -16,7 +16,7 @@
 //! Those on DeepSeek-R1-Distill have `config.json`, `sae_weights.safetensors` and a threshold for each feature in units of
 //! π: t = θ, or with the flag θ / ‖W_dec‖.
 
-use dictlearn_core::format::{check_keys, nothing_left, take, Activation, Affine, Format, ModelSite, Place, Published};
+use dictlearn_core::format::{Activation, Affine, Format, ModelSite, Place, Published, check_keys, nothing_left, take};
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
 
@@ -160,15 +160,17 @@ impl Format for LlamaScope {
                 let unit = if norms.is_some() { scale_out } else { scale };
                 jump(b_enc.ones_like() * (threshold * unit))?
             }
-            (_, Some(act_fn @ ("topk" | "relu")), _) => bail!(InputError::new(format!(
-                "{file}: `act_fn: {act_fn}` is not supported with what stands beside it"
-            ))
-            .help("supported are jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")),
-            _ => bail!(InputError::new(match config.get("jump_relu_threshold").filter(|value| !value.is_null()) {
-                Some(value) => format!("{file}: `jump_relu_threshold` is {value}, not a number"),
-                None => format!("{file} has no `jump_relu_threshold`"),
-            })
-            .help("the authors' files have the threshold of every feature there")),
+            (_, Some(act_fn @ ("topk" | "relu")), _) => bail!(
+                InputError::new(format!("{file}: `act_fn: {act_fn}` is not supported with what stands beside it"))
+                    .help("supported are jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")
+            ),
+            _ => bail!(
+                InputError::new(match config.get("jump_relu_threshold").filter(|value| !value.is_null()) {
+                    Some(value) => format!("{file}: `jump_relu_threshold` is {value}, not a number"),
+                    None => format!("{file} has no `jump_relu_threshold`"),
+                })
+                .help("the authors' files have the threshold of every feature there")
+            ),
         };
         let reads = text("hook_point_in");
         let writes = text("hook_point_out").filter(|writes| reads.is_some_and(|reads| reads != *writes));

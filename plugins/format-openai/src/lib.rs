@@ -8,7 +8,7 @@
 //! x̂ = norm⁻¹(W_dec f + b_pre)                        norm: a layer norm of x, with TopK only
 //! ```
 
-use dictlearn_core::format::{take, Activation, Affine, Format, ModelSite, Place, Published};
+use dictlearn_core::format::{Activation, Affine, Format, ModelSite, Place, Published, take};
 use dictlearn_core::prelude::*;
 use dictlearn_core::torch_file;
 
@@ -36,8 +36,10 @@ impl Format for OpenAi {
                 let found: Vec<&String> = files.iter().filter(|file| file.ends_with(".pt")).collect();
                 match found[..] {
                     [only] => place.need(only)?,
-                    _ => bail!(InputError::new(format!("{place} is not a .pt file"))
-                        .help("name the file: openai's SAEs are one each")),
+                    _ => bail!(
+                        InputError::new(format!("{place} is not a .pt file"))
+                            .help("name the file: openai's SAEs are one each")
+                    ),
                 }
             }
         };
@@ -68,11 +70,10 @@ impl Format for OpenAi {
             "TopK" => {
                 let after = state.and_then(|state| state.get("postact_fn")).and_then(torch_file::Value::as_str);
                 if after.is_some_and(|after| after != "ReLU") {
-                    bail!(InputError::new(format!(
-                        "TopK with `{}` after it is not supported",
-                        after.unwrap_or_default()
-                    ))
-                    .help("features would be negative; supported is ReLU"));
+                    bail!(
+                        InputError::new(format!("TopK with `{}` after it is not supported", after.unwrap_or_default()))
+                            .help("features would be negative; supported is ReLU")
+                    );
                 }
                 let Some(k) = state.and_then(|state| state.get("k")).and_then(torch_file::Value::as_i64) else {
                     bail!(InputError::new("the file does not say `k`"));
@@ -80,8 +81,10 @@ impl Format for OpenAi {
                 let kind = NormalizationKind::LayerNorm;
                 (Activation::TopK(k), Some(Normalization { kind, input_only: false }))
             }
-            other => bail!(InputError::new(format!("the activation `{other}` is not supported"))
-                .help("supported are ReLU and TopK")),
+            other => bail!(
+                InputError::new(format!("the activation `{other}` is not supported"))
+                    .help("supported are ReLU and TopK")
+            ),
         };
         let matrix = |tensor: Tensor| -> Result<Tensor> {
             if tensor.dim() != 2 {

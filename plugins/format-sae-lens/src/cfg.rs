@@ -2,7 +2,7 @@
 
 use dictlearn_core::prelude::*;
 
-use dictlearn_core::format::{check_keys, ModelSite};
+use dictlearn_core::format::{ModelSite, check_keys};
 
 use crate::models;
 
@@ -184,14 +184,18 @@ impl Cfg {
                 architecture = "topk".to_owned();
                 k = raw.get("activation_fn_kwargs").map_or(Ok(None), |kwargs| count(kwargs, "k"))?;
             }
-            other => bail!(InputError::new(format!(
-                "the activation function `{other}` is not supported with the architecture `{architecture}`"
-            ))
-            .help("supported are `relu`, and `topk` with the architecture `topk`")),
+            other => bail!(
+                InputError::new(format!(
+                    "the activation function `{other}` is not supported with the architecture `{architecture}`"
+                ))
+                .help("supported are `relu`, and `topk` with the architecture `topk`")
+            ),
         }
         if !ARCHITECTURES.contains(&architecture.as_str()) {
-            bail!(InputError::new(format!("the architecture `{architecture}` is not supported"))
-                .help(format!("supported are: {}", ARCHITECTURES.join(", "))));
+            bail!(
+                InputError::new(format!("the architecture `{architecture}` is not supported"))
+                    .help(format!("supported are: {}", ARCHITECTURES.join(", ")))
+            );
         }
         // A batchtopk's k may be a fraction, and its threshold is what counts.
         if architecture == "topk" {
@@ -212,21 +216,27 @@ impl Cfg {
         match text(raw, "reshape_activations")?.as_deref() {
             // Heads side by side, as our sites have them.
             None | Some("none" | "hook_z") => {}
-            Some(other) => bail!(InputError::new(format!("`reshape_activations: {other}` is not supported"))
-                .help("supported are none and hook_z")),
+            Some(other) => bail!(
+                InputError::new(format!("`reshape_activations: {other}` is not supported"))
+                    .help("supported are none and hook_z")
+            ),
         }
         let dtype = text(raw, "dtype")?.unwrap_or_else(|| "float32".to_owned());
         let dtype = match dtype.trim_start_matches("torch.") {
             "float32" | "float64" | "float" | "double" => None,
             "bfloat16" => Some("bfloat16"),
             "float16" | "half" => Some("float16"),
-            other => bail!(InputError::new(format!("the dtype `{other}` is not supported"))
-                .help("supported are float32, float64, bfloat16 and float16")),
+            other => bail!(
+                InputError::new(format!("the dtype `{other}` is not supported"))
+                    .help("supported are float32, float64, bfloat16 and float16")
+            ),
         };
         let apply = flag(raw, "apply_b_dec_to_input")?;
         if transcodes && apply == Some(true) {
-            bail!(InputError::new("`apply_b_dec_to_input: true` means nothing for a transcoder")
-                .help("b_dec has the width of the output"));
+            bail!(
+                InputError::new("`apply_b_dec_to_input: true` means nothing for a transcoder")
+                    .help("b_dec has the width of the output")
+            );
         }
 
         let mut site = ModelSite {

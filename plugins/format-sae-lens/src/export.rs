@@ -49,8 +49,10 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
             (architecture, false, own_weights()?)
         }
         "Transcoder" | "SkipTranscoder" => {
-            bail!(InputError::new("sae_lens has no transcoder that keeps the k largest features")
-                .help("those without `k` can be exported"))
+            bail!(
+                InputError::new("sae_lens has no transcoder that keeps the k largest features")
+                    .help("those without `k` can be exported")
+            )
         }
         other => bail!(InputError::new(format!("sae_lens has nothing that does what the class {other} does")).help(
             "it has AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, \
@@ -86,8 +88,10 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
         architecture = match architecture {
             "standard" => "transcoder",
             "jumprelu" => "jumprelu_transcoder",
-            other => bail!(InputError::new(format!("sae_lens has no transcoder of the kind `{other}`"))
-                .help("it has transcoders with ReLU and with JumpReLU")),
+            other => bail!(
+                InputError::new(format!("sae_lens has no transcoder of the kind `{other}`"))
+                    .help("it has transcoders with ReLU and with JumpReLU")
+            ),
         };
         if subtracts && dims.input == dims.output {
             // Its transcoders do not subtract b_dec first: the encoder's bias takes it up.

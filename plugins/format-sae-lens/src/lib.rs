@@ -16,7 +16,7 @@ mod models;
 mod table;
 
 use dictlearn_core::format::{
-    nothing_left, take, through, Activation, Affine, Format, Place, Published, Python, Request,
+    Activation, Affine, Format, Place, Published, Python, Request, nothing_left, take, through,
 };
 use dictlearn_core::prelude::*;
 use dictlearn_core::saved::Saved;

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use dictlearn_core::files;
-use dictlearn_core::format::{glob, Place, Request};
-use dictlearn_core::hub::{hub, Repo, RepoKind};
+use dictlearn_core::format::{Place, Request, glob};
+use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::nearest;
 
@@ -81,7 +81,7 @@ impl Table {
         self.entries(release).filter_map(id).collect()
     }
 
-    fn entries(&self, release: &str) -> impl Iterator<Item = &Value> {
+    fn entries(&self, release: &str) -> impl Iterator<Item = &Value> + use<'_> {
         self.0.get(release).and_then(|release| release.get("saes")?.as_array()).into_iter().flatten()
     }
 
@@ -104,16 +104,17 @@ impl Table {
             bail!(InputError::new(format!("the table says neither repository nor path of `{release}:{sae_id}`")));
         };
         let conversion = about.get("conversion_func").and_then(Value::as_str);
-        let format = match conversion {
-            None => None,
-            Some(name) => match CONVERSIONS.iter().find(|(known, _)| *known == name) {
-                Some((_, format)) => Some((*format).to_owned()).filter(|format| format != crate::NAME),
-                None => bail!(InputError::new(format!(
+        let format =
+            match conversion {
+                None => None,
+                Some(name) => match CONVERSIONS.iter().find(|(known, _)| *known == name) {
+                    Some((_, format)) => Some((*format).to_owned()).filter(|format| format != crate::NAME),
+                    None => bail!(InputError::new(format!(
                     "the SAEs of `{release}` are in the format that sae_lens calls `{name}`, which is not supported"
                 ))
                 .help("save it with sae_lens (`sae.save_model(dir)`) and import that folder")),
-            },
-        };
+                },
+            };
         let mut place = Place::on_hub(repo, &path);
         place.name = format!("{release}/{sae_id}");
         place.format = format;
@@ -247,8 +248,10 @@ pub fn find(names: &str, request: &Request) -> Result<Vec<Place>> {
         }
     }
     if places.is_empty() {
-        bail!(InputError::new(format!("nothing of the table matches `{names}`"))
-            .help("names are `release:id`; `dictlearn import sae_lens --list GLOB` shows them"));
+        bail!(
+            InputError::new(format!("nothing of the table matches `{names}`"))
+                .help("names are `release:id`; `dictlearn import sae_lens --list GLOB` shows them")
+        );
     }
     Ok(places)
 }
@@ -256,8 +259,10 @@ pub fn find(names: &str, request: &Request) -> Result<Vec<Place>> {
 /// Every `release:id` of the table, with repository, path and figures.
 pub fn offers(request: &Request) -> Result<Vec<(String, String)>> {
     let Some(table) = table(request)? else {
-        bail!(InputError::new("there is no table of releases here")
-            .help("give sae_lens's pretrained_saes.yaml with `--releases FILE`, or install the Python package"));
+        bail!(
+            InputError::new("there is no table of releases here")
+                .help("give sae_lens's pretrained_saes.yaml with `--releases FILE`, or install the Python package")
+        );
     };
     let mut offers = Vec::new();
     for (release, about) in &table.0 {

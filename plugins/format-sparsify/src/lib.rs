@@ -8,7 +8,7 @@
 //! ```
 
 use dictlearn_core::format::{
-    check_keys, nothing_left, take, Activation, Affine, Format, ModelSite, Place, Published, Request,
+    Activation, Affine, Format, ModelSite, Place, Published, Request, check_keys, nothing_left, take,
 };
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;

@@ -22,18 +22,18 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{anyhow, bail, ensure, Context, Result};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use dictlearn_core::config::InputError;
 use dictlearn_core::hub::{About, CommitMessage, Hub, HubPlugin, Repo, RepoKind, Upload};
 use dictlearn_core::progress::Progress;
-use percent_encoding::{utf8_percent_encode, AsciiSet, NON_ALPHANUMERIC};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
 use net::{expanded, variable};
 use reader::Remote;
-use trouble::{patiently, Failure, PATIENT};
+use trouble::{Failure, PATIENT, patiently};
 
 inventory::submit! { HubPlugin { open: || Ok(Box::new(Client::from_environment()?)) } }
 
@@ -91,8 +91,10 @@ impl Client {
         let endpoint = value(&["HF_ENDPOINT"]).unwrap_or_else(|| PUBLIC.to_owned());
         let endpoint = endpoint.trim().trim_end_matches('/').to_owned();
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
-            bail!(InputError::new(format!("HF_ENDPOINT is `{endpoint}`, which is not an address"))
-                .help("give it as http://... or https://..., or unset it"));
+            bail!(
+                InputError::new(format!("HF_ENDPOINT is `{endpoint}`, which is not an address"))
+                    .help("give it as http://... or https://..., or unset it")
+            );
         }
         let file = path_variable(&["HF_TOKEN_PATH"]).unwrap_or_else(|| home.join("token"));
         let token = value(&["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]).or_else(|| fs::read_to_string(file).ok());
@@ -112,11 +114,7 @@ impl Client {
     /// A file of the repository at a commit in the cache, or the folder of all of them.
     fn pointer(&self, repo: &Repo, commit: &str, path: &str) -> PathBuf {
         let files = self.folder(repo).join("snapshots").join(commit);
-        if path.is_empty() {
-            files
-        } else {
-            files.join(path)
-        }
+        if path.is_empty() { files } else { files.join(path) }
     }
 
     /// The file of the cache that says which commit the repository's revision stands for.
@@ -270,7 +268,7 @@ impl Client {
                     "the {kind} `{repo}` cannot be read from the Hub at {}: {failure}; the cache, {}, does not have it",
                     self.endpoint,
                     self.cache.display()
-                )
+                );
             }
         };
         error.into()

@@ -3,14 +3,14 @@
 use std::env;
 use std::path::PathBuf;
 
-use anyhow::{bail, Result};
+use anyhow::{Result, bail};
 use dictlearn_core::config::InputError;
 use ureq::http::Response;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 use crate::trouble::{self, Failure};
-use crate::{Client, CONNECT, LONG, PUBLIC, SILENCE};
+use crate::{CONNECT, Client, LONG, PUBLIC, SILENCE};
 
 /// The variables that name trusted certificates, by precedence: OpenSSL's, those of Python's requests, and curl's.
 const CERTIFICATES: [&str; 4] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"];
@@ -80,8 +80,10 @@ fn trusted() -> Result<RootCerts> {
     match named {
         Some((name, path)) if found.certs.is_empty() => {
             let why = found.errors.first().map_or("there is no certificate in it".to_owned(), ToString::to_string);
-            bail!(InputError::new(format!("{name} is `{path}`: {why}"))
-                .help("name a file of certificates in PEM form (-----BEGIN CERTIFICATE-----), or unset it"))
+            bail!(
+                InputError::new(format!("{name} is `{path}`: {why}"))
+                    .help("name a file of certificates in PEM form (-----BEGIN CERTIFICATE-----), or unset it")
+            )
         }
         None if found.certs.is_empty() => Ok(RootCerts::WebPki),
         _ => Ok(RootCerts::from(certificates)),

@@ -4,7 +4,7 @@ use std::io::{self, Read};
 
 use dictlearn_core::interrupt;
 
-use crate::trouble::{pause, Failure, PATIENT};
+use crate::trouble::{Failure, PATIENT, pause};
 
 type Body = Box<dyn Read + Send>;
 type Open = dyn FnMut(u64) -> Result<Body, Failure> + Send;

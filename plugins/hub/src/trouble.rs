@@ -7,8 +7,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use dictlearn_core::interrupt;
-use ureq::http::Response;
 use ureq::Body;
+use ureq::http::Response;
 
 /// Pauses between attempts, in milliseconds.
 pub const PATIENT: [u64; 4] = [250, 1_000, 4_000, 16_000];

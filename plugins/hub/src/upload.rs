@@ -9,20 +9,20 @@ use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::sync::PoisonError;
 
-use anyhow::{anyhow, bail, ensure, Context, Result};
-use base64::engine::general_purpose::STANDARD;
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use dictlearn_core::config::InputError;
 use dictlearn_core::hub::{CommitMessage, Content, Repo, Upload};
 use dictlearn_core::interrupt;
 use dictlearn_core::progress::Progress;
-use serde_json::{json, Map, Value};
+use serde_json::{Map, Value, json};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 use ureq::http::Response;
 use ureq::{Body, SendBody};
 
-use crate::trouble::{self, patiently, Failure, PATIENT};
+use crate::trouble::{self, Failure, PATIENT, patiently};
 use crate::{Client, PUBLIC};
 
 /// How much of a file the Hub wants to see to say whether it is large.
@@ -280,8 +280,10 @@ impl Client {
         let info = info.with_context(|| format!("the Hub does not show the {kind} `{}` that it has made", repo.id))?;
         if private && info.get("private") != Some(&Value::Bool(true)) {
             ensure!(!made, "the Hub has made the {kind} `{}` public; nothing was uploaded", repo.id);
-            bail!(InputError::new(format!("the {kind} `{}` is there already, and it is public", repo.id))
-                .help(format!("make it private at {}/settings, or leave `--private` out", self.page(repo))));
+            bail!(
+                InputError::new(format!("the {kind} `{}` is there already, and it is public", repo.id))
+                    .help(format!("make it private at {}/settings, or leave `--private` out", self.page(repo)))
+            );
         }
         let mut repo = repo.clone();
         // A repository that was renamed is found by its old name too, but takes nothing under it.
@@ -358,8 +360,10 @@ impl Client {
         let errors = answer.get("errors").and_then(Value::as_array).into_iter().flatten();
         let errors: Vec<&str> = errors.filter_map(|error| error.get("message")?.as_str()).collect();
         if !answer.is_null() {
-            bail!(InputError::new(format!("the Hub does not take the head of {}: {}", place(card), errors.join("; ")))
-                .help("mend the YAML between its `---` lines"));
+            bail!(
+                InputError::new(format!("the Hub does not take the head of {}: {}", place(card), errors.join("; ")))
+                    .help("mend the YAML between its `---` lines")
+            );
         }
         Ok(())
     }

@@ -35,9 +35,11 @@ impl LoggerConfig for JsonlConfig {
     fn build(&self, run_dir: &Path, resume_at: Option<u64>) -> Result<Box<dyn Logger>> {
         let plain = Path::new(&self.file).file_name().is_some_and(|name| name == self.file.as_str());
         if !plain || !self.file.ends_with(".jsonl") {
-            bail!(InputError::new(format!("`file` is \"{}\"", self.file))
-                .field("file")
-                .help("it is a name in the run's folder that ends in .jsonl"));
+            bail!(
+                InputError::new(format!("`file` is \"{}\"", self.file))
+                    .field("file")
+                    .help("it is a name in the run's folder that ends in .jsonl")
+            );
         }
         let path = run_dir.join(&self.file);
         if let Some(step) = resume_at {

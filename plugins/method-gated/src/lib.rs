@@ -20,7 +20,7 @@
 //! Where this differs from the reference: nothing.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::two_layer::{self, squared_error, L1};
+use dictlearn_core::two_layer::{self, L1, squared_error};
 
 const NAME: &str = "gated";
 
@@ -203,11 +203,7 @@ impl Dictionary for Gated {
 
 /// ReLU, which lets pass what is no number.
 fn relu(value: f32) -> f32 {
-    if value <= 0.0 {
-        0.0
-    } else {
-        value
-    }
+    if value <= 0.0 { 0.0 } else { value }
 }
 
 /// φ: magnitudes behind gates, for steps by hand.
@@ -328,11 +324,13 @@ register! {
 impl TrainerConfig for GatedConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if !cx.dictionary.exposes("gate") {
-            bail!(InputError::new(format!(
-                "the trainer `{NAME}` cannot train the class {}: it has no gate to penalise",
-                cx.dictionary.class()
-            ))
-            .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers())));
+            bail!(
+                InputError::new(format!(
+                    "the trainer `{NAME}` cannot train the class {}: it has no gate to penalise",
+                    cx.dictionary.class()
+                ))
+                .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers()))
+            );
         }
         let schedule = Schedule {
             steps: cx.steps,

@@ -27,7 +27,7 @@
 
 use dictlearn_core::format::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
-use dictlearn_core::two_layer::{self, squared_error, Penalty};
+use dictlearn_core::two_layer::{self, Penalty, squared_error};
 
 const NAME: &str = "jump_relu";
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
@@ -239,11 +239,7 @@ impl ActivationFunction for Jump {
 
 /// The feature of a pre-activation.
 fn jump(z: f32, threshold: f32) -> f32 {
-    if z <= threshold || z <= 0.0 {
-        0.0
-    } else {
-        z
-    }
+    if z <= threshold || z <= 0.0 { 0.0 } else { z }
 }
 
 /// The same with estimates of the thresholds' gradients. What a penalty falls on is which features are active.
@@ -286,11 +282,7 @@ impl ActivationFunction for StraightThrough {
         let (bandwidth, on_features) = (self.bandwidth as f32, self.ste_on == SteOn::PostJump);
         // −K((z − θ)/ε)/ε
         let window = move |z: f32, threshold: f32| {
-            if ((z - threshold) / bandwidth).abs() < 0.5 {
-                -1.0 / bandwidth
-            } else {
-                0.0
-            }
+            if ((z - threshold) / bandwidth).abs() < 0.5 { -1.0 / bandwidth } else { 0.0 }
         };
         let ([by_z], [by_threshold]) = block.map(inputs, |[z, threshold, by_feature, by_active]| {
             let feature = jump(z, threshold);
@@ -413,11 +405,13 @@ register! {
 impl TrainerConfig for JumpReluConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if cx.dictionary.downcast::<JumpRelu>().is_none() {
-            bail!(InputError::new(format!(
-                "the trainer `{NAME}` cannot train the class {}: its features have no thresholds to learn",
-                cx.dictionary.class()
-            ))
-            .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers())));
+            bail!(
+                InputError::new(format!(
+                    "the trainer `{NAME}` cannot train the class {}: its features have no thresholds to learn",
+                    cx.dictionary.class()
+                ))
+                .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers()))
+            );
         }
         let mut mistakes = Mistakes::new();
         for (field, value) in [("bandwidth", self.bandwidth), ("target_l0", self.target_l0)] {

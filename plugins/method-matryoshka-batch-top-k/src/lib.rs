@@ -73,15 +73,19 @@ impl DictionaryConfig for MatryoshkaDictionaryConfig {
 /// Whole numbers of features, as the reference rounds them.
 fn group_sizes(fractions: &[f64], features: i64) -> Result<Vec<i64>> {
     if fractions.is_empty() {
-        bail!(InputError::new("there are no `group_fractions`")
-            .field("group_fractions")
-            .help("give each group's part, for example `[0.25, 0.25, 0.5]`; they must add up to 1"));
+        bail!(
+            InputError::new("there are no `group_fractions`")
+                .field("group_fractions")
+                .help("give each group's part, for example `[0.25, 0.25, 0.5]`; they must add up to 1")
+        );
     }
     let sum: f64 = fractions.iter().sum();
     if (sum - 1.0).abs() > 1e-9 {
-        bail!(InputError::new(format!("the `group_fractions` add up to {sum}"))
-            .field("group_fractions")
-            .help("they must add up to 1"));
+        bail!(
+            InputError::new(format!("the `group_fractions` add up to {sum}"))
+                .field("group_fractions")
+                .help("they must add up to 1")
+        );
     }
     let mut sizes: Vec<i64> = fractions.iter().map(|fraction| (fraction * features as f64) as i64).collect();
     let others: i64 = sizes.iter().rev().skip(1).sum();
@@ -89,12 +93,14 @@ fn group_sizes(fractions: &[f64], features: i64) -> Result<Vec<i64>> {
         *last = features - others;
     }
     if let Some(index) = sizes.iter().position(|size| *size < 1) {
-        bail!(InputError::new(format!(
-            "the group of {} of {features} features has {} of them",
-            fractions[index], sizes[index]
-        ))
-        .field(format!("group_fractions[{index}]"))
-        .help("every group must have at least one feature"));
+        bail!(
+            InputError::new(format!(
+                "the group of {} of {features} features has {} of them",
+                fractions[index], sizes[index]
+            ))
+            .field(format!("group_fractions[{index}]"))
+            .help("every group must have at least one feature")
+        );
     }
     Ok(sizes)
 }
@@ -266,28 +272,36 @@ register! {
 impl TrainerConfig for MatryoshkaConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         let Some(dictionary) = cx.dictionary.downcast::<Matryoshka>() else {
-            bail!(InputError::new(format!(
-                "the trainer `{NAME}` cannot train the class {}: it has no groups of features",
-                cx.dictionary.class()
-            ))
-            .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers())));
+            bail!(
+                InputError::new(format!(
+                    "the trainer `{NAME}` cannot train the class {}: it has no groups of features",
+                    cx.dictionary.class()
+                ))
+                .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers()))
+            );
         };
         let groups = dictionary.groups.len();
         let weights = self.group_weights.clone().unwrap_or_else(|| vec![1.0 / groups as f64; groups]);
         if weights.len() != groups {
-            bail!(InputError::new(format!("there are {} `group_weights` and {groups} groups", weights.len()))
-                .field("group_weights")
-                .help("give one for each of the dictionary's `group_fractions`"));
+            bail!(
+                InputError::new(format!("there are {} `group_weights` and {groups} groups", weights.len()))
+                    .field("group_weights")
+                    .help("give one for each of the dictionary's `group_fractions`")
+            );
         }
         if let Some(index) = weights.iter().position(|weight| *weight < 0.0) {
-            bail!(InputError::new(format!("a group's weight is {}", weights[index]))
-                .field(format!("group_weights[{index}]"))
-                .help("it must be at least 0"));
+            bail!(
+                InputError::new(format!("a group's weight is {}", weights[index]))
+                    .field(format!("group_weights[{index}]"))
+                    .help("it must be at least 0")
+            );
         }
         if weights.iter().all(|weight| *weight == 0.0) {
-            bail!(InputError::new("every group's weight is 0, so that nothing would be reconstructed")
-                .field("group_weights")
-                .help("give one of them more"));
+            bail!(
+                InputError::new("every group's weight is 0, so that nothing would be reconstructed")
+                    .field("group_weights")
+                    .help("give one of them more")
+            );
         }
         let (weights_saved, sizes_saved) = (weights.clone().into(), dictionary.groups.clone().into());
         let mut end = 0;

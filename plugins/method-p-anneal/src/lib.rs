@@ -27,7 +27,7 @@
 use std::collections::VecDeque;
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::two_layer::{self, squared_error, Penalty};
+use dictlearn_core::two_layer::{self, Penalty, squared_error};
 
 const P_ANNEAL: &str = "p_anneal";
 const GATED_ANNEAL: &str = "gated_anneal";
@@ -98,7 +98,7 @@ impl JsonSchema for Updates {
 
 /// The two trainers' configs: the same fields with defaults of their own.
 macro_rules! config {
-    ($(#[$about:meta])* $name:ident, lr: $lr:expr, sparsity_function: $sparsity_function:expr) => {
+    ($(#[$about:meta])* $name:ident, lr: $lr:expr_2021, sparsity_function: $sparsity_function:expr_2021) => {
         $(#[$about])*
         #[derive(Debug, Serialize, Deserialize, JsonSchema)]
         #[serde(deny_unknown_fields, default)]
@@ -278,11 +278,13 @@ impl TrainerConfig for PAnnealConfig {
 impl TrainerConfig for GatedAnnealConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if !cx.dictionary.exposes("gate") {
-            bail!(InputError::new(format!(
-                "the trainer `{GATED_ANNEAL}` cannot train the class {}: it has no gate to penalise",
-                cx.dictionary.class()
-            ))
-            .help(format!("use the trainer `{P_ANNEAL}`, or a gated dictionary")));
+            bail!(
+                InputError::new(format!(
+                    "the trainer `{GATED_ANNEAL}` cannot train the class {}: it has no gate to penalise",
+                    cx.dictionary.class()
+                ))
+                .help(format!("use the trainer `{P_ANNEAL}`, or a gated dictionary"))
+            );
         }
         let adam = AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() };
         Ok(Box::new(self.trainer(GATED_ANNEAL, adam, cx)?))
@@ -309,21 +311,27 @@ struct Annealing {
 impl Annealing {
     fn new((p_start, p_end): (f64, f64), (start, end): (u64, u64), updates: Updates, steps: u64) -> Result<Self> {
         if start >= steps {
-            bail!(InputError::new(format!("`anneal_start` is {start}, but the run has only {steps} steps"))
-                .field("anneal_start")
-                .help("`anneal_start` must be less than `steps`"));
+            bail!(
+                InputError::new(format!("`anneal_start` is {start}, but the run has only {steps} steps"))
+                    .field("anneal_start")
+                    .help("`anneal_start` must be less than `steps`")
+            );
         }
         if end <= start {
-            bail!(InputError::new(format!("`anneal_end` is {end}, and `anneal_start` {start}"))
-                .field("anneal_end")
-                .help("`anneal_end` must come after `anneal_start`"));
+            bail!(
+                InputError::new(format!("`anneal_end` is {end}, and `anneal_start` {start}"))
+                    .field("anneal_end")
+                    .help("`anneal_end` must come after `anneal_start`")
+            );
         }
         let most = end - start + 1;
         let count = match updates {
             Updates::Times(count) if count > most => {
-                bail!(InputError::new(format!("`n_sparsity_updates` is {count}, in {most} steps of annealing"))
-                    .field("n_sparsity_updates")
-                    .help(format!("it can be at most {most}, or `{CONTINUOUS}`")))
+                bail!(
+                    InputError::new(format!("`n_sparsity_updates` is {count}, in {most} steps of annealing"))
+                        .field("n_sparsity_updates")
+                        .help(format!("it can be at most {most}, or `{CONTINUOUS}`"))
+                )
             }
             Updates::Times(count) => count,
             Updates::Continuous => most,

@@ -385,7 +385,7 @@ impl Trainer for Standard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dictlearn_core::config::{from_yaml, SaeConfig};
+    use dictlearn_core::config::{SaeConfig, from_yaml};
     use dictlearn_core::training::{Training, TrainingCx};
 
     /// A dictionary of 16 features for activations of width 8, the first four of them dead, and batches.

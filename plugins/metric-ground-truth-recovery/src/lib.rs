@@ -12,7 +12,7 @@
 //! ones would count twice.
 
 use dictlearn_core::prelude::*;
-use pathfinding::prelude::{kuhn_munkres, Matrix};
+use pathfinding::prelude::{Matrix, kuhn_munkres};
 
 const NAME: &str = "ground_truth_recovery";
 

@@ -1,8 +1,8 @@
 //! Gemma (Gemma team 2024, <https://arxiv.org/abs/2403.08295>): Llama with a gated GELU, embeddings multiplied by √d, and
 //! norms that scale by 1 + weight.
 
-use dictlearn_core::lm::config::{read, Usual};
-use dictlearn_core::lm::{activation, Decoder, DecoderConfig, ModelFamily, NormKind};
+use dictlearn_core::lm::config::{Usual, read};
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "gemma";

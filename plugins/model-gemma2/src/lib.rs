@@ -1,8 +1,8 @@
 //! Gemma 2 (Gemma team 2024, <https://arxiv.org/abs/2408.00118>): norms before and after attention and MLP, scores and
 //! logits bounded by tanh, and every other layer with attention over a sliding window.
 
-use dictlearn_core::lm::config::{read, sliding_layers, Usual};
-use dictlearn_core::lm::{activation, Decoder, DecoderConfig, ModelFamily, NormKind};
+use dictlearn_core::lm::config::{Usual, read, sliding_layers};
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "gemma2";
@@ -70,8 +70,10 @@ inventory::submit! {
 fn decoder(config: &Value) -> Result<DecoderConfig> {
     let mut fields: Gemma2Config = read(config)?;
     if fields.use_bidirectional_attention == Some(true) {
-        bail!(InputError::new("config.json: `use_bidirectional_attention` is not supported")
-            .help("supported are models that read from left to right"));
+        bail!(
+            InputError::new("config.json: `use_bidirectional_attention` is not supported")
+                .help("supported are models that read from left to right")
+        );
     }
     fields.usual.head_dim.get_or_insert(256);
     let mut decoder = fields.usual.decoder()?;

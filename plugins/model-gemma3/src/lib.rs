@@ -1,8 +1,8 @@
 //! Gemma 3, text only (Gemma team 2025, <https://arxiv.org/abs/2503.19786>): Gemma 2 with norms over each head's query and
 //! key instead of bounded scores, and another rotary base in the layers whose attention slides.
 
-use dictlearn_core::lm::config::{read, sliding_layers, Usual};
-use dictlearn_core::lm::{activation, decoder::QkNorm, Decoder, DecoderConfig, ModelFamily, NormKind, Rotary};
+use dictlearn_core::lm::config::{Usual, read, sliding_layers};
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, NormKind, Rotary, activation, decoder::QkNorm};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "gemma3_text";
@@ -72,8 +72,10 @@ inventory::submit! {
 fn decoder(config: &Value) -> Result<DecoderConfig> {
     let mut fields: Gemma3Config = read(config)?;
     if fields.use_bidirectional_attention == Some(true) {
-        bail!(InputError::new("config.json: `use_bidirectional_attention` is not supported")
-            .help("supported are models that read from left to right"));
+        bail!(
+            InputError::new("config.json: `use_bidirectional_attention` is not supported")
+                .help("supported are models that read from left to right")
+        );
     }
     let head_dim = *fields.usual.head_dim.get_or_insert(256);
     let rope = &fields.usual.rope;

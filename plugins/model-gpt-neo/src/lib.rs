@@ -5,7 +5,7 @@ use dictlearn_core::lm::config::read;
 use dictlearn_core::lm::decoder::{
     AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
 };
-use dictlearn_core::lm::{activation, Decoder, DecoderConfig, ModelFamily, NormKind};
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "gpt_neo";
@@ -93,8 +93,10 @@ fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
         let window = match name.as_str() {
             "global" => None,
             "local" => Some(config.window_size),
-            other => bail!(InputError::new(format!("config.json: attention of kind `{other}` is not supported"))
-                .help("supported are global and local")),
+            other => bail!(
+                InputError::new(format!("config.json: attention of kind `{other}` is not supported"))
+                    .help("supported are global and local")
+            ),
         };
         Ok(LayerConfig { window, rotary: None, scale: 1.0 })
     };

@@ -9,7 +9,7 @@ use dictlearn_core::lm::config::read;
 use dictlearn_core::lm::decoder::{
     AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
 };
-use dictlearn_core::lm::{activation, Decoder, DecoderConfig, ModelCx, ModelFamily, NormKind, Rope};
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelCx, ModelFamily, NormKind, Rope, activation};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "gpt_neox";

@@ -6,7 +6,7 @@ use dictlearn_core::lm::config::read;
 use dictlearn_core::lm::decoder::{
     AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
 };
-use dictlearn_core::lm::{activation, Decoder, DecoderConfig, ModelFamily, NormKind};
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "gpt2";

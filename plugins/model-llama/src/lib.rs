@@ -1,7 +1,7 @@
 //! Llama (Touvron et al. 2023, <https://arxiv.org/abs/2307.09288>; Llama 3, <https://arxiv.org/abs/2407.21783>), and the
 //! many models of its family: TinyLlama, SmolLM, Vicuna, DeepSeek's distillations.
 
-use dictlearn_core::lm::config::{read, Usual};
+use dictlearn_core::lm::config::{Usual, read};
 use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily};
 use dictlearn_core::prelude::*;
 

@@ -1,6 +1,6 @@
 //! Mistral (Jiang et al. 2023, <https://arxiv.org/abs/2310.06825>): Llama with attention over a sliding window.
 
-use dictlearn_core::lm::config::{read, Usual};
+use dictlearn_core::lm::config::{Usual, read};
 use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily};
 use dictlearn_core::prelude::*;
 

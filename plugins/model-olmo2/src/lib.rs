@@ -1,8 +1,8 @@
 //! OLMo 2 (OLMo team 2025, <https://arxiv.org/abs/2501.00656>): Llama with norms after attention and MLP instead of before
 //! them, and over all queries and all keys.
 
-use dictlearn_core::lm::config::{read, Usual};
-use dictlearn_core::lm::{decoder::QkNorm, Decoder, DecoderConfig, ModelFamily};
+use dictlearn_core::lm::config::{Usual, read};
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, decoder::QkNorm};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "olmo2";

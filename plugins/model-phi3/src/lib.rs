@@ -1,10 +1,10 @@
 //! Phi-3 (Abdin et al. 2024, <https://arxiv.org/abs/2404.14219>) and Phi-4: Llama with queries, keys and values from one
 //! projection, and gate and up from another.
 
-use dictlearn_core::lm::config::{read, Usual};
+use dictlearn_core::lm::config::{Usual, read};
 use dictlearn_core::lm::{
-    decoder::{MlpLayout, Projections},
     Decoder, DecoderConfig, ModelFamily,
+    decoder::{MlpLayout, Projections},
 };
 use dictlearn_core::prelude::*;
 

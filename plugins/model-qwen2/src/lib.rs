@@ -1,6 +1,6 @@
 //! Qwen 2 (Yang et al. 2024, <https://arxiv.org/abs/2407.10671>) and 2.5: Llama with biases on queries, keys and values.
 
-use dictlearn_core::lm::config::{read, sliding_layers, Usual};
+use dictlearn_core::lm::config::{Usual, read, sliding_layers};
 use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily};
 use dictlearn_core::prelude::*;
 

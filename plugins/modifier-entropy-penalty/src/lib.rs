@@ -45,11 +45,7 @@ register! {
 #[typetag::serde(name = NAME)]
 impl ModifierConfig for EntropyPenaltyConfig {
     fn needs(&self) -> Vec<Need> {
-        if self.replace_sparsity {
-            vec![Need::SparsityTerm]
-        } else {
-            Vec::new()
-        }
+        if self.replace_sparsity { vec![Need::SparsityTerm] } else { Vec::new() }
     }
 
     fn build(&self, _: &ModifierCx) -> Result<Box<dyn Modifier>> {

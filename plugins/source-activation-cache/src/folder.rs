@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use dictlearn_core::files;
-use dictlearn_core::harvest::{hash_of_file, shards_in, Manifest, Shard, TOKENS};
+use dictlearn_core::harvest::{Manifest, Shard, TOKENS, hash_of_file, shards_in};
 use dictlearn_core::prelude::*;
 use dictlearn_core::tensors::TensorFile;
 
@@ -43,8 +43,10 @@ impl Folder {
     pub fn open(path: &Path, verify: bool) -> Result<Self> {
         let manifest = Manifest::read(path)?;
         if let Some(other) = shards_in(path).into_iter().find(|name| !manifest.shards.iter().any(|s| s.file == *name)) {
-            bail!(InputError::new(format!("{}: the folder's meta.json does not list it", path.join(other).display()))
-                .help("a shard of other activations has no place here: move it away"));
+            bail!(
+                InputError::new(format!("{}: the folder's meta.json does not list it", path.join(other).display()))
+                    .help("a shard of other activations has no place here: move it away")
+            );
         }
         let kind = manifest.dtype.kind();
         let mut columns = Vec::new();
@@ -107,13 +109,17 @@ impl Folder {
                 let piece = file.rows(&column.name, rows.start as usize..rows.end as usize)?;
                 if column.width.is_some() && !bool::try_from(piece.isfinite().all())? {
                     let bad = piece.isfinite().all_dim(1, false).logical_not().nonzero().int64_value(&[0, 0]);
-                    bail!(InputError::new(format!(
-                        "{}: row {} of tensor `{}` has a value that is not finite",
-                        file.path().display(),
-                        rows.start as i64 + bad,
-                        column.name
-                    ))
-                    .help("a dictionary trained on it would be NaN throughout: write the activations anew without it"));
+                    bail!(
+                        InputError::new(format!(
+                            "{}: row {} of tensor `{}` has a value that is not finite",
+                            file.path().display(),
+                            rows.start as i64 + bad,
+                            column.name
+                        ))
+                        .help(
+                            "a dictionary trained on it would be NaN throughout: write the activations anew without it"
+                        )
+                    );
                 }
                 to.narrow(0, at, length).copy_(&piece);
             }
@@ -133,8 +139,10 @@ impl Folder {
         let Shard { file, sha256, .. } = &self.manifest.shards[shard];
         let path = self.path.join(file);
         if hash_of_file(&path)? != *sha256 {
-            bail!(InputError::new(format!("{} is not as it was written: its hash is another", path.display()))
-                .help("copy the file again, or write the activations anew"));
+            bail!(
+                InputError::new(format!("{} is not as it was written: its hash is another", path.display()))
+                    .help("copy the file again, or write the activations anew")
+            );
         }
         Ok(())
     }

@@ -333,9 +333,11 @@ impl ActivationSource for ActivationCache {
 
     fn restore(&mut self, state: &State) -> Result<()> {
         if state.get::<String>("sha256")? != self.folder.manifest().sha256 {
-            bail!(InputError::new("the folder of activations is not the one that the run was begun with")
-                .field("source")
-                .help("put that one back, or train anew in another `--output-dir`"));
+            bail!(
+                InputError::new("the folder of activations is not the one that the run was begun with")
+                    .field("source")
+                    .help("put that one back, or train anew in another `--output-dir`")
+            );
         }
         self.begin_pass(state.get("pass")?);
         self.window = state.get("window")?;

@@ -39,9 +39,11 @@ impl SourceConfig for JoinedConfig {
         let mut sources = Vec::new();
         for (name, config) in &self.sources {
             if name.is_empty() || name.contains('/') {
-                bail!(InputError::new(format!("`{name}` cannot be the name of a source"))
-                    .field("sources")
-                    .help("names have letters and no slash"));
+                bail!(
+                    InputError::new(format!("`{name}` cannot be the name of a source"))
+                        .field("sources")
+                        .help("names have letters and no slash")
+                );
             }
             let source = config.build(cx).under(name).under("sources")?;
             sources.push((name.clone(), source));
@@ -52,9 +54,11 @@ impl SourceConfig for JoinedConfig {
         let mut parts_held_out = self.sources.values().map(|source| source.held_out());
         let first = parts_held_out.next().flatten();
         if parts_held_out.any(|other| other != first) {
-            bail!(InputError::new("the joined sources hold out different rows")
-                .field("sources")
-                .help("give all of them the same `held_out` and `held_out_seed`"));
+            bail!(
+                InputError::new("the joined sources hold out different rows")
+                    .field("sources")
+                    .help("give all of them the same `held_out` and `held_out_seed`")
+            );
         }
         let several = sources.len() > 1;
         let mut parts = Vec::new();
@@ -107,14 +111,18 @@ impl ActivationSource for Joined {
         let known = given.iter().flatten().any(|activations| activations.tokens.is_some());
         for ((name, _), activations) in self.sources.iter().zip(given) {
             let Some(activations) = activations else {
-                bail!(InputError::new(format!("the source `{name}` ended before the others"))
-                    .field("sources")
-                    .help("give all of them the same text, or files of equal length"));
+                bail!(
+                    InputError::new(format!("the source `{name}` ended before the others"))
+                        .field("sources")
+                        .help("give all of them the same text, or files of equal length")
+                );
             };
             if known && activations.tokens.is_none() {
-                bail!(InputError::new(format!("the source `{name}` does not know its tokens, and others do"))
-                    .field("sources")
-                    .help("join language models with each other, or files with files"));
+                bail!(
+                    InputError::new(format!("the source `{name}` does not know its tokens, and others do"))
+                        .field("sources")
+                        .help("join language models with each other, or files with files")
+                );
             }
             let other = *rows.get_or_insert(activations.len());
             let same = match (&tokens, &activations.tokens) {
@@ -123,12 +131,14 @@ impl ActivationSource for Joined {
                 _ => other == activations.len(),
             };
             if !same {
-                bail!(InputError::new(format!("the source `{name}` gives other tokens than the first"))
-                    .field("sources")
-                    .help(
-                        "give all of them the same text, tokenizer, contexts and batch sizes, and leave out \
+                bail!(
+                    InputError::new(format!("the source `{name}` gives other tokens than the first"))
+                        .field("sources")
+                        .help(
+                            "give all of them the same text, tokenizer, contexts and batch sizes, and leave out \
                          `max_activation_norm_multiple`"
-                    ));
+                        )
+                );
             }
             tokens = tokens.or(activations.tokens);
             batches.extend(activations.sites);

@@ -1,6 +1,6 @@
 //! Tokenising beside the forward pass: a thread makes the contexts that the model reads next.
 
-use std::sync::mpsc::{sync_channel, Receiver};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use chrono::NaiveDate;

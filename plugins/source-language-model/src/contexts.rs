@@ -106,8 +106,10 @@ impl Contexts {
     pub fn new(mut text: Box<dyn TextStream>, files: &ModelFiles, cx: ContextsCx) -> Result<Self> {
         let tokenizer = tokenizer(files)?;
         if tokenizer.is_none() && !text.is_tokenized() && begins_with_text(&mut *text)? {
-            bail!(InputError::new(format!("the model {} has no tokenizer.json", files.name()))
-                .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`"));
+            bail!(
+                InputError::new(format!("the model {} has no tokenizer.json", files.name()))
+                    .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`")
+            );
         }
         let mut tokenizer_config =
             files.json("tokenizer_config.json")?.unwrap_or_else(|| Value::Object(Default::default()));
@@ -141,20 +143,24 @@ impl Contexts {
         let embedded = |id: &i64| (0..cx.vocab_size).contains(id);
         for (name, id) in [("eos", end_of_text.filter(|_| cx.pack)), ("bos", bos)] {
             if let Some(id) = id.filter(|id| !embedded(id) && !text.is_tokenized()) {
-                bail!(InputError::new(format!(
-                    "the files of {} say that {} is token {id}, but the model embeds only the ids 0 to {}",
-                    files.name(),
-                    name.to_uppercase(),
-                    cx.vocab_size - 1
-                ))
-                .help(format!(
-                    "correct `{name}_token_id` in its config.json, or `{name}_token` in its tokenizer_config.json"
-                )));
+                bail!(
+                    InputError::new(format!(
+                        "the files of {} say that {} is token {id}, but the model embeds only the ids 0 to {}",
+                        files.name(),
+                        name.to_uppercase(),
+                        cx.vocab_size - 1
+                    ))
+                    .help(format!(
+                        "correct `{name}_token_id` in its config.json, or `{name}_token` in its tokenizer_config.json"
+                    ))
+                );
             }
         }
         if cx.prepend_bos && bos.is_none() && !text.is_tokenized() {
-            bail!(InputError::new(format!("{} does not say which token is BOS", files.name()))
-                .help("leave `prepend_bos` out, or add `bos_token` to its tokenizer_config.json"));
+            bail!(
+                InputError::new(format!("{} does not say which token is BOS", files.name()))
+                    .help("leave `prepend_bos` out, or add `bos_token` to its tokenizer_config.json")
+            );
         }
         let chats = ChatTemplate::read(files, &tokenizer_config, cx.today)?;
         let special_ids = ["bos", "eos", "pad", "sep"].into_iter().filter_map(special).filter(embedded).collect();
@@ -405,8 +411,10 @@ impl Contexts {
     /// A part of a document as tokens.
     fn piece(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<Vec<i64>> {
         let Some(tokenizer) = &self.tokenizer else {
-            bail!(InputError::new(format!("{origin} is a text, and the model has no tokenizer.json"))
-                .help("add it to the model's folder, or give token ids alone"));
+            bail!(
+                InputError::new(format!("{origin} is a text, and the model has no tokenizer.json"))
+                    .help("add it to the model's folder, or give token ids alone")
+            );
         };
         tokenizer::ids(tokenizer, text, add_special_tokens).map_err(|why| {
             InputError::new(format!("{origin}: the model's tokenizer cannot tokenise it: {why}"))

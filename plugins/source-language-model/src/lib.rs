@@ -27,17 +27,17 @@ use std::path::Path;
 use chrono::{Local, NaiveDate};
 use dictlearn_core::format::WrittenSource;
 use dictlearn_core::interrupt;
-use dictlearn_core::lm::{open_model, ModelFiles};
+use dictlearn_core::lm::{ModelFiles, open_model};
 use dictlearn_core::prelude::*;
 use dictlearn_core::rng::rng;
-use dictlearn_core::schemars::{json_schema, Schema, SchemaGenerator};
+use dictlearn_core::schemars::{Schema, SchemaGenerator, json_schema};
 
 use ahead::Ahead;
 use buffer::Buffer;
 use contexts::{Contexts, ContextsCx, Place, Row};
 use held_out::PartOfText;
-use sites::{sites, LanguageModelSite};
 pub use sites::{Heads, IoChoice, Submodules};
+use sites::{LanguageModelSite, sites};
 
 const NAME: &str = "language_model";
 
@@ -174,20 +174,24 @@ impl Exclude {
         match self {
             Exclude::Special(false) => Ok(Vec::new()),
             Exclude::Special(true) => match contexts.special_ids() {
-                [] => bail!(InputError::new("the model's files name no special tokens")
-                    .field(field)
-                    .help("give their ids: `exclude_special_tokens: [0, 1]`")),
+                [] => bail!(
+                    InputError::new("the model's files name no special tokens")
+                        .field(field)
+                        .help("give their ids: `exclude_special_tokens: [0, 1]`")
+                ),
                 ids => Ok(ids.to_vec()),
             },
             Exclude::Ids(ids) => {
                 if let Some(index) = ids.iter().position(|id| !(0..vocab_size).contains(id)) {
-                    bail!(InputError::new(format!(
-                        "token id {}, but the model embeds only the ids 0 to {}",
-                        ids[index],
-                        vocab_size - 1
-                    ))
-                    .field(format!("{field}[{index}]"))
-                    .help("give ids that the model's tokenizer has"));
+                    bail!(
+                        InputError::new(format!(
+                            "token id {}, but the model embeds only the ids 0 to {}",
+                            ids[index],
+                            vocab_size - 1
+                        ))
+                        .field(format!("{field}[{index}]"))
+                        .help("give ids that the model's tokenizer has")
+                    );
                 }
                 Ok(ids.clone())
             }
@@ -570,8 +574,10 @@ impl Harvest {
             let origin = &rows[row as usize].origin;
             let why = format!("the model's value at {point} is not finite for {origin}, token {position}");
             if !self.leaves_out {
-                bail!(InputError::new(why)
-                    .help("try `precision: float32`, leave that text out, or set `on_nonfinite: skip_batch`"));
+                bail!(
+                    InputError::new(why)
+                        .help("try `precision: float32`, leave that text out, or set `on_nonfinite: skip_batch`")
+                );
             }
             self.left_out.get_or_insert((0, why)).0 += at.size()[0] as u64;
             mask = mask.logical_and(&bad.logical_not());
@@ -631,12 +637,14 @@ impl Harvest {
         while self.available() == 0 {
             match self.forward()? {
                 None if self.excluded.is_some() && !self.gave && self.context > 0 => {
-                    bail!(InputError::new(format!(
-                        "`exclude_special_tokens` leaves out every token of the text ({} contexts)",
-                        self.context
-                    ))
-                    .field("exclude_special_tokens")
-                    .help("list fewer token ids, or give a text with other tokens"));
+                    bail!(
+                        InputError::new(format!(
+                            "`exclude_special_tokens` leaves out every token of the text ({} contexts)",
+                            self.context
+                        ))
+                        .field("exclude_special_tokens")
+                        .help("list fewer token ids, or give a text with other tokens")
+                    );
                 }
                 None => return Ok(None),
                 Some(values) => self.pending = values,
@@ -883,12 +891,11 @@ impl ActivationSource for LanguageModelSource {
             let changed: Vec<String> = changed
                 .map(|file| format!("{file}: {} -> {}", show(before.get(file)), show(self.text_files.get(file))))
                 .collect();
-            bail!(InputError::new(format!(
-                "the text is not the one that the run was begun with: {}",
-                changed.join(", ")
-            ))
-            .field("text")
-            .help("put its files back as they were, or train anew in another `--output-dir`"));
+            bail!(
+                InputError::new(format!("the text is not the one that the run was begun with: {}", changed.join(", ")))
+                    .field("text")
+                    .help("put its files back as they were, or train anew in another `--output-dir`")
+            );
         }
         // A chat is the same text when the run goes on on another day.
         if let Ok(today) = state.get::<String>("today")?.parse() {

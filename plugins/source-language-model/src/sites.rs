@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::schemars::{json_schema, Schema, SchemaGenerator};
+use dictlearn_core::schemars::{Schema, SchemaGenerator, json_schema};
 
 use crate::LanguageModelConfig;
 
@@ -116,9 +116,11 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
         let part = |io| part_of(name, io).under(&key);
         if let Some(target) = &config.target {
             if names.len() > 1 || config.heads == Heads::Separate {
-                bail!(InputError::new("`target` goes with one submodule, whole")
-                    .field("target")
-                    .help("give each pair of places a run of its own"));
+                bail!(
+                    InputError::new("`target` goes with one submodule, whole")
+                        .field("target")
+                        .help("give each pair of places a run of its own")
+                );
             }
             let reads = part(if config.io == IoChoice::Out { Io::Out } else { Io::In })?;
             let writes = part_of(target, Io::Out).under("target")?;
@@ -129,21 +131,27 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
         }
         let writes = part(if config.io == IoChoice::In { Io::In } else { Io::Out })?;
         if config.io == IoChoice::In && writes.point.io != Io::In {
-            bail!(InputError::new(format!("`{name}` names an output, {}, and `io` says `in`", writes.point))
-                .field(key)
-                .help(format!("leave `io` out, or name the module, `{}`", writes.point.module)));
+            bail!(
+                InputError::new(format!("`{name}` names an output, {}, and `io` says `in`", writes.point))
+                    .field(key)
+                    .help(format!("leave `io` out, or name the module, `{}`", writes.point.module))
+            );
         }
         let reads = if config.io == IoChoice::InToOut { part(Io::In)? } else { writes.clone() };
         if config.io == IoChoice::InToOut && reads == writes {
-            bail!(InputError::new(format!("`{name}` names one value, and `in_to_out` needs two"))
-                .field(key)
-                .help(format!("name the module, `{}`", writes.point.module)));
+            bail!(
+                InputError::new(format!("`{name}` names one value, and `in_to_out` needs two"))
+                    .field(key)
+                    .help(format!("name the module, `{}`", writes.point.module))
+            );
         }
         let same = |site: &LanguageModelSite| (&site.reads.point, &site.writes.point) == (&reads.point, &writes.point);
         if let Some(other) = sites.iter().find(|site| same(site)) {
-            bail!(InputError::new(format!("`{name}` is the same place as `{}`", other.site.name))
-                .field(key)
-                .help("leave one of them out"));
+            bail!(
+                InputError::new(format!("`{name}` is the same place as `{}`", other.site.name))
+                    .field(key)
+                    .help("leave one of them out")
+            );
         }
         match config.heads {
             Heads::Joined => sites.push(LanguageModelSite::new(name.clone(), name, None, reads, writes)),
@@ -174,11 +182,13 @@ fn head_width(model: &dyn LanguageModel, name: &str, reads: &Part, writes: &Part
         return Ok(reads.whole / model.n_heads());
     }
     let example = heads(layer.unwrap_or(0)).map(|point| format!(", or `io: in` of `{}`", point.module));
-    bail!(InputError::new(format!("`{name}` ({}) is not the output of attention heads", reads.point))
-        .field("heads")
-        .help(format!(
-            "separate heads are those of `blocks.{}.attn.hook_z`{}",
-            layer.unwrap_or(0),
-            example.unwrap_or_default()
-        )));
+    bail!(
+        InputError::new(format!("`{name}` ({}) is not the output of attention heads", reads.point))
+            .field("heads")
+            .help(format!(
+                "separate heads are those of `blocks.{}.attn.hook_z`{}",
+                layer.unwrap_or(0),
+                example.unwrap_or_default()
+            ))
+    );
 }

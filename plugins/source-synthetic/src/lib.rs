@@ -16,7 +16,7 @@
 //! The stream has no end, and the same seeds give the same features and the same activations on every machine.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::rng::{rng, Rng};
+use dictlearn_core::rng::{Rng, rng};
 use rand::Rng as _;
 use rand_distr::StandardNormal;
 
@@ -90,16 +90,20 @@ impl SourceConfig for SyntheticConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let [least, greatest] = self.magnitude;
         if !(0.0 <= least && least <= greatest) {
-            bail!(InputError::new(format!("`magnitude` is [{least}, {greatest}]"))
-                .field("magnitude")
-                .help("it must be the least and the greatest, none negative"));
+            bail!(
+                InputError::new(format!("`magnitude` is [{least}, {greatest}]"))
+                    .field("magnitude")
+                    .help("it must be the least and the greatest, none negative")
+            );
         }
         if self.n_active > self.n_features as f64 {
-            bail!(InputError::new(format!(
-                "`n_active` is {}, but there are only {} features",
-                self.n_active, self.n_features
-            ))
-            .field("n_active"));
+            bail!(
+                InputError::new(format!(
+                    "`n_active` is {}, but there are only {} features",
+                    self.n_active, self.n_features
+                ))
+                .field("n_active")
+            );
         }
         let memory = self.memory();
         memory.iter().try_for_each(check_memory)?;

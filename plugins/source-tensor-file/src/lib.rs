@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use dictlearn_core::numpy;
 use dictlearn_core::prelude::*;
-use dictlearn_core::rng::{rng, Rng};
+use dictlearn_core::rng::{Rng, rng};
 use dictlearn_core::tensors::TensorFile;
 use rand::seq::SliceRandom;
 
@@ -73,12 +73,14 @@ impl SourceConfig for TensorFileConfig {
         let targets = self.target_tensor.as_ref();
         let targets = targets.map(|name| Rows::open(self.path.as_path(), name, "target_tensor")).transpose()?;
         if let Some(targets) = targets.as_ref().filter(|targets| targets.count != inputs.count) {
-            bail!(InputError::new(format!(
-                "{}: tensor `{}` has {} rows, but `{}` has {}",
-                self.path, self.tensor, inputs.count, targets.name, targets.count
-            ))
-            .field("target_tensor")
-            .help("each row of the one is the target of the same row of the other"));
+            bail!(
+                InputError::new(format!(
+                    "{}: tensor `{}` has {} rows, but `{}` has {}",
+                    self.path, self.tensor, inputs.count, targets.name, targets.count
+                ))
+                .field("target_tensor")
+                .help("each row of the one is the target of the same row of the other")
+            );
         }
         let part: Option<Vec<u32>> = match self.held_out() {
             None => None,
@@ -93,12 +95,14 @@ impl SourceConfig for TensorFileConfig {
         let evaluates_part = part.is_some() && cx.purpose == Purpose::Evaluation;
         if count < batch_size && !evaluates_part {
             let of = if part.is_some() { " to train on" } else { "" };
-            bail!(InputError::new(format!(
-                "{} has {count} activations{of}, fewer than one batch of {batch_size}",
-                self.path
-            ))
-            .field("batch_size")
-            .help("make `batch_size` smaller"));
+            bail!(
+                InputError::new(format!(
+                    "{} has {count} activations{of}, fewer than one batch of {batch_size}",
+                    self.path
+                ))
+                .field("batch_size")
+                .help("make `batch_size` smaller")
+            );
         }
         let mut source = TensorFileSource {
             config: serde_json::to_value(self)?,
@@ -166,14 +170,16 @@ impl Rows {
             let part = Part::open(&path, name).under("path")?;
             let (count, width) = part.size(&path, name).under(field)?;
             if !rows.parts.is_empty() && width != rows.width {
-                bail!(InputError::new(format!(
-                    "{} has activations of width {width}, but {} of width {}",
-                    path.display(),
-                    rows.parts[0].0.display(),
-                    rows.width
-                ))
-                .field("path")
-                .help("all files of a source must have the same width"));
+                bail!(
+                    InputError::new(format!(
+                        "{} has activations of width {width}, but {} of width {}",
+                        path.display(),
+                        rows.parts[0].0.display(),
+                        rows.width
+                    ))
+                    .field("path")
+                    .help("all files of a source must have the same width")
+                );
             }
             rows.width = width;
             rows.count += count;
@@ -222,8 +228,10 @@ impl Rows {
             return Ok(());
         }
         let bad = values.isfinite().all_dim(1, false).logical_not().nonzero().int64_value(&[0, 0]);
-        bail!(InputError::new(format!("{} has a value that is not finite", self.origin(rows[bad as usize])))
-            .help("mend or remove the row, or set `on_nonfinite: skip_batch`"));
+        bail!(
+            InputError::new(format!("{} has a value that is not finite", self.origin(rows[bad as usize])))
+                .help("mend or remove the row, or set `on_nonfinite: skip_batch`")
+        );
     }
 
     fn origin(&self, row: usize) -> String {
@@ -240,8 +248,10 @@ impl Part {
             "safetensors" => Ok(Part::File(TensorFile::open(path)?)),
             "npy" => Ok(Part::Memory(numpy::read_npy(path)?)),
             "npz" => Ok(Part::Memory(numpy::Npz::open(path)?.array(name)?)),
-            other => bail!(InputError::new(format!("{}: files of type `{other}` are not read", path.display()))
-                .help("activations are read from .safetensors, .npy and .npz")),
+            other => bail!(
+                InputError::new(format!("{}: files of type `{other}` are not read", path.display()))
+                    .help("activations are read from .safetensors, .npy and .npz")
+            ),
         }
     }
 
@@ -405,13 +415,15 @@ impl ActivationSource for TensorFileSource {
     fn restore(&mut self, state: &State) -> Result<()> {
         let rows: usize = state.get("rows")?;
         if rows != self.inputs.count {
-            bail!(InputError::new(format!(
-                "{} has {} activations, and had {rows} when the run was begun",
-                self.config["path"].as_str().unwrap_or_default(),
-                self.inputs.count
-            ))
-            .field("path")
-            .help("put the files back as they were, or train anew in another `--output-dir`"));
+            bail!(
+                InputError::new(format!(
+                    "{} has {} activations, and had {rows} when the run was begun",
+                    self.config["path"].as_str().unwrap_or_default(),
+                    self.inputs.count
+                ))
+                .field("path")
+                .help("put the files back as they were, or train anew in another `--output-dir`")
+            );
         }
         self.rng = state.get("rng_at_pass")?;
         self.begin_pass();

@@ -4,12 +4,12 @@
 //! read here (a loading script, CSV) is taken from the conversion to parquet that the Hub keeps of most datasets. Lines are
 //! read as they arrive and not kept on disk; a .parquet file is fetched into the cache when the stream comes to it.
 
-use dictlearn_core::hub::{hub, Repo, RepoKind};
+use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
 use dictlearn_core::text::{Wanted, WrittenText};
 
-use crate::splits::{find, some_of, Card, Glob, Missing};
-use crate::stream::{ending, Documents, Options, Place, TextFiles, ENDINGS};
+use crate::splits::{Card, Glob, Missing, find, some_of};
+use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
 
 const NAME: &str = "hub_dataset";
 /// The branch with the Hub's own conversion.
@@ -69,9 +69,11 @@ inventory::submit! {
 impl TextConfig for HubDatasetConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let Some(repo) = Repo::parse(RepoKind::Dataset, &self.repo) else {
-            bail!(InputError::new(format!("`{}` is not the name of a dataset", self.repo))
-                .field("repo")
-                .help("give it as `owner/name` or `owner/name@revision`"));
+            bail!(
+                InputError::new(format!("`{}` is not the name of a dataset", self.repo))
+                    .field("repo")
+                    .help("give it as `owner/name` or `owner/name@revision`")
+            );
         };
         let options = Options::new(self.column.as_deref(), self.documents, self.strict);
         Ok(Box::new(TextFiles::new(self.places(&repo)?, options)))
@@ -99,9 +101,11 @@ impl HubDatasetConfig {
             let readable = files.iter().copied().filter(|file| ending(file).is_some());
             let found: Vec<&str> = readable.filter(|file| glob.matches(file)).collect();
             if found.is_empty() {
-                bail!(InputError::new(format!("no file of `{repo}` that can be read is named `{text}`"))
-                    .field("files")
-                    .help(format!("files are read that end in .{}; {}", ENDINGS.join(", ."), some_of(&files))));
+                bail!(
+                    InputError::new(format!("no file of `{repo}` that can be read is named `{text}`"))
+                        .field("files")
+                        .help(format!("files are read that end in .{}; {}", ENDINGS.join(", ."), some_of(&files)))
+                );
             }
             return Ok(places(repo, found));
         }

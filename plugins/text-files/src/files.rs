@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::text::{Wanted, WrittenText};
-use glob::{glob_with, MatchOptions, Pattern};
+use glob::{MatchOptions, Pattern, glob_with};
 
 use crate::splits::{self, Card, Glob, METADATA};
-use crate::stream::{ending, Documents, Options, Place, TextFiles, ENDINGS};
+use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
 
 const NAME: &str = "text_files";
 
@@ -73,18 +73,22 @@ impl TextFilesConfig {
         }
         for (key, given) in [("split", &self.split), ("subset", &self.subset)] {
             if given.is_some() {
-                bail!(InputError::new(format!("`{key}` is given, but {} is not a folder", path.display()))
-                    .field(key)
-                    .help(format!("leave `{key}` out, or set `path` to the dataset's folder")));
+                bail!(
+                    InputError::new(format!("`{key}` is given, but {} is not a folder", path.display()))
+                        .field(key)
+                        .help(format!("leave `{key}` out, or set `path` to the dataset's folder"))
+                );
             }
         }
         let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
         let supported = |path: &Path| ending(&path.to_string_lossy()).is_some();
         if path.is_file() {
             if !supported(path) {
-                bail!(InputError::new(format!("{}: files of this kind are not read", path.display()))
-                    .field("path")
-                    .help(help));
+                bail!(
+                    InputError::new(format!("{}: files of this kind are not read", path.display()))
+                        .field("path")
+                        .help(help)
+                );
             }
             return Ok(vec![path.to_owned()]);
         }
@@ -108,17 +112,17 @@ impl TextFilesConfig {
         let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
         names.sort_unstable();
         let what = format!("the folder {}", folder.display());
-        if let Some(written) = names.iter().find(|name| name.ends_with(".arrow")) {
-            if names.iter().any(|name| name.ends_with("state.json") || *name == "dataset_dict.json") {
-                bail!(InputError::new(format!(
-                    "{what} was written by `save_to_disk` of Hugging Face's datasets ({written})"
-                ))
-                .field("path")
-                .help(format!(
-                    "write it as parquet: `datasets.load_from_disk({:?}).to_parquet(\"tokens.parquet\")`",
-                    folder.display().to_string()
-                )));
-            }
+        if let Some(written) = names.iter().find(|name| name.ends_with(".arrow"))
+            && names.iter().any(|name| name.ends_with("state.json") || *name == "dataset_dict.json")
+        {
+            bail!(
+                InputError::new(format!("{what} was written by `save_to_disk` of Hugging Face's datasets ({written})"))
+                    .field("path")
+                    .help(format!(
+                        "write it as parquet: `datasets.load_from_disk({:?}).to_parquet(\"tokens.parquet\")`",
+                        folder.display().to_string()
+                    ))
+            );
         }
         let head = |name: &str| std::fs::read_to_string(folder.join(name)).ok();
         let chosen = match &self.split {
@@ -135,9 +139,9 @@ impl TextFilesConfig {
                 let all = all(&names)?;
                 if all.is_empty() {
                     let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
-                    bail!(InputError::new(format!("there is no text at {}", folder.display()))
-                        .field("path")
-                        .help(help));
+                    bail!(
+                        InputError::new(format!("there is no text at {}", folder.display())).field("path").help(help)
+                    );
                 }
                 one_split(&all).map_err(|splits| {
                     let held = match &splits[..] {

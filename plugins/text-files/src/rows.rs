@@ -36,12 +36,14 @@ impl Rows {
         let Some((column, types)) = found else {
             let known = readable(schema);
             let column = columns.first().map_or("text", String::as_str);
-            bail!(InputError::new(format!("{name} has no column `{column}` of strings or lists"))
-                .field("column")
-                .help(match known.is_empty() {
-                    true => "it has no column of strings or lists at all".to_owned(),
-                    false => format!("its columns of strings and lists are: {}", known.join(", ")),
-                }));
+            bail!(
+                InputError::new(format!("{name} has no column `{column}` of strings or lists")).field("column").help(
+                    match known.is_empty() {
+                        true => "it has no column of strings or lists at all".to_owned(),
+                        false => format!("its columns of strings and lists are: {}", known.join(", ")),
+                    }
+                )
+            );
         };
         let (groups, column_type) = types.split_at(types.len() - 1);
         let mut fields = column_type.to_vec();

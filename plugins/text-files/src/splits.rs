@@ -16,7 +16,7 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::registry::nearest;
 use glob::{MatchOptions, Pattern};
 
-use crate::stream::{ending, ENDINGS};
+use crate::stream::{ENDINGS, ending};
 
 /// Words in names of files and folders that name a split.
 const KEYWORDS: [(&str, &[&str]); 3] = [
@@ -543,11 +543,7 @@ mod tests {
         let splits = splits.into_iter().filter(|split| !split.files.is_empty());
         let splits: BTreeMap<_, _> =
             splits.map(|split| (split.name, split.files.into_iter().map(str::to_owned).collect())).collect();
-        if splits.is_empty() {
-            Err("no data".to_owned())
-        } else {
-            Ok(splits)
-        }
+        if splits.is_empty() { Err("no data".to_owned()) } else { Ok(splits) }
     }
 
     #[test]

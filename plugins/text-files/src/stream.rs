@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Cursor, ErrorKind, Read, Seek};
 use std::path::PathBuf;
 
 use dictlearn_core::files;
-use dictlearn_core::hub::{hub, Repo};
+use dictlearn_core::hub::{Repo, hub};
 use dictlearn_core::prelude::*;
 use serde_json::json;
 
@@ -180,8 +180,7 @@ impl Fault {
 
     /// A row of token ids that is none.
     fn of_ids(why: String) -> Self {
-        const HELP: &str =
-            "write a row of token ids as a flat list of integers, and an `attention_mask` beside it as as many 1s \
+        const HELP: &str = "write a row of token ids as a flat list of integers, and an `attention_mask` beside it as as many 1s \
                             and 0s, with 0 only at its ends";
         Fault { why, help: HELP }
     }
@@ -670,8 +669,10 @@ impl TextFiles {
                 (Some(Line::Cell(cell)), _) => Ok(Some(cell)),
                 (Some(Line::Text(line)), Content::Json(_)) if line.trim().is_empty() => continue,
                 (Some(Line::Text(line)), Content::Json(_)) if file.line == 1 && line.trim_start().starts_with('[') => {
-                    bail!(InputError::new(format!("{} is a JSON array, not a record on each line", file.name))
-                        .help("write each element on a line of its own: `jq -c '.[]' FILE > FILE.jsonl`"));
+                    bail!(
+                        InputError::new(format!("{} is a JSON array, not a record on each line", file.name))
+                            .help("write each element on a line of its own: `jq -c '.[]' FILE > FILE.jsonl`")
+                    );
                 }
                 (Some(Line::Text(line)), Content::Json(_)) => field(&line, columns).map(Some),
                 (Some(Line::Text(line)), _) => {
@@ -709,7 +710,7 @@ impl TextFiles {
                         },
                         None => match messages(&value) {
                             Some(messages) if !messages.is_empty() => {
-                                return Ok(Some(Record::Chat(Chat { messages, origin: place })))
+                                return Ok(Some(Record::Chat(Chat { messages, origin: place })));
                             }
                             _ if list.is_some_and(Vec::is_empty) => Fault::of_ids(neither(&column, &value)),
                             _ => Fault::of_field(neither(&column, &value)),
@@ -736,8 +737,10 @@ fn check_length(lengths: &BTreeMap<String, u64>, name: &str) -> Result<()> {
     let Some(before) = lengths.get(name) else { return Ok(()) };
     let now = std::fs::metadata(name).map_err(|error| InputError::new(format!("cannot read {name}: {error}")))?.len();
     if now < *before {
-        bail!(InputError::new(format!("{name} was cut while it was read: it has {now} bytes, and had {before}"))
-            .help("put the file back as it was; `--resume` goes on from the last checkpoint"));
+        bail!(
+            InputError::new(format!("{name} was cut while it was read: it has {now} bytes, and had {before}"))
+                .help("put the file back as it was; `--resume` goes on from the last checkpoint")
+        );
     }
     Ok(())
 }
@@ -755,8 +758,10 @@ impl Bad {
         }
         let first = self.first.get_or_insert(place);
         if delivered == 0 && self.count == HOPELESS {
-            bail!(InputError::new(format!("none of the first {HOPELESS} records can be used; the first is {first}"))
-                .help(self.help));
+            bail!(
+                InputError::new(format!("none of the first {HOPELESS} records can be used; the first is {first}"))
+                    .help(self.help)
+            );
         }
         Ok(())
     }
@@ -764,8 +769,10 @@ impl Bad {
     /// Ends with a file that cannot be read, or counts it.
     fn skip_file(&mut self, options: &Options, why: Unreadable) -> Result<()> {
         if options.strict != Some(false) {
-            bail!(InputError::new(why.0)
-                .help("mend the file or fetch it again, or go on without it with `strict: false`"));
+            bail!(
+                InputError::new(why.0)
+                    .help("mend the file or fetch it again, or go on without it with `strict: false`")
+            );
         }
         self.files += 1;
         self.first_file.get_or_insert(why.0);

@@ -59,15 +59,19 @@ impl TextConfig for MixConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let streams = self.streams.iter().enumerate().map(|(index, Weighted { weight, text })| {
             if weight.is_nan() || *weight <= 0.0 {
-                bail!(InputError::new(format!("a weight of {weight} gives the text no share"))
-                    .field(format!("streams[{index}].weight"))
-                    .help("give a number above 0, or leave the text out"));
+                bail!(
+                    InputError::new(format!("a weight of {weight} gives the text no share"))
+                        .field(format!("streams[{index}].weight"))
+                        .help("give a number above 0, or leave the text out")
+                );
             }
             let text = text.build().under("text").under(format_args!("streams[{index}]"))?;
             if text.is_tokenized() {
-                bail!(InputError::new("rows of tokens cannot be mixed with documents")
-                    .field(format!("streams[{index}].text"))
-                    .help("mix texts, or harvest the rows by themselves"));
+                bail!(
+                    InputError::new("rows of tokens cannot be mixed with documents")
+                        .field(format!("streams[{index}].text"))
+                        .help("mix texts, or harvest the rows by themselves")
+                );
             }
             Ok(Part { text, weight: *weight, given: 0, ended: false })
         });

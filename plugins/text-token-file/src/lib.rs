@@ -42,8 +42,10 @@ fn read(path: &Path) -> Result<(Tensor, Tensor)> {
     let ids = file.tensor("input_ids")?;
     let integers = matches!(ids.kind(), Kind::Int64 | Kind::Int | Kind::Int16 | Kind::Uint8);
     if ids.dim() != 2 || !integers {
-        bail!(refused(format!("`input_ids` has shape {:?} and type {:?}", ids.size(), ids.kind()))
-            .help("it must be integers [rows, positions]"));
+        bail!(
+            refused(format!("`input_ids` has shape {:?} and type {:?}", ids.size(), ids.kind()))
+                .help("it must be integers [rows, positions]")
+        );
     }
     let mask = match file.has("attention_mask") {
         true => file.tensor("attention_mask")?.not_equal(0),

@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use minijinja::value::{from_args, Kwargs, Rest, Tuple, ValueKind};
-use minijinja::{filters, Environment, Error, ErrorKind, State, Value};
+use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, from_args};
+use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
 use minijinja_contrib::pycompat;
 
 /// Deepest nesting of lists and dictionaries that is written.

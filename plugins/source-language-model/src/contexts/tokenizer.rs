@@ -1,9 +1,9 @@
 //! Reading a tokenizer.json, and tokenising. The tokenizers crate takes a file at its word: it takes memory for a table as
 //! long as the file says, replaces a letter with a megabyte where it is told to, and panics where parts do not fit together.
 
-use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use base64::prelude::{Engine, BASE64_STANDARD};
+use base64::prelude::{BASE64_STANDARD, Engine};
 use dictlearn_core::prelude::*;
 use tokenizers::Tokenizer;
 
