@@ -18,10 +18,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use dictlearn_core::config::from_yaml;
-use dictlearn_core::device::{self, Precision, bfloat16_is_faster};
-use dictlearn_core::source::Batch;
-use dictlearn_core::training::{Training, TrainingCx};
+use dictlearn_core::data::Batch;
+use dictlearn_core::files::from_yaml;
+use dictlearn_core::machine::device;
+use dictlearn_core::machine::device::{Precision, bfloat16_is_faster};
+use dictlearn_core::train::{Training, TrainingCx};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 

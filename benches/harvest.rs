@@ -7,8 +7,8 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dictlearn_core::device::Precision;
-use dictlearn_core::source::{SourceConfig, SourceCx};
+use dictlearn_core::data::{SourceConfig, SourceCx};
+use dictlearn_core::machine::device::Precision;
 use serde_json::json;
 
 // Links the plugins.

@@ -8,14 +8,14 @@
 mod common;
 
 use criterion::{BenchmarkId, Criterion};
-use dictlearn_core::config::from_yaml;
-use dictlearn_core::constraint::Constraints;
-use dictlearn_core::device::Precision;
-use dictlearn_core::optim::Adam;
+use dictlearn_core::data::Batch;
+use dictlearn_core::files::from_yaml;
+use dictlearn_core::machine::device::Precision;
 use dictlearn_core::registry::{Component, Kind as Slot, component, components};
-use dictlearn_core::source::Batch;
-use dictlearn_core::training::{Training, TrainingCx};
-use dictlearn_core::two_layer::Hand;
+use dictlearn_core::train::Adam;
+use dictlearn_core::train::Constraints;
+use dictlearn_core::train::analytic::Hand;
+use dictlearn_core::train::{Training, TrainingCx};
 use tch::{Device, Kind, Tensor};
 
 use common::silence;

@@ -4,13 +4,14 @@
 
 use anyhow::Context;
 use dictlearn as _; // Links the plugins in.
-use dictlearn_core::{device, format};
+use dictlearn_core::formats;
+use dictlearn_core::machine::device;
 use tch::{Kind, Tensor, kind};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [format, place] = &arguments[..] else { anyhow::bail!("usage: use_pretrained FORMAT PLACE") };
-    let sae = format::load(format, place, device::best()).with_context(|| format!("cannot load {place}"))?;
+    let sae = formats::load(format, place, device::best()).with_context(|| format!("cannot load {place}"))?;
     let x = Tensor::randn([4, sae.dims().input], kind::FLOAT_CPU).to_device(sae.device()); // Activations [N, d].
     let features = sae.encode(&x); // [N, F]
     let x_hat = sae.reconstruction(&features, &x); // [N, d_out]; `decode` where nothing stands before the SAE

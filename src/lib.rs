@@ -1,7 +1,7 @@
 //! dictlearn with every bundled plugin linked in.
 //!
 //! A binary of your own that adds a plugin needs this crate and yours:
-//! `use {dictlearn as _, my_plugin as _};`, then [`dictlearn_core::cli::main`].
+//! `use {dictlearn as _, my_plugin as _};`, then [`crate::cli::main`].
 
 /// The allocator, libtorch's too. glibc's hands large blocks back to the system, and touching fresh pages costs more than
 /// most of what is computed on them; and its aligned blocks do not fit into the holes that equal ones left.
@@ -23,3 +23,11 @@ mod wait_policy;
 
 // The plugins are those of Cargo.toml: a line there is all that the program knows of each (see build.rs).
 include!(concat!(env!("OUT_DIR"), "/plugins.rs"));
+
+pub mod cli;
+pub mod config;
+pub mod contract;
+mod doctor;
+pub mod new_plugin;
+mod publish;
+pub mod run;

@@ -1,7 +1,7 @@
 //! What the benchmarks of a training step share.
 
-use dictlearn_core::source::Batch;
-use dictlearn_core::training::Training;
+use dictlearn_core::data::Batch;
+use dictlearn_core::train::Training;
 use tch::Tensor;
 
 /// Lowers the biases until one feature in a hundred fires, as after the beginning of training; not, and false, where k

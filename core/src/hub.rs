@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::config::InputError;
+use crate::error::InputError;
 
 /// What a repository holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -163,7 +163,7 @@ inventory::collect!(HubPlugin);
 static OPEN: OnceLock<Box<dyn Hub>> = OnceLock::new();
 
 /// What [`Hub::commits`] says, and nothing where the Hub has not been opened.
-pub(crate) fn commits() -> Vec<(Repo, String)> {
+pub fn commits() -> Vec<(Repo, String)> {
     OPEN.get().map(|hub| hub.commits()).unwrap_or_default()
 }
 
@@ -171,7 +171,7 @@ pub(crate) fn commits() -> Vec<(Repo, String)> {
 static CLOSED: AtomicBool = AtomicBool::new(false);
 
 /// Does something that may not wait for downloads: until it is done, the Hub cannot be opened.
-pub(crate) fn without<T>(work: impl FnOnce() -> T) -> T {
+pub fn without<T>(work: impl FnOnce() -> T) -> T {
     CLOSED.store(true, Ordering::Relaxed);
     let done = work();
     CLOSED.store(false, Ordering::Relaxed);

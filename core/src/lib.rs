@@ -1,59 +1,38 @@
-//! What every dictlearn plugin needs: the traits, the registry, the config, the training loop and the command line.
+//! What every dictlearn plugin builds on: the component traits, the registry, and the rooms below.
 //!
 //! Core names no plugin. A plugin depends on this crate, implements one of the traits and registers it with
-//! [`register!`]; linking it into a binary is enough for a config to name it.
+//! [`register!`]; linking it into a binary is enough for a config to name it. The program and the library that users
+//! depend on are the crate `dictlearn`.
+//!
+//! Rooms, lowest first. A room imports only from rooms above it in this list.
+//!
+//! | | |
+//! | --- | --- |
+//! | [`error`], [`suggest`], [`registry`], [`interrupt`], [`progress`], [`hub`] | errors of input, names, components, signals, progress, the Hub |
+//! | [`machine`] | devices, memory, threads, random numbers |
+//! | [`files`] | tensors, YAML, NumPy and PyTorch files, read safely |
+//! | [`lm`] | language models run with hooks |
+//! | [`data`] | sources of activations, texts |
+//! | [`sae`] | dictionaries: encode, decode, save |
+//! | [`train`] | trainers, modifiers, losses, one optimiser step |
+//! | [`report`] | metrics and loggers |
+//! | [`formats`] | published SAEs |
 
-pub mod adapted;
-pub mod autoencoder;
-pub mod checkpoint;
-pub mod cli;
-mod compare;
-pub mod config;
-pub mod constraint;
-pub mod contract;
-pub mod describe;
-pub mod device;
-pub mod dictionary;
-pub mod doctor;
-pub mod evaluate;
+pub mod data;
+pub mod error;
 pub mod files;
-pub mod firing;
-pub mod format;
-pub mod harvest;
+pub mod formats;
 pub mod hub;
 pub mod interrupt;
 pub mod lm;
-pub mod logger;
-pub mod memory;
-pub mod metric;
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-mod mkl;
-pub mod model;
-pub mod modifier;
-pub mod new_plugin;
-pub mod numpy;
-pub mod optim;
-mod parallel;
+pub mod machine;
 pub mod prelude;
 pub mod progress;
-pub mod push;
 pub mod registry;
-pub mod resample;
-pub mod rng;
-pub mod run;
-pub mod saved;
-mod saver;
-pub mod schedule;
-pub mod source;
-pub mod state;
-pub mod tensors;
-pub mod text;
-pub mod top_k;
-pub mod torch_file;
-pub mod trainer;
-pub mod training;
-pub mod two_layer;
-mod watch;
-mod yaml;
+pub mod report;
+pub mod sae;
+mod schema;
+pub mod suggest;
+pub mod train;
 
 pub use {inventory, schemars};

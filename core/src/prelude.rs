@@ -8,34 +8,35 @@ pub use serde_json::{Map, Value};
 pub use tch::{self, Device, Kind, Tensor};
 pub use typetag;
 
-pub use crate::adapted::{Normalization, NormalizationKind};
-pub use crate::autoencoder::{Autoencoder, Nonlinearity};
-pub use crate::config::{ConfigPath, InputError, Mistakes, PathOrName, Under};
-pub use crate::constraint::Constraints;
-pub use crate::device::Precision;
-pub use crate::dictionary::{
-    Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass, decoder_for, dict_size,
-    random_directions, saved_shape, trained, trained_matrix, without_bias,
-};
-pub use crate::firing::Firing;
-pub use crate::logger::{Logger, LoggerConfig};
-pub use crate::memory::{Need as MemoryNeed, check as check_memory};
-pub use crate::metric::{Figures, Metric, MetricConfig, Subject, Variance, figures};
-pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
-pub use crate::modifier::{Modifier, ModifierConfig, ModifierCx, Need};
-pub use crate::optim::{Adam, AdamConfig};
-pub use crate::register;
-pub use crate::resample::{ResampleWeight, Resampling};
-pub use crate::schedule::{RunLength, Schedule};
-pub use crate::source::{
+pub use crate::data::OnNonfinite;
+pub use crate::data::text::{Chat, Document, Record, TextConfig, TextStream};
+pub use crate::data::{
     ActivationSource, Activations, Batch, CheckpointBuffer, HeldOut, ModelSource, Part, Purpose, Site, SitePart,
     SourceConfig, SourceCx,
 };
-pub use crate::state::State;
-pub use crate::text::{Chat, Document, Record, TextConfig, TextStream};
-pub use crate::top_k::Selection;
-pub use crate::trainer::{
+pub use crate::error::{InputError, Mistakes, Under};
+pub use crate::files::state::State;
+pub use crate::files::{ConfigPath, PathOrName};
+pub use crate::lm::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
+pub use crate::machine::device::Precision;
+pub use crate::machine::memory::{Need as MemoryNeed, check as check_memory};
+pub use crate::register;
+pub use crate::report::{Figures, Metric, MetricConfig, Subject, Variance, figures};
+pub use crate::report::{Logger, LoggerConfig};
+pub use crate::sae::Selection;
+pub use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope, TwoLayer, Weight};
+pub use crate::sae::{Autoencoder, Nonlinearity};
+pub use crate::sae::{
+    Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass, decoder_for, dict_size,
+    random_directions, saved_shape, trained, trained_matrix, without_bias,
+};
+pub use crate::sae::{Normalization, NormalizationKind};
+pub use crate::train::Constraints;
+pub use crate::train::Firing;
+pub use crate::train::{Adam, AdamConfig};
+pub use crate::train::{
     AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, mean_of_sums, penalizable,
 };
-pub use crate::training::OnNonfinite;
-pub use crate::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope, TwoLayer, Weight};
+pub use crate::train::{Modifier, ModifierConfig, ModifierCx, Need};
+pub use crate::train::{ResampleWeight, Resampling};
+pub use crate::train::{RunLength, Schedule};

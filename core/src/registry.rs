@@ -154,22 +154,6 @@ pub fn usual(kind: Kind) -> impl Iterator<Item = &'static str> {
     components(kind).into_iter().filter(|component| component.usual).map(|component| component.name)
 }
 
-/// The known name that `found` is most likely a misspelling of, if any is near.
-pub fn nearest<'a>(found: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let plain = |name: &str| name.to_lowercase().replace(['-', ' '], "_");
-    let squeezed = |name: &str| plain(name).replace('_', "");
-    known
-        .into_iter()
-        .map(|name| {
-            let score =
-                if squeezed(name) == squeezed(found) { 1.0 } else { strsim::jaro_winkler(&plain(found), &plain(name)) };
-            (score, name)
-        })
-        .filter(|(score, _)| *score >= 0.8)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, name)| name)
-}
-
 /// Refuses to start when two plugins registered the same name: which one a config means would depend on link order.
 pub fn check() -> Result<()> {
     let mut seen = BTreeMap::new();
@@ -264,15 +248,5 @@ mod tests {
     fn a_name_that_two_plugins_register_is_refused_at_the_start() {
         let error = check().unwrap_err().to_string();
         assert!(error.contains("two plugins register the format `twice`"), "{error}");
-    }
-
-    #[test]
-    fn the_nearest_name_forgives_underscores_and_slips() {
-        let known = ["top_k", "batch_top_k", "standard"];
-        for (found, near) in
-            [("topk", Some("top_k")), ("TopK", Some("top_k")), ("standart", Some("standard")), ("x", None)]
-        {
-            assert_eq!(nearest(found, known), near, "{found}");
-        }
     }
 }

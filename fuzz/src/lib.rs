@@ -10,11 +10,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use dictlearn as _;
-use dictlearn_core::config::{self, InputError, Sources};
-use dictlearn_core::numpy::{Npz, read_npy};
-use dictlearn_core::source::{SourceConfig, SourceCx};
-use dictlearn_core::tensors::TensorFile;
-use dictlearn_core::torch_file;
+use dictlearn::config;
+use dictlearn::config::Sources;
+use dictlearn_core::data::{SourceConfig, SourceCx};
+use dictlearn_core::error::InputError;
+use dictlearn_core::files::numpy::{Npz, read_npy};
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::files::torch_file;
 use tempfile::TempDir;
 
 /// A reader, as a function of a file's bytes.
@@ -161,7 +163,7 @@ fn beside<'a>(file: &Path, files: impl Iterator<Item = &'a (&'static str, &'stat
 
 /// Builds a source and takes its first batch.
 fn first_batch(yaml: &str) -> Result<()> {
-    let config: Box<dyn SourceConfig> = config::from_yaml(yaml)?;
+    let config: Box<dyn SourceConfig> = dictlearn_core::files::from_yaml(yaml)?;
     let cx = SourceCx::default();
     config.build(&cx)?.next_batch()?;
     Ok(())

@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use std::panic::catch_unwind;
 
 use dictlearn as _;
-use dictlearn_core::contract::keep;
+use dictlearn::contract::keep;
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::Kind as Slot;
 

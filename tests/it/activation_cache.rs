@@ -3,7 +3,7 @@
 use std::fs;
 
 use dictlearn as _;
-use dictlearn_core::config::from_yaml;
+use dictlearn_core::files::from_yaml;
 use dictlearn_core::prelude::*;
 
 use crate::common::{Desk, fixture};

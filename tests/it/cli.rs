@@ -4,7 +4,8 @@ use std::fs;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use dictlearn_core::tensors::{self, TensorFile};
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{Desk, Run, fixture, tensor_file_config};

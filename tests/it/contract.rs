@@ -1,8 +1,10 @@
 //! What every registered component keeps, whoever wrote it.
 
 use dictlearn as _;
-use dictlearn_core::config::{RunConfig, from_yaml, to_yaml};
-use dictlearn_core::contract::{self, example_files};
+use dictlearn::config::{RunConfig, to_yaml};
+use dictlearn::contract;
+use dictlearn::contract::example_files;
+use dictlearn_core::files::from_yaml;
 use dictlearn_core::registry::{Kind as Slot, ShortRun, component, components};
 
 use crate::common::Desk;

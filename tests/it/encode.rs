@@ -2,7 +2,8 @@
 
 use std::fs;
 
-use dictlearn_core::tensors::{self, TensorFile};
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 

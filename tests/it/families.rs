@@ -6,11 +6,13 @@ use std::fs;
 use std::path::Path;
 
 use dictlearn as _;
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::files::torch_file;
+use dictlearn_core::files::torch_file::StateDictFile;
+use dictlearn_core::lm::Visit;
 use dictlearn_core::lm::open_model;
-use dictlearn_core::model::Visit;
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors::{self, TensorFile};
-use dictlearn_core::torch_file::{self, StateDictFile};
 use serde_json::json;
 
 use crate::common::{fixture, folders, read_json};
@@ -90,7 +92,7 @@ fn every_site_logits_and_loss() {
         let logits = model.forward(&tokens, &mut Hooks::none()).unwrap();
         let difference = difference(&logits, &io["logits"], &tokens.mask);
         assert!(difference < 1e-5, "{case} logits: {difference}");
-        let loss = dictlearn_core::model::cross_entropy(&logits, &tokens).0;
+        let loss = dictlearn_core::lm::cross_entropy(&logits, &tokens).0;
         let expected = io["loss"].double_value(&[0]);
         assert!((loss / expected - 1.0).abs() < 1e-5, "{case} loss: {loss}, expected {expected}");
     }
@@ -644,7 +646,7 @@ fn smollm2_says_what_it_says_in_python() {
         let model = load(Path::new(&dir), precision).unwrap();
         let page = tokens(&ids("page"));
         let logits = tch::no_grad(|| model.forward(&page, &mut Hooks::none())).unwrap();
-        let loss = dictlearn_core::model::cross_entropy(&logits, &page).0;
+        let loss = dictlearn_core::lm::cross_entropy(&logits, &page).0;
         let apart = (loss / expected["loss"].as_f64().unwrap() - 1.0).abs();
         println!("{precision:?}: loss {loss}, {apart:e} from Python's");
         assert!(apart < most, "{precision:?}: {loss}, {apart}");

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use dictlearn_core::files::tensors;
 use dictlearn_core::registry::{Kind, components};
-use dictlearn_core::tensors;
 use serde_json::Value;
 use tch::{Device, Kind as Type, Tensor};
 

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dictlearn_core::tensors::{self, TensorFile};
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -578,10 +579,10 @@ fn an_entry_that_an_openai_sae_does_not_have_is_refused_by_name() {
         ("stats_last_nonzero", ones(&[10])),
     ];
     let file = desk.path("8.pt");
-    dictlearn_core::torch_file::write(&file, &tensors).unwrap();
+    dictlearn_core::files::torch_file::write(&file, &tensors).unwrap();
     desk.ok(&["import", "openai", "8.pt", "--out", "fine"]);
     tensors.push(("decoder.bias", ones(&[6])));
-    dictlearn_core::torch_file::write(&file, &tensors).unwrap();
+    dictlearn_core::files::torch_file::write(&file, &tensors).unwrap();
     let message = desk.refused(&["import", "openai", "8.pt", "--out", "out"]);
     assert!(message.contains("decoder.bias") && !message.contains("stats_last_nonzero"), "{message}");
 }

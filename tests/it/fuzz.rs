@@ -13,9 +13,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use dictlearn_core::device::Precision;
-use dictlearn_core::format::{self, Request};
-use dictlearn_core::{saved, tensors, torch_file};
+use dictlearn_core::files::{tensors, torch_file};
+use dictlearn_core::formats;
+use dictlearn_core::formats::Request;
+use dictlearn_core::machine::device::Precision;
+use dictlearn_core::sae::saved;
 use serde_json::json;
 use tch::{Device, Tensor, kind::FLOAT_CPU};
 use tempfile::TempDir;
@@ -123,12 +125,12 @@ fn open(reader: &str, file: &Path, root: &Path) -> anyhow::Result<()> {
     if reader == "releases" {
         let releases = Some(file.display().to_string());
         let request = Request { place: Some("some-release:five".to_owned()), releases, ..Request::default() };
-        let format = format::named("sae_lens")?;
+        let format = formats::named("sae_lens")?;
         format.offers(&request)?;
         format.find(&request)?;
         return Ok(());
     }
-    let format = format::named(match reader {
+    let format = formats::named(match reader {
         "gemma_scope_2" => "gemma_scope",
         "pretrained" => "dictionary_learning",
         other => other,
@@ -140,13 +142,13 @@ fn open(reader: &str, file: &Path, root: &Path) -> anyhow::Result<()> {
     };
     for place in format.find(&request)? {
         let published = format.read(&place)?;
-        let (dictionary, _) = format::dictionary(&published, "damaged")?;
+        let (dictionary, _) = formats::dictionary(&published, "damaged")?;
         use_it(&*dictionary)?;
     }
     Ok(())
 }
 
-fn use_it(dictionary: &dyn dictlearn_core::dictionary::Dictionary) -> anyhow::Result<()> {
+fn use_it(dictionary: &dyn dictlearn_core::sae::Dictionary) -> anyhow::Result<()> {
     let x = Tensor::ones([2, dictionary.dims().input], FLOAT_CPU);
     let (recon, features) = tch::no_grad(|| dictionary.reconstruct(&x));
     anyhow::ensure!(recon.size() == [2, dictionary.dims().output]);

@@ -1,7 +1,8 @@
 //! Rows that a source holds out: never trained on, and all that is measured.
 
-use dictlearn_core::source::{HeldOut, Purpose};
-use dictlearn_core::tensors::{self, TensorFile};
+use dictlearn_core::data::{HeldOut, Purpose};
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use dictlearn_core::tensors::TensorFile;
+use dictlearn_core::files::tensors::TensorFile;
 
 use crate::common::{Desk, Run, fixture};
 use crate::hub_server::{COMMIT, Fault, HubServer};

@@ -9,7 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use dictlearn_core::tensors::{self, TensorFile};
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
 use serde_json::{Value, json};
 use tch::Kind;
 

@@ -8,8 +8,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use dictlearn as _;
+use dictlearn_core::files::tensors;
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors;
 
 use crate::common::{Desk, Disk, Run, fixture, tensor_file_config};
 use crate::hub_server::HubServer;

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use dictlearn as _;
-use dictlearn_core::config::from_yaml;
-use dictlearn_core::harvest::TOKENS;
-use dictlearn_core::model::cross_entropy;
+use dictlearn_core::data::manifest::TOKENS;
+use dictlearn_core::files::from_yaml;
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::lm::cross_entropy;
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors::{self, TensorFile};
 use serde_json::json;
 
 use crate::common::{Desk, fixture};

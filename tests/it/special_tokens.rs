@@ -2,8 +2,8 @@
 
 use std::fs;
 
+use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::lm::EmbeddedModel;
-use dictlearn_core::tensors::TensorFile;
 use serde_json::{Value, json};
 
 use crate::common::Desk;

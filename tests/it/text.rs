@@ -3,10 +3,10 @@
 use std::fs;
 
 use dictlearn as _;
-use dictlearn_core::config::from_yaml;
+use dictlearn_core::data::SourceCx;
+use dictlearn_core::files::from_yaml;
+use dictlearn_core::files::tensors;
 use dictlearn_core::prelude::*;
-use dictlearn_core::source::SourceCx;
-use dictlearn_core::tensors;
 use serde_json::json;
 
 use crate::common::{Desk, fixture, read_json};

@@ -3,8 +3,9 @@
 use std::fs;
 
 use dictlearn as _;
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors::{self, TensorFile};
 
 use crate::common::Desk;
 

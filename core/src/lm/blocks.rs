@@ -3,11 +3,11 @@
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
+use super::hook_point::Tokens;
 use super::kernels;
 use super::rotary::Rotary;
-use crate::config::InputError;
-use crate::device::Precision;
-use crate::model::Tokens;
+use crate::error::InputError;
+use crate::machine::device::Precision;
 
 /// What the layers of one forward pass share.
 #[derive(Debug)]

@@ -11,8 +11,7 @@ use super::decoder::{
     AttentionConfig, DecoderConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
 };
 use super::rotary::{Rope, Rotary};
-use crate::config::InputError;
-use crate::registry::{Kind, component};
+use crate::error::InputError;
 
 /// Reads a family's fields from a config.json.
 pub fn read<T: DeserializeOwned + JsonSchema>(config: &Value) -> Result<T> {
@@ -158,62 +157,4 @@ pub fn sliding_layers(
         ),
     };
     types.iter().map(sliding).collect()
-}
-
-/// Fields of any family's config.json that change what a model computes. A family that has one of them among its own
-/// fields implements it; in the config of another family it must say that nothing is changed.
-const ARITHMETIC: &[&str] = &[
-    "alibi",
-    "attention_bias",
-    "attention_chunk_size",
-    "attention_multiplier",
-    "attn_logit_softcapping",
-    "clip_qkv",
-    "embedding_multiplier",
-    "final_logit_softcapping",
-    "head_dim",
-    "layer_types",
-    "logit_scale",
-    "logits_scaling",
-    "mlp_bias",
-    "no_rope_layers",
-    "num_experts",
-    "num_key_value_heads",
-    "num_local_experts",
-    "parallel_attn",
-    "partial_rotary_factor",
-    "qk_layernorm",
-    "quantization_config",
-    "query_pre_attn_scalar",
-    "residual_multiplier",
-    "rope_parameters",
-    "rope_scaling",
-    "rotary_dim",
-    "sliding_window",
-    "use_bidirectional_attention",
-    "use_parallel_residual",
-    "use_qk_norm",
-];
-
-/// Refuses a config with a field that changes the arithmetic and that its family does not implement.
-pub(super) fn refuse_unknown_arithmetic(config: &Value, family: &str) -> Result<()> {
-    let fields = component(Kind::Model, family).map(|component| (component.schema)()).unwrap_or_default();
-    let neutral = |value: &Value| match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Number(number) => number.as_f64() == Some(1.0),
-        Value::Object(map) => map.is_empty(),
-        Value::Array(types) => types.iter().all(|layer| layer == "full_attention"),
-        _ => false,
-    };
-    let known = |name: &str| fields.get("properties").is_some_and(|known| known.get(name).is_some());
-    let given = config.as_object().into_iter().flatten();
-    for (name, value) in given.filter(|(name, _)| ARITHMETIC.contains(&name.as_str())) {
-        if !known(name) && !neutral(value) {
-            bail!(
-                InputError::new(format!("config.json: `{name}` is {value}, which {family} models do not have here"))
-                    .help("it changes what the model computes and is not implemented, so it is not ignored")
-            );
-        }
-    }
-    Ok(())
 }

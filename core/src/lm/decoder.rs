@@ -14,14 +14,15 @@ use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use super::blocks::{Activation, Attention, Context, Linear, Norm, NormKind, residual, shape_only};
+use super::hook_point::Tokens;
 use super::kernels;
+use super::model::{Hidden, Hooks, LanguageModel, Stop, Visit};
 use super::rotary::Rotary;
 use super::weights::Weights;
 use super::{ModelCx, Names};
-use crate::config::InputError;
-use crate::device::Precision;
-use crate::model::{Hidden, Hooks, LanguageModel, Stop, Tokens, Visit};
-use crate::state::kind_size;
+use crate::error::InputError;
+use crate::files::tensors::kind_size;
+use crate::machine::device::Precision;
 
 /// A decoder: widths, names of its parts, and what makes the family.
 #[derive(Debug, Clone)]
@@ -451,7 +452,7 @@ impl Decoder {
         let (mut parameters, mut bytes) = (Vec::new(), 0);
         let decoder = Self::build(config, cx, &mut |name, shape, _| {
             let tensor = provide(name, shape)?;
-            bytes += crate::state::bytes(&tensor) as u64;
+            bytes += crate::files::tensors::bytes(&tensor) as u64;
             parameters.push((name.to_owned(), tensor.shallow_clone()));
             Ok(tensor)
         })?;

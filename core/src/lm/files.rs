@@ -7,12 +7,12 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use super::weights::WeightFile;
-use crate::config::InputError;
+use crate::error::InputError;
 use crate::files;
+use crate::files::tensors::TensorFile;
+use crate::files::torch_file::StateDictFile;
 use crate::hub::{Repo, RepoKind, hub};
-use crate::registry::nearest;
-use crate::tensors::TensorFile;
-use crate::torch_file::StateDictFile;
+use crate::suggest::nearest;
 
 /// A model that a plugin ships: `model: embedded:NAME`.
 pub struct EmbeddedModel {

@@ -10,7 +10,7 @@ use std::slice;
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
-use crate::parallel::{Bf16, Number, Output, numbers, share};
+use crate::machine::parallel::{Bf16, Number, Output, numbers, share};
 
 /// Whether all of these can be handed to the functions here: on a CPU, of float32 or bfloat16, and no gradient is to flow
 /// through them.

@@ -1,6 +1,6 @@
 //! Where a family keeps its parts: Hugging Face's module paths, and TransformerLens's names for the same places.
 
-use crate::model::{HookPoint, Io};
+use super::hook_point::{HookPoint, Io};
 
 /// Module paths of a family; those below a layer are relative to it.
 #[derive(Debug, Clone, Default)]

@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::kernels;
-use crate::config::InputError;
-use crate::registry::nearest;
+use crate::error::InputError;
+use crate::suggest::nearest;
 
 /// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>), in the half-split form that Hugging
 /// Face's models use: dimension i is turned with dimension i + width / 2.

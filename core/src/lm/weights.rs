@@ -7,13 +7,13 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::ModelFiles;
-use super::config::refuse_unknown_arithmetic;
-use crate::config::InputError;
-use crate::device::Precision;
-use crate::model::LanguageModel;
-use crate::registry::nearest;
-use crate::tensors::TensorFile;
-use crate::torch_file::StateDictFile;
+use super::arithmetic::refuse_unknown_arithmetic;
+use super::model::LanguageModel;
+use crate::error::InputError;
+use crate::files::tensors::TensorFile;
+use crate::files::torch_file::StateDictFile;
+use crate::machine::device::Precision;
+use crate::suggest::nearest;
 
 /// A family of language models: what `model_type` in a config.json names.
 pub struct ModelFamily {

@@ -8,7 +8,8 @@
 //! ```
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::two_layer::{self, squared_error, Penalty};
+use dictlearn_core::train::analytic;
+use dictlearn_core::train::analytic::{Penalty, squared_error};
 
 use crate::TanhConfig;
 
@@ -46,5 +47,5 @@ pub fn by_hand(config: &TanhConfig, pass: &HandPass, terms: &mut Terms) -> Resul
     let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
     let sums = Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device()));
     let mut penalty = Tanh { config, sums };
-    two_layer::step(pass, terms, &mut *activation, &squared_error("mse_loss"), &mut penalty, false)
+    analytic::step(pass, terms, &mut *activation, &squared_error("mse_loss"), &mut penalty, false)
 }

@@ -5,5 +5,5 @@ use dictlearn as _;
 use out_of_tree_plugin as _;
 
 fn main() -> std::process::ExitCode {
-    dictlearn_core::cli::main()
+    dictlearn::cli::main()
 }

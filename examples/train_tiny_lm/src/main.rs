@@ -15,12 +15,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use dictlearn_core::device::Precision;
+use dictlearn_core::files::tensors;
 use dictlearn_core::lm::{Decoder, ModelCx, Rope, open_model};
-use dictlearn_core::model::{Hooks, LanguageModel, Tokens, cross_entropy};
-use dictlearn_core::optim::{Adam, AdamConfig};
-use dictlearn_core::rng::rng;
-use dictlearn_core::tensors;
+use dictlearn_core::lm::{Hooks, LanguageModel, Tokens, cross_entropy};
+use dictlearn_core::machine::device::Precision;
+use dictlearn_core::machine::rng::rng;
+use dictlearn_core::train::{Adam, AdamConfig};
 use dictlearn_model_gpt_neox::{GptNeoxConfig, random};
 use rand::Rng;
 use serde_json::json;

@@ -1,8 +1,8 @@
 //! The bundled language model and its text: a small GPT-NeoX trained by `examples/train_tiny_lm` on five novels by Jane
 //! Austen, with *Persuasion* held out. `model/README.md` has the measured losses.
 
+use dictlearn_core::data::text::EmbeddedText;
 use dictlearn_core::lm::EmbeddedModel;
-use dictlearn_core::text::EmbeddedText;
 
 const NAME: &str = "austen";
 

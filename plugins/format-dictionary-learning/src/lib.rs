@@ -10,11 +10,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dictlearn_core::format::{Format, ModelSite, Place, Published, Python, Request, glob};
+use dictlearn_core::files::{tensors, torch_file};
+use dictlearn_core::formats::{Format, ModelSite, Place, Published, Python, Request, glob};
 use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
-use dictlearn_core::saved::{self, Saved};
-use dictlearn_core::{tensors, torch_file};
+use dictlearn_core::sae::saved;
+use dictlearn_core::sae::saved::Saved;
 
 mod pretrained;
 
@@ -115,7 +116,7 @@ impl Format for DictionaryLearning {
             Some(file) => (file, place.above().map(|above| above.file("config.json")).transpose()?.flatten()),
             None => (place.need("ae.pt")?, place.file("config.json")?),
         };
-        let config = config.map(|file| saved::read_json(&file)).transpose()?;
+        let config = config.map(|file| dictlearn_core::files::read_json(&file)).transpose()?;
         published(&torch_file::read(&weights)?, &weights.display().to_string(), config)
     }
 
@@ -205,7 +206,7 @@ fn without_input_bias(tensors: &[(&'static str, Tensor)]) -> Result<Vec<(&'stati
         found.with_context(|| format!("an AutoEncoder without `{name}`"))
     };
     let (encoder, bias) = (get("encoder.weight")?, get("bias")?);
-    let moved = dictlearn_core::format::through(&bias, &encoder.transpose(0, 1));
+    let moved = dictlearn_core::formats::through(&bias, &encoder.transpose(0, 1));
     let encoder_bias = (get("encoder.bias")?.to_kind(Kind::Double) - moved).to_kind(Kind::Float);
     Ok(vec![
         ("encoder.weight", encoder),

@@ -48,7 +48,7 @@ pub fn find(wanted: &str) -> Result<Vec<Place>> {
     };
     let places: Vec<Place> = all.iter().filter(|(name, _)| pattern.matches(name)).map(place).collect();
     if places.is_empty() {
-        let near = dictlearn_core::registry::nearest(wanted, all.iter().map(|(name, _)| name.as_str()));
+        let near = dictlearn_core::suggest::nearest(wanted, all.iter().map(|(name, _)| name.as_str()));
         bail!(InputError::new(format!("no pretrained dictionary is named `{wanted}`")).help(match near {
             Some(near) => format!("did you mean `{near}`? `dictlearn import {NAME} --list` shows all"),
             None => format!("`dictlearn import {NAME} --list` shows all"),

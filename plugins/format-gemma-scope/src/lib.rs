@@ -11,10 +11,12 @@
 //! SAEs on the embedding were trained on activations √d times as large: W_enc is divided by √d and W_dec multiplied, as
 //! sae_lens does. Of a cross-layer transcoder (`clt`) what it writes to all layers is summed, as sae_lens does too.
 
-use dictlearn_core::format::{Activation, Affine, Format, ModelSite, Place, Published, check_keys, nothing_left, take};
-use dictlearn_core::numpy::Npz;
+use dictlearn_core::files::numpy::Npz;
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::formats::{
+    Activation, Affine, Format, ModelSite, Place, Published, check_keys, nothing_left, take,
+};
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "gemma_scope";
 
@@ -70,7 +72,7 @@ impl Format for GemmaScope {
         }
         let mut notes = Vec::new();
         let said = match place.file("config.json")? {
-            Some(file) if second => dictlearn_core::saved::read_json(&file)?,
+            Some(file) if second => dictlearn_core::files::read_json(&file)?,
             _ => Value::Object(Map::new()),
         };
         notes.extend(check_keys(&said, "config.json", OFF, KNOWN)?);

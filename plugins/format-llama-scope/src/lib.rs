@@ -16,9 +16,11 @@
 //! Those on DeepSeek-R1-Distill have `config.json`, `sae_weights.safetensors` and a threshold for each feature in units of
 //! π: t = θ, or with the flag θ / ‖W_dec‖.
 
-use dictlearn_core::format::{Activation, Affine, Format, ModelSite, Place, Published, check_keys, nothing_left, take};
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::formats::{
+    Activation, Affine, Format, ModelSite, Place, Published, check_keys, nothing_left, take,
+};
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "llama_scope";
 

@@ -8,9 +8,9 @@
 //! x̂ = norm⁻¹(W_dec f + b_pre)                        norm: a layer norm of x, with TopK only
 //! ```
 
-use dictlearn_core::format::{Activation, Affine, Format, ModelSite, Place, Published, take};
+use dictlearn_core::files::torch_file;
+use dictlearn_core::formats::{Activation, Affine, Format, ModelSite, Place, Published, take};
 use dictlearn_core::prelude::*;
-use dictlearn_core::torch_file;
 
 const NAME: &str = "openai";
 

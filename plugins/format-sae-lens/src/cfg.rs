@@ -2,7 +2,7 @@
 
 use dictlearn_core::prelude::*;
 
-use dictlearn_core::format::{ModelSite, check_keys};
+use dictlearn_core::formats::{ModelSite, check_keys};
 
 use crate::models;
 

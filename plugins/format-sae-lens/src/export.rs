@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use dictlearn_core::format::through;
+use dictlearn_core::files::tensors;
+use dictlearn_core::formats::through;
 use dictlearn_core::prelude::*;
-use dictlearn_core::saved::Saved;
-use dictlearn_core::tensors;
+use dictlearn_core::sae::saved::Saved;
 use serde_json::json;
 
 use crate::models;

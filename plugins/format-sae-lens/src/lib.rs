@@ -15,12 +15,12 @@ mod export;
 mod models;
 mod table;
 
-use dictlearn_core::format::{
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::formats::{
     Activation, Affine, Format, Place, Published, Python, Request, nothing_left, take, through,
 };
 use dictlearn_core::prelude::*;
-use dictlearn_core::saved::Saved;
-use dictlearn_core::tensors::TensorFile;
+use dictlearn_core::sae::saved::Saved;
 
 use cfg::{Cfg, Normalize};
 

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use dictlearn_core::files;
-use dictlearn_core::format::{Place, Request, glob};
+use dictlearn_core::formats::{Place, Request, glob};
 use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
-use dictlearn_core::registry::nearest;
+use dictlearn_core::suggest::nearest;
 
 const FILE: &str = "pretrained_saes.yaml";
 
@@ -33,7 +33,7 @@ fn table(request: &Request) -> Result<Option<Table>> {
     let Some(path) = table_file(request)? else { return Ok(None) };
     let refused = |why: String| InputError::new(format!("cannot read the table of releases {}: {why}", path.display()));
     let value: Value =
-        dictlearn_core::config::from_yaml(&files::read_text(&path)?).map_err(|error| refused(error.to_string()))?;
+        dictlearn_core::files::from_yaml(&files::read_text(&path)?).map_err(|error| refused(error.to_string()))?;
     match value {
         Value::Object(releases) => Ok(Some(Table(releases))),
         _ => Err(refused("it is not a mapping of releases".to_owned()).into()),

@@ -7,11 +7,11 @@
 //! ŷ = f W_dec + b_dec [+ W_skip x]
 //! ```
 
-use dictlearn_core::format::{
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::formats::{
     Activation, Affine, Format, ModelSite, Place, Published, Request, check_keys, nothing_left, take,
 };
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "sparsify";
 
@@ -182,7 +182,7 @@ impl Format for Sparsify {
         }
         // The run that it is part of says which model; the folder is named by the module.
         let run = match place.above().map(|run| run.file("config.json")).transpose()?.flatten() {
-            Some(file) => dictlearn_core::saved::read_json(&file)?,
+            Some(file) => dictlearn_core::files::read_json(&file)?,
             None => Value::Null,
         };
         let module = place.words().trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use dictlearn_core::config::InputError;
+use dictlearn_core::error::InputError;
 use dictlearn_core::hub::{About, CommitMessage, Hub, HubPlugin, Repo, RepoKind, Upload};
 use dictlearn_core::progress::Progress;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};

@@ -12,7 +12,7 @@ use std::sync::PoisonError;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use dictlearn_core::config::InputError;
+use dictlearn_core::error::InputError;
 use dictlearn_core::hub::{CommitMessage, Content, Repo, Upload};
 use dictlearn_core::interrupt;
 use dictlearn_core::progress::Progress;

@@ -13,15 +13,16 @@
 //! ```
 //!
 //! ê is the best that dead features make of e, as in TopK; that, the geometric median where b starts, the threshold's
-//! mean and the annealing of k are in [`dictlearn_core::top_k`].
+//! mean and the annealing of k are in [`dictlearn_core::train::top_k`].
 //!
 //! Until the threshold is known, after `threshold_start_step`, it is −1 and every positive feature passes, as in the
 //! reference. Where this differs from it: a batch without any positive feature leaves the threshold as it is (there it
 //! counts as 0); activations in three dimensions have k features each.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k::{Selection, TopKTrainer};
+use dictlearn_core::sae::Selection;
 use dictlearn_core::top_k_config;
+use dictlearn_core::train::top_k::TopKTrainer;
 
 const NAME: &str = "batch_top_k";
 

@@ -21,8 +21,9 @@
 use std::collections::BTreeMap;
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k::{Prefixes, Selection, TopKTrainer};
+use dictlearn_core::sae::Selection;
 use dictlearn_core::top_k_config;
+use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
 
 const NAME: &str = "crosscoder";
 const TOP_K_NAME: &str = "batch_top_k_crosscoder";

@@ -20,7 +20,8 @@
 //! Where this differs from the reference: nothing.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::two_layer::{self, L1, squared_error};
+use dictlearn_core::train::analytic;
+use dictlearn_core::train::analytic::{L1, squared_error};
 
 const NAME: &str = "gated";
 
@@ -384,7 +385,7 @@ impl Trainer for GatedTrainer {
     fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
         let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
         let mut penalty = L1::new(self.l1_penalty * self.schedule.sparsity_factor(pass.step), pass.batch);
-        two_layer::step(pass, terms, &mut *activation, &squared_error("mse_loss"), &mut penalty, false)
+        analytic::step(pass, terms, &mut *activation, &squared_error("mse_loss"), &mut penalty, false)
     }
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {

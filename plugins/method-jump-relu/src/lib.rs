@@ -25,9 +25,10 @@
 //! threshold has become 0 and is no longer seen, which halves the window. `pre_activation` is the paper's. Where this
 //! differs from the reference: a threshold cannot become negative.
 
-use dictlearn_core::format::{Activation, AffineClass};
+use dictlearn_core::formats::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
-use dictlearn_core::two_layer::{self, Penalty, squared_error};
+use dictlearn_core::train::analytic;
+use dictlearn_core::train::analytic::{Penalty, squared_error};
 
 const NAME: &str = "jump_relu";
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
@@ -507,7 +508,7 @@ impl Trainer for JumpReluTrainer {
             target_l0: self.target_l0,
             active: Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device())),
         };
-        let found = two_layer::step(pass, terms, &mut activation, &squared_error("mse_loss"), &mut penalty, true)?;
+        let found = analytic::step(pass, terms, &mut activation, &squared_error("mse_loss"), &mut penalty, true)?;
         if let Some(fired) = found.as_ref().and_then(|found| found.fired.as_ref()) {
             self.fired.update(&fired.gt(0.0), pass.batch.len());
         }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! ê is the best that dead features make of e, as in TopK; that, the geometric median where b starts, the threshold's
-//! mean and the annealing of k are in [`dictlearn_core::top_k`].
+//! mean and the annealing of k are in [`dictlearn_core::train::top_k`].
 //!
 //! As in the reference, the weights wᵢ are 1/n unless given, and the loss is their mean once more: against the paper's
 //! plain sum the auxiliary loss counts n² times as much. `group_weights: [n, n, ...]` gives the sum. Where this differs from
@@ -20,8 +20,9 @@
 //! of the step, also while k is annealed.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k::{Prefixes, Selection, TopKTrainer};
+use dictlearn_core::sae::Selection;
 use dictlearn_core::top_k_config;
+use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
 
 const NAME: &str = "matryoshka_batch_top_k";
 

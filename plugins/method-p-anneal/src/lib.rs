@@ -27,7 +27,8 @@
 use std::collections::VecDeque;
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::two_layer::{self, Penalty, squared_error};
+use dictlearn_core::train::analytic;
+use dictlearn_core::train::analytic::{Penalty, squared_error};
 
 const P_ANNEAL: &str = "p_anneal";
 const GATED_ANNEAL: &str = "gated_anneal";
@@ -537,7 +538,7 @@ impl Trainer for PAnneal {
         };
         let reconstruction = squared_error("mse_loss");
         let count = self.resampling.is_some();
-        let found = two_layer::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
+        let found = analytic::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
         let Some(found) = found else { return Ok(None) };
         let value = penalty.value(&penalty.sums[0], penalty.p);
         if pass.logging {

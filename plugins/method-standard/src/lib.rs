@@ -16,9 +16,10 @@
 //! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, and not at the random values
 //! of PyTorch's linear layer.
 
-use dictlearn_core::format::{Activation, AffineClass};
+use dictlearn_core::formats::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
-use dictlearn_core::two_layer::{self, L1};
+use dictlearn_core::train::analytic;
+use dictlearn_core::train::analytic::L1;
 
 const DICTIONARY: &str = "auto_encoder";
 const TRAINER: &str = "standard";
@@ -352,7 +353,7 @@ impl Trainer for Standard {
         };
         let mut penalty = L1::new(self.l1_penalty * self.schedule.sparsity_factor(pass.step), pass.batch);
         let count = self.resampling.is_some();
-        let found = two_layer::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
+        let found = analytic::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
         if let Some((resampling, found)) = self.resampling.as_mut().zip(found.as_ref()) {
             resampling.update_by_hand(found);
         }
@@ -385,8 +386,9 @@ impl Trainer for Standard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dictlearn_core::config::{SaeConfig, from_yaml};
-    use dictlearn_core::training::{Training, TrainingCx};
+    use dictlearn_core::files::from_yaml;
+    use dictlearn_core::train::SaeConfig;
+    use dictlearn_core::train::{Training, TrainingCx};
 
     /// A dictionary of 16 features for activations of width 8, the first four of them dead, and batches.
     fn half_dead(resample_steps: &str) -> (Training, Vec<Batch>) {

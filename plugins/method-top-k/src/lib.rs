@@ -12,15 +12,16 @@
 //! ê decodes, without bias, the k_aux = d/2 largest features among the dead: those that no activation selected for
 //! `dead_feature_threshold` tokens. b starts at the geometric median of the first batch. With `k_anneal_steps` k falls
 //! linearly from d. A running mean of the smallest selected feature is kept as `threshold`, by which the features can
-//! be selected without sorting. What the loss shares with other methods that select is in [`dictlearn_core::top_k`].
+//! be selected without sorting. What the loss shares with other methods that select is in [`dictlearn_core::train::top_k`].
 //!
 //! Where this differs from the reference: the geometric median of points one of which is the guess is defined, and a
 //! row that selects no positive feature does not enter the threshold (there it makes it infinite for good).
 
-use dictlearn_core::format::{Activation, AffineClass};
+use dictlearn_core::formats::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k::{Selection, TopKTrainer};
+use dictlearn_core::sae::Selection;
 use dictlearn_core::top_k_config;
+use dictlearn_core::train::top_k::TopKTrainer;
 
 const NAME: &str = "top_k";
 

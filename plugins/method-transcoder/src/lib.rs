@@ -26,9 +26,9 @@
 
 use std::collections::BTreeMap;
 
-use dictlearn_core::format::{Activation, Affine, AffineClass};
+use dictlearn_core::formats::{Activation, Affine, AffineClass};
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k::Selection;
+use dictlearn_core::sae::Selection;
 
 const NAME: &str = "transcoder";
 const SKIP_NAME: &str = "skip_transcoder";

@@ -14,7 +14,7 @@
 //! token, which in many models is the end-of-text token; and the fraction is taken of the totals, not as a mean of each
 //! batch's fraction.
 
-use dictlearn_core::model::cross_entropy;
+use dictlearn_core::lm::cross_entropy;
 use dictlearn_core::prelude::*;
 
 const NAME: &str = "loss_recovered";

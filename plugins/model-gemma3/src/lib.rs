@@ -2,7 +2,8 @@
 //! key instead of bounded scores, and another rotary base in the layers whose attention slides.
 
 use dictlearn_core::lm::config::{Usual, read, sliding_layers};
-use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, NormKind, Rotary, activation, decoder::QkNorm};
+use dictlearn_core::lm::decoder::QkNorm;
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, NormKind, Rotary, activation};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "gemma3_text";

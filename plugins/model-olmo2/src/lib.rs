@@ -2,7 +2,8 @@
 //! them, and over all queries and all keys.
 
 use dictlearn_core::lm::config::{Usual, read};
-use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, decoder::QkNorm};
+use dictlearn_core::lm::decoder::QkNorm;
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "olmo2";

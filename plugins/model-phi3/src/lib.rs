@@ -2,10 +2,8 @@
 //! projection, and gate and up from another.
 
 use dictlearn_core::lm::config::{Usual, read};
-use dictlearn_core::lm::{
-    Decoder, DecoderConfig, ModelFamily,
-    decoder::{MlpLayout, Projections},
-};
+use dictlearn_core::lm::decoder::{MlpLayout, Projections};
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "phi3";

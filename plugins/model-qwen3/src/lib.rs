@@ -1,7 +1,8 @@
 //! Qwen 3 (Yang et al. 2025, <https://arxiv.org/abs/2505.09388>), dense: Llama with norms over each head's query and key.
 
 use dictlearn_core::lm::config::{Usual, read, sliding_layers};
-use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily, decoder::QkNorm};
+use dictlearn_core::lm::decoder::QkNorm;
+use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily};
 use dictlearn_core::prelude::*;
 
 const MODEL_TYPE: &str = "qwen3";

@@ -3,10 +3,10 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use dictlearn_core::data::manifest::{Manifest, Shard, TOKENS, hash_of_file, shards_in};
 use dictlearn_core::files;
-use dictlearn_core::harvest::{Manifest, Shard, TOKENS, hash_of_file, shards_in};
+use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors::TensorFile;
 
 /// A folder of activations.
 pub struct Folder {

@@ -14,8 +14,8 @@ mod folder;
 
 use std::ops::Range;
 
+use dictlearn_core::machine::rng::rng;
 use dictlearn_core::prelude::*;
-use dictlearn_core::rng::rng;
 use rand::seq::SliceRandom;
 
 use folder::Folder;
@@ -288,7 +288,7 @@ impl ActivationSource for ActivationCache {
     }
 
     fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
-        dictlearn_core::source::sampled_mean_squared_norms(self)
+        dictlearn_core::data::sampled_mean_squared_norms(self)
     }
 
     fn memory(&self) -> Vec<MemoryNeed> {

@@ -1,7 +1,7 @@
 //! The buffer of activations: filled, served in random batches, filled again when half of it is served.
 
+use dictlearn_core::machine::rng::Rng;
 use dictlearn_core::prelude::*;
-use dictlearn_core::rng::Rng;
 use rand::seq::SliceRandom;
 
 /// Rows copied at a time when the buffer is compacted: what it needs beside itself.
@@ -163,7 +163,7 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dictlearn_core::rng::rng;
+    use dictlearn_core::machine::rng::rng;
 
     /// A buffer of 10 rows, filled from rows that are numbered.
     fn refill(buffer: &mut Buffer, next: &mut i64) {

@@ -25,11 +25,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 
 use chrono::{Local, NaiveDate};
-use dictlearn_core::format::WrittenSource;
+use dictlearn_core::formats::WrittenSource;
 use dictlearn_core::interrupt;
 use dictlearn_core::lm::{ModelFiles, open_model};
+use dictlearn_core::machine::rng::rng;
 use dictlearn_core::prelude::*;
-use dictlearn_core::rng::rng;
 use dictlearn_core::schemars::{Schema, SchemaGenerator, json_schema};
 
 use ahead::Ahead;
@@ -307,7 +307,7 @@ impl SourceConfig for LanguageModelConfig {
         if let Some(commit) = files.commit() {
             settings["commit"] = commit.into();
         }
-        settings["device"] = dictlearn_core::device::name(cx.device).into();
+        settings["device"] = dictlearn_core::machine::device::name(cx.device).into();
         let mut points: Vec<(HookPoint, i64)> = Vec::new();
         for part in sites.iter().flat_map(|site| [&site.reads, &site.writes]) {
             if !points.iter().any(|(point, _)| *point == part.point) {
@@ -786,7 +786,7 @@ impl ActivationSource for LanguageModelSource {
     }
 
     fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
-        let Some(capacity) = self.capacity else { return dictlearn_core::source::sampled_mean_squared_norms(self) };
+        let Some(capacity) = self.capacity else { return dictlearn_core::data::sampled_mean_squared_norms(self) };
         self.filled_buffer(capacity)?;
         let Some(buffer) = &self.buffer else { return Ok(Vec::new()) };
         let norm = |site: &LanguageModelSite| buffer.mean_squared_norm(self.column(&site.reads), &site.reads);

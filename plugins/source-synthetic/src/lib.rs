@@ -15,8 +15,8 @@
 //!
 //! The stream has no end, and the same seeds give the same features and the same activations on every machine.
 
+use dictlearn_core::machine::rng::{Rng, rng};
 use dictlearn_core::prelude::*;
-use dictlearn_core::rng::{Rng, rng};
 use rand::Rng as _;
 use rand_distr::StandardNormal;
 
@@ -235,7 +235,7 @@ impl ActivationSource for Synthetic {
     }
 
     fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
-        dictlearn_core::source::sampled_mean_squared_norms(self)
+        dictlearn_core::data::sampled_mean_squared_norms(self)
     }
 
     fn true_features(&self) -> Option<Tensor> {

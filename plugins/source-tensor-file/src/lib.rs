@@ -8,10 +8,10 @@
 
 use std::path::{Path, PathBuf};
 
-use dictlearn_core::numpy;
+use dictlearn_core::files::numpy;
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::machine::rng::{Rng, rng};
 use dictlearn_core::prelude::*;
-use dictlearn_core::rng::{Rng, rng};
-use dictlearn_core::tensors::TensorFile;
 use rand::seq::SliceRandom;
 
 const NAME: &str = "tensor_file";
@@ -360,7 +360,7 @@ impl ActivationSource for TensorFileSource {
     }
 
     fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
-        dictlearn_core::source::sampled_mean_squared_norms(self)
+        dictlearn_core::data::sampled_mean_squared_norms(self)
     }
 
     fn memory(&self) -> Vec<MemoryNeed> {
@@ -441,7 +441,7 @@ mod tests {
         for (part, start) in [("a", 0), ("b", 7)] {
             let rows = Tensor::arange_start(start * 2, start * 2 + 14, (Kind::Float, Device::Cpu)).reshape([7, 2]);
             let path = dir.path().join(format!("{part}.safetensors"));
-            dictlearn_core::tensors::write(&path, &[("activations", rows)]).unwrap();
+            dictlearn_core::files::tensors::write(&path, &[("activations", rows)]).unwrap();
         }
         let config = TensorFileConfig {
             path: dir.path().join("*.safetensors").into(),

@@ -1,8 +1,8 @@
 //! Text that a plugin ships with the program, so that a first run needs no download.
 
+use dictlearn_core::data::text::{EmbeddedText, Wanted, WrittenText};
 use dictlearn_core::prelude::*;
-use dictlearn_core::registry::nearest;
-use dictlearn_core::text::{EmbeddedText, Wanted, WrittenText};
+use dictlearn_core::suggest::nearest;
 
 const NAME: &str = "embedded";
 

@@ -4,9 +4,9 @@
 //! read here (a loading script, CSV) is taken from the conversion to parquet that the Hub keeps of most datasets. Lines are
 //! read as they arrive and not kept on disk; a .parquet file is fetched into the cache when the stream comes to it.
 
+use dictlearn_core::data::text::{Wanted, WrittenText};
 use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
-use dictlearn_core::text::{Wanted, WrittenText};
 
 use crate::splits::{Card, Glob, Missing, find, some_of};
 use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};

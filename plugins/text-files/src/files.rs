@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use dictlearn_core::data::text::{Wanted, WrittenText};
 use dictlearn_core::prelude::*;
-use dictlearn_core::text::{Wanted, WrittenText};
 use glob::{MatchOptions, Pattern, glob_with};
 
 use crate::splits::{self, Card, Glob, METADATA};

@@ -9,6 +9,7 @@
 //! A bad record is skipped and counted, or ends the run with `strict: true`; the message names file and line (or row). A file
 //! that cannot be read ends the run, unless `strict: false` lets it go on without that file or its rest.
 
+mod cell;
 mod dataset;
 mod files;
 mod rows;

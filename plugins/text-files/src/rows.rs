@@ -10,7 +10,7 @@ use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
-use crate::stream::{Cell, Unreadable};
+use crate::cell::{Cell, Unreadable};
 
 /// The column that says which token ids are padding.
 const MASK: &str = "attention_mask";

@@ -11,9 +11,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::LazyLock;
 
-use dictlearn_core::config::from_yaml;
+use dictlearn_core::files::from_yaml;
 use dictlearn_core::prelude::*;
-use dictlearn_core::registry::nearest;
+use dictlearn_core::suggest::nearest;
 use glob::{MatchOptions, Pattern};
 
 use crate::stream::{ENDINGS, ending};

@@ -11,6 +11,7 @@ use dictlearn_core::hub::{Repo, hub};
 use dictlearn_core::prelude::*;
 use serde_json::json;
 
+use crate::cell::{Cell, Unreadable};
 use crate::rows;
 
 /// What a file's name may end with.
@@ -66,28 +67,6 @@ impl Options {
         };
         Options { columns, documents, strict }
     }
-}
-
-/// Why a file cannot be read, with its name.
-#[derive(Debug)]
-pub struct Unreadable(pub String);
-
-impl fmt::Display for Unreadable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Unreadable {}
-
-/// What a record holds.
-pub struct Cell {
-    /// The field that was read.
-    pub column: String,
-    /// Its value.
-    pub value: Value,
-    /// The `attention_mask` beside it.
-    pub mask: Option<Value>,
 }
 
 /// Where a file is.

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::prelude::*;
-use dictlearn_core::tensors::TensorFile;
 
 const NAME: &str = "token_file";
 

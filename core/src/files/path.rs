@@ -1,0 +1,94 @@
+//! Paths in configs.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// The newtype name by which the config's deserializer knows a path and makes it absolute, from the folder of the
+/// file that it stands in. See `load`.
+pub(crate) const PATH: &str = "dictlearn::ConfigPath";
+/// The same for a value that may be a path or a name: it is a path if something exists there, or if it looks like one.
+pub(crate) const PATH_OR_NAME: &str = "dictlearn::PathOrName";
+
+macro_rules! path_value {
+    ($(#[$doc:meta])* $name:ident, $marker:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq)]
+        pub struct $name(pub String);
+
+        impl $name {
+            /// As a path.
+            pub fn as_path(&self) -> &Path {
+                Path::new(&self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl From<PathBuf> for $name {
+            fn from(path: PathBuf) -> Self {
+                $name(path.to_string_lossy().into_owned())
+            }
+        }
+
+        impl From<&str> for $name {
+            fn from(text: &str) -> Self {
+                $name(text.to_owned())
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Visitor;
+                impl<'de> de::Visitor<'de> for Visitor {
+                    type Value = String;
+                    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                        f.write_str("a path")
+                    }
+                    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+                        Ok(text.to_owned())
+                    }
+                    fn visit_newtype_struct<D: Deserializer<'de>>(self, inner: D) -> Result<String, D::Error> {
+                        inner.deserialize_str(self)
+                    }
+                }
+                deserializer.deserialize_newtype_struct($marker, Visitor).map($name)
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+            fn inline_schema() -> bool {
+                true
+            }
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({"type": "string"})
+            }
+        }
+    };
+}
+
+path_value! {
+    /// A path in a config: relative to the folder of the file that says it, absolute once the config is loaded.
+    ConfigPath, PATH
+}
+
+path_value! {
+    /// A path in a config or a name (`embedded:austen`, `EleutherAI/pythia-70m`): absolute if it is a path.
+    PathOrName, PATH_OR_NAME
+}

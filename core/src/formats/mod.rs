@@ -1,0 +1,15 @@
+//! Reading what others published, and writing what they read.
+
+mod affine;
+mod format;
+mod import;
+mod place;
+mod published;
+mod site;
+
+pub use affine::*;
+pub use format::*;
+pub use import::*;
+pub use place::*;
+pub use published::*;
+pub use site::*;

@@ -1,0 +1,240 @@
+//! Where a published SAE's files lie: in a folder, or in a repository of the Hub.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use serde_json::{Map, Value};
+
+use crate::error::InputError;
+use crate::files;
+use crate::hub::{Repo, RepoKind, hub};
+
+/// What a user asks a format for.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// A folder, a file, `owner/name/path` on the Hub, or a name that the format knows.
+    pub place: Option<String>,
+    /// A name, or a glob of names, in the format's own set of published SAEs.
+    pub pretrained: Option<String>,
+    /// The file of sae_lens's table of releases.
+    pub releases: Option<String>,
+}
+
+impl Request {
+    /// The place, which most formats need.
+    pub fn named(&self) -> Result<&str> {
+        match (&self.place, &self.pretrained) {
+            (Some(place), None) => Ok(place),
+            (_, Some(_)) => bail!(
+                InputError::new("this format has no set of published SAEs for `--pretrained`")
+                    .help("name the folder or the Hub repository that you know of")
+            ),
+            (None, None) => bail!(
+                InputError::new("nothing is named that could be imported")
+                    .help("give a folder, or `owner/name/path` of a repository on the Hub")
+            ),
+        }
+    }
+}
+
+/// Where an SAE's files lie: in a folder here, or in a repository of the Hub, below some path.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// What to call the SAE: its path, or the name by which it was asked for.
+    pub name: String,
+    root: Root,
+    /// Below the root, of parts joined by `/`; empty for the root itself.
+    path: String,
+    /// What a table of releases says of it beside that.
+    pub table: Map<String, Value>,
+    /// The format whose files they are, where a table names another than the one that was asked.
+    pub format: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+enum Root {
+    Folder(PathBuf),
+    Hub(Repo),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let slash = if self.path.is_empty() { "" } else { "/" };
+        match &self.root {
+            Root::Folder(folder) if self.path.is_empty() => write!(f, "{}", folder.display()),
+            Root::Folder(folder) => write!(f, "{}", folder.join(&self.path).display()),
+            Root::Hub(repo) => write!(f, "{repo}{slash}{}", self.path),
+        }
+    }
+}
+
+impl Place {
+    /// A folder or file that is there, or `owner/name[@revision][/path]` on the Hub.
+    pub fn parse(text: &str) -> Result<Self> {
+        let local = Path::new(text);
+        if local.exists() {
+            return Place::local(local);
+        }
+        let parts: Vec<&str> = text.split('/').collect();
+        // Who names a folder that is there means what is in it.
+        if parts.len() > 1 && !parts[0].is_empty() && Path::new(parts[0]).is_dir() || text.starts_with('/') {
+            bail!(InputError::new(format!("there is no {text}")).help("look at the path"));
+        }
+        if !local.is_absolute()
+            && parts.len() >= 2
+            && !parts.iter().any(|part| ["", ".", ".."].contains(part))
+            && let Some(repo) = Repo::parse(RepoKind::Model, &parts[..2].join("/"))
+        {
+            return Ok(Place::on_hub(repo, &parts[2..].join("/")));
+        }
+        bail!(
+            InputError::new(format!("`{text}` is no folder here, and cannot be a repository of the Hub"))
+                .help("give a folder, or `owner/name[@revision]/path` of a repository on the Hub")
+        )
+    }
+
+    /// A folder or file here.
+    pub fn local(path: &Path) -> Result<Self> {
+        let path = std::path::absolute(path)?;
+        let last = || path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let new = |root: &Path, inner: String, name: String| Place {
+            name,
+            root: Root::Folder(root.to_owned()),
+            path: inner,
+            table: Map::new(),
+            format: None,
+        };
+        if path.is_dir() {
+            return Ok(new(&path, String::new(), last().unwrap_or_else(|| "sae".to_owned())));
+        }
+        let (Some(folder), Some(file)) = (path.parent(), last()) else {
+            bail!(InputError::no_file(&path));
+        };
+        Ok(new(folder, file.clone(), file))
+    }
+
+    /// A path in a repository; empty for the repository itself.
+    pub fn on_hub(repo: Repo, path: &str) -> Self {
+        let name = if path.is_empty() { repo.id.clone() } else { format!("{}/{path}", repo.id) };
+        Place { name, root: Root::Hub(repo), path: path.to_owned(), table: Map::new(), format: None }
+    }
+
+    /// A place further below.
+    pub fn below(&self, path: &str) -> Self {
+        let path = if self.path.is_empty() { path.to_owned() } else { format!("{}/{path}", self.path) };
+        let name = match &self.root {
+            Root::Hub(repo) => format!("{}/{path}", repo.id),
+            Root::Folder(_) => path.clone(),
+        };
+        Place { name, root: self.root.clone(), path, ..self.clone() }
+    }
+
+    /// The place that this one lies in; none for a root.
+    pub fn above(&self) -> Option<Self> {
+        if self.path.is_empty() {
+            let Root::Folder(folder) = &self.root else { return None };
+            return folder.parent().and_then(|folder| Place::local(folder).ok());
+        }
+        let path = self.path.rsplit_once('/').map_or("", |(above, _)| above).to_owned();
+        Some(Place { path, ..self.clone() })
+    }
+
+    /// The repository, if it is on the Hub.
+    pub fn repo(&self) -> Option<&Repo> {
+        match &self.root {
+            Root::Hub(repo) => Some(repo),
+            Root::Folder(_) => None,
+        }
+    }
+
+    /// Everything that its path says, from the repository's name or the file system's root down: formats read layers and
+    /// widths from it.
+    pub fn words(&self) -> String {
+        match &self.root {
+            Root::Hub(repo) => format!("{}/{}", repo.id, self.path),
+            Root::Folder(folder) => format!("{}/{}", folder.display(), self.path),
+        }
+    }
+
+    /// A file below it (or the place itself, if `name` is empty), fetched if need be; `None` where there is none.
+    pub fn file(&self, name: &str) -> Result<Option<PathBuf>> {
+        let path = [self.path.as_str(), name].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
+        match &self.root {
+            // Who names one of an SAE's files means the others beside it.
+            Root::Folder(folder) if !name.is_empty() && folder.join(&self.path).is_file() => {
+                let beside = folder.join(&self.path).with_file_name(name);
+                Ok(Some(beside).filter(|path| path.is_file()))
+            }
+            Root::Folder(folder) => Ok(Some(folder.join(path)).filter(|path| path.is_file())),
+            Root::Hub(repo) => hub()?.file(repo, &path),
+        }
+    }
+
+    /// A file below it that must be there.
+    pub fn need(&self, name: &str) -> Result<PathBuf> {
+        if let Some(file) = self.file(name)? {
+            return Ok(file);
+        }
+        let files = self.files().unwrap_or_default();
+        let mut folders: Vec<&str> = files.iter().filter_map(|file| file.strip_suffix(&format!("/{name}"))).collect();
+        folders.sort_by_key(|folder| folder.len());
+        let error = InputError::new(format!("{self} has no {name}"));
+        bail!(if folders.is_empty() {
+            let shown: Vec<&str> = files.iter().take(8).map(String::as_str).collect();
+            error.help(match shown.is_empty() {
+                true => "there is nothing; look at the name".to_owned(),
+                false => format!("there are: {}{}", shown.join(", "), if files.len() > 8 { ", ..." } else { "" }),
+            })
+        } else {
+            let more = if folders.len() > 12 { ", ..." } else { "" };
+            folders.truncate(12);
+            error.help(format!("name one of its folders that have one: {}{more}", folders.join(", ")))
+        })
+    }
+
+    /// A JSON file below it that must be there.
+    pub fn json(&self, name: &str) -> Result<Value> {
+        files::read_json(&self.need(name)?)
+    }
+
+    /// The files below it, by their paths from it, sorted.
+    pub fn files(&self) -> Result<Vec<String>> {
+        let prefix = if self.path.is_empty() { String::new() } else { format!("{}/", self.path) };
+        match &self.root {
+            Root::Hub(repo) => {
+                let files = hub()?.list(repo)?;
+                Ok(files.iter().filter_map(|file| file.strip_prefix(&prefix)).map(str::to_owned).collect())
+            }
+            Root::Folder(folder) => {
+                let mut found = Vec::new();
+                collect(&folder.join(&self.path), "", 0, &mut found);
+                found.sort();
+                Ok(found)
+            }
+        }
+    }
+}
+
+/// Files of a folder and of those in it.
+fn collect(folder: &Path, prefix: &str, depth: usize, found: &mut Vec<String>) {
+    /// Published sets have layer, width and sparsity at most, and no user wants his home searched.
+    const DEEPEST: usize = 6;
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => {
+                if depth < DEEPEST && !name.starts_with('.') {
+                    collect(&entry.path(), &format!("{prefix}{name}/"), depth + 1, found);
+                }
+            }
+            _ => found.push(format!("{prefix}{name}")),
+        }
+    }
+}
+
+/// A glob of names, in which `*` stands for `/` too.
+pub fn glob(text: &str) -> Result<glob::Pattern> {
+    glob::Pattern::new(text).map_err(|error| InputError::new(format!("`{text}` is no glob: {error}")).into())
+}

@@ -1,0 +1,60 @@
+//! Where hooks read and write a language model, and the tokens that it runs on.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+/// A batch of contexts: B rows of L positions.
+#[derive(Debug)]
+pub struct Tokens {
+    /// Token ids, [B, L], int64.
+    pub ids: Tensor,
+    /// Which positions are text and not padding, [B, L], bool. Padding may be on either side.
+    pub mask: Tensor,
+}
+
+impl Tokens {
+    /// Rows and positions.
+    pub fn size(&self) -> (i64, i64) {
+        self.ids.size2().expect("token ids have two dimensions")
+    }
+
+    /// The text positions but for each row's first, [B, L], bool: whatever its id, and on whichever side the padding is.
+    pub fn without_first(&self) -> Tensor {
+        let first = self.mask.cumsum(1, Kind::Int64).eq(1).logical_and(&self.mask);
+        self.mask.logical_and(&first.logical_not())
+    }
+}
+
+/// Whether a module's input or its output is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Io {
+    /// The input.
+    In,
+    /// The output.
+    Out,
+    /// The value inside a norm, normalised and not yet scaled and shifted by its weights.
+    Normed,
+}
+
+/// A place in a model: a module's input or output.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HookPoint {
+    /// The module's path in the Hugging Face model: `gpt_neox.layers.1.mlp`.
+    pub module: String,
+    /// Input or output.
+    pub io: Io,
+}
+
+impl fmt::Display for HookPoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let io = match self.io {
+            Io::In => "in",
+            Io::Out => "out",
+            Io::Normed => "normed",
+        };
+        write!(f, "{}.{io}", self.module)
+    }
+}

@@ -1,0 +1,329 @@
+//! Language models: run as far as needed, read and replaced at any module.
+//!
+//! A model's forward pass names its modules as Hugging Face does and hands every module's input and output to
+//! [`Hooks`], which read values, replace them, and stop the pass after the last value that was asked for.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::blocks::{Linear, Norm};
+use super::hook_point::{HookPoint, Io, Tokens};
+use super::names::Names;
+use crate::error::InputError;
+use crate::suggest::nearest;
+
+/// The forward pass ended early: every value that was asked for has been read.
+#[derive(Debug)]
+pub struct Stop;
+
+enum Action<'a> {
+    Read(Option<Tensor>),
+    Replace(Box<dyn Fn(&Tensor) -> Tensor + 'a>),
+}
+
+/// What a forward pass does at its modules.
+#[derive(Default)]
+pub struct Hooks<'a> {
+    actions: Vec<(HookPoint, Action<'a>)>,
+    unread: usize,
+    stop_when_read: bool,
+    path: String,
+    visits: Option<Vec<Visit>>,
+}
+
+/// One module as a forward pass met it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Visit {
+    /// The module's path.
+    pub module: String,
+    /// Width (last dimension) of its input.
+    pub input: i64,
+    /// Width (last dimension) of its output.
+    pub output: i64,
+}
+
+impl<'a> Hooks<'a> {
+    /// Nothing is read or replaced.
+    pub fn none() -> Self {
+        Hooks::default()
+    }
+
+    /// Reads the values at these points; get them with [`Hooks::take`]. The pass stops after the last of them if
+    /// `stop` is set.
+    pub fn read(points: &[HookPoint], stop: bool) -> Self {
+        Hooks {
+            actions: points.iter().map(|point| (point.clone(), Action::Read(None))).collect(),
+            unread: points.len(),
+            stop_when_read: stop,
+            ..Hooks::default()
+        }
+    }
+
+    /// Replaces the value at a point, [B, L, width], by what the function makes of it.
+    pub fn replace(point: &HookPoint, with: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
+        Hooks { actions: vec![(point.clone(), Action::Replace(Box::new(with)))], ..Hooks::default() }
+    }
+
+    /// Writes down every module that the pass goes through.
+    pub fn record() -> Self {
+        Hooks { visits: Some(Vec::new()), ..Hooks::default() }
+    }
+
+    /// The value that was read at a point.
+    pub fn take(&mut self, point: &HookPoint) -> Option<Tensor> {
+        self.actions.iter_mut().find_map(|(at, action)| match action {
+            Action::Read(value) if at == point => value.take(),
+            _ => None,
+        })
+    }
+
+    /// The modules met by a recording pass, in order of their outputs.
+    pub fn into_visits(self) -> Vec<Visit> {
+        self.visits.unwrap_or_default()
+    }
+
+    /// Calls a module by its name within the module that is being run, with its input; its input and output are read
+    /// and replaced as asked.
+    pub fn module(
+        &mut self,
+        name: &str,
+        input: &Tensor,
+        run: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor, Stop>,
+    ) -> Result<Tensor, Stop> {
+        let outer = self.path.len();
+        if outer > 0 {
+            self.path.push('.');
+        }
+        self.path.push_str(name);
+        let input = self.meet(Io::In, input)?;
+        let output = run(self, &input)?;
+        if let Some(visits) = &mut self.visits {
+            let width = |value: &Tensor| value.size().last().copied().unwrap_or(0);
+            visits.push(Visit { module: self.path.clone(), input: width(&input), output: width(&output) });
+        }
+        let output = self.meet(Io::Out, &output)?;
+        self.path.truncate(outer);
+        Ok(output)
+    }
+
+    /// Calls a linear map by its name, as [`Hooks::module`]. A pass that only records computes no product.
+    pub fn linear(&mut self, name: &str, input: &Tensor, linear: &Linear) -> Result<Tensor, Stop> {
+        self.module(name, input, |hooks, x| {
+            if hooks.visits.is_none() {
+                return Ok(linear.forward(x));
+            }
+            let mut size = x.size();
+            *size.last_mut().expect("a linear map's input has a width") = linear.width();
+            Ok(Tensor::zeros(size, (x.kind(), x.device())))
+        })
+    }
+
+    /// Calls a norm by its name, as [`Hooks::module`]; what it gives is of the type `out`.
+    pub fn norm(&mut self, name: &str, input: &Tensor, norm: &Norm, out: Kind) -> Result<Tensor, Stop> {
+        self.module(name, input, |hooks, x| {
+            let asked = |(point, _): &(HookPoint, Action)| point.io == Io::Normed && point.module == hooks.path;
+            if !hooks.actions.iter().any(asked) {
+                return Ok(norm.forward(x, out));
+            }
+            let normed = hooks.meet(Io::Normed, &norm.normalize(x))?;
+            Ok(norm.scale(&normed).to_kind(out))
+        })
+    }
+
+    /// Whether a module of this name within the one that is being run is read, replaced or recorded.
+    pub fn sees(&self, name: &str) -> bool {
+        let inner = |module: &str| module.strip_prefix(&self.path)?.strip_prefix('.').map(|rest| rest == name);
+        self.visits.is_some() || self.actions.iter().any(|(point, _)| inner(&point.module) == Some(true))
+    }
+
+    fn meet(&mut self, io: Io, value: &Tensor) -> Result<Tensor, Stop> {
+        let mut value = value.shallow_clone();
+        for (point, action) in &mut self.actions {
+            if point.io != io || point.module != self.path {
+                continue;
+            }
+            match action {
+                Action::Read(slot) => {
+                    if slot.replace(value.shallow_clone()).is_none() {
+                        self.unread -= 1;
+                    }
+                }
+                Action::Replace(with) => value = with(&value).to_kind(value.kind()),
+            }
+        }
+        if self.stop_when_read && self.unread == 0 {
+            return Err(Stop);
+        }
+        Ok(value)
+    }
+}
+
+/// The stream of hidden states between two layers, with what all layers share (mask, positions, rotations).
+#[derive(Debug)]
+pub struct Hidden {
+    /// Hidden states, [B, L, d].
+    pub x: Tensor,
+    /// What attention needs, computed once a pass.
+    pub context: std::rc::Rc<crate::lm::Context>,
+}
+
+impl Hidden {
+    /// The same stream, sharing memory: to continue from one place in more than one way.
+    pub fn fork(&self) -> Hidden {
+        Hidden { x: self.x.shallow_clone(), context: self.context.clone() }
+    }
+}
+
+/// A language model: embeddings, a stack of layers, a head.
+pub trait LanguageModel: Send {
+    /// Width of the residual stream.
+    fn hidden_size(&self) -> i64;
+
+    /// Number of layers.
+    fn n_layers(&self) -> usize;
+
+    /// Number of attention heads of a layer.
+    fn n_heads(&self) -> i64;
+
+    /// Number of token ids that it embeds.
+    fn vocab_size(&self) -> i64;
+
+    /// The longest context that it takes, where there is a limit.
+    fn max_positions(&self) -> Option<i64>;
+
+    /// Where the family keeps its parts.
+    fn names(&self) -> &Names;
+
+    /// The device of the weights.
+    fn device(&self) -> Device;
+
+    /// Every weight by its Hugging Face name, sharing memory with the model's, to train or to save.
+    fn parameters(&self) -> Vec<(String, Tensor)>;
+
+    /// Bytes of its weights once all are read.
+    fn memory(&self) -> u64 {
+        self.parameters().iter().map(|(_, parameter)| crate::files::tensors::bytes(parameter) as u64).sum()
+    }
+
+    /// Every module in the order of a forward pass.
+    fn modules(&self) -> Vec<Visit>;
+
+    /// Embeds tokens.
+    fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop>;
+
+    /// Runs one layer.
+    fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop>;
+
+    /// The final norm and the head: logits, [B, L, vocabulary], float32.
+    fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop>;
+}
+
+impl dyn LanguageModel + '_ {
+    /// The whole pass, or as much of it as the hooks need. Logits, [B, L, vocabulary].
+    pub fn forward(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let hidden = self.begin(tokens, hooks)?;
+        self.forward_from(0, &hidden, hooks)
+    }
+
+    /// The pass from the input of a layer on.
+    pub fn forward_from(&self, layer: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let mut hidden = hidden.fork();
+        for index in layer..self.n_layers() {
+            hidden = self.layer(index, &hidden, hooks)?;
+        }
+        self.end(&hidden, hooks)
+    }
+
+    /// The value at one point, [B, L, width]; nothing after it is computed.
+    pub fn value_at(&self, tokens: &Tokens, point: &HookPoint) -> Tensor {
+        let mut hooks = Hooks::read(std::slice::from_ref(point), true);
+        let _ = self.forward(tokens, &mut hooks);
+        hooks.take(point).expect("a hook point of a model is met in every pass")
+    }
+
+    /// What every pass over these tokens has in common however the value at a point is replaced: everything before the
+    /// layer that holds the point, computed once.
+    pub fn before<'a>(&'a self, tokens: &'a Tokens, point: &HookPoint) -> Prefix<'a> {
+        let names = self.names();
+        let layer = match names.layer_of(&point.module) {
+            None if point.module == names.embed || Some(&point.module) == names.positions.as_ref() => {
+                return Prefix { model: self, tokens, hidden: None };
+            }
+            None => self.n_layers(),
+            Some(layer) => layer,
+        };
+        let run = |hooks: &mut Hooks| {
+            let mut hidden = self.begin(tokens, hooks)?;
+            for index in 0..layer {
+                hidden = self.layer(index, &hidden, hooks)?;
+            }
+            Ok::<_, Stop>((layer, hidden))
+        };
+        Prefix { model: self, tokens, hidden: run(&mut Hooks::none()).ok() }
+    }
+
+    /// The point that a user names by a module path and `io`, or by a TransformerLens name; with its width.
+    pub fn hook_point(&self, name: &str, io: Io) -> Result<(HookPoint, i64)> {
+        let point = self.names().transformer_lens(name).unwrap_or_else(|| HookPoint { module: name.to_owned(), io });
+        let modules = self.modules();
+        let width = |module: &Visit| if point.io == Io::In { module.input } else { module.output };
+        if let Some(module) = modules.iter().find(|visit| visit.module == point.module) {
+            return Ok((point.clone(), width(module)));
+        }
+        // Some libraries name modules from the model without its head: `layers.3`, not `model.layers.3`.
+        let without_head = |visit: &&Visit| visit.module.split_once('.').is_some_and(|(_, rest)| rest == name);
+        if let Some(module) = modules.iter().find(without_head) {
+            return Ok((HookPoint { module: module.module.clone(), io }, width(module)));
+        }
+        let modules: Vec<String> = modules.into_iter().map(|visit| visit.module).collect();
+        // Who writes TransformerLens's names is offered those.
+        let hooks = self.names().transformer_lens_names(self.n_layers());
+        let theirs = ["blocks.", "hook_", "ln_final."].iter().any(|start| name.starts_with(start));
+        let known: Vec<&str> = (if theirs { &hooks } else { &modules }).iter().map(String::as_str).collect();
+        let mut near: Vec<&str> = known.clone();
+        near.sort_by(|a, b| strsim::jaro_winkler(b, name).total_cmp(&strsim::jaro_winkler(a, name)));
+        near.truncate(5);
+        let error = InputError::new(format!("the model has no module `{name}`"));
+        let near = near.join(", ");
+        Err(error
+            .help(match nearest(name, known.iter().copied()) {
+                Some(best) => format!("did you mean `{best}`? near it: {near}"),
+                None => format!("the nearest are: {near}"),
+            })
+            .into())
+    }
+}
+
+/// The beginning of a forward pass, to be continued in more than one way.
+pub struct Prefix<'a> {
+    model: &'a dyn LanguageModel,
+    tokens: &'a Tokens,
+    hidden: Option<(usize, Hidden)>,
+}
+
+impl Prefix<'_> {
+    /// The rest of the pass. Logits, [B, L, vocabulary].
+    pub fn forward(&self, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        match &self.hidden {
+            Some((layer, hidden)) => self.model.forward_from(*layer, hidden, hooks),
+            None => self.model.forward(self.tokens, hooks),
+        }
+    }
+}
+
+/// Mean cross entropy, in nats, of predicting each token from those before it, and how many tokens it is a mean over.
+///
+/// A prediction counts where both the token and the one before it are text. Logits [B, L, vocabulary].
+pub fn cross_entropy(logits: &Tensor, tokens: &Tokens) -> (f64, i64) {
+    let length = tokens.size().1 - 1;
+    let counted = tokens.mask.narrow(1, 1, length).logical_and(&tokens.mask.narrow(1, 0, length)).reshape([-1]);
+    let count = counted.sum(Kind::Int64).int64_value(&[]);
+    if count == 0 {
+        return (0.0, 0);
+    }
+    let logits = logits.narrow(1, 0, length);
+    let logits = logits.reshape([-1, logits.size()[2]]);
+    let targets = tokens.ids.narrow(1, 1, length).reshape([-1]).masked_fill(&counted.logical_not(), -100);
+    let loss = logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::Mean, -100, 0.0);
+    (loss.double_value(&[]), count)
+}

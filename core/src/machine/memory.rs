@@ -1,0 +1,223 @@
+//! How much memory a run will take, and whether there is so much: known before anything is read or trained.
+
+use std::fmt;
+
+use sysinfo::{MemoryRefreshKind, RefreshKind, System};
+use tch::Device;
+
+use super::device;
+use crate::error::InputError;
+
+/// Something that takes memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    /// What it is: `the buffer`.
+    pub what: String,
+    /// Bytes, at most.
+    pub bytes: u64,
+    /// What to change, to make it smaller: `n_ctxs`.
+    pub knob: String,
+    /// Whether it is let go of again, so that of several such only the largest counts.
+    pub passing: bool,
+    /// Whether it lies in the computer's memory, whatever the run's device is.
+    pub on_host: bool,
+}
+
+impl Need {
+    /// On the run's device as long as the run.
+    pub fn lasting(what: impl Into<String>, bytes: u64, knob: impl Into<String>) -> Self {
+        Need { what: what.into(), bytes, knob: knob.into(), passing: false, on_host: false }
+    }
+
+    /// On the run's device, and let go of.
+    pub fn passing(what: impl Into<String>, bytes: u64, knob: impl Into<String>) -> Self {
+        Need { passing: true, ..Need::lasting(what, bytes, knob) }
+    }
+
+    /// The same in the computer's memory.
+    pub fn on_host(self) -> Self {
+        Need { on_host: true, ..self }
+    }
+}
+
+/// What libtorch and the program take by themselves.
+const PROGRAM: u64 = 190_000_000;
+
+/// What a context of CUDA and its libraries take of a GPU.
+const CUDA: u64 = 600_000_000;
+
+/// What a run needs, and what there is.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    device: Device,
+    /// Of the computer's memory, when the plan was begun.
+    free: u64,
+    /// Of the GPU's, if it says so.
+    free_on_gpu: Option<u64>,
+    needs: Vec<Need>,
+}
+
+impl Plan {
+    /// Of a run on a device, of which nothing is there yet.
+    pub fn new(device: Device) -> Self {
+        let mut needs = vec![Need::lasting("the program", PROGRAM, "").on_host()];
+        if device.is_cuda() {
+            needs.push(Need::lasting("CUDA", CUDA, ""));
+        }
+        Plan { device, free: free(), free_on_gpu: free_on_gpu(device), needs }
+    }
+
+    /// Adds needs and refuses what cannot fit.
+    pub fn add(&mut self, needs: impl IntoIterator<Item = Need>) -> Result<(), InputError> {
+        self.needs.extend(needs);
+        for (device, free) in [(Device::Cpu, Some(self.free)), (self.device, self.free_on_gpu)] {
+            let (Some(free), peak) = (free, self.peak(device)) else { continue };
+            if peak <= free || (device != Device::Cpu && !device.is_cuda()) {
+                continue;
+            }
+            let mut own: Vec<&Need> = self.needs.iter().filter(|need| self.lies_on(need, device)).collect();
+            own.sort_by_key(|need| std::cmp::Reverse(need.bytes));
+            let most = own.iter().find(|need| !need.knob.is_empty());
+            let help = most.map_or_else(String::new, |most| {
+                format!("most of it, {}, is {}: change {}", Size(most.bytes), most.what, most.knob)
+            });
+            return Err(InputError::new(format!(
+                "the run needs {} of memory ({}), and {} are free",
+                Size(peak),
+                device::name(device),
+                Size(free)
+            ))
+            .help(help));
+        }
+        Ok(())
+    }
+
+    fn lies_on(&self, need: &Need, device: Device) -> bool {
+        device == if need.on_host { Device::Cpu } else { self.device }
+    }
+
+    /// Bytes on a device when most is there.
+    fn peak(&self, device: Device) -> u64 {
+        let own = || self.needs.iter().filter(|need| self.lies_on(need, device));
+        let lasting = own().filter(|need| !need.passing).fold(0_u64, |sum, need| sum.saturating_add(need.bytes));
+        let passing = own().filter(|need| need.passing).map(|need| need.bytes).max().unwrap_or(0);
+        lasting.saturating_add(passing)
+    }
+
+    /// One line for each device: what is expected of it at most.
+    pub fn lines(&self) -> Vec<String> {
+        let devices = [(self.device, self.free_on_gpu), (Device::Cpu, Some(self.free))];
+        let used = if self.device == Device::Cpu { &devices[1..] } else { &devices[..] };
+        let line = |(device, free): &(Device, Option<u64>)| {
+            let free = free.map_or_else(String::new, |free| format!(" of {} that are free", Size(free)));
+            format!("expected peak memory ({}): {}{free}", device::name(*device), Size(self.peak(*device)))
+        };
+        used.iter().map(line).collect()
+    }
+
+    /// What it is made of, a line each.
+    pub fn parts(&self) -> Vec<String> {
+        let part = |need: &Need| {
+            let passing = if need.passing { ", for a while" } else { "" };
+            let place = if need.on_host { Device::Cpu } else { self.device };
+            format!("  {}: {} ({}{passing})", need.what, Size(need.bytes), device::name(place))
+        };
+        self.needs.iter().map(part).collect()
+    }
+}
+
+/// Bytes as people say them.
+pub struct Size(pub u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let megabytes = self.0 as f64 / 1e6;
+        if megabytes < 1000.0 { write!(f, "{megabytes:.1} MB") } else { write!(f, "{:.1} GB", megabytes / 1000.0) }
+    }
+}
+
+/// Refuses what by itself takes more memory than there is, before it is made. The knob is a field of who needs it.
+pub fn check(need: &Need) -> Result<(), InputError> {
+    let free = free();
+    if need.bytes <= free {
+        return Ok(());
+    }
+    let message = format!("{} would take {} of memory, and {} are free", need.what, Size(need.bytes), Size(free));
+    Err(InputError::new(message).field(need.knob.trim_matches('`')).help("make it smaller"))
+}
+
+/// Bytes of the computer's memory that a process could have: what is free or can be made so, within a container's limit.
+pub fn free() -> u64 {
+    let ram = RefreshKind::nothing().with_memory(MemoryRefreshKind::everything());
+    let system = System::new_with_specifics(ram);
+    let free = system.available_memory() + system.free_swap();
+    // A limit that is none is a very large number.
+    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory.saturating_add(limits.free_swap));
+    free.min(limit)
+}
+
+/// Bytes of memory that the computer has.
+pub fn total() -> u64 {
+    System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything())).total_memory()
+}
+
+/// Bytes of a GPU that are free, if it can be asked.
+pub fn free_on_gpu(device: Device) -> Option<u64> {
+    let Device::Cuda(index) = device else { return None };
+    #[cfg(target_os = "linux")]
+    {
+        type Get = unsafe extern "C" fn(*mut i32) -> i32;
+        type Set = unsafe extern "C" fn(i32) -> i32;
+        type MemoryOf = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
+        // SAFETY: the CUDA runtime that libtorch has loaded; its functions have these types, and what they are given
+        // outlives the calls. The thread's device is afterwards what it was.
+        unsafe {
+            let find = |name: &std::ffi::CStr| {
+                let found = libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr());
+                (!found.is_null()).then_some(found)
+            };
+            let get: Get = std::mem::transmute(find(c"cudaGetDevice")?);
+            let set: Set = std::mem::transmute(find(c"cudaSetDevice")?);
+            let memory_of: MemoryOf = std::mem::transmute(find(c"cudaMemGetInfo")?);
+            let (mut before, mut free, mut total) = (0, 0, 0);
+            if get(&mut before) != 0 || set(index as i32) != 0 {
+                return None;
+            }
+            let found = memory_of(&mut free, &mut total);
+            set(before);
+            (found == 0).then_some(free as u64)
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = index;
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_counts_once_and_what_does_not_fit_is_refused() {
+        let mut plan = Plan { device: Device::Cuda(0), free: 1000, free_on_gpu: Some(2000), needs: Vec::new() };
+        let add = |plan: &mut Plan, need| plan.add([need]).map_err(|error| error.to_string());
+        add(&mut plan, Need::lasting("the buffer", 900, "`n_ctxs`")).unwrap();
+        add(&mut plan, Need::passing("a step", 800, "the batch")).unwrap();
+        add(&mut plan, Need::passing("another step", 1000, "the batch")).unwrap();
+        add(&mut plan, Need::lasting("a copy", 950, "`checkpoint_every`").on_host()).unwrap();
+        assert_eq!((plan.peak(Device::Cuda(0)), plan.peak(Device::Cpu)), (1900, 950));
+        let said = add(&mut plan, Need::lasting("an SAE", 200, "`dict_size`")).unwrap_err();
+        assert!(said.contains("(cuda:0)") && said.contains("is another step: change the batch"), "{said}");
+        plan.needs.pop();
+        let said = add(&mut plan, Need::lasting("one more", 100, "").on_host()).unwrap_err();
+        assert!(said.contains("(cpu)") && said.contains("a copy: change `checkpoint_every`"), "{said}");
+    }
+
+    #[test]
+    fn memory_is_counted() {
+        let free = free();
+        assert!(free > 1 << 26 && free < 1 << 50, "{free}");
+    }
+}

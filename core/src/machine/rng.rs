@@ -1,0 +1,30 @@
+//! Random numbers whose state can be saved: shuffling, resampling and synthetic data draw from these and not from
+//! libtorch's global generator, whose state tch cannot read, so that a resumed run draws what it would have drawn.
+
+use std::sync::{Mutex, PoisonError};
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+/// The generator: ChaCha with 8 rounds, serialisable and the same on every platform.
+pub type Rng = ChaCha8Rng;
+
+/// The generator for one purpose of a run; different purposes get independent streams of the same seed.
+pub fn rng(seed: u64, purpose: &str) -> Rng {
+    // FNV-1a: stable across platforms and Rust versions, unlike std's hashers.
+    let stream = purpose
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let mut rng = Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    rng
+}
+
+/// Calls `make` with libtorch's global generator at `seed`. The generator is the process's, so threads that draw from it take
+/// turns: what is made depends on the seed alone.
+pub fn seeded<T>(seed: u64, make: impl FnOnce() -> T) -> T {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::manual_seed(seed as i64);
+    make()
+}

@@ -1,9 +1,0 @@
-//! dictlearn with this plugin in it: `cargo run --release -- train CONFIG.yaml`.
-
-// Linking a plugin registers it.
-use dictlearn as _;
-use example_name as _;
-
-fn main() -> std::process::ExitCode {
-    dictlearn_core::cli::main()
-}

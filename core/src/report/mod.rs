@@ -1,0 +1,7 @@
+//! Metrics and loggers.
+
+mod logger;
+mod metric;
+
+pub use logger::*;
+pub use metric::*;

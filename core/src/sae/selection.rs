@@ -1,0 +1,149 @@
+//! How many features a dictionary of the TopK family selects, and from which value on.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use super::code::Code;
+use crate::error::InputError;
+
+/// How many features are selected, and from which value on.
+#[derive(Debug)]
+pub struct Selection {
+    k: i64,
+    k_tensor: Tensor,
+    threshold: Tensor,
+    by_threshold: bool,
+}
+
+impl Selection {
+    /// `k` features of each activation. `by_threshold` if users of the trained dictionary select by the threshold
+    /// instead, so that activations do not depend on their batch.
+    pub fn new(k: i64, by_threshold: bool, device: Device) -> Self {
+        Selection {
+            k,
+            k_tensor: Tensor::full([0_i64; 0], k, (Kind::Int, device)),
+            threshold: Tensor::full([0_i64; 0], -1.0, (Kind::Float, device)),
+            by_threshold,
+        }
+    }
+
+    /// Refuses a `k` that the dictionary cannot select.
+    pub fn check(k: i64, features: i64) -> Result<()> {
+        if k > features {
+            bail!(
+                InputError::new(format!("`k` is {k}, but the dictionary has only {features} features"))
+                    .field("k")
+                    .help("make `k` smaller or `dict_size` larger")
+            );
+        }
+        Ok(())
+    }
+
+    /// The k of a saved dictionary: that of its tensor, which annealing may have changed, or that of its config.
+    pub fn saved_k(tensors: &BTreeMap<String, Tensor>, trainer: &Value, features: i64) -> Result<i64> {
+        let k = match tensors.get("k") {
+            Some(k) if k.numel() == 1 && k.is_floating_point() => k.double_value(&[]) as i64,
+            Some(k) if k.numel() == 1 => k.reshape([1]).int64_value(&[0]),
+            Some(_) => 0,
+            None => trainer.get("k").and_then(Value::as_i64).unwrap_or(0),
+        };
+        if !(1..=features).contains(&k) {
+            bail!(InputError::new(format!("`k` is {k}, and the dictionary has {features} features")));
+        }
+        Ok(k)
+    }
+
+    /// How many features of each activation.
+    pub fn k(&self) -> i64 {
+        self.k
+    }
+
+    /// Changes k.
+    pub fn set_k(&mut self, k: i64) {
+        self.k = k;
+        let _ = self.k_tensor.fill_(k);
+    }
+
+    /// The running mean of the smallest selected feature, a float32 scalar; negative as long as it is not known.
+    pub fn threshold(&self) -> &Tensor {
+        &self.threshold
+    }
+
+    /// Whether the trained dictionary selects by the threshold.
+    pub fn by_threshold(&self) -> bool {
+        self.by_threshold
+    }
+
+    /// The saved tensors, `k` (int32) and `threshold`.
+    pub fn buffers(&self) -> Vec<(&'static str, Tensor)> {
+        vec![("k", self.k_tensor.shallow_clone()), ("threshold", self.threshold.shallow_clone())]
+    }
+
+    /// For [`Dictionary::loaded`].
+    pub fn loaded(&mut self) {
+        self.k = self.k_tensor.int64_value(&[]);
+    }
+
+    /// For [`Dictionary::scale_biases`].
+    pub fn scale(&mut self, scale: f64) {
+        if self.threshold.double_value(&[]) >= 0.0 {
+            let _ = tch::no_grad(|| self.threshold.g_mul_scalar_(scale));
+        }
+    }
+
+    /// Of pre-activations [.., F] after ReLU the k largest of each activation.
+    pub fn of_each(&self, pre_activations: Tensor) -> Code {
+        let post_relu = pre_activations.relu();
+        let (values, indices) = post_relu.topk(self.k, -1, true, false);
+        let features = post_relu.zeros_like().scatter(-1, &indices, &values);
+        Code::new(features)
+            .with("pre_activations", pre_activations)
+            .with("post_relu", post_relu)
+            .with("top_values", values)
+            .with("top_indices", indices)
+    }
+
+    /// Of `candidates` [.., F], which may be negative, for each activation the k with the greatest `scores` [.., F].
+    pub fn by_score(&self, candidates: Tensor, scores: &Tensor) -> Code {
+        let (values, indices) = scores.topk(self.k, -1, true, false);
+        let selected = candidates.gather(-1, &indices, false);
+        let features = candidates.zeros_like().scatter(-1, &indices, &selected);
+        Code::new(features).with("post_relu", candidates).with("top_values", values).with("top_indices", indices)
+    }
+
+    /// Of the pre-activations [B, F] of a batch after ReLU the B·k largest, in training.
+    pub fn of_batch(&self, pre_activations: Tensor) -> Code {
+        let post_relu = pre_activations.relu();
+        let flat = post_relu.flatten(0, -1);
+        let rows = flat.size()[0] / post_relu.size().last().copied().unwrap_or(1).max(1);
+        let (values, indices) = flat.topk(self.k * rows, -1, true, false);
+        let features = flat.zeros_like().scatter(0, &indices, &values).view_as(&post_relu);
+        Code::new(features)
+            .with("pre_activations", pre_activations)
+            .with("post_relu", post_relu)
+            .with("top_values", values.unsqueeze(0))
+    }
+
+    /// Of pre-activations [.., F] after ReLU those above the threshold.
+    pub fn above_threshold(&self, pre_activations: &Tensor) -> Tensor {
+        let post_relu = pre_activations.relu();
+        &post_relu * post_relu.gt_tensor(&self.threshold)
+    }
+
+    /// θ ← β θ + (1 − β) · the mean of the smallest positive values of what was selected from together, `[rows]`.
+    ///
+    /// Without any, infinity, it counts for nothing; in the reference it makes the threshold infinite for good.
+    pub(crate) fn update_threshold(&self, smallest: &Tensor, beta: f64) {
+        tch::no_grad(|| {
+            // Without a look at any number: a GPU would have to be waited for.
+            let some = smallest.isfinite();
+            let mean = smallest.masked_fill(&some.logical_not(), f64::NAN).nanmean([0].as_slice(), false, Kind::Float);
+            let mut threshold = self.threshold.shallow_clone();
+            let moved = mean.where_self(&threshold.less(0.0), &(&threshold * beta + &mean * (1.0 - beta)));
+            threshold.copy_(&moved.where_self(&some.any(), &threshold));
+        });
+    }
+}

@@ -1,0 +1,272 @@
+//! A part of a batch's pre-activations, with the products that a step by hand takes of it.
+
+use std::cell::OnceCell;
+use std::ops::Range;
+
+use tch::{Kind, Tensor};
+
+use super::map;
+use super::operand::Operand;
+use super::pattern::Pattern;
+use crate::machine::device::{Precision, at_hand};
+
+/// Pre-activations z of some of the features, for all B rows of a batch: either all of them, [B, n], or only those that
+/// matter, `[entries]`. Where it says "as z", a tensor has z's shape, and belongs to it number by number.
+#[derive(Debug)]
+pub struct Block {
+    /// The pre-activations.
+    pub z: Tensor,
+    features: Range<i64>,
+    precision: Precision,
+    entries: Option<Entries>,
+}
+
+/// One number for each entry of a block, to calculate with.
+#[derive(Debug)]
+pub enum Input<'a> {
+    /// Its own: a tensor as z.
+    Each(&'a Tensor),
+    /// Its feature's: of a vector `[F]`.
+    Feature(&'a Tensor),
+    /// The same for all.
+    Same(f64),
+}
+
+/// Of a block that holds some entries alone: where they are.
+#[derive(Debug)]
+enum Entries {
+    /// On a CPU, in an order of which products can be taken.
+    Listed {
+        pattern: Pattern,
+        /// Each entry's feature, counted from the block's first, and row, where they are asked for.
+        indices: OnceCell<(Tensor, Tensor)>,
+    },
+    /// Where libtorch found them; products are taken of a matrix in which all others are 0.
+    Scattered {
+        /// Each entry's row times the number of features, plus its feature, int64 `[entries]`.
+        at: Tensor,
+        rows: i64,
+        /// How many selections there were, one for each row or one of the batch, of equally many entries.
+        selections: i64,
+    },
+}
+
+impl Entries {
+    /// Each entry's feature and row.
+    fn indices(&self, features: i64) -> (Tensor, Tensor) {
+        match self {
+            Entries::Listed { pattern, indices } => {
+                let (features, rows) = indices.get_or_init(|| pattern.indices());
+                (features.shallow_clone(), rows.shallow_clone())
+            }
+            Entries::Scattered { at, .. } => (at.remainder(features), at.divide_scalar_mode(features, "floor")),
+        }
+    }
+}
+
+impl Block {
+    pub(crate) fn dense(z: Tensor, first: i64, precision: Precision) -> Self {
+        let features = first..first + z.size()[1];
+        Block { z, features, precision, entries: None }
+    }
+
+    pub(crate) fn sparse((pattern, z): (Pattern, Tensor), first: i64, precision: Precision) -> Self {
+        let features = first..first + pattern.features() as i64;
+        Block { z, features, precision, entries: Some(Entries::Listed { pattern, indices: OnceCell::new() }) }
+    }
+
+    /// The `selections` times k entries of all features that libtorch found at places `at` of the [rows, features] there are.
+    pub(crate) fn scattered(
+        z: Tensor,
+        at: Tensor,
+        [rows, features]: [i64; 2],
+        selections: i64,
+        precision: Precision,
+    ) -> Self {
+        Block { z, features: 0..features, precision, entries: Some(Entries::Scattered { at, rows, selections }) }
+    }
+
+    fn width(&self) -> i64 {
+        self.features.end - self.features.start
+    }
+
+    fn own(&self, of_all: &Tensor) -> Tensor {
+        of_all.narrow(0, self.features.start, self.width())
+    }
+
+    /// Calculates for each entry O numbers, as z but of the kind of the products' operands, and S numbers of which each feature's sum is taken, `[n]`, in one pass
+    /// over memory. The block must be on a CPU.
+    pub fn map<const I: usize, const O: usize, const S: usize>(
+        &self,
+        inputs: [Input; I],
+        function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
+    ) -> ([Tensor; O], [Tensor; S]) {
+        assert!(at_hand(self.z.device()), "only a CPU's blocks are mapped");
+        let owned = inputs.map(|input| match (input, &self.entries) {
+            (Input::Each(tensor), _) => {
+                assert!(tensor.size() == self.z.size(), "{:?} is not as z, {:?}", tensor.size(), self.z.size());
+                map::Row::of_each(tensor)
+            }
+            (Input::Feature(vector), None) => map::Row::repeated(&self.own(vector)),
+            (Input::Feature(vector), Some(entries)) => {
+                map::Row::of_each(&self.own(vector).index_select(0, &entries.indices(self.width()).0))
+            }
+            (Input::Same(value), _) => map::Row::same(value as f32),
+        });
+        match &self.entries {
+            None => map::tile(&self.z.size(), self.precision.kind(), owned, function),
+            Some(entries) => {
+                let (outputs, summed) = map::list(self.z.size()[0], owned, function);
+                let sums = summed.map(|values| {
+                    let mut sums = Tensor::zeros([self.width()], (Kind::Float, values.device()));
+                    self.add_by_feature(entries, &values, &mut sums);
+                    sums
+                });
+                (outputs, sums)
+            }
+        }
+    }
+
+    /// Adds to each feature of `sums` `[F]` what [`Block::map`] found for the block's.
+    pub fn add_sums(&self, found: &Tensor, sums: &Tensor) {
+        let mut own = self.own(sums);
+        own += found;
+    }
+
+    /// Of a vector `[B]` each entry's number: what can be calculated with z.
+    pub fn of_rows(&self, vector: &Tensor) -> Tensor {
+        match &self.entries {
+            None => vector.unsqueeze(1),
+            Some(entries) => vector.index_select(0, &entries.indices(self.width()).1),
+        }
+    }
+
+    /// Adds to each feature of `sums` `[F]` the sum of its values, which are as z.
+    pub fn sum_by_feature(&self, values: &Tensor, sums: &mut Tensor) {
+        let mut own = self.own(sums);
+        match &self.entries {
+            None => own += values.sum_dim_intlist([0].as_slice(), false, Kind::Float),
+            Some(entries) => self.add_by_feature(entries, &values.contiguous(), &mut own),
+        }
+    }
+
+    fn add_by_feature(&self, entries: &Entries, values: &Tensor, sums: &mut Tensor) {
+        match entries {
+            Entries::Listed { pattern, .. } => pattern.sum_by_feature(values, sums),
+            Entries::Scattered { .. } => drop(sums.index_add_(0, &entries.indices(self.width()).0, values)),
+        }
+    }
+
+    /// For each row the sum of its values, which are as z: `[B]`.
+    pub fn sum_by_row(&self, values: &Tensor) -> Tensor {
+        match &self.entries {
+            None => values.sum_dim_intlist([1].as_slice(), false, Kind::Float),
+            Some(Entries::Listed { pattern, .. }) => {
+                pattern.fold_rows(&values.contiguous(), 0.0, |sum, value| sum + value)
+            }
+            Some(entries @ Entries::Scattered { rows, .. }) => {
+                let sums = Tensor::zeros([*rows], (Kind::Float, values.device()));
+                sums.index_add(0, &entries.indices(self.width()).1, values)
+            }
+        }
+    }
+
+    /// For each selection, of a row or of the batch, its smallest pre-activation above 0, infinite where there is none. Of lists
+    /// for each row.
+    pub fn smallest_positive(&self) -> Tensor {
+        let z = self.z.masked_fill(&self.z.le(0.0), f64::INFINITY);
+        match &self.entries {
+            None => z.amin([1], false),
+            Some(Entries::Listed { pattern, .. }) => pattern.fold_rows(&z, f32::INFINITY, f32::min),
+            Some(Entries::Scattered { selections, .. }) => z.view([*selections, -1]).amin([1], false),
+        }
+    }
+
+    /// The same with a matrix instead of scattered entries.
+    pub(crate) fn matrix(self) -> Block {
+        match &self.entries {
+            Some(Entries::Scattered { .. }) => {
+                Block::dense(self.full(&self.z, self.z.kind()), self.features.start, self.precision)
+            }
+            _ => self,
+        }
+    }
+
+    /// The features `range` of the block, counted from its first, which is no block of scattered entries.
+    pub(crate) fn narrow(&self, range: Range<i64>) -> Block {
+        let first = self.features.start + range.start;
+        match &self.entries {
+            None => Block::dense(self.z.narrow(1, range.start, range.end - range.start), first, self.precision),
+            Some(Entries::Scattered { .. }) => unreachable!("groups are made of a matrix"),
+            Some(Entries::Listed { pattern, .. }) => {
+                let (pattern, own) = pattern.narrow(range.start as usize..range.end as usize);
+                let z = self.z.narrow(0, own.start as i64, own.len() as i64);
+                Block::sparse((pattern, z), first, self.precision)
+            }
+        }
+    }
+
+    /// out [B, d] += V W: what features of these values, as z, decode to by directions W [F, d].
+    pub(crate) fn decode(&self, values: &Tensor, weight: &Operand, out: &mut Tensor) {
+        match &self.entries {
+            None | Some(Entries::Scattered { .. }) => {
+                let (values, weight) = (self.cast(values), self.own(weight.for_products()));
+                match self.precision {
+                    Precision::Float32 => drop(out.addmm_(&values, &weight)),
+                    Precision::BFloat16 => *out += self.precision.product(&values, &weight),
+                }
+            }
+            Some(Entries::Listed { pattern, .. }) => {
+                pattern.decode(&values.contiguous(), &self.own(weight.exact()), out)
+            }
+        }
+    }
+
+    /// As z, but of the kind of the products' operands, each entry's product of its row of X [B, d] and its feature's row of
+    /// W [F, d].
+    pub(crate) fn products(&self, vectors: &Operand, weight: &Operand) -> Tensor {
+        match &self.entries {
+            None => vectors.for_products().matmul(&self.own(weight.for_products()).tr()),
+            Some(Entries::Scattered { at, .. }) => {
+                vectors.for_products().matmul(&self.own(weight.for_products()).tr()).take(at)
+            }
+            Some(Entries::Listed { pattern, .. }) => pattern.products(vectors.exact(), &self.own(weight.exact())),
+        }
+    }
+
+    /// out [F, d] = Vᵀ X, in the block's rows, for values as z and X [B, d].
+    pub(crate) fn accumulate(&self, values: &Tensor, vectors: &Operand, out: &mut Tensor) {
+        let mut own = self.own(out);
+        match &self.entries {
+            None | Some(Entries::Scattered { .. }) => {
+                let (values, vectors) = (self.cast(values).tr(), vectors.for_products());
+                match self.precision {
+                    Precision::Float32 => drop(values.mm_out(&own, vectors)),
+                    Precision::BFloat16 => own.copy_(&values.matmul(vectors)),
+                }
+            }
+            Some(Entries::Listed { pattern, .. }) => {
+                pattern.accumulate(&values.contiguous(), vectors.exact(), &mut own)
+            }
+        }
+    }
+
+    /// To take products of: a matrix.
+    fn cast(&self, values: &Tensor) -> Tensor {
+        match self.entries {
+            Some(Entries::Scattered { .. }) => self.full(values, self.precision.kind()),
+            _ => values.to_kind(self.precision.kind()),
+        }
+    }
+
+    /// [B, n] of values as z; the others are 0.
+    fn full(&self, values: &Tensor, kind: Kind) -> Tensor {
+        match &self.entries {
+            Some(Entries::Scattered { at, rows, .. }) => {
+                let mut full = Tensor::zeros([rows * self.width()], (kind, values.device()));
+                full.scatter_(0, at, &values.to_kind(kind)).view([*rows, self.width()])
+            }
+            _ => values.to_kind(kind),
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Which features fire: how long each has been silent.
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use crate::files::state::State;
+
+/// For each feature, how long since it fired, in steps or tokens, whichever the owner counts in.
+#[derive(Debug)]
+pub struct Firing {
+    since: Tensor,
+    /// No counter is higher; known without a look at them.
+    most: i64,
+}
+
+impl Firing {
+    /// Counters at 0, on the device of the weights.
+    pub fn new(features: i64, device: Device) -> Self {
+        Firing { since: Tensor::zeros([features], (Kind::Int64, device)), most: 0 }
+    }
+
+    /// Adds `amount` to every counter, then sets those of the features that fired, bool `[F]`, to 0.
+    pub fn update(&mut self, fired: &Tensor, amount: i64) {
+        self.count(amount);
+        let _ = self.since.masked_fill_(fired, 0);
+    }
+
+    /// Adds `amount` to every counter, then sets those of the features with these indices, int64 of any shape, to 0.
+    pub fn update_indices(&mut self, indices: &Tensor, amount: i64) {
+        self.count(amount);
+        self.reset_indices(indices);
+    }
+
+    fn count(&mut self, amount: i64) {
+        self.since += amount;
+        self.most = self.most.saturating_add(amount);
+    }
+
+    /// Sets the counters of the features with these indices, int64 of any shape, to 0.
+    pub fn reset_indices(&mut self, indices: &Tensor) {
+        let _ = self.since.index_fill_(0, &indices.reshape([-1]), 0);
+    }
+
+    /// Which features have been silent for at least so long, bool `[F]`.
+    pub fn silent_for(&self, at_least: i64) -> Tensor {
+        self.since.ge(at_least)
+    }
+
+    /// The numbers of the features that have been silent for at least so long, int64, if there are any. A GPU is waited for
+    /// only where there may be some.
+    pub fn silent_indices(&mut self, at_least: i64) -> Option<Tensor> {
+        if self.most < at_least {
+            return None;
+        }
+        let found = self.silent_for(at_least).nonzero().reshape([-1]);
+        if found.size()[0] > 0 {
+            return Some(found);
+        }
+        self.most = self.since.max().int64_value(&[]);
+        None
+    }
+
+    /// The counters, int64 `[F]`.
+    pub fn since(&self) -> &Tensor {
+        &self.since
+    }
+
+    /// Sets the counters of some features, bool `[F]`, to 0.
+    pub fn reset(&mut self, features: &Tensor) {
+        let _ = self.since.masked_fill_(features, 0);
+    }
+
+    /// What must survive a restart.
+    pub fn state(&self) -> State {
+        let mut state = State::new();
+        state.put_tensor("since", &self.since);
+        state
+    }
+
+    /// Takes back what [`Firing::state`] gave.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        state.load_tensor("since", &mut self.since)?;
+        self.most = self.since.max().int64_value(&[]);
+        Ok(())
+    }
+}

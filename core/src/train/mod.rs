@@ -1,0 +1,27 @@
+//! Training: trainers, modifiers, losses, gradients and one optimiser step.
+
+pub mod analytic;
+mod config;
+mod constraint;
+mod firing;
+mod modifier;
+mod optim;
+mod resample;
+mod schedule;
+mod terms;
+pub mod top_k;
+mod trainer;
+mod training;
+mod watch;
+
+pub use config::*;
+pub use constraint::*;
+pub use firing::*;
+pub use modifier::*;
+pub use optim::*;
+pub use resample::*;
+pub use schedule::*;
+pub use terms::*;
+pub use trainer::*;
+pub use training::*;
+pub use watch::*;

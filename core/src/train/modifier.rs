@@ -1,0 +1,128 @@
+//! Modifiers: features that compose with any trainer, such as penalties, edits of gradients and resampling.
+
+use std::fmt::Debug;
+
+use anyhow::{Result, bail};
+use tch::{Kind, Tensor};
+
+use super::resample::can_resample;
+use super::terms::Terms;
+use super::trainer::{AfterStep, Pass, Trainer};
+use crate::error::InputError;
+use crate::files::state::State;
+use crate::sae::Dictionary;
+
+/// The config of a modifier.
+#[typetag::serde(tag = "type")]
+pub trait ModifierConfig: Debug + Send + Sync {
+    /// What it cannot do without. Where that is missing the config is refused before anything is built.
+    fn needs(&self) -> Vec<Need> {
+        Vec::new()
+    }
+
+    /// The modifier, or why it cannot work here.
+    fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>>;
+}
+
+crate::schema::slot!(ModifierConfig => Modifier);
+
+/// What a modifier is built for.
+pub struct ModifierCx<'a> {
+    /// The dictionary in training.
+    pub dictionary: &'a dyn Dictionary,
+    /// Its trainer.
+    pub trainer: &'a dyn Trainer,
+}
+
+/// What a modifier cannot do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// `pre_activations` [B, F] in the code: what decides whether features fire, before the nonlinearity.
+    PreActivations,
+    /// A decoder.
+    Decoder,
+    /// A sparsity term in the trainer's loss.
+    SparsityTerm,
+    /// Features that can start anew, and a trainer that does not resample them already.
+    Resampling,
+}
+
+impl Need {
+    /// What is needed, in words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Need::PreActivations => "pre-activations",
+            Need::Decoder => "a decoder",
+            Need::SparsityTerm => "a sparsity term in the trainer's loss",
+            Need::Resampling => "features that can be resampled, by a trainer that does not",
+        }
+    }
+
+    /// Refuses a modifier whose needs are not met. `name` is the modifier's.
+    pub fn check(self, name: &str, cx: &ModifierCx) -> Result<()> {
+        let class = cx.dictionary.class();
+        let (met, why) = match self {
+            Need::PreActivations => {
+                (exposes_pre_activations(cx), format!("pre-activations, which the class {class} does not expose"))
+            }
+            Need::Decoder => {
+                (cx.dictionary.decoder().is_some(), format!("a decoder, which the class {class} does not have"))
+            }
+            Need::SparsityTerm => (
+                cx.trainer.has_sparsity_term(),
+                "a sparsity term to take the place of, and this trainer's loss has none".to_owned(),
+            ),
+            Need::Resampling if cx.trainer.resamples() => {
+                (false, "a trainer that does not resample, and this one does (`resample_steps`)".to_owned())
+            }
+            Need::Resampling => (
+                can_resample(cx.dictionary),
+                format!("features that can be resampled, and those of the class {class} cannot"),
+            ),
+        };
+        if !met {
+            bail!(
+                InputError::new(format!("the modifier `{name}` needs {why}"))
+                    .help("leave the modifier out, or choose another dictionary or trainer")
+            );
+        }
+        Ok(())
+    }
+}
+
+fn exposes_pre_activations(cx: &ModifierCx) -> bool {
+    let x = Tensor::zeros([1, cx.dictionary.dims().input], (Kind::Float, cx.dictionary.device()));
+    tch::no_grad(|| cx.trainer.encode(cx.dictionary, &x).get("pre_activations").is_some())
+}
+
+/// A modifier.
+pub trait Modifier: Send {
+    /// Adds to the loss, or changes its terms.
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let _ = (pass, terms);
+        Ok(())
+    }
+
+    /// Edits the dictionary's gradients, before the trainer constrains them.
+    fn gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
+        let _ = dictionary;
+        Ok(())
+    }
+
+    /// Acts after the optimiser's step.
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        let _ = cx;
+        Ok(())
+    }
+
+    /// What must survive a restart.
+    fn state(&self) -> Result<State> {
+        Ok(State::new())
+    }
+
+    /// Takes back what [`Modifier::state`] gave.
+    fn restore(&mut self, state: &State) -> Result<()> {
+        let _ = state;
+        Ok(())
+    }
+}

@@ -1,0 +1,464 @@
+//! Adam with moments in the open: resampling resets rows of them and a checkpoint holds them.
+
+mod fused;
+
+use anyhow::Result;
+use tch::Tensor;
+
+use crate::files::state::State;
+use crate::machine::device::at_hand;
+use crate::sae::{Decoder, Dictionary};
+use crate::train::constraint::{Constraints, clip_gradients, normalize_decoder, remove_parallel_gradient};
+
+/// Adam's settings (Kingma and Ba 2014, <https://arxiv.org/abs/1412.6980>), with PyTorch's defaults.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamConfig {
+    /// Decay rates of the two moments.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    pub eps: f64,
+}
+
+impl Default for AdamConfig {
+    fn default() -> Self {
+        AdamConfig { betas: (0.9, 0.999), eps: 1e-8 }
+    }
+}
+
+/// The two moments of one parameter, of the parameter's shape.
+#[derive(Debug)]
+pub struct Moments {
+    /// The parameter's state-dict name.
+    pub name: String,
+    /// The parameter, sharing memory with the dictionary's.
+    pub parameter: Tensor,
+    /// Mean of the gradient, m.
+    pub exp_avg: Tensor,
+    /// Mean of the squared gradient, v.
+    pub exp_avg_sq: Tensor,
+}
+
+/// Adam.
+#[derive(Debug)]
+pub struct Adam {
+    config: AdamConfig,
+    steps: u64,
+    moments: Vec<Moments>,
+    /// Parameters and their moments all in one, where they are on a GPU: there each operation has a cost of its own, which is
+    /// more than that of a bias's numbers.
+    joined: Option<Joined>,
+}
+
+/// Tensors that lie one after the other, whose parts the others are.
+#[derive(Debug)]
+struct Joined {
+    parameters: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+}
+
+/// What is known of a step's gradients.
+#[derive(Debug)]
+pub enum Gradients {
+    /// They are finite, and the step is taken.
+    Finite,
+    /// There is no step.
+    NotFinite {
+        /// The parameter whose gradient it is; empty if nobody knows.
+        name: String,
+        /// The gradient's norm.
+        norm: f64,
+    },
+    /// The step is taken, and this is their joint norm, a scalar on a GPU.
+    Unread(Tensor),
+}
+
+impl Adam {
+    /// Adam for parameters by their state-dict names. On a GPU they move to one place in memory.
+    pub fn new(config: AdamConfig, parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
+        let parameters: Vec<(String, Tensor)> =
+            parameters.into_iter().map(|(name, parameter)| (name.into(), parameter)).collect();
+        let join = !parameters.is_empty() && !parameters.iter().any(|(_, parameter)| at_hand(parameter.device()));
+        Adam::build(config, parameters, join)
+    }
+
+    fn build(config: AdamConfig, parameters: Vec<(String, Tensor)>, join: bool) -> Self {
+        let mut moments: Vec<Moments> = parameters
+            .into_iter()
+            .map(|(name, parameter)| Moments {
+                name,
+                exp_avg: parameter.detach().zeros_like(),
+                exp_avg_sq: parameter.detach().zeros_like(),
+                parameter,
+            })
+            .collect();
+        let joined = join.then(|| Joined {
+            parameters: joined(moments.iter_mut().map(|moments| &mut moments.parameter)),
+            exp_avg: joined(moments.iter_mut().map(|moments| &mut moments.exp_avg)),
+            exp_avg_sq: joined(moments.iter_mut().map(|moments| &mut moments.exp_avg_sq)),
+        });
+        Adam { config, steps: 0, moments, joined }
+    }
+
+    /// The moments of a parameter.
+    pub fn moments(&mut self, name: &str) -> Option<&mut Moments> {
+        self.moments.iter_mut().find(|moments| moments.name == name)
+    }
+
+    /// The moments of all parameters.
+    pub fn all_moments(&mut self) -> impl Iterator<Item = &mut Moments> {
+        self.moments.iter_mut()
+    }
+
+    /// Forgets all gradients.
+    pub fn zero_grad(&mut self) {
+        for moments in &mut self.moments {
+            moments.parameter.zero_grad();
+        }
+    }
+
+    /// One step with the gradients of a dictionary's parameters, within constraints. If one of them is not finite there is no
+    /// step, unless none of them is to be looked at: then a GPU need not be waited for.
+    pub fn step_within(
+        &mut self,
+        lr: f64,
+        constraints: &Constraints,
+        dictionary: &dyn Dictionary,
+        look: bool,
+    ) -> Gradients {
+        let decoder = dictionary.decoder();
+        match fused::step(self.config, self.steps + 1, &mut self.moments, lr, constraints, decoder.as_ref()) {
+            Some(Gradients::Finite) => {
+                self.steps += 1;
+                Gradients::Finite
+            }
+            Some(other) => other,
+            None => self.step_by_parts(lr, constraints, decoder, look),
+        }
+    }
+
+    fn step_by_parts(&mut self, lr: f64, constraints: &Constraints, decoder: Option<Decoder>, look: bool) -> Gradients {
+        let decoder = decoder.filter(|_| constraints.unit_norm_decoder);
+        if let Some(decoder) = &decoder {
+            remove_parallel_gradient(decoder);
+        }
+        let mut gradients = self.gradients();
+        let norms: Vec<Tensor> = gradients.iter().filter(|gradient| gradient.defined()).map(Tensor::norm).collect();
+        let norm = match norms.as_slice() {
+            [] => return Gradients::Finite,
+            [norm] => norm.shallow_clone(),
+            norms => Tensor::stack(norms, 0).norm(),
+        };
+        if look && !norm.double_value(&[]).is_finite() {
+            let one = |gradient: &Tensor| gradient.defined() && !gradient.norm().double_value(&[]).is_finite();
+            // Where they are all in one, nobody knows whose it is.
+            let name = gradients.iter().position(one).filter(|_| self.joined.is_none());
+            let name = name.map_or_else(String::new, |index| self.moments[index].name.clone());
+            return Gradients::NotFinite { name, norm: norm.double_value(&[]) };
+        }
+        if let Some(max_norm) = constraints.clip_gradients {
+            clip_gradients(&mut gradients, &norm, max_norm);
+        }
+        self.step_with(lr, &gradients);
+        if let Some(decoder) = &decoder {
+            normalize_decoder(decoder);
+        }
+        if look { Gradients::Finite } else { Gradients::Unread(norm) }
+    }
+
+    /// One step with the parameters' gradients: θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays; on a GPU its
+    /// gradient counts as 0.
+    pub fn step(&mut self, lr: f64) {
+        let gradients = self.gradients();
+        self.step_with(lr, &gradients);
+    }
+
+    /// The parameters' gradients, or all in one.
+    fn gradients(&self) -> Vec<Tensor> {
+        let own = self.moments.iter().map(|Moments { parameter, .. }| {
+            let gradient = parameter.grad();
+            if self.joined.is_none() || gradient.defined() { gradient } else { parameter.detach().zeros_like() }
+        });
+        if self.joined.is_none() {
+            return own.collect();
+        }
+        let rows = own.zip(&self.moments).map(|(gradient, moments)| {
+            let gradient = if lies_turned(&moments.parameter) { gradient.tr() } else { gradient };
+            gradient.reshape([-1])
+        });
+        vec![Tensor::cat(&rows.collect::<Vec<_>>(), 0)]
+    }
+
+    fn step_with(&mut self, lr: f64, gradients: &[Tensor]) {
+        self.steps += 1;
+        let AdamConfig { betas: (beta1, beta2), eps } = self.config;
+        let steps = self.steps as f64;
+        let correction1 = 1.0 - beta1.powf(steps);
+        let correction2 = (1.0 - beta2.powf(steps)).sqrt();
+        let update = |gradient: &Tensor, parameter: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor| {
+            if !gradient.defined() {
+                return;
+            }
+            let [mut parameter, mut exp_avg, mut exp_avg_sq] =
+                [parameter, exp_avg, exp_avg_sq].map(Tensor::shallow_clone);
+            let _ = exp_avg.lerp_(gradient, 1.0 - beta1);
+            let _ = exp_avg_sq.lerp_(&gradient.square(), 1.0 - beta2);
+            if lr > 0.0 {
+                let scale = -correction1 / lr;
+                let mut denominator = exp_avg_sq.sqrt();
+                let _ = denominator.g_mul_scalar_(scale / correction2);
+                let _ = denominator.g_add_scalar_(scale * eps);
+                let _ = parameter.addcdiv_(&exp_avg, &denominator);
+            }
+        };
+        tch::no_grad(|| match &self.joined {
+            Some(Joined { parameters, exp_avg, exp_avg_sq }) => {
+                update(&gradients[0], parameters, exp_avg, exp_avg_sq);
+            }
+            None => {
+                for (gradient, moments) in gradients.iter().zip(&self.moments) {
+                    update(gradient, &moments.parameter, &moments.exp_avg, &moments.exp_avg_sq);
+                }
+            }
+        });
+    }
+
+    /// The number of steps taken and all moments.
+    pub fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put("steps", self.steps)?;
+        for moments in &self.moments {
+            state.put_tensor(format!("{}/exp_avg", moments.name), &moments.exp_avg);
+            state.put_tensor(format!("{}/exp_avg_sq", moments.name), &moments.exp_avg_sq);
+        }
+        Ok(state)
+    }
+
+    /// Takes back what [`Adam::state`] gave.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        self.steps = state.get("steps")?;
+        for moments in &mut self.moments {
+            state.load_tensor(&format!("{}/exp_avg", moments.name), &mut moments.exp_avg)?;
+            state.load_tensor(&format!("{}/exp_avg_sq", moments.name), &mut moments.exp_avg_sq)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a matrix's columns are in one piece each, instead of its rows.
+fn lies_turned(tensor: &Tensor) -> bool {
+    tensor.dim() == 2 && !tensor.is_contiguous() && tensor.tr().is_contiguous()
+}
+
+/// Puts tensors one after the other, in the order of their memory; they are parts of what it returns from then on.
+fn joined<'a>(tensors: impl Iterator<Item = &'a mut Tensor>) -> Tensor {
+    tch::no_grad(|| {
+        let tensors: Vec<&mut Tensor> = tensors.collect();
+        let turned = |tensor: &Tensor, turn: bool| if turn { tensor.tr() } else { tensor.shallow_clone() };
+        let rows = tensors.iter().map(|tensor| turned(&tensor.detach(), lies_turned(tensor)).reshape([-1]));
+        let all = Tensor::cat(&rows.collect::<Vec<_>>(), 0);
+        let mut at = 0;
+        for tensor in tensors {
+            let (turn, count) = (lies_turned(tensor), tensor.numel() as i64);
+            let size = turned(&tensor.detach(), turn).size();
+            tensor.set_data(&turned(&all.narrow(0, at, count).view(size.as_slice()), turn));
+            at += count;
+        }
+        all
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::sae::{Dims, trained_matrix};
+
+    /// Weights and nothing that is done with them.
+    struct Weights {
+        encoder: Tensor,
+        bias: Tensor,
+        decoder: Tensor,
+        feature_dim: i64,
+    }
+
+    impl Dictionary for Weights {
+        fn class(&self) -> &'static str {
+            "Weights"
+        }
+        fn dims(&self) -> Dims {
+            Dims { input: 1, features: 1, output: 1 }
+        }
+        fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+            let clone = Tensor::shallow_clone;
+            vec![("encoder", clone(&self.encoder)), ("bias", clone(&self.bias)), ("decoder", clone(&self.decoder))]
+        }
+        fn encode(&self, x: &Tensor) -> Tensor {
+            x.shallow_clone()
+        }
+        fn decode(&self, features: &Tensor) -> Tensor {
+            features.shallow_clone()
+        }
+        fn decoder(&self) -> Option<Decoder> {
+            let weight = self.decoder.shallow_clone();
+            Some(Decoder { name: "decoder", weight, feature_dim: self.feature_dim })
+        }
+        fn scale_biases(&mut self, _: f64) {}
+    }
+
+    #[test]
+    fn one_pass_does_what_the_parts_do() {
+        let options = (Kind::Float, Device::Cpu);
+        for (features, d) in [(1, 1), (7, 19), (300, 64)] {
+            for feature_dim in [0, 1] {
+                for (unit_norm_decoder, clip_gradients) in
+                    [(false, None), (true, None), (false, Some(0.5)), (true, Some(0.5)), (true, Some(1e9))]
+                {
+                    for (betas, join) in [((0.9, 0.999), false), ((0.0, 0.999), false), ((0.9, 0.999), true)] {
+                        let size = if feature_dim == 0 { [features, d] } else { [d, features] };
+                        let [one, other] = [0, 1].map(|_| Weights {
+                            encoder: trained_matrix([features, d], 0, Device::Cpu),
+                            bias: Tensor::zeros([d], options).set_requires_grad(true),
+                            decoder: trained_matrix(size, feature_dim, Device::Cpu),
+                            feature_dim,
+                        });
+                        for ((_, mut one), (_, mut other)) in one.parameters().into_iter().zip(other.parameters()) {
+                            let start = Tensor::randn(one.size(), options);
+                            tch::no_grad(|| [one.copy_(&start), other.copy_(&start)]);
+                        }
+                        // A direction of zeros stays.
+                        for weights in [&one, &other] {
+                            let _ = tch::no_grad(|| weights.decoder.select(feature_dim, 0).zero_());
+                        }
+                        let constraints = Constraints { unit_norm_decoder, clip_gradients };
+                        let config = AdamConfig { betas, ..AdamConfig::default() };
+                        let named = |weights: &Weights| {
+                            weights
+                                .parameters()
+                                .into_iter()
+                                .map(|(name, parameter)| (name.to_owned(), parameter))
+                                .collect()
+                        };
+                        let mut fused = Adam::build(config, named(&one), false);
+                        let mut plain = Adam::build(config, named(&other), join);
+                        for step in 0..4 {
+                            for ((_, one), (_, other)) in one.parameters().into_iter().zip(other.parameters()) {
+                                let gradient = Tensor::randn(one.size(), options);
+                                (one * &gradient).sum(Kind::Float).backward();
+                                (other * &gradient).sum(Kind::Float).backward();
+                            }
+                            let lr = 0.05 * f64::from(step);
+                            let decoder = one.decoder();
+                            let done = fused::step(
+                                config,
+                                step as u64 + 1,
+                                &mut fused.moments,
+                                lr,
+                                &constraints,
+                                decoder.as_ref(),
+                            );
+                            assert!(matches!(done, Some(Gradients::Finite)), "it does not fit");
+                            plain.step_by_parts(lr, &constraints, other.decoder(), false);
+                            fused.zero_grad();
+                            plain.zero_grad();
+                            for (a, b) in fused.moments.iter().zip(&plain.moments) {
+                                // What adds up to nearly nothing is off by the rounding of what was added.
+                                for (a, b, added) in [
+                                    (&a.parameter, &b.parameter, 1e-2),
+                                    (&a.exp_avg, &b.exp_avg, 1e-2),
+                                    (&a.exp_avg_sq, &b.exp_avg_sq, 1e-6),
+                                ] {
+                                    // All together: Adam makes as much of a gradient that is rounding alone as of any other.
+                                    let (off, size) = ((a - b).norm(), b.norm());
+                                    let off = off.double_value(&[]) / size.double_value(&[]).max(added);
+                                    assert!(off < 1e-4, "{constraints:?} {betas:?}: off by {off:e}\n{a}\n{b}");
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_changes_nothing() {
+        let options = (Kind::Float, Device::Cpu);
+        for unit_norm_decoder in [false, true] {
+            for (clip_gradients, fused) in [(None, true), (Some(1.0), true), (None, false), (Some(1.0), false)] {
+                for (bad, which) in [(f64::NAN, 0), (f64::INFINITY, 1), (f64::NEG_INFINITY, 2), (f64::NAN, 2)] {
+                    let weights = Weights {
+                        encoder: trained_matrix([40, 30], 0, Device::Cpu),
+                        bias: Tensor::zeros([30], options).set_requires_grad(true),
+                        decoder: trained_matrix([30, 40], 1, Device::Cpu),
+                        feature_dim: 1,
+                    };
+                    let mut adam = Adam::new(AdamConfig::default(), weights.parameters());
+                    let step = |adam: &mut Adam, bad: Option<f64>| {
+                        for (index, (_, mut parameter)) in weights.parameters().into_iter().enumerate() {
+                            parameter.zero_grad();
+                            parameter.sum(Kind::Float).backward();
+                            if let Some(bad) = bad.filter(|_| index == which) {
+                                // `flatten` would copy one that does not lie in one piece.
+                                let mut number = parameter.grad();
+                                while number.dim() > 0 {
+                                    number = number.get(-1);
+                                }
+                                let _ = number.fill_(bad);
+                            }
+                        }
+                        let constraints = Constraints { unit_norm_decoder, clip_gradients };
+                        match fused {
+                            true => adam.step_within(0.1, &constraints, &weights, true),
+                            false => adam.step_by_parts(0.1, &constraints, weights.decoder(), true),
+                        }
+                    };
+                    assert!(matches!(step(&mut adam, None), Gradients::Finite));
+                    let copies = || -> Vec<Tensor> {
+                        weights.parameters().iter().map(|(_, parameter)| parameter.copy()).collect()
+                    };
+                    let (before, state) = (copies(), adam.state().unwrap());
+                    let found = step(&mut adam, Some(bad));
+                    let name = weights.parameters()[which].0;
+                    assert!(
+                        matches!(&found, Gradients::NotFinite { name: found, norm } if found == name && !norm.is_finite()),
+                        "{name}, {bad}, fused {fused}: {found:?}"
+                    );
+                    assert!(adam.state().unwrap() == state && copies() == before, "{name}, {bad}, fused {fused}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn first_step_is_the_learning_rate_against_the_sign() {
+        // m̂ = g and v̂ = g² after one step, so θ moves by lr · g / (|g| + ε).
+        let weight = Tensor::from_slice(&[1.0f32, -2.0, 0.5]).set_requires_grad(true);
+        let mut adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
+        (&weight * Tensor::from_slice(&[3.0f32, -4.0, 0.0])).sum(tch::Kind::Float).backward();
+        adam.step(0.1);
+        let expected = Tensor::from_slice(&[0.9f32, -1.9, 0.5]);
+        assert!((weight.detach() - expected).abs().max().double_value(&[]) < 1e-6);
+    }
+
+    #[test]
+    fn a_restored_optimizer_goes_on_bit_for_bit() {
+        let run = |split: bool| {
+            let weight = Tensor::from_slice(&[1.0f32, -2.0]).set_requires_grad(true);
+            let mut adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
+            for step in 0..6 {
+                if split && step == 3 {
+                    let state = adam.state().unwrap();
+                    adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
+                    adam.restore(&state).unwrap();
+                }
+                adam.zero_grad();
+                (weight.square() * (step + 1)).sum(tch::Kind::Float).backward();
+                adam.step(0.01);
+            }
+            Vec::<f32>::try_from(weight.detach()).unwrap()
+        };
+        assert_eq!(run(false), run(true));
+    }
+}

@@ -1,0 +1,197 @@
+//! Resampling of dead features (Bricken et al. 2023, "Neuron resampling"): a feature that never fires starts anew from
+//! an activation that the dictionary reconstructs badly.
+
+use anyhow::{Result, anyhow, bail};
+use rand::distr::Distribution;
+use rand::distr::weighted::WeightedIndex;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::firing::Firing;
+use super::trainer::{AfterStep, ByHand};
+use crate::error::InputError;
+use crate::files::state::State;
+use crate::sae::{Dictionary, Encoder};
+
+/// How likely an activation is to be drawn for a dead feature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum ResampleWeight {
+    /// In proportion to its loss, the norm of its residual, as in the reference.
+    #[default]
+    Loss,
+    /// In proportion to the square of its loss, as in the paper.
+    LossSquared,
+}
+
+/// Whether the features of a dictionary can be resampled.
+pub(crate) fn can_resample(dictionary: &dyn Dictionary) -> bool {
+    dictionary.encoder().is_some() && dictionary.decoder().is_some()
+}
+
+/// Resampling at regular steps: what a trainer with a field `resample_steps` keeps.
+#[derive(Debug)]
+pub struct Resampling {
+    every: u64,
+    /// How many silent steps make a feature dead, at least.
+    dead_from: u64,
+    /// It is done at the steps that leave this remainder.
+    at: u64,
+    weight: ResampleWeight,
+    firing: Firing,
+}
+
+impl Resampling {
+    /// Resampling every so many steps, at the last of each; `None` where the trainer's `resample_steps` is null.
+    ///
+    /// A feature is dead when it was silent for more than half of the steps between.
+    pub fn new(every: Option<u64>, weight: ResampleWeight, dictionary: &dyn Dictionary) -> Result<Option<Self>> {
+        let Some(every) = every else { return Ok(None) };
+        if !can_resample(dictionary) {
+            bail!(
+                InputError::new(format!("the features of the class {} cannot be resampled", dictionary.class()))
+                    .field("resample_steps")
+                    .help("leave `resample_steps` out")
+            );
+        }
+        Ok(Some(Resampling::every(every, None, weight, dictionary)))
+    }
+
+    /// Resampling every so many steps, at the last of each, of the features that were silent for more than `dead_after`
+    /// steps; for more than half of the steps between where that is `None`.
+    pub fn every(every: u64, dead_after: Option<u64>, weight: ResampleWeight, dictionary: &dyn Dictionary) -> Self {
+        let firing = Firing::new(dictionary.dims().features, dictionary.device());
+        let dead_from = dead_after.unwrap_or(every / 2).saturating_add(1);
+        Resampling { every, dead_from, at: every.saturating_sub(1), weight, firing }
+    }
+
+    /// The same at the first step of each.
+    #[must_use]
+    pub fn at_multiples(mut self) -> Self {
+        self.at = 0;
+        self
+    }
+
+    /// Counts which features of a batch, [B, F], fired.
+    pub fn update(&mut self, features: &Tensor) {
+        self.firing.update(&features.detach().not_equal(0.0).any_dim(0, false), 1);
+    }
+
+    /// The same of a step by hand.
+    pub fn update_by_hand(&mut self, found: &ByHand) {
+        if let Some(fired) = &found.fired {
+            self.firing.update(&fired.gt(0.0), 1);
+        }
+    }
+
+    /// Starts dead features anew, if it is time; how many.
+    pub fn after_step(&mut self, cx: &mut AfterStep) -> Result<i64> {
+        let mut count = 0;
+        if cx.step % self.every == self.at {
+            let dead = self.firing.silent_for(self.dead_from.try_into().unwrap_or(i64::MAX));
+            count = resample(cx, &dead, self.weight)?;
+            // What starts anew is given its time.
+            self.firing.reset(&dead);
+        }
+        Ok(count)
+    }
+
+    /// What must survive a restart.
+    pub fn state(&self) -> State {
+        self.firing.state()
+    }
+
+    /// Takes back what [`Resampling::state`] gave.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        self.firing.restore(state)
+    }
+}
+
+/// Starts dead features, bool `[F]`, anew; at most as many as the batch has activations. Returns how many.
+///
+/// Each draws an activation of the batch without replacement. Its decoder direction becomes the activation's
+/// direction, its encoder row the activation times 0.2 times the mean norm of the living rows, its biases 0, its
+/// moments 0.
+fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result<i64> {
+    tch::no_grad(|| {
+        let dead_indices = Vec::<i64>::try_from(dead.nonzero().reshape([-1]))?;
+        if dead_indices.is_empty() {
+            return Ok(0);
+        }
+        let missing = || anyhow!("the features of the class {} cannot be resampled", cx.dictionary.class());
+        let Encoder { weight: encoder_name, feature_dim, biases } = cx.dictionary.encoder().ok_or_else(missing)?;
+        let decoder = cx.dictionary.decoder().ok_or_else(missing)?;
+
+        let (x_hat, _) = cx.dictionary.reconstruct(&cx.batch.x);
+        let loss = (&cx.batch.target - x_hat).norm_scalaropt_dim(2.0, [-1], false).to_kind(Kind::Double);
+        let loss = if weight == ResampleWeight::LossSquared { loss.square() } else { loss };
+        let drawn = draw(&Vec::<f64>::try_from(loss)?, dead_indices.len(), cx.rng);
+        let count = drawn.len();
+        let device = dead.device();
+        let features = Tensor::from_slice(&dead_indices[..count]).to_device(device);
+        let drawn = Tensor::from_slice(&drawn).to_device(device);
+        let (inputs, targets) = (cx.batch.x.index_select(0, &drawn), cx.batch.target.index_select(0, &drawn));
+
+        let parameter = |name: &str| {
+            let found = cx.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
+            found.map(|(_, tensor)| tensor).ok_or_else(|| anyhow!("no parameter `{name}`"))
+        };
+        let mut encoder = parameter(encoder_name)?;
+        let norms = encoder.norm_scalaropt_dim(2.0, [1 - feature_dim], false);
+        let alive = dead.logical_not();
+        let alive_norm = if bool::try_from(alive.any())? {
+            norms.masked_select(&alive).mean(Kind::Float)
+        } else {
+            norms.mean(Kind::Float)
+        };
+        let rows = inputs * alive_norm * 0.2;
+        let along = |rows: Tensor, feature_dim: i64| if feature_dim == 0 { rows } else { rows.transpose(0, 1) };
+        let _ = encoder.index_copy_(feature_dim, &features, &along(rows, feature_dim));
+        let directions = &targets / targets.norm_scalaropt_dim(2.0, [-1], true).clamp_min(1e-12);
+        let mut decoder_weight = decoder.weight.shallow_clone();
+        let _ = decoder_weight.index_copy_(decoder.feature_dim, &features, &along(directions, decoder.feature_dim));
+        let mut forget = vec![(encoder_name, feature_dim), (decoder.name, decoder.feature_dim)];
+        for name in biases {
+            let _ = parameter(name)?.index_fill_(0, &features, 0.0);
+            forget.push((*name, 0));
+        }
+        for (name, dim) in forget {
+            if let Some(moments) = cx.optimizer.moments(name) {
+                let _ = moments.exp_avg.index_fill_(dim, &features, 0.0);
+                let _ = moments.exp_avg_sq.index_fill_(dim, &features, 0.0);
+            }
+        }
+        Ok(count as i64)
+    })
+}
+
+/// Draws up to `count` indices without replacement, each in proportion to its weight; those of weight 0 never.
+fn draw(weights: &[f64], count: usize, rng: &mut crate::machine::rng::Rng) -> Vec<i64> {
+    let mut drawn = Vec::with_capacity(count);
+    let Ok(mut index) = WeightedIndex::new(weights) else { return drawn };
+    while drawn.len() < count {
+        let next = index.sample(rng);
+        drawn.push(next as i64);
+        // An error means that nothing of positive weight is left.
+        if index.update_weights(&[(next, &0.0)]).is_err() {
+            break;
+        }
+    }
+    drawn
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_without_replacement_and_never_what_weighs_nothing() {
+        let mut rng = crate::machine::rng::rng(1, "test");
+        let mut drawn = draw(&[1.0, 0.0, 2.0, 3.0], 10, &mut rng);
+        drawn.sort_unstable();
+        assert_eq!(drawn, [0, 2, 3]);
+        assert!(draw(&[0.0, 0.0], 2, &mut rng).is_empty());
+    }
+}

@@ -1,0 +1,266 @@
+//! Schedules: learning-rate warm-up and decay, sparsity warm-up. Those of the reference, step for step.
+
+use std::fmt::Display;
+
+use anyhow::Result;
+use serde::de::DeserializeOwned;
+use serde_yaml::Value;
+
+use crate::error::{InputError, Mistakes};
+
+/// The schedule of a learning rate and of a sparsity penalty.
+///
+/// Both are linear from 0 at step 0, so the very first step moves no weight, as in the reference.
+#[derive(Debug, Clone, Copy)]
+pub struct Schedule {
+    /// Steps that the run is laid out for.
+    pub steps: u64,
+    /// Steps over which the learning rate rises to its full value.
+    pub warmup_steps: u64,
+    /// Step from which the learning rate falls linearly, to reach 0 at `steps`.
+    pub decay_start: Option<u64>,
+    /// With resampling: the warm-up starts again every so many steps.
+    pub resample_steps: Option<u64>,
+    /// Steps over which the sparsity penalty rises to its full value.
+    pub sparsity_warmup_steps: Option<u64>,
+}
+
+impl Schedule {
+    /// The schedule, if its parts fit each other and the length of the run; otherwise every part that does not.
+    pub fn check(self) -> Result<Self> {
+        let Schedule { steps, warmup_steps, decay_start, resample_steps, sparsity_warmup_steps } = self;
+        let mut mistakes = Mistakes::new();
+        let mut refused =
+            |field: &str, message: String, help: &str| mistakes.add(InputError::new(message).field(field).help(help));
+        if warmup_steps >= steps {
+            refused(
+                "warmup_steps",
+                format!("`warmup_steps` is {warmup_steps}, but the run has only {steps} steps"),
+                "`warmup_steps` must be less than `steps`",
+            );
+        }
+        if let Some(warmup) = sparsity_warmup_steps.filter(|warmup| *warmup >= steps) {
+            refused(
+                "sparsity_warmup_steps",
+                format!("`sparsity_warmup_steps` is {warmup}, but the run has only {steps} steps"),
+                "`sparsity_warmup_steps` must be less than `steps`",
+            );
+        }
+        if let Some(every) = resample_steps
+            && (every == 0 || every >= steps)
+        {
+            refused(
+                "resample_steps",
+                format!("`resample_steps` is {every}, and the run has {steps} steps"),
+                "`resample_steps` must be above 0 and less than `steps`",
+            );
+        }
+        if let Some(start) = decay_start {
+            if resample_steps.is_some() {
+                refused(
+                    "decay_start",
+                    "both `decay_start` and `resample_steps` are given".to_owned(),
+                    "resampling starts the warm-up again and again: leave one of them out",
+                );
+            }
+            // A warm-up that does not end is a mistake of its own.
+            let ends = |warmup: &u64| *warmup < steps;
+            let warm =
+                [Some(warmup_steps), sparsity_warmup_steps].into_iter().flatten().filter(ends).max().unwrap_or(0);
+            let message = if start >= steps {
+                Some(format!("`decay_start` is {start}, but the run has only {steps} steps"))
+            } else if start == 0 {
+                Some("`decay_start` is 0, the first step".to_owned())
+            } else if start <= warm {
+                Some(format!("`decay_start` is {start}, but the warm-up ends at step {warm}"))
+            } else {
+                None
+            };
+            if let Some(message) = message {
+                refused(
+                    "decay_start",
+                    message,
+                    "`decay_start` must come after `warmup_steps` and `sparsity_warmup_steps` and before `steps`",
+                );
+            }
+        }
+        mistakes.into_result()?;
+        Ok(self)
+    }
+
+    /// The factor of the learning rate at a step, between 0 and 1.
+    pub fn lr_factor(&self, step: u64) -> f64 {
+        let warmup = self.warmup_steps as f64;
+        if let Some(every) = self.resample_steps {
+            if self.warmup_steps == 0 {
+                return 1.0;
+            }
+            return ((step % every) as f64 / warmup).min(1.0);
+        }
+        if step < self.warmup_steps {
+            return step as f64 / warmup;
+        }
+        match self.decay_start {
+            Some(start) if step >= start => self.steps.saturating_sub(step) as f64 / (self.steps - start) as f64,
+            _ => 1.0,
+        }
+    }
+
+    /// Whether any of it depends on how many steps the run is laid out for.
+    pub fn depends_on_steps(&self) -> bool {
+        self.decay_start.is_some()
+    }
+
+    /// The factor of the sparsity penalty at a step, between 0 and 1.
+    pub fn sparsity_factor(&self, step: u64) -> f64 {
+        match self.sparsity_warmup_steps {
+            None | Some(0) => 1.0,
+            Some(warmup) => (step as f64 / warmup as f64).min(1.0),
+        }
+    }
+}
+
+/// Steps of a run that defaults in steps are laid out for. In a shorter one they shrink in proportion.
+pub const FULL_LENGTH: u64 = 10_000;
+
+/// The length of a run, to which defaults are adapted that the config leaves out ([`TrainerConfig::adapt`]).
+///
+/// A run of [`FULL_LENGTH`] steps or more keeps every default that is possible at all. A resumed run keeps what its defaults were
+/// when it began, also where it is made longer.
+///
+/// [`TrainerConfig::adapt`]: crate::train::trainer::TrainerConfig::adapt
+pub struct RunLength<'a> {
+    steps: u64,
+    batch_size: Option<u64>,
+    written: &'a dyn Fn(&str) -> bool,
+    begun: Option<&'a Value>,
+    adapted: Vec<String>,
+}
+
+impl<'a> RunLength<'a> {
+    /// A run of so many steps, on batches of so many activations if that is known. `written` says whether the config has a
+    /// field of the trainer; `begun` is the trainer's config in the run that is resumed.
+    pub fn new(
+        steps: u64,
+        batch_size: Option<u64>,
+        written: &'a dyn Fn(&str) -> bool,
+        begun: Option<&'a Value>,
+    ) -> Self {
+        RunLength { steps, batch_size, written, begun, adapted: Vec::new() }
+    }
+
+    /// Number of steps.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Number of activations that an SAE trains on, if that is known.
+    pub fn tokens(&self) -> Option<u64> {
+        Some(self.steps.saturating_mul(self.batch_size?))
+    }
+
+    /// True if defaults in steps are too long for this run.
+    pub fn is_short(&self) -> bool {
+        self.steps < FULL_LENGTH
+    }
+
+    /// What was adapted: `warmup_steps 1000 -> 10`.
+    pub fn into_adapted(self) -> Vec<String> {
+        self.adapted
+    }
+
+    /// Limits the default of a field.
+    pub fn at_most<T: Copy + PartialOrd + Display + DeserializeOwned>(&mut self, field: &str, value: &mut T, most: T) {
+        if (self.written)(field) {
+            return;
+        }
+        let begun = self.begun.and_then(|begun| serde_yaml::from_value(begun.get(field)?.clone()).ok());
+        let adapted = begun.unwrap_or(if *value > most { most } else { *value });
+        if adapted != *value {
+            self.adapted.push(format!("{field} {value} -> {adapted}"));
+            *value = adapted;
+        }
+    }
+
+    /// Shrinks the default of a count of steps in proportion, in a run that is shorter than [`FULL_LENGTH`].
+    pub fn shrink(&mut self, field: &str, value: &mut u64) {
+        let most = self.in_proportion(*value);
+        self.at_most(field, value, most);
+    }
+
+    /// The same for warm-ups, which also must end before the learning rate decays.
+    pub fn shrink_warm_ups(&mut self, warmup: &mut u64, sparsity_warmup: &mut Option<u64>, decay_start: Option<u64>) {
+        let before = decay_start.map_or(u64::MAX, |start| start.saturating_sub(1));
+        let most = self.in_proportion(*warmup).min(before);
+        self.at_most("warmup_steps", warmup, most);
+        if let Some(warmup) = sparsity_warmup {
+            let most = self.in_proportion(*warmup).min(before);
+            self.at_most("sparsity_warmup_steps", warmup, most);
+        }
+    }
+
+    /// Limits the default of the tokens after which a feature is dead to a fifth of a short run's.
+    pub fn shrink_dead_feature_threshold(&mut self, threshold: &mut i64) {
+        let fifth = self.tokens().filter(|_| self.is_short()).map(|tokens| (tokens / 5).max(1));
+        let most = fifth.and_then(|fifth| i64::try_from(fifth).ok()).unwrap_or(i64::MAX);
+        self.at_most("dead_feature_threshold", threshold, most);
+    }
+
+    fn in_proportion(&self, count: u64) -> u64 {
+        if self.is_short() {
+            // The product of two counts below 2⁶⁴ has room in 128 bits, and the quotient is no more than `count`.
+            (u128::from(count) * u128::from(self.steps) / u128::from(FULL_LENGTH)) as u64
+        } else {
+            count
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Schedule =
+        Schedule { steps: 100, warmup_steps: 10, decay_start: None, resample_steps: None, sparsity_warmup_steps: None };
+
+    #[test]
+    fn warms_up_and_decays() {
+        let schedule = Schedule { decay_start: Some(80), ..PLAIN }.check().unwrap();
+        assert_eq!(schedule.lr_factor(0), 0.0);
+        assert_eq!(schedule.lr_factor(5), 0.5);
+        assert_eq!(schedule.lr_factor(10), 1.0);
+        assert_eq!(schedule.lr_factor(80), 1.0);
+        assert_eq!(schedule.lr_factor(90), 0.5);
+        assert_eq!(schedule.lr_factor(100), 0.0);
+    }
+
+    #[test]
+    fn warms_up_again_after_resampling() {
+        let schedule = Schedule { resample_steps: Some(50), ..PLAIN }.check().unwrap();
+        assert_eq!(schedule.lr_factor(49), 1.0);
+        assert_eq!(schedule.lr_factor(50), 0.0);
+        assert_eq!(schedule.lr_factor(55), 0.5);
+    }
+
+    #[test]
+    fn sparsity_rises() {
+        let schedule = Schedule { sparsity_warmup_steps: Some(20), ..PLAIN };
+        assert_eq!(schedule.sparsity_factor(5), 0.25);
+        assert_eq!(schedule.sparsity_factor(40), 1.0);
+        assert_eq!(PLAIN.sparsity_factor(0), 1.0);
+    }
+
+    #[test]
+    fn refuses_what_does_not_fit() {
+        for wrong in [
+            Schedule { warmup_steps: 100, ..PLAIN },
+            Schedule { sparsity_warmup_steps: Some(100), ..PLAIN },
+            Schedule { decay_start: Some(10), ..PLAIN },
+            Schedule { decay_start: Some(100), ..PLAIN },
+            Schedule { resample_steps: Some(0), ..PLAIN },
+            Schedule { resample_steps: Some(50), decay_start: Some(80), ..PLAIN },
+        ] {
+            assert!(wrong.check().is_err(), "{wrong:?}");
+        }
+    }
+}

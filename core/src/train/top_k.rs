@@ -1,0 +1,511 @@
+//! What the methods of the TopK family share: how many features are selected, the threshold that stands for it, and a
+//! trainer with the auxiliary loss for dead features (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*,
+//! <https://arxiv.org/abs/2406.04093>).
+//!
+//! A dictionary of the family has a [`Selection`], which makes its [`Code`]. The trainer reads of the code:
+//!
+//! | | | |
+//! | --- | --- | --- |
+//! | `post_relu` | [B, F] | the features before the selection, from which the auxiliary loss selects among the dead |
+//! | `top_values` | [rows, k] | the magnitudes of the selected features, whose smallest positive ones move the threshold; a row for what was selected from together, an activation or a batch |
+//! | `top_indices` | [rows, k] | which features count as fired; optional, without it those that are not 0 |
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value};
+use tch::{Kind, Tensor};
+
+use super::analytic::{Hand, mean_square, sum_of_rows};
+use super::constraint::Constraints;
+use super::firing::Firing;
+use super::optim::AdamConfig;
+use super::schedule::Schedule;
+use super::terms::{Terms, mean_of_sums, number};
+use super::trainer::{AfterStep, ByHand, HandPass, Pass, Trainer, TrainerCx};
+use crate::data::Batch;
+use crate::error::{InputError, Mistakes};
+use crate::files::state::State;
+use crate::sae::Dictionary;
+use crate::sae::Selection;
+
+/// Of values [rows, k] each row's smallest above 0, `[rows]`: infinite where there is none.
+fn smallest_positive(values: &Tensor) -> Tensor {
+    values.masked_fill(&values.le(0.0), f64::INFINITY).amin([1], false)
+}
+
+/// The settings that the trainers of the family share; their meaning stands at the fields of
+/// [`top_k_config!`](crate::top_k_config).
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct TopKSettings {
+    pub lr: Option<f64>,
+    pub auxk_alpha: f64,
+    pub warmup_steps: u64,
+    pub decay_start: Option<u64>,
+    pub threshold_beta: f64,
+    pub threshold_start_step: u64,
+    pub k_anneal_steps: Option<u64>,
+    pub dead_feature_threshold: i64,
+}
+
+/// The config of a trainer of the TopK family: the fields that they share, with the reference's defaults, after those
+/// that the trainer adds; `settings()`, which gives the [`TopKSettings`](crate::train::top_k::TopKSettings); and `adapt_settings()` for
+/// [`TrainerConfig::adapt`](crate::train::trainer::TrainerConfig::adapt).
+///
+/// ```ignore
+/// top_k_config! {
+///     /// What the trainer does.
+///     pub struct MyConfig {
+///         /// A field of its own.
+///         pub weight: f64 = 1.0,
+///     }
+/// }
+/// ```
+#[macro_export]
+macro_rules! top_k_config {
+    (
+        $(#[$about:meta])*
+        pub struct $name:ident { $($(#[$doc:meta])* pub $field:ident: $type:ty = $default:expr,)* }
+    ) => {
+        $(#[$about])*
+        #[derive(Debug, Serialize, Deserialize, JsonSchema)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name {
+            $($(#[$doc])* pub $field: $type,)*
+            /// Learning rate; null for 2e-4 / √(F / 2¹⁴), the scaling law of Gao et al. 2024.
+            #[schemars(range(min = 0))]
+            pub lr: Option<f64>,
+            /// Weight α of the auxiliary loss.
+            #[schemars(range(min = 0))]
+            pub auxk_alpha: f64,
+            /// Steps over which the learning rate rises from 0.
+            pub warmup_steps: u64,
+            /// Step from which the learning rate falls to 0 at the last step; null for never.
+            pub decay_start: Option<u64>,
+            /// How slowly the threshold's running mean moves.
+            #[schemars(range(min = 0, max = 1))]
+            pub threshold_beta: f64,
+            /// The threshold is kept from the step after this one on.
+            pub threshold_start_step: u64,
+            /// Steps over which k falls from the activations' width to the dictionary's `k`; null for none.
+            #[schemars(range(min = 1))]
+            pub k_anneal_steps: Option<u64>,
+            /// A feature is dead when no activation selected it for so many tokens.
+            #[schemars(range(min = 1))]
+            pub dead_feature_threshold: i64,
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                $name {
+                    $($field: $default,)*
+                    lr: None,
+                    auxk_alpha: 1.0 / 32.0,
+                    warmup_steps: 1000,
+                    decay_start: None,
+                    threshold_beta: 0.999,
+                    threshold_start_step: 1000,
+                    k_anneal_steps: None,
+                    dead_feature_threshold: 10_000_000,
+                }
+            }
+        }
+
+        impl $name {
+            fn settings(&self) -> $crate::train::top_k::TopKSettings {
+                $crate::train::top_k::TopKSettings {
+                    lr: self.lr,
+                    auxk_alpha: self.auxk_alpha,
+                    warmup_steps: self.warmup_steps,
+                    decay_start: self.decay_start,
+                    threshold_beta: self.threshold_beta,
+                    threshold_start_step: self.threshold_start_step,
+                    k_anneal_steps: self.k_anneal_steps,
+                    dead_feature_threshold: self.dead_feature_threshold,
+                }
+            }
+
+            /// Adapts the defaults of the shared fields to the length of the run.
+            fn adapt_settings(&mut self, length: &mut $crate::train::RunLength) {
+                length.shrink_warm_ups(&mut self.warmup_steps, &mut None, self.decay_start);
+                length.shrink("threshold_start_step", &mut self.threshold_start_step);
+                length.shrink_dead_feature_threshold(&mut self.dead_feature_threshold);
+            }
+        }
+    };
+}
+
+/// What a trainer of the family asks of prefixes of the features beside the whole.
+pub struct Prefixes {
+    /// How many features each has, rising; the last has all.
+    pub ends: Vec<i64>,
+    /// The weight of each one's squared error; the loss is their mean.
+    pub weights: Vec<f64>,
+    /// What each leaves to reconstruct, [B, d]. By hand it is the difference, so where it is another a dictionary must not
+    /// say that it has two layers.
+    pub residuals: fn(&Pass) -> Result<Vec<Tensor>>,
+}
+
+/// A trainer of the family. The loss is the squared error of the reconstruction, or the mean of those of some prefixes
+/// of the features, and the auxiliary loss.
+///
+/// The parameter `b_dec` starts at the geometric median of the first batch; the threshold's mean is kept from the step
+/// after `threshold_start_step` on; k is annealed; dead features get the auxiliary loss. The decoder keeps norm 1,
+/// gradients are clipped to norm 1.
+pub struct TopKTrainer {
+    settings: TopKSettings,
+    lr: f64,
+    schedule: Schedule,
+    /// The k that annealing ends at.
+    k: i64,
+    top_k_aux: i64,
+    fired: Firing,
+    figures: Log,
+    added: Map<String, Value>,
+    prefixes: Prefixes,
+}
+
+/// What the reference's trainers log beside their losses.
+#[derive(Default)]
+struct Log {
+    effective_l0: i64,
+    pre_norm_auxk_loss: Option<Tensor>,
+}
+
+impl TopKTrainer {
+    /// The trainer called `name`.
+    pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx) -> Result<Self> {
+        let Some(selection) = cx.dictionary.selection() else {
+            bail!(InputError::new(format!(
+                "the trainer `{name}` cannot train the class {}: it has no k, and so nothing keeps its features sparse",
+                cx.dictionary.class()
+            ))
+            .help(format!("use {}, or a dictionary that has `k`", cx.dictionary.usual_trainers())));
+        };
+        let dims = cx.dictionary.dims();
+        let mut mistakes = Mistakes::new();
+        let schedule = Schedule {
+            steps: cx.steps,
+            warmup_steps: settings.warmup_steps,
+            decay_start: settings.decay_start,
+            resample_steps: None,
+            sparsity_warmup_steps: None,
+        };
+        mistakes.keep(schedule.check())?;
+        if let Some(anneal) = settings.k_anneal_steps {
+            if anneal >= cx.steps {
+                mistakes.add(
+                    InputError::new(format!("`k_anneal_steps` is {anneal}, but the run has only {} steps", cx.steps))
+                        .field("k_anneal_steps")
+                        .help("`k_anneal_steps` must be less than `steps`"),
+                );
+            }
+            if selection.k() >= dims.input {
+                mistakes.add(
+                    InputError::new(format!(
+                        "k cannot fall from the activations' width, {}, to {}",
+                        dims.input,
+                        selection.k()
+                    ))
+                    .field("k_anneal_steps")
+                    .help("leave `k_anneal_steps` out, or make `k` smaller"),
+                );
+            }
+        }
+        mistakes.into_result()?;
+        if selection.by_threshold() && settings.threshold_start_step + 1 >= cx.steps {
+            crate::say!(
+                "warning: `threshold_start_step` is {}, and the run has {} steps: the threshold by which the class {} \
+                 encodes will not be known, and every positive feature will pass",
+                settings.threshold_start_step,
+                cx.steps,
+                cx.dictionary.class()
+            );
+        }
+        Ok(TopKTrainer {
+            lr: settings.lr.unwrap_or_else(|| 2e-4 / (dims.features as f64 / 16384.0).sqrt()),
+            schedule,
+            k: selection.k(),
+            // Half the activations' width, a heuristic of the paper's.
+            top_k_aux: dims.input / 2,
+            fired: Firing::new(dims.features, cx.dictionary.device()),
+            figures: Log::default(),
+            added: Map::new(),
+            settings,
+            prefixes: Prefixes {
+                ends: vec![dims.features],
+                weights: vec![1.0],
+                residuals: |pass| Ok(vec![pass.residual()]),
+            },
+        })
+    }
+
+    /// Adds to what config.json says of the trainer.
+    #[must_use]
+    pub fn with_setting(mut self, name: &str, value: Value) -> Self {
+        self.added.insert(name.to_owned(), value);
+        self
+    }
+
+    /// Lets prefixes of the features reconstruct by themselves too.
+    #[must_use]
+    pub fn with_prefixes(mut self, prefixes: Prefixes) -> Self {
+        self.prefixes = prefixes;
+        self
+    }
+
+    /// Takes note of what was selected: the smallest positive value of what was selected from together, `[rows]`.
+    fn selected(&mut self, step: u64, selection: &Selection, smallest: impl FnOnce() -> Tensor) {
+        self.figures = Log { effective_l0: selection.k(), ..Log::default() };
+        if step > self.settings.threshold_start_step {
+            selection.update_threshold(&smallest(), self.settings.threshold_beta);
+        }
+    }
+
+    /// The loss of the squared errors that prefixes leave.
+    fn reconstruction(&self, losses: &[Tensor], logging: bool, terms: &mut Terms) {
+        let losses: Vec<Tensor> =
+            losses.iter().zip(&self.prefixes.weights).map(|(loss, weight)| loss * *weight).collect();
+        let losses = Tensor::stack(&losses, 0);
+        let groups = self.prefixes.ends.len() > 1;
+        if logging && groups {
+            terms.log("min_group_loss", losses.min());
+            terms.log("max_group_loss", losses.max());
+        }
+        terms.add_reconstruction(if groups { "group_loss" } else { "mse_loss" }, losses.mean(losses.kind()));
+    }
+
+    /// The mean of the squared norms of e − ê, over the variance of e, and that; the mean alone is logged.
+    ///
+    /// Of one activation, or of equal ones, the variance counts as infinite: dividing by 0 would make every gradient NaN.
+    fn over_variance(&mut self, residual: &Tensor, off: &Tensor) -> (Tensor, Tensor) {
+        let loss = mean_of_sums(&off.square());
+        self.figures.pre_norm_auxk_loss = Some(loss.detach());
+        let centred = residual - residual.mean_dim([0].as_slice(), true, residual.kind());
+        let variance = mean_of_sums(&centred.square());
+        let variance = variance.masked_fill(&variance.le(0.0), f64::INFINITY);
+        (loss / &variance, variance)
+    }
+
+    /// ‖e − ê‖² / Var(e) for the dead features' best reconstruction ê of the residual e, [B, d], which takes no
+    /// gradient.
+    fn auxk_loss(&mut self, pass: &Pass, residual: &Tensor) -> Result<Tensor> {
+        let dead = self.fired.silent_indices(self.settings.dead_feature_threshold);
+        let Some((dead, directions)) = dead.zip(pass.dictionary.directions()) else {
+            return Ok(Tensor::zeros([0_i64; 0], (residual.kind(), residual.device())));
+        };
+        // Only the dead columns take part, so only they are sorted and decoded.
+        let features = pass.code.extra("post_relu")?.index_select(1, &dead);
+        let (_, indices) = features.detach().abs().topk(self.top_k_aux.min(dead.size()[0]), -1, true, false);
+        let kept = features.zeros_like().scatter(-1, &indices, &features.gather(-1, &indices, false));
+        let off = residual - kept.matmul(&directions.index_select(0, &dead));
+        Ok(self.over_variance(residual, &off).0)
+    }
+
+    /// The same by hand, of the error x̂ − x = −e: the loss, and a step for the dead features alone, if there are any.
+    fn auxk_by_hand(&mut self, hand: &Hand, error: &Tensor) -> (Tensor, Option<(Tensor, Hand)>) {
+        let Some(dead) = self.fired.silent_indices(self.settings.dead_feature_threshold) else {
+            return (Tensor::zeros([0_i64; 0], (error.kind(), error.device())), None);
+        };
+        let mut part = hand.of_features(&dead);
+        let block = part.select_of_each(self.top_k_aux.min(dead.size()[0]));
+        // ê − e
+        let mut off = error.copy();
+        part.decode(&block, &block.z.relu(), &mut off);
+        let (loss, variance) = self.over_variance(error, &off);
+        let by_off = off * (variance.reciprocal() * (2.0 * self.settings.auxk_alpha / error.size()[0] as f64));
+        part.backward_of_selected(&block, &by_off);
+        (loss, Some((dead, part)))
+    }
+}
+
+impl Trainer for TopKTrainer {
+    fn adam(&self) -> AdamConfig {
+        AdamConfig::default()
+    }
+
+    fn lr(&self, step: u64) -> f64 {
+        self.lr * self.schedule.lr_factor(step)
+    }
+
+    fn depends_on_steps(&self) -> bool {
+        self.schedule.depends_on_steps()
+    }
+
+    fn settings(&self, settings: &mut Map<String, Value>) {
+        settings.insert("lr".to_owned(), self.lr.into());
+        settings.insert("top_k_aux".to_owned(), self.top_k_aux.into());
+        settings.extend(self.added.clone());
+    }
+
+    fn begin(&mut self, dictionary: &mut dyn Dictionary, batch: &Batch) -> Result<()> {
+        let bias = dictionary.parameters().into_iter().find(|(name, _)| *name == "b_dec");
+        if let Some((_, mut bias)) = bias {
+            tch::no_grad(|| bias.copy_(&geometric_median(&batch.target)));
+        }
+        Ok(())
+    }
+
+    fn constraints(&self) -> Constraints {
+        Constraints { unit_norm_decoder: true, clip_gradients: Some(1.0) }
+    }
+
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let top_values = pass.code.extra("top_values")?.detach();
+        if let Some(selection) = pass.dictionary.selection() {
+            self.selected(pass.step, selection, || smallest_positive(&top_values.abs()));
+        }
+        match pass.code.get("top_indices") {
+            Some(indices) => self.fired.update_indices(indices, pass.batch.len()),
+            None => self.fired.update(&pass.code.features.detach().not_equal(0.0).any_dim(0, false), pass.batch.len()),
+        }
+
+        let residuals = (self.prefixes.residuals)(pass)?;
+        let losses: Vec<Tensor> = residuals.iter().map(|residual| mean_of_sums(&residual.square())).collect();
+        self.reconstruction(&losses, pass.logging, terms);
+        if self.settings.auxk_alpha > 0.0 {
+            let auxk = self.auxk_loss(pass, &pass.residual().detach())?;
+            terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
+        }
+        Ok(())
+    }
+
+    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+        let Some(selection) = pass.dictionary.selection() else { return Ok(None) };
+        let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
+        let (block, indices) = hand.select(selection);
+        self.selected(pass.step, selection, || {
+            let smallest = block.smallest_positive();
+            if selection.by_threshold() { smallest.amin([0], true) } else { smallest }
+        });
+        let mut fired = Tensor::zeros([hand.features()], (Kind::Float, block.z.device()));
+        block.sum_by_feature(&block.z.gt(0.0).to_kind(Kind::Float), &mut fired);
+        self.fired.update(&fired.gt(0.0), pass.batch.len());
+        if !selection.by_threshold() {
+            let selected = indices.unwrap_or_else(|| hand.selected_at_zero(&block, selection.k()));
+            self.fired.reset_indices(&selected);
+        }
+
+        let groups = hand.groups(block, &self.prefixes.ends);
+        let mut error = hand.begin(pass.batch);
+        let mut losses = Vec::with_capacity(groups.len());
+        for group in &groups {
+            hand.decode(group, &group.z.relu(), &mut error);
+            losses.push(mean_square(&error));
+        }
+        self.reconstruction(&losses, pass.logging, terms);
+        let mut revived = None;
+        if self.settings.auxk_alpha > 0.0 {
+            let (auxk, part) = self.auxk_by_hand(&hand, &error);
+            terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
+            revived = part;
+        }
+        let logged = pass.logging.then(|| error.copy());
+        // A group's features are in the reconstruction of its prefix and of all that are longer. From the longest on the errors are
+        // found anew, in one place, which the derivative takes where there is but one: all of them would take much room.
+        let scale = 2.0 / (groups.len() as f64 * pass.batch.len() as f64);
+        let mut of_longer: Option<Tensor> = None;
+        for (index, (group, weight)) in groups.iter().zip(&self.prefixes.weights).enumerate().rev() {
+            let scale = scale * weight;
+            let by_x_hat = match of_longer {
+                Some(mut sum) => sum.addcmul_(&error, &Tensor::from(scale as f32)),
+                None if index == 0 => error.g_mul_scalar_(scale),
+                None => &error * scale,
+            };
+            hand.backward_of_selected(group, &by_x_hat);
+            if index > 0 {
+                hand.decode(group, &group.z.relu().neg(), &mut error);
+            }
+            of_longer = Some(by_x_hat);
+        }
+        let by_sum = sum_of_rows(&of_longer.context("there is no prefix")?);
+        if let Some((dead, part)) = revived {
+            hand.add(&dead, &part);
+        }
+        let gradients = hand.gradients(by_sum);
+        Ok(Some(ByHand { fired: Some(fired), error: logged, gradients }))
+    }
+
+    fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        let dims = cx.dictionary.dims();
+        if let Some((anneal, selection)) = self.settings.k_anneal_steps.zip(cx.dictionary.selection_mut()) {
+            let ratio = cx.step.min(anneal) as f64 / anneal as f64;
+            let k = dims.input as f64 * (1.0 - ratio) + self.k as f64 * ratio;
+            selection.set_k((k as i64).min(dims.features));
+        }
+        Ok(())
+    }
+
+    fn log(&self, row: &mut Map<String, Value>) {
+        row.insert("effective_l0".to_owned(), self.figures.effective_l0.into());
+        let dead = self.fired.silent_for(self.settings.dead_feature_threshold).sum(Kind::Int64).int64_value(&[]);
+        row.insert("dead_features".to_owned(), dead.into());
+        // −1 where there is none, as the reference logs it.
+        let pre_norm = self.figures.pre_norm_auxk_loss.as_ref().map_or(Value::from(-1), number);
+        row.insert("pre_norm_auxk_loss".to_owned(), pre_norm);
+    }
+
+    fn state(&self) -> Result<State> {
+        Ok(self.fired.state())
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.fired.restore(state)
+    }
+}
+
+/// The point `[d]` with the least sum of distances to the points [N, d], by Weiszfeld's iteration from their mean.
+///
+/// A point on the guess, which in the reference makes everything NaN, is defined: it has a very large weight.
+pub fn geometric_median(points: &Tensor) -> Tensor {
+    let mut guess = points.mean_dim([0].as_slice(), false, Kind::Float);
+    for _ in 0..100 {
+        // A point on the guess would weigh infinitely; within rounding of it, its weight is merely very large.
+        let distances = (points - &guess).norm_scalaropt_dim(2.0, [1], false).clamp_min(1e-12);
+        let weights = distances.reciprocal();
+        let weights = &weights / weights.sum(Kind::Float);
+        let next = (weights.unsqueeze(1) * points).sum_dim_intlist([0].as_slice(), false, Kind::Float);
+        let moved = (&next - &guess).norm().double_value(&[]);
+        guess = next;
+        if moved < 1e-5 {
+            break;
+        }
+    }
+    guess
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn geometric_median_of_a_constant_batch_is_the_point() {
+        // The mean is the point itself: every distance is 0, and 0/0 must not come of it.
+        let points = Tensor::from_slice2(&[[1.0f32, 2.0], [1.0, 2.0], [1.0, 2.0]]);
+        let apart = (geometric_median(&points) - points.get(0)).abs().max().double_value(&[]);
+        assert!(apart < 1e-6, "{apart}");
+    }
+
+    #[test]
+    fn geometric_median_of_a_line_is_its_middle_point() {
+        // On a line it is the median, 1, where the mean is 34.
+        let points = Tensor::from_slice2(&[[0.0f32, 0.0], [1.0, 0.0], [101.0, 0.0]]);
+        let median = Vec::<f32>::try_from(geometric_median(&points)).unwrap();
+        assert!((median[0] - 1.0).abs() < 0.05 && median[1] == 0.0, "{median:?}");
+    }
+
+    #[test]
+    fn a_row_without_positive_features_leaves_the_threshold_finite() {
+        let selection = Selection::new(2, false, Device::Cpu);
+        let threshold = |rows: &[[f32; 2]]| {
+            selection.update_threshold(&smallest_positive(&Tensor::from_slice2(rows)), 0.5);
+            selection.threshold().double_value(&[])
+        };
+        assert_eq!(threshold(&[[0.0, 0.0]]), -1.0);
+        assert_eq!(threshold(&[[3.0, 1.0], [0.0, 0.0]]), 1.0);
+        assert_eq!(threshold(&[[0.0, 0.0], [0.0, 0.0]]), 1.0);
+        // Smallest positive of the rows: 3 and 9, mean 6; 0.5 · 1 + 0.5 · 6.
+        assert_eq!(threshold(&[[5.0, 3.0], [9.0, 0.0]]), 3.5);
+    }
+}

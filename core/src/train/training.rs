@@ -1,0 +1,590 @@
+//! One dictionary in training: the order of a step, the same for every method.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+use super::config::SaeConfig;
+use super::modifier::{Modifier, ModifierConfig, ModifierCx};
+use super::optim::{Adam, Gradients};
+use super::terms::{Terms, float};
+use super::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
+use super::watch::Watch;
+use crate::data::{Batch, OnNonfinite, SitePart};
+use crate::error::{InputError, Mistakes, Under};
+use crate::files::state::State;
+use crate::files::tensors::bytes;
+use crate::machine::device;
+use crate::machine::device::Precision;
+use crate::machine::memory::Need;
+use crate::machine::rng::{Rng, rng, seeded};
+use crate::sae::Selection;
+use crate::sae::saved;
+use crate::sae::{Adapted, Normalization};
+use crate::sae::{Dictionary, DictionaryCx};
+
+/// What a dictionary in training is built for.
+#[derive(Debug, Clone)]
+pub struct TrainingCx {
+    /// Width of the activations, and of what is to be reconstructed.
+    pub widths: (i64, i64),
+    /// What the activations are joined of; empty where they are of one place.
+    pub parts: Vec<SitePart>,
+    /// How many steps the schedules are laid out for.
+    pub steps: u64,
+    /// Seed of initial weights and random choices.
+    pub seed: u64,
+    /// Where it trains.
+    pub device: Device,
+    /// The type of its matrix products.
+    pub precision: Precision,
+}
+
+/// One dictionary in training.
+pub struct Training {
+    /// Its name in the run.
+    pub name: String,
+    /// The dictionary.
+    pub dictionary: Box<dyn Dictionary>,
+    /// Its trainer.
+    pub trainer: Box<dyn Trainer>,
+    modifiers: Vec<Box<dyn Modifier>>,
+    optimizer: Adam,
+    rng: Rng,
+    /// Whether the dictionary starts from random weights.
+    fresh: bool,
+    /// Whether it is an SAE that trains on, so that nothing is initialised from data.
+    goes_on: bool,
+    /// What is done after a step that is not finite; with `skip_batch` a GPU is waited for at each step.
+    pub on_nonfinite: OnNonfinite,
+    /// The loss's terms, on a GPU.
+    watch: Watch,
+    /// The gradients' norm, on a GPU.
+    gradients: Watch,
+    /// What is done to each activation by itself; the dictionary is trained on what comes of it.
+    normalization: Option<Normalization>,
+}
+
+/// What was computed of a step before anything is changed by it.
+struct Loss {
+    loss: Tensor,
+    /// Where they were found by hand.
+    gradients: Option<Vec<(&'static str, Tensor)>>,
+    figures: Option<Map<String, Value>>,
+}
+
+impl Training {
+    /// Builds the dictionary, its trainer and its modifiers, and loads initial weights.
+    pub fn new(config: &SaeConfig, cx: &TrainingCx) -> Result<Self> {
+        // Every SAE starts from the run's seed or its own, as in the reference, so that neighbours do not change its weights.
+        let dictionary_cx = DictionaryCx {
+            activation_dim: cx.widths.0,
+            output_dim: cx.widths.1,
+            parts: &cx.parts,
+            device: cx.device,
+            precision: cx.precision,
+        };
+        let mut dictionary = seeded(cx.seed, || config.dictionary.build(&dictionary_cx)).under("dictionary")?;
+        if dictionary.dims().output != cx.widths.1 {
+            bail!(
+                InputError::new(format!(
+                    "the class {} reconstructs vectors of width {}, but the source's targets have width {}",
+                    dictionary.class(),
+                    dictionary.dims().output,
+                    cx.widths.1
+                ))
+                .field("dictionary")
+                .help(
+                    "choose one that predicts vectors of another width, a transcoder (`dictlearn list dictionaries`)"
+                )
+            );
+        }
+        let mut normalization = None;
+        if let Some(path) = &config.init_from {
+            // Counts are the config's (groups, and k: annealing may have been on its way when the file was saved).
+            let counts = |dictionary: &dyn Dictionary| {
+                let buffers = dictionary.buffers().into_iter();
+                buffers.map(|(_, tensor)| tensor).filter(|tensor| tensor.kind() != Kind::Float)
+            };
+            let configured: Vec<Tensor> = counts(&*dictionary).map(|tensor| tensor.copy()).collect();
+            normalization = saved::load_weights(&mut *dictionary, path.as_path()).under("init_from")?;
+            for (mut tensor, configured) in counts(&*dictionary).zip(&configured) {
+                tensor.copy_(configured);
+            }
+            dictionary.loaded();
+        }
+        let trainer_cx = TrainerCx { dictionary: &*dictionary, steps: cx.steps, seed: cx.seed };
+        let trainer = config.trainer.build(&trainer_cx).under("trainer")?;
+        let goes_on = config.init_from.as_ref().is_some_and(|path| path.as_path().is_dir());
+        if goes_on && trainer.constraints().unit_norm_decoder {
+            // Its first step would cut the norms off, and what was learnt with them.
+            let far = |dictionary: &dyn Dictionary| {
+                let norms = dictionary.decoder().map(|decoder| decoder.norms().detach());
+                norms.is_some_and(|norms| !norms.allclose(&norms.ones_like(), 1e-3, 1e-3, false))
+            };
+            if far(&*dictionary) && !dictionary.fold_norms() {
+                crate::say!(
+                    "warning: SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
+                     it will not be what it was",
+                    config.name
+                );
+            }
+        }
+        let modifier_cx = ModifierCx { dictionary: &*dictionary, trainer: &*trainer };
+        let build = |modifier: &dyn ModifierConfig| {
+            modifier.needs().into_iter().try_for_each(|need| need.check(modifier.typetag_name(), &modifier_cx))?;
+            modifier.build(&modifier_cx)
+        };
+        let mut mistakes = Mistakes::new();
+        let mut modifiers = Vec::new();
+        for (index, modifier) in config.modifiers.iter().enumerate() {
+            modifiers.extend(mistakes.keep(build(&**modifier).under(format_args!("modifiers[{index}]")))?);
+        }
+        mistakes.into_result()?;
+        let optimizer = Adam::new(trainer.adam(), dictionary.parameters());
+        let rng = rng(cx.seed, "training");
+        Ok(Training {
+            name: config.name.clone(),
+            dictionary,
+            trainer,
+            modifiers,
+            optimizer,
+            rng,
+            fresh: config.init_from.is_none(),
+            goes_on,
+            on_nonfinite: OnNonfinite::Stop,
+            watch: Watch::default(),
+            gradients: Watch::default(),
+            normalization,
+        })
+    }
+
+    /// Adds a modifier that no config names: for tests.
+    pub fn modify(&mut self, modifier: Box<dyn Modifier>) {
+        self.modifiers.push(modifier);
+    }
+
+    /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
+    /// from its own forward pass.
+    ///
+    /// On a CPU a loss or a gradient that is not finite is refused at once ([`NotFinite`]), and then nothing has changed. A
+    /// GPU is not waited for: there it is refused by the next [`Training::settle`].
+    pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
+        let normalized = self.normalization.map(|normalization| normalization.batch(batch));
+        let batch = normalized.as_ref().unwrap_or(batch);
+        self.make_room();
+        let looks = self.looks();
+        let before = if looks { Some(self.undo(step == 0)?) } else { None };
+        let result = self.step_on(step, batch, logging, looks);
+        match (result, before) {
+            (Err(error), Some(before)) => Err(match self.set_back(&before) {
+                Ok(()) => error,
+                Err(other) => error.context(format!("and what it had counted could not be set back: {other:#}")),
+            }),
+            (result, _) => result,
+        }
+    }
+
+    /// Whether numbers are looked at in each step.
+    fn looks(&self) -> bool {
+        device::at_hand(self.dictionary.device()) || self.on_nonfinite == OnNonfinite::SkipBatch
+    }
+
+    /// [`Training::step`], which may break off after having counted.
+    fn step_on(&mut self, step: u64, batch: &Batch, logging: bool, looks: bool) -> Result<Option<Map<String, Value>>> {
+        let Loss { loss, gradients, figures } = self.loss(step, batch, logging)?;
+        if self.dictionary.parameters().is_empty() {
+            // A baseline, which runs beside the others to be measured with them.
+            return Ok(figures);
+        }
+        let gradients = gradients.unwrap_or_else(|| {
+            let (names, parameters): (Vec<_>, Vec<_>) = self.dictionary.parameters().into_iter().unzip();
+            let found = Tensor::run_backward(&[loss], &parameters, false, false);
+            names.into_iter().zip(found).filter(|(_, gradient)| gradient.defined()).collect()
+        });
+        self.take(gradients)?;
+        for modifier in &mut self.modifiers {
+            modifier.gradients(&*self.dictionary)?;
+        }
+        let constraints = self.trainer.constraints();
+        match self.optimizer.step_within(self.trainer.lr(step), &constraints, &*self.dictionary, looks) {
+            Gradients::Finite => {}
+            Gradients::Unread(norm) => self.gradients.see(step, [("", &norm)])?,
+            Gradients::NotFinite { name, norm } => bail!(self.bad_gradient(step, &name, norm)),
+        }
+
+        let mut cx = AfterStep {
+            step,
+            batch,
+            dictionary: &mut *self.dictionary,
+            optimizer: &mut self.optimizer,
+            rng: &mut self.rng,
+        };
+        self.trainer.after_step(&mut cx)?;
+        for modifier in &mut self.modifiers {
+            modifier.after_step(&mut cx)?;
+        }
+        Ok(figures)
+    }
+
+    /// Why its steps are left to autograd, if they are not taken by hand; found out by one on zeros, so it is not for a run that
+    /// goes on.
+    pub fn why_autograd(&mut self) -> Result<Option<&'static str>> {
+        if !self.modifiers.is_empty() {
+            return Ok(Some("its modifiers need it"));
+        }
+        let dims = self.dictionary.dims();
+        let zeros = |width| Tensor::zeros([1, width], (Kind::Float, self.dictionary.device()));
+        let batch = Batch { x: zeros(dims.input), target: zeros(dims.output) };
+        let pass = HandPass { step: 0, batch: &batch, dictionary: &*self.dictionary, logging: false };
+        if tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?.is_some() {
+            return Ok(None);
+        }
+        Ok(Some(if device::at_hand(self.dictionary.device()) {
+            "the trainer or the dictionary has no other way"
+        } else {
+            "the trainer or the dictionary has no other way on a GPU"
+        }))
+    }
+
+    /// The loss of a step, if it is finite, and its figures.
+    fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Loss> {
+        if step == 0 {
+            if self.fresh {
+                self.dictionary.begin(batch);
+            }
+            if !self.goes_on {
+                self.trainer.begin(&mut *self.dictionary, batch)?;
+            }
+        }
+        let mut terms = Terms::new();
+        if self.modifiers.is_empty() {
+            let pass = HandPass { step, batch, dictionary: &*self.dictionary, logging };
+            if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
+                let loss = self.finite(step, &terms)?;
+                let figures = match (logging, &by_hand.fired, &by_hand.error) {
+                    (false, ..) => None,
+                    (true, Some(fired), Some(error)) => {
+                        let l0 = fired.sum(Kind::Double).double_value(&[]) / batch.len() as f64;
+                        Some(self.figures(step, batch, l0, error, &terms))
+                    }
+                    _ => bail!(
+                        "the trainer took the step by hand and does not say which features fired, or how far off it was"
+                    ),
+                };
+                return Ok(Loss { loss, gradients: Some(by_hand.gradients), figures });
+            }
+        }
+        let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);
+        self.trainer.loss(&pass, &mut terms)?;
+        if let Some((name, value)) = self.dictionary.auxiliary_loss(batch, &pass.code) {
+            terms.add(name, value, 1.0);
+        }
+        for modifier in &mut self.modifiers {
+            modifier.loss(&pass, &mut terms)?;
+        }
+        let logged = logging.then(|| {
+            let active = pass.code.features.detach().not_equal(0.0).sum(Kind::Double);
+            (active, pass.residual().detach())
+        });
+        let loss = self.finite(step, &terms)?;
+        let figures = logged.map(|(active, residual)| {
+            self.figures(step, batch, active.double_value(&[]) / batch.len() as f64, &residual, &terms)
+        });
+        Ok(Loss { loss, gradients: None, figures })
+    }
+
+    /// The sum of a loss's terms, which must be finite.
+    fn finite(&mut self, step: u64, terms: &Terms) -> Result<Tensor> {
+        let loss = terms.total().context("the trainer gave no loss")?;
+        if !self.looks() {
+            let terms = terms.iter().filter(|term| term.weight != 0.0).map(|term| (term.name, &term.value));
+            self.watch.see(step, terms)?;
+            return Ok(loss);
+        }
+        if !is_finite(&loss)? {
+            let infinite = terms.iter().find(|term| !term.value.double_value(&[]).is_finite());
+            bail!(self.bad_loss(step, infinite.map_or("sum", |term| term.name), loss.double_value(&[])));
+        }
+        Ok(loss)
+    }
+
+    fn bad_loss(&self, step: u64, term: &str, value: f64) -> NotFinite {
+        let message = format!("step {step}: the loss of SAE `{}` is {value} (term `{term}`)", self.name);
+        NotFinite { step, message }
+    }
+
+    fn bad_gradient(&self, step: u64, parameter: &str, norm: f64) -> NotFinite {
+        let of = if parameter.is_empty() { String::new() } else { format!(" by `{parameter}`") };
+        let message = format!("step {step}: the gradient of the loss of SAE `{}`{of} has norm {norm}", self.name);
+        NotFinite { step, message }
+    }
+
+    /// Waits for the steps that were taken, and refuses what came of a loss or a gradient that was not finite
+    /// ([`NotFinite`]). To be called before anything is kept.
+    pub fn settle(&self) -> Result<()> {
+        let loss = self.watch.found()?.map(|found| self.bad_loss(found.step, found.name, found.value));
+        let gradient = self.gradients.found()?.map(|found| self.bad_gradient(found.step, "", found.value));
+        // A loss that is not finite makes gradients so, and not the other way round.
+        match loss.into_iter().chain(gradient).min_by_key(|found| found.step) {
+            None => Ok(()),
+            Some(found) => bail!(found),
+        }
+    }
+
+    /// Gives each parameter room for its gradient.
+    fn make_room(&self) {
+        for (_, parameter) in self.dictionary.parameters() {
+            if !parameter.grad().defined() {
+                // Only autograd can make one; this one is 0.
+                (parameter.sum(parameter.kind()) * 0.0).backward();
+            }
+        }
+    }
+
+    /// Makes what was found the parameters' gradients; those of others are 0.
+    fn take(&mut self, gradients: Vec<(&'static str, Tensor)>) -> Result<()> {
+        let mut taken = Vec::new();
+        for (name, parameter) in self.dictionary.parameters() {
+            let mut own = parameter.grad();
+            let Some((_, gradient)) = gradients.iter().find(|(known, _)| *known == name) else {
+                let _ = own.zero_();
+                continue;
+            };
+            if gradient.size() != own.size() {
+                bail!("the gradient of `{name}` has shape {:?}, not {:?}", gradient.size(), own.size());
+            }
+            // It is scaled in place later, so it must have memory of its own, laid out as the parameter is.
+            let same = gradient.stride() == own.stride() && gradient.kind() == own.kind();
+            if same && !taken.contains(&gradient.data_ptr()) {
+                own.set_data(gradient);
+                taken.push(gradient.data_ptr());
+            } else {
+                tch::no_grad(|| own.copy_(gradient));
+            }
+        }
+        if let Some((unknown, _)) =
+            gradients.iter().find(|(name, _)| !self.dictionary.parameters().iter().any(|(known, _)| known == name))
+        {
+            bail!("a gradient of `{unknown}`, which the class {} does not have", self.dictionary.class());
+        }
+        Ok(())
+    }
+
+    /// What a loss may change before it is known to be finite: counters and thresholds, and with the first batch,
+    /// which initialises weights, those too.
+    fn undo(&self, first: bool) -> Result<State> {
+        let mut state = self.counters()?;
+        for (name, tensor) in if first { self.dictionary.state_dict() } else { self.dictionary.buffers() } {
+            state.put_tensor(format!("dictionary/{name}"), &tensor);
+        }
+        Ok(state)
+    }
+
+    fn set_back(&mut self, before: &State) -> Result<()> {
+        let tensors = before.under("dictionary");
+        for (name, mut tensor) in self.dictionary.state_dict() {
+            if tensors.tensor(name).is_ok() {
+                tensors.load_tensor(name, &mut tensor)?;
+            }
+        }
+        self.dictionary.loaded();
+        self.restore_counters(before)
+    }
+
+    /// The figures of a step: of the mean number of active features and what was not reconstructed, [B, d_out].
+    fn figures(&self, step: u64, batch: &Batch, l0: f64, residual: &Tensor, terms: &Terms) -> Map<String, Value> {
+        tch::no_grad(|| {
+            let mut row = Map::from_iter([
+                ("step".to_owned(), Value::from(step)),
+                ("sae".to_owned(), Value::from(self.name.as_str())),
+            ]);
+            terms.write(&mut row);
+            row.insert("l0".to_owned(), float(l0 as f32));
+            let variance = |x: &Tensor| x.var_dim([0].as_slice(), true, false).sum(Kind::Float).double_value(&[]);
+            let explained = 1.0 - variance(residual) / variance(&batch.target);
+            row.insert("frac_variance_explained".to_owned(), float(explained as f32));
+            self.trainer.log(&mut row);
+            row.insert("lr".to_owned(), self.trainer.lr(step).into());
+            row
+        })
+    }
+
+    /// The dictionary as it is saved: for activations as the model makes them, though it trains on activations divided
+    /// by `norm`.
+    pub fn folded(&self, norm: f64) -> Result<Box<dyn Dictionary>> {
+        match self.normalization {
+            None => saved::folded(&*self.dictionary, norm),
+            // What each activation is divided by has no say in what comes of it.
+            Some(_) => {
+                let dictionary = saved::folded(&*self.dictionary, 1.0)?;
+                Ok(Box::new(Adapted::new(dictionary, self.normalization, None)))
+            }
+        }
+    }
+
+    /// Lets what was loaded take activations divided by `norm`.
+    pub fn takes_divided(&mut self, norm: f64) -> Result<()> {
+        match self.normalization {
+            None => self.dictionary.scale_biases(1.0 / norm),
+            Some(Normalization { input_only: false, .. }) => {}
+            Some(_) => {
+                bail!(
+                    InputError::new("it normalises what it reads and not what it predicts, which is scaled here")
+                        .field("normalize_activations")
+                        .help("set it to false")
+                )
+            }
+        }
+        Ok(())
+    }
+
+    /// What it takes memory for, with batches of so many activations.
+    pub fn memory(&self, batch_size: i64) -> Vec<Need> {
+        let dims = self.dictionary.dims();
+        let weights = self.dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
+        let batch = |width: i64| batch_size as u64 * width as u64 * 4;
+        let by_hand = self.modifiers.is_empty() && self.dictionary.two_layer().is_some();
+        let at_hand = device::at_hand(self.dictionary.device());
+        let k = self.dictionary.selection().map(Selection::k);
+        let relu = || self.dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
+        // As measured on a CPU (docs/performance.md), where a step by hand of few selected features never has all of them at once, and
+        // counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
+        let quarters = match k {
+            _ if !by_hand => 36,
+            Some(k) if at_hand && 4 * k <= dims.features => 0,
+            Some(_) if at_hand => 36,
+            Some(_) => 12,
+            None if at_hand => 5,
+            None if relu() => 20,
+            None => 36,
+        };
+        // Of what is selected: k of each row, or as many as the activations are wide where k is annealed, and in the family's auxiliary
+        // loss half as many again, of dead features, whose weights are taken out.
+        let selected = k.map_or(0, |k| batch_size as u64 * (k + dims.input) as u64 * 64 + 2 * weights);
+        let features = quarters * batch(dims.features) / 4 + selected;
+        let step = features + 6 * (batch(dims.input) + batch(dims.output));
+        let name = &self.name;
+        let knob = "its `dict_size`, or how many SAEs train at once";
+        vec![
+            Need::lasting(format!("SAE `{name}` with gradients and moments"), 4 * weights, knob),
+            Need::lasting(format!("SAE `{name}` in a checkpoint"), 3 * weights, knob).on_host(),
+            Need::passing(format!("a step of SAE `{name}`"), step, "the source's batch size"),
+            // Folded, and packed for Python.
+            Need::passing(format!("SAE `{name}` as it is saved"), 3 * weights, knob).on_host(),
+        ]
+    }
+
+    /// Everything that a resumed run needs.
+    pub fn state(&self) -> Result<State> {
+        let mut state = self.counters()?;
+        for (name, tensor) in self.dictionary.state_dict() {
+            state.put_tensor(format!("dictionary/{name}"), &tensor);
+        }
+        state.put_all("optimizer", self.optimizer.state()?);
+        state.put("rng", &self.rng)?;
+        Ok(state)
+    }
+
+    /// Takes back what [`Training::state`] gave.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        for (name, mut tensor) in self.dictionary.state_dict() {
+            state.load_tensor(&format!("dictionary/{name}"), &mut tensor)?;
+        }
+        self.dictionary.loaded();
+        self.optimizer.restore(&state.under("optimizer"))?;
+        self.restore_counters(state)?;
+        self.rng = state.get("rng")?;
+        Ok(())
+    }
+
+    /// The state of the trainer and of the modifiers.
+    fn counters(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put_all("trainer", self.trainer.state()?);
+        for (index, modifier) in self.modifiers.iter().enumerate() {
+            state.put_all(&format!("modifier{index}"), modifier.state()?);
+        }
+        Ok(state)
+    }
+
+    fn restore_counters(&mut self, state: &State) -> Result<()> {
+        self.trainer.restore(&state.under("trainer"))?;
+        for (index, modifier) in self.modifiers.iter_mut().enumerate() {
+            modifier.restore(&state.under(&format!("modifier{index}")))?;
+        }
+        Ok(())
+    }
+}
+
+/// The error of a step whose loss or gradient is not finite.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct NotFinite {
+    /// The step.
+    pub step: u64,
+    /// What is not finite: step, SAE, term or parameter, and value.
+    pub message: String,
+}
+
+/// True if every number of a tensor is finite.
+pub fn is_finite(tensor: &Tensor) -> Result<bool> {
+    Ok(bool::try_from(tensor.isfinite().all())?)
+}
+
+/// An SAE's config.json: what the reference's trainer and buffer would say of themselves.
+pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, buffer: &Value) -> Result<Value> {
+    let dims = training.dictionary.dims();
+    let mut trainer = Map::new();
+    let mut add = |name: &str, value: Value| {
+        trainer.insert(name.to_owned(), value);
+    };
+    add("dict_class", training.dictionary.class().into());
+    add("trainer_class", config.trainer.class().into());
+    add("activation_dim", dims.input.into());
+    add("dict_size", dims.features.into());
+    if dims.output != dims.input {
+        add("output_dim", dims.output.into());
+    }
+    for component in [serde_json::to_value(&config.trainer)?, serde_json::to_value(&config.dictionary)?] {
+        for (name, value) in component.as_object().into_iter().flatten() {
+            if !["type", "dict_size", "expansion_factor"].contains(&name.as_str()) {
+                add(name, value.clone());
+            }
+        }
+    }
+    training.trainer.settings(&mut trainer);
+    // What annealing has made of them by now.
+    for (name, tensor) in training.dictionary.buffers() {
+        if trainer.contains_key(name) && tensor.numel() == 1 && tensor.kind() == Kind::Int {
+            trainer.insert(name.to_owned(), tensor.int64_value(&[]).into());
+        }
+    }
+    let mut add = |name: &str, value: Value| {
+        trainer.insert(name.to_owned(), value);
+    };
+    if let Some(normalization) = training.normalization {
+        add("normalization", serde_json::to_value(normalization)?);
+    }
+    add("steps", cx.steps.into());
+    add("seed", cx.seed.into());
+    add("device", device::name(cx.device).into());
+    let submodule = buffer.get("submodule").cloned().unwrap_or(Value::Null);
+    let layer = submodule.as_str().and_then(|path| path.split('.').find_map(|part| part.parse::<u64>().ok()));
+    add("layer", layer.map_or(Value::Null, Value::from));
+    add("lm_name", buffer.get("model").cloned().unwrap_or(Value::Null));
+    add("wandb_name", training.name.as_str().into());
+    add("submodule_name", submodule);
+    let mut saved = serde_json::json!({"trainer": trainer, "buffer": buffer});
+    if !config.modifiers.is_empty() {
+        saved["modifiers"] = serde_json::to_value(&config.modifiers)?;
+    }
+    Ok(saved)
+}
+
+/// The folder of an SAE in a run.
+pub fn sae_dir(run_dir: &Path, name: &str) -> std::path::PathBuf {
+    run_dir.join(name)
+}

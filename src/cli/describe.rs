@@ -1,0 +1,204 @@
+//! What there is to know of a component: for a terminal, and as a page of the reference. Both are made of its registry
+//! entry alone.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use crate::config;
+use dictlearn_core::formats;
+use dictlearn_core::registry::{Component, Kind, ShortRun, components};
+use dictlearn_core::train::{ModifierConfig, Need};
+
+/// A field of a component's config.
+struct Field {
+    name: String,
+    /// Its type in words.
+    type_name: String,
+    /// Its default, as JSON, if it has one.
+    default: Option<String>,
+    required: bool,
+    doc: String,
+}
+
+/// What is said of a component in general.
+fn doc(schema: &Value) -> &str {
+    schema.get("description").and_then(Value::as_str).unwrap_or_default()
+}
+
+fn fields(schema: &Value) -> Vec<Field> {
+    let none = Map::new();
+    let properties = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
+    let required = schema.get("required").and_then(Value::as_array);
+    let required = |name: &str| required.is_some_and(|required| required.iter().any(|other| other == name));
+    let field = |(name, schema): (&String, &Value)| Field {
+        name: name.clone(),
+        type_name: config::type_name(schema),
+        default: schema.get("default").map(Value::to_string),
+        required: required(name),
+        doc: doc(schema).to_owned(),
+    };
+    properties.iter().map(field).collect()
+}
+
+/// What a modifier cannot do without, in words; empty for one that needs nothing, and for other components.
+fn needs(component: &Component) -> String {
+    if component.kind != Kind::Modifier {
+        return String::new();
+    }
+    let config: Option<Box<dyn ModifierConfig>> = dictlearn_core::files::from_yaml(component.example).ok();
+    let needs = config.map(|config| config.needs()).unwrap_or_default();
+    needs.into_iter().map(Need::words).collect::<Vec<_>>().join(", ")
+}
+
+/// For a terminal: `dictlearn describe KIND NAME`.
+pub fn text(component: &Component) -> String {
+    let Component { kind, name, summary, paper, usual_dictionary, schema, .. } = component;
+    let mut text = format!("{kind} {name}\n{summary}\n\n");
+    if !paper.is_empty() {
+        text += &format!("Paper: {paper}\n\n");
+    }
+    if let Some(usual) = usual_dictionary {
+        text += &format!("Trains the dictionary `{usual}` unless told otherwise.\n\n");
+    }
+    let schema = schema().to_value();
+    if !doc(&schema).is_empty() {
+        text += &format!("{}\n\n", doc(&schema));
+    }
+    if !needs(component).is_empty() {
+        text += &format!("Needs {}.\n\n", needs(component));
+    }
+    let fields = fields(&schema);
+    if !fields.is_empty() {
+        text += "Fields:\n";
+    }
+    for field in fields {
+        let default = match field.default {
+            Some(default) => format!("default {default}"),
+            None if field.required => "required".to_owned(),
+            None => "optional".to_owned(),
+        };
+        text += &format!("  {} ({}, {default})\n", field.name, field.type_name);
+        for line in field.doc.lines() {
+            text += &format!("      {line}\n");
+        }
+    }
+    if let Some(short) = short_run(component) {
+        text += &format!("\n{}\n\n{}\n{}\n", short.intro, short.settings, short.measured);
+    }
+    if let Some(example) = config::example(component) {
+        text += &format!("\nExample, a config that trains as it stands:\n\n{example}");
+    }
+    for command in commands(component) {
+        text += &format!("  {command}\n");
+    }
+    text
+}
+
+/// What is said of a trainer's short run.
+struct Short {
+    intro: String,
+    settings: String,
+    measured: String,
+}
+
+fn short_run(component: &Component) -> Option<Short> {
+    let ShortRun { settings, measured } = component.short_run?;
+    let settings: serde_yaml::Value = serde_yaml::from_str(settings).ok()?;
+    let (steps, batch) = (ShortRun::STEPS, ShortRun::BATCH);
+    Some(Short {
+        intro: format!(
+            "The defaults are the reference's, for runs of 10,000 steps and more. For a short run, {steps} steps of \
+             {batch} activations, set:"
+        ),
+        settings: serde_yaml::to_string(&settings).ok()?,
+        measured: format!(
+            "Measured on layer 2 of the bundled model, held-out text: {measured}. configs/short-runs.yaml trains all methods so."
+        ),
+    })
+}
+
+/// The commands in which a format is named; none for other components.
+fn commands(component: &Component) -> Vec<String> {
+    if component.kind != Kind::Format {
+        return Vec::new();
+    }
+    let mut commands = vec![component.example.to_owned()];
+    if formats::named(component.name).is_ok_and(|format| format.writes()) {
+        commands.push(format!("dictlearn export SAE_DIR --format {} --out DIR", component.name));
+    }
+    commands
+}
+
+/// The reference: a Markdown page for each linked component, by its path (`trainers/top_k.md`), and `README.md`, which
+/// lists them.
+pub fn pages() -> Vec<(PathBuf, String)> {
+    let mut index =
+        "# Reference\n\nEvery component that a config can name, made of the registry by `cargo xtask docs`.\n"
+            .to_owned();
+    let mut pages = Vec::new();
+    for kind in Kind::ALL {
+        let components = components(kind);
+        if components.is_empty() {
+            continue;
+        }
+        index += &format!("\n## {}\n\n| name | what |\n| --- | --- |\n", capital(kind.plural()));
+        for component in components {
+            let path = format!("{}/{}.md", kind.plural(), component.name);
+            index += &format!("| [`{}`]({path}) | {} |\n", component.name, component.summary);
+            pages.push((path.into(), page(component)));
+        }
+    }
+    pages.insert(0, ("README.md".into(), index));
+    pages
+}
+
+/// The page of a component.
+fn page(component: &Component) -> String {
+    let Component { kind, name, summary, paper, usual_dictionary, schema, .. } = component;
+    let mut page = format!("# `{name}`\n\n{} · {summary}.\n", capital(kind.name()));
+    if let Some((what, address)) = paper.rsplit_once(", http") {
+        page += &format!("\nFrom [{what}](http{address}).\n");
+    }
+    if let Some(usual) = usual_dictionary {
+        page += &format!("\nTrains [`{usual}`](../dictionaries/{usual}.md) unless told otherwise.\n");
+    }
+    let schema = schema().to_value();
+    if !doc(&schema).is_empty() {
+        page += &format!("\n{}\n", doc(&schema));
+    }
+    if !needs(component).is_empty() {
+        page += &format!("\nNeeds {}.\n", needs(component));
+    }
+    let fields = fields(&schema);
+    if !fields.is_empty() {
+        page += "\n| field | type | default | |\n| --- | --- | --- | --- |\n";
+    }
+    // A row of a table is a line, and a bar ends a cell.
+    let cell = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "\\|");
+    for field in fields {
+        let default = match field.default {
+            Some(default) => format!("`{default}`"),
+            None if field.required => "required".to_owned(),
+            None => String::new(),
+        };
+        page +=
+            &format!("| `{}` | {} | {} | {} |\n", field.name, cell(&field.type_name), cell(&default), cell(&field.doc));
+    }
+    if let Some(short) = short_run(component) {
+        page += &format!("\n{}\n\n```yaml\n{}```\n\n{}\n", short.intro, short.settings, short.measured);
+    }
+    if let Some(example) = config::example(component) {
+        page += &format!("\nA config that trains as it stands:\n\n```yaml\n{example}```\n");
+    }
+    let commands = commands(component);
+    if !commands.is_empty() {
+        page += &format!("\n```sh\n{}\n```\n", commands.join("\n"));
+    }
+    page
+}
+
+fn capital(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
+}

@@ -1,0 +1,1402 @@
+//! What every component keeps, whoever wrote it: the test of a plugin is one call of [`keep`].
+//!
+//! ```ignore
+//! #[test]
+//! fn it_keeps_the_contract() {
+//!     dictlearn_core::contract::keep(Kind::Dictionary, "mine");
+//! }
+//! ```
+//!
+//! The test must link the plugins that the component's example names (`use dictlearn as _;`), and its own crate. A
+//! dictionary is tried with every trainer that is linked, a trainer with every dictionary: each pair learns or is refused
+//! with the reason.
+//!
+//! A failure names the [`Promise`] that is broken, what was found, and what mends it.
+
+use std::collections::BTreeMap;
+use std::fmt::{Debug, Display};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::sync::OnceLock;
+
+use tempfile::TempDir;
+
+use crate::config;
+use crate::config::Sources;
+use crate::run;
+use crate::run::{evaluate, harvest};
+use dictlearn_core::data::OnNonfinite;
+use dictlearn_core::data::manifest::Dtype;
+use dictlearn_core::files::from_yaml;
+use dictlearn_core::files::tensors;
+use dictlearn_core::formats;
+use dictlearn_core::interrupt::Interrupt;
+use dictlearn_core::machine::device;
+use dictlearn_core::machine::rng::seeded;
+use dictlearn_core::prelude::*;
+use dictlearn_core::registry;
+use dictlearn_core::registry::{Component, Kind as Slot, component, components};
+use dictlearn_core::sae::Selection;
+use dictlearn_core::sae::saved;
+use dictlearn_core::train::SaeConfig;
+use dictlearn_core::train::analytic;
+use dictlearn_core::train::{NotFinite, Training, TrainingCx};
+
+/// Tests a registered component.
+///
+/// # Panics
+/// Where it breaks the contract, saying how.
+pub fn keep(kind: Slot, name: &str) {
+    let Some(component) = component(kind, name) else {
+        panic!("no {kind} `{name}` is registered: link its crate in the test (`use my_plugin as _;`)");
+    };
+    enter_the_examples_folder();
+    let checks: &[(Check, &Promise)] = match kind {
+        Slot::Dictionary => &[
+            (encodes_and_decodes, &SHAPES),
+            (has_what_penalties_need, &PENALIZED),
+            (has_what_selecting_trainers_need, &SELECTS),
+            (is_read_back, &READ_BACK),
+            (predicts_another_width, &OTHER_WIDTH),
+            (scaled_biases_take_scaled_activations, &SCALES),
+            (is_trained_or_refused, &PAIR),
+        ],
+        Slot::Trainer => &[
+            (learns_logs_and_resumes, &LEARNS),
+            (trains_as_on_a_gpu, &AS_ON_A_GPU),
+            (refuses_what_is_not_finite, &NOT_FINITE),
+            (refuses_a_gradient_that_is_not_finite, &NOT_FINITE),
+            (may_be_longer_if_it_says_so, &LONGER),
+            (has_gradients_of_finite_differences, &GRADIENTS),
+            (has_the_terms_that_it_declares, &TERMS),
+            (finds_by_hand_what_autograd_finds, &BY_HAND),
+            (resampling_revives_the_dead, &RESAMPLES),
+            (trains_or_refuses, &PAIR),
+        ],
+        Slot::Modifier => &[(composes_with_trainers, &COMPOSES)],
+        Slot::Source => &[(delivers_resumes_and_rewinds, &DELIVERS)],
+        Slot::Text => &[(says_the_same_from_any_position, &SEEKS)],
+        Slot::Metric => &[(measures_each_dictionary, &MEASURES)],
+        Slot::Logger => &[(writes_and_goes_on, &WRITES)],
+        Slot::Format => {
+            &[(refuses_a_folder_with_nothing_in_it, &REFUSES_NOTHING), (reads_what_it_writes, &WRITES_AND_READS)]
+        }
+        Slot::Model => &[],
+    };
+    for (check, promise) in [(is_described as Check, &DESCRIBED)].iter().chain(checks) {
+        // A panic that is not ours comes from the component, or from libtorch.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(component))) {
+            let said = panic.downcast_ref::<String>().cloned();
+            let said = said.or_else(|| panic.downcast_ref::<&str>().map(|said| (*said).to_owned())).unwrap_or_default();
+            if said.contains(BREAKS) {
+                resume_unwind(panic);
+            }
+            promise.broken(&who(component), format!("it panicked: {said}"));
+        }
+    }
+    // Last: what the checks above find, they say more plainly.
+    example_trains(component);
+}
+
+type Check = fn(&Component);
+
+/// Part of every failure's message.
+const BREAKS: &str = "breaks the contract";
+
+/// A promise that a component keeps.
+pub struct Promise {
+    /// What it promises.
+    says: &'static str,
+    /// What mends it where it is broken.
+    remedy: &'static str,
+}
+
+impl Promise {
+    /// Panics if the promise does not hold of `who`.
+    fn check(&self, who: &str, holds: bool, found: impl FnOnce() -> String) {
+        if !holds {
+            self.broken(who, found());
+        }
+    }
+
+    /// The value of a result that must not be an error.
+    fn of<T>(&self, who: &str, result: Result<T>) -> T {
+        result.unwrap_or_else(|error| self.broken(who, format!("{error:?}")))
+    }
+
+    /// Panics unless both are the same.
+    fn same<T: PartialEq + Debug>(&self, who: &str, what: &str, found: T, expected: T) {
+        self.check(who, found == expected, || format!("{what} is {found:?}, not {expected:?}"));
+    }
+
+    fn broken(&self, who: &str, found: impl Display) -> ! {
+        panic!("{who} {BREAKS}\n  promise: {}\n  found: {found}\n  remedy: {}", self.says, self.remedy)
+    }
+}
+
+fn who(component: &Component) -> String {
+    format!("{} `{}`", component.kind, component.name)
+}
+
+macro_rules! promises {
+    ($($name:ident: $says:expr, $remedy:expr;)*) => {
+        $(const $name: Promise = Promise { says: $says, remedy: $remedy };)*
+    };
+}
+
+// Of every component.
+promises! {
+    DESCRIBED: "its registry entry says what `dictlearn list` and `describe` show",
+        "complete its `register!`";
+    NAMED: "its name is lowercase letters, digits and underscores, and registered once",
+        "rename it (`top_k`, not `TopK`), in `register!` and `#[typetag::serde(name = ...)]` alike";
+    SUMMARIZED: "its summary is one line of 1 to 90 characters",
+        "shorten `summary:` in `register!`; the doc comment of its config may say more";
+    DOCUMENTED: "every field of its config has a doc comment, which `dictlearn describe` shows",
+        "write `///` above the field: what it is, its unit and its range";
+    EXAMPLE: "its `example` is a config of it",
+        "give `example:` the `type` that typetag knows, and every field that is required";
+    ROUND_TRIP: "its config reads back as it was written: a run saves it in config.yaml",
+        "check serde's attributes (`skip_serializing_if`, `rename`): what is not written must be the default";
+    EXAMPLE_TRAINS: "its example trains as `dictlearn describe` prints it",
+        "train the config of `cargo run -- describe KIND NAME`, and correct `example:` or the component";
+}
+
+// Of dictionaries.
+promises! {
+    SHAPES: "`encode` gives features [.., F] and `decode` reconstructions [.., d_out], of the widths in `dims`",
+        "correct `dims`, or the shapes; address dimensions from the last one, -1, so that [B, L, d] is read as [B, d]";
+    DETERMINISTIC: "the same activations give the same features and the same reconstruction",
+        "draw no random numbers in `encode` and `decode`, and let `reconstruction` depend on features and x alone";
+    FORWARD: "`forward`, with which training encodes, gives the features of `encode`",
+        "compute both in one function; if training selects over a batch, let `Selection::by_threshold` be true";
+    PENALIZED: "the activations that a sparsity penalty falls on, `Code::penalized`, are [B, F] and never negative",
+        "where features can be negative, give their magnitudes: `code.penalize(features.abs())`";
+    SELECTS: "the code of a dictionary with a `selection` has what the trainers of the TopK family read: `post_relu` \
+              [B, F], the features before the selection, `top_values` [rows, k], the selected magnitudes, and, if \
+              there, `top_indices` of the same shape",
+        "make the code with `Selection::of_each`, `of_batch` or `by_score`, or add `.with(\"post_relu\", ..)` and \
+         `.with(\"top_values\", ..)`";
+    ANNEALS: "k can be changed while training, and is saved",
+        "give the same selection in `selection` and `selection_mut`, `Selection::buffers` in `buffers`, and call \
+         `Selection::loaded` in `loaded`";
+    B_DEC: "a parameter `b_dec` is a bias of the reconstruction, `[d_out]`: trainers of the TopK family set it to the \
+            geometric median of the first batch",
+        "call it otherwise, or let `decode` add it";
+    READ_BACK: "a saved dictionary is read back and computes the same",
+        "name every tensor that `encode` and `decode` use in `parameters` or `buffers`, derive the rest in `loaded`, and \
+         submit a `SavedClass` of its class whose `shaped` gives tensors of the saved shapes";
+    OTHER_WIDTH: "built for targets of another width than its input, it reconstructs that width",
+        "size the decoder and its bias by `cx.output_dim`, or refuse other widths in `build`";
+    SCALES: "after `scale_biases(s)`, activations times s give reconstructions times s",
+        "multiply by s in `scale_biases` all that is added to activations or compared with them: biases and thresholds \
+         (`Selection::scale`); leave weights as they are";
+}
+
+// Of trainers, and of their pairs with dictionaries.
+promises! {
+    TRAINS_BY_DEFAULT: "a trainer names the dictionary that it trains by default",
+        "add `usual_dictionary:` to its `register!`, and link the crate of that dictionary in the test";
+    STEPS_SUCCEED: "a step of training succeeds",
+        "read the error; for a tensor that the code lacks, `Code::get` instead of `extra`, or refuse the dictionary in `build`";
+    LEARNS: "with its example, a trainer explains over 30% of the variance after 200 steps, and more than at the first",
+        "check the signs of the loss's terms, and that the example's rate and warm-up suit 200 steps";
+    UNIT_NORM: "with `unit_norm_decoder`, every decoder direction has norm 1 after a step",
+        "change no decoder weight in `after_step`";
+    LOGS: "a logged step gives step, sae, loss, l0, frac_variance_explained and lr",
+        "remove none of these in `log`";
+    LOGGING: "logging changes nothing of the run",
+        "draw no random number and keep no count where `pass.logging` is asked for or in `log`";
+    RESUMES: "a resumed run ends on the same weights as one that was not stopped",
+        "give every count and running mean in `state` and take it back in `restore`; draw random numbers from `cx.rng`";
+    AS_ON_A_GPU: "without reading numbers at each step, as on a GPU, it trains to the same weights",
+        "use tensors for what a step decides (`where_self`, `masked_fill`), not numbers read from them";
+    NOT_FINITE: "a step whose loss or gradients are not finite is refused and changes nothing",
+        "change only what `state` gives in `loss`, everything else in `after_step`";
+    LONGER: "where `depends_on_steps` is false, no step depends on how long the run is",
+        "return `Schedule::depends_on_steps`, or true";
+    GRADIENTS: "each term's gradient is that of finite differences",
+        "look for a `detach` or an operation without a gradient between the parameter and the term";
+    TERMS: "the loss has a term of reconstruction, and one of sparsity if and only if `has_sparsity_term`",
+        "add them with `Terms::add_reconstruction` and `add_sparsity`; return what is true in `has_sparsity_term`";
+    BY_HAND: "`by_hand` finds the terms, gradients and counts of autograd",
+        "correct the derivative in `by_hand`, or return `None` there where it does not hold";
+    RESAMPLES: "a trainer with `resample_steps` revives features that never fire",
+        "call `Resampling` in `loss` and `after_step` as plugins/method-standard does";
+    PAIR: "each trainer learns on each dictionary (a tenth of what is left unexplained in 60 steps), or refuses it in `build`",
+        "refuse with an `InputError` that says `cannot train the class`, as `penalizable` does, or correct the loss";
+    DEAD: "training goes on where features are dead: trainers with `dead_feature_threshold` reconstruct from them",
+        "give `post_relu` [B, F] in the code, the features before the selection, and `directions` [F, d_out]";
+}
+
+// Of the rest.
+promises! {
+    COMPOSES: "a modifier composes with at least one trainer, learns and resumes with each, and names what it needs of others",
+        "declare in `needs` what it cannot do without; give in `state` what it counts";
+    DELIVERS: "a source delivers float32 batches of its sites' widths, resumes where it was, and rewinds",
+        "give in `state` everything that the next batch depends on, and draw random numbers from `dictlearn_core::rng`";
+    SEEKS: "a text gives the same records again from any position",
+        "count records in `position`, and find the same one in `seek`";
+    MEASURES: "a metric gives figures of each dictionary, on some source",
+        "return one `Figures` for each subject; refuse a source in `refuses`, with the reason";
+    WRITES: "a logger writes rows, and goes on after a resume",
+        "open the file to append, and drop the rows of `resume_at` and later";
+    REFUSES_NOTHING: "a format refuses a folder without an SAE as wrong input",
+        "return an `InputError` that says which file is missing";
+    WRITES_AND_READS: "a format reads what it writes: features and reconstructions stay the same",
+        "refuse in `write`, before a file is made, what the format cannot hold";
+}
+
+const D: i64 = 32;
+
+/// A folder with the files that examples name, into which this process changes: examples run as they stand.
+fn enter_the_examples_folder() {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let dir = TempDir::new().unwrap();
+        example_files(dir.path());
+        std::env::set_current_dir(dir.path()).unwrap();
+        // TODO: Audit that the environment access only happens in single-threaded code.
+        unsafe { std::env::set_var("HF_HOME", dir.path().join("hf")) };
+        // TODO: Audit that the environment access only happens in single-threaded code.
+        unsafe { std::env::set_var("HF_HUB_OFFLINE", "1") };
+        dir
+    });
+}
+
+/// The files that examples name, to be put into a folder in which they run.
+pub fn example_files(dir: &Path) {
+    let (rows, ids) = seeded(1, || (activations(1000), Tensor::randint(100, [16, 24], (Kind::Int64, Device::Cpu))));
+    tensors::write(&dir.join("activations.safetensors"), &[("activations", rows)]).unwrap();
+    tensors::write(&dir.join("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
+    let text = "A first paragraph.\n\nA second one.\n\nAnd a third.\n\n".repeat(100);
+    std::fs::write(dir.join("corpus.txt"), text).unwrap();
+    // A dataset in the Hub's cache.
+    let dataset = dir.join("hf/hub/datasets--monology--pile-uncopyrighted");
+    std::fs::create_dir_all(dataset.join("refs")).unwrap();
+    std::fs::write(dataset.join("refs/main"), "c0").unwrap();
+    std::fs::create_dir_all(dataset.join("snapshots/c0/train")).unwrap();
+    let record = |n: u32| format!("{{\"text\": \"Record {n}, of several words, in a file of records.\"}}\n");
+    let records: String = (0..500).map(record).collect();
+    std::fs::write(dataset.join("snapshots/c0/train/00.jsonl"), records).unwrap();
+    let mut source = Once(Some(activations(1000)));
+    let (out, interrupt) = (dir.join("activations"), Interrupt::default());
+    harvest::write(&mut source, &out, None, Dtype::Float32, &interrupt).unwrap();
+}
+
+/// A source of one batch.
+struct Once(Option<Tensor>);
+
+impl ActivationSource for Once {
+    fn sites(&self) -> Vec<Site> {
+        vec![Site::new("activations", (D, D))]
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Activations>> {
+        Ok(self.0.take().map(|x| Batch::of(x).into()))
+    }
+
+    fn rewind(&mut self) -> Result<()> {
+        bail!("the batch was given")
+    }
+
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
+        bail!("nobody asks for its norm")
+    }
+
+    fn describe(&self) -> Value {
+        Value::Object(Map::new())
+    }
+
+    fn state(&self) -> Result<State> {
+        Ok(State::new())
+    }
+
+    fn restore(&mut self, _: &State) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn source_cx() -> SourceCx {
+    SourceCx { seed: 1, ..SourceCx::default() }
+}
+
+/// Activations [n, D] of a few directions each, so that there is something to learn.
+fn activations(n: i64) -> Tensor {
+    let options = (Kind::Float, Device::Cpu);
+    let features = Tensor::rand([n, 64], options).relu() * Tensor::rand([n, 64], options).less(0.1);
+    features.matmul(&Tensor::randn([64, D], options)) + 0.1
+}
+
+fn dictionary_cx() -> DictionaryCx<'static> {
+    DictionaryCx { activation_dim: D, output_dim: D, parts: &[], device: Device::Cpu, precision: Precision::Float32 }
+}
+
+fn dictionary(component: &Component) -> Box<dyn Dictionary> {
+    let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
+    EXAMPLE.of(&who(component), seeded(5, || config.build(&dictionary_cx())))
+}
+
+/// Parses an example in the slot of its kind, writes it as YAML again, and both once more.
+fn round_trip(component: &Component) -> (Value, Value) {
+    macro_rules! as_config {
+        ($config:ty) => {{
+            let read = |promise: Promise, yaml: &str| {
+                let config = from_yaml::<Box<$config>>(yaml);
+                let config =
+                    config.unwrap_or_else(|error| promise.broken(&who(component), format!("{error:?}, in {yaml}")));
+                promise.of(&who(component), serde_json::to_value(&config).context("it cannot be written"))
+            };
+            let once = read(EXAMPLE, component.example);
+            let twice = read(ROUND_TRIP, &serde_yaml::to_string(&once).unwrap());
+            (once, twice)
+        }};
+    }
+    match component.kind {
+        Slot::Dictionary => as_config!(dyn DictionaryConfig),
+        Slot::Trainer => as_config!(dyn TrainerConfig),
+        Slot::Modifier => as_config!(dyn ModifierConfig),
+        Slot::Source => as_config!(dyn SourceConfig),
+        Slot::Text => as_config!(dyn TextConfig),
+        Slot::Metric => as_config!(dyn MetricConfig),
+        Slot::Logger => as_config!(dyn LoggerConfig),
+        // Named by files, not by configs.
+        Slot::Model | Slot::Format => (Value::Null, Value::Null),
+    }
+}
+
+fn is_described(component: &Component) {
+    let Component { kind, name, summary, .. } = component;
+    let who = who(component);
+    NAMED.of(&who, registry::check());
+    let plain = name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    NAMED.check(&who, plain, || format!("`{name}`"));
+    let short = !summary.is_empty() && summary.len() <= 90 && !summary.contains('\n');
+    SUMMARIZED.check(&who, short, || format!("{summary:?}, {} characters", summary.len()));
+    if matches!(kind, Slot::Model | Slot::Format) {
+        return;
+    }
+    let schema = (component.schema)().to_value();
+    for (field, schema) in schema["properties"].as_object().into_iter().flatten() {
+        DOCUMENTED.check(&who, schema["description"].is_string(), || format!("`{field}` has none"));
+    }
+    let (once, twice) = round_trip(component);
+    EXAMPLE.same(&who, "its type", &once["type"], &Value::from(*name));
+    ROUND_TRIP.same(&who, "what was read back", twice, once);
+}
+
+/// What `dictlearn describe` shows runs as it stands.
+fn example_trains(component: &Component) {
+    let Some(example) = config::example(component) else { return };
+    let dir = TempDir::new().unwrap();
+    // Relative paths are the config file's: it lies beside the files of the examples.
+    let file = std::env::current_dir().unwrap().join(format!("{}-{}.yaml", component.kind, component.name));
+    std::fs::write(&file, &example).unwrap();
+    // Fewer steps, for the test's sake; the schedules of examples fit in.
+    let sources = Sources { file, set: vec!["steps=50".to_owned()], ..Sources::default() };
+    let train = || {
+        let mut config = config::load(&sources)?;
+        run::train(&mut config, &dir.path().join("run"), false, &Interrupt::default())?;
+        anyhow::Ok(())
+    };
+    let trained = train();
+    if let Err(error) = trained {
+        EXAMPLE_TRAINS.broken(&who(component), format!("{error:?}, in\n{example}"));
+    }
+}
+
+fn encodes_and_decodes(component: &Component) {
+    let x = activations(50);
+    let (who, dictionary) = (who(component), dictionary(component));
+    let dims = dictionary.dims();
+    SHAPES.same(&who, "the width of the input in `dims`", dims.input, D);
+    let (x_hat, features) = tch::no_grad(|| dictionary.reconstruct(&x));
+    SHAPES.same(&who, "the features' shape", features.size(), vec![50, dims.features]);
+    SHAPES.same(&who, "the reconstruction's shape", x_hat.size(), vec![50, dims.output]);
+    let again = tch::no_grad(|| dictionary.reconstruction(&dictionary.encode(&x), &x));
+    DETERMINISTIC.check(&who, again == x_hat, || format!("it changes by up to {}", greatest(&(&again - &x_hat))));
+    // Training encodes as users do, but for what is selected over a batch, which users select by a threshold.
+    if !dictionary.selection().is_some_and(Selection::by_threshold) {
+        let trained = tch::no_grad(|| dictionary.forward(&x).features);
+        FORWARD
+            .check(&who, trained == features, || format!("they differ by up to {}", greatest(&(&trained - &features))));
+    }
+    // Three dimensions, as a model has them, are as good as two.
+    let three = tch::no_grad(|| dictionary.reconstruct(&x.view([5, 10, D])).0);
+    SHAPES.same(&who, "the reconstruction's shape of [5, 10, d]", three.size(), vec![5, 10, dims.output]);
+    let apart = greatest(&(three.view([50, dims.output]) - &x_hat));
+    SHAPES
+        .check(&who, apart < 1e-5, || format!("reconstructions of [5, 10, d] differ from those of [50, d] by {apart}"));
+}
+
+/// The greatest magnitude in a tensor.
+fn greatest(tensor: &Tensor) -> f64 {
+    tensor.abs().max().double_value(&[])
+}
+
+fn has_what_penalties_need(component: &Component) {
+    is_penalizable(&who(component), &*dictionary(component), &activations(50));
+}
+
+fn is_penalizable(who: &str, dictionary: &dyn Dictionary, x: &Tensor) {
+    let code = tch::no_grad(|| dictionary.forward(x));
+    let penalized = code.penalized();
+    PENALIZED.same(who, "their shape", penalized.size(), vec![x.size()[0], dictionary.dims().features]);
+    let least = penalized.min().double_value(&[]);
+    PENALIZED.check(who, least >= 0.0, || format!("the smallest is {least}; a penalty on them would be negative"));
+}
+
+/// If it has a selection at all.
+fn has_what_selecting_trainers_need(component: &Component) {
+    let (who, mut dictionary) = (who(component), dictionary(component));
+    let (x, dims) = (activations(50), dictionary.dims());
+    let bias = dictionary.parameters().into_iter().find(|(name, _)| *name == "b_dec");
+    if let Some((_, bias)) = bias {
+        B_DEC.same(&who, "its shape", bias.size(), vec![dims.output]);
+    }
+    let Some(k) = dictionary.selection().map(Selection::k) else { return };
+    let selects = |dictionary: &dyn Dictionary, k: i64| {
+        let code = tch::no_grad(|| dictionary.forward(&x));
+        let get = |name: &str| {
+            code.get(name).unwrap_or_else(|| SELECTS.broken(&who, format!("`forward` gives a code without `{name}`")))
+        };
+        let (candidates, values) = (get("post_relu"), get("top_values"));
+        SELECTS.same(&who, "the shape of `post_relu`", candidates.size(), vec![50, dims.features]);
+        SELECTS.same(&who, "the number of `top_values`", values.numel() as i64, 50 * k);
+        SELECTS.check(&who, values.min().double_value(&[]) >= 0.0, || "`top_values` are negative".to_owned());
+        if let Some(indices) = code.get("top_indices") {
+            SELECTS.same(&who, "the shape of `top_indices`", indices.size(), values.size());
+        }
+        let selected = code.features.not_equal(0.0);
+        let other = (&code.features - candidates).masked_select(&selected);
+        let tolerance = 1e-5 * greatest(candidates).max(1e-9);
+        SELECTS.check(&who, other.numel() == 0 || greatest(&other) < tolerance, || {
+            format!("selected features are not those in `post_relu`: they differ by {}", greatest(&other))
+        });
+    };
+    selects(&*dictionary, k);
+    let Some(selection) = dictionary.selection_mut() else {
+        ANNEALS.broken(&who, "`selection` gives one, `selection_mut` none");
+    };
+    selection.set_k(k + 1);
+    selects(&*dictionary, k + 1);
+    let read = saved_and_read(&ANNEALS, &who, &*dictionary);
+    let read = read.selection().unwrap_or_else(|| ANNEALS.broken(&who, "what is read back has no selection"));
+    ANNEALS.same(&who, "k, read back,", read.k(), k + 1);
+    // As a resumed run does: into a dictionary that the config made.
+    let mut resumed = self::dictionary(component);
+    let tensors =
+        dictionary.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
+    ANNEALS.of(&who, resumed.load(&tensors, Path::new("checkpoint")));
+    let loaded = resumed.selection().map(Selection::k);
+    ANNEALS.same(&who, "k, loaded in place,", loaded, Some(k + 1));
+}
+
+fn saved_and_read(promise: &Promise, who: &str, dictionary: &dyn Dictionary) -> Box<dyn Dictionary> {
+    let dir = TempDir::new().unwrap();
+    let config = serde_json::json!({"trainer": {"dict_class": dictionary.class(), "activation_dim": D}});
+    promise.of(who, saved::write(dir.path(), dictionary, &config));
+    promise.of(who, saved::read(dir.path(), Device::Cpu, Precision::Float32)).dictionary
+}
+
+fn is_read_back(component: &Component) {
+    let (who, dictionary) = (who(component), dictionary(component));
+    // With other numbers than a new one has.
+    for (_, tensor) in dictionary.parameters() {
+        let _ = tch::no_grad(|| tensor.shallow_clone().g_add_(&(tensor.randn_like() * 0.05)));
+    }
+    for (_, tensor) in dictionary.buffers() {
+        if tensor.kind() == Kind::Float {
+            let _ = tensor.shallow_clone().fill_(0.05);
+        }
+    }
+    reads_back_the_same(&READ_BACK, &who, &*dictionary);
+}
+
+fn reads_back_the_same(promise: &Promise, who: &str, dictionary: &dyn Dictionary) {
+    let x = activations(50);
+    let read = saved_and_read(promise, who, dictionary);
+    let names = |dictionary: &dyn Dictionary| dictionary.state_dict().iter().map(|(name, _)| *name).collect::<Vec<_>>();
+    promise.same(who, "the list of its tensors, read back,", names(&*read), names(dictionary));
+    promise.same(who, "`dims`, read back,", read.dims(), dictionary.dims());
+    let (x_hat, again) = tch::no_grad(|| (dictionary.reconstruct(&x).0, read.reconstruct(&x).0));
+    promise.check(who, x_hat == again, || {
+        format!("the reconstruction, read back, differs by up to {}", greatest(&(again - &x_hat)))
+    });
+}
+
+/// Or is refused, if its output must be as wide as its input.
+fn predicts_another_width(component: &Component) {
+    let (who, output_dim) = (who(component), D + 3);
+    let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
+    let Ok(dictionary) = config.build(&DictionaryCx { output_dim, ..dictionary_cx() }) else { return };
+    if dictionary.dims().output != output_dim {
+        return;
+    }
+    let (x_hat, _) = tch::no_grad(|| dictionary.reconstruct(&activations(50)));
+    OTHER_WIDTH.same(&who, "the reconstruction's shape", x_hat.size(), vec![50, output_dim]);
+    reads_back_the_same(&OTHER_WIDTH, &who, &*dictionary);
+}
+
+fn scaled_biases_take_scaled_activations(component: &Component) {
+    // Trained on activations divided by s and then scaled, a dictionary does to x what it did to x / s, s times.
+    let x = activations(50);
+    let (who, mut dictionary) = (who(component), dictionary(component));
+    for (_, tensor) in dictionary.parameters() {
+        if tensor.dim() == 1 {
+            let _ = tch::no_grad(|| tensor.shallow_clone().uniform_(0.0, 0.1));
+        }
+    }
+    for (_, tensor) in dictionary.buffers() {
+        if tensor.kind() == Kind::Float {
+            let _ = tensor.shallow_clone().fill_(0.05);
+        }
+    }
+    let scale = 3.0;
+    let tensors = |dictionary: &dyn Dictionary| {
+        let all = dictionary.state_dict().into_iter();
+        all.map(|(name, tensor)| (name, tensor.detach().to_kind(Kind::Double).copy())).collect::<Vec<_>>()
+    };
+    let old = tensors(&*dictionary);
+    let before = tch::no_grad(|| dictionary.reconstruct(&(&x / scale)));
+    dictionary.scale_biases(scale);
+    let after = tch::no_grad(|| dictionary.reconstruct(&x));
+    // Not the features: a crosscoder's stay as they are, and its parts' scales take s.
+    let (after, before) = (after.0, before.0 * scale);
+    let off = greatest(&(&after - &before)) / greatest(&before).max(1e-9);
+    SCALES.check(&who, off < 1e-3, || {
+        let done = old.iter().zip(tensors(&*dictionary)).map(|((name, old), (_, new))| {
+            let done = match () {
+                () if new == *old => "left as it was",
+                () if new.allclose(&(old * scale), 1e-5, 1e-8, false) => "scaled",
+                () => "changed otherwise",
+            };
+            format!("`{name}` was {done}")
+        });
+        let done = done.collect::<Vec<_>>().join(", ");
+        format!("reconstructions are off by {:.0}% after `scale_biases({scale})`; {done}", 100.0 * off)
+    });
+}
+
+fn sae(trainer: &Component) -> SaeConfig {
+    let found = || match trainer.usual_dictionary {
+        Some(name) => format!("no dictionary `{name}` is registered"),
+        None => "it names none".to_owned(),
+    };
+    let dictionary = trainer.usual_dictionary.and_then(|name| component(Slot::Dictionary, name));
+    let dictionary = dictionary.unwrap_or_else(|| TRAINS_BY_DEFAULT.broken(&who(trainer), found()));
+    SaeConfig {
+        name: trainer.name.to_owned(),
+        site: None,
+        dictionary: from_yaml(dictionary.example).unwrap(),
+        trainer: from_yaml(trainer.example).unwrap(),
+        modifiers: Vec::new(),
+        init_from: None,
+        seed: None,
+        on_nonfinite: None,
+    }
+}
+
+const STEPS: u64 = 200;
+
+fn training_cx() -> TrainingCx {
+    TrainingCx {
+        widths: (D, D),
+        parts: Vec::new(),
+        steps: STEPS,
+        seed: 3,
+        device: Device::Cpu,
+        precision: Precision::Float32,
+    }
+}
+
+fn batches() -> Vec<Batch> {
+    seeded(2, || activations(STEPS as i64 * 64)).split(64, 0).into_iter().map(Batch::of).collect()
+}
+
+fn weights(training: &Training) -> BTreeMap<String, Vec<u8>> {
+    let state = training.dictionary.state_dict();
+    state
+        .into_iter()
+        .map(|(name, tensor)| (name.to_owned(), tensors::serialize(&[("", tensor)], &[]).unwrap()))
+        .collect()
+}
+
+/// Training of a trainer's example on its own dictionary's.
+fn new_training(trainer: &Component, cx: &TrainingCx) -> Training {
+    STEPS_SUCCEED.of(&who(trainer), Training::new(&sae(trainer), cx))
+}
+
+/// A step that is logged: the variance that it explains.
+fn logged_step(who: &str, training: &mut Training, step: usize, batch: &Batch) -> f64 {
+    let row = STEPS_SUCCEED.of(who, training.step(step as u64, batch, true));
+    let row = row.unwrap_or_else(|| LOGS.broken(who, format!("nothing at step {step}")));
+    for figure in ["step", "sae", "loss", "l0", "frac_variance_explained", "lr"] {
+        LOGS.check(who, row.contains_key(figure), || format!("no `{figure}` at step {step}"));
+    }
+    let explained = &row["frac_variance_explained"];
+    explained.as_f64().unwrap_or_else(|| LOGS.broken(who, format!("frac_variance_explained is {explained}")))
+}
+
+fn silent_step(who: &str, training: &mut Training, step: usize, batch: &Batch) {
+    STEPS_SUCCEED.of(who, training.step(step as u64, batch, false));
+}
+
+/// The names of the tensors in which two trainings differ.
+fn differing(one: &Training, other: &Training) -> Vec<String> {
+    let (one, other) = (weights(one), weights(other));
+    one.into_iter().filter(|(name, bytes)| other.get(name) != Some(bytes)).map(|(name, _)| name).collect()
+}
+
+/// Fails unless both trainings have the same weights.
+fn end_alike(promise: &Promise, who: &str, one: &Training, other: &Training) {
+    let differing = differing(one, other);
+    promise.check(who, differing.is_empty(), || format!("weights that differ: {}", differing.join(", ")));
+}
+
+fn learns_logs_and_resumes(trainer: &Component) {
+    let batches = batches();
+    let who = who(trainer);
+    let new = || new_training(trainer, &training_cx());
+    let (mut logged, mut silent, mut resumed) = (new(), new(), new());
+    let mut explained = Vec::new();
+    for (step, batch) in batches.iter().enumerate() {
+        explained.push(logged_step(&who, &mut logged, step, batch));
+        silent_step(&who, &mut silent, step, batch);
+        if step == 100 {
+            // What was before is thrown away: all that matters is in the state.
+            let state = RESUMES.of(&who, silent.state());
+            resumed = new();
+            RESUMES.of(&who, resumed.restore(&state));
+        }
+        if step > 100 {
+            silent_step(&who, &mut resumed, step, batch);
+        }
+    }
+    if logged.trainer.constraints().unit_norm_decoder {
+        let decoder = logged.dictionary.decoder();
+        let decoder = decoder.unwrap_or_else(|| UNIT_NORM.broken(&who, "its dictionary has no decoder"));
+        let apart = greatest(&(decoder.norms() - 1.0));
+        UNIT_NORM.check(&who, apart < 1e-5, || format!("they are off by {apart}"));
+    }
+    let last = explained[explained.len() - 20..].iter().sum::<f64>() / 20.0;
+    LEARNS.check(&who, last > 0.3 && last > explained[0], || {
+        format!("{:.1}% at the first step, {:.1}% at the last", 100.0 * explained[0], 100.0 * last)
+    });
+    end_alike(&LOGGING, &who, &logged, &silent);
+    end_alike(&RESUMES, &who, &resumed, &silent);
+}
+
+/// A batch with one number replaced.
+fn with_a(number: f64, batch: &Batch) -> Batch {
+    let x = batch.x.copy();
+    let _ = x.get(3).get(5).fill_(number);
+    Batch::of(x)
+}
+
+/// Fails unless a step was refused for a number that is not finite, with a message that contains `said`.
+fn is_refused<T>(who: &str, result: Result<T>, said: &str) {
+    let Err(error) = result else { NOT_FINITE.broken(who, format!("a step that succeeds, not `{said}`")) };
+    let named = error.is::<NotFinite>() && error.to_string().contains(said);
+    NOT_FINITE.check(who, named, || format!("another error: {error:#}"));
+}
+
+/// Fails if a step that was refused left something changed.
+fn is_unchanged(who: &str, training: &Training, before: &State) {
+    let after = NOT_FINITE.of(who, training.state());
+    NOT_FINITE.check(who, after == *before, || "its state after the refused step is not that before".to_owned());
+}
+
+/// What is done otherwise on a GPU, with a CPU's numbers: nothing is read at each step.
+fn trains_as_on_a_gpu(trainer: &Component) {
+    let who = who(trainer);
+    let batches = batches();
+    let train = || {
+        let mut training = new_training(trainer, &training_cx());
+        for (step, batch) in batches[..30].iter().enumerate() {
+            silent_step(&who, &mut training, step, batch);
+        }
+        training
+    };
+    let usual = train();
+    device::as_a_gpu(|| {
+        let mut training = train();
+        AS_ON_A_GPU.of(&who, training.settle());
+        for ((parameter, found), (_, expected)) in
+            training.dictionary.parameters().into_iter().zip(usual.dictionary.parameters())
+        {
+            let off = (found - &expected).norm().double_value(&[]) / expected.norm().double_value(&[]).max(1e-6);
+            AS_ON_A_GPU.check(&who, off < 1e-3, || format!("`{parameter}` is off by {:.1}%", 100.0 * off));
+        }
+        // Begun on a CPU, and gone on with on a GPU.
+        let mut moved = new_training(trainer, &training_cx());
+        let state = RESUMES.of(&who, usual.state());
+        RESUMES.of(&who, moved.restore(&state));
+        let again = RESUMES.of(&who, moved.state());
+        RESUMES.check(&who, again == state, || "restored as on a GPU, it gives another state".to_owned());
+        silent_step(&who, &mut moved, 30, &batches[30]);
+        AS_ON_A_GPU.of(&who, moved.settle());
+        silent_step(&who, &mut training, 30, &with_a(f64::NAN, &batches[30]));
+        silent_step(&who, &mut training, 31, &batches[31]);
+        let said = format!("step 30: the loss of SAE `{}` is NaN", trainer.name);
+        is_refused(&who, training.settle(), &said);
+        learns_logs_and_resumes(trainer);
+    });
+}
+
+/// A run can be made longer if no step so far depends on its length.
+fn may_be_longer_if_it_says_so(trainer: &Component) {
+    let (who, batches) = (who(trainer), batches());
+    let train = |steps| {
+        let cx = TrainingCx { steps, ..training_cx() };
+        let mut training = new_training(trainer, &cx);
+        for (step, batch) in batches.iter().enumerate() {
+            silent_step(&who, &mut training, step, batch);
+        }
+        training
+    };
+    let short = train(STEPS);
+    if !short.trainer.depends_on_steps() {
+        let (short, long) = (RESUMES.of(&who, short.state()), RESUMES.of(&who, train(3 * STEPS).state()));
+        LONGER.check(&who, short == long, || {
+            format!("step {STEPS} differs between runs of {STEPS} and {} steps", 3 * STEPS)
+        });
+    }
+}
+
+fn refuses_what_is_not_finite(trainer: &Component) {
+    let batches = batches();
+    let who = who(trainer);
+    let mut training = new_training(trainer, &training_cx());
+    // At the first step, which initialises, and later, when counters and thresholds are kept.
+    for good in [0, 80] {
+        for (step, batch) in batches[..good].iter().enumerate() {
+            silent_step(&who, &mut training, step, batch);
+        }
+        let before = RESUMES.of(&who, training.state());
+        for bad in [f64::NAN, f64::INFINITY] {
+            let said = format!("step {good}: the loss of SAE `{}`", trainer.name);
+            is_refused(&who, training.step(good as u64, &with_a(bad, &batches[good]), true), &said);
+            is_unchanged(&who, &training, &before);
+        }
+    }
+}
+
+/// Makes one number of each gradient NaN at some step.
+struct Poison {
+    steps: u64,
+    at: u64,
+}
+
+impl Modifier for Poison {
+    fn gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
+        if self.steps == self.at {
+            for (_, parameter) in dictionary.parameters() {
+                // `reshape` would copy one that does not lie in one piece.
+                let mut number = parameter.grad();
+                while number.dim() > 0 {
+                    number = number.get(0);
+                }
+                let _ = number.fill_(f64::NAN);
+            }
+        }
+        self.steps += 1;
+        Ok(())
+    }
+
+    fn state(&self) -> Result<State> {
+        let mut state = State::new();
+        state.put("steps", self.steps)?;
+        Ok(state)
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.steps = state.get("steps")?;
+        Ok(())
+    }
+}
+
+fn refuses_a_gradient_that_is_not_finite(trainer: &Component) {
+    const AT: u64 = 3;
+    let (batches, who) = (batches(), who(trainer));
+    let train = |on_nonfinite| {
+        let mut training = new_training(trainer, &training_cx());
+        training.on_nonfinite = on_nonfinite;
+        training.modify(Box::new(Poison { steps: 0, at: AT }));
+        for step in 0..AT {
+            silent_step(&who, &mut training, step as usize, &batches[step as usize]);
+        }
+        training
+    };
+    let said = format!("step {AT}: the gradient of the loss of SAE `{}`", trainer.name);
+    let at_once = |on_nonfinite| {
+        let mut training = train(on_nonfinite);
+        let before = RESUMES.of(&who, training.state());
+        is_refused(&who, training.step(AT, &batches[AT as usize], true), &said);
+        is_unchanged(&who, &training, &before);
+    };
+    at_once(OnNonfinite::Stop);
+    device::as_a_gpu(|| {
+        // Who skips a batch has to know at once that it must be skipped.
+        at_once(OnNonfinite::SkipBatch);
+        let mut training = train(OnNonfinite::Stop);
+        silent_step(&who, &mut training, AT as usize, &batches[AT as usize]);
+        is_refused(&who, training.settle(), &said);
+    });
+}
+
+/// The terms of a loss, each computed as in a step.
+fn terms(who: &str, training: &mut Training, batch: &Batch, step: u64) -> Terms {
+    let mut terms = Terms::new();
+    // What the loss counts is set back, so that it is the same function every time.
+    let counters = RESUMES.of(who, training.trainer.state());
+    let pass = Pass::forward(&*training.trainer, &*training.dictionary, batch, step, false);
+    STEPS_SUCCEED.of(who, training.trainer.loss(&pass, &mut terms));
+    if let Some((name, value)) = training.dictionary.auxiliary_loss(batch, &pass.code) {
+        terms.add(name, value, 1.0);
+    }
+    RESUMES.of(who, training.trainer.restore(&counters));
+    terms
+}
+
+fn has_gradients_of_finite_differences(trainer: &Component) {
+    const STEP: u64 = 100;
+    let (batches, who) = (batches(), who(trainer));
+    let mut training = new_training(trainer, &training_cx());
+    for (step, batch) in batches[..STEP as usize].iter().enumerate() {
+        silent_step(&who, &mut training, step, batch);
+    }
+    // From here on in float64, in which differences are worth something.
+    for (_, mut parameter) in training.dictionary.parameters() {
+        parameter.set_data(&parameter.detach().to_kind(Kind::Double));
+        parameter.zero_grad();
+    }
+    let batch = Batch::of(batches[STEP as usize].x.to_kind(Kind::Double));
+    let auxiliary = {
+        let code = training.dictionary.forward(&batch.x);
+        training.dictionary.auxiliary_loss(&batch, &code).map(|(name, _)| name)
+    };
+    let decodes = |training: &Training, parameter: &Tensor| {
+        parameter.shallow_clone().zero_grad();
+        let features = training.dictionary.encode(&batch.x).detach();
+        training.dictionary.decode(&features).sum(Kind::Double).backward();
+        parameter.grad().defined() && parameter.grad().abs().max().double_value(&[]) > 0.0
+    };
+    let names: Vec<&str> = terms(&who, &mut training, &batch, STEP).iter().map(|term| term.name).collect();
+    for (parameter_name, parameter) in training.dictionary.parameters() {
+        let mut verified = false;
+        let mut straight_through = false;
+        for name in &names {
+            let value = |training: &mut Training| {
+                let mut terms = terms(&who, training, &batch, STEP);
+                let term = terms.get_mut(name);
+                term.unwrap_or_else(|| GRADIENTS.broken(&who, format!("`{name}` is not in every loss"))).value.copy()
+            };
+            // An auxiliary loss may stop the gradient to what decodes, and then is no function of it any more.
+            if auxiliary == Some(*name) && decodes(&training, &parameter) {
+                continue;
+            }
+            for (_, parameter) in training.dictionary.parameters() {
+                parameter.shallow_clone().zero_grad();
+            }
+            let term = value(&mut training);
+            if !term.requires_grad() {
+                continue;
+            }
+            term.backward();
+            let grad = parameter.grad();
+            if !grad.defined() || grad.abs().max().double_value(&[]) == 0.0 {
+                // The term does not depend on it, or stops its gradient.
+                continue;
+            }
+            let grad = grad.copy();
+            let direction = parameter.detach().randn_like();
+            let direction = &direction / direction.norm();
+            let mut at = |distance: f64| {
+                let mut moved = parameter.shallow_clone();
+                tch::no_grad(|| moved += &direction * distance);
+                let value = value(&mut training).double_value(&[]);
+                tch::no_grad(|| moved -= &direction * distance);
+                value
+            };
+            // Where a power of a small activation bends, the wider one is too wide.
+            let differences = [1e-6, 1e-7].map(|h| (at(h) - at(-h)) / (2.0 * h));
+            if differences[0].abs() < 1e-9 {
+                // A step function, which a straight-through estimator stands in for.
+                straight_through = true;
+                continue;
+            }
+            let along = (grad * &direction).sum(Kind::Double).double_value(&[]);
+            let near = differences.iter().any(|found| (along - found).abs() < 1e-5 * found.abs().max(1e-3));
+            GRADIENTS.check(&who, near, || {
+                format!("`{name}` by `{parameter_name}`: {along} by autograd, {:?} by differences", differences)
+            });
+            verified = true;
+        }
+        let found = || format!("no term has a gradient by `{parameter_name}`");
+        GRADIENTS.check(&who, verified || straight_through && !parameter_name.contains("enc"), found);
+    }
+}
+
+/// How a trainer is put to the test by hand.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum ByHandCase {
+    /// As it trains.
+    Usual,
+    /// With so few features that they are listed.
+    FewFeatures,
+    /// With features that count as dead.
+    DeadFeatures,
+    /// With products in bfloat16.
+    BFloat16,
+    /// As on a GPU: with libtorch's operations in place of our own loops.
+    OnGpu,
+    /// The same in bfloat16.
+    OnGpuBFloat16,
+}
+
+/// If it has a way by hand at all, on every dictionary that it trains.
+fn finds_by_hand_what_autograd_finds(trainer: &Component) {
+    for dictionary in components(Slot::Dictionary) {
+        use ByHandCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, OnGpuBFloat16, Usual};
+        for case in [Usual, FewFeatures, DeadFeatures, BFloat16, OnGpu, OnGpuBFloat16] {
+            is_the_same_by_hand(trainer, dictionary, case);
+        }
+    }
+}
+
+fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHandCase) {
+    let who = format!("{} on {}, case {case:?},", self::who(trainer), self::who(dictionary));
+    let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
+    let has_field =
+        |field: &str| (trainer.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some());
+    let on_gpu = matches!(case, ByHandCase::OnGpu | ByHandCase::OnGpuBFloat16);
+    let bfloat16 = matches!(case, ByHandCase::BFloat16 | ByHandCase::OnGpuBFloat16);
+    if on_gpu || case == ByHandCase::DeadFeatures {
+        if has_field("dead_feature_threshold") {
+            fields.insert("dead_feature_threshold".into(), 100.into());
+        } else if case == ByHandCase::DeadFeatures {
+            return;
+        }
+    }
+    let mut example: serde_yaml::Mapping = serde_yaml::from_str(dictionary.example).unwrap();
+    if case == ByHandCase::OnGpuBFloat16 && example.contains_key("k") {
+        // All of them: among rounded numbers others would be selected at the edge.
+        example.insert("k".into(), self::dictionary(dictionary).dims().features.into());
+    }
+    let sae = SaeConfig {
+        trainer: from_yaml(&serde_yaml::to_string(&fields).unwrap()).unwrap(),
+        dictionary: from_yaml(&serde_yaml::to_string(&example).unwrap()).unwrap(),
+        ..sae(trainer)
+    };
+    let mut cx = training_cx();
+    if bfloat16 {
+        cx.precision = Precision::BFloat16;
+    }
+    // What it cannot train it refuses.
+    let Ok(mut training) = Training::new(&sae, &cx) else { return };
+    let batches = batches();
+    let first = HandPass { step: 0, batch: &batches[0], dictionary: &*training.dictionary, logging: true };
+    if BY_HAND.of(&who, tch::no_grad(|| training.trainer.by_hand(&first, &mut Terms::new()))).is_none() {
+        return;
+    }
+    for (step, batch) in batches[..20].iter().enumerate() {
+        silent_step(&who, &mut training, step, batch);
+    }
+    if case == ByHandCase::FewFeatures {
+        let encoder = training.dictionary.encoder();
+        let encoder = encoder.unwrap_or_else(|| BY_HAND.broken(&who, "`two_layer` is given, `encoder` is not"));
+        let active = || tch::no_grad(|| training.dictionary.forward(&batches[20].x).features.not_equal(0.0));
+        while active().to_kind(Kind::Float).mean(Kind::Float).double_value(&[]) > 0.09 {
+            let biases = training.dictionary.parameters().into_iter();
+            let biases = biases.filter(|(name, _)| encoder.biases.contains(name));
+            tch::no_grad(|| biases.for_each(|(_, mut bias)| bias -= 0.1));
+        }
+    }
+    let (batch, counters) = (&batches[20], RESUMES.of(&who, training.trainer.state()));
+    let mut by_hand = Terms::new();
+    let pass = HandPass { step: 20, batch, dictionary: &*training.dictionary, logging: true };
+    // A gradient may lie where the last one was; what is not written stays no number.
+    for (_, parameter) in training.dictionary.parameters() {
+        let _ = tch::no_grad(|| parameter.grad().fill_(f64::NAN));
+    }
+    let take = || BY_HAND.of(&who, tch::no_grad(|| training.trainer.by_hand(&pass, &mut by_hand)));
+    let found = if on_gpu { device::as_a_gpu(take) } else { analytic::with_tile_width(96, take) };
+    let Some(found) = found else {
+        let relu = training.dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
+        let selects = training.dictionary.selection().is_some();
+        BY_HAND.check(&who, on_gpu && !relu && !selects, || "`None` at step 20, not at the first".to_owned());
+        return;
+    };
+    let gradients: Vec<_> = found.gradients.iter().map(|(name, gradient)| (*name, gradient.copy())).collect();
+    let counted = RESUMES.of(&who, training.trainer.state());
+    RESUMES.of(&who, training.trainer.restore(&counters));
+    for (_, parameter) in training.dictionary.parameters() {
+        parameter.shallow_clone().zero_grad();
+    }
+    let mut terms = Terms::new();
+    let autograd = Pass::forward(&*training.trainer, &*training.dictionary, batch, 20, false);
+    STEPS_SUCCEED.of(&who, training.trainer.loss(&autograd, &mut terms));
+    if let Some((name, value)) = training.dictionary.auxiliary_loss(batch, &autograd.code) {
+        terms.add(name, value, 1.0);
+    }
+    terms.total().unwrap().backward();
+    let tolerance = if bfloat16 { 2e-2 } else { 1e-4 };
+    let close = |what: &str, found: &Tensor, expected: &Tensor| {
+        let apart = (found - expected).norm().double_value(&[]);
+        let scale = expected.norm().double_value(&[]).max(1e-6);
+        BY_HAND.check(&who, apart < tolerance * scale, || format!("{what} is off by {:.3}%", 100.0 * apart / scale));
+    };
+    for term in terms.iter() {
+        let other = by_hand.get_mut(term.name);
+        let other = other.unwrap_or_else(|| BY_HAND.broken(&who, format!("the term `{}` is missing", term.name)));
+        let what = format!("role and weight of `{}`", term.name);
+        BY_HAND.same(&who, &what, (other.role, other.weight), (term.role, term.weight));
+        close(term.name, &other.value, &term.value.detach());
+    }
+    let fired = found.fired.unwrap_or_else(|| BY_HAND.broken(&who, "`fired` is `None` at a logged step"));
+    if case == ByHandCase::FewFeatures {
+        let part = fired.mean(Kind::Double).double_value(&[]) / batch.len() as f64;
+        BY_HAND.check(&who, part > 0.0 && part < 0.1, || format!("{part} of the features fire with biases lowered"));
+    }
+    let active = autograd.code.features.detach().not_equal(0.0).sum_dim_intlist([0].as_slice(), false, Kind::Float);
+    close("how often features fired", &fired.to_kind(Kind::Float), &active);
+    let error = found.error.unwrap_or_else(|| BY_HAND.broken(&who, "`error` is `None` at a logged step"));
+    close("the reconstruction", &(&batch.target + error), &autograd.x_hat.detach());
+    for (parameter_name, parameter) in training.dictionary.parameters() {
+        let expected = parameter.grad();
+        let gradient = gradients.iter().find(|(known, _)| *known == parameter_name);
+        match gradient {
+            Some((_, gradient)) => close(parameter_name, gradient, &expected),
+            None => BY_HAND.check(&who, !expected.defined() || greatest(&expected) == 0.0, || {
+                format!("`gradients` has none by `{parameter_name}`")
+            }),
+        }
+    }
+    // A feature at its edge may fire in one and not in the other where numbers are rounded.
+    if !bfloat16 {
+        for (key, tensor) in RESUMES.of(&who, training.trainer.state()).tensors() {
+            let found = BY_HAND.of(&who, counted.tensor(key)).to_kind(Kind::Float);
+            close(&format!("`{key}` in its state"), &found, &tensor.to_kind(Kind::Float));
+        }
+    }
+}
+
+fn has_the_terms_that_it_declares(trainer: &Component) {
+    let who = who(trainer);
+    let mut training = new_training(trainer, &training_cx());
+    let batch = &batches()[0];
+    // The first step initialises from data.
+    silent_step(&who, &mut training, 0, batch);
+    let terms = terms(&who, &mut training, batch, 1);
+    let has = |role: Role| terms.iter().any(|term| term.role == role);
+    let says = training.trainer.has_sparsity_term();
+    TERMS.check(&who, has(Role::Sparsity) == says, || {
+        format!(
+            "`has_sparsity_term` is {says}, and the loss has {} of sparsity",
+            if says { "no term" } else { "a term" }
+        )
+    });
+    TERMS.check(&who, has(Role::Reconstruction), || "no term of reconstruction".to_owned());
+}
+
+/// Where the trainer offers it.
+fn resampling_revives_the_dead(trainer: &Component) {
+    let batches = batches();
+    if (trainer.schema)().get("properties").is_none_or(|fields| fields.get("resample_steps").is_none()) {
+        return;
+    }
+    for weight in ["loss", "loss_squared"] {
+        let who = format!("{}, `resample_weight: {weight}`,", who(trainer));
+        let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
+        fields.insert("resample_steps".into(), 15.into());
+        fields.insert("resample_weight".into(), weight.into());
+        let yaml = serde_yaml::to_string(&fields).unwrap();
+        let sae = SaeConfig { trainer: RESAMPLES.of(&who, from_yaml(&yaml).map_err(Into::into)), ..sae(trainer) };
+        let mut training = RESAMPLES.of(&who, Training::new(&sae, &training_cx()));
+        let encoder = training.dictionary.encoder();
+        let encoder = encoder.unwrap_or_else(|| RESAMPLES.broken(&who, "its dictionary has no `encoder` to resample"));
+        for (name, parameter) in training.dictionary.parameters() {
+            if encoder.biases.contains(&name) {
+                let _ = tch::no_grad(|| parameter.narrow(0, 0, 4).fill_(-1e3));
+            }
+        }
+        let fire = |training: &Training| {
+            let features = tch::no_grad(|| training.dictionary.encode(&batches[0].x)).narrow(1, 0, 4);
+            features.not_equal(0.0).any_dim(0, false).sum(Kind::Int64).int64_value(&[])
+        };
+        for (step, batch) in batches[..31].iter().enumerate() {
+            silent_step(&who, &mut training, step, batch);
+            RESAMPLES
+                .check(&who, step >= 14 || fire(&training) == 0, || format!("features fire at step {step} already"));
+        }
+        RESAMPLES.check(&who, fire(&training) == 4, || format!("{} of 4 features are still dead", 4 - fire(&training)));
+    }
+}
+
+fn is_trained_or_refused(dictionary: &Component) {
+    components(Slot::Trainer).into_iter().for_each(|trainer| learns_or_is_refused(trainer, dictionary));
+}
+
+fn trains_or_refuses(trainer: &Component) {
+    components(Slot::Dictionary).into_iter().for_each(|dictionary| learns_or_is_refused(trainer, dictionary));
+}
+
+fn learns_or_is_refused(trainer: &Component, dictionary: &Component) {
+    let batches = batches();
+    let who = format!("{} on {}", who(trainer), who(dictionary));
+    let sae = SaeConfig { dictionary: from_yaml(dictionary.example).unwrap(), ..sae(trainer) };
+    let mut training = match Training::new(&sae, &training_cx()) {
+        Ok(training) => training,
+        Err(error) => {
+            let message = format!("{error:?}");
+            let explained = error.is::<InputError>() && message.contains("cannot train the class");
+            PAIR.check(&who, explained, || format!("a refusal without a reason: {message}"));
+            let own = trainer.usual_dictionary == Some(dictionary.name);
+            PAIR.check(&who, !own, || format!("it refuses the dictionary that it trains by default: {message}"));
+            return;
+        }
+    };
+    let explained = batches[..60].iter().enumerate();
+    let explained: Vec<f64> = explained.map(|(step, batch)| logged_step(&who, &mut training, step, batch)).collect();
+    let (first, last) = (explained[0], explained[50..].iter().sum::<f64>() / 10.0);
+    let learnt = 1.0 - last < 0.9 * (1.0 - first) || training.dictionary.parameters().is_empty();
+    PAIR.check(&who, learnt, || {
+        format!("{:.1}% explained at the first step, {:.1}% after 60 steps", 100.0 * first, 100.0 * last)
+    });
+    for (name, tensor) in training.dictionary.state_dict() {
+        PAIR.check(&who, greatest(&tensor).is_finite(), || format!("`{name}` has numbers that are not finite"));
+    }
+    is_penalizable(&who, &*training.dictionary, &batches[60].x);
+    goes_on_with_dead_features(&who, trainer, &sae, &batches);
+}
+
+/// Where the trainer counts dead features: with nearly all of them dead.
+fn goes_on_with_dead_features(who: &str, trainer: &Component, sae: &SaeConfig, batches: &[Batch]) {
+    let has = |field: &str| (trainer.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some());
+    if !has("dead_feature_threshold") {
+        return;
+    }
+    let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
+    fields.insert("dead_feature_threshold".into(), 1.into());
+    let yaml = serde_yaml::to_string(&fields).unwrap();
+    let dictionary: Box<dyn DictionaryConfig> = from_yaml(&serde_yaml::to_string(&sae.dictionary).unwrap()).unwrap();
+    let sae =
+        SaeConfig { dictionary, trainer: DEAD.of(who, from_yaml(&yaml).map_err(Into::into)), ..self::sae(trainer) };
+    let mut training = DEAD.of(who, Training::new(&sae, &training_cx()));
+    for (step, batch) in batches[..10].iter().enumerate() {
+        let stepped = catch_unwind(AssertUnwindSafe(|| training.step(step as u64, batch, false)));
+        let stepped = stepped.unwrap_or_else(|panic| {
+            DEAD.broken(who, panic.downcast_ref::<String>().map_or("it panicked", |said| said.as_str()))
+        });
+        DEAD.of(who, stepped);
+    }
+}
+
+fn composes_with_trainers(modifier: &Component) {
+    let batches = batches();
+    let mut composed = 0;
+    for trainer in components(Slot::Trainer) {
+        let who = format!("{} with {}", who(modifier), who(trainer));
+        let new = || {
+            let modifiers = vec![from_yaml(modifier.example).unwrap()];
+            Training::new(&SaeConfig { modifiers, ..sae(trainer) }, &training_cx())
+        };
+        let (mut whole, mut resumed) = match new() {
+            Ok(training) => (training, COMPOSES.of(&who, new())),
+            Err(error) => {
+                let message = format!("{error:?}");
+                let said = message.contains(&format!("the modifier `{}` needs", modifier.name));
+                let found = || format!("a refusal without a reason: {message}");
+                COMPOSES.check(&who, error.is::<InputError>() && said, found);
+                continue;
+            }
+        };
+        composed += 1;
+        let mut explained = Vec::new();
+        for (step, batch) in batches[..140].iter().enumerate() {
+            explained.push(logged_step(&who, &mut whole, step, batch));
+            match step {
+                0..70 => {}
+                70 => COMPOSES.of(&who, whole.state().and_then(|state| resumed.restore(&state))),
+                // Logging changes nothing.
+                _ => silent_step(&who, &mut resumed, step, batch),
+            }
+        }
+        let last = explained[explained.len() - 20..].iter().sum::<f64>() / 20.0;
+        let learnt = 1.0 - last < 0.9 * (1.0 - explained[0]);
+        COMPOSES.check(&who, learnt, || {
+            format!("{:.1}% explained at the first step, {:.1}% after 140", 100.0 * explained[0], 100.0 * last)
+        });
+        end_alike(&RESUMES, &who, &whole, &resumed);
+
+        let before = RESUMES.of(&who, whole.state());
+        let refused = whole.step(140, &with_a(f64::NAN, &batches[140]), true).is_err();
+        NOT_FINITE.check(&who, refused, || "a step with NaN that succeeds".to_owned());
+        is_unchanged(&who, &whole, &before);
+    }
+    COMPOSES.check(&who(modifier), composed > 0, || "it composes with no trainer that is linked".to_owned());
+}
+
+fn delivers_resumes_and_rewinds(component: &Component) {
+    let cx = source_cx();
+    let who = who(component);
+    let config: Box<dyn SourceConfig> = from_yaml(component.example).unwrap();
+    let build = || DELIVERS.of(&who, config.build(&cx));
+    let mut source = build();
+    let sites = source.sites();
+    let deliver = |source: &mut dyn ActivationSource| DELIVERS.of(&who, tch::no_grad(|| source.next_batch()));
+    let next = |source: &mut dyn ActivationSource| {
+        Some(deliver(source)?.sites.into_iter().map(|batch| batch.x).collect::<Vec<_>>())
+    };
+    for number in 0..3 {
+        let activations = deliver(&mut *source);
+        let activations =
+            activations.unwrap_or_else(|| DELIVERS.broken(&who, format!("it ends after {number} batches")));
+        DELIVERS.same(&who, "the number of sites in a batch", activations.sites.len(), sites.len());
+        for (batch, site) in activations.sites.iter().zip(&sites) {
+            let widths = (batch.x.size()[1], batch.target.size()[1]);
+            DELIVERS.same(&who, "the widths of input and target", widths, site.widths());
+            DELIVERS.same(&who, "the type of activations", batch.x.kind(), Kind::Float);
+            DELIVERS.same(&who, "the number of activations at a site", batch.len(), activations.len());
+        }
+        if let Some(tokens) = &activations.tokens {
+            let found = (tokens.size(), tokens.kind());
+            DELIVERS.same(&who, "shape and type of `tokens`", found, (vec![activations.len(), 3], Kind::Int64));
+        }
+    }
+    let state = DELIVERS.of(&who, source.state());
+    let expected: Vec<_> = (0..8).map_while(|_| next(&mut *source)).collect();
+    let mut other = build();
+    DELIVERS.of(&who, other.restore(&state));
+    let found: Vec<_> = (0..8).map_while(|_| next(&mut *other)).collect();
+    DELIVERS.check(&who, !expected.is_empty(), || "it ends after 3 batches".to_owned());
+    DELIVERS.check(&who, expected == found, || "a restored source goes on with other batches".to_owned());
+    let norms = DELIVERS.of(&who, source.mean_squared_norms());
+    DELIVERS.same(&who, "the number of mean squared norms", norms.len(), sites.len());
+    let usable = norms.iter().all(|norm| norm.is_finite() && *norm > 0.0);
+    DELIVERS.check(&who, usable, || format!("mean squared norms of {norms:?}"));
+    DELIVERS.of(&who, source.rewind());
+    DELIVERS.check(&who, next(&mut *source).is_some(), || "nothing after `rewind`".to_owned());
+    DELIVERS.check(&who, source.describe().is_object(), || "`describe` gives no JSON object".to_owned());
+}
+
+fn says_the_same_from_any_position(component: &Component) {
+    let who = who(component);
+    let config: Box<dyn TextConfig> = from_yaml(component.example).unwrap();
+    let mut text = SEEKS.of(&who, config.build());
+    let next = |text: &mut dyn TextStream| {
+        let record = SEEKS.of(&who, text.next_record());
+        record.unwrap_or_else(|| SEEKS.broken(&who, "its example has fewer than 3 records"))
+    };
+    let all: Vec<Record> = (0..3).map(|_| next(&mut *text)).collect();
+    SEEKS.same(&who, "`position` after 3 records", text.position(), 3);
+    for position in [1, 0] {
+        SEEKS.of(&who, text.seek(position));
+        SEEKS.same(&who, "`position` after `seek`", text.position(), position);
+        let found = next(&mut *text);
+        SEEKS.same(&who, &format!("record {position} after `seek`"), &found, &all[position as usize]);
+    }
+    let rows = matches!(all[0], Record::Tokens { .. });
+    SEEKS.same(&who, "`is_tokenized`", text.is_tokenized(), rows);
+}
+
+fn measures_each_dictionary(component: &Component) {
+    let cx = source_cx();
+    let metric: Box<dyn MetricConfig> = from_yaml(component.example).unwrap();
+    let who = who(component);
+    let mut measured = false;
+    for source in components(Slot::Source) {
+        let config: Box<dyn SourceConfig> = from_yaml(source.example).unwrap();
+        let mut source = config.build(&cx).unwrap();
+        if MEASURES.of(&who, metric.build()).refuses(&mut *source).is_some() {
+            continue;
+        }
+        let (activation_dim, output_dim) = source.sites()[0].widths();
+        let dictionary_cx = DictionaryCx { activation_dim, output_dim, ..dictionary_cx() };
+        let build = |yaml: &str| from_yaml::<Box<dyn DictionaryConfig>>(yaml).unwrap().build(&dictionary_cx).unwrap();
+        let both: Vec<Box<dyn Dictionary>> =
+            components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
+        let both: Vec<Subject> = both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
+        let measuring = evaluate::Measuring {
+            key: "source",
+            origin: Map::new(),
+            from_the_beginning: true,
+            overlap_is_known: false,
+            say: &|_| (),
+        };
+        let found = evaluate::evaluate(std::slice::from_ref(&metric), &both, &mut *source, &measuring);
+        let found = MEASURES.of(&who, found);
+        MEASURES.same(&who, "the number of dictionaries with figures", found.len(), 2);
+        let all = found.iter().all(|figures| !figures.is_empty());
+        MEASURES.check(&who, all, || "a dictionary without figures".to_owned());
+        measured = true;
+    }
+    MEASURES.check(&who, measured, || "it refuses the example of every source that is linked".to_owned());
+}
+
+fn writes_and_goes_on(component: &Component) {
+    let who = who(component);
+    let dir = TempDir::new().unwrap();
+    let config: Box<dyn LoggerConfig> = from_yaml(component.example).unwrap();
+    let row = |step: u64| Map::from_iter([("step".to_owned(), step.into()), ("sae".to_owned(), "a".into())]);
+    for resume_at in [None, Some(1)] {
+        let mut logger = WRITES.of(&who, config.build(dir.path(), resume_at));
+        WRITES.of(&who, logger.log(&row(0)));
+        WRITES.of(&who, logger.log(&row(1)));
+        WRITES.of(&who, logger.flush());
+    }
+}
+
+fn refuses_a_folder_with_nothing_in_it(component: &Component) {
+    let dir = TempDir::new().unwrap();
+    let who = who(component);
+    let format = REFUSES_NOTHING.of(&who, formats::named(component.name));
+    let request = formats::Request { place: Some(dir.path().display().to_string()), ..formats::Request::default() };
+    let read =
+        format.find(&request).and_then(|places| places.iter().try_for_each(|place| format.read(place).map(|_| ())));
+    let Err(error) = read else { REFUSES_NOTHING.broken(&who, "an empty folder was read as an SAE") };
+    let said = format!("{error:?}");
+    REFUSES_NOTHING
+        .check(&who, InputError::take(error).is_ok(), || format!("an error that is no `InputError`: {said}"));
+}
+
+/// Every dictionary goes through the format unharmed, or is refused; some do.
+fn reads_what_it_writes(component: &Component) {
+    let format = WRITES_AND_READS.of(&who(component), formats::named(component.name));
+    if !format.writes() {
+        return;
+    }
+    let x = activations(50);
+    let mut written = 0;
+    for other in components(Slot::Dictionary) {
+        let who = format!("{} with {}", who(component), who(other));
+        let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+        let config: Box<dyn DictionaryConfig> = from_yaml(other.example).unwrap();
+        let Ok(mut built) = config.build(&dictionary_cx()) else { continue };
+        // The reference's loader would do it, and change the scale of features.
+        built.pretrained();
+        let config = serde_json::json!({"trainer": {"dict_class": built.class(), "activation_dim": D}});
+        saved::write(dir.path(), &*built, &config).unwrap();
+        let sae = saved::read(dir.path(), Device::Cpu, Precision::Float32).unwrap();
+        let out = out.path().join("out");
+        if let Err(error) = formats::export(&sae, component.name, &out) {
+            let said = format!("{error:?}");
+            let refused = InputError::take(error).is_ok();
+            WRITES_AND_READS.check(&who, refused, || format!("an error that is no `InputError`: {said}"));
+            WRITES_AND_READS.check(&who, !out.exists(), || "a file stays behind after a refusal".to_owned());
+            continue;
+        }
+        written += 1;
+        let again = formats::load(component.name, &out.display().to_string(), Device::Cpu);
+        let again = WRITES_AND_READS.of(&who, again);
+        let (x_hat, features) = tch::no_grad(|| sae.dictionary.reconstruct(&x));
+        let (x_hat_again, features_again) = tch::no_grad(|| again.reconstruct(&x));
+        for (what, one, two) in [("reconstructions", x_hat, x_hat_again), ("features", features, features_again)] {
+            WRITES_AND_READS.same(&who, &format!("the shape of {what}, read back,"), two.size(), one.size());
+            let off = greatest(&(&one - two)) / greatest(&one).max(1e-9);
+            WRITES_AND_READS.check(&who, off < 1e-4, || format!("{what}, read back, are off by {:.2}%", 100.0 * off));
+        }
+    }
+    WRITES_AND_READS.check(&who(component), written > 0, || "it writes no dictionary that is linked".to_owned());
+}

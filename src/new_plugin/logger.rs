@@ -1,0 +1,58 @@
+//! `example_name`: the loss of each SAE at each logged step as comma-separated values, to be changed into yours.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+
+use dictlearn_core::prelude::*;
+
+/// The name in a config.
+const NAME: &str = "example_name";
+
+/// The loss as comma-separated values.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExampleNameConfig {
+    /// The file, in the run's folder.
+    pub file: String,
+}
+
+impl Default for ExampleNameConfig {
+    fn default() -> Self {
+        ExampleNameConfig { file: "example_name.csv".to_owned() }
+    }
+}
+
+register! {
+    logger ExampleNameConfig, NAME,
+    summary: "The loss as comma-separated values",
+    paper: "",
+    example: "{type: example_name}",
+}
+
+#[typetag::serde(name = NAME)]
+impl LoggerConfig for ExampleNameConfig {
+    fn build(&self, run_dir: &Path, resume_at: Option<u64>) -> Result<Box<dyn Logger>> {
+        let path = run_dir.join(&self.file);
+        // What will be logged again is dropped.
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        let step = |line: &str| line.split(',').next().and_then(|step| step.parse::<u64>().ok());
+        let earlier = |line: &&str| step(line).is_some_and(|step| resume_at.is_some_and(|from| step < from));
+        let kept: String = text.lines().filter(earlier).flat_map(|line| [line, "\n"]).collect();
+        dictlearn_core::files::tensors::write_file(&path, format!("step,sae,loss\n{kept}").as_bytes())?;
+        let file = OpenOptions::new().append(true).open(&path);
+        Ok(Box::new(ExampleName { file: file.with_context(|| format!("cannot write {}", path.display()))? }))
+    }
+}
+
+struct ExampleName {
+    file: File,
+}
+
+impl Logger for ExampleName {
+    fn log(&mut self, row: &Map<String, Value>) -> Result<()> {
+        let value = |name: &str| row.get(name).map_or_else(String::new, |value| value.to_string().replace('"', ""));
+        let line = format!("{},{},{}\n", value("step"), value("sae"), value("loss"));
+        self.file.write_all(line.as_bytes()).context("cannot write the log")
+    }
+}

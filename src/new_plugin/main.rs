@@ -1,0 +1,9 @@
+//! dictlearn with this plugin in it: `cargo run --release -- train CONFIG.yaml`.
+
+// Linking a plugin registers it.
+use dictlearn as _;
+use example_name as _;
+
+fn main() -> std::process::ExitCode {
+    crate::cli::main()
+}

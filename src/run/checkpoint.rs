@@ -1,0 +1,252 @@
+//! Checkpoints: the whole training state of a run, from which `--resume` goes on.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use serde_yaml::Value;
+use tch::Device;
+
+use dictlearn_core::error::InputError;
+use dictlearn_core::files::state::State;
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::yaml;
+use dictlearn_core::machine::device;
+
+/// How many checkpoints are kept: the last, and the one before it in case the last is damaged.
+const KEPT: usize = 2;
+
+/// What to do where the config of a run is lost.
+pub(crate) const PUT_BACK: &str =
+    "put the config there that the run was begun with (`--dry-run` prints it), or choose another --output-dir";
+
+/// The state's value that says after how many steps it was taken.
+pub(crate) const STEP: &str = "step";
+
+/// How many differences between configs are shown.
+const SHOWN: usize = 8;
+
+/// Top-level keys of a config that may differ between a run and its continuation: they change what is reported, where it is
+/// computed and what is done on a bad day, not what is trained.
+const HARMLESS: [&str; 13] = [
+    "output_dir",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_buffer",
+    "save_every",
+    "save_steps",
+    "stop_after",
+    "loggers",
+    "metrics",
+    "eval_source",
+    "device",
+    "on_nonfinite",
+    // Looked at by itself: some schedules depend on it.
+    "steps",
+];
+
+/// The checkpoints of a run directory.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    dir: PathBuf,
+    /// The step of the last one that this process has written or read: that one is whole.
+    whole: Arc<AtomicU64>,
+}
+
+impl Checkpoints {
+    /// Those in `run_dir/checkpoints`.
+    pub fn new(run_dir: &Path) -> Self {
+        Checkpoints { dir: run_dir.join("checkpoints"), whole: Arc::default() }
+    }
+
+    /// Saves the state after so many steps, whole or not at all, and removes all but the last few. Where there is no room for
+    /// it beside these, it takes the place of all but the last.
+    pub fn save(&self, step: u64, state: &State) -> Result<()> {
+        make_dir(&self.dir)?;
+        let path = self.dir.join(format!("step_{step}.safetensors"));
+        if let Err(error) = state.save(&path) {
+            if !is_full(&error) || !self.remove_before(self.whole.load(Ordering::Relaxed))? {
+                return Err(error);
+            }
+            state.save(&path)?;
+        }
+        self.whole.store(step, Ordering::Relaxed);
+        // Of later steps there can only be what was damaged and passed over.
+        let (later, mut earlier): (Vec<_>, Vec<_>) = self.all()?.into_iter().partition(|(other, _)| *other > step);
+        let old = earlier.len().saturating_sub(KEPT);
+        for (_, path) in later.into_iter().chain(earlier.drain(..old)) {
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        tensors::remove_partial(&self.dir);
+        Ok(())
+    }
+
+    /// Removes the checkpoints of earlier steps, and whether there were any.
+    fn remove_before(&self, step: u64) -> Result<bool> {
+        let earlier: Vec<_> = self.all()?.into_iter().filter(|(other, _)| *other < step).collect();
+        for (_, path) in &earlier {
+            fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+        Ok(!earlier.is_empty())
+    }
+
+    /// The newest checkpoint that is whole, with its step.
+    pub fn latest(&self) -> Result<Option<(u64, State)>> {
+        for (step, path) in self.all()?.into_iter().rev() {
+            let error = match State::load(&path) {
+                Ok(state) if state.get::<u64>(STEP)? == step => {
+                    self.whole.store(step, Ordering::Relaxed);
+                    return Ok(Some((step, state)));
+                }
+                Ok(state) => format!("{} is the checkpoint of step {}", path.display(), state.get::<u64>(STEP)?),
+                // In one line with what follows.
+                Err(error) => format!("{error:#}").replace('\n', "; "),
+            };
+            dictlearn_core::say!("warning: {error}; trying the checkpoint before it");
+        }
+        Ok(None)
+    }
+
+    /// Whether there are any, whole or not.
+    pub fn exist(&self) -> bool {
+        self.all().is_ok_and(|all| !all.is_empty())
+    }
+
+    /// All checkpoints by step.
+    fn all(&self) -> Result<Vec<(u64, PathBuf)>> {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(Vec::new()) };
+        let step = |path: &Path| path.file_stem()?.to_str()?.strip_prefix("step_")?.parse().ok();
+        let mut found: Vec<(u64, PathBuf)> = entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            // Opening anything else could wait forever.
+            .filter(|path| path.is_file())
+            .filter_map(|path| Some((step(&path)?, path)))
+            .collect();
+        found.sort();
+        Ok(found)
+    }
+
+    /// Refuses to go on with another experiment than the one that was begun. Whether `steps` is another is the answer.
+    pub fn check_config(&self, begun: &str, now: &str) -> Result<bool> {
+        let parse = |text: &str| match yaml::parse::<Value>(text) {
+            Ok(Value::Mapping(keys)) => Ok(keys),
+            Ok(_) => Err("it holds no keys".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        let (begun, now) = parse(begun).and_then(|begun| Ok((begun, parse(now)?))).map_err(|why| {
+            let message = format!("the config.yaml beside {} cannot be read: {why}", self.dir.display());
+            InputError::new(message).help(PUT_BACK)
+        })?;
+        let keys: BTreeSet<&str> = begun.keys().chain(now.keys()).filter_map(Value::as_str).collect();
+        let mut changed = Vec::new();
+        for key in keys.into_iter().filter(|key| !HARMLESS.contains(key)) {
+            differences(key, begun.get(key), now.get(key), &mut changed);
+        }
+        if changed.is_empty() {
+            return Ok(begun.get("steps") != now.get("steps"));
+        }
+        let more = changed.len().saturating_sub(SHOWN);
+        changed.truncate(SHOWN);
+        if more > 0 {
+            changed.push(format!("and {more} more"));
+        }
+        bail!(
+            InputError::new(format!("the run was begun with another config: {}", changed.join(", ")))
+                .help("resume with the config that it was begun with, or choose another --output-dir")
+        );
+    }
+}
+
+/// Makes a folder in one that must be there: where that is gone, a file system that came away with it must not be filled
+/// beside it.
+pub(crate) fn make_dir(dir: &Path) -> Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let make = || -> std::io::Result<()> {
+        fs::create_dir(dir)?;
+        File::open(dir.parent().unwrap_or(dir))?.sync_all()
+    };
+    make().with_context(|| format!("cannot make {}", dir.display()))
+}
+
+/// Whether there was no room for what could not be written.
+fn is_full(error: &anyhow::Error) -> bool {
+    let kind = error.chain().find_map(|cause| Some(cause.downcast_ref::<io::Error>()?.kind()));
+    matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+}
+
+/// What the bits of a run depend on beside its config.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Machine {
+    device: String,
+    precision: String,
+    processor: String,
+    threads: i32,
+    dictlearn: String,
+}
+
+impl Machine {
+    /// This one.
+    pub fn here(device: Device, precision: device::Precision) -> Self {
+        Machine {
+            device: device::name(device),
+            precision: precision.to_string(),
+            processor: device::processor(),
+            threads: tch::get_num_threads(),
+            dictlearn: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    /// In what it differs from the one that a run was begun on: `2 threads -> 1`.
+    pub fn differences(&self, begun: &Machine) -> Vec<String> {
+        let pairs = [
+            ("device", &begun.device, &self.device),
+            ("precision", &begun.precision, &self.precision),
+            ("processor", &begun.processor, &self.processor),
+            ("threads", &begun.threads.to_string(), &self.threads.to_string()),
+            ("dictlearn", &begun.dictlearn, &self.dictlearn),
+        ];
+        let differing = pairs.into_iter().filter(|(_, begun, here)| begun != here);
+        differing.map(|(what, begun, here)| format!("{what} {begun} -> {here}")).collect()
+    }
+}
+
+/// What differs below a key, leaf by leaf: `saes[0].trainer.lr: 0.001 -> 0.5`.
+fn differences(key: &str, begun: Option<&Value>, now: Option<&Value>, found: &mut Vec<String>) {
+    match (begun, now) {
+        _ if begun == now => {}
+        (Some(Value::Mapping(begun)), Some(Value::Mapping(now))) => {
+            let keys: BTreeSet<&str> = begun.keys().chain(now.keys()).filter_map(Value::as_str).collect();
+            keys.into_iter()
+                // What is done about bad numbers and bad data, wherever a component has it.
+                .filter(|inner| !matches!(*inner, "on_nonfinite" | "strict"))
+                .for_each(|inner| differences(&format!("{key}.{inner}"), begun.get(inner), now.get(inner), found));
+        }
+        (Some(Value::Sequence(begun)), Some(Value::Sequence(now))) => {
+            if begun.len() == now.len() && begun.iter().all(|item| now.contains(item)) {
+                found.push(format!("`{key}`: in another order"));
+                return;
+            }
+            for index in 0..begun.len().max(now.len()) {
+                differences(&format!("{key}[{index}]"), begun.get(index), now.get(index), found);
+            }
+        }
+        _ => {
+            let show = |value: Option<&Value>| match value {
+                None => "absent".to_owned(),
+                Some(Value::Mapping(keys)) => match keys.get("name").and_then(Value::as_str) {
+                    Some(name) => format!("`{name}`"),
+                    None => "a map".to_owned(),
+                },
+                Some(value) => serde_yaml::to_string(value).unwrap_or_default().trim().to_owned(),
+            };
+            found.push(format!("`{key}`: {} -> {}", show(begun), show(now)));
+        }
+    }
+}

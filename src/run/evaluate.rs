@@ -1,0 +1,560 @@
+//! Evaluation: metrics over dictionaries, and the table of what they found.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::RunConfig;
+use dictlearn_core::data::{ActivationSource, Activations, ModelSource, Part, Purpose, Site, SourceConfig, SourceCx};
+use dictlearn_core::error::{InputError, Mistakes, Under};
+use dictlearn_core::files::from_yaml;
+use dictlearn_core::files::state::State;
+use dictlearn_core::files::tensors::write_file;
+use dictlearn_core::lm::{LanguageModel, Tokens};
+use dictlearn_core::machine::memory::Need;
+use dictlearn_core::registry;
+use dictlearn_core::registry::component;
+use dictlearn_core::report::{MetricConfig, Subject};
+
+/// What metrics are measured on, and the key of the config that says it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Measured<'a> {
+    /// `eval_source` or `source`.
+    pub key: &'static str,
+    /// The source, to be opened for this.
+    pub source: &'a dyn SourceConfig,
+}
+
+impl<'a> Measured<'a> {
+    /// A source of their own: `eval_source`, or the rows that `source` holds out. Without, a run measures on what is left
+    /// of the stream that it trains on.
+    pub fn own(config: &'a RunConfig) -> Option<Self> {
+        match &config.eval_source {
+            Some(source) => Some(Measured { key: "eval_source", source: &**source }),
+            None => config.source.held_out().map(|_| Measured { key: "source", source: &*config.source }),
+        }
+    }
+
+    /// The same; without, `source`, of which all is measured.
+    pub fn of(config: &'a RunConfig) -> Self {
+        Measured::own(config).unwrap_or(Measured { key: "source", source: &*config.source })
+    }
+
+    /// Opens it.
+    pub fn build(self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
+        self.source.build(&SourceCx { purpose: Purpose::Evaluation, ..*cx }).under(self.key)
+    }
+}
+
+/// Where training left nothing unread of a source that cannot say more.
+pub(crate) const ALL_READ: &str = "of which it left nothing unread: an `eval_source` or more data keeps the two apart";
+
+/// Tells the user that SAEs are measured on what they were trained on.
+pub(crate) fn warn_of_overlap(shared: &str) {
+    dictlearn_core::say!("warning: the metrics are measured on what the SAEs were trained on, {shared}");
+}
+
+/// Refuses metrics that cannot be computed on a source, before anything is trained for them.
+pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSource) -> Result<()> {
+    let mut mistakes = Mistakes::new();
+    for (index, metric) in metrics.iter().enumerate() {
+        let Some(built) = mistakes.keep(metric.build().under(format_args!("metrics[{index}]")))? else { continue };
+        if let Some(why) = built.refuses(source) {
+            mistakes.add(
+                InputError::new(format!("the metric `{}` cannot be computed here: {why}", metric.typetag_name()))
+                    .field(format!("metrics[{index}]"))
+                    .help("leave it out of `metrics`, or give a source that has what it needs"),
+            );
+        }
+    }
+    Ok(mistakes.into_result()?)
+}
+
+/// What measuring dictionaries of at most so many features takes memory for, beside so many bytes that a source of its own
+/// takes.
+pub(crate) fn memory(
+    metrics: &[Box<dyn MetricConfig>],
+    source: &mut dyn ActivationSource,
+    features: i64,
+    own: u64,
+) -> Result<Option<Need>> {
+    if metrics.is_empty() {
+        return Ok(None);
+    }
+    // As measured: a batch's features and what is made of them.
+    let encoded = 6 * 4 * source.batch_size().unwrap_or(0) as u64 * features as u64;
+    let mut most = encoded;
+    for metric in metrics {
+        most = most.max(metric.build()?.memory(source));
+    }
+    Ok(Some(Need::passing("the metrics", own + most, "the batch sizes, or leave metrics out")))
+}
+
+/// The usual metrics that can be computed on a source, with their defaults: for configs that name none.
+pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn MetricConfig>>> {
+    let mut metrics = Vec::new();
+    for name in registry::usual(registry::Kind::Metric) {
+        let metric: Box<dyn MetricConfig> = from_yaml(&format!("{{type: {name}}}"))?;
+        if metric.build()?.refuses(source).is_none() {
+            metrics.push(metric);
+        }
+    }
+    Ok(metrics)
+}
+
+/// How dictionaries are measured, beside the metrics.
+pub struct Measuring<'a> {
+    /// The config's key of the source: `source` or `eval_source`.
+    pub key: &'static str,
+    /// What [`origin`] says of the source.
+    pub origin: Map<String, Value>,
+    /// Whether each metric starts again from the beginning of the data, instead of where the one before it left the source.
+    pub from_the_beginning: bool,
+    /// Whether the user knows already that the dictionaries are measured on what they were trained on.
+    pub overlap_is_known: bool,
+    /// Gets a warning where there is too little data for a figure.
+    pub say: &'a dyn Fn(&str),
+}
+
+/// Measures dictionaries, each on its site and all on the same data. One object of figures for each, in their order, with
+/// what they were measured on as [`MEASURED`].
+pub fn evaluate(
+    metrics: &[Box<dyn MetricConfig>],
+    subjects: &[Subject],
+    source: &mut dyn ActivationSource,
+    measuring: &Measuring,
+) -> Result<Vec<Map<String, Value>>> {
+    let Measuring { key, origin, from_the_beginning, overlap_is_known, say } = measuring;
+    let mut overlap_is_known = *overlap_is_known;
+    let mut results = vec![Map::new(); subjects.len()];
+    let mut counts: Vec<(&str, Count)> = Vec::new();
+    check(metrics, source)?;
+    for (index, metric) in metrics.iter().enumerate() {
+        if *from_the_beginning && index > 0 {
+            source.rewind()?;
+        }
+        let measure = |source: &mut dyn ActivationSource| {
+            let mut counted = Counted::new(source);
+            let found = tch::no_grad(|| metric.build()?.evaluate(subjects, &mut counted)).under(key)?;
+            Ok::<_, anyhow::Error>(found.map(|found| (found, counted.count())))
+        };
+        let mut found = measure(source)?;
+        if found.is_none() {
+            source.rewind()?;
+            if !from_the_beginning && !source.is_endless() && !overlap_is_known {
+                overlap_is_known = true;
+                warn_of_overlap(&source.overlap(&source.describe()).unwrap_or(ALL_READ.to_owned()));
+            }
+            found = measure(source)?;
+        }
+        let Some((found, count)) = found else {
+            let notes = source.notes().join("; ");
+            let notes = if notes.is_empty() { notes } else { format!(" ({notes})") };
+            bail!(
+                InputError::new(format!("the source has no data to measure `{}` on{notes}", metric.typetag_name()))
+                    .help("its data is shorter than one batch: add data, or make the batches smaller")
+            );
+        };
+        for (result, figures) in results.iter_mut().zip(found) {
+            result.extend(figures);
+        }
+        if count.tokens > 0 {
+            counts.push((metric.typetag_name(), count));
+        }
+    }
+    warn(&counts, &results, subjects, say);
+    if let Some(most) = counts.iter().map(|(_, count)| *count).max_by_key(|count| count.tokens) {
+        let mut measured = origin.clone();
+        measured.extend(most.json());
+        let by_metric: Map<_, _> =
+            counts.iter().map(|(name, count)| ((*name).to_owned(), count.json().into())).collect();
+        measured.insert("by_metric".to_owned(), by_metric.into());
+        let sites = source.sites();
+        for (result, subject) in results.iter_mut().zip(subjects) {
+            measured.insert("site".to_owned(), sites[subject.site].name.as_str().into());
+            result.insert(MEASURED.to_owned(), measured.clone().into());
+        }
+    }
+    Ok(results)
+}
+
+/// The key in an SAE's figures under which stands what they were measured on.
+pub const MEASURED: &str = "measured";
+
+/// Fewer tokens than this leave any figure to chance.
+const FEW_TOKENS: u64 = 1000;
+
+/// Says which figures have too little data under them.
+fn warn(counts: &[(&str, Count)], results: &[Map<String, Value>], subjects: &[Subject], say: &dyn Fn(&str)) {
+    let few = counts.iter().filter(|(_, count)| count.tokens < FEW_TOKENS);
+    let few: Vec<String> = few.map(|(name, count)| format!("{} tokens ({name})", count.tokens)).collect();
+    if !few.is_empty() {
+        say(&format!(
+            "warning: the figures rest on {}: below {FEW_TOKENS} tokens they are mostly chance; give more data, or raise the \
+             metric's `n_batches`",
+            few.join(" and ")
+        ));
+        return;
+    }
+    // A feature counts as alive once it fires. Where all features could fire but a few times, many that live did not.
+    let figure = |result: &Map<String, Value>, name: &str| result.get(name).and_then(Value::as_f64);
+    let tokens = counts.iter().map(|(_, count)| count.tokens).min().unwrap_or(0);
+    let short = |(result, subject): (&Map<String, Value>, &Subject)| {
+        let (l0, alive) = figure(result, "l0").zip(figure(result, "frac_alive"))?;
+        let needed = (10.0 * subject.dictionary.dims().features as f64 / l0.max(1e-3)).ceil();
+        (alive < 1.0 && (tokens as f64) < needed).then_some(needed)
+    };
+    if let Some(needed) = results.iter().zip(subjects).filter_map(short).max_by(f64::total_cmp) {
+        say(&format!(
+            "warning: frac_alive is too low: in {tokens} tokens many living features do not fire once; measure {needed:.0} \
+             tokens or more (the metric's `n_batches`)"
+        ));
+    }
+}
+
+/// How much a metric read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Count {
+    tokens: u64,
+    /// Where the source knows them.
+    contexts: Option<u64>,
+}
+
+impl Count {
+    fn json(self) -> Map<String, Value> {
+        let mut json = Map::from_iter([("tokens".to_owned(), self.tokens.into())]);
+        if let Some(contexts) = self.contexts {
+            json.insert("contexts".to_owned(), contexts.into());
+        }
+        json
+    }
+}
+
+/// A source that counts what is read of it.
+struct Counted<'a> {
+    source: &'a mut dyn ActivationSource,
+    tokens: u64,
+    /// Contexts of which there were activations, by number.
+    contexts: HashSet<i64>,
+    /// Contexts that were read as tokens.
+    rows: u64,
+}
+
+impl<'a> Counted<'a> {
+    fn new(source: &'a mut dyn ActivationSource) -> Self {
+        Counted { source, tokens: 0, contexts: HashSet::new(), rows: 0 }
+    }
+
+    fn count(&self) -> Count {
+        let contexts = self.contexts.len() as u64 + self.rows;
+        Count { tokens: self.tokens, contexts: (contexts > 0).then_some(contexts) }
+    }
+
+    fn model_source(&self) -> &dyn ModelSource {
+        self.source.model_source().expect("it was there when `language_model` gave it")
+    }
+}
+
+impl ActivationSource for Counted<'_> {
+    fn sites(&self) -> Vec<Site> {
+        self.source.sites()
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Activations>> {
+        let batch = self.source.next_batch()?;
+        if let Some(activations) = &batch {
+            self.tokens += activations.len() as u64;
+            if let Some(tokens) = &activations.tokens {
+                let contexts: Vec<i64> = tokens.select(1, 1).to_device(Device::Cpu).try_into()?;
+                self.contexts.extend(contexts);
+            }
+        }
+        Ok(batch)
+    }
+
+    fn rewind(&mut self) -> Result<()> {
+        self.source.rewind()
+    }
+
+    fn passes(&self) -> Option<u64> {
+        self.source.passes()
+    }
+
+    fn is_endless(&self) -> bool {
+        self.source.is_endless()
+    }
+
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
+        self.source.mean_squared_norms()
+    }
+
+    fn language_model(&mut self) -> Option<&mut dyn ModelSource> {
+        if self.source.model_source().is_none() {
+            return self.source.language_model();
+        }
+        Some(self)
+    }
+
+    fn model_source(&self) -> Option<&dyn ModelSource> {
+        self.source.model_source()
+    }
+
+    fn true_features(&self) -> Option<Tensor> {
+        self.source.true_features()
+    }
+
+    fn memory(&self) -> Vec<Need> {
+        self.source.memory()
+    }
+
+    fn batch_size(&self) -> Option<i64> {
+        self.source.batch_size()
+    }
+
+    fn describe(&self) -> Value {
+        self.source.describe()
+    }
+
+    fn origin(&self, row: i64) -> Option<String> {
+        self.source.origin(row)
+    }
+
+    fn state(&self) -> Result<State> {
+        self.source.state()
+    }
+
+    fn restore(&mut self, state: &State) -> Result<()> {
+        self.source.restore(state)
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.source.notes()
+    }
+}
+
+impl ModelSource for Counted<'_> {
+    fn model(&self) -> &dyn LanguageModel {
+        self.model_source().model()
+    }
+
+    fn reads(&self, site: usize) -> &Part {
+        self.model_source().reads(site)
+    }
+
+    fn writes(&self, site: usize) -> &Part {
+        self.model_source().writes(site)
+    }
+
+    fn context_length(&self) -> i64 {
+        self.model_source().context_length()
+    }
+
+    fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>> {
+        let Some(source) = self.source.language_model() else { return Ok(None) };
+        let tokens = source.next_tokens(rows)?;
+        if let Some(tokens) = &tokens {
+            self.rows += tokens.size().0 as u64;
+            self.tokens += tokens.mask.sum(Kind::Int64).int64_value(&[]) as u64;
+        }
+        Ok(tokens)
+    }
+
+    fn token_texts(&self, ids: &[i64]) -> Result<Vec<String>> {
+        self.model_source().token_texts(ids)
+    }
+}
+
+/// What is measured on a source, from its config: its type and model, and its text or file. Of joined sources, each one's.
+pub fn origin(source: &dyn SourceConfig) -> Result<Map<String, Value>> {
+    Ok(origin_of(&serde_json::to_value(source)?))
+}
+
+fn origin_of(config: &Value) -> Map<String, Value> {
+    fn collect(config: &Value, key: &str, found: &mut Vec<Value>) {
+        match config {
+            Value::Object(fields) => match fields.get(key).filter(|value| !value.is_null()) {
+                Some(value) if found.contains(value) => {}
+                Some(value) => found.push(value.clone()),
+                None => fields.values().for_each(|value| collect(value, key, found)),
+            },
+            Value::Array(items) => items.iter().for_each(|item| collect(item, key, found)),
+            _ => {}
+        }
+    }
+    let mut origin = Map::from_iter([("source".to_owned(), config["type"].clone())]);
+    for key in ["model", "text", "path"] {
+        let mut found = Vec::new();
+        collect(config, key, &mut found);
+        // A text's own path stands in the text.
+        if key == "path" && origin.contains_key("text") {
+            continue;
+        }
+        match found.len() {
+            0 => {}
+            1 => drop(origin.insert(key.to_owned(), found.remove(0))),
+            _ => drop(origin.insert(key.to_owned(), found.into())),
+        }
+    }
+    origin
+}
+
+/// What figures were measured on, in a line.
+fn measured_line(measured: &Value) -> String {
+    let each = |value: &Value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
+    let text = |text: &Value| -> String {
+        let name = text["type"].as_str().unwrap_or_default();
+        let schema = component(registry::Kind::Text, name).map(|text| (text.schema)().to_value()).unwrap_or_default();
+        // What the user chose: the fields that are texts, unless they are as by default.
+        let chosen = text.as_object().into_iter().flatten().filter(|(key, value)| {
+            *key != "type" && value.is_string() && schema["properties"][*key]["default"] != **value
+        });
+        let words = chosen.filter_map(|(_, value)| value.as_str());
+        std::iter::once(name).chain(words).collect::<Vec<_>>().join(" ")
+    };
+    let what: Vec<String> = match (measured.get("text"), measured.get("path")) {
+        (Some(texts), _) => each(texts).iter().map(text).collect(),
+        (None, Some(paths)) => each(paths).iter().filter_map(|path| Some(path.as_str()?.to_owned())).collect(),
+        (None, None) => vec![format!("the source {}", measured["source"].as_str().unwrap_or_default())],
+    };
+    let some = |count: u64, of: &str| format!("{count} {of}{}", if count == 1 { "" } else { "s" });
+    let count = |count: &Value| {
+        let contexts = count["contexts"]
+            .as_u64()
+            .map_or_else(String::new, |contexts| format!(" in {}", some(contexts, "context")));
+        some(count["tokens"].as_u64().unwrap_or_default(), "token") + &contexts
+    };
+    let by_metric: Vec<_> = measured["by_metric"].as_object().into_iter().flatten().collect();
+    let counts = match by_metric.first() {
+        Some((_, first)) if by_metric.iter().all(|(_, other)| other == first) => count(first),
+        _ => by_metric.iter().map(|(name, own)| format!("{} ({name})", count(own))).collect::<Vec<_>>().join(", "),
+    };
+    format!("measured on {}: {counts}", what.join(" and "))
+}
+
+/// What rows of figures were measured on: a line, or one for each kind of data, with the names of those that it is for.
+pub fn measured_lines(rows: &[(String, Map<String, Value>)]) -> Vec<String> {
+    let mut lines: Vec<(String, Vec<&str>)> = Vec::new();
+    for (name, result) in rows {
+        let Some(measured) = result.get(MEASURED) else { continue };
+        let line = measured_line(measured);
+        match lines.iter_mut().find(|(other, _)| *other == line) {
+            Some((_, names)) => names.push(name),
+            None => lines.push((line, vec![name])),
+        }
+    }
+    if let [(line, _)] = &lines[..] {
+        return vec![line.clone()];
+    }
+    lines.into_iter().map(|(line, names)| format!("{}: {line}", names.join(", "))).collect()
+}
+
+/// Writes an SAE's eval.json.
+pub fn write(dir: &Path, result: &Map<String, Value>) -> Result<()> {
+    write_file(&dir.join("eval.json"), serde_json::to_string_pretty(result)?.as_bytes())
+}
+
+type Column = (&'static str, fn(&dyn Fn(&str) -> Option<f64>) -> Option<String>);
+
+/// The columns of the table: the reference's, and our own.
+const COLUMNS: [Column; 8] = [
+    ("Variance explained", |figure| Some(percent(figure("frac_variance_explained")?))),
+    ("L1", |figure| Some(format!("{:.2}", figure("l1_loss")?))),
+    ("L0", |figure| Some(format!("{:.2}", figure("l0")?))),
+    ("% Alive", |figure| Some(percent(figure("frac_alive")?))),
+    ("CE diff", |figure| Some(format!("{:.4}", figure("loss_reconstructed")? - figure("loss_original")?))),
+    ("% CE recovered", |figure| Some(percent(figure("frac_recovered")?))),
+    ("Max cosine", |figure| Some(format!("{:.3}", figure("mean_max_cosine_similarity")?))),
+    ("% True features", |figure| Some(percent(figure("frac_features_recovered")?))),
+];
+
+/// The table of what was measured, one row for each SAE, with those of its columns that a metric has filled; below it what
+/// it was measured on.
+pub fn table(rows: &[(String, Map<String, Value>)]) -> String {
+    let table = table_with(&[], rows.iter().map(|(name, result)| (name.clone(), Vec::new(), result)));
+    std::iter::once(table).chain(measured_lines(rows)).collect::<Vec<_>>().join("\n")
+}
+
+/// The table with columns of one's own after the name: each row's name, cells of these columns, and figures.
+pub(crate) fn table_with<'a>(
+    own: &[String],
+    rows: impl IntoIterator<Item = (String, Vec<String>, &'a Map<String, Value>)>,
+) -> String {
+    let rows: Vec<_> = rows.into_iter().collect();
+    let cell = |result: &Map<String, Value>, (_, cell): &Column| cell(&|key| result.get(key).and_then(Value::as_f64));
+    let filled = |column: &&Column| rows.iter().any(|(_, _, result)| cell(result, column).is_some());
+    let columns: Vec<&Column> = COLUMNS.iter().filter(filled).collect();
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    let titles = columns.iter().map(|(title, _)| *title);
+    table.set_header(std::iter::once("SAE").chain(own.iter().map(String::as_str)).chain(titles));
+    for (name, own, result) in &rows {
+        let cells = columns.iter().map(|column| cell(result, column).unwrap_or_else(|| "–".to_owned()));
+        table.add_row(std::iter::once(name.clone()).chain(own.iter().cloned()).chain(cells));
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
+
+/// A table of tokens and their strongest features, as `encode --text` has them.
+pub fn token_table(tokens: &[Value]) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["", "Token", "L0", "Strongest features"]);
+    let several = tokens.iter().any(|token| token["text"] != tokens[0]["text"]);
+    for token in tokens {
+        let place =
+            if several { format!("{}:{}", token["text"], token["position"]) } else { token["position"].to_string() };
+        let features = token["features"].as_array().into_iter().flatten();
+        let feature =
+            |feature: &Value| format!("{} {:.3}", feature["index"], feature["activation"].as_f64().unwrap_or_default());
+        let features: Vec<String> = features.map(feature).collect();
+        // Spaces at its ends are part of a token, and line ends must not break the table.
+        let text = format!("{:?}", token["token"].as_str().unwrap_or_default());
+        table.add_row([place, text.replace('|', "\\|"), token["l0"].to_string(), features.join(", ")]);
+    }
+    for column in [0, 2] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.to_string()
+}
+
+fn percent(fraction: f64) -> String {
+    format!("{:.1}", 100.0 * fraction)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn joined_sources_say_each_of_their_texts_and_files_once() {
+        let model =
+            |text: &str| json!({"type": "language_model", "model": "m", "text": {"type": "files", "path": text}});
+        let joined = |a: Value, b: Value| json!({"type": "joined", "sources": {"a": a, "b": b}});
+        let origin = origin_of(&joined(model("x"), model("x")));
+        assert_eq!(
+            Value::from(origin),
+            json!({"source": "joined", "model": "m", "text": {"type": "files", "path": "x"}})
+        );
+        let file = |path: &str| json!({"type": "tensor_file", "path": path});
+        let origin = origin_of(&joined(file("x"), file("y")));
+        assert_eq!(Value::from(origin), json!({"source": "joined", "path": ["x", "y"]}));
+    }
+
+    #[test]
+    fn what_was_measured_is_a_line() {
+        let measured = json!({"source": "s", "path": ["x", "y"], "by_metric": {"a": {"tokens": 1, "contexts": 1}}});
+        assert_eq!(measured_line(&measured), "measured on x and y: 1 token in 1 context");
+        let measured = json!({"source": "s", "by_metric": {"a": {"tokens": 8}, "b": {"tokens": 16, "contexts": 2}}});
+        assert_eq!(measured_line(&measured), "measured on the source s: 8 tokens (a), 16 tokens in 2 contexts (b)");
+    }
+}
