@@ -35,4 +35,4 @@ mod schema;
 pub mod suggest;
 pub mod train;
 
-pub use {inventory, schemars};
+pub use {inventory, schemars, tracing};

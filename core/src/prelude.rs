@@ -6,6 +6,7 @@ pub use schemars::JsonSchema;
 pub use serde::{Deserialize, Serialize};
 pub use serde_json::{Map, Value};
 pub use tch::{self, Device, Kind, Tensor};
+pub use tracing;
 pub use typetag;
 
 pub use crate::data::OnNonfinite;

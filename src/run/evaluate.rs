@@ -55,7 +55,7 @@ pub(crate) const ALL_READ: &str = "of which it left nothing unread: an `eval_sou
 
 /// Tells the user that SAEs are measured on what they were trained on.
 pub(crate) fn warn_of_overlap(shared: &str) {
-    dictlearn_core::say!("warning: the metrics are measured on what the SAEs were trained on, {shared}");
+    tracing::warn!("the metrics are measured on what the SAEs were trained on, {shared}");
 }
 
 /// Refuses metrics that cannot be computed on a source, before anything is trained for them.

@@ -110,12 +110,12 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
         if begun.as_ref().is_some_and(|(_, text)| *text == yaml)
             && let Some(done) = run.already_done(config, run_dir, first)?
         {
-            dictlearn_core::say!("the run is done already; --resume has nothing left to do");
+            tracing::info!("the run is done already; --resume has nothing left to do");
             return Ok(done);
         }
-        dictlearn_core::say!("resuming at step {step}");
+        tracing::info!("resuming at step {step}");
     }
-    run.memory.lines().iter().for_each(|line| dictlearn_core::say!("{line}"));
+    run.memory.lines().iter().for_each(|line| tracing::info!("{line}"));
     let created = held.is_none();
     let before = entries(run_dir);
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
@@ -159,10 +159,7 @@ fn lock(run_dir: &Path) -> Result<fs::File> {
         }
         // Not every file system has locks.
         Err(fs::TryLockError::Error(error)) => {
-            dictlearn_core::say!(
-                "warning: {} cannot be locked: {error}; let no other run write to it",
-                run_dir.display()
-            );
+            tracing::warn!("{} cannot be locked: {error}; let no other run write to it", run_dir.display());
             Ok(file)
         }
     }
@@ -316,7 +313,7 @@ impl Run {
             evaluate::warn_of_overlap(&shared);
         }
         if !adapted.is_empty() {
-            dictlearn_core::say!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
+            tracing::info!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
         }
         let norms = vec![1.0; sites.len()];
         let watches = sites.iter().map(|_| Watch::default()).collect();
@@ -339,7 +336,7 @@ impl Run {
             if *norm <= 0.0 || !norm.is_finite() {
                 bail!(InputError::new(format!("activations{at} cannot be normalised: their norm is {norm}")));
             }
-            dictlearn_core::say!("activations{at} are divided by {norm:.4} while training");
+            tracing::info!("activations{at} are divided by {norm:.4} while training");
         }
         for sae in &mut self.saes {
             // What is loaded takes activations as the model makes them.
@@ -840,8 +837,8 @@ impl Run {
         }
         let differences = self.machine.differences(&state.get("machine")?);
         if !differences.is_empty() {
-            dictlearn_core::say!(
-                "warning: the run was begun elsewhere ({}): it goes on, but not to the same bits as if it had stayed there",
+            tracing::warn!(
+                "the run was begun elsewhere ({}): it goes on, but not to the same bits as if it had stayed there",
                 differences.join(", ")
             );
         }
@@ -929,8 +926,8 @@ fn usual_metrics(
         let metric = [metric];
         match fits(&metric, source)? {
             Ok(()) => metrics.extend(metric),
-            Err(error) => dictlearn_core::say!(
-                "warning: {} is not measured by default: {}; `metrics: [{{type: {}, batch_size: 1}}]` may do",
+            Err(error) => tracing::warn!(
+                "{} is not measured by default: {}; `metrics: [{{type: {}, batch_size: 1}}]` may do",
                 metric[0].typetag_name(),
                 error.message(),
                 metric[0].typetag_name()

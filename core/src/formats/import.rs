@@ -46,7 +46,7 @@ pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Resul
             refuse_other(&dir)?;
         }
         for note in &published.notes {
-            crate::say!("warning: {}", printable(&format!("{place}: {note}")));
+            tracing::warn!("{}", printable(&format!("{place}: {note}")));
         }
         let origin = json!({"format": place.format.as_deref().unwrap_or(format_name), "from": place.to_string(), "name": place.name});
         whole_folder(&dir, |dir| write(dir, &published, &origin).with_context(cannot))?;

@@ -247,8 +247,8 @@ impl Weights {
             (Some(embed), Some(own)) => {
                 let tied = self.equal(&embed, &own)?;
                 if !tied {
-                    crate::say!(
-                        "warning: the config.json of the model {} says `tie_word_embeddings: true`, but its weights have \
+                    tracing::warn!(
+                        "the config.json of the model {} says `tie_word_embeddings: true`, but its weights have \
                          a `{head}` of their own: that is used, as in transformers 5 (4 takes the embedding)",
                         self.name
                     );

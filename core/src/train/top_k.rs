@@ -213,8 +213,8 @@ impl TopKTrainer {
         }
         mistakes.into_result()?;
         if selection.by_threshold() && settings.threshold_start_step + 1 >= cx.steps {
-            crate::say!(
-                "warning: `threshold_start_step` is {}, and the run has {} steps: the threshold by which the class {} \
+            tracing::warn!(
+                "`threshold_start_step` is {}, and the run has {} steps: the threshold by which the class {} \
                  encodes will not be known, and every positive feature will pass",
                 settings.threshold_start_step,
                 cx.steps,

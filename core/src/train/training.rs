@@ -125,8 +125,8 @@ impl Training {
                 norms.is_some_and(|norms| !norms.allclose(&norms.ones_like(), 1e-3, 1e-3, false))
             };
             if far(&*dictionary) && !dictionary.fold_norms() {
-                crate::say!(
-                    "warning: SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
+                tracing::warn!(
+                    "SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
                      it will not be what it was",
                     config.name
                 );

@@ -151,7 +151,7 @@ impl Format for DictionaryLearning {
             trainer["k"] = selection.k().into();
         }
         if trainer["dtype"].is_string() {
-            dictlearn_core::say!("warning: it computes in {}, and the reference will in float32", trainer["dtype"]);
+            tracing::warn!("it computes in {}, and the reference will in float32", trainer["dtype"]);
         }
         let mut tensors = sae.dictionary.state_dict();
         tensors

@@ -68,10 +68,7 @@ fn drop_from(path: &Path, step: u64) -> Result<()> {
     }
     if step > 0 && (kept == 0 || strange) {
         let what = if strange { "has lines that are no rows" } else { "has no rows of the steps before" };
-        dictlearn_core::say!(
-            "warning: {} {what}: something that was logged before step {step} is lost",
-            path.display()
-        );
+        tracing::warn!("{} {what}: something that was logged before step {step} is lost", path.display());
     }
     if kept == bytes.len() {
         return Ok(());

@@ -918,7 +918,7 @@ impl ActivationSource for LanguageModelSource {
             ];
             let starts: VecDeque<(i64, Place)> = state.get("starts")?;
             if let Some(start) = starts.front() {
-                dictlearn_core::say!("running the model over the text again, for what is in the buffer");
+                tracing::info!("running the model over the text again, for what is in the buffer");
                 let columns = self.harvest.replay(&Tensor::cat(&parts, 0), *start)?;
                 let split = [parts[0].size()[0], parts[1].size()[0]];
                 for mut column in columns.into_iter().map(|column| column.split_with_sizes(split, 0)) {
