@@ -24,7 +24,7 @@ fn main() -> Result<()> {
         "bfloat16" => Precision::BFloat16,
         other => bail!("no precision is called {other}"),
     };
-    let config: Box<dyn SourceConfig> = serde_json::from_value(json!({
+    let config: Box<dyn TaggedSource> = serde_json::from_value(json!({
         "type": "language_model",
         "model": model,
         "submodule": submodule,

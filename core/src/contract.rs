@@ -21,6 +21,7 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
+use crate::component::{TaggedDictionary, TaggedLogger, TaggedMetric, TaggedModifier, TaggedSource, TaggedText, TaggedTrainer};
 use crate::config::{self, SaeConfig, Sources, from_yaml};
 use crate::interrupt::Interrupt;
 use crate::prelude::*;
@@ -322,7 +323,7 @@ fn dictionary_cx() -> DictionaryCx<'static> {
 }
 
 fn dictionary(component: &Component) -> Box<dyn Dictionary> {
-    let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedDictionary> = from_yaml(component.example).unwrap();
     EXAMPLE.of(&who(component), seeded(5, || config.build(&dictionary_cx())))
 }
 
@@ -342,13 +343,13 @@ fn round_trip(component: &Component) -> (Value, Value) {
         }};
     }
     match component.kind {
-        Slot::Dictionary => as_config!(dyn DictionaryConfig),
-        Slot::Trainer => as_config!(dyn TrainerConfig),
-        Slot::Modifier => as_config!(dyn ModifierConfig),
-        Slot::Source => as_config!(dyn SourceConfig),
-        Slot::Text => as_config!(dyn TextConfig),
-        Slot::Metric => as_config!(dyn MetricConfig),
-        Slot::Logger => as_config!(dyn LoggerConfig),
+        Slot::Dictionary => as_config!(dyn TaggedDictionary),
+        Slot::Trainer => as_config!(dyn TaggedTrainer),
+        Slot::Modifier => as_config!(dyn TaggedModifier),
+        Slot::Source => as_config!(dyn TaggedSource),
+        Slot::Text => as_config!(dyn TaggedText),
+        Slot::Metric => as_config!(dyn TaggedMetric),
+        Slot::Logger => as_config!(dyn TaggedLogger),
         // Named by files, not by configs.
         Slot::Model | Slot::Format => (Value::Null, Value::Null),
     }
@@ -517,7 +518,7 @@ fn reads_back_the_same(promise: &Promise, who: &str, dictionary: &dyn Dictionary
 /// Or is refused, if its output must be as wide as its input.
 fn predicts_another_width(component: &Component) {
     let (who, output_dim) = (who(component), D + 3);
-    let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedDictionary> = from_yaml(component.example).unwrap();
     let Ok(dictionary) = config.build(&DictionaryCx { output_dim, ..dictionary_cx() }) else { return };
     if dictionary.dims().output != output_dim {
         return;
@@ -1169,7 +1170,7 @@ fn goes_on_with_dead_features(who: &str, trainer: &Component, sae: &SaeConfig, b
     let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
     fields.insert("dead_feature_threshold".into(), 1.into());
     let yaml = serde_yaml::to_string(&fields).unwrap();
-    let dictionary: Box<dyn DictionaryConfig> = from_yaml(&serde_yaml::to_string(&sae.dictionary).unwrap()).unwrap();
+    let dictionary: Box<dyn TaggedDictionary> = from_yaml(&serde_yaml::to_string(&sae.dictionary).unwrap()).unwrap();
     let sae =
         SaeConfig { dictionary, trainer: DEAD.of(who, from_yaml(&yaml).map_err(Into::into)), ..self::sae(trainer) };
     let mut training = DEAD.of(who, Training::new(&sae, &training_cx()));
@@ -1230,7 +1231,7 @@ fn composes_with_trainers(modifier: &Component) {
 fn delivers_resumes_and_rewinds(component: &Component) {
     let cx = source_cx();
     let who = who(component);
-    let config: Box<dyn SourceConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(component.example).unwrap();
     let build = || DELIVERS.of(&who, config.build(&cx));
     let mut source = build();
     let sites = source.sites();
@@ -1272,7 +1273,7 @@ fn delivers_resumes_and_rewinds(component: &Component) {
 
 fn says_the_same_from_any_position(component: &Component) {
     let who = who(component);
-    let config: Box<dyn TextConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedText> = from_yaml(component.example).unwrap();
     let mut text = SEEKS.of(&who, config.build());
     let next = |text: &mut dyn TextStream| {
         let record = SEEKS.of(&who, text.next_record());
@@ -1292,18 +1293,18 @@ fn says_the_same_from_any_position(component: &Component) {
 
 fn measures_each_dictionary(component: &Component) {
     let cx = source_cx();
-    let metric: Box<dyn MetricConfig> = from_yaml(component.example).unwrap();
+    let metric: Box<dyn TaggedMetric> = from_yaml(component.example).unwrap();
     let who = who(component);
     let mut measured = false;
     for source in components(Slot::Source) {
-        let config: Box<dyn SourceConfig> = from_yaml(source.example).unwrap();
+        let config: Box<dyn TaggedSource> = from_yaml(source.example).unwrap();
         let mut source = config.build(&cx).unwrap();
         if MEASURES.of(&who, metric.build()).refuses(&mut *source).is_some() {
             continue;
         }
         let (activation_dim, output_dim) = source.sites()[0].widths();
         let dictionary_cx = DictionaryCx { activation_dim, output_dim, ..dictionary_cx() };
-        let build = |yaml: &str| from_yaml::<Box<dyn DictionaryConfig>>(yaml).unwrap().build(&dictionary_cx).unwrap();
+        let build = |yaml: &str| from_yaml::<Box<dyn TaggedDictionary>>(yaml).unwrap().build(&dictionary_cx).unwrap();
         let both: Vec<Box<dyn Dictionary>> =
             components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
         let both: Vec<Subject> = both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
@@ -1327,7 +1328,7 @@ fn measures_each_dictionary(component: &Component) {
 fn writes_and_goes_on(component: &Component) {
     let who = who(component);
     let dir = TempDir::new().unwrap();
-    let config: Box<dyn LoggerConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedLogger> = from_yaml(component.example).unwrap();
     let row = |step: u64| Map::from_iter([("step".to_owned(), step.into()), ("sae".to_owned(), "a".into())]);
     for resume_at in [None, Some(1)] {
         let mut logger = WRITES.of(&who, config.build(dir.path(), resume_at));
@@ -1361,7 +1362,7 @@ fn reads_what_it_writes(component: &Component) {
     for other in components(Slot::Dictionary) {
         let who = format!("{} with {}", who(component), who(other));
         let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
-        let config: Box<dyn DictionaryConfig> = from_yaml(other.example).unwrap();
+        let config: Box<dyn TaggedDictionary> = from_yaml(other.example).unwrap();
         let Ok(mut built) = config.build(&dictionary_cx()) else { continue };
         // The reference's loader would do it, and change the scale of features.
         built.pretrained();

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
+use crate::component::TaggedModifier;
 use crate::config;
 use crate::format;
-use crate::modifier::{ModifierConfig, Need};
+use crate::modifier::Need;
 use crate::registry::{Component, Kind, ShortRun, components};
 
 /// A field of a component's config.
@@ -46,7 +47,7 @@ fn needs(component: &Component) -> String {
     if component.kind != Kind::Modifier {
         return String::new();
     }
-    let config: Option<Box<dyn ModifierConfig>> = config::from_yaml(component.example).ok();
+    let config: Option<Box<dyn TaggedModifier>> = config::from_yaml(component.example).ok();
     let needs = config.map(|config| config.needs()).unwrap_or_default();
     needs.into_iter().map(Need::words).collect::<Vec<_>>().join(", ")
 }

@@ -73,7 +73,6 @@ pub struct DictionaryCx<'a> {
 }
 
 /// The config of a dictionary.
-#[typetag::serde(tag = "type")]
 pub trait DictionaryConfig: Debug + Send + Sync {
     /// A new dictionary with random initial weights, drawn from libtorch's generator.
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>>;

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Tensor};
 
 use crate::adapted::Normalization;
+use crate::component::TaggedFormat;
 use crate::config::{InputError, from_yaml, printable};
 use crate::device::Precision;
 use crate::dictionary::Dictionary;
@@ -24,7 +25,6 @@ use crate::tensors::{self, write_file};
 use crate::text::{self, Wanted};
 
 /// A format of dictionaries on disk.
-#[typetag::serde(tag = "type")]
 pub trait Format: Debug + Send + Sync {
     /// The SAEs that a request means, at least one; none of them is read yet.
     fn find(&self, request: &Request) -> Result<Vec<Place>> {
@@ -94,7 +94,7 @@ pub fn writers() -> Vec<&'static str> {
 }
 
 /// The format of that name.
-pub fn named(name: &str) -> Result<Box<dyn Format>> {
+pub fn named(name: &str) -> Result<Box<dyn TaggedFormat>> {
     let known = registry::names(Kind::Format);
     if !known.contains(&name) {
         let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
@@ -748,7 +748,7 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Di
     Ok(saved::adapted(moved, published.normalization, published.dtype))
 }
 
-fn read(format: &dyn Format, place: &Place) -> Result<Published> {
+fn read(format: &dyn TaggedFormat, place: &Place) -> Result<Published> {
     let read = match &place.format {
         Some(other) => named(other)?.read(place),
         None => format.read(place),
@@ -758,13 +758,13 @@ fn read(format: &dyn Format, place: &Place) -> Result<Published> {
 }
 
 /// The error, with the format that the files are of, where another was asked.
-fn with_other_format(error: anyhow::Error, asked: &dyn Format, place: &Place) -> anyhow::Error {
+fn with_other_format(error: anyhow::Error, asked: &dyn TaggedFormat, place: &Place) -> anyhow::Error {
     let input = match InputError::take(error) {
         Ok(input) => input,
         Err(other) => return other,
     };
     let files = place.files().unwrap_or_default();
-    let has = |format: &dyn Format| format.marks().iter().any(|mark| files.iter().any(|file| file == mark));
+    let has = |format: &dyn TaggedFormat| format.marks().iter().any(|mark| files.iter().any(|file| file == mark));
     if has(asked) {
         return input.into();
     }

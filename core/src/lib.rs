@@ -1,13 +1,14 @@
 //! What every dictlearn plugin needs: the traits, the registry, the config, the training loop and the command line.
 //!
-//! Core names no plugin. A plugin depends on this crate, implements one of the traits and registers it with
-//! [`register!`]; linking it into a binary is enough for a config to name it.
+//! Core names no plugin. A plugin depends on this crate, declares a config with [`component`] and implements its trait;
+//! linking it into a binary is enough for a YAML file to name it.
 
 pub mod adapted;
 pub mod autoencoder;
 pub mod checkpoint;
 pub mod cli;
 mod compare;
+pub mod component;
 pub mod config;
 pub mod constraint;
 pub mod contract;
@@ -56,4 +57,20 @@ pub mod two_layer;
 mod watch;
 mod yaml;
 
+pub use dictlearn_macros::component;
 pub use {inventory, schemars};
+
+/// What the code that [`component`](macro@component) writes refers to.
+#[doc(hidden)]
+pub mod __component {
+    pub use anyhow::Result;
+    pub use {inventory, schemars, serde, typetag};
+
+    pub use crate::component::*;
+    pub use crate::dictionary::{DictionaryCx, dict_size};
+    pub use crate::registry::{Component, Kind, ShortRun};
+    pub use crate::resample::ResampleWeight;
+    pub use crate::schedule::{RunLength, Schedule};
+    pub use crate::top_k::TopKSettings;
+    pub use crate::trainer::TrainerCx;
+}

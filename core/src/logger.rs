@@ -7,7 +7,6 @@ use anyhow::Result;
 use serde_json::{Map, Value};
 
 /// The config of a logger.
-#[typetag::serde(tag = "type")]
 pub trait LoggerConfig: Debug + Send + Sync {
     /// Opens the logger for a run in `run_dir`. With `resume_at` what was logged from that step on is dropped, since
     /// it will be logged again.

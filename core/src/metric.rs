@@ -10,7 +10,6 @@ use crate::dictionary::Dictionary;
 use crate::source::ActivationSource;
 
 /// The config of a metric.
-#[typetag::serde(tag = "type")]
 pub trait MetricConfig: Debug + Send + Sync {
     /// The metric.
     fn build(&self) -> Result<Box<dyn Metric>>;

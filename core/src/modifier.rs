@@ -12,7 +12,6 @@ use crate::state::State;
 use crate::trainer::{AfterStep, Pass, Terms, Trainer};
 
 /// The config of a modifier.
-#[typetag::serde(tag = "type")]
 pub trait ModifierConfig: Debug + Send + Sync {
     /// What it cannot do without. Where that is missing the config is refused before anything is built.
     fn needs(&self) -> Vec<Need> {

@@ -6,10 +6,11 @@ pub use schemars::JsonSchema;
 pub use serde::{Deserialize, Serialize};
 pub use serde_json::{Map, Value};
 pub use tch::{self, Device, Kind, Tensor};
-pub use typetag;
 
 pub use crate::adapted::{Normalization, NormalizationKind};
 pub use crate::autoencoder::{Autoencoder, Nonlinearity};
+pub use crate::component;
+pub use crate::component::{TaggedSource, TaggedText};
 pub use crate::config::{ConfigPath, InputError, Mistakes, PathOrName, Under};
 pub use crate::constraint::Constraints;
 pub use crate::device::Precision;
@@ -24,7 +25,6 @@ pub use crate::metric::{Figures, Metric, MetricConfig, Subject, Variance, figure
 pub use crate::model::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::modifier::{Modifier, ModifierConfig, ModifierCx, Need};
 pub use crate::optim::{Adam, AdamConfig};
-pub use crate::register;
 pub use crate::resample::{ResampleWeight, Resampling};
 pub use crate::schedule::{RunLength, Schedule};
 pub use crate::source::{

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, Checkpoints, Machine, make_dir};
+use crate::component::TaggedMetric;
 use crate::config::{InputError, Mistakes, RunConfig, SaeConfig, SaveSteps, Under, folder_name, to_yaml};
 use crate::device::{self, Precision};
 use crate::dictionary::Dictionary;
@@ -18,7 +19,7 @@ use crate::hub::{self, Repo, hub};
 use crate::interrupt::{self, Interrupt};
 use crate::logger::Logger;
 use crate::memory::{Plan, Size};
-use crate::metric::{MetricConfig, Subject};
+use crate::metric::Subject;
 use crate::progress::Progress;
 use crate::registry::nearest;
 use crate::saved;
@@ -865,7 +866,7 @@ fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -
         let says = |field: &str| written.says(&trainer_field(entry, field));
         let begun = begun.as_ref().and_then(|begun| begun.get("saes")?.get(entry)?.get("trainer"));
         let mut length = RunLength::new(*steps, batch_size, &says, begun);
-        sae.trainer.adapt(&mut length);
+        sae.trainer.adapt_defaults(&mut length);
         for one in length.into_adapted() {
             if !adapted.contains(&one) {
                 adapted.push(one);
@@ -920,7 +921,7 @@ pub(crate) fn check_part(
     mistakes: &mut Mistakes,
 ) -> Result<()> {
     let says = |field: &str| says(&trainer_field(entry, field));
-    sae.trainer.adapt(&mut RunLength::new(steps, None, &says, None));
+    sae.trainer.adapt_defaults(&mut RunLength::new(steps, None, &says, None));
     check_sae_without_source(sae, entry, (steps, seed), mistakes)
 }
 
@@ -957,8 +958,8 @@ fn check_sae_without_source(
 /// The default metrics that a source allows and for which there is memory.
 fn usual_metrics(
     source: &mut dyn ActivationSource,
-    fits: impl Fn(&[Box<dyn MetricConfig>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
-) -> Result<Vec<Box<dyn MetricConfig>>> {
+    fits: impl Fn(&[Box<dyn TaggedMetric>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
+) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
     for metric in evaluate::usual(source)? {
         let metric = [metric];

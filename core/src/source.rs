@@ -70,7 +70,6 @@ pub enum CheckpointBuffer {
 }
 
 /// The config of a source.
-#[typetag::serde(tag = "type")]
 pub trait SourceConfig: Debug + Send + Sync {
     /// Opens the source: reads headers, loads the model.
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>>;

@@ -11,7 +11,6 @@ use serde_json::Value;
 use crate::config::InputError;
 
 /// The config of a text stream.
-#[typetag::serde(tag = "type")]
 pub trait TextConfig: Debug + Send + Sync {
     /// Opens the stream.
     fn build(&self) -> Result<Box<dyn TextStream>>;

@@ -30,7 +30,6 @@ pub struct TrainerCx<'a> {
 }
 
 /// The config of a trainer.
-#[typetag::serde(tag = "type")]
 pub trait TrainerConfig: Debug + Send + Sync {
     /// The trainer, or why it cannot train this dictionary with these settings.
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>>;

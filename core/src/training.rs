@@ -9,11 +9,12 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::adapted::{Adapted, Normalization};
+use crate::component::TaggedModifier;
 use crate::config::{InputError, Mistakes, SaeConfig, Under};
 use crate::device::{self, Precision};
 use crate::dictionary::{Dictionary, DictionaryCx};
 use crate::memory::Need;
-use crate::modifier::{Modifier, ModifierConfig, ModifierCx};
+use crate::modifier::{Modifier, ModifierCx};
 use crate::optim::{Adam, Gradients};
 use crate::rng::{Rng, rng, seeded};
 use crate::saved;
@@ -131,7 +132,7 @@ impl Training {
             }
         }
         let modifier_cx = ModifierCx { dictionary: &*dictionary, trainer: &*trainer };
-        let build = |modifier: &dyn ModifierConfig| {
+        let build = |modifier: &dyn TaggedModifier| {
             modifier.needs().into_iter().try_for_each(|need| need.check(modifier.typetag_name(), &modifier_cx))?;
             modifier.build(&modifier_cx)
         };

@@ -161,7 +161,7 @@ fn beside<'a>(file: &Path, files: impl Iterator<Item = &'a (&'static str, &'stat
 
 /// Builds a source and takes its first batch.
 fn first_batch(yaml: &str) -> Result<()> {
-    let config: Box<dyn SourceConfig> = config::from_yaml(yaml)?;
+    let config: Box<dyn TaggedSource> = config::from_yaml(yaml)?;
     let cx = SourceCx::default();
     config.build(&cx)?.next_batch()?;
     Ok(())

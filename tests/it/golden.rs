@@ -21,7 +21,7 @@ fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
 
 /// The name in a config of a component that the reference knows by its class.
 fn trainer_name(class: &str) -> &'static str {
-    let of = |component: &Component| from_yaml::<Box<dyn TrainerConfig>>(component.example).unwrap().class();
+    let of = |component: &Component| from_yaml::<Box<dyn TaggedTrainer>>(component.example).unwrap().class();
     let found = components(Slot::Trainer).into_iter().find(|component| of(component) == class);
     found.unwrap_or_else(|| panic!("no trainer is the reference's {class}")).name
 }

@@ -9,18 +9,12 @@ use schemars::Schema;
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
+use crate::component::{TaggedDictionary, TaggedLogger, TaggedMetric, TaggedModifier, TaggedSource, TaggedText, TaggedTrainer};
 use super::error::{InputError, Mistakes, Origin};
 use super::layers::{Merged, unknown_variable};
 use super::node::{Node, float, integer};
 use super::spans;
-use crate::dictionary::DictionaryConfig;
-use crate::logger::LoggerConfig;
-use crate::metric::MetricConfig;
-use crate::modifier::ModifierConfig;
 use crate::registry::{Component, Kind, component, names, nearest, usual};
-use crate::source::SourceConfig;
-use crate::text::TextConfig;
-use crate::trainer::TrainerConfig;
 
 /// Where the check stands: the schema's definitions, the config with its layers, and what was found.
 pub(super) struct Check<'a> {
@@ -280,13 +274,13 @@ impl<'a> Check<'a> {
         }
         let node = Node { value, merged: Some(self.merged) };
         let found = match kind {
-            Kind::Dictionary => tried::<Box<dyn DictionaryConfig>>(node),
-            Kind::Trainer => tried::<Box<dyn TrainerConfig>>(node),
-            Kind::Modifier => tried::<Box<dyn ModifierConfig>>(node),
-            Kind::Source => tried::<Box<dyn SourceConfig>>(node),
-            Kind::Text => tried::<Box<dyn TextConfig>>(node),
-            Kind::Metric => tried::<Box<dyn MetricConfig>>(node),
-            Kind::Logger => tried::<Box<dyn LoggerConfig>>(node),
+            Kind::Dictionary => tried::<Box<dyn TaggedDictionary>>(node),
+            Kind::Trainer => tried::<Box<dyn TaggedTrainer>>(node),
+            Kind::Modifier => tried::<Box<dyn TaggedModifier>>(node),
+            Kind::Source => tried::<Box<dyn TaggedSource>>(node),
+            Kind::Text => tried::<Box<dyn TaggedText>>(node),
+            Kind::Metric => tried::<Box<dyn TaggedMetric>>(node),
+            Kind::Logger => tried::<Box<dyn TaggedLogger>>(node),
             // Named by files, not by configs.
             Kind::Model | Kind::Format => None,
         };

@@ -7,13 +7,14 @@ use schemars::{Schema, schema_for};
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
+use crate::component::TaggedSource;
 use super::check::{Check, follow};
 use super::error::{InputError, Mistakes};
 use super::layers::{Merged, Sources};
 use super::node::{Node, float, integer};
 use super::{RunConfig, SaeConfig, Under, spans};
 use crate::registry::{Kind, component, nearest, usual};
-use crate::source::{SourceConfig, SourceCx};
+use crate::source::SourceCx;
 use crate::{hub, run, yaml};
 
 /// Loads a config. An error has every mistake of its files, of variables and of arguments.
@@ -78,7 +79,7 @@ fn build_rest(root: &Value, merged: &Merged, check: &Check, mistakes: &mut Mista
     let seed: Option<u64> = read(root.find_ref("seed"), merged);
     let seed = seed.unwrap_or_default();
     let mut found = Mistakes::new();
-    if let Some(source) = read::<Box<dyn SourceConfig>>(root.find_ref("source").filter(|_| is_right("source")), merged)
+    if let Some(source) = read::<Box<dyn TaggedSource>>(root.find_ref("source").filter(|_| is_right("source")), merged)
     {
         let cx = SourceCx { seed, ..SourceCx::default() };
         let built = hub::without(|| source.build(&cx).map(drop).under("source"));

@@ -19,12 +19,8 @@ pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice, SaveSteps
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::dictionary::DictionaryConfig;
-use crate::logger::LoggerConfig;
-use crate::metric::MetricConfig;
-use crate::modifier::ModifierConfig;
-use crate::source::{CheckpointBuffer, Purpose, SourceConfig, SourceCx};
-use crate::trainer::TrainerConfig;
+use crate::component::{TaggedDictionary, TaggedLogger, TaggedMetric, TaggedModifier, TaggedSource, TaggedTrainer};
+use crate::source::{CheckpointBuffer, Purpose, SourceCx};
 use crate::training::OnNonfinite;
 
 /// One experiment: a stream of activations and the dictionaries that train on it.
@@ -82,21 +78,21 @@ pub struct RunConfig {
     #[serde(default)]
     pub save_steps: Option<SaveSteps>,
     /// Where activations come from.
-    pub source: Box<dyn SourceConfig>,
+    pub source: Box<dyn TaggedSource>,
     /// Where the metrics' activations come from: `source` with these keys changed, say to a held-out text. By default they
     /// are the rows that `source` holds out (`held_out`), or else the metrics go on with what training has not read.
     #[serde(default)]
-    pub eval_source: Option<Box<dyn SourceConfig>>,
+    pub eval_source: Option<Box<dyn TaggedSource>>,
     /// The dictionaries; all of them train on the same stream.
     #[serde(default)]
     pub saes: Vec<SaeConfig>,
     /// What is measured at the end of training and by `dictlearn eval`. If absent, what the source allows: `reconstruction`, and
     /// `loss_recovered` for a language model. With `[]` training measures nothing, and `dictlearn eval` measures the default.
     #[serde(default)]
-    pub metrics: Vec<Box<dyn MetricConfig>>,
+    pub metrics: Vec<Box<dyn TaggedMetric>>,
     /// Where the figures go: to a file in the run's folder unless told otherwise; `[]` for nowhere.
     #[serde(default)]
-    pub loggers: Vec<Box<dyn LoggerConfig>>,
+    pub loggers: Vec<Box<dyn TaggedLogger>>,
     /// The files that say it.
     #[serde(skip)]
     pub written: Written,
@@ -127,12 +123,12 @@ pub struct SaeConfig {
     #[serde(default)]
     pub site: Option<String>,
     /// The architecture; the trainer's usual one by default.
-    pub dictionary: Box<dyn DictionaryConfig>,
+    pub dictionary: Box<dyn TaggedDictionary>,
     /// The loss and its schedules.
-    pub trainer: Box<dyn TrainerConfig>,
+    pub trainer: Box<dyn TaggedTrainer>,
     /// What is changed about the trainer.
     #[serde(default)]
-    pub modifiers: Vec<Box<dyn ModifierConfig>>,
+    pub modifiers: Vec<Box<dyn TaggedModifier>>,
     /// Weights to start from: the directory of an SAE, trained or imported, that trains on as it is, or a .safetensors
     /// file of initial weights, of which what a trainer takes from the first batch (`b_dec` of the TopK family) still is
     /// taken from it. `k` and groups stay the dictionary's.

@@ -62,11 +62,11 @@ macro_rules! slots {
 }
 
 slots! {
-    crate::dictionary::DictionaryConfig => Dictionary,
-    crate::trainer::TrainerConfig => Trainer,
-    crate::modifier::ModifierConfig => Modifier,
-    crate::source::SourceConfig => Source,
-    crate::text::TextConfig => Text,
-    crate::metric::MetricConfig => Metric,
-    crate::logger::LoggerConfig => Logger,
+    crate::component::TaggedDictionary => Dictionary,
+    crate::component::TaggedTrainer => Trainer,
+    crate::component::TaggedModifier => Modifier,
+    crate::component::TaggedSource => Source,
+    crate::component::TaggedText => Text,
+    crate::component::TaggedMetric => Metric,
+    crate::component::TaggedLogger => Logger,
 }

@@ -21,7 +21,7 @@ pub struct JoinedConfig {
     /// in the same order: language models that read the same text with the same `ctx_len`, `n_ctxs` and batch sizes do, and
     /// so do files of equal length.
     #[schemars(extend("minProperties" = 1))]
-    pub sources: BTreeMap<String, Box<dyn SourceConfig>>,
+    pub sources: BTreeMap<String, Box<dyn TaggedSource>>,
 }
 
 register! {

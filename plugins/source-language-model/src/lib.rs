@@ -71,7 +71,7 @@ pub struct LanguageModelConfig {
     #[serde(default)]
     pub heads: Heads,
     /// The text that the model reads.
-    pub text: Box<dyn TextConfig>,
+    pub text: Box<dyn TaggedText>,
     /// Tokens in a context. The rows of a `token_file` are contexts as they stand.
     #[serde(default = "ctx_len")]
     #[schemars(range(min = 1))]
@@ -675,7 +675,7 @@ impl LanguageModelSource {
         if self.text_files.is_empty() || !names_files(theirs) {
             return None;
         }
-        let theirs: Box<dyn TextConfig> = serde_json::from_value(theirs.clone()).ok()?;
+        let theirs: Box<dyn TaggedText> = serde_json::from_value(theirs.clone()).ok()?;
         let real = |files: BTreeMap<String, u64>| -> BTreeSet<std::path::PathBuf> {
             files.keys().filter_map(|file| std::fs::canonicalize(file).ok()).collect()
         };

@@ -43,7 +43,7 @@ pub struct Weighted {
     #[schemars(range(min = 0.0))]
     pub weight: f64,
     /// The text.
-    pub text: Box<dyn TextConfig>,
+    pub text: Box<dyn TaggedText>,
 }
 
 register! {
