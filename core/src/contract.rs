@@ -137,15 +137,15 @@ macro_rules! promises {
 // Of every component.
 promises! {
     DESCRIBED: "its registry entry says what `dictlearn list` and `describe` show",
-        "complete its `register!`";
+        "complete its `#[component(...)]`";
     NAMED: "its name is lowercase letters, digits and underscores, and registered once",
-        "rename it (`top_k`, not `TopK`), in `register!` and `#[typetag::serde(name = ...)]` alike";
+        "rename it (`top_k`, not `TopK`): `name` in its `#[component(...)]`";
     SUMMARIZED: "its summary is one line of 1 to 90 characters",
-        "shorten `summary:` in `register!`; the doc comment of its config may say more";
+        "shorten `summary` in its `#[component(...)]`; the doc comment of its config may say more";
     DOCUMENTED: "every field of its config has a doc comment, which `dictlearn describe` shows",
         "write `///` above the field: what it is, its unit and its range";
     EXAMPLE: "its `example` is a config of it",
-        "give `example:` the `type` that typetag knows, and every field that is required";
+        "give `example` the `type` that is its `name`, and every field that is required";
     ROUND_TRIP: "its config reads back as it was written: a run saves it in config.yaml",
         "check serde's attributes (`skip_serializing_if`, `rename`): what is not written must be the default";
     EXAMPLE_TRAINS: "its example trains as `dictlearn describe` prints it",
@@ -186,7 +186,7 @@ promises! {
 // Of trainers, and of their pairs with dictionaries.
 promises! {
     TRAINS_BY_DEFAULT: "a trainer names the dictionary that it trains by default",
-        "add `usual_dictionary:` to its `register!`, and link the crate of that dictionary in the test";
+        "add `usual_dictionary` to its `#[component(...)]`, and link the crate of that dictionary in the test";
     STEPS_SUCCEED: "a step of training succeeds",
         "read the error; for a tensor that the code lacks, `Code::get` instead of `extra`, or refuse the dictionary in `build`";
     LEARNS: "with its example, a trainer explains over 30% of the variance after 200 steps, and more than at the first",

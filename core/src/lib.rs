@@ -68,6 +68,8 @@ pub mod __component {
 
     pub use crate::component::*;
     pub use crate::dictionary::{DictionaryCx, dict_size};
+    pub use crate::lm::config::read;
+    pub use crate::lm::{ModelConfig, ModelFamily};
     pub use crate::registry::{Component, Kind, ShortRun};
     pub use crate::resample::ResampleWeight;
     pub use crate::schedule::{RunLength, Schedule};

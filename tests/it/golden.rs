@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use dictlearn_core::component::TaggedTrainer;
 use dictlearn_core::config::from_yaml;
 use dictlearn_core::dictionary::SavedClass;
 use dictlearn_core::inventory;
 use dictlearn_core::registry::{Component, Kind as Slot, components};
 use dictlearn_core::tensors::TensorFile;
-use dictlearn_core::trainer::TrainerConfig;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use dictlearn as _;
+use dictlearn_core::component::{TaggedDictionary, TaggedMetric};
 use dictlearn_core::config::from_yaml;
 use dictlearn_core::harvest::TOKENS;
 use dictlearn_core::model::cross_entropy;

@@ -95,6 +95,18 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
             }
         }
     });
+    let family = is_model.then(|| {
+        quote! {
+            #core::inventory::submit! {
+                #core::ModelFamily {
+                    model_type: #ident::NAME,
+                    load: |config, weights, cx| {
+                        #core::ModelConfig::load(#core::read::<#ident>(config)?, weights, cx)
+                    },
+                }
+            }
+        }
+    });
     let kind = format_ident!("{}", capital(&kind.to_string()));
     let text = |text: &Option<Expr>| text.as_ref().map_or(quote!(""), |text| quote!(#text));
     let (paper, example, usual) = (text(&args.paper), text(&args.example), args.usual);
@@ -127,6 +139,7 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
             use #core::typetag;
 
             #tagged
+            #family
 
             #core::inventory::submit! {
                 #core::Component {

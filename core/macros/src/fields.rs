@@ -319,3 +319,59 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
     }
     Ok(field)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Args;
+    use quote::ToTokens;
+
+    fn fields(list: TokenStream, own: TokenStream) -> Fields {
+        let args = quote!(trainer, name = "a", summary = "A", example = "", fields(#list));
+        let args: Args = syn::parse2(args).unwrap();
+        let item: syn::ItemStruct = syn::parse2(quote!(struct Config { #own })).unwrap();
+        Fields::new(item.fields.into_iter().collect(), &args.fields).unwrap()
+    }
+
+    fn names(fields: &Fields) -> Vec<String> {
+        fields.fields.iter().filter_map(|field| Some(field.ident.as_ref()?.to_string())).collect()
+    }
+
+    fn field(fields: &Fields, name: &str) -> String {
+        let found = fields.fields.iter().find(|field| is_called(Some(field), name)).unwrap();
+        found.to_token_stream().to_string()
+    }
+
+    #[test]
+    fn fields_stand_in_the_order_of_the_list() {
+        let own = quote!(pub a: i64, pub b: i64);
+        let order = |list| names(&fields(list, own.clone()));
+        assert_eq!(order(quote!(width)), ["a", "b", "dict_size", "expansion_factor"]);
+        assert_eq!(order(quote!(lr = 1.0, .., decay_start)), ["lr", "a", "b", "decay_start"]);
+        assert_eq!(order(quote!(lr = 1.0, b, resample_steps, ..)), ["lr", "b", "resample_steps", "a"]);
+    }
+
+    #[test]
+    fn a_field_of_the_struct_takes_the_place_of_the_shared_one() {
+        let own = quote! {
+            /// Own.
+            #[default(7)]
+            pub warmup_steps: u64
+        };
+        let fields = fields(quote!(schedule), own);
+        assert_eq!(names(&fields), ["warmup_steps", "sparsity_warmup_steps", "decay_start"]);
+        assert!(field(&fields, "warmup_steps").contains("Own."));
+        assert!(fields.adapt().to_string().contains("shrink_warm_ups"));
+    }
+
+    #[test]
+    fn defaults_and_docs_can_be_changed() {
+        let fields = fields(quote!(lr = 5e-5, schedule(warmup_steps = 7), resampling), quote!());
+        assert!(field(&fields, "lr").contains("default (5e-5)"));
+        let warmup = field(&fields, "warmup_steps");
+        assert!(warmup.contains("default (7)") && !warmup.contains("1000"), "{warmup}");
+        assert!(warmup.contains("at the start and after each resampling"), "{warmup}");
+        let width = self::fields(quote!(width = "the input's width"), quote!());
+        assert!(field(&width, "expansion_factor").contains("as a multiple of the input's width;"));
+    }
+}
