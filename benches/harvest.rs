@@ -7,8 +7,8 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dictlearn_core::device::Precision;
 use dictlearn_core::component::TaggedSource;
+use dictlearn_core::device::Precision;
 use dictlearn_core::source::SourceCx;
 use serde_json::json;
 

@@ -21,7 +21,9 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-use crate::component::{TaggedDictionary, TaggedLogger, TaggedMetric, TaggedModifier, TaggedSource, TaggedText, TaggedTrainer};
+use crate::component::{
+    TaggedDictionary, TaggedLogger, TaggedMetric, TaggedModifier, TaggedSource, TaggedText, TaggedTrainer,
+};
 use crate::config::{self, SaeConfig, Sources, from_yaml};
 use crate::interrupt::Interrupt;
 use crate::prelude::*;

@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use dictlearn as _;
+use dictlearn_core::component::TaggedSource;
 use dictlearn_core::config::{self, InputError, Sources};
 use dictlearn_core::numpy::{Npz, read_npy};
-use dictlearn_core::component::TaggedSource;
 use dictlearn_core::source::SourceCx;
 use dictlearn_core::tensors::TensorFile;
 use dictlearn_core::torch_file;

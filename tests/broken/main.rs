@@ -266,14 +266,10 @@ macro_rules! trainer {
         mod $module {
             use super::*;
 
+            const EXAMPLE: &str = concat!("{type: ", $name, "}");
+
             /// A trainer with a fault.
-            #[component(
-                trainer,
-                name = $name,
-                summary = "A trainer with a fault",
-                example = concat!("{type: ", $name, "}"),
-                usual_dictionary = "auto_encoder",
-            )]
+            #[component(trainer, name = $name, summary = "Faulty", example = EXAMPLE, usual_dictionary = "auto_encoder")]
             pub struct Config {
                 /// How many steps were taken.
                 #[serde(skip)]

@@ -7,8 +7,7 @@ use syn::punctuated::Punctuated;
 use syn::{Error, Expr, Ident, Result, Token, parenthesized};
 
 /// The kinds of components, as they stand first in the attribute.
-const KINDS: [&str; 9] =
-    ["dictionary", "trainer", "modifier", "source", "text", "model", "metric", "logger", "format"];
+const KINDS: [&str; 9] = ["dictionary", "trainer", "modifier", "source", "text", "model", "metric", "logger", "format"];
 
 /// What stands between the attribute's parentheses.
 pub struct Args {
@@ -85,7 +84,9 @@ impl Args {
         }
         let short_run = match (span("short_run"), span("measured")) {
             (Some(span), None) => return Err(Error::new(span, "give `measured` too: what the short run reached")),
-            (None, Some(span)) => return Err(Error::new(span, "give `short_run` too: the settings that were measured")),
+            (None, Some(span)) => {
+                return Err(Error::new(span, "give `short_run` too: the settings that were measured"));
+            }
             (short_run, _) => short_run.is_some(),
         };
         let usual = span("usual").is_some();

@@ -72,8 +72,11 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
         }
     });
 
-    let (serialize, deny) =
-        if is_model { (None, None) } else { (Some(quote!(#core::serde::Serialize,)), Some(quote!(, deny_unknown_fields))) };
+    let (serialize, deny) = if is_model {
+        (None, None)
+    } else {
+        (Some(quote!(#core::serde::Serialize,)), Some(quote!(, deny_unknown_fields)))
+    };
     let written = &fields.fields;
     let tagged = (!is_model).then(|| {
         let tagged = format_ident!("Tagged{}", capital(&kind.to_string()));
@@ -112,7 +115,9 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
     let (paper, example, usual) = (text(&args.paper), text(&args.example), args.usual);
     let usual_dictionary = option(args.usual_dictionary.as_ref().map(|name| quote!(#name)));
     let short_run = option(
-        args.short_run.as_ref().map(|(settings, measured)| quote!(#core::ShortRun { settings: #settings, measured: #measured })),
+        args.short_run
+            .as_ref()
+            .map(|(settings, measured)| quote!(#core::ShortRun { settings: #settings, measured: #measured })),
     );
     Ok(quote! {
         #(#attrs)*
@@ -161,7 +166,10 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
 /// The fields of the struct that the attribute stands on.
 fn own_fields(item: &DeriveInput) -> Result<Vec<Field>> {
     let Data::Struct(data) = &item.data else {
-        return Err(Error::new_spanned(&item.ident, "a component is declared by its config, a struct with named fields"));
+        return Err(Error::new_spanned(
+            &item.ident,
+            "a component is declared by its config, a struct with named fields",
+        ));
     };
     match &data.fields {
         SynFields::Named(fields) => Ok(fields.named.iter().cloned().collect()),

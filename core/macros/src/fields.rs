@@ -41,9 +41,9 @@ impl Fields {
     /// The struct's own fields with the listed ones.
     pub fn new(own: Vec<Field>, list: &[Listed]) -> Result<Self> {
         let mut listed = Vec::new();
-        let resamples = list.iter().any(|entry| {
-            matches!(entry, Listed::Named { name, .. } if name == "resampling" || name == "resample_steps")
-        });
+        let resamples = list.iter().any(
+            |entry| matches!(entry, Listed::Named { name, .. } if name == "resampling" || name == "resample_steps"),
+        );
         let mut own: Vec<Option<Field>> = own.into_iter().map(Some).collect();
         let mut before: Vec<Field> = Vec::new();
         let mut after: Vec<Field> = Vec::new();
@@ -60,7 +60,10 @@ impl Fields {
             let into = if passed { &mut after } else { &mut before };
             let group = GROUPS.iter().find(|(group, _)| name == group);
             if group.is_none() && !values.is_empty() {
-                return Err(Error::new(name.span(), format!("`{name}` is one field: give its default as `{name} = ...`")));
+                return Err(Error::new(
+                    name.span(),
+                    format!("`{name}` is one field: give its default as `{name} = ...`"),
+                ));
             }
             let of = match (group, value) {
                 (Some((group, _)), Some(value)) if *group != "width" => {
@@ -93,7 +96,9 @@ impl Fields {
                     (Some(_), Some(value)) => {
                         return Err(Error::new_spanned(
                             value,
-                            format!("the struct has a field `{member}` of its own: give its default there, `#[default(...)]`"),
+                            format!(
+                                "the struct has a field `{member}` of its own: give its default there, `#[default(...)]`"
+                            ),
                         ));
                     }
                     (Some(field), None) => field,
@@ -104,11 +109,8 @@ impl Fields {
             listed.push(name.clone());
         }
         let own = own.into_iter().flatten();
-        let fields: Vec<Field> = if passed {
-            before.into_iter().chain(own).chain(after).collect()
-        } else {
-            own.chain(before).collect()
-        };
+        let fields: Vec<Field> =
+            if passed { before.into_iter().chain(own).chain(after).collect() } else { own.chain(before).collect() };
         for (index, field) in fields.iter().enumerate() {
             let name = field.ident.as_ref();
             if let Some(name) = name.filter(|_| fields[..index].iter().any(|known| known.ident.as_ref() == name)) {
@@ -183,7 +185,8 @@ impl Fields {
             } else {
                 quote!(&mut ::core::option::Option::None)
             };
-            let decay = if self.has("decay_start") { quote!(self.decay_start) } else { quote!(::core::option::Option::None) };
+            let decay =
+                if self.has("decay_start") { quote!(self.decay_start) } else { quote!(::core::option::Option::None) };
             steps.extend(quote!(length.shrink_warm_ups(&mut self.warmup_steps, #sparsity, #decay);));
         }
         if self.lists("top_k") {
@@ -215,7 +218,12 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
             let width = match of {
                 None => "the activations' width".to_owned(),
                 Some(Expr::Lit(ExprLit { lit: Lit::Str(text), .. })) => text.value(),
-                Some(other) => return Err(Error::new_spanned(other, "say in words what it is a multiple of: `\"the input's width\"`")),
+                Some(other) => {
+                    return Err(Error::new_spanned(
+                        other,
+                        "say in words what it is a multiple of: `\"the input's width\"`",
+                    ));
+                }
             };
             let doc = format!(" Number of features as a multiple of {width}; 8 if neither is given.");
             quote! {
@@ -313,6 +321,8 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
         }
     };
     let mut field = Field::parse_named.parse2(field)?;
+    // So that an error about the field points at the list.
+    field.ident = Some(Ident::new(member, name.span()));
     if let Some(default) = default {
         field.attrs.retain(|attribute| !attribute.path().is_ident("default"));
         field.attrs.push(parse_quote!(#[default(#default)]));

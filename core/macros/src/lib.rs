@@ -17,7 +17,7 @@ use proc_macro::TokenStream;
 ///     paper = "Author et al. 2024, https://arxiv.org/abs/...",
 ///     example = "{type: my_method, lr: 1e-3, l1_penalty: 0.05}",
 ///     usual_dictionary = "auto_encoder",
-///     fields(lr = 1e-3, .., schedule),
+///     fields(lr = 1e-3, .., schedule)
 /// )]
 /// pub struct MyConfig {
 ///     /// Weight λ of the penalty.

@@ -13,7 +13,8 @@ fn library() -> PathBuf {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.starts_with(&prefix) && name.ends_with(std::env::consts::DLL_SUFFIX)
     };
-    let found = fs::read_dir(deps).expect("compiled crates").filter_map(|entry| Some(entry.ok()?.path())).filter(library);
+    let found =
+        fs::read_dir(deps).expect("compiled crates").filter_map(|entry| Some(entry.ok()?.path())).filter(library);
     found.max_by_key(|path| fs::metadata(path).and_then(|data| data.modified()).ok()).expect("the compiled attribute")
 }
 
@@ -38,15 +39,22 @@ fn error_of(case: usize, source: &str) -> String {
 #[test]
 fn an_error_names_the_place_and_what_to_write() {
     const GOOD: &str = r#"name = "a", summary = "A", example = "{type: a}""#;
-    let with = |more: &str, body: &str| format!("#[component(trainer, {GOOD}{more})]\npub struct Config {{\n{body}\n}}");
+    let with =
+        |more: &str, body: &str| format!("#[component(trainer, {GOOD}{more})]\npub struct Config {{\n{body}\n}}");
     let cases = [
-        ("#[component]\nstruct Config {}".to_owned(), "2:1 the kind of component comes first: dictionary, trainer, modifier"),
+        (
+            "#[component]\nstruct Config {}".to_owned(),
+            "2:1 the kind of component comes first: dictionary, trainer, modifier",
+        ),
         ("#[component(trainr)]\nstruct Config {}".to_owned(), "2:13 `trainr` is no kind of component; the kind"),
         (
             "#[component(text, name = \"a\")]\nstruct Config {}".to_owned(),
             "2:13 the text lacks `summary = \"...\"`: one line for `dictlearn list`, and `example = \"...\"`: YAML",
         ),
-        ("#[component(text, sumary = \"a\")]\nstruct Config {}".to_owned(), "2:19 unknown argument `sumary`: use `name`"),
+        (
+            "#[component(text, sumary = \"a\")]\nstruct Config {}".to_owned(),
+            "2:19 unknown argument `sumary`: use `name`",
+        ),
         ("#[component(text, name)]\nstruct Config {}".to_owned(), "2:19 `name` needs a value: `name = \"...\"`"),
         ("#[component(text, name = \"a\", name = \"b\")]\nstruct Config {}".to_owned(), "2:31 `name` is given twice"),
         (
@@ -54,7 +62,10 @@ fn an_error_names_the_place_and_what_to_write() {
             "3:2 `usual_dictionary` belongs to a trainer, and this is a text",
         ),
         (with(",\n short_run = \"{}\"", ""), "3:2 give `measured` too: what the short run reached"),
-        (with(",\n fields(witdh)", ""), "3:9 there is no shared field `witdh`: name a group (width, schedule, resampling"),
+        (
+            with(",\n fields(witdh)", ""),
+            "3:9 there is no shared field `witdh`: name a group (width, schedule, resampling",
+        ),
         (with(",\n fields(lr)", ""), "3:9 give the method's learning rate: `lr = 1e-3`"),
         (with(",\n fields(schedule = 3)", ""), "3:20 `schedule` is a group of fields: give the default of one as"),
         (with(",\n fields(schedule(steps = 3))", ""), "3:18 `schedule` has no field `steps`; it has warmup_steps,"),

@@ -9,11 +9,13 @@ use schemars::Schema;
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
-use crate::component::{TaggedDictionary, TaggedLogger, TaggedMetric, TaggedModifier, TaggedSource, TaggedText, TaggedTrainer};
 use super::error::{InputError, Mistakes, Origin};
 use super::layers::{Merged, unknown_variable};
 use super::node::{Node, float, integer};
 use super::spans;
+use crate::component::{
+    TaggedDictionary, TaggedLogger, TaggedMetric, TaggedModifier, TaggedSource, TaggedText, TaggedTrainer,
+};
 use crate::registry::{Component, Kind, component, names, nearest, usual};
 
 /// Where the check stands: the schema's definitions, the config with its layers, and what was found.

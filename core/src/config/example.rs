@@ -3,8 +3,8 @@
 use anyhow::Result;
 use serde_yaml::{Mapping, Value};
 
-use crate::component::{TaggedMetric, TaggedSource};
 use super::from_yaml;
+use crate::component::{TaggedMetric, TaggedSource};
 use crate::registry::{Component, Kind, component, components, usual};
 use crate::source::SourceCx;
 

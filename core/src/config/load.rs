@@ -7,12 +7,12 @@ use schemars::{Schema, schema_for};
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
-use crate::component::TaggedSource;
 use super::check::{Check, follow};
 use super::error::{InputError, Mistakes};
 use super::layers::{Merged, Sources};
 use super::node::{Node, float, integer};
 use super::{RunConfig, SaeConfig, Under, spans};
+use crate::component::TaggedSource;
 use crate::registry::{Kind, component, nearest, usual};
 use crate::source::SourceCx;
 use crate::{hub, run, yaml};

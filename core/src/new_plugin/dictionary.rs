@@ -17,7 +17,7 @@ use dictlearn_core::prelude::*;
     summary = "ReLU of an affine map, decoded by its transpose",
     paper = "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
     example = "{type: example_name, expansion_factor: 4}",
-    fields(width),
+    fields(width)
 )]
 pub struct ExampleNameConfig {}
 
@@ -89,7 +89,7 @@ impl Dictionary for ExampleName {
     paper = "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
     example = "{type: example_name, lr: 1e-3, l1_penalty: 0.02}",
     usual_dictionary = ExampleNameConfig::NAME,
-    fields(lr = 1e-3, ..),
+    fields(lr = 1e-3, ..)
 )]
 pub struct ExampleNameTrainer {
     /// Weight α of the L1 penalty.

@@ -13,7 +13,7 @@ use dictlearn_core::tensors::{self, TensorFile};
     format,
     name = "example_name",
     summary = "ReLU SAEs as one safetensors file",
-    example = "dictlearn import example_name DIR",
+    example = "dictlearn import example_name DIR"
 )]
 pub struct ExampleName {}
 

@@ -11,7 +11,7 @@ use dictlearn_core::prelude::*;
     logger,
     name = "example_name",
     summary = "The loss as comma-separated values",
-    example = "{type: example_name}",
+    example = "{type: example_name}"
 )]
 pub struct ExampleNameConfig {
     /// The file, in the run's folder.

@@ -7,7 +7,7 @@ use dictlearn_core::prelude::*;
     metric,
     name = "example_name",
     summary = "How alike the directions of a decoder are",
-    example = "{type: example_name}",
+    example = "{type: example_name}"
 )]
 pub struct ExampleNameConfig {
     /// At most so many features are compared, the first ones.

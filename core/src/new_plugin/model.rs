@@ -8,11 +8,7 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
 /// The fields of a config.json that change what the model computes.
-#[component(
-    model,
-    name = "example_name",
-    summary = "Llama by another name",
-)]
+#[component(model, name = "example_name", summary = "Llama by another name")]
 pub struct ExampleNameConfig {
     #[serde(flatten)]
     usual: Usual,
@@ -46,7 +42,8 @@ mod tests {
         config.insert("model_type".to_owned(), ExampleNameConfig::NAME.into());
         let cx = ModelCx { device: Device::Cpu, precision: Precision::Float32 };
         let random = |_: &str, shape: &[i64]| Ok(Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.1);
-        let model = Decoder::with(read::<ExampleNameConfig>(&config.into()).unwrap().decoder().unwrap(), &cx, random).unwrap();
+        let config: ExampleNameConfig = read(&config.into()).unwrap();
+        let model = Decoder::with(config.decoder().unwrap(), &cx, random).unwrap();
         let model: &dyn LanguageModel = &model;
         let ids = Tensor::randint(100, [3, 8], (Kind::Int64, Device::Cpu));
         let tokens = Tokens { mask: ids.ones_like().to_kind(Kind::Bool), ids };

@@ -11,7 +11,7 @@ use dictlearn_core::prelude::*;
     modifier,
     name = "example_name",
     summary = "A logarithmic penalty on features",
-    example = "{type: example_name, weight: 0.01}",
+    example = "{type: example_name, weight: 0.01}"
 )]
 pub struct ExampleNameConfig {
     /// Weight of the penalty in the loss.

@@ -8,7 +8,7 @@ use dictlearn_core::source::sampled_mean_squared_norms;
     source,
     name = "example_name",
     summary = "Activations that are waves",
-    example = "{type: example_name, width: 32}",
+    example = "{type: example_name, width: 32}"
 )]
 pub struct ExampleNameConfig {
     /// Width of an activation, d.

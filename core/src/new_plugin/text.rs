@@ -7,7 +7,7 @@ use dictlearn_core::prelude::*;
     text,
     name = "example_name",
     summary = "Documents that count",
-    example = "{type: example_name, documents: 5000}",
+    example = "{type: example_name, documents: 5000}"
 )]
 pub struct ExampleNameConfig {
     /// How many documents there are.

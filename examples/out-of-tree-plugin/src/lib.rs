@@ -22,7 +22,7 @@ use dictlearn_core::prelude::*;
              https://transformer-circuits.pub/2024/feb-update/index.html#dict-learning-tanh",
     example = "{type: tanh, lr: 2e-3, sparsity_penalty: 0.02}",
     usual_dictionary = "auto_encoder",
-    fields(lr = 1e-3, ..),
+    fields(lr = 1e-3, ..)
 )]
 pub struct TanhConfig {
     /// Weight λ of the penalty: what an active feature costs.

@@ -11,7 +11,7 @@ use dictlearn_core::prelude::*;
     dictionary,
     name = "identity",
     summary = "Features are the activations: a baseline, nothing to train",
-    example = "{type: identity}",
+    example = "{type: identity}"
 )]
 pub struct IdentityConfig {}
 

@@ -29,7 +29,7 @@ mod pretrained;
     name = "dictionary_learning",
     summary = "ae.pt and config.json of the Python library, and its set on Pythia-70m",
     paper = "Marks, Karvonen and Mueller 2024, https://github.com/saprmarks/dictionary_learning",
-    example = "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768",
+    example = "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768"
 )]
 pub struct DictionaryLearning {}
 

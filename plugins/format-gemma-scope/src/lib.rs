@@ -24,7 +24,7 @@ use dictlearn_core::tensors::TensorFile;
     name = "gemma_scope",
     summary = "params.npz of Gemma Scope, params.safetensors of Gemma Scope 2",
     paper = "Lieberum et al. 2024, Gemma Scope, https://arxiv.org/abs/2408.05147",
-    example = "dictlearn import gemma_scope google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71",
+    example = "dictlearn import gemma_scope google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
 )]
 pub struct GemmaScope {}
 

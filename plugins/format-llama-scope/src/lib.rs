@@ -73,7 +73,7 @@ const KNOWN: &[&str] = &[
     name = "llama_scope",
     summary = "hyperparams.json and checkpoints/final.safetensors of Llama Scope",
     paper = "He et al. 2024, Llama Scope, https://arxiv.org/abs/2410.20526",
-    example = "dictlearn import llama_scope fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x",
+    example = "dictlearn import llama_scope fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x"
 )]
 pub struct LlamaScope {}
 

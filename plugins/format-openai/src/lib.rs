@@ -18,7 +18,7 @@ use dictlearn_core::torch_file;
     name = "openai",
     summary = "The .pt files of openai/sparse_autoencoder, with their layer norm",
     paper = "Gao et al. 2024, https://github.com/openai/sparse_autoencoder",
-    example = "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt",
+    example = "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt"
 )]
 pub struct OpenAi {}
 

@@ -39,7 +39,7 @@ use cfg::{Cfg, Normalize};
     name = "sae_lens",
     summary = "cfg.json and sae_weights.safetensors, old and new; release names",
     paper = "Bloom et al., SAELens, https://github.com/decoderesearch/SAELens",
-    example = "dictlearn import sae_lens gpt2-small-res-jb:blocks.8.hook_resid_pre",
+    example = "dictlearn import sae_lens gpt2-small-res-jb:blocks.8.hook_resid_pre"
 )]
 pub struct SaeLens {}
 

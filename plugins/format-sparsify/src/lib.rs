@@ -102,7 +102,7 @@ const KNOWN: &[&str] = &[
     name = "sparsify",
     summary = "cfg.json and sae.safetensors of EleutherAI's sparsify",
     paper = "EleutherAI, sparsify, https://github.com/EleutherAI/sparsify",
-    example = "dictlearn import sparsify EleutherAI/sae-llama-3-8b-32x/layers.10",
+    example = "dictlearn import sparsify EleutherAI/sae-llama-3-8b-32x/layers.10"
 )]
 pub struct Sparsify {}
 

@@ -13,7 +13,7 @@ use dictlearn_core::prelude::*;
     name = "jsonl",
     summary = "metrics.jsonl: one JSON object per SAE and logged step",
     example = "{type: jsonl}",
-    usual,
+    usual
 )]
 pub struct JsonlConfig {
     /// The file's name in the run's folder.

@@ -29,7 +29,7 @@ use dictlearn_core::top_k::{Selection, TopKTrainer};
     summary = "Keeps the k largest features of each activation on average over the batch",
     paper = "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
     example = "{type: batch_top_k, expansion_factor: 8, k: 8}",
-    fields(width),
+    fields(width)
 )]
 pub struct BatchTopKDictionaryConfig {
     /// How many features activations keep, on average over a batch.

@@ -29,7 +29,7 @@ use dictlearn_core::two_layer::{self, L1, squared_error};
     summary = "A gate decides which features are active, a magnitude how strongly",
     paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
     example = "{type: gated, expansion_factor: 8}",
-    fields(width),
+    fields(width)
 )]
 pub struct GatedDictionaryConfig {}
 

@@ -29,7 +29,7 @@ use dictlearn_core::top_k::{Prefixes, Selection, TopKTrainer};
     summary = "BatchTopK in nested groups of features, each prefix a dictionary of its own",
     paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
     example = "{type: matryoshka_batch_top_k, expansion_factor: 8, k: 8, group_fractions: [0.125, 0.125, 0.25, 0.5]}",
-    fields(width),
+    fields(width)
 )]
 pub struct MatryoshkaDictionaryConfig {
     /// How many features activations keep, on average over a batch.

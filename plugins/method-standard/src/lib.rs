@@ -27,7 +27,7 @@ use dictlearn_core::two_layer::{self, L1};
     summary = "One layer: ReLU of an affine map, decoded linearly",
     paper = "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
     example = "{type: auto_encoder, expansion_factor: 8}",
-    fields(width),
+    fields(width)
 )]
 pub struct AutoEncoderConfig {}
 

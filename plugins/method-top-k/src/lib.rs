@@ -28,7 +28,7 @@ use dictlearn_core::top_k::{Selection, TopKTrainer};
     summary = "Keeps the k largest features of each activation",
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
     example = "{type: top_k, expansion_factor: 8, k: 8}",
-    fields(width),
+    fields(width)
 )]
 pub struct TopKDictionaryConfig {
     /// How many features each activation keeps.

@@ -37,7 +37,7 @@ use dictlearn_core::top_k::Selection;
     summary = "Predicts a module's output from its input",
     paper = "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, https://arxiv.org/abs/2406.11944",
     example = "{type: transcoder, expansion_factor: 8}",
-    fields(width = "the input's width"),
+    fields(width = "the input's width")
 )]
 pub struct TranscoderConfig {
     /// How many features each activation keeps; null for all that are positive.
@@ -54,7 +54,7 @@ pub struct TranscoderConfig {
     paper = "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
              https://arxiv.org/abs/2501.18823",
     example = "{type: skip_transcoder, expansion_factor: 8}",
-    fields(width = "the input's width"),
+    fields(width = "the input's width")
 )]
 pub struct SkipTranscoderConfig {
     /// How many features each activation keeps; null for all that are positive.

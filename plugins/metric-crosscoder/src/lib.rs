@@ -20,7 +20,7 @@ use dictlearn_core::prelude::*;
     paper = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing, \
             https://transformer-circuits.pub/2024/crosscoders/index.html",
     example = "{type: crosscoder}",
-    usual,
+    usual
 )]
 pub struct CrosscoderMetricConfig {
     /// Batches of activations to measure on.

@@ -22,7 +22,7 @@ use pathfinding::prelude::{Matrix, kuhn_munkres};
     paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
             https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
     example = "{type: ground_truth_recovery}",
-    usual,
+    usual
 )]
 pub struct RecoveryConfig {
     /// The cosine from which on a feature counts as found.

@@ -23,7 +23,7 @@ use dictlearn_core::prelude::*;
     name = "loss_recovered",
     summary = "Cross entropy with activations reconstructed, zeroed and as they are",
     example = "{type: loss_recovered, n_batches: 10, batch_size: 32}",
-    usual,
+    usual
 )]
 pub struct LossRecoveredConfig {
     /// Batches of text to measure on.

@@ -27,7 +27,7 @@ const FEATURES_AT_A_TIME: i64 = 1 << 25;
     name = "reconstruction",
     summary = "Variance explained, L0, L1, L2, cosine, bias, living features",
     example = "{type: reconstruction, n_batches: 10}",
-    usual,
+    usual
 )]
 pub struct ReconstructionConfig {
     /// Batches of the source to measure on.

@@ -10,7 +10,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "gemma",
     summary = "Gemma 1",
-    paper = "Gemma team 2024, Gemma, https://arxiv.org/abs/2403.08295",
+    paper = "Gemma team 2024, Gemma, https://arxiv.org/abs/2403.08295"
 )]
 pub struct GemmaConfig {
     #[serde(flatten)]

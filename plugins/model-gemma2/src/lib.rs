@@ -1,7 +1,7 @@
 //! Gemma 2 (Gemma team 2024, <https://arxiv.org/abs/2408.00118>): norms before and after attention and MLP, scores and
 //! logits bounded by tanh, and every other layer with attention over a sliding window.
 
-use dictlearn_core::lm::config::{Usual, read, sliding_layers};
+use dictlearn_core::lm::config::{Usual, sliding_layers};
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
@@ -10,7 +10,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "gemma2",
     summary = "Gemma 2",
-    paper = "Gemma team 2024, Gemma 2, https://arxiv.org/abs/2408.00118",
+    paper = "Gemma team 2024, Gemma 2, https://arxiv.org/abs/2408.00118"
 )]
 pub struct Gemma2Config {
     #[serde(flatten)]

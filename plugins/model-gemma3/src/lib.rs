@@ -1,7 +1,7 @@
 //! Gemma 3, text only (Gemma team 2025, <https://arxiv.org/abs/2503.19786>): Gemma 2 with norms over each head's query and
 //! key instead of bounded scores, and another rotary base in the layers whose attention slides.
 
-use dictlearn_core::lm::config::{Usual, read, sliding_layers};
+use dictlearn_core::lm::config::{Usual, sliding_layers};
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, Rotary, activation, decoder::QkNorm};
 use dictlearn_core::prelude::*;
 
@@ -10,7 +10,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "gemma3_text",
     summary = "Gemma 3, text only",
-    paper = "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786",
+    paper = "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786"
 )]
 pub struct Gemma3Config {
     #[serde(flatten)]

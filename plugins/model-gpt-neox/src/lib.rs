@@ -16,7 +16,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "gpt_neox",
     summary = "GPT-NeoX: Pythia, GPT-NeoX-20B, the bundled model",
-    paper = "Biderman et al. 2023, Pythia, https://arxiv.org/abs/2304.01373",
+    paper = "Biderman et al. 2023, Pythia, https://arxiv.org/abs/2304.01373"
 )]
 #[derive(Serialize)]
 pub struct GptNeoxConfig {

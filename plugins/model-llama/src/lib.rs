@@ -10,7 +10,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "llama",
     summary = "Llama 1 to 3, TinyLlama, SmolLM, and other models of their architecture",
-    paper = "Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288",
+    paper = "Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288"
 )]
 pub struct LlamaConfig {
     #[serde(flatten)]

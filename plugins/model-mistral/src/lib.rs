@@ -9,7 +9,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "mistral",
     summary = "Mistral 7B and other models of its architecture",
-    paper = "Jiang et al. 2023, Mistral 7B, https://arxiv.org/abs/2310.06825",
+    paper = "Jiang et al. 2023, Mistral 7B, https://arxiv.org/abs/2310.06825"
 )]
 pub struct MistralConfig {
     #[serde(flatten)]

@@ -10,7 +10,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "olmo2",
     summary = "OLMo 2",
-    paper = "OLMo team 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656",
+    paper = "OLMo team 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656"
 )]
 pub struct Olmo2Config {
     #[serde(flatten)]

@@ -13,7 +13,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "phi3",
     summary = "Phi-3, Phi-3.5 and Phi-4 (not the mixtures of experts)",
-    paper = "Abdin et al. 2024, Phi-3, https://arxiv.org/abs/2404.14219",
+    paper = "Abdin et al. 2024, Phi-3, https://arxiv.org/abs/2404.14219"
 )]
 pub struct Phi3Config {
     #[serde(flatten)]

@@ -9,7 +9,7 @@ use dictlearn_core::prelude::*;
     model,
     name = "qwen3",
     summary = "Qwen 3 (dense)",
-    paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388",
+    paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388"
 )]
 pub struct Qwen3Config {
     #[serde(flatten)]

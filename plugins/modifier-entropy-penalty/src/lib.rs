@@ -23,7 +23,7 @@ const EPSILON: f64 = 1e-8;
     modifier,
     name = "entropy_penalty",
     summary = "The entropy of each activation's features, beside or instead of the sparsity term",
-    example = "{type: entropy_penalty, weight: 0.02}",
+    example = "{type: entropy_penalty, weight: 0.02}"
 )]
 pub struct EntropyPenaltyConfig {
     /// Weight of the entropy, in nats, in the loss.

@@ -27,7 +27,7 @@ const EPSILON: f64 = 1e-8;
     summary = "Dead features reconstruct the residual through their exponential",
     paper = "Jermyn and Templeton 2024, Ghost Grads, \
             https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling",
-    example = "{type: ghost_grads, threshold: 50}",
+    example = "{type: ghost_grads, threshold: 50}"
 )]
 pub struct GhostGradsConfig {
     /// A feature is dead that has been silent for more than so many steps, or tokens.

@@ -30,7 +30,7 @@ const PIECES: u64 = 1024;
     source,
     name = "activation_cache",
     summary = "Activations that `dictlearn activations` wrote, shuffled across shards",
-    example = "{type: activation_cache, path: activations, batch_size: 64}",
+    example = "{type: activation_cache, path: activations, batch_size: 64}"
 )]
 pub struct ActivationCacheConfig {
     /// The folder, with its `meta.json`.
@@ -228,7 +228,10 @@ impl ActivationCache {
         let columns = self.folder.read(&places)?;
         let order = self.shuffle.then(|| {
             let mut order: Vec<i64> = (0..columns[0].size()[0]).collect();
-            order.shuffle(&mut rng(self.cx.seed, &format!("{} pass {} buffer {}", ActivationCacheConfig::NAME, self.pass, self.window)));
+            order.shuffle(&mut rng(
+                self.cx.seed,
+                &format!("{} pass {} buffer {}", ActivationCacheConfig::NAME, self.pass, self.window),
+            ));
             Tensor::from_slice(&order)
         });
         Ok(Held { columns, order })

@@ -18,7 +18,7 @@ use dictlearn_core::prelude::*;
     summary = "The same tokens at several places or in several models, side by side",
     example = "{type: joined, sources: {model: {type: language_model, model: \"embedded:austen\", \
               submodule: [gpt_neox.layers.1, gpt_neox.layers.2], text: {type: embedded, name: austen}, ctx_len: 64, \
-              n_ctxs: 64, out_batch_size: 256, pack: true}}}",
+              n_ctxs: 64, out_batch_size: 256, pack: true}}}"
 )]
 pub struct JoinedConfig {
     /// The sources, by name; their parts lie side by side in the order of the names' letters. They must give the same tokens

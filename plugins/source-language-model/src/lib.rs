@@ -50,7 +50,7 @@ const AT_ONCE: usize = 1024;
     summary = "Activations of a language model, through a shuffling buffer",
     example = "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, \
               text: {type: embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}",
-    usual,
+    usual
 )]
 pub struct LanguageModelConfig {
     /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`. Weights
@@ -701,9 +701,9 @@ impl LanguageModelSource {
 
     fn filled_buffer(&mut self, capacity: usize) -> Result<&mut Buffer> {
         let harvest = &mut self.harvest;
-        let buffer = self
-            .buffer
-            .get_or_insert_with(|| Buffer::new(&harvest.columns(), capacity, self.cx.device, rng(self.cx.seed, LanguageModelConfig::NAME)));
+        let buffer = self.buffer.get_or_insert_with(|| {
+            Buffer::new(&harvest.columns(), capacity, self.cx.device, rng(self.cx.seed, LanguageModelConfig::NAME))
+        });
         if buffer.wants_more() && !(harvest.ended && harvest.available() == 0) {
             buffer.fill(|room| harvest.take(room))?;
             // Rows lie in the text's order.
@@ -923,7 +923,8 @@ impl ActivationSource for LanguageModelSource {
         self.harvest.pending = harvested;
         self.buffer = None;
         if let (true, Some(capacity)) = (filled, self.capacity) {
-            let mut buffer = Buffer::new(&self.harvest.columns(), capacity, device, rng(self.cx.seed, LanguageModelConfig::NAME));
+            let mut buffer =
+                Buffer::new(&self.harvest.columns(), capacity, device, rng(self.cx.seed, LanguageModelConfig::NAME));
             buffer.restore(&state.under("buffer"), &buffered)?;
             self.buffer = Some(buffer);
         }

@@ -27,7 +27,7 @@ use rand_distr::StandardNormal;
     summary = "Activations made of known features, sparse, some more frequent than others",
     paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
             https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
-    example = "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}",
+    example = "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}"
 )]
 pub struct SyntheticConfig {
     /// Width of an activation, d.

@@ -19,7 +19,7 @@ use rand::seq::SliceRandom;
     source,
     name = "tensor_file",
     summary = "Activations from .safetensors, .npy and .npz files",
-    example = "{type: tensor_file, path: activations.safetensors, batch_size: 64}",
+    example = "{type: tensor_file, path: activations.safetensors, batch_size: 64}"
 )]
 pub struct TensorFileConfig {
     /// A file, or a glob of files that are read one after the other.

@@ -9,7 +9,7 @@ use dictlearn_core::text::{EmbeddedText, Wanted, WrittenText};
     text,
     name = "embedded",
     summary = "Text that ships with the program",
-    example = "{type: embedded, name: austen}",
+    example = "{type: embedded, name: austen}"
 )]
 pub struct EmbeddedConfig {
     /// Which text: `austen`.

@@ -19,7 +19,7 @@ const CONVERTED: &str = "refs/convert/parquet";
     text,
     name = "hub_dataset",
     summary = "Text of a dataset of the Hub, as it arrives: .txt, .jsonl (plain, .gz, .zst) and .parquet",
-    example = "{type: hub_dataset, repo: monology/pile-uncopyrighted, split: train, column: text}",
+    example = "{type: hub_dataset, repo: monology/pile-uncopyrighted, split: train, column: text}"
 )]
 pub struct HubDatasetConfig {
     /// The dataset: `owner/name[@revision]`.

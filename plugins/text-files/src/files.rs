@@ -14,7 +14,7 @@ use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
     text,
     name = "text_files",
     summary = "Text from .txt, .jsonl, .json (plain, .gz, .zst) and .parquet, folders and globs",
-    example = "{type: text_files, path: corpus.txt}",
+    example = "{type: text_files, path: corpus.txt}"
 )]
 pub struct TextFilesConfig {
     /// A file, a folder, or a glob; several files are read in the order of their names. Hidden files and metadata

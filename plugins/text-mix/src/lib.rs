@@ -14,7 +14,7 @@ use dictlearn_core::prelude::*;
     name = "mix",
     summary = "Several texts mixed by weight",
     example = "{type: mix, streams: [{weight: 0.9, text: {type: embedded, name: austen}}, \
-              {weight: 0.1, text: {type: embedded, name: austen, split: held_out}}]}",
+              {weight: 0.1, text: {type: embedded, name: austen, split: held_out}}]}"
 )]
 pub struct MixConfig {
     /// The texts, each with its `weight` and the `text` itself.

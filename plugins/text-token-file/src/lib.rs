@@ -12,7 +12,7 @@ use dictlearn_core::tensors::TensorFile;
     text,
     name = "token_file",
     summary = "Token ids from a .safetensors file, each row a context",
-    example = "{type: token_file, path: tokens.safetensors}",
+    example = "{type: token_file, path: tokens.safetensors}"
 )]
 pub struct TokenFileConfig {
     /// A .safetensors file with `input_ids` [B, L] and, if there is padding, `attention_mask` [B, L].
