@@ -27,7 +27,7 @@ pub enum Listed {
     /// `..`, the struct's own fields.
     Own,
     /// A field or a group, with a value of its own, or values for fields of the group.
-    Named { name: Ident, value: Option<Expr>, values: Vec<(Ident, Expr)> },
+    Named { name: Ident, value: Option<Box<Expr>>, values: Vec<(Ident, Expr)> },
 }
 
 impl Parse for Args {
@@ -153,7 +153,7 @@ impl Parse for Listed {
         }
         let name: Ident = input.parse()?;
         if input.peek(Token![=]) {
-            let value = Some(value(input, &name)?);
+            let value = Some(Box::new(value(input, &name)?));
             return Ok(Listed::Named { name, value, values: Vec::new() });
         }
         let mut values = Vec::new();

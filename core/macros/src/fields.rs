@@ -72,7 +72,7 @@ impl Fields {
                         format!("`{group}` is a group of fields: give the default of one as `{group}(field = ...)`"),
                     ));
                 }
-                (Some(_), of) => of.as_ref(),
+                (Some(_), of) => of.as_deref(),
                 (None, _) => None,
             };
             let one = [name.to_string()];
@@ -90,7 +90,7 @@ impl Fields {
                 let own = own.iter_mut().find(|field| is_called(field.as_ref(), member)).and_then(Option::take);
                 let default = match group {
                     Some(_) => values.iter().find(|(name, _)| name == member).map(|(_, value)| value),
-                    None => value.as_ref(),
+                    None => value.as_deref(),
                 };
                 let field = match (own, default) {
                     (Some(_), Some(value)) => {
