@@ -7,7 +7,6 @@ pub use serde::{Deserialize, Serialize};
 pub use serde_json::{Map, Value};
 pub use tch::{self, Device, Kind, Tensor};
 pub use tracing;
-pub use typetag;
 
 pub use crate::data::OnNonfinite;
 pub use crate::data::text::{Chat, Document, Record, TextConfig, TextStream};
@@ -21,7 +20,6 @@ pub use crate::files::{ConfigPath, PathOrName};
 pub use crate::lm::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::machine::device::Precision;
 pub use crate::machine::memory::{Need as MemoryNeed, check as check_memory};
-pub use crate::register;
 pub use crate::report::{Figures, Metric, MetricConfig, Subject, Variance, figures};
 pub use crate::report::{Logger, LoggerConfig};
 pub use crate::sae::Selection;
@@ -41,3 +39,7 @@ pub use crate::train::{
 pub use crate::train::{Modifier, ModifierConfig, ModifierCx, Need};
 pub use crate::train::{ResampleWeight, Resampling};
 pub use crate::train::{RunLength, Schedule};
+
+pub use crate::component;
+pub use crate::data::TaggedSource;
+pub use crate::data::text::TaggedText;

@@ -19,30 +19,25 @@ use crate::config::{self, RunConfig, SaveSteps, folder_name, to_yaml};
 use crate::run::checkpoint::{Checkpoints, Machine, make_dir};
 use crate::run::evaluate::{ALL_READ, Measured};
 use crate::run::saver::{Saver, patiently};
-use dictlearn_core::data::OnNonfinite;
-use dictlearn_core::data::{ActivationSource, Activations, Batch, Site, Stream, describe_site};
+use dictlearn_core::data::{ActivationSource, Activations, Batch, OnNonfinite, Site, Stream, describe_site};
 use dictlearn_core::error::{InputError, Mistakes, Under};
-use dictlearn_core::files;
 use dictlearn_core::files::state::State;
 use dictlearn_core::files::tensors::{self, write_file};
 use dictlearn_core::files::yaml;
-use dictlearn_core::hub;
 use dictlearn_core::hub::{Repo, hub};
-use dictlearn_core::interrupt;
 use dictlearn_core::interrupt::Interrupt;
 use dictlearn_core::machine::device;
 use dictlearn_core::machine::device::Precision;
 use dictlearn_core::machine::memory::{Plan, Size};
 use dictlearn_core::progress::Progress;
-use dictlearn_core::report::Logger;
-use dictlearn_core::report::{MetricConfig, Subject};
-use dictlearn_core::sae::Dictionary;
-use dictlearn_core::sae::saved;
+use dictlearn_core::report::TaggedMetric;
+use dictlearn_core::report::{Logger, Subject};
+use dictlearn_core::sae::{Dictionary, saved};
 use dictlearn_core::suggest::nearest;
-use dictlearn_core::train::RunLength;
-use dictlearn_core::train::SaeConfig;
-use dictlearn_core::train::{Found, Watch};
-use dictlearn_core::train::{NotFinite, Training, TrainingCx, is_finite, saved_config};
+use dictlearn_core::train::{
+    Found, NotFinite, RunLength, SaeConfig, Training, TrainingCx, Watch, is_finite, saved_config,
+};
+use dictlearn_core::{files, hub, interrupt};
 
 /// How a run ended.
 #[derive(Debug)]
@@ -874,7 +869,7 @@ fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -
         let says = |field: &str| written.says(&config::trainer_field(entry, field));
         let begun = begun.as_ref().and_then(|begun| begun.get("saes")?.get(entry)?.get("trainer"));
         let mut length = RunLength::new(*steps, batch_size, &says, begun);
-        sae.trainer.adapt(&mut length);
+        sae.trainer.adapt_defaults(&mut length);
         for one in length.into_adapted() {
             if !adapted.contains(&one) {
                 adapted.push(one);
@@ -919,8 +914,8 @@ fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<(
 /// The default metrics that a source allows and for which there is memory.
 fn usual_metrics(
     source: &mut dyn ActivationSource,
-    fits: impl Fn(&[Box<dyn MetricConfig>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
-) -> Result<Vec<Box<dyn MetricConfig>>> {
+    fits: impl Fn(&[Box<dyn TaggedMetric>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
+) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
     for metric in evaluate::usual(source)? {
         let metric = [metric];

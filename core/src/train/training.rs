@@ -6,12 +6,6 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::config::SaeConfig;
-use super::modifier::{Modifier, ModifierConfig, ModifierCx};
-use super::optim::{Adam, Gradients};
-use super::terms::{Terms, float};
-use super::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
-use super::watch::Watch;
 use crate::data::{Batch, OnNonfinite, SitePart};
 use crate::error::{InputError, Mistakes, Under};
 use crate::files::state::State;
@@ -20,10 +14,14 @@ use crate::machine::device;
 use crate::machine::device::Precision;
 use crate::machine::memory::Need;
 use crate::machine::rng::{Rng, rng, seeded};
-use crate::sae::Selection;
-use crate::sae::saved;
-use crate::sae::{Adapted, Normalization};
-use crate::sae::{Dictionary, DictionaryCx};
+use crate::sae::{Adapted, Dictionary, DictionaryCx, Normalization, Selection, saved};
+use crate::train::TaggedModifier;
+use crate::train::config::SaeConfig;
+use crate::train::modifier::{Modifier, ModifierCx};
+use crate::train::optim::{Adam, Gradients};
+use crate::train::terms::{Terms, float};
+use crate::train::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
+use crate::train::watch::Watch;
 
 /// What a dictionary in training is built for.
 #[derive(Debug, Clone)]
@@ -133,7 +131,7 @@ impl Training {
             }
         }
         let modifier_cx = ModifierCx { dictionary: &*dictionary, trainer: &*trainer };
-        let build = |modifier: &dyn ModifierConfig| {
+        let build = |modifier: &dyn TaggedModifier| {
             modifier.needs().into_iter().try_for_each(|need| need.check(modifier.typetag_name(), &modifier_cx))?;
             modifier.build(&modifier_cx)
         };
