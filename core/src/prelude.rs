@@ -15,7 +15,7 @@ pub use crate::config::{ConfigPath, InputError, Mistakes, PathOrName, Under};
 pub use crate::constraint::Constraints;
 pub use crate::device::Precision;
 pub use crate::dictionary::{
-    Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass, decoder_for, dict_size,
+    Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass, decoder_for,
     random_directions, saved_shape, trained, trained_matrix, without_bias,
 };
 pub use crate::firing::Firing;
