@@ -26,7 +26,7 @@ pub use crate::sae::Selection;
 pub use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope, TwoLayer, Weight};
 pub use crate::sae::{Autoencoder, Nonlinearity};
 pub use crate::sae::{
-    Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass, decoder_for, dict_size,
+    Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass, decoder_for,
     random_directions, saved_shape, trained, trained_matrix, without_bias,
 };
 pub use crate::sae::{Normalization, NormalizationKind};
