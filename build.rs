@@ -15,8 +15,12 @@ fn main() {
         .lines()
         .take_while(|line| !line.starts_with('['))
         .filter_map(|line| line.split([' ', '.', '=']).next())
-        .filter(|name| name.starts_with("dictlearn-") && *name != "dictlearn-core")
-        .map(|name| format!("use {} as _;\n", name.replace('-', "_")))
+        .filter(|name| name.starts_with("dictlearn-") && !["dictlearn-core", "dictlearn-process"].contains(name))
+        .map(|name| {
+            let name = name.replace('-', "_");
+            let short = name.trim_start_matches("dictlearn_");
+            format!("pub use {name} as {short};\n")
+        })
         .collect();
     fs::write(Path::new(&env::var_os("OUT_DIR").unwrap()).join("plugins.rs"), uses).unwrap();
 }

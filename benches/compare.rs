@@ -30,6 +30,7 @@ use common::silence;
 
 // Links the plugins.
 use dictlearn as _;
+use dictlearn_process as _;
 
 const TRAINERS: [&str; 8] =
     ["standard", "p_anneal", "gated", "gated_anneal", "jump_relu", "top_k", "batch_top_k", "matryoshka_batch_top_k"];

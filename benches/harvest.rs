@@ -14,6 +14,7 @@ use serde_json::json;
 
 // Links the plugins.
 use dictlearn as _;
+use dictlearn_process as _;
 
 const PASSES: usize = 10;
 

@@ -22,6 +22,7 @@ use common::silence;
 
 // Links the plugins.
 use dictlearn as _;
+use dictlearn_process as _;
 
 const D: i64 = 512;
 const FEATURES: i64 = 8192;

@@ -1389,7 +1389,7 @@ fn reads_what_it_writes(component: &Component) {
             continue;
         }
         written += 1;
-        let again = formats::load(component.name, &out.display().to_string(), Device::Cpu);
+        let again = formats::load(component.name, &out.display().to_string(), Device::Cpu).map(|sae| sae.dictionary);
         let again = WRITES_AND_READS.of(&who, again);
         let (x_hat, features) = tch::no_grad(|| sae.dictionary.reconstruct(&x));
         let (x_hat_again, features_again) = tch::no_grad(|| again.reconstruct(&x));

@@ -1,33 +1,76 @@
-//! dictlearn with every bundled plugin linked in.
+//! Train and use sparse autoencoders (SAEs) on the activations of language models.
 //!
-//! A binary of your own that adds a plugin needs this crate and yours:
-//! `use {dictlearn as _, my_plugin as _};`, then [`crate::cli::main`].
+//! Use a published SAE. Features are tensors of [tch](https://docs.rs/tch); nothing is recorded for autograd.
+//!
+//! ```no_run
+//! let sae = dictlearn::Sae::load("sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre")?;
+//! let x = tch::Tensor::randn([4, 768], tch::kind::FLOAT_CPU); // activations [N, d]
+//! let features = sae.encode(&x)?; // [N, F]
+//! let x_hat = sae.reconstruct(&x)?; // [N, d]
+//! # Ok::<(), dictlearn::Error>(())
+//! ```
+//!
+//! Train one on batches of your own, by the config structs that YAML names:
+//!
+//! ```
+//! use dictlearn::plugins::method_top_k::{TopKConfig, TopKDictionaryConfig};
+//! use dictlearn::{Batches, Sae, Trainer};
+//!
+//! let dictionary = TopKDictionaryConfig { k: 4, dict_size: Some(64), expansion_factor: None };
+//! let mut trainer = Trainer::builder(dictionary, TopKConfig::default()).steps(50).build(16)?;
+//! let source = "{type: synthetic, activation_dim: 16, num_features: 32, batch_size: 256}";
+//! for batch in Batches::from_yaml(source)?.take(50) {
+//!     trainer.step(&batch?.sites[0].x)?;
+//! }
+//! let dir = tempfile::tempdir().unwrap();
+//! trainer.save(dir.path().join("sae"))?;
+//! let sae = Sae::load(dir.path().join("sae").to_string_lossy())?;
+//! assert_eq!(sae.dims().features, 64);
+//! # Ok::<(), dictlearn::Error>(())
+//! ```
+//!
+//! | | |
+//! | --- | --- |
+//! | [`Sae`] | load, encode, decode, reconstruct, save, export |
+//! | [`import`] | published SAEs into folders |
+//! | [`Trainer`] | one SAE in training, step by step |
+//! | [`Batches`] | the batches of a source of activations |
+//! | [`Run`] | an experiment from YAML: `dictlearn train` |
+//! | [`evaluate`] | the metrics of trained SAEs |
+//! | [`Error`] | what can go wrong, to match on |
+//! | [`config`] | the YAML of a run: its layers, checks and schema |
+//! | [`plugins`] | every bundled plugin, with its config structs |
+//! | [`contract`](mod@contract) | what every component must keep, as a test |
+//! | [`cli`] | the command line, for a program with plugins of your own |
+//!
+//! What plugins build on, the traits and the tools, is the crate [`dictlearn_core`].
+//!
+//! Messages and progress are events: [`tracing`](https://docs.rs/tracing) events of targets that begin with `dictlearn`, and
+//! [`progress::show_with`](dictlearn_core::progress::show_with). The library prints nothing.
 
-/// The allocator, libtorch's too. glibc's hands large blocks back to the system, and touching fresh pages costs more than
-/// most of what is computed on them; and its aligned blocks do not fit into the holes that equal ones left.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-mod allocator {
-    use tikv_jemallocator as _;
-
-    /// jemalloc's settings, read by it under this name: freed memory is kept, large blocks are not treated apart, and small ones
-    /// are cut from free ones of any size (2³⁰ times as large). By default they are not if a free one is more than 2⁶ times as
-    /// large; then they lie on fresh pages, step after step, and a run of `top_k` takes 2 MB more with each.
-    #[used]
-    #[unsafe(export_name = "malloc_conf")]
-    static SETTINGS: Option<&'static u8> =
-        Some(&b"dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,lg_extent_max_active_fit:30\0"[0]);
-}
-
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-mod wait_policy;
-
-// The plugins are those of Cargo.toml: a line there is all that the program knows of each (see build.rs).
-include!(concat!(env!("OUT_DIR"), "/plugins.rs"));
-
+mod batches;
 pub mod cli;
 pub mod config;
 pub mod contract;
 mod doctor;
+mod error;
+mod evaluate;
+mod experiment;
 pub mod new_plugin;
 mod publish;
 pub mod run;
+mod sae;
+mod trainer;
+
+pub use batches::Batches;
+pub use error::{Error, Result};
+pub use evaluate::evaluate;
+pub use experiment::{Outcome, Run, TrainedSae};
+pub use sae::{Sae, import};
+pub use trainer::{StepStats, Trainer, TrainerBuilder};
+
+/// The bundled plugins. Linking this crate registers them; their config structs are what [`Trainer::builder`] takes.
+// They are those of Cargo.toml: a line there is all that the program knows of each (see build.rs).
+pub mod plugins {
+    include!(concat!(env!("OUT_DIR"), "/plugins.rs"));
+}

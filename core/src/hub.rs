@@ -14,6 +14,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::InputError;
 
+/// The error of a request that the Hub did not answer as hoped, with what to do.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct HubError(pub String);
+
 /// What a repository holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum RepoKind {

@@ -6,6 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use anyhow::{Result, bail};
 
+/// The error of work that broke off because the process was asked to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
 /// The signal that has come to this process, 0 for none; for long work that has no run to ask.
 static ASKED: AtomicU8 = AtomicU8::new(0);
 
@@ -17,7 +22,7 @@ pub fn asked() -> bool {
 /// Fails if this process was asked to end. Callers must be in a state that can be saved: a run saves itself then.
 pub fn check() -> Result<()> {
     if asked() {
-        bail!("interrupted");
+        bail!(Interrupted);
     }
     Ok(())
 }

@@ -1,10 +1,13 @@
 //! What the command line shows on stderr: the library's events, and how far it is.
 
 use std::fmt::{self, Debug, Write as _};
+use std::io::Write as _;
 use std::io::{IsTerminal, stderr};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
+use crate::run::compare::shell_quoted;
+use anyhow::{Context as _, Result};
 use dictlearn_core::progress::{self, Meter, Task};
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 use tracing::field::{Field, Visit};
@@ -22,7 +25,6 @@ static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// [`say!`].
 pub fn line(words: fmt::Arguments) {
-    use std::io::Write as _;
     BARS.suspend(|| {
         let _ = writeln!(stderr(), "{words}");
     });
@@ -131,4 +133,22 @@ impl Meter for Lines {
         });
         say!("{} {}{of}{message}", self.task.unit, self.amount(done));
     }
+}
+
+/// Prints a result. A reader that has seen enough, such as `head`, is no error.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let line_end = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
+    let written =
+        out.write_all(text.as_bytes()).and_then(|()| out.write_all(line_end.as_bytes())).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write to standard output"),
+    }
+}
+
+/// How this program was called, for a shell.
+pub fn program() -> String {
+    let name = std::env::args().next().unwrap_or_else(|| "dictlearn".to_owned());
+    shell_quoted(&name)
 }

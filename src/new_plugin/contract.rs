@@ -1,7 +1,7 @@
 //! What every component keeps: its example runs, it learns, it resumes bit for bit, ...
 
 use dictlearn as _;
-use crate::contract::keep;
+use dictlearn::contract::keep;
 use dictlearn_core::registry::Kind;
 use example_name as _;
 

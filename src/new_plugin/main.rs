@@ -2,8 +2,9 @@
 
 // Linking a plugin registers it.
 use dictlearn as _;
+use dictlearn_process as _;
 use example_name as _;
 
 fn main() -> std::process::ExitCode {
-    crate::cli::main()
+    dictlearn::cli::main()
 }

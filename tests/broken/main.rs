@@ -9,6 +9,7 @@ use dictlearn as _;
 use dictlearn::contract::keep;
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::Kind as Slot;
+use dictlearn_process as _;
 
 /// The message with which the contract refuses a component.
 fn refusal(kind: Slot, name: &'static str) -> String {

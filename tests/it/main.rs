@@ -1,5 +1,7 @@
 //! What crosses crates: the program as a process, parity with the reference, the contract that every plugin keeps.
 
+use dictlearn_process as _;
+
 mod common;
 
 mod activation_cache;

@@ -48,7 +48,7 @@ pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Resul
         for note in &published.notes {
             tracing::warn!("{}", printable(&format!("{place}: {note}")));
         }
-        let origin = json!({"format": place.format.as_deref().unwrap_or(format_name), "from": place.to_string(), "name": place.name});
+        let origin = origin(format_name, place);
         whole_folder(&dir, |dir| write(dir, &published, &origin).with_context(cannot))?;
         written.push(dir);
     }
@@ -160,7 +160,7 @@ pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictio
 /// Loads a published SAE without writing anything: from its folder, the Hub's cache or the Hub.
 ///
 /// `place` is what `dictlearn import` takes: a folder, `owner/name/path`, for `sae_lens` also `release:sae_id`.
-pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Dictionary>> {
+pub fn load(format_name: &str, place: &str, device: Device) -> Result<Saved> {
     let format = named(format_name)?;
     let places = format.find(&Request { place: Some(place.to_owned()), ..Request::default() })?;
     let [place] = &places[..] else {
@@ -171,11 +171,32 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Di
         );
     };
     let published = read(&*format, place)?;
-    let (read, trainer) = dictionary(&published, &place.to_string())?;
+    let (read, config) = read_with_config(&published, &origin(format_name, place))?;
     let tensors = read.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
-    let mut moved = saved::shaped(read.class(), &tensors, &Value::Object(trainer), device, Precision::Float32)?;
+    let mut moved = saved::shaped(read.class(), &tensors, &config["trainer"], device, Precision::Float32)?;
     moved.load(&tensors, Path::new(&place.to_string()))?;
-    Ok(saved::adapted(moved, published.normalization, published.dtype))
+    Ok(Saved {
+        dir: PathBuf::from(&place.name),
+        dictionary: saved::adapted(moved, published.normalization, published.dtype),
+        normalization: published.normalization,
+        config,
+    })
+}
+
+/// Where an SAE is from, for its config.json.
+fn origin(format_name: &str, place: &Place) -> Value {
+    json!({"format": place.format.as_deref().unwrap_or(format_name), "from": place.to_string(), "name": place.name})
+}
+
+/// The dictionary that a published SAE is, with its config.json.
+fn read_with_config(published: &Published, origin: &Value) -> Result<(Box<dyn Dictionary>, Value)> {
+    let (dictionary, trainer) = dictionary(published, origin["from"].as_str().unwrap_or_default())?;
+    let mut config = json!({"trainer": trainer});
+    if let Some(site) = &published.site {
+        config["buffer"] = site.buffer();
+    }
+    config["imported"] = origin.clone();
+    Ok((dictionary, config))
 }
 
 fn read(format: &dyn TaggedFormat, place: &Place) -> Result<Published> {
@@ -209,12 +230,7 @@ fn with_other_format(error: anyhow::Error, asked: &dyn TaggedFormat, place: &Pla
 
 /// Writes an imported SAE's folder: weights, config.json, and the config.yaml that says where it reads.
 fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
-    let (dictionary, trainer) = dictionary(published, origin["from"].as_str().unwrap_or_default())?;
-    let mut config = json!({"trainer": trainer});
-    if let Some(site) = &published.site {
-        config["buffer"] = site.buffer();
-    }
-    config["imported"] = origin.clone();
+    let (dictionary, config) = read_with_config(published, origin)?;
     saved::write(dir, &*dictionary, &config)?;
     if let Some(sparsity) = &published.sparsity {
         tensors::write(&dir.join("sparsity.safetensors"), &[("sparsity", sparsity.shallow_clone())])?;

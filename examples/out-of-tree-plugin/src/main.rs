@@ -2,6 +2,7 @@
 
 // Linking a plugin registers it.
 use dictlearn as _;
+use dictlearn_process as _;
 use out_of_tree_plugin as _;
 
 fn main() -> std::process::ExitCode {

@@ -13,7 +13,7 @@ use std::ffi::c_int;
 extern "C" fn mkl_serv_intel_cpu_true() -> c_int {
     let vendor = std::arch::x86_64::__cpuid(0);
     let intel = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel";
-    c_int::from(intel || crate::machine::device::has_avx512())
+    c_int::from(intel || dictlearn_core::machine::device::has_avx512())
 }
 
 #[cfg(test)]

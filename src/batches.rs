@@ -1,0 +1,47 @@
+//! The batches of a source of activations.
+
+use dictlearn_core::data::{Activations, SourceConfig, SourceCx, Stream, TaggedSource};
+use dictlearn_core::files::from_yaml;
+
+use crate::Result;
+
+/// The batches of a source, endless where the source can be read over and over.
+///
+/// ```
+/// use dictlearn::Batches;
+///
+/// let mut batches = Batches::from_yaml("{type: synthetic, activation_dim: 16, num_features: 32, batch_size: 64}")?;
+/// let batch = batches.next().expect("synthetic data does not end")?;
+/// assert_eq!(batch.sites[0].x.size(), [64, 16]);
+/// # Ok::<(), dictlearn::Error>(())
+/// ```
+pub struct Batches(Stream);
+
+impl Batches {
+    /// The batches of a source, from its beginning.
+    ///
+    /// # Errors
+    ///
+    /// What the source refuses: a file that is not there, a model that cannot be read.
+    pub fn new(source: &(impl SourceConfig + ?Sized), cx: &SourceCx) -> Result<Self> {
+        Ok(Batches(Stream::new(source.build(cx)?)))
+    }
+
+    /// The batches of a source that YAML names, as under `source` of a config, on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// As [`Batches::new`], and [`Error::Input`](crate::Error::Input) for YAML that is wrong.
+    pub fn from_yaml(yaml: &str) -> Result<Self> {
+        let source: Box<dyn TaggedSource> = from_yaml(yaml)?;
+        Batches::new(&*source, &SourceCx::default())
+    }
+}
+
+impl Iterator for Batches {
+    type Item = Result<Activations>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next_batch().map_err(Into::into).transpose()
+    }
+}

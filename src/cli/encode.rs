@@ -1,0 +1,270 @@
+//! `dictlearn encode`.
+
+use super::args::{EncodeArgs, load};
+use super::output::{print, say};
+use crate::config::RunConfig;
+use crate::evaluate::{own_config, own_site, source_cx};
+use crate::run::evaluate;
+use anyhow::{Context, Result, bail};
+use dictlearn_core::data::text;
+use dictlearn_core::data::text::Wanted;
+use dictlearn_core::error::{InputError, Under};
+use dictlearn_core::files::numpy;
+use dictlearn_core::files::tensors;
+use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::machine::device;
+use dictlearn_core::registry::{Kind, component};
+use dictlearn_core::sae::saved;
+use dictlearn_core::sae::saved::Saved;
+use dictlearn_core::suggest::nearest;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::ExitCode;
+use tch::Tensor;
+
+/// The activations to encode, and what to call them in messages.
+pub(super) fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tensor, String)> {
+    let name = tensor.unwrap_or("x");
+    let said = format!("tensor `{name}`");
+    let other_name = |names: &[String]| -> InputError {
+        let near = nearest(name, names.iter().map(String::as_str));
+        let shown = near.or(names.first().map(String::as_str)).unwrap_or_default();
+        InputError::new(format!("{} has no {said}", input.display())).help(if names.is_empty() {
+            "it has none at all".to_owned()
+        } else {
+            format!("`--tensor {shown}` takes another; it has: {}", names.join(", "))
+        })
+    };
+    let extension = input.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    match extension.to_ascii_lowercase().as_str() {
+        "npy" => match tensor {
+            None => Ok((numpy::read_npy(input)?, "the array".to_owned())),
+            Some(_) => bail!(
+                InputError::new(format!("{} has one array, without a name", input.display()))
+                    .help("leave out `--tensor`")
+            ),
+        },
+        "npz" => {
+            let mut file = numpy::Npz::open(input)?;
+            let names = file.names();
+            if !names.iter().any(|known| known == name) {
+                bail!(other_name(&names));
+            }
+            Ok((file.array(name)?, said))
+        }
+        other => {
+            let file = match TensorFile::open(input) {
+                Err(_) if other != "safetensors" && input.is_file() => {
+                    bail!(
+                        InputError::new(format!("cannot read {}: not a safetensors file", input.display()))
+                            .help("`--input` takes .safetensors, .npy and .npz")
+                    )
+                }
+                opened => opened?,
+            };
+            if !file.has(name) {
+                bail!(other_name(&file.names()));
+            }
+            Ok((file.tensor(name)?, said))
+        }
+    }
+}
+
+pub(super) fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output: &Path) -> Result<ExitCode> {
+    /// Activations encoded at a time.
+    const ROWS: i64 = 4096;
+    if input.is_dir() {
+        bail!(
+            InputError::new(format!("--input is a folder, {}", input.display())).help(
+                "give a .safetensors, .npz or .npy file; a folder of activations is a source, `activation_cache`"
+            )
+        );
+    }
+    if let Some(dir) = output.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.is_dir()) {
+        bail!(
+            InputError::new(format!("there is no folder {} to write --output to", dir.display()))
+                .help(format!("make it: `mkdir -p {}`", dir.display()))
+        );
+    }
+    let device = device::best();
+    let saved = saved::read(sae_dir, device, device::Precision::Float32)?;
+    let (x, said) = activations_in(input, tensor)?;
+    let width = saved.dictionary.dims().input;
+    if x.dim() != 2 || x.size()[1] != width {
+        bail!(
+            InputError::new(format!("{}: {said} has shape {:?}", input.display(), x.size()))
+                .help(format!("the SAE takes activations [N, {width}]"))
+        );
+    }
+    if std::path::absolute(input)? == std::path::absolute(output)? {
+        bail!(
+            InputError::new(format!("--output is --input, {}", input.display()))
+                .help("the input would be lost: write to another file")
+        );
+    }
+    let bad: Vec<i64> = x.isfinite().all_dim(1, false).logical_not().nonzero().reshape([-1]).try_into()?;
+    if let Some(row) = bad.first() {
+        bail!(
+            InputError::new(format!("{}: row {row} of {said} has a value that is not finite", input.display()))
+                .help("mend or remove the row")
+        );
+    }
+    let (mut features, mut recon) = (Vec::new(), Vec::new());
+    tch::no_grad(|| {
+        for rows in x.split(ROWS, 0) {
+            let rows = rows.to_device(device).to_kind(tch::Kind::Float);
+            let (x_hat, encoded) = saved.dictionary.reconstruct(&rows);
+            features.push(encoded.to_device(tch::Device::Cpu));
+            recon.push(x_hat.to_device(tch::Device::Cpu));
+        }
+    });
+    tensors::write(output, &[("features", Tensor::cat(&features, 0)), ("recon", Tensor::cat(&recon, 0))])?;
+    say!("{} activations encoded to {}", x.size()[0], output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Shows the strongest features of each token of a text.
+pub(super) fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
+    if args.text.iter().all(|text| text.trim().is_empty()) {
+        bail!(InputError::new("`--text` is empty").help("give a text for the model to read"));
+    }
+    saved::weights(&args.sae_dir)?;
+    // The source takes texts from files, so it is given one, in which each is a record.
+    let dir = tempfile::tempdir().context("no folder for temporary files")?;
+    let file = dir.path().join("text.jsonl");
+    let records: String = args.text.iter().map(|text| json!({"text": text}).to_string() + "\n").collect();
+    tensors::write_file(&file, records.as_bytes())?;
+    let own = own_config(&args.sae_dir, args.config.clone())?;
+    let Some(text) = text::written(Wanted::Lines(&file)) else {
+        bail!("no plugin that reads texts from files is linked in");
+    };
+    let given = ["source.shuffle=false".to_owned(), "source.pack=false".to_owned(), format!("source.text={text}")];
+    let config = load(&own, None, args.set.iter().cloned().chain(given).collect())
+        .map_err(|error| without_model(&own, args).unwrap_or(error))?;
+    let (saved, shown) = features_of_text(args, &config).map_err(|error| config.written.locate(error))?;
+    if let Some(output) = &args.output {
+        let column = |tensor: fn(&Shown) -> &Tensor| {
+            Tensor::cat(&shown.iter().map(|part| tensor(part).shallow_clone()).collect::<Vec<_>>(), 0)
+        };
+        tensors::write(
+            output,
+            &[
+                ("x", column(|part| &part.x)),
+                ("features", column(|part| &part.features)),
+                ("recon", column(|part| &part.recon)),
+                ("tokens", column(|part| &part.ids)),
+            ],
+        )?;
+        say!("written to {}", output.display());
+    }
+    let tokens: Vec<Value> = shown.iter().map(|part| part.tokens(args.top)).collect::<Result<Vec<_>>>()?.concat();
+    if tokens.is_empty() {
+        bail!(InputError::new("there is no token in the text"));
+    }
+    if args.json {
+        print(&serde_json::to_string(&json!({"sae": saved.name(), "tokens": tokens}))?)?;
+    } else {
+        print(&evaluate::token_table(&tokens))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Why no text can be read by the config's source, if it has no model to read it with.
+pub(super) fn without_model(config: &Path, args: &EncodeArgs) -> Option<anyhow::Error> {
+    let source = load(config, None, args.set.clone()).ok()?.source;
+    let name = source.typetag_name();
+    let schema = (component(Kind::Source, name)?.schema)();
+    if schema.pointer("/properties/text").is_some() {
+        return None;
+    }
+    let error = InputError::new(format!(
+        "`--text` needs a language model, and the source `{name}` of {} has none",
+        config.display()
+    ));
+    let help = "`--config CONFIG.yaml` names a config whose source is the model that the activations are from; \
+                `--input FILE` encodes activations";
+    Some(error.help(help).into())
+}
+
+/// Tokens, and what an SAE made of them.
+pub(super) struct Shown {
+    x: Tensor,
+    features: Tensor,
+    recon: Tensor,
+    /// Token ids.
+    ids: Tensor,
+    /// Number of the text, and position in it.
+    places: Vec<(i64, i64)>,
+    texts: Vec<String>,
+}
+
+impl Shown {
+    /// An object for each token, with its strongest features, those of the largest magnitude.
+    pub(super) fn tokens(&self, top: i64) -> Result<Vec<Value>> {
+        // By magnitude: codes may be negative.
+        let (_, indices) = self.features.abs().topk(top.min(self.features.size()[1]), 1, true, true);
+        let values = self.features.gather(1, &indices, false);
+        let (values, indices): (Vec<Vec<f64>>, Vec<Vec<i64>>) =
+            (values.to_kind(tch::Kind::Double).try_into()?, indices.try_into()?);
+        let ids: Vec<i64> = (&self.ids).try_into()?;
+        let l0: Vec<i64> = self.features.not_equal(0.0).sum_dim_intlist(1, false, tch::Kind::Int64).try_into()?;
+        let of = |row: usize| {
+            let pairs = indices[row].iter().zip(&values[row]).filter(|(_, value)| **value != 0.0);
+            let features: Vec<Value> =
+                pairs.map(|(index, value)| json!({"index": index, "activation": *value as f32})).collect();
+            let (text, position) = self.places[row];
+            json!({"text": text, "position": position, "token_id": ids[row], "token": self.texts[row], "l0": l0[row],
+                   "features": features})
+        };
+        Ok((0..ids.len()).map(of).collect())
+    }
+}
+
+pub(super) fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<(Saved, Vec<Shown>)> {
+    let cx = source_cx(config)?;
+    let saved = saved::read(&args.sae_dir, cx.device, device::Precision::Float32)?;
+    let mut source = config.source.build(&cx).under("source")?;
+    let sites = source.sites();
+    let site = own_site(&saved, &sites).under("source")?;
+    let width = saved.dictionary.dims().input;
+    if width != sites[site].activation_dim {
+        bail!(
+            InputError::new(format!(
+                "{} takes activations of width {width}, but the model's have width {}",
+                args.sae_dir.display(),
+                sites[site].activation_dim
+            ))
+            .field("source")
+            .help("name the model and submodule that it was trained on")
+        );
+    }
+    let longest = serde_json::to_value(&config.source)?["ctx_len"].as_i64();
+    let mut shown: Vec<Shown> = Vec::new();
+    while let Some(batch) = source.next_batch()? {
+        let Some(tokens) = batch.tokens else { bail!("the source does not say which tokens its activations are of") };
+        let x = batch.sites[site].x.shallow_clone();
+        let (recon, features) = tch::no_grad(|| saved.dictionary.reconstruct(&x));
+        let cpu = |tensor: &Tensor| tensor.to_device(tch::Device::Cpu);
+        let columns: Vec<Vec<i64>> = cpu(&tokens).try_into()?;
+        let ids: Vec<i64> = columns.iter().map(|row| row[0]).collect();
+        let Some(model) = source.language_model() else { bail!("the source has no language model") };
+        shown.push(Shown {
+            x: cpu(&x),
+            features: cpu(&features),
+            recon: cpu(&recon),
+            texts: model.token_texts(&ids)?,
+            ids: Tensor::from_slice(&ids),
+            places: columns.iter().map(|row| (row[1], row[2])).collect(),
+        });
+    }
+    let places = shown.iter().flat_map(|part| &part.places);
+    if let Some(length) = longest.filter(|length| places.clone().any(|(_, position)| position + 1 >= *length)) {
+        let most = source.language_model().and_then(|source| source.model().max_positions());
+        let more = match most.filter(|most| length >= *most) {
+            Some(_) => "the longest that the model takes",
+            None => "`--set source.ctx_len=N` takes more",
+        };
+        say!("a text is cut to a context of {length} tokens; {more}");
+    }
+    Ok((saved, shown))
+}

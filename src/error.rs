@@ -1,0 +1,78 @@
+//! What can go wrong, for callers that match on it.
+
+use dictlearn_core::error::InputError;
+use dictlearn_core::hub::HubError;
+use dictlearn_core::interrupt::Interrupted;
+use dictlearn_core::train::NotFinite;
+
+/// An error of this library. [`std::fmt::Display`] gives the whole message, with place and help where they are known.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The caller's to mend: a config, an argument, a file's content, a tensor's shape.
+    #[error(transparent)]
+    Input(InputError),
+    /// A file cannot be read or written.
+    #[error("{0:#}")]
+    Io(anyhow::Error),
+    /// The Hugging Face Hub cannot be reached, or does not give what was asked for.
+    #[error("{0:#}")]
+    Hub(anyhow::Error),
+    /// A loss, a gradient or an activation is not finite.
+    #[error("{0:#}")]
+    Diverged(anyhow::Error),
+    /// The process was asked to end, and the work broke off where it can be saved.
+    #[error("interrupted")]
+    Interrupted,
+    /// Anything else: libtorch, a plugin, or a fault of this library.
+    #[error("{0:#}")]
+    Other(anyhow::Error),
+}
+
+/// A result of this library.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Self {
+        let is = |kind: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(kind);
+        if is(|cause| cause.is::<Interrupted>()) {
+            Error::Interrupted
+        } else if is(|cause| cause.is::<HubError>()) {
+            Error::Hub(error)
+        } else if is(|cause| cause.is::<NotFinite>()) {
+            Error::Diverged(error)
+        } else {
+            match InputError::take(error) {
+                Ok(input) => Error::Input(input),
+                Err(error) if error.chain().any(|cause| cause.is::<std::io::Error>()) => Error::Io(error),
+                Err(error) => Error::Other(error),
+            }
+        }
+    }
+}
+
+impl From<InputError> for Error {
+    fn from(error: InputError) -> Self {
+        Error::Input(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn errors_are_told_apart_by_what_caused_them() {
+        let kind = |error: anyhow::Error| Error::from(error.context("outer"));
+        assert!(matches!(kind(InputError::new("x").into()), Error::Input(input) if input.message() == "outer: x"));
+        assert!(matches!(kind(Interrupted.into()), Error::Interrupted));
+        assert!(matches!(kind(HubError("x".to_owned()).into()), Error::Hub(_)));
+        assert!(matches!(kind(NotFinite { step: 1, message: "x".to_owned() }.into()), Error::Diverged(_)));
+        assert!(matches!(kind(anyhow::anyhow!("x")), Error::Other(_)));
+        let missing = std::fs::read("/nowhere/at/all").context("cannot read it").unwrap_err();
+        let Error::Io(error) = kind(missing) else { panic!("not an Io error") };
+        assert!(Error::Io(error).to_string().starts_with("outer: cannot read it: "));
+    }
+}

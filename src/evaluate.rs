@@ -1,0 +1,129 @@
+//! Measuring trained SAEs.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use dictlearn_core::data::{Site, SourceCx};
+use dictlearn_core::error::{InputError, Under};
+use dictlearn_core::machine::device::Precision;
+use dictlearn_core::report::Subject;
+use dictlearn_core::sae::saved::{self, Saved};
+use serde_json::{Map, Value};
+
+use crate::config::{self, RunConfig, Sources};
+use crate::run::evaluate::{self as measuring, Measured};
+
+/// Measures trained SAEs, each a folder that dictlearn wrote, by the metrics and on the held-out activations of a config: what
+/// `dictlearn eval` does. One object of figures for each, in their order. Without `config` they are those of the SAEs' own run.
+///
+/// # Errors
+///
+/// [`Error::Input`](crate::Error::Input) where a folder is no SAE, nothing says what it reads, or the config is wrong.
+pub fn evaluate(saes: &[impl AsRef<Path>], config: Option<&Path>) -> crate::Result<Vec<Map<String, Value>>> {
+    let mut results = Vec::new();
+    for sae in saes {
+        let file = own_config(sae.as_ref(), config.map(Path::to_owned))?;
+        let config = config::load(&Sources { file, eval_follows: true, ..Sources::default() })?;
+        let found = measure(&[sae.as_ref()], &config).map_err(|error| config.written.locate(error))?;
+        results.extend(found);
+    }
+    Ok(results)
+}
+
+/// The config that says where an SAE reads: the one that the user names, an imported SAE's own, or its run's.
+pub(crate) fn own_config(sae_dir: &Path, named: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+    let dir = std::path::absolute(sae_dir)?;
+    let own = [Some(&*dir), dir.parent()].into_iter().flatten().map(|dir| dir.join("config.yaml"));
+    let Some(file) = named.or_else(|| own.into_iter().find(|file| file.exists())) else {
+        bail!(
+            InputError::new(format!("nothing says which model {} reads, and where", sae_dir.display()))
+                .help("give a config with a `source`: `--config CONFIG.yaml`")
+        );
+    };
+    Ok(file)
+}
+
+/// The figures of SAEs, by the metrics of a config on its source, which is read once for all.
+pub(crate) fn measure(sae_dirs: &[&Path], config: &RunConfig) -> anyhow::Result<Vec<Map<String, Value>>> {
+    let measured = Measured::of(config);
+    let key = measured.key;
+    let cx = source_cx(config)?;
+    let read = |dir: &&Path| saved::read(dir, cx.device, Precision::Float32);
+    let all: Vec<Saved> = sae_dirs.iter().map(read).collect::<anyhow::Result<_>>()?;
+    let mut source = measured.build(&cx)?;
+    let sites = source.sites();
+    let mut subjects = Vec::new();
+    for saved in &all {
+        let site = own_site(saved, &sites).under(key)?;
+        let dims = saved.dictionary.dims();
+        if (dims.input, dims.output) != sites[site].widths() {
+            bail!(
+                InputError::new(format!(
+                    "{} takes activations of width {}, but the source's have width {}",
+                    saved.dir.display(),
+                    dims.input,
+                    sites[site].activation_dim
+                ))
+                .field(key)
+                .help("evaluate it on the model and submodule that it was trained on")
+            );
+        }
+        subjects.push(Subject { dictionary: &*saved.dictionary, site });
+    }
+    let usual;
+    let metrics = if config.metrics.is_empty() {
+        usual = measuring::usual(&mut *source)?;
+        &usual
+    } else {
+        &config.metrics
+    };
+    // What others trained on is what theirs are measured on, too.
+    let own = all.iter().filter(|saved| saved.config["imported"].is_null());
+    if let Some(shared) = own.filter_map(|saved| source.overlap(&saved.config["buffer"])).next() {
+        measuring::warn_of_overlap(&shared);
+    }
+    let measuring = measuring::Measuring {
+        key,
+        origin: measuring::origin(measured.source)?,
+        from_the_beginning: true,
+        overlap_is_known: false,
+        say: &|message| tracing::warn!("{}", message.trim_start_matches("warning: ")),
+    };
+    measuring::evaluate(metrics, &subjects, &mut *source, &measuring)
+}
+
+/// The number of the site that an SAE was trained on, by what its config.json says.
+pub(crate) fn own_site(saved: &Saved, sites: &[Site]) -> anyhow::Result<usize> {
+    let buffer = &saved.config["buffer"];
+    let name = buffer["site"].as_str().or(buffer["submodule"].as_str());
+    let Some(site) = Site::find(sites, name.unwrap_or_default()) else {
+        let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
+        bail!(
+            InputError::new(match name {
+                Some(name) => format!("{} was trained at {name}, where the source has no site", saved.dir.display()),
+                None => format!("{} does not say at which of the source's sites it was trained", saved.dir.display()),
+            })
+            .help(format!("its sites: {}", names.join(", ")))
+        );
+    };
+    // Side by side in another order they would be read for each other.
+    let trained: Vec<&str> = buffer["parts"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let parts: Vec<&str> = sites[site].parts.iter().map(|part| part.name.as_str()).collect();
+    if !trained.is_empty() && trained != parts {
+        bail!(
+            InputError::new(format!(
+                "{} was trained on the parts {}, and the source has {}",
+                saved.dir.display(),
+                trained.join(", "),
+                if parts.is_empty() { "none".to_owned() } else { parts.join(", ") }
+            ))
+            .help("join the same sources under the same names")
+        );
+    }
+    Ok(site)
+}
+
+pub(crate) fn source_cx(config: &RunConfig) -> anyhow::Result<SourceCx> {
+    let device = config.device.device().map_err(anyhow::Error::from).under("device")?;
+    Ok(config.source_cx(device))
+}

@@ -1,0 +1,121 @@
+//! Runs from YAML.
+
+use std::path::{Path, PathBuf};
+
+use dictlearn_core::interrupt::Interrupt;
+use serde_json::{Map, Value};
+
+use crate::config::{self, RunConfig, Sources};
+use crate::run::{self, Ending};
+use crate::{Error, Result, Sae};
+
+/// An experiment that a YAML file describes: what `dictlearn train` does.
+///
+/// ```no_run
+/// let outcome = dictlearn::Run::from_yaml("configs/quickstart.yaml")?.output_dir("runs/first").train()?;
+/// for sae in &outcome.saes {
+///     println!("{}: {}", sae.name, sae.figures["frac_variance_explained"]);
+/// }
+/// let sae = outcome.saes[0].load()?;
+/// # Ok::<(), dictlearn::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Run {
+    config: RunConfig,
+    output_dir: Option<PathBuf>,
+    resume: bool,
+}
+
+/// What a run left.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The run's folder.
+    pub dir: PathBuf,
+    /// The trained SAEs, in the config's order.
+    pub saes: Vec<TrainedSae>,
+    /// Why others were not trained to the end.
+    pub stopped: Vec<String>,
+}
+
+/// An SAE of a run.
+#[derive(Debug)]
+pub struct TrainedSae {
+    /// Its name in the run.
+    pub name: String,
+    /// Its folder.
+    pub dir: PathBuf,
+    /// What the run's metrics measured of it.
+    pub figures: Map<String, Value>,
+}
+
+impl TrainedSae {
+    /// Loads it. Errors as [`Sae::load`].
+    pub fn load(&self) -> Result<Sae> {
+        Sae::load(self.dir.to_string_lossy())
+    }
+}
+
+impl Run {
+    /// The run of a YAML file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] with every mistake of the file, each with line, column and what would do.
+    pub fn from_yaml(file: impl AsRef<Path>) -> Result<Self> {
+        Run::from_yaml_with(file, &[])
+    }
+
+    /// The run of a YAML file with some of its keys set to other values, as by `--set`: `["steps=100"]`.
+    pub fn from_yaml_with(file: impl AsRef<Path>, set: &[&str]) -> Result<Self> {
+        let sources = Sources {
+            file: file.as_ref().to_owned(),
+            set: set.iter().map(|&set| set.to_owned()).collect(),
+            builds_rest: true,
+            ..Sources::default()
+        };
+        Ok(Run { config: config::load(&sources)?, output_dir: None, resume: false })
+    }
+
+    /// Its config, to be looked at or changed before it trains.
+    pub fn config(&mut self) -> &mut RunConfig {
+        &mut self.config
+    }
+
+    /// Where it is written; the config's `output_dir` by default.
+    pub fn output_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.output_dir = Some(dir.into());
+        self
+    }
+
+    /// Goes on from the last checkpoint in its folder, if there is one.
+    pub fn resume(mut self, resume: bool) -> Self {
+        self.resume = resume;
+        self
+    }
+
+    /// Trains, saves and measures every SAE.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`] for what is wrong with the config, [`Error::Diverged`] where no SAE could be trained,
+    /// [`Error::Interrupted`] where `interrupt` asked it to end.
+    pub fn train(self) -> Result<Outcome> {
+        self.train_until(&Interrupt::default())
+    }
+
+    /// [`Run::train`] that ends, saved, after the step in which `interrupt` is asked to.
+    pub fn train_until(mut self, interrupt: &Interrupt) -> Result<Outcome> {
+        let configured = self.config.output_dir.as_ref().map(|dir| dir.as_path().to_owned());
+        let dir = self.output_dir.or(configured).unwrap_or_else(|| PathBuf::from("run"));
+        match run::train(&mut self.config, &dir, self.resume, interrupt)
+            .map_err(|error| self.config.written.locate(error))?
+        {
+            Ending::Done { results, stopped, .. } => {
+                let saes =
+                    results.into_iter().map(|(name, figures)| TrainedSae { dir: dir.join(&name), name, figures });
+                Ok(Outcome { saes: saes.collect(), stopped, dir })
+            }
+            Ending::Interrupted(_) | Ending::NotBegun => Err(Error::Interrupted),
+        }
+    }
+}

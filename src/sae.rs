@@ -1,0 +1,171 @@
+//! A trained SAE, to encode and decode with.
+
+use std::path::{Path, PathBuf};
+
+use dictlearn_core::error::InputError;
+use dictlearn_core::formats::{self, Request};
+use dictlearn_core::machine::device::Precision;
+use dictlearn_core::registry::{self, Kind as Component};
+use dictlearn_core::sae::saved::{self, Saved};
+use dictlearn_core::sae::{Dictionary, Dims};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::Result;
+
+/// A trained SAE.
+///
+/// Tensors go in and come out on any device and of any floating-point type; they are moved to the SAE's. Nothing is recorded
+/// for autograd.
+pub struct Sae {
+    saved: Saved,
+}
+
+impl Sae {
+    /// Loads an SAE: a folder that dictlearn wrote, or `FORMAT:NAME`, where the format is one of `dictlearn list formats` and the
+    /// name is what `dictlearn import` takes: a folder, `owner/name/path` on the Hugging Face Hub, or a release's SAE
+    /// (`sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre`). What is in the Hub's cache needs no network.
+    ///
+    /// It lies on the first GPU where there is one, otherwise on the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`](crate::Error::Input) where there is no such SAE or it is damaged, [`Error::Hub`](crate::Error::Hub) where the
+    /// Hub cannot be reached.
+    pub fn load(place: impl AsRef<str>) -> Result<Self> {
+        Sae::load_on(place, dictlearn_core::machine::device::best())
+    }
+
+    /// [`Sae::load`] onto a device.
+    pub fn load_on(place: impl AsRef<str>, device: Device) -> Result<Self> {
+        let place = place.as_ref();
+        let dir = Path::new(place);
+        if dir.is_dir() {
+            return Ok(Sae { saved: saved::read(dir, device, Precision::Float32)? });
+        }
+        let named =
+            place.split_once(':').filter(|(format, _)| registry::component(Component::Format, format).is_some());
+        let Some((format, name)) = named else {
+            let known = registry::names(Component::Format).join(", ");
+            return Err(InputError::new(format!("`{place}` is neither a folder nor `FORMAT:NAME`"))
+                .help(format!("the formats are {known}"))
+                .into());
+        };
+        Ok(Sae { saved: formats::load(format, name, device)? })
+    }
+
+    pub(crate) fn with_config(name: &str, dictionary: Box<dyn Dictionary>, config: Value) -> Self {
+        Sae { saved: Saved { dir: PathBuf::from(name), dictionary, normalization: None, config } }
+    }
+
+    /// Features [.., F] of activations [.., d], never recorded for autograd.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`](crate::Error::Input) where the last dimension is not d.
+    pub fn encode(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.own(x, self.dims().input, "activations")?;
+        Ok(tch::no_grad(|| self.dictionary().encode(&x)))
+    }
+
+    /// What features [.., F] decode to, [.., d_out].
+    ///
+    /// An SAE that normalises each activation, or passes it on beside the features, needs the activation too:
+    /// [`Sae::reconstruct`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`](crate::Error::Input) where the last dimension is not F.
+    pub fn decode(&self, features: &Tensor) -> Result<Tensor> {
+        let features = self.own(features, self.dims().features, "features")?;
+        Ok(tch::no_grad(|| self.dictionary().decode(&features)))
+    }
+
+    /// The reconstruction [.., d_out] of activations [.., d].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`](crate::Error::Input) where the last dimension is not d.
+    pub fn reconstruct(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.own(x, self.dims().input, "activations")?;
+        Ok(tch::no_grad(|| self.dictionary().reconstruct(&x).0))
+    }
+
+    /// Widths of its input, features and output: d, F and d_out.
+    pub fn dims(&self) -> Dims {
+        self.dictionary().dims()
+    }
+
+    /// What each feature adds to the reconstruction, [F, d_out]: the directions to steer a model with.
+    pub fn directions(&self) -> Option<Tensor> {
+        tch::no_grad(|| self.dictionary().directions().map(|directions| directions.detach()))
+    }
+
+    /// The reference's class: `AutoEncoderTopK`.
+    pub fn class(&self) -> &'static str {
+        self.dictionary().class()
+    }
+
+    /// Where its tensors live.
+    pub fn device(&self) -> Device {
+        self.dictionary().device()
+    }
+
+    /// Its config.json: what it is, and what of a model it was trained on.
+    pub fn config(&self) -> &Value {
+        &self.saved.config
+    }
+
+    /// The dictionary behind it.
+    pub fn dictionary(&self) -> &dyn Dictionary {
+        &*self.saved.dictionary
+    }
+
+    /// Writes it into a folder, as training does: `ae.safetensors`, `ae.pt` and `config.json`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`](crate::Error::Io) where the folder cannot be written.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        Ok(saved::write(dir.as_ref(), self.dictionary(), &self.saved.config)?)
+    }
+
+    /// Writes it into a new folder in a format of others (`sae_lens`), as `dictlearn export` does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`](crate::Error::Input) where the format cannot express the SAE, or the folder is there already.
+    pub fn export(&self, format: &str, dir: impl AsRef<Path>) -> Result<()> {
+        Ok(formats::export(&self.saved, format, dir.as_ref())?)
+    }
+
+    /// A tensor of the caller's on the SAE's device, as float32.
+    fn own(&self, tensor: &Tensor, width: i64, what: &str) -> Result<Tensor> {
+        if tensor.size().last() != Some(&width) || !tensor.is_floating_point() {
+            return Err(InputError::new(format!(
+                "{what} have shape {:?} and type {:?}; this SAE takes floats [.., {width}]",
+                tensor.size(),
+                tensor.kind()
+            ))
+            .into());
+        }
+        Ok(tensor.detach().to_device(self.device()).to_kind(Kind::Float))
+    }
+}
+
+impl std::fmt::Debug for Sae {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sae").field("class", &self.class()).field("dims", &self.dims()).finish_non_exhaustive()
+    }
+}
+
+/// Imports published SAEs into folders of dictlearn's, as `dictlearn import` does, and returns the folders. `name` is what
+/// [`Sae::load`] takes after the format; `out` is the folder for one of them, or the folder of the folders.
+///
+/// # Errors
+///
+/// As [`Sae::load`]; [`Error::Input`](crate::Error::Input) where a folder is there already.
+pub fn import(format: &str, name: &str, out: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
+    let request = Request { place: Some(name.to_owned()), ..Request::default() };
+    Ok(formats::import(format, &request, Some(out.as_ref()))?)
+}

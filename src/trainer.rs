@@ -1,0 +1,259 @@
+//! Training one SAE in code, without YAML.
+
+use std::path::Path;
+
+use dictlearn_core::data::Batch;
+use dictlearn_core::error::InputError;
+use dictlearn_core::machine::device::{DeviceChoice, Precision};
+use dictlearn_core::sae::TaggedDictionary;
+use dictlearn_core::train::{SaeConfig, TaggedModifier, TaggedTrainer, Training, TrainingCx, saved_config};
+use serde_json::{Map, Value, json};
+use tch::Tensor;
+
+use crate::{Result, Sae};
+
+/// One SAE in training.
+///
+/// ```
+/// use dictlearn::Trainer;
+/// use dictlearn::plugins::method_top_k::{TopKConfig, TopKDictionaryConfig};
+/// use tch::{Kind, Tensor, kind};
+///
+/// let dictionary = TopKDictionaryConfig { k: 4, dict_size: Some(64), expansion_factor: None };
+/// let mut trainer = Trainer::builder(dictionary, TopKConfig::default()).steps(20).build(16)?;
+/// for _ in 0..20 {
+///     trainer.step(&Tensor::randn([256, 16], kind::FLOAT_CPU))?;
+/// }
+/// let stats = trainer.step_with_stats(&Tensor::randn([256, 16], kind::FLOAT_CPU))?;
+/// println!("loss {}, L0 {}", stats.loss(), stats.l0());
+/// let sae = trainer.finish()?;
+/// assert_eq!(sae.dims().features, 64);
+/// # Ok::<(), dictlearn::Error>(())
+/// ```
+pub struct Trainer {
+    training: Training,
+    config: SaeConfig,
+    cx: TrainingCx,
+    step: u64,
+    stats: Option<StepStats>,
+}
+
+/// Settings of a [`Trainer`].
+#[derive(Debug)]
+pub struct TrainerBuilder {
+    config: SaeConfig,
+    steps: u64,
+    seed: u64,
+    output_dim: Option<i64>,
+    device: DeviceChoice,
+    precision: Precision,
+}
+
+impl TrainerBuilder {
+    /// The steps that schedules are laid out for; 10,000 by default.
+    pub fn steps(mut self, steps: u64) -> Self {
+        self.steps = steps;
+        self
+    }
+
+    /// The seed of initial weights and random choices; 42 by default.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// What is changed about the trainer, in the order of the calls.
+    pub fn modifier(mut self, modifier: impl TaggedModifier + 'static) -> Self {
+        self.config.modifiers.push(Box::new(modifier));
+        self
+    }
+
+    /// The width of what is reconstructed, where it is not the activations': for transcoders.
+    pub fn output_dim(mut self, width: i64) -> Self {
+        self.output_dim = Some(width);
+        self
+    }
+
+    /// Where it trains; by default on the first GPU where there is one.
+    pub fn device(mut self, device: DeviceChoice) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// The type of the matrix products; float32 by default. Weights, moments and losses are float32 in any case.
+    pub fn precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// The name of the SAE in messages; `sae` by default.
+    pub fn name(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.config.name);
+        self
+    }
+
+    /// The trainer, with random initial weights, for activations of this width.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`](crate::Error::Input) where the trainer cannot train this dictionary with these settings.
+    pub fn build(self, activation_dim: i64) -> Result<Trainer> {
+        let cx = TrainingCx {
+            widths: (activation_dim, self.output_dim.unwrap_or(activation_dim)),
+            parts: Vec::new(),
+            steps: self.steps,
+            seed: self.seed,
+            device: self.device.device()?,
+            precision: self.precision,
+        };
+        Ok(Trainer { training: Training::new(&self.config, &cx)?, config: self.config, cx, step: 0, stats: None })
+    }
+}
+
+impl Trainer {
+    /// Begins to describe a trainer by the same config structs that YAML names: a dictionary's and a trainer's.
+    ///
+    /// Defaults are the reference's, for long runs; they do not adapt to the number of steps as a config's do.
+    pub fn builder(
+        dictionary: impl TaggedDictionary + 'static,
+        trainer: impl TaggedTrainer + 'static,
+    ) -> TrainerBuilder {
+        TrainerBuilder {
+            config: SaeConfig {
+                name: "sae".to_owned(),
+                site: None,
+                dictionary: Box::new(dictionary),
+                trainer: Box::new(trainer),
+                modifiers: Vec::new(),
+                init_from: None,
+                seed: None,
+                on_nonfinite: None,
+            },
+            steps: 10_000,
+            seed: 42,
+            output_dim: None,
+            device: DeviceChoice::default(),
+            precision: Precision::Float32,
+        }
+    }
+
+    /// One step on activations [B, d].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Input`](crate::Error::Input) for a batch of another shape, [`Error::Diverged`](crate::Error::Diverged) where the loss or a
+    /// gradient is not finite: then nothing has changed, but on a GPU, where that is found by [`Trainer::finish`] and
+    /// [`Trainer::save`].
+    pub fn step(&mut self, x: &Tensor) -> Result<()> {
+        self.take(Batch::of(self.own(x, self.cx.widths.0)?), false)
+    }
+
+    /// One step on pairs: predicts `target` [B, d_out] from `x` [B, d]. Errors as [`Trainer::step`].
+    pub fn step_on_pairs(&mut self, x: &Tensor, target: &Tensor) -> Result<()> {
+        let (x, target) = (self.own(x, self.cx.widths.0)?, self.own(target, self.cx.widths.1)?);
+        if x.size()[0] != target.size()[0] {
+            return Err(InputError::new(format!(
+                "there are {} inputs and {} targets: a pair takes one of each",
+                x.size()[0],
+                target.size()[0]
+            ))
+            .into());
+        }
+        self.take(Batch { x, target }, false)
+    }
+
+    /// [`Trainer::step`] with the figures of the step, from its own forward pass. It takes a little longer.
+    pub fn step_with_stats(&mut self, x: &Tensor) -> Result<&StepStats> {
+        self.take(Batch::of(self.own(x, self.cx.widths.0)?), true)?;
+        Ok(self.stats.get_or_insert_default())
+    }
+
+    /// The figures of the last step that was measured ([`Trainer::step_with_stats`]).
+    pub fn stats(&self) -> Option<&StepStats> {
+        self.stats.as_ref()
+    }
+
+    /// How many steps were taken.
+    pub fn steps_taken(&self) -> u64 {
+        self.step
+    }
+
+    /// Writes the SAE as it is now into a folder: `ae.safetensors`, `ae.pt` and `config.json`. [`Sae::load`] reads it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Diverged`](crate::Error::Diverged) as for [`Trainer::step`], [`Error::Io`](crate::Error::Io) where the folder cannot be
+    /// written.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        self.training.settle()?;
+        let folded = self.training.folded(1.0)?;
+        Ok(dictlearn_core::sae::saved::write(dir.as_ref(), &*folded, &self.saved_config()?)?)
+    }
+
+    /// The trained SAE. Errors as [`Trainer::save`].
+    pub fn finish(self) -> Result<Sae> {
+        self.training.settle()?;
+        let config = self.saved_config()?;
+        Ok(Sae::with_config(&self.config.name, self.training.folded(1.0)?, config))
+    }
+
+    /// The dictionary, the trainer and the optimiser's step, for what this interface does not offer.
+    pub fn training(&mut self) -> &mut Training {
+        &mut self.training
+    }
+
+    fn saved_config(&self) -> Result<Value> {
+        Ok(saved_config(&self.config, &self.training, &self.cx, &json!({}))?)
+    }
+
+    fn take(&mut self, batch: Batch, measured: bool) -> Result<()> {
+        let figures = self.training.step(self.step, &batch, measured)?;
+        self.step += 1;
+        if let Some(figures) = figures {
+            self.stats = Some(StepStats { step: self.step, figures });
+        }
+        Ok(())
+    }
+
+    fn own(&self, tensor: &Tensor, width: i64) -> Result<Tensor> {
+        if tensor.size().len() != 2 || tensor.size()[1] != width || tensor.size()[0] == 0 {
+            return Err(InputError::new(format!(
+                "a batch has shape {:?}; this trainer takes [B, {width}]",
+                tensor.size()
+            ))
+            .into());
+        }
+        Ok(tensor.detach().to_device(self.cx.device).to_kind(tch::Kind::Float))
+    }
+}
+
+/// The figures of one step.
+#[derive(Debug, Clone, Default)]
+pub struct StepStats {
+    /// Number of the step, counted from 1.
+    pub step: u64,
+    /// Every figure that a run logs, by its name in `metrics.jsonl`.
+    pub figures: Map<String, Value>,
+}
+
+impl StepStats {
+    /// A figure by its name; NaN where the trainer has none of that name.
+    pub fn get(&self, name: &str) -> f64 {
+        self.figures.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN)
+    }
+
+    /// The loss.
+    pub fn loss(&self) -> f64 {
+        self.get("loss")
+    }
+
+    /// Mean number of active features of an activation.
+    pub fn l0(&self) -> f64 {
+        self.get("l0")
+    }
+
+    /// Fraction of the activations' variance that the reconstruction explains.
+    pub fn explained(&self) -> f64 {
+        self.get("frac_variance_explained")
+    }
+}
