@@ -1,4 +1,4 @@
-//! What [`component`](crate::component) declares: the config traits as objects that YAML names by `type`.
+//! What [`component`](macro@crate::component) declares: the config traits as objects that YAML names by `type`.
 //!
 //! Authors implement the plain traits (`DictionaryConfig`); the attribute implements the tagged ones, which a config holds
 //! in boxes.

@@ -1,7 +1,7 @@
 //! What every dictlearn plugin needs: the traits, the registry, the config, the training loop and the command line.
 //!
-//! Core names no plugin. A plugin depends on this crate, declares a config with [`component`] and implements its trait;
-//! linking it into a binary is enough for a YAML file to name it.
+//! Core names no plugin. A plugin depends on this crate, declares a config with [`component`](macro@component) and implements
+//! its trait; linking it into a binary is enough for a YAML file to name it.
 
 pub mod adapted;
 pub mod autoencoder;
