@@ -18,7 +18,6 @@
 //! | [`report`] | metrics and loggers |
 //! | [`formats`] | published SAEs |
 
-pub mod component;
 pub mod data;
 pub mod error;
 pub mod files;
@@ -33,6 +32,7 @@ pub mod registry;
 pub mod report;
 pub mod sae;
 pub mod suggest;
+mod tagged;
 pub mod train;
 
 pub use dictlearn_macros::component;

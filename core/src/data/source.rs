@@ -80,7 +80,7 @@ pub trait SourceConfig: Debug + Send + Sync {
     }
 }
 
-crate::component::tagged! {
+crate::tagged::tagged! {
     /// A source's config, by `type`.
     TaggedSource: SourceConfig => Source {}
 }

@@ -16,7 +16,7 @@ pub trait TextConfig: Debug + Send + Sync {
     fn build(&self) -> Result<Box<dyn TextStream>>;
 }
 
-crate::component::tagged! {
+crate::tagged::tagged! {
     /// A text's config, by `type`.
     TaggedText: TextConfig => Text {}
 }

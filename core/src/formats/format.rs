@@ -71,7 +71,7 @@ pub trait Format: Debug + Send + Sync {
     }
 }
 
-crate::component::tagged! {
+crate::tagged::tagged! {
     /// A format, by `type`.
     TaggedFormat: Format => Format {}
 }

@@ -13,7 +13,7 @@ pub trait LoggerConfig: Debug + Send + Sync {
     fn build(&self, run_dir: &Path, resume_at: Option<u64>) -> Result<Box<dyn Logger>>;
 }
 
-crate::component::tagged! {
+crate::tagged::tagged! {
     /// A logger's config, by `type`.
     TaggedLogger: LoggerConfig => Logger {}
 }

@@ -15,7 +15,7 @@ pub trait MetricConfig: Debug + Send + Sync {
     fn build(&self) -> Result<Box<dyn Metric>>;
 }
 
-crate::component::tagged! {
+crate::tagged::tagged! {
     /// A metric's config, by `type`.
     TaggedMetric: MetricConfig => Metric {}
 }

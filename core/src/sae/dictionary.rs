@@ -49,7 +49,7 @@ pub trait DictionaryConfig: Debug + Send + Sync {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>>;
 }
 
-crate::component::tagged! {
+crate::tagged::tagged! {
     /// A dictionary's config, by `type`.
     TaggedDictionary: DictionaryConfig => Dictionary {}
 }

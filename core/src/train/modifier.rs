@@ -23,7 +23,7 @@ pub trait ModifierConfig: Debug + Send + Sync {
     fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>>;
 }
 
-crate::component::tagged! {
+crate::tagged::tagged! {
     /// A modifier's config, by `type`.
     TaggedModifier: ModifierConfig => Modifier {}
 }

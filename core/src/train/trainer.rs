@@ -44,7 +44,7 @@ pub trait TrainerConfig: Debug + Send + Sync {
     }
 }
 
-crate::component::tagged! {
+crate::tagged::tagged! {
     /// A trainer's config, by `type`.
     TaggedTrainer: TrainerConfig => Trainer {
         /// Adapts the defaults of the shared fields to the length of the run.

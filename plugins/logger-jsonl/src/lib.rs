@@ -128,7 +128,7 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("dictlearn-jsonl-waiting-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let path = dir.join("metrics.jsonl");
-        let mut log = JsonlConfig { file: default_file() }.build(&dir, None).unwrap();
+        let mut log = JsonlConfig::default().build(&dir, None).unwrap();
         let row = |step: u64| Map::from_iter([("step".to_owned(), step.into())]);
         log.log(&row(0)).unwrap();
         let mut log = Jsonl { path: path.clone(), file: None, length: Some(11), waiting: Vec::new() };

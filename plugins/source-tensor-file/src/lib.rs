@@ -427,7 +427,7 @@ mod tests {
         }
         let config = TensorFileConfig {
             path: dir.path().join("*.safetensors").into(),
-            tensor: default_tensor(),
+            tensor: "activations".to_owned(),
             target_tensor: None,
             batch_size: 4,
             shuffle,
@@ -480,7 +480,7 @@ mod tests {
         let open = |shuffle, purpose, seed, held_out_seed| {
             let config = TensorFileConfig {
                 path: dir.path().join("*.safetensors").into(),
-                tensor: default_tensor(),
+                tensor: "activations".to_owned(),
                 target_tensor: None,
                 batch_size: 2,
                 shuffle,
@@ -524,7 +524,7 @@ mod tests {
         let described = |file: &str, held_out: f64| {
             let config = TensorFileConfig {
                 path: dir.path().join(file).into(),
-                tensor: default_tensor(),
+                tensor: "activations".to_owned(),
                 target_tensor: None,
                 batch_size: 2,
                 shuffle: true,

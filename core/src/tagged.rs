@@ -74,7 +74,7 @@ macro_rules! tagged {
                 $crate::registry::Kind::$kind.name().into()
             }
             fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
-                $crate::component::one_of($crate::registry::Kind::$kind, generator)
+                $crate::tagged::one_of($crate::registry::Kind::$kind, generator)
             }
         }
     };
