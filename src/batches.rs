@@ -10,7 +10,7 @@ use crate::Result;
 /// ```
 /// use dictlearn::Batches;
 ///
-/// let mut batches = Batches::from_yaml("{type: synthetic, activation_dim: 16, num_features: 32, batch_size: 64}")?;
+/// let mut batches = Batches::from_yaml("{type: synthetic, activation_dim: 16, n_features: 32, batch_size: 64}")?;
 /// let batch = batches.next().expect("synthetic data does not end")?;
 /// assert_eq!(batch.sites[0].x.size(), [64, 16]);
 /// # Ok::<(), dictlearn::Error>(())

@@ -18,7 +18,7 @@
 //!
 //! let dictionary = TopKDictionaryConfig { k: 4, dict_size: Some(64), expansion_factor: None };
 //! let mut trainer = Trainer::builder(dictionary, TopKConfig::default()).steps(50).build(16)?;
-//! let source = "{type: synthetic, activation_dim: 16, num_features: 32, batch_size: 256}";
+//! let source = "{type: synthetic, activation_dim: 16, n_features: 32, batch_size: 256}";
 //! for batch in Batches::from_yaml(source)?.take(50) {
 //!     trainer.step(&batch?.sites[0].x)?;
 //! }

@@ -4,9 +4,10 @@ use std::path::Path;
 
 use dictlearn_core::data::Batch;
 use dictlearn_core::error::InputError;
+use dictlearn_core::files::from_yaml;
 use dictlearn_core::machine::device::{DeviceChoice, Precision};
 use dictlearn_core::sae::TaggedDictionary;
-use dictlearn_core::train::{SaeConfig, TaggedModifier, TaggedTrainer, Training, TrainingCx, saved_config};
+use dictlearn_core::train::{RunLength, SaeConfig, TaggedModifier, TaggedTrainer, Training, TrainingCx, saved_config};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
@@ -97,7 +98,9 @@ impl TrainerBuilder {
     /// # Errors
     ///
     /// [`Error::Input`](crate::Error::Input) where the trainer cannot train this dictionary with these settings.
-    pub fn build(self, activation_dim: i64) -> Result<Trainer> {
+    pub fn build(mut self, activation_dim: i64) -> Result<Trainer> {
+        let written = written(&*self.config.trainer)?;
+        self.config.trainer.adapt_defaults(&mut RunLength::new(self.steps, None, &written, None));
         let cx = TrainingCx {
             widths: (activation_dim, self.output_dim.unwrap_or(activation_dim)),
             parts: Vec::new(),
@@ -111,9 +114,8 @@ impl TrainerBuilder {
 }
 
 impl Trainer {
-    /// Begins to describe a trainer by the same config structs that YAML names: a dictionary's and a trainer's.
-    ///
-    /// Defaults are the reference's, for long runs; they do not adapt to the number of steps as a config's do.
+    /// Begins to describe a trainer by the same config structs that YAML names: a dictionary's and a trainer's. Fields that
+    /// are left at their defaults adapt to the number of steps, as a config's do.
     pub fn builder(
         dictionary: impl TaggedDictionary + 'static,
         trainer: impl TaggedTrainer + 'static,
@@ -225,6 +227,15 @@ impl Trainer {
         }
         Ok(tensor.detach().to_device(self.cx.device).to_kind(tch::Kind::Float))
     }
+}
+
+/// Tells which fields of a trainer's config are not at their defaults.
+fn written(trainer: &dyn TaggedTrainer) -> Result<impl Fn(&str) -> bool + use<>> {
+    let fields = |trainer: &dyn TaggedTrainer| serde_json::to_value(trainer).map_err(anyhow::Error::from);
+    let own = fields(trainer)?;
+    let default: Option<Box<dyn TaggedTrainer>> = from_yaml(&format!("{{type: {}}}", trainer.typetag_name())).ok();
+    let default = default.map(|trainer| fields(&*trainer)).transpose()?.unwrap_or_default();
+    Ok(move |field: &str| own[field] != default[field])
 }
 
 /// The figures of one step.

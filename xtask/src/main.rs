@@ -1,5 +1,6 @@
 //! Set-up and checks, as `cargo xtask COMMAND`. Knows nothing of libtorch but how to find and fetch it.
 
+mod layers;
 mod libtorch;
 mod reuse;
 
@@ -78,6 +79,7 @@ fn run(cli: &Cli) -> Result<()> {
         Task::Test { args } => test(&root, args),
         Task::Ci => {
             cargo(&root, &["fmt", "--all", "--check"], &[])?;
+            layers::check(&root, &metadata(&root)?)?;
             cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], &[])?;
             // `RUSTDOCFLAGS` would replace the flags of libtorch.toml; doc lints are denied by the manifests instead.
             cargo(&root, &["doc", "--workspace", "--no-deps"], &[])?;
@@ -265,14 +267,18 @@ fn root() -> Result<PathBuf> {
 }
 
 fn target_dir(root: &Path) -> Result<PathBuf> {
+    metadata(root)?["target_directory"].as_str().map(PathBuf::from).context("cargo metadata names no target directory")
+}
+
+/// What cargo says of the workspace's own packages.
+fn metadata(root: &Path) -> Result<serde_json::Value> {
     let output = Command::new(libtorch::cargo_program())
         .args(["metadata", "--no-deps", "--format-version", "1"])
         .current_dir(root)
         .output()
         .context("cannot run cargo metadata")?;
     ensure!(output.status.success(), "cargo metadata failed: {}", String::from_utf8_lossy(&output.stderr));
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    metadata["target_directory"].as_str().map(PathBuf::from).context("cargo metadata names no target directory")
+    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 fn cargo(root: &Path, args: &[&str], more: &[&str]) -> Result<()> {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use serde_json::Value;
 
-use super::weights::WeightFile;
+use super::weight_file::WeightFile;
 use crate::error::InputError;
 use crate::files;
 use crate::files::tensors::TensorFile;

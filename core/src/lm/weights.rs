@@ -1,50 +1,16 @@
-//! The weights of a model, and opening a model by its name.
+//! The weights of a model.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context, Result, bail};
-use schemars::JsonSchema;
-use serde::de::DeserializeOwned;
+use anyhow::{Result, bail};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::ModelFiles;
+use super::files::ModelFiles;
+use super::weight_file::WeightFile;
 use crate::error::InputError;
-use crate::files::tensors::TensorFile;
-use crate::files::torch_file::StateDictFile;
-use crate::lm::arithmetic::refuse_unknown_arithmetic;
-use crate::lm::decoder::{Decoder, DecoderConfig};
-use crate::lm::model::LanguageModel;
 use crate::machine::device::Precision;
 use crate::suggest::nearest;
-
-/// A family of language models: what `model_type` in a config.json names. [`component`](macro@crate::component) submits it.
-pub struct ModelFamily {
-    /// The `model_type`.
-    pub model_type: &'static str,
-    /// Builds a model of the family.
-    pub load: fn(&Value, Weights, &ModelCx) -> Result<Box<dyn LanguageModel>>,
-}
-
-inventory::collect!(ModelFamily);
-
-/// The config of a family: the fields of its config.json that change what the model computes.
-pub trait ModelConfig: DeserializeOwned + JsonSchema {
-    /// The model that the config describes, with weights.
-    fn load(self, weights: Weights, cx: &ModelCx) -> Result<Box<dyn LanguageModel>>;
-}
-
-/// The config of a family whose models are a [`Decoder`]: each of ours.
-pub trait DecoderFamily: DeserializeOwned + JsonSchema {
-    /// The decoder that the config describes, or why it cannot be computed.
-    fn decoder(self) -> Result<DecoderConfig>;
-}
-
-impl<T: DecoderFamily> ModelConfig for T {
-    fn load(self, weights: Weights, cx: &ModelCx) -> Result<Box<dyn LanguageModel>> {
-        Ok(Box::new(Decoder::open(self.decoder()?, weights, cx)?))
-    }
-}
 
 /// What a model is loaded for.
 #[derive(Debug, Clone, Copy)]
@@ -73,58 +39,6 @@ struct Place {
     name: String,
 }
 
-/// A file of weights, as it was published.
-pub(super) enum WeightFile {
-    Safetensors(TensorFile),
-    Torch(StateDictFile),
-}
-
-impl WeightFile {
-    fn names(&self) -> Vec<String> {
-        match self {
-            WeightFile::Safetensors(file) => file.names(),
-            WeightFile::Torch(file) => file.names(),
-        }
-    }
-
-    fn shape(&self, name: &str) -> Vec<i64> {
-        let shape = match self {
-            WeightFile::Safetensors(file) => file.shape(name),
-            WeightFile::Torch(file) => file.shape(name),
-        };
-        shape.unwrap_or_default()
-    }
-
-    fn kind(&self, name: &str) -> Result<Kind> {
-        match self {
-            WeightFile::Safetensors(file) => file.kind(name),
-            WeightFile::Torch(file) => file.kind(name),
-        }
-    }
-
-    fn tensor(&self, name: &str) -> Result<Tensor> {
-        match self {
-            WeightFile::Safetensors(file) => file.tensor(name),
-            WeightFile::Torch(file) => file.tensor(name),
-        }
-    }
-
-    /// The tensor's bytes, where they lie in one piece.
-    fn bytes(&self, name: &str) -> Option<&[u8]> {
-        match self {
-            WeightFile::Safetensors(file) => file.bytes_of(name),
-            WeightFile::Torch(file) => file.bytes(name),
-        }
-    }
-
-    fn forget(&self, name: &str) {
-        match self {
-            WeightFile::Safetensors(file) => file.forget(name),
-            WeightFile::Torch(file) => file.forget(name),
-        }
-    }
-}
-
 /// The names that weights are published under, the best first: one file, or the index of its shards.
 const PUBLISHED: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 
@@ -144,7 +58,7 @@ fn unwrapped(name: &str) -> String {
 }
 
 impl Weights {
-    fn open(files: &ModelFiles, device: Device) -> Result<Self> {
+    pub(super) fn open(files: &ModelFiles, device: Device) -> Result<Self> {
         let mut weights = Weights { name: files.name().to_owned(), files: Vec::new(), place: BTreeMap::new(), device };
         for published in PUBLISHED {
             let index = format!("{published}.index.json");
@@ -324,50 +238,4 @@ impl Weights {
         file.forget(known);
         Ok(tensor)
     }
-}
-
-/// More layers than any model has: what is made for each of them would fill the memory before the first is found missing.
-const MOST_LAYERS: u64 = 10_000;
-
-/// Opens a model by its name, with its files (the tokenizer is one of them).
-pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(Box<dyn LanguageModel>, ModelFiles)> {
-    let cx = ModelCx { device, precision };
-    let files = ModelFiles::find(name)?;
-    let Some(config) = files.json("config.json")? else {
-        if let Some(adapter) = files.json("adapter_config.json")? {
-            let base = adapter.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or("its base model");
-            bail!(InputError::new(format!("{name} is an adapter of {base} (PEFT, LoRA), not a model")).help(
-                "merge the two in Python, `model.merge_and_unload().save_pretrained(DIR)`, and name that folder"
-            ));
-        }
-        bail!(
-            InputError::new(format!("the model {name} has no config.json"))
-                .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json")
-        );
-    };
-    let Some(family) = config.get("model_type").and_then(Value::as_str) else {
-        bail!(
-            InputError::new(format!("the config.json of the model {name} names no `model_type`"))
-                .help("is it the config of a Hugging Face model?")
-        );
-    };
-    let mut known: Vec<&str> = inventory::iter::<ModelFamily>.into_iter().map(|family| family.model_type).collect();
-    known.sort_unstable();
-    let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {
-        bail!(
-            InputError::new(format!("the model {name} is of the family `{family}`, which is not supported"))
-                .help(format!("supported are: {} (`dictlearn list models`)", known.join(", ")))
-        );
-    };
-    let load = || {
-        for name in ["num_hidden_layers", "n_layer", "num_layers"] {
-            if let Some(layers) = config.get(name).and_then(Value::as_u64).filter(|layers| *layers > MOST_LAYERS) {
-                bail!(InputError::new(format!("config.json: `{name}` is {layers}, which no model has")));
-            }
-        }
-        refuse_unknown_arithmetic(&config, family)?;
-        (found.load)(&config, Weights::open(&files, device)?, &cx)
-    };
-    let model = load().with_context(|| format!("cannot load the model {name}"))?;
-    Ok((model, files))
 }
