@@ -1042,7 +1042,7 @@ fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
             known.join(", ")
         )));
     };
-    print(&describe::text(component))?;
+    print(&describe::text(component, Path::new("")))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -278,7 +278,7 @@ impl<'a> Check<'a> {
             let error = serde_path_to_error::deserialize::<_, T>(node).err()?;
             Some((error.path().to_string(), error.inner().to_string()))
         }
-        let node = Node { value, merged: Some(self.merged) };
+        let node = Node::of(value, self.merged);
         let found = match kind {
             Kind::Dictionary => tried::<Box<dyn DictionaryConfig>>(node),
             Kind::Trainer => tried::<Box<dyn TrainerConfig>>(node),

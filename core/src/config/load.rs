@@ -1,6 +1,7 @@
 //! Loading a config: merge its layers, fill in what follows from the rest, check, deserialise.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use figment::value::{Dict, Value};
 use schemars::{Schema, schema_for};
@@ -50,11 +51,10 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
     if !acting.is_empty() {
         notes.insert(0, format!("from the environment: {}", acting.join(", ")));
     }
-    let mut config: RunConfig = serde_path_to_error::deserialize(Node { value: &root, merged: Some(&merged) })
-        .map_err(|error| {
-            let check = Check::new(&merged, &schema, &written);
-            check.serde(&root, &error.path().to_string(), &error.inner().to_string())
-        })?;
+    let mut config: RunConfig = serde_path_to_error::deserialize(Node::of(&root, &merged)).map_err(|error| {
+        let check = Check::new(&merged, &schema, &written);
+        check.serde(&root, &error.path().to_string(), &error.inner().to_string())
+    })?;
     config.written = Written(Some(Box::new(Loaded { merged, root, written, notes })));
     Ok(config)
 }
@@ -73,7 +73,7 @@ fn build_rest(root: &Value, merged: &Merged, check: &Check, mistakes: &mut Mista
         !wrong.iter().any(concerns)
     };
     fn read<T: DeserializeOwned>(value: Option<&Value>, merged: &Merged) -> Option<T> {
-        T::deserialize(Node { value: value?, merged: Some(merged) }).ok()
+        T::deserialize(Node::of(value?, merged)).ok()
     }
     let seed: Option<u64> = read(root.find_ref("seed"), merged);
     let seed = seed.unwrap_or_default();
@@ -384,7 +384,7 @@ fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
         if trainer == name.as_str() && trainer.is_some_and(|trainer| component(Kind::Trainer, trainer).is_none()) {
             continue;
         }
-        let Ok(text) = <String as serde::Deserialize>::deserialize(Node { value: name, merged: None }) else {
+        let Ok(text) = <String as serde::Deserialize>::deserialize(Node::alone(name, Path::new(""))) else {
             continue;
         };
         let wrong = if !seen.insert(text.clone()) {
@@ -398,13 +398,17 @@ fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
     }
 }
 
-/// Reads a value from YAML alone, as a config would: for a component's example.
+/// Reads a value from YAML as a config would: for a component's example. Relative paths are the current folder's.
 pub fn from_yaml<T: DeserializeOwned>(yaml: &str) -> Result<T, InputError> {
+    from_yaml_in(Path::new(""), yaml)
+}
+
+/// Reads a value from YAML as a config in `folder` would.
+pub fn from_yaml_in<T: DeserializeOwned>(folder: &Path, yaml: &str) -> Result<T, InputError> {
     let parsed: Value = yaml::parse::<serde_yaml::Value>(yaml)
         .map_err(|error| InputError::new(format!("not YAML: {error}")))
         .and_then(|value| Value::serialize(&value).map_err(|error| InputError::new(error.to_string())))?;
-    serde_path_to_error::deserialize(Node { value: &parsed, merged: None })
-        .map_err(|error| InputError::new(error.to_string()))
+    serde_path_to_error::deserialize(Node::alone(&parsed, folder)).map_err(|error| InputError::new(error.to_string()))
 }
 
 /// A config as YAML with every default spelled out.

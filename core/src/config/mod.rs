@@ -10,10 +10,10 @@ mod schema;
 mod spans;
 mod value;
 
-pub use error::{InputError, Mistakes, Origin, Place, Under, printable};
+pub use error::{InputError, InputKind, Mistakes, Origin, Place, Under, printable};
 pub use example::example;
 pub use layers::{Sources, variables};
-pub use load::{Written, folder_name, from_yaml, json_schema, load, to_yaml, type_name};
+pub use load::{Written, folder_name, from_yaml, from_yaml_in, json_schema, load, to_yaml, type_name};
 pub use value::{ConfigPath, DeviceChoice, PathOrName, PrecisionChoice, SaveSteps};
 
 use schemars::JsonSchema;

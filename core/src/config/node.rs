@@ -20,9 +20,21 @@ use super::value::{PATH, PATH_OR_NAME};
 pub(super) struct Node<'a> {
     pub(super) value: &'a Value,
     pub(super) merged: Option<&'a Merged>,
+    /// The folder of relative paths that no file says.
+    pub(super) folder: &'a Path,
 }
 
 impl<'a> Node<'a> {
+    /// A value of a config that was merged from files.
+    pub(super) fn of(value: &'a Value, merged: &'a Merged) -> Self {
+        Node { value, merged: Some(merged), folder: Path::new("") }
+    }
+
+    /// A value of YAML that stands in no file; relative paths are those of `folder`.
+    pub(super) fn alone(value: &'a Value, folder: &'a Path) -> Self {
+        Node { value, merged: None, folder }
+    }
+
     fn child(self, value: &'a Value) -> Self {
         Node { value, ..self }
     }
@@ -36,7 +48,7 @@ impl<'a> Node<'a> {
         let origin = self.merged.and_then(|merged| merged.origin(self.value.tag()));
         let dir = match origin {
             Some((Origin::File(file, _), ..)) => file.parent().unwrap_or(Path::new("")),
-            _ => Path::new(""),
+            _ => self.folder,
         };
         let joined = dir.join(text);
         normal(&std::path::absolute(&joined).unwrap_or(joined))

@@ -273,7 +273,7 @@ impl TrainerConfig for MatryoshkaConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         let Some(dictionary) = cx.dictionary.downcast::<Matryoshka>() else {
             bail!(
-                InputError::new(format!(
+                InputError::incompatible(format!(
                     "the trainer `{NAME}` cannot train the class {}: it has no groups of features",
                     cx.dictionary.class()
                 ))

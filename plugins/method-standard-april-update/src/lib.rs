@@ -227,7 +227,7 @@ impl TrainerConfig for AprilUpdateConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         penalizable(cx.dictionary, TRAINER)?;
         if cx.dictionary.exposes("gate") {
-            bail!(InputError::new(format!(
+            bail!(InputError::incompatible(format!(
                 "the trainer `{TRAINER}` cannot train the class {}: its decoder could evade the penalty on the gate by \
                  columns of small norm",
                 cx.dictionary.class()
