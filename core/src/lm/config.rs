@@ -162,7 +162,7 @@ pub fn sliding_layers(
 
 /// Fields of any family's config.json that change what a model computes. A family that has one of them among its own
 /// fields implements it; in the config of another family it must say that nothing is changed.
-const ARITHMETIC: &[&str] = &[
+pub(crate) const ARITHMETIC: &[&str] = &[
     "alibi",
     "attention_bias",
     "attention_chunk_size",

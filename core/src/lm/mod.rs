@@ -14,4 +14,4 @@ pub use decoder::{Decoder, DecoderConfig};
 pub use files::{EmbeddedModel, ModelFiles};
 pub use names::Names;
 pub use rotary::{Rope, Rotary};
-pub use weights::{ModelCx, ModelFamily, Weights, open_model};
+pub use weights::{ModelCx, ModelFamily, Weights, open_model, random_model};

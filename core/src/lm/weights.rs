@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
+use rand::RngCore;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -12,6 +13,7 @@ use crate::config::InputError;
 use crate::device::Precision;
 use crate::model::LanguageModel;
 use crate::registry::nearest;
+use crate::rng::{rng, seeded};
 use crate::tensors::TensorFile;
 use crate::torch_file::StateDictFile;
 
@@ -41,6 +43,8 @@ pub struct Weights {
     files: Vec<WeightFile>,
     place: BTreeMap<String, Place>,
     device: Device,
+    /// True if there are no files, and a tensor is drawn when it is asked for.
+    drawn: bool,
 }
 
 /// Where a tensor is.
@@ -123,8 +127,13 @@ fn unwrapped(name: &str) -> String {
 }
 
 impl Weights {
+    /// Random weights of any name and shape.
+    fn drawn(name: &str, device: Device) -> Self {
+        Weights { name: name.to_owned(), files: Vec::new(), place: BTreeMap::new(), device, drawn: true }
+    }
+
     fn open(files: &ModelFiles, device: Device) -> Result<Self> {
-        let mut weights = Weights { name: files.name().to_owned(), files: Vec::new(), place: BTreeMap::new(), device };
+        let mut weights = Weights { drawn: false, ..Weights::drawn(files.name(), device) };
         for published in PUBLISHED {
             let index = format!("{published}.index.json");
             let Some(map) = files.json(&index)? else {
@@ -194,11 +203,14 @@ impl Weights {
 
     /// Whether there is a tensor of that name.
     pub fn has(&self, name: &str) -> bool {
-        self.find(name).is_some()
+        self.drawn || self.find(name).is_some()
     }
 
     /// Checks that there is a tensor of that name and shape, and of a type that can be read.
     pub fn check(&self, name: &str, shape: &[i64]) -> Result<()> {
+        if self.drawn {
+            return Ok(());
+        }
         let Some((file, known)) = self.find(name) else {
             let near = nearest(name, self.place.keys().map(String::as_str));
             let error = InputError::new(format!("the model {} has no tensor `{name}`", self.name));
@@ -230,6 +242,9 @@ impl Weights {
     /// Whether head and embedding are one tensor, where config.json says that they are. The weights decide: two that
     /// differ stay two, as in transformers 5. Where only the head was saved, it is the embedding as well.
     pub fn tie(&mut self, embedding: &str, head: &str) -> Result<bool> {
+        if self.drawn {
+            return Ok(true);
+        }
         let [embed, own] = [embedding, head].map(|name| self.place(name).cloned());
         match (embed, own) {
             (Some(_), None) => Ok(true),
@@ -297,12 +312,23 @@ impl Weights {
     /// The tensor of that name on the model's device; it must have this shape.
     pub fn get(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
         self.check(name, shape)?;
+        if self.drawn {
+            return Ok(drawn(name, shape).to_kind(kind).to_device(self.device));
+        }
         let Some((file, known)) = self.find(name) else { bail!("the model has no tensor {name}") };
         let tensor = file.tensor(known)?.to_kind(kind).to_device(self.device);
         // What is copied need not stay in memory in the file's type as well.
         file.forget(known);
         Ok(tensor)
     }
+}
+
+/// A tensor of a model with random weights: always the same for a name and a shape.
+fn drawn(name: &str, shape: &[i64]) -> Tensor {
+    let seed = rng(0, name).next_u64();
+    let numbers = seeded(seed, || Tensor::randn(shape, (Kind::Float, Device::Cpu))) * 0.2;
+    // Norms multiply by their weights.
+    if shape.len() == 1 { numbers + 1.0 } else { numbers }
 }
 
 /// More layers than any model has: what is made for each of them would fill the memory before the first is found missing.
@@ -324,6 +350,19 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
                 .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json")
         );
     };
+    let family = family(name, &config)?;
+    let model = build(family, &config, || Weights::open(&files, device), &cx);
+    Ok((model.with_context(|| format!("cannot load the model {name}"))?, files))
+}
+
+/// A model with random weights, the same ones every time, from what a config.json holds: to try a family without its files.
+pub fn random_model(config: &Value, cx: &ModelCx) -> Result<Box<dyn LanguageModel>> {
+    const NAME: &str = "with random weights";
+    build(family(NAME, config)?, config, || Ok(Weights::drawn(NAME, cx.device)), cx)
+}
+
+/// The family that a model's config.json names.
+fn family(name: &str, config: &Value) -> Result<&'static ModelFamily> {
     let Some(family) = config.get("model_type").and_then(Value::as_str) else {
         bail!(
             InputError::new(format!("the config.json of the model {name} names no `model_type`"))
@@ -338,15 +377,20 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
                 .help(format!("supported are: {} (`dictlearn list models`)", known.join(", ")))
         );
     };
-    let load = || {
-        for name in ["num_hidden_layers", "n_layer", "num_layers"] {
-            if let Some(layers) = config.get(name).and_then(Value::as_u64).filter(|layers| *layers > MOST_LAYERS) {
-                bail!(InputError::new(format!("config.json: `{name}` is {layers}, which no model has")));
-            }
+    Ok(found)
+}
+
+fn build(
+    family: &ModelFamily,
+    config: &Value,
+    weights: impl FnOnce() -> Result<Weights>,
+    cx: &ModelCx,
+) -> Result<Box<dyn LanguageModel>> {
+    for name in ["num_hidden_layers", "n_layer", "num_layers"] {
+        if let Some(layers) = config.get(name).and_then(Value::as_u64).filter(|layers| *layers > MOST_LAYERS) {
+            bail!(InputError::new(format!("config.json: `{name}` is {layers}, which no model has")));
         }
-        refuse_unknown_arithmetic(&config, family)?;
-        (found.load)(&config, Weights::open(&files, device)?, &cx)
-    };
-    let model = load().with_context(|| format!("cannot load the model {name}"))?;
-    Ok((model, files))
+    }
+    refuse_unknown_arithmetic(config, family.model_type)?;
+    (family.load)(config, weights()?, cx)
 }

@@ -57,7 +57,7 @@ register! {
     model Gemma3Config, MODEL_TYPE,
     summary: "Gemma 3, text only",
     paper: "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786",
-    example: "",
+    example: "{sliding_window_pattern: 2}",
 }
 
 inventory::submit! {

@@ -63,7 +63,7 @@ register! {
     model GptNeoConfig, MODEL_TYPE,
     summary: "GPT-Neo, TinyStories",
     paper: "Black et al. 2021, GPT-Neo, https://doi.org/10.5281/zenodo.5297715",
-    example: "",
+    example: "{num_layers: 2, num_heads: 4, attention_types: [[[global, local], 1]]}",
 }
 
 inventory::submit! {

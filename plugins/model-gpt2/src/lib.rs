@@ -60,7 +60,7 @@ register! {
     summary: "GPT-2, DistilGPT-2, and other models of their architecture",
     paper: "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, \
             https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
-    example: "",
+    example: "{n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64}",
 }
 
 inventory::submit! {

@@ -31,7 +31,7 @@ register! {
     model Qwen2Config, MODEL_TYPE,
     summary: "Qwen 1.5 to 2.5, and the distillations built on them",
     paper: "Yang et al. 2024, Qwen2, https://arxiv.org/abs/2407.10671",
-    example: "",
+    example: "{use_sliding_window: true, max_window_layers: 1}",
 }
 
 inventory::submit! {

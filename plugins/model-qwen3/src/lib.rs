@@ -34,7 +34,7 @@ register! {
     model Qwen3Config, MODEL_TYPE,
     summary: "Qwen 3 (dense)",
     paper: "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388",
-    example: "",
+    example: "{use_sliding_window: true, max_window_layers: 1}",
 }
 
 inventory::submit! {
