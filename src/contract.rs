@@ -13,35 +13,37 @@
 //!
 //! A failure names the [`Promise`] that is broken, what was found, and what mends it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Debug, Display};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::sync::OnceLock;
+use std::rc::Rc;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
 use crate::config::Sources;
 use crate::run::{evaluate, harvest};
 use crate::{config, run};
-use dictlearn_core::data::OnNonfinite;
-use dictlearn_core::data::TaggedSource;
 use dictlearn_core::data::manifest::Dtype;
 use dictlearn_core::data::text::TaggedText;
+use dictlearn_core::data::{OnNonfinite, TaggedSource};
+use dictlearn_core::error::InputKind;
+use dictlearn_core::files::from_yaml_in;
 use dictlearn_core::files::{from_yaml, tensors};
 use dictlearn_core::interrupt::Interrupt;
+use dictlearn_core::lm::{ModelCx, Visit};
 use dictlearn_core::machine::device;
 use dictlearn_core::machine::rng::seeded;
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::{Component, Kind as Slot, component, components};
-use dictlearn_core::report::TaggedLogger;
-use dictlearn_core::report::TaggedMetric;
-use dictlearn_core::sae::TaggedDictionary;
-use dictlearn_core::sae::{Selection, saved};
-use dictlearn_core::train::TaggedModifier;
-use dictlearn_core::train::TaggedTrainer;
-use dictlearn_core::train::{NotFinite, SaeConfig, Training, TrainingCx, analytic};
-use dictlearn_core::{formats, registry};
+use dictlearn_core::report::{TaggedLogger, TaggedMetric};
+use dictlearn_core::sae::{Selection, TaggedDictionary, saved};
+use dictlearn_core::train::{
+    NotFinite, Quantity, SaeConfig, TaggedModifier, TaggedTrainer, Training, TrainingCx, analytic,
+};
+use dictlearn_core::{formats, hub, lm, registry};
 
 /// Tests a registered component.
 ///
@@ -51,7 +53,6 @@ pub fn keep(kind: Slot, name: &str) {
     let Some(component) = component(kind, name) else {
         panic!("no {kind} `{name}` is registered: link its crate in the test (`use my_plugin as _;`)");
     };
-    enter_the_examples_folder();
     let checks: &[(Check, &Promise)] = match kind {
         Slot::Dictionary => &[
             (encodes_and_decodes, &SHAPES),
@@ -82,7 +83,13 @@ pub fn keep(kind: Slot, name: &str) {
         Slot::Format => {
             &[(refuses_a_folder_with_nothing_in_it, &REFUSES_NOTHING), (reads_what_it_writes, &WRITES_AND_READS)]
         }
-        Slot::Model => &[],
+        Slot::Model => &[
+            (predicts_tokens_from_those_before, &LOGITS),
+            (lists_the_modules_that_it_meets, &MODULES),
+            (goes_on_with_what_hooks_make_of_it, &EDITS),
+            (opens_from_its_own_files, &OPENS),
+            (ignores_no_arithmetic, &ARITHMETIC),
+        ],
     };
     for (check, promise) in [(is_described as Check, &DESCRIBED)].iter().chain(checks) {
         // A panic that is not ours comes from the component, or from libtorch.
@@ -200,7 +207,7 @@ promises! {
         "add `usual_dictionary` to its `#[component(...)]`, and link the crate of that dictionary in the test";
     STEPS_SUCCEED: "a step of training succeeds",
         "read the error; for a tensor that the code lacks, `Code::get` instead of `extra`, or refuse the dictionary in `build`";
-    LEARNS: "with its example, a trainer explains over 30% of the variance after 200 steps, and more than at the first",
+    LEARNS: "with its example, a trainer explains over 30% of the variance after 200 steps, and half of what it did not at first",
         "check the signs of the loss's terms, and that the example's rate and warm-up suit 200 steps";
     UNIT_NORM: "with `unit_norm_decoder`, every decoder direction has norm 1 after a step",
         "change no decoder weight in `after_step`";
@@ -224,24 +231,39 @@ promises! {
         "correct the derivative in `by_hand`, or return `None` there where it does not hold";
     RESAMPLES: "a trainer with `resample_steps` revives features that never fire",
         "call `Resampling` in `loss` and `after_step` as plugins/method-standard does";
-    PAIR: "each trainer learns on each dictionary (a tenth of what is left unexplained in 60 steps), or refuses it in `build`",
-        "refuse with an `InputError` that says `cannot train the class`, as `penalizable` does, or correct the loss";
+    PAIR: "each trainer learns on each dictionary (a fifth of what is left unexplained in 60 steps), or refuses it in `build`",
+        "refuse with `InputError::incompatible`, as `penalizable` does, or correct the loss";
     DEAD: "training goes on where features are dead: trainers with `dead_feature_threshold` reconstruct from them",
         "give `post_relu` [B, F] in the code, the features before the selection, and `directions` [F, d_out]";
 }
 
 // Of the rest.
 promises! {
-    COMPOSES: "a modifier composes with at least one trainer, learns and resumes with each, and names what it needs of others",
-        "declare in `needs` what it cannot do without; give in `state` what it counts";
+    COMPOSES: "a modifier composes with at least one trainer, learns (half of what is left unexplained in 140 steps) and resumes \
+               with each, and names what it needs of others",
+        "declare in `needs` what it cannot do without, or refuse with `InputError::incompatible`; give in `state` what it \
+         counts";
     DELIVERS: "a source delivers float32 batches of its sites' widths, resumes where it was, and rewinds",
         "give in `state` everything that the next batch depends on, and draw random numbers from `dictlearn_core::rng`";
     SEEKS: "a text gives the same records again from any position",
         "count records in `position`, and find the same one in `seek`";
     MEASURES: "a metric gives figures of each dictionary, on some source",
         "return one `Figures` for each subject; refuse a source in `refuses`, with the reason";
-    WRITES: "a logger writes rows, and goes on after a resume",
-        "open the file to append, and drop the rows of `resume_at` and later";
+    WRITES: "a logger has every row in the run's folder once it is flushed, and drops those that a resumed run logs again",
+        "write each row in `log`, open the file to append, and drop the rows of `resume_at` and later in `build`";
+    MODEL_CONFIG: "a model is built from a config.json with Llama's fields and those of its `example`, with random weights",
+        "give in `example:` the fields of a small config.json that Llama's does not have: `{n_embd: 32, n_layer: 2}`";
+    LOGITS: "a model gives finite float32 logits [B, L, vocabulary], each from its token and those before it alone",
+        "mask attention to positions after a query's own, and convert what `end` gives to float32";
+    MODULES: "a model lists each module that a pass meets once, with the widths of its input and output, and stops after \
+              the last value that is asked for",
+        "call every module through `Hooks::module`, `linear` or `norm` by its path, and return `Stop` with `?`";
+    EDITS: "a model goes on with what hooks make of a module's input or output",
+        "compute with what `Hooks::module` hands to the closure and returns, not with the value before it";
+    OPENS: "a model opens from config.json and a file of its `parameters`, and computes the same",
+        "give each weight in `parameters` by the name under which `load` asks for it";
+    ARITHMETIC: "a field of config.json that changes what some family computes matters to this one, or is refused",
+        "compute what the field says, refuse it with an `InputError` that names it, or leave it out of the config struct";
     REFUSES_NOTHING: "a format refuses a folder without an SAE as wrong input",
         "return an `InputError` that says which file is missing";
     WRITES_AND_READS: "a format reads what it writes: features and reconstructions stay the same",
@@ -250,19 +272,25 @@ promises! {
 
 const D: i64 = 32;
 
-/// A folder with the files that examples name, into which this process changes: examples run as they stand.
-fn enter_the_examples_folder() {
+/// A folder with the files that examples name.
+fn examples_folder() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
-    FOLDER.get_or_init(|| {
+    let folder = FOLDER.get_or_init(|| {
         let dir = TempDir::new().unwrap();
         example_files(dir.path());
-        std::env::set_current_dir(dir.path()).unwrap();
-        // TODO: Audit that the environment access only happens in single-threaded code.
-        unsafe { std::env::set_var("HF_HOME", dir.path().join("hf")) };
-        // TODO: Audit that the environment access only happens in single-threaded code.
-        unsafe { std::env::set_var("HF_HUB_OFFLINE", "1") };
+        // A program without the Hub has no component that reads from it.
+        if inventory::iter::<hub::HubPlugin>.into_iter().next().is_some() {
+            hub::use_cache(&dir.path().join("hf/hub")).unwrap();
+        }
         dir
     });
+    folder.path()
+}
+
+/// The config that a component's example is.
+fn example<T: DeserializeOwned>(component: &Component) -> T {
+    let read = from_yaml_in(examples_folder(), component.example);
+    read.unwrap_or_else(|error| EXAMPLE.broken(&who(component), format!("{error:?}, in {}", component.example)))
 }
 
 /// The files that examples name, to be put into a folder in which they run.
@@ -334,7 +362,7 @@ fn dictionary_cx() -> DictionaryCx<'static> {
 }
 
 fn dictionary(component: &Component) -> Box<dyn Dictionary> {
-    let config: Box<dyn TaggedDictionary> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedDictionary> = example(component);
     EXAMPLE.of(&who(component), seeded(5, || config.build(&dictionary_cx())))
 }
 
@@ -343,7 +371,7 @@ fn round_trip(component: &Component) -> (Value, Value) {
     macro_rules! as_config {
         ($config:ty) => {{
             let read = |promise: Promise, yaml: &str| {
-                let config = from_yaml::<Box<$config>>(yaml);
+                let config = from_yaml_in::<Box<$config>>(examples_folder(), yaml);
                 let config =
                     config.unwrap_or_else(|error| promise.broken(&who(component), format!("{error:?}, in {yaml}")));
                 promise.of(&who(component), serde_json::to_value(&config).context("it cannot be written"))
@@ -388,10 +416,15 @@ fn is_described(component: &Component) {
 
 /// What `dictlearn describe` shows runs as it stands.
 fn example_trains(component: &Component) {
-    let Some(example) = config::example(component) else { return };
+    if matches!(component.kind, Slot::Model | Slot::Format) {
+        return;
+    }
+    let Some(example) = config::example(component, examples_folder()) else {
+        EXAMPLE_TRAINS.broken(&who(component), "no source or dictionary that is linked suits it")
+    };
     let dir = TempDir::new().unwrap();
     // Relative paths are the config file's: it lies beside the files of the examples.
-    let file = std::env::current_dir().unwrap().join(format!("{}-{}.yaml", component.kind, component.name));
+    let file = examples_folder().join(format!("{}-{}.yaml", component.kind, component.name));
     std::fs::write(&file, &example).unwrap();
     // Fewer steps, for the test's sake; the schedules of examples fit in.
     let sources = Sources { file, set: vec!["steps=50".to_owned()], ..Sources::default() };
@@ -529,7 +562,7 @@ fn reads_back_the_same(promise: &Promise, who: &str, dictionary: &dyn Dictionary
 /// Or is refused, if its output must be as wide as its input.
 fn predicts_another_width(component: &Component) {
     let (who, output_dim) = (who(component), D + 3);
-    let config: Box<dyn TaggedDictionary> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedDictionary> = example(component);
     let Ok(dictionary) = config.build(&DictionaryCx { output_dim, ..dictionary_cx() }) else { return };
     if dictionary.dims().output != output_dim {
         return;
@@ -589,8 +622,8 @@ fn sae(trainer: &Component) -> SaeConfig {
     SaeConfig {
         name: trainer.name.to_owned(),
         site: None,
-        dictionary: from_yaml(dictionary.example).unwrap(),
-        trainer: from_yaml(trainer.example).unwrap(),
+        dictionary: example(dictionary),
+        trainer: example(trainer),
         modifiers: Vec::new(),
         init_from: None,
         seed: None,
@@ -611,8 +644,13 @@ fn training_cx() -> TrainingCx {
     }
 }
 
-fn batches() -> Vec<Batch> {
-    seeded(2, || activations(STEPS as i64 * 64)).split(64, 0).into_iter().map(Batch::of).collect()
+/// The batches that everything trains on, drawn once in each thread.
+fn batches() -> Rc<[Batch]> {
+    thread_local! {
+        static DRAWN: Rc<[Batch]> =
+            seeded(2, || activations(STEPS as i64 * 64)).split(64, 0).into_iter().map(Batch::of).collect();
+    }
+    DRAWN.with(Rc::clone)
 }
 
 fn weights(training: &Training) -> BTreeMap<String, Vec<u8>> {
@@ -681,7 +719,7 @@ fn learns_logs_and_resumes(trainer: &Component) {
         UNIT_NORM.check(&who, apart < 1e-5, || format!("they are off by {apart}"));
     }
     let last = explained[explained.len() - 20..].iter().sum::<f64>() / 20.0;
-    LEARNS.check(&who, last > 0.3 && last > explained[0], || {
+    LEARNS.check(&who, last > 0.3 && 1.0 - last < 0.5 * (1.0 - explained[0]), || {
         format!("{:.1}% at the first step, {:.1}% at the last", 100.0 * explained[0], 100.0 * last)
     });
     end_alike(&LOGGING, &who, &logged, &silent);
@@ -695,11 +733,15 @@ fn with_a(number: f64, batch: &Batch) -> Batch {
     Batch::of(x)
 }
 
-/// Fails unless a step was refused for a number that is not finite, with a message that contains `said`.
-fn is_refused<T>(who: &str, result: Result<T>, said: &str) {
-    let Err(error) = result else { NOT_FINITE.broken(who, format!("a step that succeeds, not `{said}`")) };
-    let named = error.is::<NotFinite>() && error.to_string().contains(said);
-    NOT_FINITE.check(who, named, || format!("another error: {error:#}"));
+/// Fails unless a step was refused because its loss or its gradient is not finite.
+fn is_refused<T>(who: &str, result: Result<T>, step: u64, quantity: Quantity) {
+    let Err(error) = result else {
+        NOT_FINITE.broken(who, format!("step {step} succeeds, though the {quantity:?} is not finite"))
+    };
+    let found = error.downcast_ref::<NotFinite>().map(|found| (found.step, found.quantity));
+    NOT_FINITE.check(who, found == Some((step, quantity)), || {
+        format!("an error that is not `NotFinite` of the {quantity:?} at step {step}: {error:#}")
+    });
 }
 
 /// Fails if a step that was refused left something changed.
@@ -739,8 +781,7 @@ fn trains_as_on_a_gpu(trainer: &Component) {
         AS_ON_A_GPU.of(&who, moved.settle());
         silent_step(&who, &mut training, 30, &with_a(f64::NAN, &batches[30]));
         silent_step(&who, &mut training, 31, &batches[31]);
-        let said = format!("step 30: the loss of SAE `{}` is NaN", trainer.name);
-        is_refused(&who, training.settle(), &said);
+        is_refused(&who, training.settle(), 30, Quantity::Loss);
         learns_logs_and_resumes(trainer);
     });
 }
@@ -776,8 +817,8 @@ fn refuses_what_is_not_finite(trainer: &Component) {
         }
         let before = RESUMES.of(&who, training.state());
         for bad in [f64::NAN, f64::INFINITY] {
-            let said = format!("step {good}: the loss of SAE `{}`", trainer.name);
-            is_refused(&who, training.step(good as u64, &with_a(bad, &batches[good]), true), &said);
+            let step = good as u64;
+            is_refused(&who, training.step(step, &with_a(bad, &batches[good]), true), step, Quantity::Loss);
             is_unchanged(&who, &training, &before);
         }
     }
@@ -829,11 +870,10 @@ fn refuses_a_gradient_that_is_not_finite(trainer: &Component) {
         }
         training
     };
-    let said = format!("step {AT}: the gradient of the loss of SAE `{}`", trainer.name);
     let at_once = |on_nonfinite| {
         let mut training = train(on_nonfinite);
         let before = RESUMES.of(&who, training.state());
-        is_refused(&who, training.step(AT, &batches[AT as usize], true), &said);
+        is_refused(&who, training.step(AT, &batches[AT as usize], true), AT, Quantity::Gradient);
         is_unchanged(&who, &training, &before);
     };
     at_once(OnNonfinite::Stop);
@@ -842,7 +882,7 @@ fn refuses_a_gradient_that_is_not_finite(trainer: &Component) {
         at_once(OnNonfinite::SkipBatch);
         let mut training = train(OnNonfinite::Stop);
         silent_step(&who, &mut training, AT as usize, &batches[AT as usize]);
-        is_refused(&who, training.settle(), &said);
+        is_refused(&who, training.settle(), AT, Quantity::Gradient);
     });
 }
 
@@ -884,6 +924,11 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
         parameter.grad().defined() && parameter.grad().abs().max().double_value(&[]) > 0.0
     };
     let names: Vec<&str> = terms(&who, &mut training, &batch, STEP).iter().map(|term| term.name).collect();
+    // What encodes and decodes. Of other parameters, such as thresholds, a loss may be a step function.
+    let encoder = training.dictionary.encoder();
+    let decoder = training.dictionary.decoder();
+    let maps: Vec<&str> = encoder.iter().map(|map| map.weight).chain(decoder.iter().map(|map| map.name)).collect();
+    let mut smooth = 0;
     for (parameter_name, parameter) in training.dictionary.parameters() {
         let mut verified = false;
         let mut straight_through = false;
@@ -935,8 +980,10 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
             verified = true;
         }
         let found = || format!("no term has a gradient by `{parameter_name}`");
-        GRADIENTS.check(&who, verified || straight_through && !parameter_name.contains("enc"), found);
+        GRADIENTS.check(&who, verified || straight_through && !maps.contains(&parameter_name), found);
+        smooth += usize::from(verified);
     }
+    GRADIENTS.check(&who, smooth > 0, || "no parameter has a gradient that differences confirm".to_owned());
 }
 
 /// How a trainer is put to the test by hand.
@@ -969,12 +1016,10 @@ fn finds_by_hand_what_autograd_finds(trainer: &Component) {
 fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHandCase) {
     let who = format!("{} on {}, case {case:?},", self::who(trainer), self::who(dictionary));
     let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
-    let has_field =
-        |field: &str| (trainer.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some());
     let on_gpu = matches!(case, ByHandCase::OnGpu | ByHandCase::OnGpuBFloat16);
     let bfloat16 = matches!(case, ByHandCase::BFloat16 | ByHandCase::OnGpuBFloat16);
     if on_gpu || case == ByHandCase::DeadFeatures {
-        if has_field("dead_feature_threshold") {
+        if has_field(trainer, "dead_feature_threshold") {
             fields.insert("dead_feature_threshold".into(), 100.into());
         } else if case == ByHandCase::DeadFeatures {
             return;
@@ -1104,7 +1149,7 @@ fn has_the_terms_that_it_declares(trainer: &Component) {
 /// Where the trainer offers it.
 fn resampling_revives_the_dead(trainer: &Component) {
     let batches = batches();
-    if (trainer.schema)().get("properties").is_none_or(|fields| fields.get("resample_steps").is_none()) {
+    if !has_field(trainer, "resample_steps") {
         return;
     }
     for weight in ["loss", "loss_squared"] {
@@ -1135,6 +1180,15 @@ fn resampling_revives_the_dead(trainer: &Component) {
     }
 }
 
+/// The message of an error that must be a refusal to combine components.
+fn refusal(promise: &Promise, who: &str, error: anyhow::Error) -> String {
+    let message = format!("{error:?}");
+    let kind = InputError::take(error).map(|input| input.kind());
+    let refused = kind.is_ok_and(|kind| kind == InputKind::Incompatible);
+    promise.check(who, refused, || format!("an error that is not `InputError::incompatible`: {message}"));
+    message
+}
+
 fn is_trained_or_refused(dictionary: &Component) {
     components(Slot::Trainer).into_iter().for_each(|trainer| learns_or_is_refused(trainer, dictionary));
 }
@@ -1144,15 +1198,18 @@ fn trains_or_refuses(trainer: &Component) {
 }
 
 fn learns_or_is_refused(trainer: &Component, dictionary: &Component) {
+    // A test of trainers and one of dictionaries in the same process share the work.
+    static TRIED: Mutex<BTreeSet<(&str, &str)>> = Mutex::new(BTreeSet::new());
+    if !TRIED.lock().unwrap_or_else(PoisonError::into_inner).insert((trainer.name, dictionary.name)) {
+        return;
+    }
     let batches = batches();
     let who = format!("{} on {}", who(trainer), who(dictionary));
-    let sae = SaeConfig { dictionary: from_yaml(dictionary.example).unwrap(), ..sae(trainer) };
+    let sae = SaeConfig { dictionary: example(dictionary), ..sae(trainer) };
     let mut training = match Training::new(&sae, &training_cx()) {
         Ok(training) => training,
         Err(error) => {
-            let message = format!("{error:?}");
-            let explained = error.is::<InputError>() && message.contains("cannot train the class");
-            PAIR.check(&who, explained, || format!("a refusal without a reason: {message}"));
+            let message = refusal(&PAIR, &who, error);
             let own = trainer.usual_dictionary == Some(dictionary.name);
             PAIR.check(&who, !own, || format!("it refuses the dictionary that it trains by default: {message}"));
             return;
@@ -1161,7 +1218,7 @@ fn learns_or_is_refused(trainer: &Component, dictionary: &Component) {
     let explained = batches[..60].iter().enumerate();
     let explained: Vec<f64> = explained.map(|(step, batch)| logged_step(&who, &mut training, step, batch)).collect();
     let (first, last) = (explained[0], explained[50..].iter().sum::<f64>() / 10.0);
-    let learnt = 1.0 - last < 0.9 * (1.0 - first) || training.dictionary.parameters().is_empty();
+    let learnt = 1.0 - last < 0.8 * (1.0 - first) || training.dictionary.parameters().is_empty();
     PAIR.check(&who, learnt, || {
         format!("{:.1}% explained at the first step, {:.1}% after 60 steps", 100.0 * first, 100.0 * last)
     });
@@ -1174,8 +1231,7 @@ fn learns_or_is_refused(trainer: &Component, dictionary: &Component) {
 
 /// Where the trainer counts dead features: with nearly all of them dead.
 fn goes_on_with_dead_features(who: &str, trainer: &Component, sae: &SaeConfig, batches: &[Batch]) {
-    let has = |field: &str| (trainer.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some());
-    if !has("dead_feature_threshold") {
+    if !has_field(trainer, "dead_feature_threshold") {
         return;
     }
     let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
@@ -1200,16 +1256,13 @@ fn composes_with_trainers(modifier: &Component) {
     for trainer in components(Slot::Trainer) {
         let who = format!("{} with {}", who(modifier), who(trainer));
         let new = || {
-            let modifiers = vec![from_yaml(modifier.example).unwrap()];
+            let modifiers = vec![example(modifier)];
             Training::new(&SaeConfig { modifiers, ..sae(trainer) }, &training_cx())
         };
         let (mut whole, mut resumed) = match new() {
             Ok(training) => (training, COMPOSES.of(&who, new())),
             Err(error) => {
-                let message = format!("{error:?}");
-                let said = message.contains(&format!("the modifier `{}` needs", modifier.name));
-                let found = || format!("a refusal without a reason: {message}");
-                COMPOSES.check(&who, error.is::<InputError>() && said, found);
+                refusal(&COMPOSES, &who, error);
                 continue;
             }
         };
@@ -1225,7 +1278,7 @@ fn composes_with_trainers(modifier: &Component) {
             }
         }
         let last = explained[explained.len() - 20..].iter().sum::<f64>() / 20.0;
-        let learnt = 1.0 - last < 0.9 * (1.0 - explained[0]);
+        let learnt = 1.0 - last < 0.5 * (1.0 - explained[0]);
         COMPOSES.check(&who, learnt, || {
             format!("{:.1}% explained at the first step, {:.1}% after 140", 100.0 * explained[0], 100.0 * last)
         });
@@ -1242,7 +1295,7 @@ fn composes_with_trainers(modifier: &Component) {
 fn delivers_resumes_and_rewinds(component: &Component) {
     let cx = source_cx();
     let who = who(component);
-    let config: Box<dyn TaggedSource> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedSource> = example(component);
     let build = || DELIVERS.of(&who, config.build(&cx));
     let mut source = build();
     let sites = source.sites();
@@ -1284,7 +1337,7 @@ fn delivers_resumes_and_rewinds(component: &Component) {
 
 fn says_the_same_from_any_position(component: &Component) {
     let who = who(component);
-    let config: Box<dyn TaggedText> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedText> = example(component);
     let mut text = SEEKS.of(&who, config.build());
     let next = |text: &mut dyn TextStream| {
         let record = SEEKS.of(&who, text.next_record());
@@ -1304,20 +1357,19 @@ fn says_the_same_from_any_position(component: &Component) {
 
 fn measures_each_dictionary(component: &Component) {
     let cx = source_cx();
-    let metric: Box<dyn TaggedMetric> = from_yaml(component.example).unwrap();
+    let metric: Box<dyn TaggedMetric> = example(component);
     let who = who(component);
     let mut measured = false;
     for source in components(Slot::Source) {
-        let config: Box<dyn TaggedSource> = from_yaml(source.example).unwrap();
+        let config: Box<dyn TaggedSource> = example(source);
         let mut source = config.build(&cx).unwrap();
         if MEASURES.of(&who, metric.build()).refuses(&mut *source).is_some() {
             continue;
         }
         let (activation_dim, output_dim) = source.sites()[0].widths();
         let dictionary_cx = DictionaryCx { activation_dim, output_dim, ..dictionary_cx() };
-        let build = |yaml: &str| from_yaml::<Box<dyn TaggedDictionary>>(yaml).unwrap().build(&dictionary_cx).unwrap();
-        let both: Vec<Box<dyn Dictionary>> =
-            components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
+        let build = |component| example::<Box<dyn TaggedDictionary>>(component).build(&dictionary_cx).unwrap();
+        let both: Vec<Box<dyn Dictionary>> = components(Slot::Dictionary).into_iter().take(2).map(build).collect();
         let both: Vec<Subject> = both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
         let measuring = evaluate::Measuring {
             key: "source",
@@ -1339,13 +1391,218 @@ fn measures_each_dictionary(component: &Component) {
 fn writes_and_goes_on(component: &Component) {
     let who = who(component);
     let dir = TempDir::new().unwrap();
-    let config: Box<dyn TaggedLogger> = from_yaml(component.example).unwrap();
-    let row = |step: u64| Map::from_iter([("step".to_owned(), step.into()), ("sae".to_owned(), "a".into())]);
-    for resume_at in [None, Some(1)] {
-        let mut logger = WRITES.of(&who, config.build(dir.path(), resume_at));
-        WRITES.of(&who, logger.log(&row(0)));
-        WRITES.of(&who, logger.log(&row(1)));
-        WRITES.of(&who, logger.flush());
+    let config: Box<dyn TaggedLogger> = example(component);
+    // Numbers that float32 and decimal notation hold exactly, and that nothing else in a file is likely to be.
+    let loss = |number: u16| 0.5 + f64::from(number) / 1024.0;
+    let log = |logger: &mut dyn Logger, step: u64, number: u16| {
+        let row = serde_json::json!({"step": step, "sae": "a", "loss": loss(number), "l0": 3.0});
+        WRITES.of(&who, logger.log(row.as_object().unwrap()));
+    };
+    let kept = |numbers: &[u16]| -> Vec<u16> {
+        let files = files_in(dir.path());
+        numbers.iter().copied().filter(|number| files.iter().any(|bytes| holds(bytes, loss(*number)))).collect()
+    };
+    let mut logger = WRITES.of(&who, config.build(dir.path(), None));
+    (0..3_u16).for_each(|row| log(&mut *logger, row.into(), 101 + row));
+    WRITES.of(&who, logger.flush());
+    WRITES.same(
+        &who,
+        "the rows of three in the run's folder after `flush`, by their losses,",
+        kept(&[101, 102, 103]),
+        vec![101, 102, 103],
+    );
+    drop(logger);
+    let mut logger = WRITES.of(&who, config.build(dir.path(), Some(2)));
+    log(&mut *logger, 2, 203);
+    WRITES.of(&who, logger.flush());
+    let found = kept(&[101, 102, 103, 203]);
+    WRITES.same(&who, "the rows after resuming at step 2 and logging it anew", found, vec![101, 102, 203]);
+}
+
+/// What the files below a folder hold.
+fn files_in(dir: &Path) -> Vec<Vec<u8>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(files_in(&path));
+        } else {
+            files.push(std::fs::read(path).unwrap());
+        }
+    }
+    files
+}
+
+/// True if a file holds a number, as text or as a float of 4 or 8 bytes.
+fn holds(bytes: &[u8], number: f64) -> bool {
+    let text = number.to_string()[..7].to_owned();
+    let floats = [(number as f32).to_le_bytes().to_vec(), (number as f32).to_be_bytes().to_vec()];
+    let doubles = [number.to_le_bytes().to_vec(), number.to_be_bytes().to_vec()];
+    let mut spellings = floats.into_iter().chain(doubles).chain([text.into_bytes()]);
+    spellings.any(|spelling| bytes.windows(spelling.len()).any(|window| window == spelling))
+}
+
+/// The config.json of a small model of a family: Llama's fields, and those of its example.
+fn model_config(component: &Component) -> Map<String, Value> {
+    let mut config = serde_json::json!({
+        "model_type": component.name, "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+    });
+    if has_field(component, "sliding_window") {
+        config["sliding_window"] = 4.into();
+    }
+    let own: Option<Map<String, Value>> =
+        serde_yaml::from_str(component.example).unwrap_or_else(|error| MODEL_CONFIG.broken(&who(component), error));
+    let fields = config.as_object().cloned().unwrap_or_default();
+    fields.into_iter().chain(own.into_iter().flatten()).collect()
+}
+
+/// True if a component's config has a field.
+fn has_field(component: &Component, field: &str) -> bool {
+    (component.schema)().get("properties").is_some_and(|fields| fields.get(field).is_some())
+}
+
+fn random_model(config: Map<String, Value>) -> Result<Box<dyn LanguageModel>> {
+    lm::random_model(&config.into(), &ModelCx { device: Device::Cpu, precision: Precision::Float32 })
+}
+
+/// The small model of a family, with random weights, and two rows of nine tokens.
+fn small_model(component: &Component) -> (Box<dyn LanguageModel>, Tokens) {
+    let model = MODEL_CONFIG.of(&who(component), random_model(model_config(component)));
+    let ids = seeded(7, || Tensor::randint(model.vocab_size(), [2, 9], (Kind::Int64, Device::Cpu)));
+    (model, Tokens { mask: ids.ones_like().to_kind(Kind::Bool), ids })
+}
+
+fn logits(who: &str, model: &dyn LanguageModel, tokens: &Tokens, mut hooks: Hooks) -> Tensor {
+    let Ok(logits) = tch::no_grad(|| model.forward(tokens, &mut hooks)) else {
+        LOGITS.broken(who, "the pass stopped, and nothing asked it to")
+    };
+    logits
+}
+
+fn predicts_tokens_from_those_before(component: &Component) {
+    let (who, (model, tokens)) = (who(component), small_model(component));
+    let model = &*model;
+    LOGITS.check(&who, model.n_layers() > 1, || format!("its example has {} layers", model.n_layers()));
+    let whole = logits(&who, model, &tokens, Hooks::none());
+    let expected = (vec![2, 9, model.vocab_size()], Kind::Float);
+    LOGITS.same(&who, "shape and type of the logits", (whole.size(), whole.kind()), expected);
+    LOGITS.check(&who, greatest(&whole).is_finite(), || "logits that are not finite".to_owned());
+    let last = tokens.ids.copy();
+    let at_end = last.narrow(1, 8, 1);
+    last.narrow(1, 8, 1).copy_(&(at_end + 1).remainder(model.vocab_size()));
+    let other = logits(&who, model, &Tokens { ids: last, mask: tokens.mask.shallow_clone() }, Hooks::none());
+    let apart = (whole - other).abs().amax([0, 2], false);
+    let (before, at) = (greatest(&apart.narrow(0, 0, 8)), greatest(&apart.narrow(0, 8, 1)));
+    LOGITS.check(&who, before < 1e-5, || format!("another last token changes the logits before it by {before}"));
+    LOGITS.check(&who, at > 1e-3, || format!("another last token changes its logits by {at} alone"));
+}
+
+fn lists_the_modules_that_it_meets(component: &Component) {
+    let (who, (model, tokens)) = (who(component), small_model(component));
+    let (modules, names) = (model.modules(), model.names());
+    let mut known = BTreeSet::new();
+    for visit in &modules {
+        MODULES.check(&who, known.insert(&visit.module), || format!("`{}` is listed twice", visit.module));
+    }
+    let mut own = vec![names.embed.clone(), names.final_norm.clone()];
+    own.extend((0..model.n_layers()).map(|layer| names.layer(layer)));
+    if let Some(missing) = own.iter().find(|module| !known.contains(module)) {
+        MODULES.broken(&who, format!("`names` has `{missing}`, which `modules` does not list"));
+    }
+    let sides =
+        |visit: &Visit| [(Io::In, visit.input), (Io::Out, visit.output)].map(|side| (visit.module.clone(), side));
+    let points = modules.iter().flat_map(sides).map(|(module, (io, width))| (HookPoint { module, io }, width));
+    let theirs = names.transformer_lens_names(model.n_layers());
+    let theirs = theirs.iter().map(|name| MODULES.of(&who, model.hook_point(name, Io::Out)));
+    for (point, width) in points.chain(theirs) {
+        let mut hooks = Hooks::read(std::slice::from_ref(&point), true);
+        let stopped = tch::no_grad(|| model.forward(&tokens, &mut hooks)).is_err();
+        let Some(value) = hooks.take(&point) else { MODULES.broken(&who, format!("no pass meets `{point}`")) };
+        MODULES.check(&who, stopped, || format!("the pass goes on after `{point}`, the last that was asked for"));
+        // Learned positions are the same for all rows, heads have a dimension of their own, and ids no width.
+        let size = value.size();
+        let expected = matches!(size[..], [1 | 2, 9, .., last] if last == width) || value.kind() == Kind::Int64;
+        MODULES.check(&who, expected, || format!("`{point}` has shape {size:?}, not [2, 9, .., {width}]"));
+    }
+}
+
+fn goes_on_with_what_hooks_make_of_it(component: &Component) {
+    let (who, (model, tokens)) = (who(component), small_model(component));
+    let whole = logits(&who, &*model, &tokens, Hooks::none());
+    let noise = |x: &Tensor| x + seeded(3, || Tensor::randn(x.size(), (x.kind(), x.device())));
+    for point in model
+        .modules()
+        .into_iter()
+        .flat_map(|visit| [Io::In, Io::Out].map(|io| HookPoint { module: visit.module.clone(), io }))
+    {
+        if model.value_at(&tokens, &point).kind() == Kind::Int64 {
+            continue;
+        }
+        let same = logits(&who, &*model, &tokens, Hooks::replace(&point, Tensor::shallow_clone));
+        EDITS
+            .check(&who, greatest(&(&same - &whole)) < 1e-5, || format!("`{point}` replaced by itself changes logits"));
+        let edited = logits(&who, &*model, &tokens, Hooks::replace(&point, noise));
+        EDITS.check(&who, greatest(&(&edited - &whole)) > 1e-4, || {
+            format!("`{point}` is replaced, and nothing changes")
+        });
+        let prefix = model.before(&tokens, &point);
+        let Ok(continued) = tch::no_grad(|| prefix.forward(&mut Hooks::replace(&point, noise))) else {
+            EDITS.broken(&who, format!("the pass that is continued before `{point}` stops"))
+        };
+        let apart = greatest(&(continued - edited));
+        EDITS.check(&who, apart < 1e-5, || format!("continued before `{point}`, the logits are {apart} apart"));
+    }
+}
+
+fn opens_from_its_own_files(component: &Component) {
+    let (who, (model, tokens)) = (who(component), small_model(component));
+    let dir = TempDir::new().unwrap();
+    let expected = logits(&who, &*model, &tokens, Hooks::none());
+    tensors::write(&dir.path().join("model.safetensors"), &model.parameters()).unwrap();
+    let config = Value::from(model_config(component));
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let opened = lm::open_model(&dir.path().display().to_string(), Device::Cpu, Precision::Float32);
+    let (opened, _) = OPENS.of(&who, opened);
+    let found = logits(&who, &*opened, &tokens, Hooks::none());
+    OPENS.check(&who, found == expected, || format!("logits differ by up to {}", greatest(&(found - &expected))));
+}
+
+/// Every field that changes the arithmetic of some family is one of its own, and then it matters, or is refused.
+fn ignores_no_arithmetic(component: &Component) {
+    let who = who(component);
+    let schema = (component.schema)().to_value();
+    let outcome = |field: &str, value: &Value| {
+        let mut config = model_config(component);
+        config.insert(field.to_owned(), value.clone());
+        let model = random_model(config)?;
+        let ids = Tensor::arange(9, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+        let tokens = Tokens { mask: ids.ones_like().to_kind(Kind::Bool), ids };
+        anyhow::Ok(logits(&who, &*model, &tokens, Hooks::none()))
+    };
+    let expected = ARITHMETIC.of(&who, outcome("model_type", &component.name.into()));
+    for field in lm::ARITHMETIC {
+        // Of each type that a field may have, some that are no default.
+        let layers = |kinds: [&str; 2]| serde_json::json!(kinds);
+        let rope = serde_json::json!({"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0});
+        let known = schema["properties"].get(*field);
+        let types = known.map(config::type_name).unwrap_or_default();
+        let values = match types {
+            _ if known.is_none() => vec![7.into(), rope],
+            types if types.contains("true or false") => vec![true.into(), false.into()],
+            types if types.contains("whole number") => vec![2.into(), 1.into()],
+            types if types.contains("number") => vec![0.5.into(), 3.0.into()],
+            types if types.contains("list") => {
+                vec![layers(["sliding_attention", "full_attention"]), layers(["full_attention", "sliding_attention"])]
+            }
+            _ => vec![rope],
+        };
+        let matters = values.iter().any(|value| match outcome(field, value) {
+            Ok(found) => known.is_some() && found != expected,
+            Err(error) => InputError::take(error).is_ok_and(|error| error.message().contains(field)),
+        });
+        ARITHMETIC
+            .check(&who, matters, || format!("`{field}` is ignored: {} change nothing", Value::from(values.clone())));
     }
 }
 
@@ -1373,7 +1630,7 @@ fn reads_what_it_writes(component: &Component) {
     for other in components(Slot::Dictionary) {
         let who = format!("{} with {}", who(component), who(other));
         let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
-        let config: Box<dyn TaggedDictionary> = from_yaml(other.example).unwrap();
+        let config: Box<dyn TaggedDictionary> = example(other);
         let Ok(mut built) = config.build(&dictionary_cx()) else { continue };
         // The reference's loader would do it, and change the scale of features.
         built.pretrained();

@@ -60,6 +60,7 @@ impl From<InputError> for Error {
 #[cfg(test)]
 mod tests {
     use anyhow::Context;
+    use dictlearn_core::train::Quantity;
 
     use super::*;
 
@@ -69,7 +70,8 @@ mod tests {
         assert!(matches!(kind(InputError::new("x").into()), Error::Input(input) if input.message() == "outer: x"));
         assert!(matches!(kind(Interrupted.into()), Error::Interrupted));
         assert!(matches!(kind(HubError("x".to_owned()).into()), Error::Hub(_)));
-        assert!(matches!(kind(NotFinite { step: 1, message: "x".to_owned() }.into()), Error::Diverged(_)));
+        let diverged = NotFinite { step: 1, quantity: Quantity::Loss, message: "x".to_owned() };
+        assert!(matches!(kind(diverged.into()), Error::Diverged(_)));
         assert!(matches!(kind(anyhow::anyhow!("x")), Error::Other(_)));
         let missing = std::fs::read("/nowhere/at/all").context("cannot read it").unwrap_err();
         let Error::Io(error) = kind(missing) else { panic!("not an Io error") };

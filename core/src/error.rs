@@ -12,6 +12,7 @@ use crate::suggest::nearest;
 /// program with status 1.
 #[derive(Debug, Clone)]
 pub struct InputError {
+    kind: InputKind,
     message: String,
     /// The config's key that it concerns, from what is being built: `path`, and further out `source.path`.
     key: String,
@@ -19,6 +20,18 @@ pub struct InputError {
     help: Option<String>,
     /// Mistakes that were found beside this one.
     others: Vec<InputError>,
+}
+
+/// What kind of mistake an [`InputError`] is, for callers that treat kinds differently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum InputKind {
+    /// A value, a name or a file that is wrong by itself.
+    #[default]
+    Invalid,
+    /// Components that are right by themselves and cannot be combined, such as a trainer with a dictionary that it cannot
+    /// train.
+    Incompatible,
 }
 
 /// How many mistakes an error shows.
@@ -118,7 +131,19 @@ pub enum Origin {
 impl InputError {
     /// An error with its message: one line, lower case, no full stop.
     pub fn new(message: impl Into<String>) -> Self {
-        InputError { message: message.into(), key: String::new(), place: None, help: None, others: Vec::new() }
+        InputError {
+            kind: InputKind::default(),
+            message: message.into(),
+            key: String::new(),
+            place: None,
+            help: None,
+            others: Vec::new(),
+        }
+    }
+
+    /// An error about components that cannot be combined, with its message as in [`InputError::new`].
+    pub fn incompatible(message: impl Into<String>) -> Self {
+        InputError { kind: InputKind::Incompatible, ..InputError::new(message) }
     }
 
     /// There is no such file; the help offers the one beside it that is named most like it.
@@ -177,6 +202,11 @@ impl InputError {
     pub fn at(mut self, origin: Origin, key: impl Into<String>) -> Self {
         self.place = Some(Box::new(Place { origin, key: key.into() }));
         self
+    }
+
+    /// What kind of mistake it is; of several, the first.
+    pub fn kind(&self) -> InputKind {
+        self.kind
     }
 
     /// The message, without place and help.

@@ -3,11 +3,11 @@
 //! Core does not speak the Hub's protocol. A plugin does, and registers itself as [`HubPlugin`]; models, tokenizers,
 //! datasets and published dictionaries all come through it.
 
+use std::cell::Cell;
 use std::fmt;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
@@ -161,6 +161,8 @@ pub trait Hub: Send + Sync {
 pub struct HubPlugin {
     /// Opens the Hub as the environment says (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, ...).
     pub open: fn() -> Result<Box<dyn Hub>>,
+    /// Opens a cache's folder alone, as with HF_HUB_OFFLINE.
+    pub open_cache: fn(&Path) -> Result<Box<dyn Hub>>,
 }
 
 inventory::collect!(HubPlugin);
@@ -172,28 +174,47 @@ pub fn commits() -> Vec<(Repo, String)> {
     OPEN.get().map(|hub| hub.commits()).unwrap_or_default()
 }
 
-/// Whether nothing is to be read of the Hub.
-static CLOSED: AtomicBool = AtomicBool::new(false);
+thread_local! {
+    /// True while this thread must not read from the Hub.
+    static CLOSED: Cell<bool> = const { Cell::new(false) };
+}
 
-/// Does something that may not wait for downloads: until it is done, the Hub cannot be opened.
+/// Does work that must not wait for downloads: until it is done, this thread cannot open the Hub.
 pub fn without<T>(work: impl FnOnce() -> T) -> T {
-    CLOSED.store(true, Ordering::Relaxed);
+    CLOSED.set(true);
     let done = work();
-    CLOSED.store(false, Ordering::Relaxed);
+    CLOSED.set(false);
     done
 }
 
 /// The Hub, as the environment says; opened once.
 pub fn hub() -> Result<&'static dyn Hub> {
-    if CLOSED.load(Ordering::Relaxed) {
+    if CLOSED.get() {
         bail!("nothing is downloaded for a run that is refused");
     }
+    opened(|plugin| (plugin.open)())
+}
+
+/// Makes this process read repositories from a cache's folder alone, whatever the environment says, so that tests depend
+/// on neither.
+///
+/// # Errors
+/// Where the Hub is open already, or this program was built without access to it.
+pub fn use_cache(folder: &Path) -> Result<()> {
+    let hub = opened(|plugin| (plugin.open_cache)(folder))?;
+    if hub.about().cache != folder {
+        bail!("the Hub is open already, with the cache {}", hub.about().cache.display());
+    }
+    Ok(())
+}
+
+fn opened(open: impl FnOnce(&HubPlugin) -> Result<Box<dyn Hub>>) -> Result<&'static dyn Hub> {
     if let Some(hub) = OPEN.get() {
         return Ok(&**hub);
     }
     match inventory::iter::<HubPlugin>.into_iter().next() {
         Some(plugin) => {
-            let hub = (plugin.open)()?;
+            let hub = open(plugin)?;
             Ok(&**OPEN.get_or_init(|| hub))
         }
         None => bail!(

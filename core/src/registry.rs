@@ -99,7 +99,8 @@ pub struct Component {
     pub summary: &'static str,
     /// Where it is from: authors, year and address of the paper; empty where there is none.
     pub paper: &'static str,
-    /// YAML of the component alone, with the fields that a first user sets, that runs as it stands; of a format, a command.
+    /// YAML of the component alone, with the fields that a first user sets, that runs as it stands; of a format, a command;
+    /// of a model, the fields of a small config.json that Llama's does not have (empty where there are none).
     pub example: &'static str,
     /// For a trainer: the name of the dictionary that it trains unless told otherwise.
     pub usual_dictionary: Option<&'static str>,

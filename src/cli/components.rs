@@ -104,7 +104,7 @@ pub(super) fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
             known.join(", ")
         )));
     };
-    print(&reference::text(component))?;
+    print(&reference::text(component, Path::new("")))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -5,7 +5,7 @@ mod components;
 mod encode;
 mod eval;
 mod output;
-mod reference;
+pub mod reference;
 mod signals;
 mod train;
 

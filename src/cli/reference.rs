@@ -1,7 +1,7 @@
 //! What there is to know of a component: for a terminal, and as a page of the reference. Both are made of its registry
 //! entry alone.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -52,8 +52,8 @@ fn needs(component: &Component) -> String {
     needs.into_iter().map(Need::words).collect::<Vec<_>>().join(", ")
 }
 
-/// For a terminal: `dictlearn describe KIND NAME`.
-pub fn text(component: &Component) -> String {
+/// For a terminal: `dictlearn describe KIND NAME`. The example finds its files in `folder`.
+pub fn text(component: &Component, folder: &Path) -> String {
     let Component { kind, name, summary, paper, usual_dictionary, schema, .. } = component;
     let mut text = format!("{kind} {name}\n{summary}\n\n");
     if !paper.is_empty() {
@@ -87,7 +87,7 @@ pub fn text(component: &Component) -> String {
     if let Some(short) = short_run(component) {
         text += &format!("\n{}\n\n{}\n{}\n", short.intro, short.settings, short.measured);
     }
-    if let Some(example) = config::example(component) {
+    if let Some(example) = config::example(component, folder) {
         text += &format!("\nExample, a config that trains as it stands:\n\n{example}");
     }
     for command in commands(component) {
@@ -189,7 +189,7 @@ fn page(component: &Component) -> String {
     if let Some(short) = short_run(component) {
         page += &format!("\n{}\n\n```yaml\n{}```\n\n{}\n", short.intro, short.settings, short.measured);
     }
-    if let Some(example) = config::example(component) {
+    if let Some(example) = config::example(component, Path::new("")) {
         page += &format!("\nA config that trains as it stands:\n\n```yaml\n{example}```\n");
     }
     let commands = commands(component);

@@ -279,7 +279,7 @@ impl<'a> Check<'a> {
             let error = serde_path_to_error::deserialize::<_, T>(node).err()?;
             Some((error.path().to_string(), error.inner().to_string()))
         }
-        let node = Node { value, origins: Some(self.merged) };
+        let node = Node::new(value, self.merged);
         let found = match kind {
             Kind::Dictionary => tried::<Box<dyn TaggedDictionary>>(node),
             Kind::Trainer => tried::<Box<dyn TaggedTrainer>>(node),

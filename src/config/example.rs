@@ -1,16 +1,18 @@
 //! A config that shows one component at work, for `dictlearn describe`.
 
+use std::path::Path;
+
 use anyhow::Result;
 use serde_yaml::{Mapping, Value};
 
-use dictlearn_core::data::SourceCx;
-use dictlearn_core::data::TaggedSource;
-use dictlearn_core::files::from_yaml;
+use dictlearn_core::data::{SourceCx, TaggedSource};
+use dictlearn_core::files::from_yaml_in;
 use dictlearn_core::registry::{Component, Kind, component, components, usual};
 use dictlearn_core::report::TaggedMetric;
 
-/// A whole config with the component's example in its slot and usual ones around it; `None` for what no config names.
-pub fn example(shown: &Component) -> Option<String> {
+/// A whole config, to stand in `folder`, with the component's example in its slot and usual ones around it; `None` for what
+/// no config names, and for a metric that no source's example suits.
+pub fn example(shown: &Component, folder: &Path) -> Option<String> {
     let parsed = |component: &Component| serde_yaml::from_str::<Value>(component.example).ok();
     // The one shown where it is of that kind, otherwise a usual one.
     let of = |kind: Kind| {
@@ -32,7 +34,7 @@ pub fn example(shown: &Component) -> Option<String> {
         _ => component(Kind::Dictionary, trainer.usual_dictionary?)?,
     };
     let mut source = match shown.kind {
-        Kind::Metric => suiting(shown)?,
+        Kind::Metric => suiting(shown, folder)?,
         _ => of(Kind::Source)?,
     };
     let mut sae =
@@ -61,13 +63,13 @@ pub fn example(shown: &Component) -> Option<String> {
 }
 
 /// The example of a source that a metric can be computed on, a usual one if possible.
-fn suiting(metric: &Component) -> Option<Value> {
-    let metric: Box<dyn TaggedMetric> = from_yaml(metric.example).ok()?;
+fn suiting(metric: &Component, folder: &Path) -> Option<Value> {
+    let metric: Box<dyn TaggedMetric> = from_yaml_in(folder, metric.example).ok()?;
     let cx = SourceCx { seed: 0, ..SourceCx::default() };
     let mut sources = components(Kind::Source);
     sources.sort_by_key(|source| !source.usual);
     let suits = |source: &Component| -> Result<bool> {
-        let config: Box<dyn TaggedSource> = from_yaml(source.example)?;
+        let config: Box<dyn TaggedSource> = from_yaml_in(folder, source.example)?;
         Ok(metric.build()?.refuses(&mut *config.build(&cx)?).is_none())
     };
     let source = sources.into_iter().find(|source| suits(source).unwrap_or(false))?;

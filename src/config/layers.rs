@@ -199,10 +199,10 @@ impl Merged {
 }
 
 impl Origins for Merged {
-    fn file(&self, tag: Tag) -> Option<PathBuf> {
+    fn folder(&self, tag: Tag) -> PathBuf {
         match self.origin(tag) {
-            Some((Origin::File(file, _), ..)) => Some(file.clone()),
-            _ => None,
+            Some((Origin::File(file, _), ..)) => file.parent().map(Path::to_owned).unwrap_or_default(),
+            _ => PathBuf::new(),
         }
     }
 }

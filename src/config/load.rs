@@ -1,6 +1,7 @@
 //! Loading a config: merge its layers, fill in what follows from the rest, check, deserialise.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use figment::value::{Dict, Value};
 use schemars::{Schema, schema_for};
@@ -54,11 +55,10 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
     if !acting.is_empty() {
         notes.insert(0, format!("from the environment: {}", acting.join(", ")));
     }
-    let mut config: RunConfig = serde_path_to_error::deserialize(Node { value: &root, origins: Some(&merged) })
-        .map_err(|error| {
-            let check = Check::new(&merged, &schema, &written);
-            check.serde(&root, &error.path().to_string(), &error.inner().to_string())
-        })?;
+    let mut config: RunConfig = serde_path_to_error::deserialize(Node::new(&root, &merged)).map_err(|error| {
+        let check = Check::new(&merged, &schema, &written);
+        check.serde(&root, &error.path().to_string(), &error.inner().to_string())
+    })?;
     config.written = Written(Some(Box::new(Loaded { merged, root, written, notes })));
     Ok(config)
 }
@@ -77,7 +77,7 @@ fn build_rest(root: &Value, merged: &Merged, check: &Check, mistakes: &mut Mista
         !wrong.iter().any(concerns)
     };
     fn read<T: DeserializeOwned>(value: Option<&Value>, merged: &Merged) -> Option<T> {
-        T::deserialize(Node { value: value?, origins: Some(merged) }).ok()
+        T::deserialize(Node::new(value?, merged)).ok()
     }
     let seed: Option<u64> = read(root.find_ref("seed"), merged);
     let seed = seed.unwrap_or_default();
@@ -388,7 +388,7 @@ fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
         if trainer == name.as_str() && trainer.is_some_and(|trainer| component(Kind::Trainer, trainer).is_none()) {
             continue;
         }
-        let Ok(text) = <String as serde::Deserialize>::deserialize(Node { value: name, origins: None }) else {
+        let Ok(text) = <String as serde::Deserialize>::deserialize(Node::new(name, &Path::new(""))) else {
             continue;
         };
         let wrong = if !seen.insert(text.clone()) {

@@ -2,11 +2,15 @@
 //! process of their own.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::marker::PhantomData;
 use std::panic::catch_unwind;
+use std::path::{Path, PathBuf};
 
 use dictlearn as _;
 use dictlearn::contract::keep;
+use dictlearn_core::lm;
+use dictlearn_core::lm::{Hidden, Visit};
 use dictlearn_core::prelude::*;
 use dictlearn_core::registry::Kind as Slot;
 use dictlearn_process as _;
@@ -261,9 +265,26 @@ fn a_panic_of_the_component_is_named_with_the_promise() {
     says(Slot::Dictionary, "two_dimensions_only", &parts);
 }
 
-/// A trainer with one of two faults.
+/// A trainer with a penalty on the features, but for its fault, which shows on no dictionary that another test accepts.
+trait TrainerFault {
+    const SPARSITY: bool = true;
+
+    fn accepts(dictionary: &dyn Dictionary) -> Result<()> {
+        penalizable(dictionary, "faulty")
+    }
+    fn rate(_class: &str) -> f64 {
+        1e-3
+    }
+    fn weight(_steps: u64) -> f64 {
+        1e-3
+    }
+    fn error(error: Tensor) -> Tensor {
+        error
+    }
+}
+
 macro_rules! trainer {
-    ($module:ident, $name:literal, $sparsity:literal, $steps:expr_2021) => {
+    ($module:ident, $name:literal, { $($item:item)* }) => {
         mod $module {
             use super::*;
 
@@ -275,12 +296,19 @@ macro_rules! trainer {
                 /// How many steps were taken.
                 #[serde(skip)]
                 steps: u64,
+                /// The learning rate.
+                #[serde(skip)]
+                lr: f64,
+            }
+
+            impl TrainerFault for Config {
+                $($item)*
             }
 
             impl TrainerConfig for Config {
                 fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-                    penalizable(cx.dictionary, $name)?;
-                    Ok(Box::new(self.clone()))
+                    Self::accepts(cx.dictionary)?;
+                    Ok(Box::new(Config { lr: Self::rate(cx.dictionary.class()), ..self.clone() }))
                 }
                 fn class(&self) -> &'static str {
                     "FaultyTrainer"
@@ -292,15 +320,15 @@ macro_rules! trainer {
                     AdamConfig::default()
                 }
                 fn lr(&self, _: u64) -> f64 {
-                    1e-3
+                    self.lr
                 }
                 fn has_sparsity_term(&self) -> bool {
-                    $sparsity
+                    Self::SPARSITY
                 }
                 fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-                    terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
-                    let weight: fn(&Config) -> f64 = $steps;
-                    terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), weight(self));
+                    terms.add_reconstruction("mse_loss", Self::error(mean_of_sums(&pass.residual().square())));
+                    let weight = Self::weight(self.steps);
+                    terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), weight);
                     Ok(())
                 }
                 fn after_step(&mut self, _: &mut AfterStep) -> Result<()> {
@@ -312,8 +340,32 @@ macro_rules! trainer {
     };
 }
 
-trainer!(forgetful, "forgetful", true, |config| 1e-4 * config.steps as f64);
-trainer!(undeclared, "undeclared", false, |_| 1e-3);
+trainer!(forgetful, "forgetful", {
+    fn weight(steps: u64) -> f64 {
+        1e-4 * steps as f64
+    }
+});
+trainer!(undeclared, "undeclared", {
+    const SPARSITY: bool = false;
+});
+trainer!(sluggish, "sluggish", {
+    fn rate(class: &str) -> f64 {
+        if class == "AutoEncoder" { 1e-6 } else { 1e-3 }
+    }
+});
+trainer!(twice_the_gradient, "twice_the_gradient", {
+    fn error(error: Tensor) -> Tensor {
+        &error * 2.0 - error.detach()
+    }
+});
+trainer!(curt, "curt", {
+    fn accepts(dictionary: &dyn Dictionary) -> Result<()> {
+        if dictionary.class() == "AutoEncoderNew" {
+            bail!(InputError::new("the trainer `curt` cannot train the class AutoEncoderNew"));
+        }
+        penalizable(dictionary, "curt")
+    }
+});
 
 #[test]
 fn a_trainer_that_does_not_save_its_count_is_named() {
@@ -327,4 +379,338 @@ fn a_trainer_that_does_not_save_its_count_is_named() {
 #[test]
 fn a_sparsity_term_that_is_not_declared_is_named() {
     says(Slot::Trainer, "undeclared", &["`has_sparsity_term` is false, and the loss has a term of sparsity"]);
+}
+
+#[test]
+fn a_trainer_that_hardly_learns_is_named() {
+    says(Slot::Trainer, "sluggish", &["explains over 30% of the variance", "at the first step"]);
+}
+
+#[test]
+fn a_gradient_that_is_not_the_loss_s_is_named() {
+    says(Slot::Trainer, "twice_the_gradient", &["that of finite differences", "`mse_loss` by `"]);
+}
+
+#[test]
+fn a_refusal_of_another_kind_is_named() {
+    says(Slot::Trainer, "curt", &["or refuses it in `build`", "not `InputError::incompatible`: the trainer `curt`"]);
+}
+
+/// A logger that writes each row as a line, but for its fault.
+macro_rules! logger {
+    ($module:ident, $name:literal, resumes: $resumes:expr, keeps: $keeps:expr) => {
+        mod $module {
+            use super::*;
+
+            /// A logger with a fault.
+            #[component(logger, name = $name, summary = "Faulty", example = concat!("{type: ", $name, "}"))]
+            pub struct Config {}
+
+            impl LoggerConfig for Config {
+                fn build(&self, run_dir: &Path, resume_at: Option<u64>) -> Result<Box<dyn Logger>> {
+                    let path = run_dir.join($name);
+                    let text = fs::read_to_string(&path).unwrap_or_default();
+                    let kept = text.lines().take(resume_at.unwrap_or(0) as usize);
+                    let kept: String = kept.flat_map(|line| [line, "\n"]).collect();
+                    let resumes: bool = $resumes;
+                    fs::write(&path, if resumes { kept } else { text })?;
+                    Ok(Box::new(ThisLogger(path)))
+                }
+            }
+
+            struct ThisLogger(PathBuf);
+
+            impl Logger for ThisLogger {
+                fn log(&mut self, row: &Map<String, Value>) -> Result<()> {
+                    let keeps: fn(u64) -> bool = $keeps;
+                    if keeps(row["step"].as_u64().unwrap()) {
+                        let text = fs::read_to_string(&self.0)?;
+                        fs::write(&self.0, format!("{text}{}\n", Value::from(row.clone())))?;
+                    }
+                    Ok(())
+                }
+            }
+        }
+    };
+}
+
+logger!(lines, "lines", resumes: true, keeps: |_| true);
+logger!(sieve, "sieve", resumes: true, keeps: |step| step != 1);
+logger!(echo, "echo", resumes: false, keeps: |_| true);
+
+#[test]
+fn a_logger_without_a_fault_is_accepted() {
+    keep(Slot::Logger, "lines");
+}
+
+#[test]
+fn a_row_that_a_logger_drops_is_named() {
+    says(Slot::Logger, "sieve", &["every row in the run's folder", "is [101, 103], not [101, 102, 103]"]);
+}
+
+#[test]
+fn a_row_that_is_logged_twice_after_resuming_is_named() {
+    says(Slot::Logger, "echo", &["is [101, 102, 103, 203], not [101, 102, 203]"]);
+}
+
+/// Llama's architecture, but for its fault.
+trait ModelFault {
+    fn layer(model: &lm::Decoder, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
+        model.layer(index, hidden, hooks)
+    }
+    fn logits(logits: Tensor) -> Tensor {
+        logits
+    }
+    fn name(name: String) -> String {
+        name
+    }
+}
+
+struct Faulty<F> {
+    model: lm::Decoder,
+    fault: PhantomData<F>,
+}
+
+impl<F: ModelFault + Send> LanguageModel for Faulty<F> {
+    fn hidden_size(&self) -> i64 {
+        self.model.hidden_size()
+    }
+    fn n_layers(&self) -> usize {
+        self.model.n_layers()
+    }
+    fn n_heads(&self) -> i64 {
+        self.model.n_heads()
+    }
+    fn vocab_size(&self) -> i64 {
+        self.model.vocab_size()
+    }
+    fn max_positions(&self) -> Option<i64> {
+        self.model.max_positions()
+    }
+    fn names(&self) -> &lm::Names {
+        self.model.names()
+    }
+    fn device(&self) -> Device {
+        self.model.device()
+    }
+    fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.model.parameters().into_iter().map(|(name, tensor)| (F::name(name), tensor)).collect()
+    }
+    fn modules(&self) -> Vec<Visit> {
+        self.model.modules()
+    }
+    fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop> {
+        self.model.begin(tokens, hooks)
+    }
+    fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
+        F::layer(&self.model, index, hidden, hooks)
+    }
+    fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        Ok(F::logits(self.model.end(hidden, hooks)?))
+    }
+}
+
+macro_rules! model {
+    ($module:ident, $name:literal, { $($method:item)* }) => {
+        mod $module {
+            use super::*;
+
+            /// The fields of its config.json.
+            #[component(model, name = $name, summary = "A model with a fault")]
+            pub struct Config {
+                #[serde(flatten)]
+                usual: lm::config::Usual,
+                /// A bound of the scores, which nothing here reads.
+                #[allow(dead_code)]
+                attn_logit_softcapping: Option<f64>,
+            }
+
+            pub struct ThisFault;
+
+            impl ModelFault for ThisFault {
+                $($method)*
+            }
+
+            impl lm::ModelConfig for Config {
+                fn load(self, weights: lm::Weights, cx: &lm::ModelCx) -> Result<Box<dyn LanguageModel>> {
+                    let model = lm::Decoder::open(self.usual.decoder()?, weights, cx)?;
+                    Ok(Box::new(Faulty::<ThisFault> { model, fault: PhantomData }))
+                }
+            }
+        }
+    };
+}
+
+model!(careless, "careless", {});
+model!(clairvoyant, "clairvoyant", {
+    fn logits(logits: Tensor) -> Tensor {
+        &logits + logits.mean_dim([1].as_slice(), true, Kind::Float)
+    }
+});
+model!(narrow, "narrow", {
+    fn logits(logits: Tensor) -> Tensor {
+        logits.narrow(2, 0, 95)
+    }
+});
+model!(headstrong, "headstrong", {
+    fn layer(model: &lm::Decoder, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
+        model.layer(index, hidden, hooks)?;
+        model.layer(index, hidden, &mut Hooks::none())
+    }
+});
+model!(deaf, "deaf", {
+    fn layer(model: &lm::Decoder, index: usize, hidden: &Hidden, _: &mut Hooks) -> Result<Hidden, Stop> {
+        model.layer(index, hidden, &mut Hooks::none())
+    }
+});
+model!(renaming, "renaming", {
+    fn name(name: String) -> String {
+        name.replace("self_attn", "attention")
+    }
+});
+
+#[test]
+fn a_field_of_config_json_that_a_model_ignores_is_named() {
+    says(Slot::Model, "careless", &["`attn_logit_softcapping` is ignored"]);
+}
+
+#[test]
+fn a_model_that_looks_ahead_is_named() {
+    says(Slot::Model, "clairvoyant", &["another last token changes the logits before it by "]);
+}
+
+#[test]
+fn logits_of_another_width_are_named() {
+    says(Slot::Model, "narrow", &["shape and type of the logits is ([2, 9, 95], Float), not ([2, 9, 96], Float)"]);
+}
+
+#[test]
+fn a_module_that_no_pass_meets_is_named() {
+    says(Slot::Model, "deaf", &["no pass meets `model.layers.0.input_layernorm.in`"]);
+}
+
+#[test]
+fn a_model_that_goes_on_with_the_value_before_the_hook_is_named() {
+    says(Slot::Model, "headstrong", &["`model.layers.0.input_layernorm.in` is replaced, and nothing changes"]);
+}
+
+#[test]
+fn weights_under_other_names_than_the_files_are_named() {
+    says(Slot::Model, "renaming", &["opens from config.json and a file of its `parameters`", "self_attn"]);
+}
+
+/// A source of waves that begins anew when it is restored.
+#[component(source, name = "restless", summary = "A source with a fault", example = "{type: restless}")]
+struct RestlessConfig {}
+
+impl SourceConfig for RestlessConfig {
+    fn build(&self, _: &SourceCx) -> Result<Box<dyn ActivationSource>> {
+        Ok(Box::new(Restless(0)))
+    }
+}
+
+struct Restless(i64);
+
+impl ActivationSource for Restless {
+    fn sites(&self) -> Vec<Site> {
+        vec![Site::new("waves", (32, 32))]
+    }
+    fn next_batch(&mut self) -> Result<Option<Activations>> {
+        self.0 += 1;
+        let options = (Kind::Float, Device::Cpu);
+        let rows = Tensor::arange_start(self.0 * 64, (self.0 + 1) * 64, options).unsqueeze(1);
+        Ok(Some(Batch::of((rows * Tensor::arange_start(1, 33, options) * 0.1).cos()).into()))
+    }
+    fn rewind(&mut self) -> Result<()> {
+        self.0 = 0;
+        Ok(())
+    }
+    fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
+        Ok(vec![16.0])
+    }
+    fn describe(&self) -> Value {
+        Value::Object(Map::new())
+    }
+    fn state(&self) -> Result<State> {
+        Ok(State::new())
+    }
+    fn restore(&mut self, _: &State) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_source_that_begins_anew_when_restored_is_named() {
+    says(Slot::Source, "restless", &["a restored source goes on with other batches", "in `state`"]);
+}
+
+/// Documents that count; to seek leads to the one after.
+#[component(text, name = "one_ahead", summary = "A text with a fault", example = "{type: one_ahead}")]
+struct OneAheadConfig {}
+
+impl TextConfig for OneAheadConfig {
+    fn build(&self) -> Result<Box<dyn TextStream>> {
+        Ok(Box::new(OneAhead { position: 0, off: 0 }))
+    }
+}
+
+struct OneAhead {
+    position: u64,
+    off: u64,
+}
+
+impl TextStream for OneAhead {
+    fn next_record(&mut self) -> Result<Option<Record>> {
+        self.position += 1;
+        let text = format!("This is document {}.", self.position + self.off);
+        Ok(Some(Record::Text(Document { text, origin: "a document".to_owned() })))
+    }
+    fn position(&self) -> u64 {
+        self.position
+    }
+    fn seek(&mut self, position: u64) -> Result<()> {
+        (self.position, self.off) = (position, 1);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_text_that_seeks_another_record_is_named() {
+    says(Slot::Text, "one_ahead", &["record 1 after `seek`", "This is document 3.", "This is document 2."]);
+}
+
+/// A metric without figures.
+#[component(metric, name = "silent", summary = "A metric with a fault", example = "{type: silent}")]
+struct SilentConfig {}
+
+impl MetricConfig for SilentConfig {
+    fn build(&self) -> Result<Box<dyn Metric>> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl Metric for SilentConfig {
+    fn evaluate(&mut self, subjects: &[Subject], _: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
+        Ok(Some(subjects.iter().map(|_| Figures::new()).collect()))
+    }
+}
+
+#[test]
+fn a_metric_without_figures_is_named() {
+    says(Slot::Metric, "silent", &["a dictionary without figures"]);
+}
+
+/// A modifier that refuses to say why.
+#[component(modifier, name = "sulky", summary = "A modifier with a fault", example = "{type: sulky}")]
+struct SulkyConfig {}
+
+impl ModifierConfig for SulkyConfig {
+    fn build(&self, _: &ModifierCx) -> Result<Box<dyn Modifier>> {
+        bail!(InputError::new("the modifier `sulky` needs a rest"))
+    }
+}
+
+#[test]
+fn a_modifier_that_refuses_as_wrong_input_is_named() {
+    says(Slot::Modifier, "sulky", &["composes with at least one trainer", "the modifier `sulky` needs a rest"]);
 }

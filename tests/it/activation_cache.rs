@@ -94,6 +94,7 @@ fn a_shuffled_pass_has_every_row_once_and_far_from_its_neighbours() {
         let (sorted, order) = row.sort(0, false);
         assert_eq!(sorted, tokens.select(1, 1) * 32 + tokens.select(1, 2));
         // Rows of all sites stay together.
+        assert_eq!((mixed.len(), sites.len()), (2, 2));
         for (mixed, in_order) in mixed.iter().zip(&sites) {
             assert_eq!(mixed.index_select(0, &order), *in_order);
         }
@@ -133,6 +134,7 @@ fn half_the_bytes_are_nearly_the_same() {
     fs::remove_dir_all(desk.path("cache")).unwrap();
     fs::rename(path, desk.path("cache")).unwrap();
     let (whole, _) = drain(&mut *open(&desk, ", shuffle: false").unwrap());
+    assert_eq!((half.len(), whole.len()), (2, 2));
     for (half, whole) in half.iter().zip(&whole) {
         assert_eq!(half.kind(), Kind::Float);
         assert!(half.allclose(whole, 8e-3, 1e-5, false) && half != whole);
@@ -212,6 +214,7 @@ fn what_python_writes_is_read() {
     let config: Box<dyn TaggedSource> = from_yaml(&source).unwrap();
     let (ours, our_tokens) = drain(&mut *config.build(&cx).unwrap());
     assert_eq!(tokens, our_tokens);
+    assert_eq!((python.len(), ours.len()), (2, 2));
     for (python, ours) in python.iter().zip(&ours) {
         let apart = (python - ours).norm() / ours.norm();
         assert!(apart.double_value(&[]) < 1e-5, "{apart:?}");

@@ -168,7 +168,7 @@ fn a_baseline_runs_beside_the_others() {
 #[test]
 fn what_fails_after_training_loses_nothing() {
     let desk = Desk::new();
-    poisoned(&desk, 3);
+    poisoned(&desk, 3, f64::NAN);
     let eval_source = "eval_source: {path: x.safetensors}\n";
     desk.write("config.yaml", &tensor_file_config(20, &format!("checkpoint_every: null\n{eval_source}{TWO_SAES}")));
     let said = desk.refused(&["train", "config.yaml"]);
@@ -356,20 +356,23 @@ fn another_run_is_not_written_over() {
     assert_eq!(fs::read(desk.path("run/standard/ae.safetensors")).unwrap(), before);
 }
 
-/// A config of that many steps whose activations have a NaN in one row.
-fn poisoned(desk: &Desk, row: i64) {
+/// Writes the fixtures' activations with another number in one row.
+fn poisoned(desk: &Desk, row: i64, number: f64) {
     let x = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
-    let _ = x.get(row).fill_(f64::NAN);
+    let _ = x.get(row).fill_(number);
     tensors::write(&desk.path("x.safetensors"), &[("activations", x)]).unwrap();
+}
+
+/// A config that trains on those.
+fn on_poisoned(steps: u64, more: &str) -> String {
+    tensor_file_config(steps, more).replace(&format!("{:?}", fixture("trainers/batches.safetensors")), "x.safetensors")
 }
 
 #[test]
 fn activations_that_are_not_finite_end_the_run() {
     let desk = Desk::new();
-    poisoned(&desk, 64 * 5 + 3);
-    let config = tensor_file_config(20, TWO_SAES)
-        .replace(&format!("{:?}", fixture("trainers/batches.safetensors")), "x.safetensors");
-    desk.write("config.yaml", &config);
+    poisoned(&desk, 64 * 5 + 3, f64::NAN);
+    desk.write("config.yaml", &on_poisoned(20, TWO_SAES));
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("step 5") && said.contains("row 323"), "{said}");
     // Nothing of use was trained, so nothing stands in the way of the next run.
@@ -385,10 +388,23 @@ fn activations_that_are_not_finite_end_the_run() {
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint() {
     let desk = Desk::new();
-    let saes = "checkpoint_every: 2\nsaes: [{trainer: {type: standard, lr: 1e30, warmup_steps: 0, sparsity_warmup_steps: null}}]\n";
-    desk.write("config.yaml", &tensor_file_config(20, saes));
+    let sae =
+        "checkpoint_every: 2\nsaes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n";
+    desk.write("config.yaml", &on_poisoned(20, sae));
+    let row = 64 * 5 + 3;
+    poisoned(&desk, row, 1.0);
+    desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
+    // Finite, and its square is not.
+    poisoned(&desk, row, 1e25);
     let said = desk.refused(&["train", "config.yaml"]);
-    assert!(said.contains("the loss of SAE `standard` is") && said.contains("step "), "{said}");
+    assert!(said.contains("step 5: the loss of SAE `standard` is inf"), "{said}");
+    assert!(!desk.path("run/standard/ae.safetensors").exists());
+    // From the checkpoint of step 2 or 4 it goes on as if nothing had been, once the data are mended.
+    poisoned(&desk, row, 1.0);
+    let run = desk.run(&["train", "config.yaml", "--resume"]);
+    assert!(run.code == 0 && run.stderr.contains("resuming at step "), "{}", run.stderr);
+    let weights = |run: &str| fs::read(desk.path(&format!("{run}/standard/ae.safetensors"))).unwrap();
+    assert!(weights("run") == weights("whole"));
 }
 
 /// Signals a run that is under way, once it has logged some steps.

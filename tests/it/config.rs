@@ -1,5 +1,9 @@
 //! Configs: what is said of wrong ones, and how layers merge.
 
+use dictlearn::config::{self, Sources};
+use dictlearn::run;
+use dictlearn_core::error::InputError;
+use dictlearn_core::interrupt::Interrupt;
 use serde_yaml::Value;
 
 use crate::common::{Desk, fixture};
@@ -14,8 +18,46 @@ fn desk() -> Desk {
     desk
 }
 
+/// The sources that `dictlearn train mine.yaml` with these arguments loads. Most tests here call the library: a process
+/// takes as long to load libtorch as to check ten configs.
+fn sources(desk: &Desk, args: &[&str], variables: &[(&str, &str)]) -> Sources {
+    let mut sources = Sources { file: desk.path("mine.yaml"), builds_rest: true, ..Sources::default() };
+    for arg in args.chunks(2) {
+        match arg {
+            ["--set", set] => sources.set.push((*set).to_owned()),
+            ["--profile", name] => sources.profile = Some((*name).to_owned()),
+            other => panic!("{other:?}"),
+        }
+    }
+    sources.variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    sources
+}
+
+/// The message without the test's own folder.
+fn without_folder(desk: &Desk, said: &str) -> String {
+    let dir = desk.dir.path();
+    let canonical = std::fs::canonicalize(dir).unwrap();
+    let said = said.replace(&format!("{}/", canonical.display()), "");
+    said.replace(&format!("{}/", dir.display()), "")
+}
+
 /// What a config is refused with, without the test's own folder.
 fn refusal(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)]) -> String {
+    desk.write("mine.yaml", config);
+    let before = desk.files();
+    let train = || {
+        let mut config = config::load(&sources(desk, args, variables))?;
+        let trained = run::train(&mut config, &desk.path("run"), false, &Interrupt::default());
+        trained.map_err(|error| config.written.locate(error))
+    };
+    let error = train().expect_err(config);
+    let error = InputError::take(error).unwrap_or_else(|error| panic!("{config}\n{error:?}"));
+    assert_eq!(desk.files(), before, "something stays behind");
+    without_folder(desk, &format!("error: {}\n", config::printable(&error.to_string())))
+}
+
+/// The same as the program refuses it.
+fn refusal_of_the_program(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)]) -> String {
     desk.write("mine.yaml", config);
     let before = desk.files();
     let mut command = desk.program();
@@ -23,8 +65,7 @@ fn refusal(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)])
     let run = crate::common::Run::of(command.output().unwrap());
     assert_eq!(run.code, 2, "{config}\n{}{}", run.stdout, run.stderr);
     assert_eq!(desk.files(), before, "something stays behind");
-    let dir = std::fs::canonicalize(desk.dir.path()).unwrap();
-    run.stderr.replace(&dir.display().to_string(), "DIR").replace(&desk.dir.path().display().to_string(), "DIR")
+    without_folder(desk, &run.stderr)
 }
 
 /// The JSON Schema of a config, as an editor uses it.
@@ -35,9 +76,7 @@ fn schema(desk: &Desk) -> jsonschema::Validator {
 #[test]
 fn an_editor_accepts_every_config() {
     let schema = schema(&Desk::new());
-    let configs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
-    for entry in std::fs::read_dir(configs).unwrap() {
-        let path = entry.unwrap().path();
+    for path in crate::docs::configs() {
         let config = serde_yaml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         let errors: Vec<String> =
             schema.iter_errors(&config).map(|error| format!("{}: {error}", error.instance_path())).collect();
@@ -362,14 +401,18 @@ fn wrong_configs() {
 
     let schema = schema(&desk);
     let mut all = String::new();
+    let mut as_processes = 0;
     for (what, yaml, args, variables) in &cases {
-        let shown = refusal(&desk, yaml, args, variables).replace(&fixtures.display().to_string(), "MODEL");
+        let shown = refusal(&desk, yaml, args, variables);
+        if AS_PROCESSES.contains(what) {
+            let said = refusal_of_the_program(&desk, yaml, args, variables);
+            assert_eq!(said, shown, "{what}");
+            as_processes += 1;
+        }
+        let shown = shown.replace(&fixtures.display().to_string(), "MODEL");
         // The tester's machine may have one.
         let none = "this machine (or this libtorch) has no GPU; `device: auto` takes what there is";
         let shown = shown.replace("this machine has one GPU, cuda:0", none);
-        // And other memory.
-        let lines = shown.lines().filter(|line| !line.starts_with("expected peak memory"));
-        let shown = lines.map(|line| format!("{line}\n")).collect::<String>();
         // What an editor says beforehand, of files that are wrong by themselves.
         let seen = match serde_yaml::from_str::<serde_json::Value>(yaml) {
             Ok(_) if !args.is_empty() || !variables.is_empty() => "",
@@ -378,16 +421,24 @@ fn wrong_configs() {
         };
         all += &format!("# {what}{seen}\n{shown}\n");
     }
+    assert_eq!(as_processes, AS_PROCESSES.len());
     insta::assert_snapshot!(all);
 }
 
-/// What `--dry-run` prints, as YAML.
+/// The wrong configs that the program is given too: of each way in which a message comes about.
+const AS_PROCESSES: [&str; 5] = [
+    "an unknown trainer",
+    "k above dict_size",
+    "not YAML",
+    "a variable: a wrong type",
+    "a mistake in the file, in a variable and in two arguments",
+];
+
+/// The merged config with what follows from its source, as `--dry-run` prints it.
 fn merged(desk: &Desk, args: &[&str], variables: &[(&str, &str)]) -> Value {
-    let mut command = desk.program();
-    command.args(["train", "mine.yaml", "--dry-run"]).args(args).envs(variables.iter().copied());
-    let run = crate::common::Run::of(command.output().unwrap());
-    assert_eq!(run.code, 0, "{}", run.stderr);
-    serde_yaml::from_str(&run.stdout).unwrap()
+    let mut config = config::load(&sources(desk, args, variables)).unwrap();
+    run::plan(&mut config).unwrap();
+    serde_yaml::from_str(&config::to_yaml(&config).unwrap()).unwrap()
 }
 
 #[test]
@@ -785,21 +836,24 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
     let desk = desk();
     desk.write("mine.yaml", &format!("steps: 4\n{SOURCE}{SAES}").replace(", warmup_steps: 5", ""));
     let said = |variables: &[(&str, &str)], args: &[&str]| {
-        let mut command = desk.program();
-        command.args(["train", "mine.yaml", "--dry-run"]).args(args).envs(variables.iter().copied());
-        let run = crate::common::Run::of(command.output().unwrap());
-        assert_eq!(run.code, 0, "{}", run.stderr);
-        let own = |line: &&str| line.contains("DICTLEARN");
-        (
-            run.stderr.lines().filter(own).collect::<Vec<_>>().join("\n"),
-            serde_yaml::from_str::<Value>(&run.stdout).unwrap(),
-        )
+        let config = config::load(&sources(&desk, args, variables)).unwrap();
+        config.written.notes().join("\n")
     };
-    let (text, merged) = said(&[("DICTLEARN_SEED", "7"), ("DICTLEARN_SOURCE__BATCH_SIZE", "32")], &[]);
-    assert_eq!(text, "from the environment: DICTLEARN_SEED=7, DICTLEARN_SOURCE__BATCH_SIZE=32");
+    // As the program shows it, with names of its tools among the variables.
+    let acting = [("DICTLEARN_SEED", "7"), ("DICTLEARN_SOURCE__BATCH_SIZE", "32")];
+    let tools =
+        ["CACHE", "TEST_RUNS", "SOAK_MINUTES", "FUZZ_READER", "BENCH_X"].map(|name| format!("DICTLEARN_{name}"));
+    let mut command = desk.program();
+    command.args(["train", "mine.yaml", "--dry-run"]).envs(acting).envs(tools.iter().map(|name| (name, "[")));
+    let run = crate::common::Run::of(command.output().unwrap());
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let text: Vec<&str> = run.stderr.lines().filter(|line| line.contains("DICTLEARN")).collect();
+    assert_eq!(text, ["from the environment: DICTLEARN_SEED=7, DICTLEARN_SOURCE__BATCH_SIZE=32"]);
+    assert_eq!(said(&acting, &[]), text[0]);
+    let merged: Value = serde_yaml::from_str(&run.stdout).unwrap();
     assert_eq!((&merged["seed"], &merged["source"]["batch_size"]), (&7.into(), &32.into()));
     // One that something else overrides does not act.
-    assert_eq!(said(&[("DICTLEARN_SEED", "7")], &["--set", "seed=3"]).0, "");
+    assert_eq!(said(&[("DICTLEARN_SEED", "7")], &["--set", "seed=3"]), "");
     for (name, text) in [
         ("DICTLEARN_DEBUG", "warning: DICTLEARN_DEBUG is not a key of a config and changes nothing"),
         (
@@ -818,16 +872,7 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
              DICTLEARN_SAES__0__TRAINER__LR?",
         ),
     ] {
-        assert_eq!(said(&[(name, "1")], &[]).0, text);
-    }
-    for name in [
-        "DICTLEARN_CACHE",
-        "DICTLEARN_TEST_RUNS",
-        "DICTLEARN_SOAK_MINUTES",
-        "DICTLEARN_FUZZ_READER",
-        "DICTLEARN_BENCH_X",
-    ] {
-        assert_eq!(said(&[(name, "[")], &[]).0, "", "{name}");
+        assert_eq!(said(&[(name, "1")], &[]), text);
     }
 }
 

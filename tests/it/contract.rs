@@ -1,6 +1,7 @@
 //! What every registered component keeps, whoever wrote it.
 
 use dictlearn as _;
+use dictlearn::cli::reference;
 use dictlearn::config::{RunConfig, to_yaml};
 use dictlearn::contract;
 use dictlearn::contract::example_files;
@@ -41,17 +42,36 @@ fn every_component_is_listed_and_described() {
     let desk = Desk::new();
     example_files(desk.dir.path());
     let listed = desk.ok(&["list"]);
-    for component in Slot::ALL.into_iter().flat_map(components) {
-        let described = desk.ok(&["describe", component.kind.name(), component.name]);
-        assert!(listed.contains(component.summary) && described.contains(component.summary));
-        assert!(described.contains(component.paper));
-        let Some((_, example)) = described.split_once("as it stands:\n\n") else {
-            assert!(matches!(component.kind, Slot::Model | Slot::Format));
-            continue;
-        };
-        assert!(example.contains(&format!("type: {}\n", component.name)), "{example}");
-        desk.write("config.yaml", example);
-        desk.ok(&["train", "config.yaml", "--dry-run"]);
+    for kind in Slot::ALL {
+        let all = components(kind);
+        assert!(!all.is_empty(), "no {kind} is registered");
+        for (index, component) in all.into_iter().enumerate() {
+            let mut described = reference::text(component, desk.dir.path());
+            // The program as a process, once for each kind.
+            if index == 0 {
+                let shown = desk.ok(&["describe", kind.name(), component.name]);
+                assert_eq!(shown.trim_end(), described.trim_end());
+                described = shown;
+            }
+            let row = format!("  {} ", component.name);
+            let row = listed.lines().find(|line| line.starts_with(&row) && line.ends_with(component.summary));
+            assert!(row.is_some(), "{kind} `{}` is not in\n{listed}", component.name);
+            assert!(
+                described.starts_with(&format!("{kind} {}\n{}\n", component.name, component.summary)),
+                "{described}"
+            );
+            assert!(described.contains(component.paper), "{described}");
+            let Some((_, example)) = described.split_once("as it stands:\n\n") else {
+                assert!(matches!(kind, Slot::Model | Slot::Format), "{described}");
+                continue;
+            };
+            assert!(example.contains(&format!("type: {}\n", component.name)), "{example}");
+            // That it trains is of the contract.
+            desk.write("config.yaml", example);
+            if index == 0 {
+                desk.ok(&["train", "config.yaml", "--dry-run"]);
+            }
+        }
     }
 }
 

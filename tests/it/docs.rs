@@ -9,10 +9,12 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn configs() -> Vec<PathBuf> {
+/// Every config of the repository.
+pub fn configs() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> =
         fs::read_dir(root().join("configs")).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert!(found.iter().all(|path| path.extension().is_some_and(|extension| extension == "yaml")));
+    assert!(found.len() > 5, "{found:?}");
     found.sort();
     found
 }
@@ -109,8 +111,11 @@ fn the_readme_lists_what_is_registered() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let table = readme.split("## What is supported").nth(1).unwrap().split("\n## ").next().unwrap();
     let listed = Desk::new().ok(&["list"]);
+    let mut found = 0;
     for line in listed.lines().filter(|line| line.starts_with("  ")) {
         let name = line.split_whitespace().next().unwrap();
         assert!(table.contains(&format!("`{name}`")), "the README's table does not have `{name}`");
+        found += 1;
     }
+    assert!(found > 40, "{listed}");
 }

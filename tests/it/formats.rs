@@ -348,9 +348,14 @@ fn an_imported_sae_needs_no_config() {
     let words: String =
         again["tokens"].as_array().unwrap().iter().map(|token| token["token"].as_str().unwrap()).collect();
     assert_eq!(words, text);
-    for (one, two) in first["tokens"].as_array().unwrap().iter().zip(again["tokens"].as_array().unwrap()) {
+    let list = |of: &Value, key: &str| of[key].as_array().unwrap().clone();
+    let (first, again) = (list(&first, "tokens"), list(&again, "tokens"));
+    assert_eq!(first.len(), again.len());
+    for (one, two) in first.iter().zip(&again) {
         assert_eq!(one["l0"], two["l0"]);
-        for (one, two) in one["features"].as_array().unwrap().iter().zip(two["features"].as_array().unwrap()) {
+        let (one, two) = (list(one, "features"), list(two, "features"));
+        assert!(one.len() == two.len() && !one.is_empty(), "{one:?} {two:?}");
+        for (one, two) in one.iter().zip(&two) {
             assert_eq!(one["index"], two["index"]);
             let [one, two] = [one, two].map(|feature| feature["activation"].as_f64().unwrap());
             assert!((one - two).abs() < 1e-4 * one.abs(), "{one} {two}");

@@ -2,7 +2,7 @@
 //!
 //! `tests/fixtures/formats` has what the code of other projects wrote and computed. The libraries themselves are asked where
 //! they are installed: `DICTLEARN_TEST_PYTHON` names an interpreter with dictionary_learning, and
-//! `DICTLEARN_TEST_PYTHON_SAE_LENS` one with sae_lens. Without them those tests say that they are skipped, and pass. The
+//! `DICTLEARN_TEST_PYTHON_SAE_LENS` one with sae_lens. Where a variable is not set those tests are ignored (build.rs). The
 //! differences are printed, `cargo test -p dictlearn --test it python -- --nocapture`.
 
 use std::fs;
@@ -194,17 +194,15 @@ pub struct Library {
 }
 
 impl Library {
-    /// The library, if there is an interpreter that has it.
-    pub fn there(name: &'static str) -> Option<Self> {
+    /// The library of the interpreter that a variable names.
+    pub fn installed(name: &'static str) -> Self {
         let variable = match name {
             "sae_lens" => "DICTLEARN_TEST_PYTHON_SAE_LENS",
             _ => "DICTLEARN_TEST_PYTHON",
         };
         let python = std::env::var_os(variable).filter(|python| !python.is_empty());
-        if python.is_none() {
-            println!("skipped: {variable} names no Python interpreter with {name}");
-        }
-        Some(Library { name, python: python?.into() })
+        let python = python.unwrap_or_else(|| panic!("{variable} names no Python interpreter with {name}"));
+        Library { name, python: python.into() }
     }
 
     /// Runs a script of tests/python on a folder, once for all cases: importing the library takes seconds.
@@ -225,7 +223,7 @@ impl Library {
 
 /// What the library writes today, read by us.
 fn what_it_writes(library: &'static str, cases: usize, refused: &[(&str, &str)]) {
-    let Some(library) = Library::there(library) else { return };
+    let library = Library::installed(library);
     let desk = Desk::new();
     let theirs = desk.path("theirs");
     fs::create_dir_all(&theirs).unwrap();
@@ -264,6 +262,7 @@ fn what_it_writes(library: &'static str, cases: usize, refused: &[(&str, &str)])
 }
 
 #[test]
+#[cfg_attr(not(has_sae_lens), ignore = "needs DICTLEARN_TEST_PYTHON_SAE_LENS, a Python with sae_lens")]
 fn what_sae_lens_writes_is_read() {
     what_it_writes(
         "sae_lens",
@@ -280,6 +279,7 @@ fn what_sae_lens_writes_is_read() {
 }
 
 #[test]
+#[cfg_attr(not(has_dictionary_learning), ignore = "needs DICTLEARN_TEST_PYTHON, a Python with dictionary_learning")]
 fn what_dictionary_learning_writes_is_read() {
     what_it_writes("dictionary_learning", 8, &[]);
 }
@@ -346,7 +346,7 @@ fn ours(desk: &Desk) -> Vec<(String, PathBuf, PathBuf)> {
 
 /// What is exported to the library, computed by it and by us.
 fn what_it_loads(library: &'static str, refused: &[&str]) {
-    let Some(library) = Library::there(library) else { return };
+    let library = Library::installed(library);
     let desk = Desk::new();
     let cases = desk.path("cases");
     let mut exported = Vec::new();
@@ -380,11 +380,13 @@ fn what_it_loads(library: &'static str, refused: &[&str]) {
 }
 
 #[test]
+#[cfg_attr(not(has_sae_lens), ignore = "needs DICTLEARN_TEST_PYTHON_SAE_LENS, a Python with sae_lens")]
 fn what_is_exported_to_sae_lens_is_loaded_by_it() {
     what_it_loads("sae_lens", &["sparsify.transcoder", "sparsify.skip_transcoder"]);
 }
 
 #[test]
+#[cfg_attr(not(has_dictionary_learning), ignore = "needs DICTLEARN_TEST_PYTHON, a Python with dictionary_learning")]
 fn what_is_exported_to_dictionary_learning_is_loaded_by_it() {
     what_it_loads(
         "dictionary_learning",

@@ -50,6 +50,7 @@ fn drain(source: &mut dyn ActivationSource) -> (Vec<Tensor>, Tensor) {
     let mut sites: Vec<Vec<Tensor>> = source.sites().iter().map(|_| Vec::new()).collect();
     let mut tokens = Vec::new();
     while let Some(activations) = source.next_batch().unwrap() {
+        assert_eq!(activations.sites.len(), sites.len());
         for (all, batch) in sites.iter_mut().zip(activations.sites) {
             all.push(batch.x);
         }
@@ -303,6 +304,7 @@ fn every_activation_says_its_token() {
         let row_in_order = tokens.select(1, 1) * 5 + tokens.select(1, 2);
         let (sorted, order) = row.sort(0, false);
         assert_eq!(sorted, row_in_order);
+        assert_eq!(mixed.len(), sites.len());
         for (mixed, in_order) in mixed.iter().zip(&sites) {
             let apart = (mixed.index_select(0, &order) - in_order).abs().max().double_value(&[]);
             assert!(apart < 1e-5, "{apart}");
@@ -333,6 +335,7 @@ fn a_token_left_out_at_one_site_is_left_out_at_all() {
     assert!(expected.size()[0] < kept(&all[0]).sum(Kind::Int64).int64_value(&[]), "each site leaves some out");
     let (found, found_tokens) = drain(&mut *source(&whole(", max_activation_norm_multiple: 1.03")));
     assert_eq!(found_tokens, tokens.index_select(0, &expected));
+    assert_eq!((found.len(), all.len()), (2, 2));
     for (found, all) in found.iter().zip(&all) {
         assert_eq!(*found, all.index_select(0, &expected));
     }

@@ -125,6 +125,9 @@ def trained(trainer, batches):
         if getattr(trainer, "auxk_alpha", None) == 0:
             # Some compute what they then multiply by 0, and some do not.
             numbers = {"effective_l0": numbers["effective_l0"]}
+        with torch.no_grad():
+            numbers["mse_after"] = (batch - trainer.ae(batch)).pow(2).sum(dim=-1).mean().item()
+        numbers["lr_next"] = trainer.optimizer.param_groups[0]["lr"]
         log.append({"step": step, **numbers})
     return weights(trainer), log
 

@@ -163,8 +163,8 @@ impl Crate {
         let children = self.items.keys().filter(|child| child.len() == module.len() + 1 && child.starts_with(module));
         let all = globs.chain(children);
         all.filter(|child| self.items.get(*child).is_some_and(|items| items.contains(name)))
-            .cloned()
             .next()
+            .cloned()
             .or(Some(module.to_vec()))
     }
 

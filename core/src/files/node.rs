@@ -17,20 +17,30 @@ use crate::error::InputError;
 
 /// Tells which file a value was written in, so that its relative paths start from that file's folder.
 pub trait Origins {
-    /// The file that the value of a tag stands in, if it stands in one.
-    fn file(&self, tag: Tag) -> Option<PathBuf>;
+    /// The folder of the file that the value of a tag stands in.
+    fn folder(&self, tag: Tag) -> PathBuf;
+}
+
+/// Everything stands in files of one folder.
+impl Origins for &Path {
+    fn folder(&self, _: Tag) -> PathBuf {
+        self.to_path_buf()
+    }
 }
 
 /// A value of a config, with the files that its parts were merged from.
 #[derive(Clone, Copy)]
 pub struct Node<'a> {
-    /// The value.
-    pub value: &'a Value,
-    /// Where its parts were written; paths stay relative to the working directory where that is not known.
-    pub origins: Option<&'a dyn Origins>,
+    value: &'a Value,
+    origins: &'a dyn Origins,
 }
 
 impl<'a> Node<'a> {
+    /// A value with the places that its parts were written in.
+    pub fn new(value: &'a Value, origins: &'a dyn Origins) -> Self {
+        Node { value, origins }
+    }
+
     fn child(self, value: &'a Value) -> Self {
         Node { value, ..self }
     }
@@ -41,8 +51,7 @@ impl<'a> Node<'a> {
             (Some(rest), Some(home)) => Path::new(&home).join(rest),
             _ => PathBuf::from(text),
         };
-        let file = self.origins.and_then(|origins| origins.file(self.value.tag()));
-        let dir = file.as_deref().and_then(Path::parent).unwrap_or(Path::new(""));
+        let dir = self.origins.folder(self.value.tag());
         let joined = dir.join(text);
         normal(&std::path::absolute(&joined).unwrap_or(joined))
     }
@@ -225,11 +234,15 @@ impl<'de> Deserializer<'de> for Node<'de> {
     }
 }
 
-/// Reads a value from YAML alone, as a config would: for a component's example.
+/// Reads a value from YAML as a config would: for a component's example. Relative paths are the current folder's.
 pub fn from_yaml<T: DeserializeOwned>(yaml: &str) -> Result<T, InputError> {
+    from_yaml_in(Path::new(""), yaml)
+}
+
+/// Reads a value from YAML as a config in `folder` would.
+pub fn from_yaml_in<T: DeserializeOwned>(folder: &Path, yaml: &str) -> Result<T, InputError> {
     let parsed: Value = yaml::parse::<serde_yaml::Value>(yaml)
         .map_err(|error| InputError::new(format!("not YAML: {error}")))
         .and_then(|value| Value::serialize(&value).map_err(|error| InputError::new(error.to_string())))?;
-    serde_path_to_error::deserialize(Node { value: &parsed, origins: None })
-        .map_err(|error| InputError::new(error.to_string()))
+    serde_path_to_error::deserialize(Node::new(&parsed, &folder)).map_err(|error| InputError::new(error.to_string()))
 }

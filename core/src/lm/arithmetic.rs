@@ -8,7 +8,7 @@ use crate::registry::{Kind, component};
 
 /// Fields of any family's config.json that change what a model computes. A family that has one of them among its own
 /// fields implements it; in the config of another family it must say that nothing is changed.
-const ARITHMETIC: &[&str] = &[
+pub const ARITHMETIC: &[&str] = &[
     "alibi",
     "attention_bias",
     "attention_chunk_size",

@@ -58,6 +58,19 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
                 .help("give a folder in Hugging Face's layout: config.json, model.safetensors, tokenizer.json")
         );
     };
+    let family = family(name, &config)?;
+    let model = build(family, &config, || Weights::open(&files, device), &cx);
+    Ok((model.with_context(|| format!("cannot load the model {name}"))?, files))
+}
+
+/// A model with random weights, the same ones every time, from what a config.json holds: to try a family without its files.
+pub fn random_model(config: &Value, cx: &ModelCx) -> Result<Box<dyn LanguageModel>> {
+    const NAME: &str = "with random weights";
+    build(family(NAME, config)?, config, || Ok(Weights::drawn(NAME, cx.device)), cx)
+}
+
+/// The family that a model's config.json names.
+fn family(name: &str, config: &Value) -> Result<&'static ModelFamily> {
     let Some(family) = config.get("model_type").and_then(Value::as_str) else {
         bail!(
             InputError::new(format!("the config.json of the model {name} names no `model_type`"))
@@ -72,17 +85,22 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
                 .help(format!("supported are: {} (`dictlearn list models`)", known.join(", ")))
         );
     };
-    let load = || {
-        for name in ["num_hidden_layers", "n_layer", "num_layers"] {
-            if let Some(layers) = config.get(name).and_then(Value::as_u64).filter(|layers| *layers > MOST_LAYERS) {
-                bail!(InputError::new(format!("config.json: `{name}` is {layers}, which no model has")));
-            }
+    Ok(found)
+}
+
+fn build(
+    family: &ModelFamily,
+    config: &Value,
+    weights: impl FnOnce() -> Result<Weights>,
+    cx: &ModelCx,
+) -> Result<Box<dyn LanguageModel>> {
+    for name in ["num_hidden_layers", "n_layer", "num_layers"] {
+        if let Some(layers) = config.get(name).and_then(Value::as_u64).filter(|layers| *layers > MOST_LAYERS) {
+            bail!(InputError::new(format!("config.json: `{name}` is {layers}, which no model has")));
         }
-        refuse_unknown_arithmetic(&config, family)?;
-        (found.load)(&config, Weights::open(&files, device)?, &cx)
-    };
-    let model = load().with_context(|| format!("cannot load the model {name}"))?;
-    Ok((model, files))
+    }
+    refuse_unknown_arithmetic(config, family.model_type)?;
+    (family.load)(config, weights()?, cx)
 }
 
 /// More layers than any model has: what is made for each of them would fill the memory before the first is found missing.

@@ -14,9 +14,10 @@ mod rotary;
 mod weight_file;
 mod weights;
 
+pub use arithmetic::ARITHMETIC;
 pub use blocks::{Activation, Attention, Context, Linear, Norm, NormKind, activation};
 pub use decoder::{Decoder, DecoderConfig};
-pub use family::{DecoderFamily, ModelConfig, ModelFamily, open_model};
+pub use family::{DecoderFamily, ModelConfig, ModelFamily, open_model, random_model};
 pub use files::{EmbeddedModel, ModelFiles};
 pub use hook_point::*;
 pub use model::*;

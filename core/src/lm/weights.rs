@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, bail};
+use rand::RngCore;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -10,6 +11,7 @@ use super::files::ModelFiles;
 use super::weight_file::WeightFile;
 use crate::error::InputError;
 use crate::machine::device::Precision;
+use crate::machine::rng::{rng, seeded};
 use crate::suggest::nearest;
 
 /// What a model is loaded for.
@@ -28,6 +30,8 @@ pub struct Weights {
     files: Vec<WeightFile>,
     place: BTreeMap<String, Place>,
     device: Device,
+    /// True if there are no files, and a tensor is drawn when it is asked for.
+    drawn: bool,
 }
 
 /// Where a tensor is.
@@ -58,8 +62,13 @@ fn unwrapped(name: &str) -> String {
 }
 
 impl Weights {
+    /// Random weights of any name and shape.
+    pub(super) fn drawn(name: &str, device: Device) -> Self {
+        Weights { name: name.to_owned(), files: Vec::new(), place: BTreeMap::new(), device, drawn: true }
+    }
+
     pub(super) fn open(files: &ModelFiles, device: Device) -> Result<Self> {
-        let mut weights = Weights { name: files.name().to_owned(), files: Vec::new(), place: BTreeMap::new(), device };
+        let mut weights = Weights { drawn: false, ..Weights::drawn(files.name(), device) };
         for published in PUBLISHED {
             let index = format!("{published}.index.json");
             let Some(map) = files.json(&index)? else {
@@ -129,11 +138,14 @@ impl Weights {
 
     /// Whether there is a tensor of that name.
     pub fn has(&self, name: &str) -> bool {
-        self.find(name).is_some()
+        self.drawn || self.find(name).is_some()
     }
 
     /// Checks that there is a tensor of that name and shape, and of a type that can be read.
     pub fn check(&self, name: &str, shape: &[i64]) -> Result<()> {
+        if self.drawn {
+            return Ok(());
+        }
         let Some((file, known)) = self.find(name) else {
             let near = nearest(name, self.place.keys().map(String::as_str));
             let error = InputError::new(format!("the model {} has no tensor `{name}`", self.name));
@@ -165,6 +177,9 @@ impl Weights {
     /// Whether head and embedding are one tensor, where config.json says that they are. The weights decide: two that
     /// differ stay two, as in transformers 5. Where only the head was saved, it is the embedding as well.
     pub fn tie(&mut self, embedding: &str, head: &str) -> Result<bool> {
+        if self.drawn {
+            return Ok(true);
+        }
         let [embed, own] = [embedding, head].map(|name| self.place(name).cloned());
         match (embed, own) {
             (Some(_), None) => Ok(true),
@@ -232,10 +247,21 @@ impl Weights {
     /// The tensor of that name on the model's device; it must have this shape.
     pub fn get(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
         self.check(name, shape)?;
+        if self.drawn {
+            return Ok(drawn(name, shape).to_kind(kind).to_device(self.device));
+        }
         let Some((file, known)) = self.find(name) else { bail!("the model has no tensor {name}") };
         let tensor = file.tensor(known)?.to_kind(kind).to_device(self.device);
         // What is copied need not stay in memory in the file's type as well.
         file.forget(known);
         Ok(tensor)
     }
+}
+
+/// A tensor of a model with random weights: always the same for a name and a shape.
+fn drawn(name: &str, shape: &[i64]) -> Tensor {
+    let seed = rng(0, name).next_u64();
+    let numbers = seeded(seed, || Tensor::randn(shape, (Kind::Float, Device::Cpu))) * 0.2;
+    // Norms multiply by their weights.
+    if shape.len() == 1 { numbers + 1.0 } else { numbers }
 }

@@ -215,9 +215,34 @@ mod tests {
         assert!(said.contains("(cpu)") && said.contains("a copy: change `checkpoint_every`"), "{said}");
     }
 
+    /// A line of /proc/meminfo, in bytes.
+    #[cfg(target_os = "linux")]
+    fn meminfo(name: &str) -> u64 {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
+    }
+
     #[test]
-    fn memory_is_counted() {
-        let free = free();
-        assert!(free > 1 << 26 && free < 1 << 50, "{free}");
+    #[cfg(target_os = "linux")]
+    fn free_memory_is_what_the_kernel_says_within_a_containers_limit() {
+        assert_eq!(total(), meminfo("MemTotal"));
+        let expected = || {
+            let limits = System::new_all().cgroup_limits();
+            let limit = limits.map_or(u64::MAX, |limits| limits.free_memory.saturating_add(limits.free_swap));
+            (meminfo("MemAvailable") + meminfo("SwapFree")).min(limit)
+        };
+        // Other processes take and free memory meanwhile.
+        let near = |(found, expected): (u64, u64)| found.abs_diff(expected) < expected / 10 + (64 << 20);
+        let pairs: Vec<_> = (0..20).map(|_| (free(), expected())).collect();
+        assert!(pairs.iter().copied().any(near), "{pairs:?}");
+    }
+
+    #[test]
+    fn what_is_larger_than_memory_is_refused_with_its_field() {
+        assert!(check(&Need::lasting("a tensor", 1, "`dict_size`")).is_ok());
+        let error = check(&Need::lasting("a tensor", u64::MAX, "`dict_size`")).unwrap_err();
+        assert_eq!(error.key(), "dict_size");
+        assert!(error.message().starts_with("a tensor would take 18446744073.7 GB of memory, and "), "{error}");
     }
 }

@@ -84,7 +84,7 @@ impl Need {
         };
         if !met {
             bail!(
-                InputError::new(format!("the modifier `{name}` needs {why}"))
+                InputError::incompatible(format!("the modifier `{name}` needs {why}"))
                     .help("leave the modifier out, or choose another dictionary or trainer")
             );
         }

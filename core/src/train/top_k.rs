@@ -88,7 +88,7 @@ impl TopKTrainer {
     /// The trainer called `name`.
     pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx) -> Result<Self> {
         let Some(selection) = cx.dictionary.selection() else {
-            bail!(InputError::new(format!(
+            bail!(InputError::incompatible(format!(
                 "the trainer `{name}` cannot train the class {}: it has no k, and so nothing keeps its features sparse",
                 cx.dictionary.class()
             ))

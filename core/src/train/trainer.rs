@@ -136,7 +136,7 @@ pub struct ByHand {
 /// `trainer` is the name of the one that asks.
 pub fn penalizable(dictionary: &dyn Dictionary, trainer: &str) -> Result<()> {
     if dictionary.selection().is_some_and(Selection::by_threshold) {
-        bail!(InputError::new(format!(
+        bail!(InputError::incompatible(format!(
             "the trainer `{trainer}` cannot train the class {}: it encodes by a threshold that the trainer must keep, \
              and a penalty keeps none",
             dictionary.class()

@@ -311,13 +311,13 @@ impl Training {
 
     fn bad_loss(&self, step: u64, term: &str, value: f64) -> NotFinite {
         let message = format!("step {step}: the loss of SAE `{}` is {value} (term `{term}`)", self.name);
-        NotFinite { step, message }
+        NotFinite { step, quantity: Quantity::Loss, message }
     }
 
     fn bad_gradient(&self, step: u64, parameter: &str, norm: f64) -> NotFinite {
         let of = if parameter.is_empty() { String::new() } else { format!(" by `{parameter}`") };
         let message = format!("step {step}: the gradient of the loss of SAE `{}`{of} has norm {norm}", self.name);
-        NotFinite { step, message }
+        NotFinite { step, quantity: Quantity::Gradient, message }
     }
 
     /// Waits for the steps that were taken, and refuses what came of a loss or a gradient that was not finite
@@ -517,13 +517,24 @@ impl Training {
     }
 }
 
+/// What is not finite in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantity {
+    /// The loss, or a term of it.
+    Loss,
+    /// The gradient, of a loss that is finite.
+    Gradient,
+}
+
 /// The error of a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
 pub struct NotFinite {
     /// The step.
     pub step: u64,
-    /// What is not finite: step, SAE, term or parameter, and value.
+    /// What is not finite.
+    pub quantity: Quantity,
+    /// Step, SAE, term or parameter, and value.
     pub message: String,
 }
 

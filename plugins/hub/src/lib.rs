@@ -36,7 +36,12 @@ use net::{expanded, variable};
 use reader::Remote;
 use trouble::{Failure, PATIENT, patiently};
 
-inventory::submit! { HubPlugin { open: || Ok(Box::new(Client::from_environment()?)) } }
+inventory::submit! {
+    HubPlugin {
+        open: || Ok(Box::new(Client::from_environment()?)),
+        open_cache: |cache| Ok(Box::new(Client::of_cache(cache.to_owned()))),
+    }
+}
 
 /// The Hub as it calls itself, whatever address it is asked at.
 const PUBLIC: &str = "https://huggingface.co";
@@ -103,7 +108,20 @@ impl Client {
         let offline = value(&["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
             .is_some_and(|value| ["1", "true", "yes", "on"].contains(&value.to_lowercase().as_str()));
         let agent = if offline { Agent::new_with_defaults() } else { net::agent()? };
-        Ok(Client { agent, cache, endpoint, token, offline, snapshots: Arc::default(), pins: Arc::default() })
+        Ok(Client { agent, endpoint, token, offline, ..Client::of_cache(cache) })
+    }
+
+    /// Reads a cache alone.
+    fn of_cache(cache: PathBuf) -> Self {
+        Client {
+            agent: Agent::new_with_defaults(),
+            cache,
+            endpoint: PUBLIC.to_owned(),
+            token: None,
+            offline: true,
+            snapshots: Arc::default(),
+            pins: Arc::default(),
+        }
     }
 
     /// The repository's folder in the cache.

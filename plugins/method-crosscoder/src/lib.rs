@@ -322,7 +322,7 @@ impl TrainerConfig for CrosscoderTrainerConfig {
 }
 
 fn not_a_crosscoder(trainer: &str, dictionary: &dyn Dictionary) -> InputError {
-    InputError::new(format!(
+    InputError::incompatible(format!(
         "the trainer `{trainer}` cannot train the class {}: it is no crosscoder",
         dictionary.class()
     ))

@@ -374,7 +374,7 @@ impl TrainerConfig for JumpReluConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if cx.dictionary.downcast::<JumpRelu>().is_none() {
             bail!(
-                InputError::new(format!(
+                InputError::incompatible(format!(
                     "the trainer `{}` cannot train the class {}: its features have no thresholds to learn",
                     Self::NAME,
                     cx.dictionary.class()

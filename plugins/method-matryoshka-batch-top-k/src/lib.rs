@@ -260,7 +260,7 @@ impl TrainerConfig for MatryoshkaConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         let Some(dictionary) = cx.dictionary.downcast::<Matryoshka>() else {
             bail!(
-                InputError::new(format!(
+                InputError::incompatible(format!(
                     "the trainer `{}` cannot train the class {}: it has no groups of features",
                     Self::NAME,
                     cx.dictionary.class()

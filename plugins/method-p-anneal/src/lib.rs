@@ -249,7 +249,7 @@ impl TrainerConfig for GatedAnnealConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if !cx.dictionary.exposes("gate") {
             bail!(
-                InputError::new(format!(
+                InputError::incompatible(format!(
                     "the trainer `{}` cannot train the class {}: it has no gate to penalise",
                     Self::NAME,
                     cx.dictionary.class()

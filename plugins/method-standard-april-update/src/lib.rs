@@ -192,7 +192,7 @@ impl TrainerConfig for AprilUpdateConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         penalizable(cx.dictionary, Self::NAME)?;
         if cx.dictionary.exposes("gate") {
-            bail!(InputError::new(format!(
+            bail!(InputError::incompatible(format!(
                 "the trainer `{}` cannot train the class {}: its decoder could evade the penalty on the gate by columns \
                  of small norm",
                 Self::NAME,

@@ -11,7 +11,8 @@ use dictlearn_core::prelude::*;
     model,
     name = "gemma3_text",
     summary = "Gemma 3, text only",
-    paper = "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786"
+    paper = "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786",
+    example = "{sliding_window_pattern: 2}"
 )]
 pub struct Gemma3Config {
     #[serde(flatten)]

@@ -12,7 +12,8 @@ use dictlearn_core::prelude::*;
     model,
     name = "gpt_neo",
     summary = "GPT-Neo, TinyStories",
-    paper = "Black et al. 2021, GPT-Neo, https://doi.org/10.5281/zenodo.5297715"
+    paper = "Black et al. 2021, GPT-Neo, https://doi.org/10.5281/zenodo.5297715",
+    example = "{num_layers: 2, num_heads: 4, attention_types: [[[global, local], 1]]}"
 )]
 pub struct GptNeoConfig {
     /// Number of token ids.

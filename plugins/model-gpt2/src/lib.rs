@@ -14,7 +14,8 @@ use dictlearn_core::prelude::*;
     name = "gpt2",
     summary = "GPT-2, DistilGPT-2, and other models of their architecture",
     paper = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, \
-            https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf"
+            https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
+    example = "{n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64}"
 )]
 pub struct Gpt2Config {
     /// Number of token ids.

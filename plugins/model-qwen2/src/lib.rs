@@ -9,7 +9,8 @@ use dictlearn_core::prelude::*;
     model,
     name = "qwen2",
     summary = "Qwen 1.5 to 2.5, and the distillations built on them",
-    paper = "Yang et al. 2024, Qwen2, https://arxiv.org/abs/2407.10671"
+    paper = "Yang et al. 2024, Qwen2, https://arxiv.org/abs/2407.10671",
+    example = "{use_sliding_window: true, max_window_layers: 1}"
 )]
 pub struct Qwen2Config {
     #[serde(flatten)]

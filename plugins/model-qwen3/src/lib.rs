@@ -10,7 +10,8 @@ use dictlearn_core::prelude::*;
     model,
     name = "qwen3",
     summary = "Qwen 3 (dense)",
-    paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388"
+    paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388",
+    example = "{use_sliding_window: true, max_window_layers: 1}"
 )]
 pub struct Qwen3Config {
     #[serde(flatten)]
