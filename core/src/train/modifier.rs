@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
+use super::gradients::Gradients;
 use super::resample::can_resample;
 use super::terms::Terms;
 use super::trainer::{AfterStep, Pass, Trainer};
@@ -103,9 +104,9 @@ pub trait Modifier: Send {
         Ok(())
     }
 
-    /// Edits the dictionary's gradients, before the trainer constrains them.
-    fn gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
-        let _ = dictionary;
+    /// Edits the gradients in place, before the trainer's constraints apply.
+    fn gradients(&mut self, gradients: &Gradients, dictionary: &dyn Dictionary) -> Result<()> {
+        let _ = (gradients, dictionary);
         Ok(())
     }
 

@@ -371,7 +371,7 @@ impl Trainer for TopKTrainer {
 
     fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
         let Some(selection) = pass.dictionary.selection() else { return Ok(None) };
-        let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
+        let Some(mut hand) = Hand::new(pass) else { return Ok(None) };
         let (block, indices) = hand.select(selection);
         self.selected(pass.step, selection, || {
             let smallest = block.smallest_positive();

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use super::constraint::Constraints;
+use super::gradients::Gradients;
 use super::optim::{Adam, AdamConfig};
 use super::schedule::RunLength;
 use super::terms::Terms;
@@ -91,6 +92,8 @@ pub struct HandPass<'a> {
     pub batch: &'a Batch,
     /// The dictionary.
     pub dictionary: &'a dyn Dictionary,
+    /// The last step's gradients, whose memory the gradients of this step may be written to.
+    pub gradients: &'a Gradients,
     /// Whether the figures of this step will be logged.
     pub logging: bool,
 }
@@ -111,8 +114,8 @@ pub struct ByHand {
     pub fired: Option<Tensor>,
     /// How far the reconstruction is off, x̂ − target, [B, d_out]; needed if the step is logged.
     pub error: Option<Tensor>,
-    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of the parameter's
-    /// own gradient, which the next step writes over.
+    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of
+    /// [`HandPass::gradients`], which the next step writes over.
     pub gradients: Vec<(&'static str, Tensor)>,
 }
 

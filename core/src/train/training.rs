@@ -7,8 +7,9 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::config::SaeConfig;
+use super::gradients::Gradients;
 use super::modifier::{Modifier, ModifierConfig, ModifierCx};
-use super::optim::{Adam, Gradients};
+use super::optim::{Adam, GradientNorm};
 use super::terms::{Terms, float};
 use super::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
 use super::watch::Watch;
@@ -52,6 +53,7 @@ pub struct Training {
     pub trainer: Box<dyn Trainer>,
     modifiers: Vec<Box<dyn Modifier>>,
     optimizer: Adam,
+    gradients: Gradients,
     rng: Rng,
     /// Whether the dictionary starts from random weights.
     fresh: bool,
@@ -62,7 +64,7 @@ pub struct Training {
     /// The loss's terms, on a GPU.
     watch: Watch,
     /// The gradients' norm, on a GPU.
-    gradients: Watch,
+    norm_watch: Watch,
     /// What is done to each activation by itself; the dictionary is trained on what comes of it.
     normalization: Option<Normalization>,
 }
@@ -144,6 +146,7 @@ impl Training {
         }
         mistakes.into_result()?;
         let optimizer = Adam::new(trainer.adam(), dictionary.parameters());
+        let gradients = optimizer.gradients();
         let rng = rng(cx.seed, "training");
         Ok(Training {
             name: config.name.clone(),
@@ -151,12 +154,13 @@ impl Training {
             trainer,
             modifiers,
             optimizer,
+            gradients,
             rng,
             fresh: config.init_from.is_none(),
             goes_on,
             on_nonfinite: OnNonfinite::Stop,
             watch: Watch::default(),
-            gradients: Watch::default(),
+            norm_watch: Watch::default(),
             normalization,
         })
     }
@@ -174,7 +178,6 @@ impl Training {
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
         let normalized = self.normalization.map(|normalization| normalization.batch(batch));
         let batch = normalized.as_ref().unwrap_or(batch);
-        self.make_room();
         let looks = self.looks();
         let before = if looks { Some(self.undo(step == 0)?) } else { None };
         let result = self.step_on(step, batch, logging, looks);
@@ -194,25 +197,24 @@ impl Training {
 
     /// [`Training::step`], which may break off after having counted.
     fn step_on(&mut self, step: u64, batch: &Batch, logging: bool, looks: bool) -> Result<Option<Map<String, Value>>> {
-        let Loss { loss, gradients, figures } = self.loss(step, batch, logging)?;
+        let Loss { loss, gradients: found, figures } = self.loss(step, batch, logging)?;
         if self.dictionary.parameters().is_empty() {
             // A baseline, which runs beside the others to be measured with them.
             return Ok(figures);
         }
-        let gradients = gradients.unwrap_or_else(|| {
-            let (names, parameters): (Vec<_>, Vec<_>) = self.dictionary.parameters().into_iter().unzip();
-            let found = Tensor::run_backward(&[loss], &parameters, false, false);
-            names.into_iter().zip(found).filter(|(_, gradient)| gradient.defined()).collect()
-        });
-        self.take(gradients)?;
+        match found {
+            Some(found) => self.gradients.take(found)?,
+            None => self.gradients.backward(&loss)?,
+        }
         for modifier in &mut self.modifiers {
-            modifier.gradients(&*self.dictionary)?;
+            modifier.gradients(&self.gradients, &*self.dictionary)?;
         }
         let constraints = self.trainer.constraints();
-        match self.optimizer.step_within(self.trainer.lr(step), &constraints, &*self.dictionary, looks) {
-            Gradients::Finite => {}
-            Gradients::Unread(norm) => self.gradients.see(step, [("", &norm)])?,
-            Gradients::NotFinite { name, norm } => bail!(self.bad_gradient(step, &name, norm)),
+        let lr = self.trainer.lr(step);
+        match self.optimizer.step_within(lr, &constraints, &*self.dictionary, &self.gradients, looks) {
+            GradientNorm::Finite => {}
+            GradientNorm::Unread(norm) => self.norm_watch.see(step, [("", &norm)])?,
+            GradientNorm::NotFinite { name, norm } => bail!(self.bad_gradient(step, &name, norm)),
         }
 
         let mut cx = AfterStep {
@@ -238,7 +240,13 @@ impl Training {
         let dims = self.dictionary.dims();
         let zeros = |width| Tensor::zeros([1, width], (Kind::Float, self.dictionary.device()));
         let batch = Batch { x: zeros(dims.input), target: zeros(dims.output) };
-        let pass = HandPass { step: 0, batch: &batch, dictionary: &*self.dictionary, logging: false };
+        let pass = HandPass {
+            step: 0,
+            batch: &batch,
+            dictionary: &*self.dictionary,
+            gradients: &self.gradients,
+            logging: false,
+        };
         if tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?.is_some() {
             return Ok(None);
         }
@@ -261,7 +269,7 @@ impl Training {
         }
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
-            let pass = HandPass { step, batch, dictionary: &*self.dictionary, logging };
+            let pass = HandPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
             if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
                 let loss = self.finite(step, &terms)?;
                 let figures = match (logging, &by_hand.fired, &by_hand.error) {
@@ -326,51 +334,12 @@ impl Training {
     /// ([`NotFinite`]). To be called before anything is kept.
     pub fn settle(&self) -> Result<()> {
         let loss = self.watch.found()?.map(|found| self.bad_loss(found.step, found.name, found.value));
-        let gradient = self.gradients.found()?.map(|found| self.bad_gradient(found.step, "", found.value));
+        let gradient = self.norm_watch.found()?.map(|found| self.bad_gradient(found.step, "", found.value));
         // A loss that is not finite makes gradients so, and not the other way round.
         match loss.into_iter().chain(gradient).min_by_key(|found| found.step) {
             None => Ok(()),
             Some(found) => bail!(found),
         }
-    }
-
-    /// Gives each parameter room for its gradient.
-    fn make_room(&self) {
-        for (_, parameter) in self.dictionary.parameters() {
-            if !parameter.grad().defined() {
-                // Only autograd can make one; this one is 0.
-                (parameter.sum(parameter.kind()) * 0.0).backward();
-            }
-        }
-    }
-
-    /// Makes what was found the parameters' gradients; those of others are 0.
-    fn take(&mut self, gradients: Vec<(&'static str, Tensor)>) -> Result<()> {
-        let mut taken = Vec::new();
-        for (name, parameter) in self.dictionary.parameters() {
-            let mut own = parameter.grad();
-            let Some((_, gradient)) = gradients.iter().find(|(known, _)| *known == name) else {
-                let _ = own.zero_();
-                continue;
-            };
-            if gradient.size() != own.size() {
-                bail!("the gradient of `{name}` has shape {:?}, not {:?}", gradient.size(), own.size());
-            }
-            // It is scaled in place later, so it must have memory of its own, laid out as the parameter is.
-            let same = gradient.stride() == own.stride() && gradient.kind() == own.kind();
-            if same && !taken.contains(&gradient.data_ptr()) {
-                own.set_data(gradient);
-                taken.push(gradient.data_ptr());
-            } else {
-                tch::no_grad(|| own.copy_(gradient));
-            }
-        }
-        if let Some((unknown, _)) =
-            gradients.iter().find(|(name, _)| !self.dictionary.parameters().iter().any(|(known, _)| known == name))
-        {
-            bail!("a gradient of `{unknown}`, which the class {} does not have", self.dictionary.class());
-        }
-        Ok(())
     }
 
     /// What a loss may change before it is known to be finite: counters and thresholds, and with the first batch,
