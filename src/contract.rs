@@ -800,6 +800,10 @@ impl Modifier for Poison {
                 let _ = number.fill_(f64::NAN);
             }
         }
+        Ok(())
+    }
+
+    fn after_step(&mut self, _: &mut AfterStep) -> Result<()> {
         self.steps += 1;
         Ok(())
     }
@@ -1015,7 +1019,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
             tch::no_grad(|| biases.for_each(|(_, mut bias)| bias -= 0.1));
         }
     }
-    let (batch, counters) = (&batches[20], RESUMES.of(&who, training.trainer.state()));
+    let (batch, before) = (&batches[20], RESUMES.of(&who, training.state()));
     let mut by_hand = Terms::new();
     let pass = HandPass { step: 20, batch, dictionary: &*training.dictionary, gradients: &gradients, logging: true };
     // Gradients may be written to the memory of the last ones; what is not written stays NaN.
@@ -1031,8 +1035,16 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
         return;
     };
     let gradients: Vec<_> = found.gradients.iter().map(|(name, gradient)| (*name, gradient.copy())).collect();
+    let after_step = |training: &mut Training| {
+        let mut optimizer = Adam::new(training.trainer.adam(), training.dictionary.parameters());
+        let mut rng = rng(0, "contract");
+        let (dictionary, optimizer) = (&mut *training.dictionary, &mut optimizer);
+        let mut cx = AfterStep { step: 20, batch, dictionary, optimizer, rng: &mut rng };
+        STEPS_SUCCEED.of(&who, training.trainer.after_step(&mut cx));
+    };
+    after_step(&mut training);
     let counted = RESUMES.of(&who, training.trainer.state());
-    RESUMES.of(&who, training.trainer.restore(&counters));
+    RESUMES.of(&who, training.restore(&before));
     for (_, parameter) in training.dictionary.parameters() {
         parameter.shallow_clone().zero_grad();
     }
@@ -1077,6 +1089,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     }
     // A feature at its edge may fire in one and not in the other where numbers are rounded.
     if !bfloat16 {
+        after_step(&mut training);
         for (key, tensor) in RESUMES.of(&who, training.trainer.state()).tensors() {
             let found = BY_HAND.of(&who, counted.tensor(key)).to_kind(Kind::Float);
             close(&format!("`{key}` in its state"), &found, &tensor.to_kind(Kind::Float));

@@ -98,7 +98,7 @@ fn exposes_pre_activations(cx: &ModifierCx) -> bool {
 
 /// A modifier.
 pub trait Modifier: Send {
-    /// Adds to the loss, or changes its terms.
+    /// Adds to the loss, or changes its terms. As in [`Trainer::loss`], what it counts is kept by [`Modifier::after_step`].
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let _ = (pass, terms);
         Ok(())
