@@ -44,13 +44,15 @@ pub struct DictionaryCx<'a> {
 }
 
 /// The config of a dictionary.
-#[typetag::serde(tag = "type")]
 pub trait DictionaryConfig: Debug + Send + Sync {
     /// A new dictionary with random initial weights, drawn from libtorch's generator.
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>>;
 }
 
-crate::schema::slot!(DictionaryConfig => Dictionary);
+crate::component::tagged! {
+    /// A dictionary's config, by `type`.
+    TaggedDictionary: DictionaryConfig => Dictionary {}
+}
 
 /// A decoder's weight, and which of its two dimensions counts the features.
 #[derive(Debug)]

@@ -6,13 +6,6 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::config::SaeConfig;
-use super::gradients::Gradients;
-use super::modifier::{Modifier, ModifierConfig, ModifierCx};
-use super::optim::{Adam, GradientNorm};
-use super::terms::{Terms, float};
-use super::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
-use super::watch::Watch;
 use crate::data::{Batch, OnNonfinite, SitePart};
 use crate::error::{InputError, Mistakes, Under};
 use crate::files::state::State;
@@ -22,10 +15,15 @@ use crate::machine::device::Precision;
 use crate::machine::memory::Need;
 use crate::machine::ranks;
 use crate::machine::rng::{Rng, rng, seeded};
-use crate::sae::Selection;
-use crate::sae::saved;
-use crate::sae::{Adapted, Normalization};
-use crate::sae::{Dictionary, DictionaryCx};
+use crate::sae::{Adapted, Dictionary, DictionaryCx, Normalization, Selection, saved};
+use crate::train::TaggedModifier;
+use crate::train::config::SaeConfig;
+use crate::train::gradients::Gradients;
+use crate::train::modifier::{Modifier, ModifierCx};
+use crate::train::optim::{Adam, GradientNorm};
+use crate::train::terms::{Terms, float};
+use crate::train::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
+use crate::train::watch::Watch;
 
 /// What a dictionary in training is built for.
 #[derive(Debug, Clone)]
@@ -137,15 +135,15 @@ impl Training {
                 norms.is_some_and(|norms| !norms.allclose(&norms.ones_like(), 1e-3, 1e-3, false))
             };
             if far(&*dictionary) && !dictionary.fold_norms() {
-                crate::say!(
-                    "warning: SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
+                tracing::warn!(
+                    "SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
                      it will not be what it was",
                     config.name
                 );
             }
         }
         let modifier_cx = ModifierCx { dictionary: &*dictionary, trainer: &*trainer };
-        let build = |modifier: &dyn ModifierConfig| {
+        let build = |modifier: &dyn TaggedModifier| {
             modifier.needs().into_iter().try_for_each(|need| need.check(modifier.typetag_name(), &modifier_cx))?;
             modifier.build(&modifier_cx)
         };
@@ -196,12 +194,15 @@ impl Training {
         let result = self.begin(batch).and_then(|()| self.step_on(step, batch, logging));
         result.or_else(|error| match self.set_back(&before) {
             Ok(()) => Err(error),
-            Err(other) => Err(error.context(format!("and what the first batch initialised cannot be undone: {other:#}"))),
+            Err(other) => {
+                Err(error.context(format!("and what the first batch initialised cannot be undone: {other:#}")))
+            }
         })
     }
 
     /// Initialises from the first batch.
     fn begin(&mut self, batch: &Batch) -> Result<()> {
+        let batch = &Batch { x: ranks::gather_rows(&batch.x), target: ranks::gather_rows(&batch.target) };
         if self.fresh {
             self.dictionary.begin(batch);
         }
@@ -288,8 +289,7 @@ impl Training {
     fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Loss> {
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
-            let pass =
-                HandPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
+            let pass = HandPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
             if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
                 let figures = match (logging, &by_hand.fired, by_hand.error) {
                     (false, ..) => None,

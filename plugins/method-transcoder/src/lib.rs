@@ -30,59 +30,48 @@ use dictlearn_core::formats::{Activation, Affine, AffineClass};
 use dictlearn_core::prelude::*;
 use dictlearn_core::sae::Selection;
 
-const NAME: &str = "transcoder";
-const SKIP_NAME: &str = "skip_transcoder";
-
 /// A transcoder.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(inline)]
+#[component(
+    dictionary,
+    name = "transcoder",
+    summary = "Predicts a module's output from its input",
+    paper = "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, https://arxiv.org/abs/2406.11944",
+    example = "{type: transcoder, expansion_factor: 8}",
+    fields(width = "the input's width")
+)]
 pub struct TranscoderConfig {
     /// How many features each activation keeps; null for all that are positive.
-    #[serde(default)]
+    #[default]
     #[schemars(range(min = 1))]
     pub k: Option<i64>,
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the input's width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
 }
 
 /// A transcoder with a skip connection.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(transparent)]
-pub struct SkipTranscoderConfig(TranscoderConfig);
-
-register! {
-    dictionary TranscoderConfig, NAME,
-    summary: "Predicts a module's output from its input",
-    paper: "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, https://arxiv.org/abs/2406.11944",
-    example: "{type: transcoder, expansion_factor: 8}",
+#[component(
+    dictionary,
+    name = "skip_transcoder",
+    summary = "Predicts a module's output from its input, with a linear map beside the features",
+    paper = "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
+             https://arxiv.org/abs/2501.18823",
+    example = "{type: skip_transcoder, expansion_factor: 8}",
+    fields(width = "the input's width")
+)]
+pub struct SkipTranscoderConfig {
+    /// How many features each activation keeps; null for all that are positive.
+    #[default]
+    #[schemars(range(min = 1))]
+    pub k: Option<i64>,
 }
 
-register! {
-    dictionary SkipTranscoderConfig, SKIP_NAME,
-    summary: "Predicts a module's output from its input, with a linear map beside the features",
-    paper: "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
-            https://arxiv.org/abs/2501.18823",
-    example: "{type: skip_transcoder, expansion_factor: 8}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for TranscoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        Ok(Box::new(Transcoder::new(self, false, cx)?))
+        Ok(Box::new(Transcoder::new(self.features(cx)?, self.k, false, cx)?))
     }
 }
 
-#[typetag::serde(name = SKIP_NAME)]
 impl DictionaryConfig for SkipTranscoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        Ok(Box::new(Transcoder::new(&self.0, true, cx)?))
+        Ok(Box::new(Transcoder::new(self.features(cx)?, self.k, true, cx)?))
     }
 }
 
@@ -100,13 +89,13 @@ pub struct Transcoder {
 }
 
 inventory::submit! {
-    SavedClass { class: "Transcoder", name: NAME, shaped: |tensors, trainer, device, precision| {
+    SavedClass { class: "Transcoder", name: TranscoderConfig::NAME, shaped: |tensors, trainer, device, precision| {
         shaped(tensors, trainer, false, device, precision)
     } }
 }
 
 inventory::submit! {
-    SavedClass { class: "SkipTranscoder", name: SKIP_NAME, shaped: |tensors, trainer, device, precision| {
+    SavedClass { class: "SkipTranscoder", name: SkipTranscoderConfig::NAME, shaped: |tensors, trainer, device, precision| {
         shaped(tensors, trainer, true, device, precision)
     } }
 }
@@ -155,13 +144,12 @@ fn shaped(
 }
 
 impl Transcoder {
-    fn new(config: &TranscoderConfig, skip: bool, cx: &DictionaryCx) -> Result<Self> {
-        let features = dict_size(config.dict_size, config.expansion_factor, cx.activation_dim)?;
-        if let Some(k) = config.k {
+    fn new(features: i64, k: Option<i64>, skip: bool, cx: &DictionaryCx) -> Result<Self> {
+        if let Some(k) = k {
             Selection::check(k, features)?;
         }
         let dims = Dims { input: cx.activation_dim, features, output: cx.output_dim };
-        let mut dictionary = Transcoder::zeros(dims, config.k, skip, cx.device, cx.precision);
+        let mut dictionary = Transcoder::zeros(dims, k, skip, cx.device, cx.precision);
         tch::no_grad(|| {
             // The mean norm of PyTorch's linear layers, which both papers' code begins with.
             dictionary.w_enc.copy_(&random_directions([dims.input, features], 3f64.sqrt().recip(), cx.device));
