@@ -1,7 +1,5 @@
 //! One dictionary in training: the order of a step, the same for every method.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
@@ -9,13 +7,11 @@ use tch::{Device, Kind, Tensor};
 use crate::data::{Batch, OnNonfinite, SitePart};
 use crate::error::{InputError, Mistakes, Under};
 use crate::files::state::State;
-use crate::files::tensors::bytes;
 use crate::machine::device;
 use crate::machine::device::Precision;
-use crate::machine::memory::Need;
 use crate::machine::ranks;
 use crate::machine::rng::{Rng, rng, seeded};
-use crate::sae::{Adapted, Dictionary, DictionaryCx, Normalization, Selection, saved};
+use crate::sae::{Adapted, Dictionary, DictionaryCx, Normalization, saved};
 use crate::train::TaggedModifier;
 use crate::train::config::SaeConfig;
 use crate::train::gradients::Gradients;
@@ -259,30 +255,9 @@ impl Training {
         }
     }
 
-    /// Why its steps are left to autograd, if they are not taken by hand; found out by one on zeros, so it is not for a run that
-    /// goes on.
-    pub fn why_autograd(&mut self) -> Result<Option<&'static str>> {
-        if !self.modifiers.is_empty() {
-            return Ok(Some("its modifiers need it"));
-        }
-        let dims = self.dictionary.dims();
-        let zeros = |width| Tensor::zeros([1, width], (Kind::Float, self.dictionary.device()));
-        let batch = Batch { x: zeros(dims.input), target: zeros(dims.output) };
-        let pass = HandPass {
-            step: 0,
-            batch: &batch,
-            dictionary: &*self.dictionary,
-            gradients: &self.gradients,
-            logging: false,
-        };
-        if tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?.is_some() {
-            return Ok(None);
-        }
-        Ok(Some(if device::at_hand(self.dictionary.device()) {
-            "the trainer or the dictionary has no other way"
-        } else {
-            "the trainer or the dictionary has no other way on a GPU"
-        }))
+    /// True if modifiers change the loss or the gradients, which they do in autograd's graph.
+    pub fn is_modified(&self) -> bool {
+        !self.modifiers.is_empty()
     }
 
     /// The terms of a step's loss, the gradients where they are analytic, and what figures are made of.
@@ -326,9 +301,10 @@ impl Training {
             self.watch.see(step, terms)?;
             return Ok(loss);
         }
-        if !is_finite(&loss)? {
+        let value = ranks::mean(loss.double_value(&[]));
+        if !value.is_finite() {
             let infinite = terms.iter().find(|term| !term.value.double_value(&[]).is_finite());
-            bail!(self.bad_loss(step, infinite.map_or("sum", |term| term.name), loss.double_value(&[])));
+            bail!(self.bad_loss(step, infinite.map_or("sum", |term| term.name), value));
         }
         Ok(loss)
     }
@@ -405,6 +381,11 @@ impl Training {
         }
     }
 
+    /// What is done to each activation by itself before the dictionary reads it.
+    pub fn normalization(&self) -> Option<Normalization> {
+        self.normalization
+    }
+
     /// Lets what was loaded take activations divided by `norm`.
     pub fn takes_divided(&mut self, norm: f64) -> Result<()> {
         match self.normalization {
@@ -419,42 +400,6 @@ impl Training {
             }
         }
         Ok(())
-    }
-
-    /// What it takes memory for, with batches of so many activations.
-    pub fn memory(&self, batch_size: i64) -> Vec<Need> {
-        let dims = self.dictionary.dims();
-        let weights = self.dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
-        let batch = |width: i64| batch_size as u64 * width as u64 * 4;
-        let by_hand = self.modifiers.is_empty() && self.dictionary.two_layer().is_some();
-        let at_hand = device::at_hand(self.dictionary.device());
-        let k = self.dictionary.selection().map(Selection::k);
-        let relu = || self.dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
-        // As measured on a CPU (docs/performance.md), where a step by hand of few selected features never has all of them at once, and
-        // counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
-        let quarters = match k {
-            _ if !by_hand => 36,
-            Some(k) if at_hand && 4 * k <= dims.features => 0,
-            Some(_) if at_hand => 36,
-            Some(_) => 12,
-            None if at_hand => 5,
-            None if relu() => 20,
-            None => 36,
-        };
-        // Of what is selected: k of each row, or as many as the activations are wide where k is annealed, and in the family's auxiliary
-        // loss half as many again, of dead features, whose weights are taken out.
-        let selected = k.map_or(0, |k| batch_size as u64 * (k + dims.input) as u64 * 64 + 2 * weights);
-        let features = quarters * batch(dims.features) / 4 + selected;
-        let step = features + 6 * (batch(dims.input) + batch(dims.output));
-        let name = &self.name;
-        let knob = "its `dict_size`, or how many SAEs train at once";
-        vec![
-            Need::lasting(format!("SAE `{name}` with gradients and moments"), 4 * weights, knob),
-            Need::lasting(format!("SAE `{name}` in a checkpoint"), 3 * weights, knob).on_host(),
-            Need::passing(format!("a step of SAE `{name}`"), step, "the source's batch size"),
-            // Folded, and packed for Python.
-            Need::passing(format!("SAE `{name}` as it is saved"), 3 * weights, knob).on_host(),
-        ]
     }
 
     /// Everything that a resumed run needs.
@@ -509,59 +454,4 @@ pub struct NotFinite {
 /// True if every number of a tensor is finite.
 pub fn is_finite(tensor: &Tensor) -> Result<bool> {
     Ok(bool::try_from(tensor.isfinite().all())?)
-}
-
-/// An SAE's config.json: what the reference's trainer and buffer would say of themselves.
-pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, buffer: &Value) -> Result<Value> {
-    let dims = training.dictionary.dims();
-    let mut trainer = Map::new();
-    let mut add = |name: &str, value: Value| {
-        trainer.insert(name.to_owned(), value);
-    };
-    add("dict_class", training.dictionary.class().into());
-    add("trainer_class", config.trainer.class().into());
-    add("activation_dim", dims.input.into());
-    add("dict_size", dims.features.into());
-    if dims.output != dims.input {
-        add("output_dim", dims.output.into());
-    }
-    for component in [serde_json::to_value(&config.trainer)?, serde_json::to_value(&config.dictionary)?] {
-        for (name, value) in component.as_object().into_iter().flatten() {
-            if !["type", "dict_size", "expansion_factor"].contains(&name.as_str()) {
-                add(name, value.clone());
-            }
-        }
-    }
-    training.trainer.settings(&mut trainer);
-    // What annealing has made of them by now.
-    for (name, tensor) in training.dictionary.buffers() {
-        if trainer.contains_key(name) && tensor.numel() == 1 && tensor.kind() == Kind::Int {
-            trainer.insert(name.to_owned(), tensor.int64_value(&[]).into());
-        }
-    }
-    let mut add = |name: &str, value: Value| {
-        trainer.insert(name.to_owned(), value);
-    };
-    if let Some(normalization) = training.normalization {
-        add("normalization", serde_json::to_value(normalization)?);
-    }
-    add("steps", cx.steps.into());
-    add("seed", cx.seed.into());
-    add("device", device::name(cx.device).into());
-    let submodule = buffer.get("submodule").cloned().unwrap_or(Value::Null);
-    let layer = submodule.as_str().and_then(|path| path.split('.').find_map(|part| part.parse::<u64>().ok()));
-    add("layer", layer.map_or(Value::Null, Value::from));
-    add("lm_name", buffer.get("model").cloned().unwrap_or(Value::Null));
-    add("wandb_name", training.name.as_str().into());
-    add("submodule_name", submodule);
-    let mut saved = serde_json::json!({"trainer": trainer, "buffer": buffer});
-    if !config.modifiers.is_empty() {
-        saved["modifiers"] = serde_json::to_value(&config.modifiers)?;
-    }
-    Ok(saved)
-}
-
-/// The folder of an SAE in a run.
-pub fn sae_dir(run_dir: &Path, name: &str) -> std::path::PathBuf {
-    run_dir.join(name)
 }
