@@ -213,7 +213,7 @@ promises! {
     AS_ON_A_GPU: "without reading numbers at each step, as on a GPU, it trains to the same weights",
         "use tensors for what a step decides (`where_self`, `masked_fill`), not numbers read from them";
     NOT_FINITE: "a step whose loss or gradients are not finite is refused and changes nothing",
-        "change only what `state` gives in `loss`, everything else in `after_step`";
+        "change nothing in `loss` that `state` gives: note what it counts, and keep it in `after_step`";
     LONGER: "where `depends_on_steps` is false, no step depends on how long the run is",
         "return `Schedule::depends_on_steps`, or true";
     GRADIENTS: "each term's gradient is that of finite differences",
@@ -853,14 +853,11 @@ fn refuses_a_gradient_that_is_not_finite(trainer: &Component) {
 /// The terms of a loss, each computed as in a step.
 fn terms(who: &str, training: &mut Training, batch: &Batch, step: u64) -> Terms {
     let mut terms = Terms::new();
-    // What the loss counts is set back, so that it is the same function every time.
-    let counters = RESUMES.of(who, training.trainer.state());
     let pass = Pass::forward(&*training.trainer, &*training.dictionary, batch, step, false);
     STEPS_SUCCEED.of(who, training.trainer.loss(&pass, &mut terms));
     if let Some((name, value)) = training.dictionary.auxiliary_loss(batch, &pass.code) {
         terms.add(name, value, 1.0);
     }
-    RESUMES.of(who, training.trainer.restore(&counters));
     terms
 }
 

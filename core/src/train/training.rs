@@ -185,15 +185,18 @@ impl Training {
         if step > 0 {
             return self.step_on(step, batch, logging);
         }
-        // The first batch initialises weights, which must not stay if its loss is not finite.
-        let before = self.weights_and_counters()?;
+        // The first batch initialises weights, which must not stay if its loss is refused.
+        let before = self.looks().then(|| self.weights_and_counters()).transpose()?;
         let result = self.begin(batch).and_then(|()| self.step_on(step, batch, logging));
-        result.or_else(|error| match self.set_back(&before) {
-            Ok(()) => Err(error),
-            Err(other) => {
-                Err(error.context(format!("and what the first batch initialised cannot be undone: {other:#}")))
-            }
-        })
+        match (result, before) {
+            (Err(error), Some(before)) => Err(match self.set_back(&before) {
+                Ok(()) => error,
+                Err(other) => {
+                    error.context(format!("and what the first batch initialised cannot be undone: {other:#}"))
+                }
+            }),
+            (result, _) => result,
+        }
     }
 
     /// Initialises from the first batch.
