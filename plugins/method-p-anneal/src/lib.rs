@@ -445,8 +445,14 @@ impl PAnneal {
         self.state.coefficient * self.schedule.sparsity_factor(step)
     }
 
-    /// p and λ for the steps to come, if it is time for the next ones.
+    /// Queues the penalties of a step that is taken and, if it is time, sets p and λ for the steps to come.
     fn update(&mut self, step: u64) {
+        if let Some(seen) = self.seen.take() {
+            self.state.queue.push_back(seen);
+            if self.state.queue.len() > self.queue_length {
+                self.state.queue.pop_front();
+            }
+        }
         let Annealing { values, p_end, .. } = &self.annealing;
         let state = &mut self.state;
         if !self.annealing.due(step, state.updates) {
@@ -537,12 +543,6 @@ impl Trainer for PAnneal {
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
-        if let Some(seen) = self.seen.take() {
-            self.state.queue.push_back(seen);
-            if self.state.queue.len() > self.queue_length {
-                self.state.queue.pop_front();
-            }
-        }
         self.update(cx.step);
         self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx).map(drop))
     }
@@ -636,14 +636,13 @@ mod tests {
             queue_length: 2,
             state: Annealed { p: 1.0, next_p: None, updates: 0, coefficient: 0.1, queue: VecDeque::new() },
             resampling: None,
+            seen: None,
         };
         let a = Tensor::from_slice2(&[[4.0f32, 9.0]]);
         let mut ps = Vec::new();
         for step in 0..6 {
             let penalty = lp(&a, trainer.state.p, SparsityFunction::Lp);
-            if let Some(next) = trainer.state.next_p {
-                trainer.queue(&penalty, |_| lp(&a, next, SparsityFunction::Lp));
-            }
+            trainer.see(&penalty, |next| lp(&a, next, SparsityFunction::Lp));
             trainer.update(step);
             ps.push(trainer.state.p);
             assert!(trainer.state.coefficient.is_finite() && trainer.state.coefficient > 0.0);
