@@ -32,6 +32,7 @@ pub use crate::sae::{
 pub use crate::sae::{Normalization, NormalizationKind};
 pub use crate::train::Constraints;
 pub use crate::train::Firing;
+pub use crate::train::Gradients;
 pub use crate::train::{Adam, AdamConfig};
 pub use crate::train::{
     AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, mean_of_sums, penalizable,

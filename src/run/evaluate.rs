@@ -52,6 +52,29 @@ impl<'a> Measured<'a> {
     }
 }
 
+/// The index in `eval_source` of a site that an SAE trains on.
+pub(crate) fn eval_site(source: &dyn ActivationSource, site: &Site) -> Result<usize> {
+    let sites = source.sites();
+    let Some(found) = Site::find(&sites, &site.name) else {
+        let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
+        bail!(
+            InputError::new(format!("`eval_source` has no site `{}`, on which an SAE trains", site.name))
+                .field("eval_source")
+                .help(format!("its sites: {}", names.join(", ")))
+        );
+    };
+    if sites[found].widths() != site.widths() {
+        bail!(
+            InputError::new(format!(
+                "the activations of `eval_source` have width {}, but those of `source` {}",
+                sites[found].activation_dim, site.activation_dim
+            ))
+            .field("eval_source")
+        );
+    }
+    Ok(found)
+}
+
 /// Where training left nothing unread of a source that cannot say more.
 pub(crate) const ALL_READ: &str = "of which it left nothing unread: an `eval_source` or more data keeps the two apart";
 

@@ -333,6 +333,11 @@ pub trait ActivationSource: Send {
     /// What an SAE's config.json says of it, under `buffer`.
     fn describe(&self) -> Value;
 
+    /// True if the source itself refuses or leaves out activations that are not finite, so that batches need not be checked.
+    fn gives_finite(&self) -> bool {
+        false
+    }
+
     /// Where a row of the batch that was given last is from, for messages, if the row's token does not say it: a file and the
     /// row there.
     fn origin(&self, row: i64) -> Option<String> {

@@ -31,14 +31,15 @@ use std::cell::{Cell, OnceCell};
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
+use super::gradients::Gradients;
 use super::terms::Terms;
 use super::trainer::{ByHand, HandPass};
 use crate::data::Batch;
 use crate::machine::device::{Precision, at_hand};
 use crate::machine::parallel::numbers;
+use crate::sae::Selection;
 use crate::sae::two_layer::select::{self, Kept, Selector, Tile};
 use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand, Slope, TwoLayer, Weight};
-use crate::sae::{Dictionary, Selection};
 
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
@@ -144,9 +145,9 @@ pub struct Hand {
 }
 
 impl Hand {
-    /// For a batch, if the dictionary has two layers.
-    pub fn new(dictionary: &dyn Dictionary, batch: &Batch) -> Option<Self> {
-        let layers = dictionary.two_layer()?;
+    /// For a batch, if the dictionary has two layers. Gradients are written to the memory of the last step's.
+    pub fn new(pass: &HandPass) -> Option<Self> {
+        let (layers, batch) = (pass.dictionary.two_layer()?, pass.batch);
         let precision = layers.precision;
         let x = if layers.centred { &batch.x - &layers.bias.tensor } else { batch.x.shallow_clone() }.contiguous();
         let (w_enc, w_dec) = (layers.encoder.rows(), layers.decoder.rows());
@@ -155,9 +156,9 @@ impl Hand {
         }
         let lists = at_hand(x.device()) && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
         Some(Hand {
-            by_w_enc: layers.encoder.room(),
+            by_w_enc: room(&layers.encoder, pass.gradients),
             by_z: Tensor::zeros([w_enc.size()[0]], (Kind::Float, x.device())),
-            by_w_dec: layers.decoder.room(),
+            by_w_dec: room(&layers.decoder, pass.gradients),
             b_enc: layers.encoder_bias.as_ref().map(|bias| bias.tensor.shallow_clone()),
             x: Operand::new(x, precision),
             w_enc: Operand::new(w_enc, precision),
@@ -361,8 +362,7 @@ impl Hand {
     pub fn of_features(&self, features: &Tensor) -> Hand {
         let lacking = lacking(features.size()[0]);
         let count = features.size()[0] + lacking;
-        let same =
-            |weight: &Weight| Weight { gradient: Tensor::new(), tensor: weight.tensor.shallow_clone(), ..*weight };
+        let same = |weight: &Weight| Weight { tensor: weight.tensor.shallow_clone(), ..*weight };
         let like = |tensor: &Tensor| Tensor::empty([count, tensor.size()[1]], (Kind::Float, tensor.device()));
         Hand {
             layers: TwoLayer {
@@ -413,6 +413,14 @@ impl Hand {
     }
 }
 
+/// Memory for the gradient of a matrix, [F, d]: that of the last step's gradient if it lies right.
+fn room(weight: &Weight, gradients: &Gradients) -> Tensor {
+    let rows = weight.rows();
+    let room = gradients.get(weight.name).map(|gradient| weight.turned(gradient));
+    let fits = |room: &Tensor| room.size() == rows.size() && room.is_contiguous() && room.kind() == rows.kind();
+    room.filter(fits).unwrap_or_else(|| rows.empty_like())
+}
+
 /// The sum over rows, `[d]` of [B, d].
 pub fn sum_of_rows(rows: &Tensor) -> Tensor {
     rows.sum_dim_intlist([0].as_slice(), false, Kind::Float)
@@ -453,7 +461,7 @@ pub fn step(
     if on_gpu && !activation.on_gpu() {
         return Ok(None);
     }
-    let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
+    let Some(mut hand) = Hand::new(pass) else { return Ok(None) };
     let blocks = if on_gpu {
         vec![Block::dense(hand.whole(), 0, hand.layers.precision)]
     } else {

@@ -23,15 +23,12 @@ fn norms(decoder: &Decoder) -> Tensor {
 
 /// Removes from the decoder's gradient the part along each feature's direction, which a unit-norm decoder could not
 /// follow anyway and which would only spoil Adam's moments.
-pub(crate) fn remove_parallel_gradient(decoder: &Decoder) {
-    let mut grad = decoder.weight.grad();
-    if !grad.defined() {
-        return;
-    }
+pub(crate) fn remove_parallel_gradient(decoder: &Decoder, gradient: &Tensor) {
     tch::no_grad(|| {
+        let mut gradient = gradient.shallow_clone();
         let unit = decoder.weight.detach() / norms(decoder);
-        let parallel = (&grad * &unit).sum_dim_intlist([decoder.direction_dim()].as_slice(), true, grad.kind());
-        grad -= unit * parallel;
+        let parallel = (&gradient * &unit).sum_dim_intlist([decoder.direction_dim()].as_slice(), true, gradient.kind());
+        gradient -= unit * parallel;
     });
 }
 
@@ -46,7 +43,7 @@ pub(crate) fn normalize_decoder(decoder: &Decoder) {
 pub(crate) fn clip_gradients(gradients: &mut [Tensor], norm: &Tensor, max_norm: f64) {
     tch::no_grad(|| {
         let factor = ((norm + 1e-6).reciprocal() * max_norm).clamp_max(1.0);
-        for gradient in gradients.iter_mut().filter(|gradient| gradient.defined()) {
+        for gradient in gradients {
             let _ = gradient.g_mul_(&factor);
         }
     });

@@ -47,11 +47,11 @@ impl Buffer {
         self.unfilled || self.unread() < self.capacity / 2
     }
 
-    /// Fills the buffer up: unread rows move to its front, then `more` is asked for rows until there are none or no
-    /// room. `more` is told how many rows there is room for and gives no more than that. Then all is shuffled.
+    /// Fills the buffer up: unread rows move to its front, then `more` writes rows behind them until there are none or no
+    /// room. `more` is given the free rows of each column and returns how many of the first it wrote. Then all is shuffled.
     ///
     /// Where `more` fails, what it gave is kept, and the next filling goes on there, to the same end.
-    pub fn fill(&mut self, mut more: impl FnMut(usize) -> Result<Option<Vec<Tensor>>>) -> Result<()> {
+    pub fn fill(&mut self, mut more: impl FnMut(&[Tensor]) -> Result<Option<i64>>) -> Result<()> {
         let mut unread = self.order.split_off(self.served);
         unread.sort_unstable();
         // Sorted, a row never moves behind where a later one still waits to be read.
@@ -64,8 +64,9 @@ impl Buffer {
         }
         let mut count = unread.len();
         while count < self.capacity {
-            let rows = match more(self.capacity - count) {
-                Ok(Some(rows)) => rows,
+            let free = |column: &Tensor| column.narrow(0, count as i64, (self.capacity - count) as i64);
+            let added = match more(&self.columns.iter().map(free).collect::<Vec<_>>()) {
+                Ok(Some(added)) => added,
                 Ok(None) => break,
                 Err(error) => {
                     (self.order, self.served, self.unfilled) = ((0..count as u32).collect(), 0, true);
@@ -73,10 +74,6 @@ impl Buffer {
                     return Err(error);
                 }
             };
-            let added = rows[0].size()[0];
-            for (column, rows) in self.columns.iter().zip(&rows) {
-                column.narrow(0, count as i64, added).copy_(rows);
-            }
             count += added as usize;
         }
         (self.order, self.served, self.unfilled) = ((0..count as u32).collect(), 0, false);
@@ -165,14 +162,21 @@ mod tests {
     use super::*;
     use dictlearn_core::machine::rng::rng;
 
+    /// Writes up to three numbered rows.
+    fn write(room: &[Tensor], first: i64) -> i64 {
+        let count = room[0].size()[0].min(3);
+        let rows = Tensor::arange_start(first, first + count, (Kind::Float, Device::Cpu)).unsqueeze(1);
+        room[0].narrow(0, 0, count).copy_(&rows);
+        count
+    }
+
     /// A buffer of 10 rows, filled from rows that are numbered.
     fn refill(buffer: &mut Buffer, next: &mut i64) {
         buffer
             .fill(|room| {
-                let count = room.min(3) as i64;
-                let rows = Tensor::arange_start(*next, *next + count, (Kind::Float, Device::Cpu)).unsqueeze(1);
+                let count = write(room, *next);
                 *next += count;
-                Ok(Some(vec![rows]))
+                Ok(Some(count))
             })
             .unwrap();
     }
@@ -221,9 +225,8 @@ mod tests {
             if next > at {
                 bail!("interrupted");
             }
-            let count = room.min(3) as i64;
-            next += count;
-            Ok(Some(vec![Tensor::arange_start(at, at + count, (Kind::Float, Device::Cpu)).unsqueeze(1)]))
+            next += write(room, at);
+            Ok(Some(next - at))
         });
         assert!(broke_off.is_err() && broken.wants_more());
         let state = broken.state(0).unwrap();

@@ -17,6 +17,7 @@ mod ahead;
 mod buffer;
 mod chat;
 mod contexts;
+mod harvested;
 mod held_out;
 mod sites;
 
@@ -35,6 +36,7 @@ use dictlearn_core::schemars::{Schema, SchemaGenerator, json_schema};
 use ahead::Ahead;
 use buffer::Buffer;
 use contexts::{Contexts, ContextsCx, Place, Row};
+use harvested::{Columns, Harvested};
 use held_out::PartOfText;
 pub use sites::{Heads, IoChoice, Submodules};
 use sites::{LanguageModelSite, sites};
@@ -446,9 +448,6 @@ struct Harvest {
     left_out: Option<(u64, String)>,
 }
 
-/// What is harvested of some tokens: a tensor of activations for each point, and last which tokens they are.
-type Columns = Vec<Tensor>;
-
 impl Harvest {
     /// The next contexts of the text, and the number of the first.
     fn next_rows(&mut self, count: usize) -> Result<(Vec<Row>, i64)> {
@@ -458,8 +457,8 @@ impl Harvest {
         Ok((rows, first))
     }
 
-    /// Activations at the text positions of the next forward pass, [n, width] for each point, and last their tokens.
-    fn forward(&mut self) -> Result<Option<Vec<Tensor>>> {
+    /// Activations at the text positions of the next forward pass; `None` at the end of the text.
+    fn forward(&mut self) -> Result<Option<Harvested>> {
         interrupt::check()?;
         let start = (self.context, self.contexts.place());
         let (rows, first) = self.next_rows(self.rows)?;
@@ -472,7 +471,7 @@ impl Harvest {
         // Rows of like length go together, so that little is padded, and no more of them than the caches hold.
         let mut order: Vec<usize> = (0..rows.len()).collect();
         order.sort_by_key(|row| rows[*row].len());
-        let mut harvested: Vec<Option<Vec<Tensor>>> = rows.iter().map(|_| None).collect();
+        let mut parts = Vec::new();
         let mut rest = &order[..];
         while !rest.is_empty() {
             if interrupt::asked() {
@@ -486,23 +485,14 @@ impl Harvest {
             rest = later;
             let batch: Vec<&Row> = now.iter().map(|row| &rows[*row]).collect();
             let contexts: Vec<i64> = now.iter().map(|row| first + *row as i64).collect();
-            for (row, columns) in now.iter().zip(self.forward_at_once(&batch, &contexts, &points)?) {
-                harvested[*row] = Some(columns);
-            }
+            let (columns, counts) = self.forward_at_once(&batch, &contexts, &points)?;
+            parts.push((columns, now.iter().copied().zip(counts).collect()));
         }
-        let column = |index: usize| {
-            let rows = harvested.iter().flatten().map(|columns| columns[index].shallow_clone());
-            Tensor::cat(&rows.collect::<Vec<_>>(), 0)
-        };
-        let columns: Vec<Tensor> = (0..=points.len()).map(column).collect();
-        let Some(multiple) = self.max_norm else { return Ok(Some(columns)) };
-        let mut kept = Tensor::ones([columns[0].size()[0]], (Kind::Bool, columns[0].device()));
-        for column in &self.inputs {
-            let norms = columns[*column].norm_scalaropt_dim(2.0, [-1], false);
-            kept = kept.logical_and(&norms.le_tensor(&(norms.median() * multiple)));
-        }
-        let kept = kept.nonzero().reshape([-1]);
-        Ok(Some(columns.iter().map(|column| column.index_select(0, &kept)).collect()))
+        let harvested = Harvested::new(parts, rows.len());
+        Ok(Some(match self.max_norm {
+            Some(multiple) => harvested.without_outliers(multiple, &self.inputs),
+            None => harvested,
+        }))
     }
 
     /// How many of the first `order`ed rows to run together.
@@ -514,8 +504,13 @@ impl Harvest {
         order.iter().enumerate().take_while(|(n, row)| (n + 1) * rows[**row].len() <= AT_ONCE).count()
     }
 
-    /// Activations at the text positions of each row, [n, width] for each point, and last their tokens, [n, 3].
-    fn forward_at_once(&mut self, rows: &[&Row], contexts: &[i64], points: &[HookPoint]) -> Result<Vec<Vec<Tensor>>> {
+    /// Activations at the text positions of some rows, one after the other, and how many each has.
+    fn forward_at_once(
+        &mut self,
+        rows: &[&Row],
+        contexts: &[i64],
+        points: &[HookPoint],
+    ) -> Result<(Columns, Vec<i64>)> {
         let tokens = Contexts::batch(rows, self.model.device());
         tch::no_grad(|| {
             let mut hooks = Hooks::read(points, true);
@@ -531,19 +526,21 @@ impl Harvest {
                 None => mask,
             };
             let mask = self.finite(&values, mask, rows)?;
-            // Of all rows at once: a GPU is waited for at each answer.
             let counts = Vec::<i64>::try_from(mask.sum_dim_intlist([1].as_slice(), false, Kind::Int64))?;
-            let all_kept = mask.nonzero().select(1, 1).split_with_sizes(&counts, 0);
-            let kept = |((row, context), kept): ((i64, &i64), &Tensor)| {
-                let ids = tokens.ids.get(row).index_select(0, kept);
-                let activations = values.iter().map(|value| value.get(row).index_select(0, kept).to_kind(Kind::Float));
-                activations.chain([Tensor::stack(&[&ids, &kept.full_like(*context), kept], 1)]).collect()
-            };
-            Ok((0..).zip(contexts).zip(&all_kept).map(kept).collect())
+            // Each kept position by its row and its place in the row, and by its number among all positions.
+            let kept = mask.nonzero();
+            let (row, position) = (kept.select(1, 0), kept.select(1, 1));
+            let all = &row * mask.size()[1] + &position;
+            let contexts = Tensor::from_slice(contexts).to_device(mask.device()).index_select(0, &row);
+            let ids = tokens.ids.flatten(0, 1).index_select(0, &all);
+            let activations = values.iter().map(|value| value.flatten(0, 1).index_select(0, &all).to_kind(Kind::Float));
+            let columns = activations.chain([Tensor::stack(&[&ids, &contexts, &position], 1)]).collect();
+            Ok((columns, counts))
         })
     }
 
-    /// The positions of a mask whose values are finite; where others are an error, all or none.
+    /// The positions of a mask whose values are finite; where others are an error, all or none. They are checked here and not
+    /// as batches: only here is it known of which document they are, and single tokens can be left out.
     fn finite(&mut self, values: &[Tensor], mut mask: Tensor, rows: &[&Row]) -> Result<Tensor> {
         for (value, (point, _)) in values.iter().zip(&self.points) {
             let bad = value.isfinite().all_dim(-1, false).logical_not().logical_and(&mask);
@@ -589,7 +586,8 @@ impl Harvest {
                 }
                 continue;
             }
-            let Some(columns) = self.forward()? else { bail!(changed()) };
+            let Some(harvested) = self.forward()? else { bail!(changed()) };
+            let columns = harvested.in_order(&self.columns(), self.model.device());
             let here = contexts[done..].partition_point(|context| *context < self.context);
             let wanted = tokens.narrow(0, done as i64, here as i64);
             done += here;
@@ -613,9 +611,12 @@ impl Harvest {
         Ok((0..=self.points.len()).map(column).collect())
     }
 
-    /// Up to `count` activations, at least one; `None` at the end of the text.
-    fn take(&mut self, count: usize) -> Result<Option<Vec<Tensor>>> {
+    /// Writes activations, at least one, to the first rows of `out`, [rows, width] for each column. Returns how many; `None` at
+    /// the end of the text.
+    fn take(&mut self, out: &[Tensor]) -> Result<Option<i64>> {
+        let room = out[0].size()[0];
         while self.available() == 0 {
+            self.pending.clear();
             match self.forward()? {
                 None if self.excluded.is_some() && !self.gave && self.context > 0 => {
                     bail!(
@@ -628,15 +629,22 @@ impl Harvest {
                     );
                 }
                 None => return Ok(None),
-                Some(values) => self.pending = values,
+                Some(harvested) if (1..=room).contains(&harvested.count()) => {
+                    self.gave = true;
+                    harvested.write(out);
+                    return Ok(Some(harvested.count()));
+                }
+                Some(harvested) => self.pending = harvested.in_order(&self.columns(), self.model.device()),
             }
         }
         self.gave = true;
-        let here = self.available().min(count as i64);
+        let here = self.available().min(room);
         let rest = self.available() - here;
-        let taken = self.pending.iter().map(|tensor| tensor.narrow(0, 0, here)).collect();
-        self.pending = self.pending.iter().map(|tensor| tensor.narrow(0, here, rest)).collect();
-        Ok(Some(taken))
+        for (out, pending) in out.iter().zip(&mut self.pending) {
+            out.narrow(0, 0, here).copy_(&pending.narrow(0, 0, here));
+            *pending = pending.narrow(0, here, rest);
+        }
+        Ok(Some(here))
     }
 
     /// Width and type of what is harvested for each point, and of the tokens.
@@ -683,19 +691,19 @@ impl LanguageModelSource {
 
     /// The next batch in the text's order; the last of a pass may be smaller.
     fn next_in_order(&mut self) -> Result<Option<Activations>> {
-        let mut parts: Vec<Vec<Tensor>> = Vec::new();
-        let mut missing = self.batch_size;
-        while missing > 0 {
-            let Some(part) = self.harvest.take(missing)? else { break };
-            missing -= part[0].size()[0] as usize;
-            parts.push(part);
+        let rows = self.batch_size as i64;
+        let column = |(width, kind): (i64, Kind)| Tensor::empty([rows, width], (kind, self.harvest.model.device()));
+        let columns: Columns = self.harvest.columns().into_iter().map(column).collect();
+        let mut count = 0;
+        while count < rows {
+            let room: Columns = columns.iter().map(|column| column.narrow(0, count, rows - count)).collect();
+            let Some(taken) = self.harvest.take(&room)? else { break };
+            count += taken;
         }
-        if parts.is_empty() {
+        if count == 0 {
             return Ok(None);
         }
-        let column =
-            |index: usize| Tensor::cat(&parts.iter().map(|part| part[index].shallow_clone()).collect::<Vec<_>>(), 0);
-        let columns: Vec<Tensor> = (0..parts[0].len()).map(column).collect();
+        let columns: Columns = columns.iter().map(|column| column.narrow(0, 0, count)).collect();
         Ok(Some(self.activations(&columns)))
     }
 
@@ -705,7 +713,7 @@ impl LanguageModelSource {
             Buffer::new(&harvest.columns(), capacity, self.cx.device, rng(self.cx.seed, LanguageModelConfig::NAME))
         });
         if buffer.wants_more() && !(harvest.ended && harvest.available() == 0) {
-            buffer.fill(|room| harvest.take(room))?;
+            buffer.fill(|free| harvest.take(free))?;
             // Rows lie in the text's order.
             let oldest = buffer.first_row(harvest.points.len()).map_or(harvest.context, |row| row.int64_value(&[1]));
             while harvest.starts.get(1).is_some_and(|(context, _)| *context <= oldest) {
@@ -760,6 +768,10 @@ impl ActivationSource for LanguageModelSource {
             buffer.clear();
         }
         Ok(())
+    }
+
+    fn gives_finite(&self) -> bool {
+        true
     }
 
     fn passes(&self) -> Option<u64> {

@@ -13,19 +13,17 @@ pub struct Weight {
     pub tensor: Tensor,
     /// Which of a matrix's two dimensions counts the features; 0 for a vector.
     pub feature_dim: i64,
-    /// The gradient of the step before, undefined if there is none, to be written over.
-    pub(crate) gradient: Tensor,
 }
 
 impl Weight {
     /// A vector.
     pub fn vector(name: &'static str, tensor: &Tensor) -> Self {
-        Weight { name, tensor: tensor.detach(), feature_dim: 0, gradient: tensor.grad() }
+        Weight { name, tensor: tensor.detach(), feature_dim: 0 }
     }
 
     /// A matrix, of which this dimension counts the features.
     pub fn matrix(name: &'static str, tensor: &Tensor, feature_dim: i64) -> Self {
-        Weight { name, tensor: tensor.detach(), feature_dim, gradient: tensor.grad() }
+        Weight { name, tensor: tensor.detach(), feature_dim }
     }
 
     /// Of a matrix, the features as rows: [F, d].
@@ -35,18 +33,6 @@ impl Weight {
 
     pub(crate) fn turned(&self, tensor: &Tensor) -> Tensor {
         if self.feature_dim == 0 { tensor.shallow_clone() } else { tensor.tr() }
-    }
-
-    /// Room for its gradient as rows, where the last one was if possible.
-    pub(crate) fn room(&self) -> Tensor {
-        let rows = self.rows();
-        if self.gradient.defined() {
-            let room = self.turned(&self.gradient);
-            if room.size() == rows.size() && room.is_contiguous() && room.kind() == rows.kind() {
-                return room;
-            }
-        }
-        rows.empty_like()
     }
 
     /// A gradient of rows in the parameter's shape.

@@ -1,0 +1,44 @@
+//! What an SAE takes memory for while it trains.
+
+use dictlearn_core::files::tensors::bytes;
+use dictlearn_core::machine::device;
+use dictlearn_core::machine::memory::Need;
+use dictlearn_core::sae::Selection;
+use dictlearn_core::train::Training;
+
+/// What an SAE in training takes memory for, with batches of so many activations.
+pub(super) fn of_training(training: &Training, batch_size: i64) -> Vec<Need> {
+    let dictionary = &training.dictionary;
+    let dims = dictionary.dims();
+    let weights = dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
+    let batch = |width: i64| batch_size as u64 * width as u64 * 4;
+    let by_hand = !training.is_modified() && dictionary.two_layer().is_some();
+    let at_hand = device::at_hand(dictionary.device());
+    let k = dictionary.selection().map(Selection::k);
+    let relu = || dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
+    // As measured on a CPU (docs/performance.md), where a step by hand of few selected features never has all of them at once, and
+    // counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
+    let quarters = match k {
+        _ if !by_hand => 36,
+        Some(k) if at_hand && 4 * k <= dims.features => 0,
+        Some(_) if at_hand => 36,
+        Some(_) => 12,
+        None if at_hand => 5,
+        None if relu() => 20,
+        None => 36,
+    };
+    // Of what is selected: k of each row, or as many as the activations are wide where k is annealed, and in the family's auxiliary
+    // loss half as many again, of dead features, whose weights are taken out.
+    let selected = k.map_or(0, |k| batch_size as u64 * (k + dims.input) as u64 * 64 + 2 * weights);
+    let features = quarters * batch(dims.features) / 4 + selected;
+    let step = features + 6 * (batch(dims.input) + batch(dims.output));
+    let name = &training.name;
+    let knob = "its `dict_size`, or how many SAEs train at once";
+    vec![
+        Need::lasting(format!("SAE `{name}` with gradients and moments"), 4 * weights, knob),
+        Need::lasting(format!("SAE `{name}` in a checkpoint"), 3 * weights, knob).on_host(),
+        Need::passing(format!("a step of SAE `{name}`"), step, "the source's batch size"),
+        // Folded, and packed for Python.
+        Need::passing(format!("SAE `{name}` as it is saved"), 3 * weights, knob).on_host(),
+    ]
+}
