@@ -53,7 +53,7 @@ fn refusal(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)])
     let error = train().expect_err(config);
     let error = InputError::take(error).unwrap_or_else(|error| panic!("{config}\n{error:?}"));
     assert_eq!(desk.files(), before, "something stays behind");
-    without_folder(desk, &format!("error: {}\n", config::printable(&error.to_string())))
+    without_folder(desk, &format!("error: {}\n", dictlearn_core::error::printable(&error.to_string())))
 }
 
 /// The same as the program refuses it.

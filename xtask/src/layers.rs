@@ -161,9 +161,8 @@ impl Crate {
         // A glob: one of its modules defines it.
         let globs = self.reexports[module].get("*").into_iter();
         let children = self.items.keys().filter(|child| child.len() == module.len() + 1 && child.starts_with(module));
-        let all = globs.chain(children);
-        all.filter(|child| self.items.get(*child).is_some_and(|items| items.contains(name)))
-            .next()
+        let mut all = globs.chain(children);
+        all.find(|child| self.items.get(*child).is_some_and(|items| items.contains(name)))
             .cloned()
             .or(Some(module.to_vec()))
     }
