@@ -178,8 +178,7 @@ promises! {
         "make the code with `Selection::of_each`, `of_batch` or `by_score`, or add `.with(\"post_relu\", ..)` and \
          `.with(\"top_values\", ..)`";
     ANNEALS: "k can be changed while training, and is saved",
-        "give the same selection in `selection` and `selection_mut`, `Selection::buffers` in `buffers`, and call \
-         `Selection::loaded` in `loaded`";
+        "give `Selection::buffers` in `buffers`, and call `Selection::loaded` in `loaded`";
     B_DEC: "a parameter `b_dec` is a bias of the reconstruction, `[d_out]`: trainers of the TopK family set it to the \
             geometric median of the first batch",
         "call it otherwise, or let `decode` add it";
@@ -448,7 +447,7 @@ fn is_penalizable(who: &str, dictionary: &dyn Dictionary, x: &Tensor) {
 
 /// If it has a selection at all.
 fn has_what_selecting_trainers_need(component: &Component) {
-    let (who, mut dictionary) = (who(component), dictionary(component));
+    let (who, dictionary) = (who(component), dictionary(component));
     let (x, dims) = (activations(50), dictionary.dims());
     let bias = dictionary.parameters().into_iter().find(|(name, _)| *name == "b_dec");
     if let Some((_, bias)) = bias {
@@ -475,10 +474,7 @@ fn has_what_selecting_trainers_need(component: &Component) {
         });
     };
     selects(&*dictionary, k);
-    let Some(selection) = dictionary.selection_mut() else {
-        ANNEALS.broken(&who, "`selection` gives one, `selection_mut` none");
-    };
-    selection.set_k(k + 1);
+    dictionary.selection().iter().for_each(|selection| selection.set_k(k + 1));
     selects(&*dictionary, k + 1);
     let read = saved_and_read(&ANNEALS, &who, &*dictionary);
     let read = read.selection().unwrap_or_else(|| ANNEALS.broken(&who, "what is read back has no selection"));
@@ -1005,7 +1001,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     }
     if case == ByHandCase::FewFeatures {
         let encoder = training.dictionary.encoder();
-        let encoder = encoder.unwrap_or_else(|| BY_HAND.broken(&who, "`two_layer` is given, `encoder` is not"));
+        let encoder = encoder.unwrap_or_else(|| BY_HAND.broken(&who, "`between` is given, `encoder` is not"));
         let active = || tch::no_grad(|| training.dictionary.forward(&batches[20].x).features.not_equal(0.0));
         while active().to_kind(Kind::Float).mean(Kind::Float).double_value(&[]) > 0.09 {
             let biases = training.dictionary.parameters().into_iter();
@@ -1023,7 +1019,8 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     let take = || BY_HAND.of(&who, tch::no_grad(|| training.trainer.by_hand(&pass, &mut by_hand)));
     let found = if on_gpu { device::as_a_gpu(take) } else { analytic::with_tile_width(96, take) };
     let Some(found) = found else {
-        let relu = training.dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
+        let between = training.dictionary.between();
+        let relu = matches!(between, Some(Between::Elementwise(activation)) if activation.on_gpu());
         let selects = training.dictionary.selection().is_some();
         BY_HAND.check(&who, on_gpu && !relu && !selects, || "`None` at step 20, not at the first".to_owned());
         return;

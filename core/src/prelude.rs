@@ -25,10 +25,9 @@ pub use crate::report::{Figures, Metric, MetricConfig, Subject, Variance, figure
 pub use crate::report::{Logger, LoggerConfig};
 pub use crate::sae::Selection;
 pub use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope, TwoLayer, Weight};
-pub use crate::sae::{Autoencoder, Nonlinearity};
 pub use crate::sae::{
-    Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass, decoder_for, dict_size,
-    random_directions, saved_shape, trained, trained_matrix, without_bias,
+    Affine, Between, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, Layout, SavedClass,
+    SavedTensors, decoder_for, dict_size, random_directions, scale_in_place, trained, trained_matrix,
 };
 pub use crate::sae::{Normalization, NormalizationKind};
 pub use crate::train::Constraints;

@@ -50,10 +50,10 @@ inventory::submit! {
     SavedClass {
         class: "ExampleName",
         name: NAME,
-        shaped: |tensors, _, device, precision| {
-            let [features, d] = saved_shape(tensors, "weight")?;
-            let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-            Ok(Box::new(ExampleName { weight: zeros(&[features, d]), bias: zeros(&[features]), precision }))
+        shaped: |saved| {
+            let size @ [features, _] = saved.shape("weight")?;
+            let (weight, bias) = (saved.zeros(&size), saved.zeros(&[features]));
+            Ok(Box::new(ExampleName { weight, bias, precision: saved.precision }))
         },
     }
 }
@@ -91,7 +91,7 @@ impl Dictionary for ExampleName {
     }
 
     fn scale_biases(&mut self, scale: f64) {
-        let _ = tch::no_grad(|| self.bias.g_mul_scalar_(scale));
+        scale_in_place(&self.bias, scale);
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use tch::{Device, Tensor};
 
 use crate::error::InputError;
+use crate::sae::Layout;
 
 /// An SAE as most formats have it: x̂ = σ((x [− b_dec]) W_enc + b_enc) W_dec + b_dec.
 #[derive(Debug)]
@@ -104,10 +105,11 @@ impl Affine {
         };
         let float = |tensor: &Tensor| tensor.to_device(Device::Cpu).to_kind(tch::Kind::Float).contiguous();
         self.w_enc = float(&self.w_enc);
-        if class.subtracts_b_dec != self.subtract_b_dec {
+        let centred = class.layout.is_centred();
+        if centred != self.subtract_b_dec {
             let moved = through(&self.b_dec, &self.w_enc);
             let b_enc = self.b_enc.to_device(Device::Cpu).to_kind(tch::Kind::Double);
-            self.b_enc = if class.subtracts_b_dec { b_enc + moved } else { b_enc - moved };
+            self.b_enc = if centred { b_enc + moved } else { b_enc - moved };
         }
         for tensor in [&mut self.b_enc, &mut self.w_dec, &mut self.b_dec].into_iter().chain(&mut self.w_skip) {
             *tensor = float(tensor);
@@ -115,8 +117,11 @@ impl Affine {
         if let Activation::Jump(threshold) = &mut self.activation {
             *threshold = float(threshold);
         }
-        let tensors = (class.tensors)(self).into_iter();
-        Ok((class.class, tensors.map(|(name, tensor)| (name.to_owned(), tensor.contiguous())).collect()))
+        let mut tensors = class.layout.named(self.w_enc, self.b_enc, self.w_dec, self.b_dec);
+        tensors.extend(self.activation.tensors());
+        tensors.extend(self.w_skip.map(|w_skip| ("W_skip", w_skip)));
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor.contiguous()));
+        Ok((class.layout.class, tensors.collect()))
     }
 
     fn words(&self) -> String {
@@ -144,14 +149,10 @@ impl Activation {
 
 /// A class that some [`Affine`] SAEs are. Submitted by the plugin that owns the class.
 pub struct AffineClass {
-    /// Its name.
-    pub class: &'static str,
-    /// Whether it subtracts b_dec from what it reads.
-    pub subtracts_b_dec: bool,
+    /// Its tensors, which with those of the activation are all that it has.
+    pub layout: Layout,
     /// Whether it does what this one does, wherever the bias is; of two classes no SAE is both.
     pub holds: fn(&Affine) -> bool,
-    /// The class's tensors of one that it holds, in float32, its bias where the class has it.
-    pub tensors: fn(Affine) -> Vec<(&'static str, Tensor)>,
 }
 
 /// b W, `[F]`, of a vector `[d]` and an encoder [d, F], added up in double precision.

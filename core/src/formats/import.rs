@@ -15,7 +15,7 @@ use crate::error::{InputError, printable};
 use crate::files::tensors::{self, write_file};
 use crate::machine::device::Precision;
 use crate::registry::{self, Kind};
-use crate::sae::Dictionary;
+use crate::sae::{Dictionary, SavedTensors};
 use crate::sae::saved::{self, Saved};
 
 /// Imports what a request means into folders, each whole or not at all, and gives their paths.
@@ -121,8 +121,9 @@ pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictio
     let mut trainer = published.trainer.clone();
     trainer.insert("dict_class".to_owned(), published.class.as_str().into());
     let settings = Value::Object(trainer.clone());
-    let mut dictionary =
-        saved::fitting(&published.class, &published.tensors, &settings, Device::Cpu, Precision::Float32)?;
+    let (device, precision) = (Device::Cpu, Precision::Float32);
+    let saved = SavedTensors { tensors: &published.tensors, trainer: &settings, device, precision };
+    let mut dictionary = saved::fitting(&published.class, &saved)?;
     dictionary.load(&published.tensors, Path::new(origin))?;
     trainer.insert("dict_class".to_owned(), dictionary.class().into());
     if let Some(scale) = published.scale {
@@ -173,7 +174,8 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Di
     let published = read(&*format, place)?;
     let (read, trainer) = dictionary(&published, &place.to_string())?;
     let tensors = read.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
-    let mut moved = saved::shaped(read.class(), &tensors, &Value::Object(trainer), device, Precision::Float32)?;
+    let (trainer, precision) = (Value::Object(trainer), Precision::Float32);
+    let mut moved = saved::shaped(read.class(), &SavedTensors { tensors: &tensors, trainer: &trainer, device, precision })?;
     moved.load(&tensors, Path::new(&place.to_string()))?;
     Ok(saved::adapted(moved, published.normalization, published.dtype))
 }

@@ -146,7 +146,7 @@ pub struct Hand {
 impl Hand {
     /// For a batch, if the dictionary has two layers.
     pub fn new(dictionary: &dyn Dictionary, batch: &Batch) -> Option<Self> {
-        let layers = dictionary.two_layer()?;
+        let layers = TwoLayer::from(dictionary.affine()?);
         let precision = layers.precision;
         let x = if layers.centred { &batch.x - &layers.bias.tensor } else { batch.x.shallow_clone() }.contiguous();
         let (w_enc, w_dec) = (layers.encoder.rows(), layers.decoder.rows());

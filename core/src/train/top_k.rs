@@ -24,8 +24,7 @@ use super::trainer::{AfterStep, ByHand, HandPass, Pass, Trainer, TrainerCx};
 use crate::data::Batch;
 use crate::error::{InputError, Mistakes};
 use crate::files::state::State;
-use crate::sae::Dictionary;
-use crate::sae::Selection;
+use crate::sae::{Between, Dictionary, Selection};
 
 /// Of values [rows, k] each row's smallest above 0, `[rows]`: infinite where there is none.
 fn smallest_positive(values: &Tensor) -> Tensor {
@@ -370,7 +369,7 @@ impl Trainer for TopKTrainer {
     }
 
     fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(selection) = pass.dictionary.selection() else { return Ok(None) };
+        let Some(Between::Selection(selection)) = pass.dictionary.between() else { return Ok(None) };
         let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
         let (block, indices) = hand.select(selection);
         self.selected(pass.step, selection, || {
@@ -427,7 +426,7 @@ impl Trainer for TopKTrainer {
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
         let dims = cx.dictionary.dims();
-        if let Some((anneal, selection)) = self.settings.k_anneal_steps.zip(cx.dictionary.selection_mut()) {
+        if let Some((anneal, selection)) = self.settings.k_anneal_steps.zip(cx.dictionary.selection()) {
             let ratio = cx.step.min(anneal) as f64 / anneal as f64;
             let k = dims.input as f64 * (1.0 - ratio) + self.k as f64 * ratio;
             selection.set_k((k as i64).min(dims.features));

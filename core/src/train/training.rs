@@ -20,10 +20,9 @@ use crate::machine::device;
 use crate::machine::device::Precision;
 use crate::machine::memory::Need;
 use crate::machine::rng::{Rng, rng, seeded};
-use crate::sae::Selection;
 use crate::sae::saved;
 use crate::sae::{Adapted, Normalization};
-use crate::sae::{Dictionary, DictionaryCx};
+use crate::sae::{Between, Dictionary, DictionaryCx, Selection};
 
 /// What a dictionary in training is built for.
 #[derive(Debug, Clone)]
@@ -446,20 +445,17 @@ impl Training {
         let dims = self.dictionary.dims();
         let weights = self.dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
         let batch = |width: i64| batch_size as u64 * width as u64 * 4;
-        let by_hand = self.modifiers.is_empty() && self.dictionary.two_layer().is_some();
+        let between = if self.modifiers.is_empty() { self.dictionary.between() } else { None };
         let at_hand = device::at_hand(self.dictionary.device());
         let k = self.dictionary.selection().map(Selection::k);
-        let relu = || self.dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
         // As measured on a CPU (docs/performance.md), where a step by hand of few selected features never has all of them at once, and
         // counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
-        let quarters = match k {
-            _ if !by_hand => 36,
-            Some(k) if at_hand && 4 * k <= dims.features => 0,
-            Some(_) if at_hand => 36,
-            Some(_) => 12,
-            None if at_hand => 5,
-            None if relu() => 20,
-            None => 36,
+        let quarters = match between {
+            Some(Between::Selection(selection)) if at_hand && 4 * selection.k() <= dims.features => 0,
+            Some(Between::Selection(_)) if !at_hand => 12,
+            Some(Between::Elementwise(_)) if at_hand => 5,
+            Some(Between::Elementwise(activation)) if activation.on_gpu() => 20,
+            _ => 36,
         };
         // Of what is selected: k of each row, or as many as the activations are wide where k is annealed, and in the family's auxiliary
         // loss half as many again, of dead features, whose weights are taken out.

@@ -44,7 +44,7 @@ impl Penalty for Tanh<'_> {
 
 /// The step; a dictionary of another kind is left to autograd.
 pub fn by_hand(config: &TanhConfig, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-    let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
+    let Some(Between::Elementwise(mut activation)) = pass.dictionary.between() else { return Ok(None) };
     let sums = Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device()));
     let mut penalty = Tanh { config, sums };
     analytic::step(pass, terms, &mut *activation, &squared_error("mse_loss"), &mut penalty, false)

@@ -58,73 +58,41 @@ register! {
 impl DictionaryConfig for JumpReluDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
-        let mut dictionary = JumpRelu::zeros(cx.activation_dim, features, cx.output_dim, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose, thresholds near 0.
-        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
-        tch::no_grad(|| {
-            dictionary.w_enc.copy_(&directions);
-            let decoder = decoder_for(directions, 1.0, cx);
-            dictionary.w_dec.copy_(&decoder.transpose(0, 1));
-            let _ = dictionary.threshold.fill_(1e-3);
-        });
-        Ok(Box::new(dictionary))
+        let threshold = trained(Tensor::full([features], 1e-3, (Kind::Float, cx.device)));
+        Ok(Box::new(JumpRelu { affine: Affine::random(LAYOUT, features, 1.0, cx), threshold }))
     }
 }
 
 /// The reference's `JumpReluAutoEncoder`.
 #[derive(Debug)]
 pub struct JumpRelu {
-    w_enc: Tensor,     // W_e [d, F]
-    b_enc: Tensor,     // b_e [F]
-    w_dec: Tensor,     // W_d [F, d_out]
-    b_dec: Tensor,     // b_d [d_out]
+    affine: Affine,
     threshold: Tensor, // θ   [F]
-    precision: Precision,
 }
+
+const LAYOUT: Layout = Layout::matrices("JumpReluAutoEncoder");
 
 inventory::submit! {
     SavedClass {
-        class: "JumpReluAutoEncoder",
+        class: LAYOUT.class,
         name: NAME,
-        shaped: |tensors, _, device, precision| {
-            let [d, features] = saved_shape(tensors, "W_enc")?;
-            let [d_out] = saved_shape(tensors, "b_dec")?;
-            Ok(Box::new(JumpRelu::zeros(d, features, d_out, device, precision)))
+        shaped: |saved| {
+            let affine = saved.affine(LAYOUT)?;
+            let threshold = saved.zeros(&[affine.dims().features]);
+            Ok(Box::new(JumpRelu { affine, threshold }))
         },
     }
 }
 
 inventory::submit! {
     AffineClass {
-        class: "JumpReluAutoEncoder",
-        subtracts_b_dec: false,
+        layout: LAYOUT,
         holds: |sae| matches!(sae.activation, Activation::Jump(_)) && sae.w_skip.is_none(),
-        tensors: |sae| {
-            let mut tensors = sae.activation.tensors();
-            tensors.extend([("W_enc", sae.w_enc), ("b_enc", sae.b_enc), ("W_dec", sae.w_dec), ("b_dec", sae.b_dec)]);
-            tensors
-        },
     }
 }
 
 impl JumpRelu {
-    fn zeros(d: i64, features: i64, d_out: i64, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        JumpRelu {
-            w_enc: trained_matrix([d, features], 1, device),
-            b_enc: zeros(&[features]),
-            w_dec: trained_matrix([features, d_out], 0, device),
-            b_dec: zeros(&[d_out]),
-            threshold: zeros(&[features]),
-            precision,
-        }
-    }
-
-    /// π, [.., F].
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(x, &self.w_enc.transpose(0, 1), Some(&self.b_enc))
-    }
-
     /// π ⊙ H(π − θ), [.., F].
     fn jump(&self, pre_activations: &Tensor) -> Tensor {
         // A saved threshold may be negative, and features never are.
@@ -140,75 +108,35 @@ impl JumpRelu {
 }
 
 impl Dictionary for JumpRelu {
-    fn class(&self) -> &'static str {
-        "JumpReluAutoEncoder"
-    }
-
-    fn dims(&self) -> Dims {
-        let size = self.w_enc.size();
-        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("W_enc", self.w_enc.shallow_clone()),
-            ("b_enc", self.b_enc.shallow_clone()),
-            ("W_dec", self.w_dec.shallow_clone()),
-            ("b_dec", self.b_dec.shallow_clone()),
-            ("threshold", self.threshold.shallow_clone()),
-        ]
-    }
-
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.jump(&self.pre_activations(x))
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.w_dec.transpose(0, 1), None) + &self.b_dec
+        let mut parameters = self.affine.parameters();
+        parameters.push(("threshold", self.threshold.shallow_clone()));
+        parameters
     }
 
     /// Without a gradient to the thresholds: trainers other than `jump_relu` leave them as they are.
-    fn forward(&self, x: &Tensor) -> Code {
-        let pre_activations = self.pre_activations(x);
+    fn code(&self, pre_activations: Tensor) -> Code {
         Code::new(self.jump(&pre_activations)).with("pre_activations", pre_activations)
     }
 
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
+    fn between(&self) -> Option<Between<'_>> {
+        Some(Between::Elementwise(Box::new(Jump { threshold: self.threshold.detach() })))
     }
 
     fn fold_norms(&mut self) -> bool {
-        if let Some(decoder) = self.decoder() {
-            decoder.fold_into(&mut self.w_enc, 1, [&mut self.b_enc, &mut self.threshold]);
+        if let Some(norms) = self.affine.fold_norms() {
+            let _ = tch::no_grad(|| self.threshold.g_mul_(&norms));
         }
         true
     }
 
-    fn two_layer(&self) -> Option<TwoLayer> {
-        Some(TwoLayer {
-            encoder: Weight::matrix("W_enc", &self.w_enc, 1),
-            encoder_bias: Some(Weight::vector("b_enc", &self.b_enc)),
-            decoder: Weight::matrix("W_dec", &self.w_dec, 0),
-            bias: Weight::vector("b_dec", &self.b_dec),
-            centred: false,
-            precision: self.precision,
-        })
-    }
-
-    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
-        Some(Box::new(Jump { threshold: self.threshold.detach() }))
-    }
-
     fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            for bias in [&mut self.b_enc, &mut self.b_dec, &mut self.threshold] {
-                let _ = bias.g_mul_scalar_(scale);
-            }
-        });
+        self.affine.scale_biases(scale);
+        scale_in_place(&self.threshold, scale);
     }
 }
 
@@ -561,13 +489,11 @@ mod tests {
 
     /// One feature whose pre-activation is the activation, with threshold 1.
     fn one() -> JumpRelu {
-        let mut dictionary = JumpRelu::zeros(1, 1, 1, Device::Cpu, Precision::Float32);
-        tch::no_grad(|| {
-            let _ = dictionary.w_enc.fill_(1.0);
-            let _ = dictionary.w_dec.fill_(1.0);
-            let _ = dictionary.threshold.fill_(1.0);
-        });
-        dictionary
+        let dims = Dims { input: 1, features: 1, output: 1 };
+        let affine = Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32);
+        let one = Tensor::ones([1, 1], (Kind::Float, Device::Cpu));
+        affine.set_directions(&one, &one);
+        JumpRelu { affine, threshold: trained(one.reshape([1])) }
     }
 
     /// The threshold's gradient of the loss on these activations, in steps with λ = 1, L0* = 2, ε = 0.5.

@@ -526,7 +526,7 @@ impl Trainer for PAnneal {
     }
 
     fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
+        let Some(Between::Elementwise(mut activation)) = pass.dictionary.between() else { return Ok(None) };
         let zeros = || Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device()));
         let weight = self.weight(pass.step);
         let mut penalty = Lp {

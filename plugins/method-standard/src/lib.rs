@@ -49,135 +49,45 @@ register! {
 impl DictionaryConfig for AutoEncoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
-        let mut dictionary = AutoEncoder::zeros(cx.activation_dim, features, cx.device, cx.precision);
         // Random directions, the encoder the decoder's transpose. Norm 0.1 as in the reference; training makes it 1.
-        let directions = random_directions([cx.activation_dim, features], 0.1, cx.device);
-        tch::no_grad(|| {
-            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
-            dictionary.decoder_weight.copy_(&directions);
-        });
-        Ok(Box::new(dictionary))
+        Ok(Box::new(AutoEncoder { affine: Affine::random(LAYOUT, features, 0.1, &cx.autoencoding()) }))
     }
 }
 
 /// The reference's `AutoEncoder`.
 #[derive(Debug)]
 pub struct AutoEncoder {
-    bias: Tensor,           // b   [d]
-    encoder_weight: Tensor, // W_e [F, d]
-    encoder_bias: Tensor,   // b_e [F]
-    decoder_weight: Tensor, // W_d [d, F]
-    precision: Precision,
+    affine: Affine,
 }
+
+const LAYOUT: Layout = Layout::modules("AutoEncoder", "bias").centred();
 
 inventory::submit! {
     SavedClass {
-        class: "AutoEncoder",
+        class: LAYOUT.class,
         name: DICTIONARY,
-        shaped: |tensors, _, device, precision| {
-            let [features, d] = saved_shape(tensors, "encoder.weight")?;
-            Ok(Box::new(AutoEncoder::zeros(d, features, device, precision)))
-        },
+        shaped: |saved| Ok(Box::new(AutoEncoder { affine: saved.affine(LAYOUT)? })),
     }
 }
 
 inventory::submit! {
     AffineClass {
-        class: "AutoEncoder",
-        subtracts_b_dec: true,
+        layout: LAYOUT,
         holds: |sae| matches!(sae.activation, Activation::Relu) && !sae.transcodes && sae.w_skip.is_none(),
-        tensors: |sae| vec![
-            ("bias", sae.b_dec),
-            ("encoder.weight", sae.w_enc.transpose(0, 1)),
-            ("encoder.bias", sae.b_enc),
-            ("decoder.weight", sae.w_dec.transpose(0, 1)),
-        ],
-    }
-}
-
-impl AutoEncoder {
-    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        AutoEncoder {
-            bias: zeros(&[d]),
-            encoder_weight: trained_matrix([features, d], 0, device),
-            encoder_bias: zeros(&[features]),
-            decoder_weight: trained_matrix([d, features], 1, device),
-            precision,
-        }
-    }
-
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x - &self.bias), &self.encoder_weight, Some(&self.encoder_bias))
     }
 }
 
 impl Dictionary for AutoEncoder {
-    fn class(&self) -> &'static str {
-        "AutoEncoder"
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
-    fn dims(&self) -> Dims {
-        let size = self.encoder_weight.size();
-        Dims { input: size[1], features: size[0], output: size[1] }
-    }
-
-    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("bias", self.bias.shallow_clone()),
-            ("encoder.weight", self.encoder_weight.shallow_clone()),
-            ("encoder.bias", self.encoder_bias.shallow_clone()),
-            ("decoder.weight", self.decoder_weight.shallow_clone()),
-        ]
-    }
-
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.pre_activations(x).relu()
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.decoder_weight, None) + &self.bias
-    }
-
-    fn forward(&self, x: &Tensor) -> Code {
-        let pre_activations = self.pre_activations(x);
-        Code::new(pre_activations.relu()).with("pre_activations", pre_activations)
-    }
-
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 })
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
-    }
-
-    fn two_layer(&self) -> Option<TwoLayer> {
-        Some(TwoLayer {
-            encoder: Weight::matrix("encoder.weight", &self.encoder_weight, 0),
-            encoder_bias: Some(Weight::vector("encoder.bias", &self.encoder_bias)),
-            decoder: Weight::matrix("decoder.weight", &self.decoder_weight, 1),
-            bias: Weight::vector("bias", &self.bias),
-            centred: true,
-            precision: self.precision,
-        })
-    }
-
-    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
-        Some(Box::new(Relu))
-    }
-
-    fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            let _ = self.bias.g_mul_scalar_(scale);
-            let _ = self.encoder_bias.g_mul_scalar_(scale);
-        });
+    fn between(&self) -> Option<Between<'_>> {
+        Some(Between::Elementwise(Box::new(Relu)))
     }
 
     fn fold_norms(&mut self) -> bool {
-        if let Some(decoder) = self.decoder() {
-            decoder.fold_into(&mut self.encoder_weight, 0, [&mut self.encoder_bias]);
-        }
+        self.affine.fold_norms();
         true
     }
 
@@ -338,7 +248,7 @@ impl Trainer for Standard {
     }
 
     fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
+        let Some(Between::Elementwise(mut activation)) = pass.dictionary.between() else { return Ok(None) };
         let reconstruction = |error: &Tensor, terms: &mut Terms| {
             self.reconstruction_terms(error, pass.logging, terms);
             let count = pass.batch.len() as f64;

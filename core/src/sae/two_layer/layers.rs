@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use crate::machine::device::Precision;
+use crate::sae::affine::Affine;
 
 /// A weight or bias by its state-dict name.
 #[derive(Debug)]
@@ -70,4 +71,19 @@ pub struct TwoLayer {
     pub centred: bool,
     /// The type of the products.
     pub precision: Precision,
+}
+
+impl From<&Affine> for TwoLayer {
+    fn from(affine: &Affine) -> Self {
+        let matrix = |weight: crate::sae::Decoder| Weight::matrix(weight.name, &weight.weight, weight.feature_dim);
+        let vector = |(name, bias): (&'static str, &Tensor)| Weight::vector(name, bias);
+        TwoLayer {
+            encoder: matrix(affine.encoder()),
+            encoder_bias: affine.encoder_bias().map(vector),
+            decoder: matrix(affine.decoder()),
+            bias: vector(affine.bias()),
+            centred: affine.is_centred(),
+            precision: affine.precision(),
+        }
+    }
 }
