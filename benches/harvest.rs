@@ -7,7 +7,8 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use dictlearn_core::data::{SourceConfig, SourceCx};
+use dictlearn_core::data::SourceCx;
+use dictlearn_core::data::TaggedSource;
 use dictlearn_core::machine::device::Precision;
 use serde_json::json;
 
@@ -24,7 +25,7 @@ fn main() -> Result<()> {
         "bfloat16" => Precision::BFloat16,
         other => bail!("no precision is called {other}"),
     };
-    let config: Box<dyn SourceConfig> = serde_json::from_value(json!({
+    let config: Box<dyn TaggedSource> = serde_json::from_value(json!({
         "type": "language_model",
         "model": model,
         "submodule": submodule,

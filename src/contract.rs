@@ -21,26 +21,27 @@ use std::sync::OnceLock;
 
 use tempfile::TempDir;
 
-use crate::config;
 use crate::config::Sources;
-use crate::run;
 use crate::run::{evaluate, harvest};
+use crate::{config, run};
 use dictlearn_core::data::OnNonfinite;
+use dictlearn_core::data::TaggedSource;
 use dictlearn_core::data::manifest::Dtype;
-use dictlearn_core::files::from_yaml;
-use dictlearn_core::files::tensors;
-use dictlearn_core::formats;
+use dictlearn_core::data::text::TaggedText;
+use dictlearn_core::files::{from_yaml, tensors};
 use dictlearn_core::interrupt::Interrupt;
 use dictlearn_core::machine::device;
 use dictlearn_core::machine::rng::seeded;
 use dictlearn_core::prelude::*;
-use dictlearn_core::registry;
 use dictlearn_core::registry::{Component, Kind as Slot, component, components};
-use dictlearn_core::sae::Selection;
-use dictlearn_core::sae::saved;
-use dictlearn_core::train::SaeConfig;
-use dictlearn_core::train::analytic;
-use dictlearn_core::train::{NotFinite, Training, TrainingCx};
+use dictlearn_core::report::TaggedLogger;
+use dictlearn_core::report::TaggedMetric;
+use dictlearn_core::sae::TaggedDictionary;
+use dictlearn_core::sae::{Selection, saved};
+use dictlearn_core::train::TaggedModifier;
+use dictlearn_core::train::TaggedTrainer;
+use dictlearn_core::train::{NotFinite, SaeConfig, Training, TrainingCx, analytic};
+use dictlearn_core::{formats, registry};
 
 /// Tests a registered component.
 ///
@@ -147,15 +148,15 @@ macro_rules! promises {
 // Of every component.
 promises! {
     DESCRIBED: "its registry entry says what `dictlearn list` and `describe` show",
-        "complete its `register!`";
+        "complete its `#[component(...)]`";
     NAMED: "its name is lowercase letters, digits and underscores, and registered once",
-        "rename it (`top_k`, not `TopK`), in `register!` and `#[typetag::serde(name = ...)]` alike";
+        "rename it (`top_k`, not `TopK`): `name` in its `#[component(...)]`";
     SUMMARIZED: "its summary is one line of 1 to 90 characters",
-        "shorten `summary:` in `register!`; the doc comment of its config may say more";
+        "shorten `summary` in its `#[component(...)]`; the doc comment of its config may say more";
     DOCUMENTED: "every field of its config has a doc comment, which `dictlearn describe` shows",
         "write `///` above the field: what it is, its unit and its range";
     EXAMPLE: "its `example` is a config of it",
-        "give `example:` the `type` that typetag knows, and every field that is required";
+        "give `example` the `type` that is its `name`, and every field that is required";
     ROUND_TRIP: "its config reads back as it was written: a run saves it in config.yaml",
         "check serde's attributes (`skip_serializing_if`, `rename`): what is not written must be the default";
     EXAMPLE_TRAINS: "its example trains as `dictlearn describe` prints it",
@@ -195,7 +196,7 @@ promises! {
 // Of trainers, and of their pairs with dictionaries.
 promises! {
     TRAINS_BY_DEFAULT: "a trainer names the dictionary that it trains by default",
-        "add `usual_dictionary:` to its `register!`, and link the crate of that dictionary in the test";
+        "add `usual_dictionary` to its `#[component(...)]`, and link the crate of that dictionary in the test";
     STEPS_SUCCEED: "a step of training succeeds",
         "read the error; for a tensor that the code lacks, `Code::get` instead of `extra`, or refuse the dictionary in `build`";
     LEARNS: "with its example, a trainer explains over 30% of the variance after 200 steps, and more than at the first",
@@ -332,7 +333,7 @@ fn dictionary_cx() -> DictionaryCx<'static> {
 }
 
 fn dictionary(component: &Component) -> Box<dyn Dictionary> {
-    let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedDictionary> = from_yaml(component.example).unwrap();
     EXAMPLE.of(&who(component), seeded(5, || config.build(&dictionary_cx())))
 }
 
@@ -352,13 +353,13 @@ fn round_trip(component: &Component) -> (Value, Value) {
         }};
     }
     match component.kind {
-        Slot::Dictionary => as_config!(dyn DictionaryConfig),
-        Slot::Trainer => as_config!(dyn TrainerConfig),
-        Slot::Modifier => as_config!(dyn ModifierConfig),
-        Slot::Source => as_config!(dyn SourceConfig),
-        Slot::Text => as_config!(dyn TextConfig),
-        Slot::Metric => as_config!(dyn MetricConfig),
-        Slot::Logger => as_config!(dyn LoggerConfig),
+        Slot::Dictionary => as_config!(dyn TaggedDictionary),
+        Slot::Trainer => as_config!(dyn TaggedTrainer),
+        Slot::Modifier => as_config!(dyn TaggedModifier),
+        Slot::Source => as_config!(dyn TaggedSource),
+        Slot::Text => as_config!(dyn TaggedText),
+        Slot::Metric => as_config!(dyn TaggedMetric),
+        Slot::Logger => as_config!(dyn TaggedLogger),
         // Named by files, not by configs.
         Slot::Model | Slot::Format => (Value::Null, Value::Null),
     }
@@ -524,7 +525,7 @@ fn reads_back_the_same(promise: &Promise, who: &str, dictionary: &dyn Dictionary
 /// Or is refused, if its output must be as wide as its input.
 fn predicts_another_width(component: &Component) {
     let (who, output_dim) = (who(component), D + 3);
-    let config: Box<dyn DictionaryConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedDictionary> = from_yaml(component.example).unwrap();
     let Ok(dictionary) = config.build(&DictionaryCx { output_dim, ..dictionary_cx() }) else { return };
     if dictionary.dims().output != output_dim {
         return;
@@ -1177,7 +1178,7 @@ fn goes_on_with_dead_features(who: &str, trainer: &Component, sae: &SaeConfig, b
     let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
     fields.insert("dead_feature_threshold".into(), 1.into());
     let yaml = serde_yaml::to_string(&fields).unwrap();
-    let dictionary: Box<dyn DictionaryConfig> = from_yaml(&serde_yaml::to_string(&sae.dictionary).unwrap()).unwrap();
+    let dictionary: Box<dyn TaggedDictionary> = from_yaml(&serde_yaml::to_string(&sae.dictionary).unwrap()).unwrap();
     let sae =
         SaeConfig { dictionary, trainer: DEAD.of(who, from_yaml(&yaml).map_err(Into::into)), ..self::sae(trainer) };
     let mut training = DEAD.of(who, Training::new(&sae, &training_cx()));
@@ -1238,7 +1239,7 @@ fn composes_with_trainers(modifier: &Component) {
 fn delivers_resumes_and_rewinds(component: &Component) {
     let cx = source_cx();
     let who = who(component);
-    let config: Box<dyn SourceConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(component.example).unwrap();
     let build = || DELIVERS.of(&who, config.build(&cx));
     let mut source = build();
     let sites = source.sites();
@@ -1280,7 +1281,7 @@ fn delivers_resumes_and_rewinds(component: &Component) {
 
 fn says_the_same_from_any_position(component: &Component) {
     let who = who(component);
-    let config: Box<dyn TextConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedText> = from_yaml(component.example).unwrap();
     let mut text = SEEKS.of(&who, config.build());
     let next = |text: &mut dyn TextStream| {
         let record = SEEKS.of(&who, text.next_record());
@@ -1300,18 +1301,18 @@ fn says_the_same_from_any_position(component: &Component) {
 
 fn measures_each_dictionary(component: &Component) {
     let cx = source_cx();
-    let metric: Box<dyn MetricConfig> = from_yaml(component.example).unwrap();
+    let metric: Box<dyn TaggedMetric> = from_yaml(component.example).unwrap();
     let who = who(component);
     let mut measured = false;
     for source in components(Slot::Source) {
-        let config: Box<dyn SourceConfig> = from_yaml(source.example).unwrap();
+        let config: Box<dyn TaggedSource> = from_yaml(source.example).unwrap();
         let mut source = config.build(&cx).unwrap();
         if MEASURES.of(&who, metric.build()).refuses(&mut *source).is_some() {
             continue;
         }
         let (activation_dim, output_dim) = source.sites()[0].widths();
         let dictionary_cx = DictionaryCx { activation_dim, output_dim, ..dictionary_cx() };
-        let build = |yaml: &str| from_yaml::<Box<dyn DictionaryConfig>>(yaml).unwrap().build(&dictionary_cx).unwrap();
+        let build = |yaml: &str| from_yaml::<Box<dyn TaggedDictionary>>(yaml).unwrap().build(&dictionary_cx).unwrap();
         let both: Vec<Box<dyn Dictionary>> =
             components(Slot::Dictionary).iter().take(2).map(|component| build(component.example)).collect();
         let both: Vec<Subject> = both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
@@ -1335,7 +1336,7 @@ fn measures_each_dictionary(component: &Component) {
 fn writes_and_goes_on(component: &Component) {
     let who = who(component);
     let dir = TempDir::new().unwrap();
-    let config: Box<dyn LoggerConfig> = from_yaml(component.example).unwrap();
+    let config: Box<dyn TaggedLogger> = from_yaml(component.example).unwrap();
     let row = |step: u64| Map::from_iter([("step".to_owned(), step.into()), ("sae".to_owned(), "a".into())]);
     for resume_at in [None, Some(1)] {
         let mut logger = WRITES.of(&who, config.build(dir.path(), resume_at));
@@ -1369,7 +1370,7 @@ fn reads_what_it_writes(component: &Component) {
     for other in components(Slot::Dictionary) {
         let who = format!("{} with {}", who(component), who(other));
         let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
-        let config: Box<dyn DictionaryConfig> = from_yaml(other.example).unwrap();
+        let config: Box<dyn TaggedDictionary> = from_yaml(other.example).unwrap();
         let Ok(mut built) = config.build(&dictionary_cx()) else { continue };
         // The reference's loader would do it, and change the scale of features.
         built.pretrained();

@@ -1,28 +1,36 @@
-//! Signals: the first lets a run end in good order, the second ends it at once.
+//! Interruption: the first request lets long work end in good order, the second ends the process.
+//!
+//! Long operations must poll [`check`]. Who listens to signals is the program's business (`dictlearn::cli`).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::thread;
 
-use anyhow::{Context, Result, bail};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use anyhow::{Result, bail};
 
-/// The signal that has come to this process, 0 for none; for what works long without a run to ask.
+/// The signal that has come to this process, 0 for none; for long work that has no run to ask.
 static ASKED: AtomicU8 = AtomicU8::new(0);
 
-/// Whether a signal has come, if anybody listens.
+/// Whether this process was asked to end.
 pub fn asked() -> bool {
     ASKED.load(Ordering::Relaxed) != 0
 }
 
-/// Breaks off what works long (a download, the filling of a buffer) when a signal has come. Whoever calls it must be left
-/// as it could be saved; a run saves itself then.
+/// Fails if this process was asked to end. Callers must be in a state that can be saved: a run saves itself then.
 pub fn check() -> Result<()> {
     if asked() {
         bail!("interrupted");
     }
     Ok(())
+}
+
+/// What a request to end calls for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Response {
+    /// The work ends after its current step.
+    AfterThisStep,
+    /// Everything is saved: the process may end now.
+    NothingToLose,
+    /// It was asked again: the process ends now.
+    AtOnce,
 }
 
 /// Whether the user asked a run to end.
@@ -33,43 +41,24 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Listens to SIGINT, SIGTERM and SIGHUP from now on; not to SIGHUP where the program was told not to hear it (`nohup`).
-    pub fn listen() -> Result<Arc<Self>> {
-        let mut heard = vec![SIGINT, SIGTERM];
-        if !is_ignored(SIGHUP) {
-            heard.push(SIGHUP);
+    /// Asks the run to end, because of a signal of that number.
+    pub fn ask(&self, signal: u8) -> Response {
+        ASKED.store(signal, Ordering::Relaxed);
+        let again = self.asked.swap(signal, Ordering::SeqCst) != 0;
+        match (again, self.at_once.load(Ordering::SeqCst)) {
+            (true, _) => Response::AtOnce,
+            (false, true) => Response::NothingToLose,
+            (false, false) => Response::AfterThisStep,
         }
-        let mut signals = Signals::new(heard).context("cannot listen to signals")?;
-        let interrupt = Arc::new(Interrupt::default());
-        let seen = interrupt.clone();
-        let listen = move || {
-            for signal in signals.forever() {
-                let signal = signal as u8;
-                ASKED.store(signal, Ordering::Relaxed);
-                let again = seen.asked.swap(signal, Ordering::SeqCst) != 0;
-                let at_once = seen.at_once.load(Ordering::SeqCst);
-                if at_once && !again {
-                    crate::say!("\nstopped in the evaluation; what was trained is saved");
-                }
-                if at_once || again {
-                    // SAFETY: ends the process and touches no memory. `exit` would run libtorch's destructors while its
-                    // threads compute.
-                    unsafe { libc::_exit(status(signal).into()) }
-                }
-                crate::say!("\nstopping after this step; interrupt again to quit now");
-            }
-        };
-        thread::Builder::new().name("signals".to_owned()).spawn(listen).context("cannot listen to signals")?;
-        Ok(interrupt)
     }
 
-    /// Whether a signal has come.
+    /// Whether it was asked to end.
     pub fn asked(&self) -> bool {
         // In one order with `nothing_to_lose`: a signal is seen by who calls both, or ends the process.
         self.asked.load(Ordering::SeqCst) != 0
     }
 
-    /// The exit status of a command that ended because of a signal: 128 and its number, as shells have it; 130 for SIGINT.
+    /// The exit status of a command that ended because of a signal: 128 plus its number, as in shells; 130 for SIGINT.
     pub fn status(&self) -> u8 {
         status(self.asked.load(Ordering::Relaxed))
     }
@@ -80,14 +69,7 @@ impl Interrupt {
     }
 }
 
-fn status(signal: u8) -> u8 {
+/// The exit status of a process that a signal of that number ended.
+pub fn status(signal: u8) -> u8 {
     128 + signal
-}
-
-fn is_ignored(signal: i32) -> bool {
-    // SAFETY: asks how a signal is handled, into memory of our own; all zeros are a valid `sigaction`.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(signal, std::ptr::null(), &mut action) == 0 && action.sa_sigaction == libc::SIG_IGN
-    }
 }

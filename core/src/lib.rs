@@ -1,7 +1,7 @@
 //! What every dictlearn plugin builds on: the component traits, the registry, and the rooms below.
 //!
-//! Core names no plugin. A plugin depends on this crate, implements one of the traits and registers it with
-//! [`register!`]; linking it into a binary is enough for a config to name it. The program and the library that users
+//! Core names no plugin. A plugin depends on this crate, declares a config with [`component`](macro@component) and
+//! implements its trait; linking it into a binary is enough for a YAML file to name it. The program and the library that users
 //! depend on are the crate `dictlearn`.
 //!
 //! Rooms, lowest first. A room imports only from rooms above it in this list.
@@ -18,6 +18,7 @@
 //! | [`report`] | metrics and loggers |
 //! | [`formats`] | published SAEs |
 
+pub mod component;
 pub mod data;
 pub mod error;
 pub mod files;
@@ -31,8 +32,26 @@ pub mod progress;
 pub mod registry;
 pub mod report;
 pub mod sae;
-mod schema;
 pub mod suggest;
 pub mod train;
 
-pub use {inventory, schemars};
+pub use dictlearn_macros::component;
+pub use {inventory, schemars, tracing};
+
+/// What the code that [`component`](macro@component) writes refers to.
+#[doc(hidden)]
+pub mod __component {
+    pub use anyhow::Result;
+    pub use {inventory, schemars, serde, typetag};
+
+    pub use crate::data::TaggedSource;
+    pub use crate::data::text::TaggedText;
+    pub use crate::formats::TaggedFormat;
+    pub use crate::lm::config::read;
+    pub use crate::lm::{ModelConfig, ModelFamily};
+    pub use crate::registry::{Component, Kind, ShortRun};
+    pub use crate::report::{TaggedLogger, TaggedMetric};
+    pub use crate::sae::{DictionaryCx, TaggedDictionary, dict_size};
+    pub use crate::train::top_k::TopKSettings;
+    pub use crate::train::{ResampleWeight, RunLength, Schedule, TaggedModifier, TaggedTrainer, TrainerCx};
+}

@@ -6,7 +6,7 @@ pub use schemars::JsonSchema;
 pub use serde::{Deserialize, Serialize};
 pub use serde_json::{Map, Value};
 pub use tch::{self, Device, Kind, Tensor};
-pub use typetag;
+pub use tracing;
 
 pub use crate::data::OnNonfinite;
 pub use crate::data::text::{Chat, Document, Record, TextConfig, TextStream};
@@ -20,14 +20,13 @@ pub use crate::files::{ConfigPath, PathOrName};
 pub use crate::lm::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::machine::device::Precision;
 pub use crate::machine::memory::{Need as MemoryNeed, check as check_memory};
-pub use crate::register;
 pub use crate::report::{Figures, Metric, MetricConfig, Subject, Variance, figures};
 pub use crate::report::{Logger, LoggerConfig};
 pub use crate::sae::Selection;
 pub use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope, TwoLayer, Weight};
 pub use crate::sae::{
     Affine, Between, Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, Layout, SavedClass,
-    SavedTensors, decoder_for, dict_size, random_directions, scale_in_place, trained, trained_matrix,
+    SavedTensors, decoder_for, random_directions, scale_in_place, trained, trained_matrix,
 };
 pub use crate::sae::{Normalization, NormalizationKind};
 pub use crate::train::Constraints;
@@ -39,3 +38,7 @@ pub use crate::train::{
 pub use crate::train::{Modifier, ModifierConfig, ModifierCx, Need};
 pub use crate::train::{ResampleWeight, Resampling};
 pub use crate::train::{RunLength, Schedule};
+
+pub use crate::component;
+pub use crate::data::TaggedSource;
+pub use crate::data::text::TaggedText;

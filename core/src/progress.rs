@@ -1,32 +1,47 @@
-//! How a command shows that it is alive: a bar on a terminal, elsewhere one plain line now and then. All on stderr.
+//! How far long work is. The library shows nothing: whoever has a user, such as the command line, sets what shows it with
+//! [`show_with`].
 
-use std::io::{IsTerminal, stderr};
-use std::time::{Duration, Instant};
+use std::sync::OnceLock;
+use std::time::Instant;
 
-use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
-/// Prints a line to stderr, as `eprintln!` does. Whoever reads may have closed it (`2>&1 | head`), which is no reason to stop.
-#[macro_export]
-macro_rules! say {
-    ($($words:tt)*) => {{
-        use std::io::Write as _;
-        let _ = writeln!(std::io::stderr(), $($words)*);
-    }};
+/// What is counted.
+#[derive(Debug, Clone)]
+pub struct Task {
+    /// What one of them is (`steps`), or the file whose bytes are counted.
+    pub unit: String,
+    /// How many are done already.
+    pub first: u64,
+    /// How many there are, if that is known.
+    pub last: Option<u64>,
+    /// Whether bytes are counted.
+    pub bytes: bool,
 }
 
-/// How long a command without a terminal stays silent.
-const SILENCE: Duration = Duration::from_secs(10);
+/// Shows how far a task is.
+pub trait Meter: Send {
+    /// So many are done; `message` is what else to show, empty or beginning with `, `.
+    fn update(&mut self, done: u64, message: &str);
+
+    /// The task has ended.
+    fn finish(&self) {}
+}
+
+/// What makes a [`Meter`] of a task.
+pub type ShowWith = fn(&Task) -> Box<dyn Meter>;
+
+static SHOW_WITH: OnceLock<ShowWith> = OnceLock::new();
+
+/// Shows every task of this process from now on. The first call counts.
+pub fn show_with(meter: ShowWith) {
+    let _ = SHOW_WITH.set(meter);
+}
 
 /// Progress through something that is counted.
 pub struct Progress {
-    bar: Option<ProgressBar>,
+    meter: Option<Box<dyn Meter>>,
     started: Instant,
-    spoke: Instant,
-    unit: String,
-    bytes: bool,
-    first: u64,
-    last: Option<u64>,
     activations: i64,
     figures: String,
 }
@@ -34,35 +49,22 @@ pub struct Progress {
 impl Progress {
     /// Progress of a run from one step to another.
     pub fn of_steps(first: u64, last: u64) -> Self {
-        Progress::new("steps", first, Some(last), false)
+        Progress::new(Task { unit: "steps".to_owned(), first, last: Some(last), bytes: false })
     }
 
-    /// Progress of fetching a file of so many bytes, of which some are there already.
+    /// Progress of fetching a file of `last` bytes, of which `first` are there already.
     pub fn of_bytes(file: &str, first: u64, last: u64) -> Self {
-        Progress::new(file, first, Some(last), true)
+        Progress::new(Task { unit: file.to_owned(), first, last: Some(last), bytes: true })
     }
 
-    /// Progress of something that ends at `last`, or nobody knows when.
+    /// Progress of something that ends at `last`, if that is known.
     pub fn counting(unit: &'static str, last: Option<u64>) -> Self {
-        Progress::new(unit, 0, last, false)
+        Progress::new(Task { unit: unit.to_owned(), first: 0, last, bytes: false })
     }
 
-    fn new(unit: &str, first: u64, last: Option<u64>, bytes: bool) -> Self {
-        let bar = stderr().is_terminal().then(|| {
-            let (bar, style) = match last {
-                Some(last) if bytes => {
-                    (ProgressBar::new(last), "{bar:24} {bytes}/{total_bytes} {prefix}, {bytes_per_sec}, {eta} left")
-                }
-                Some(last) => (ProgressBar::new(last), "{bar:24} {pos}/{len} {prefix}, {eta} left{msg}"),
-                None => (ProgressBar::new_spinner(), "{spinner} {pos} {prefix} in {elapsed}{msg}"),
-            };
-            bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.enable_steady_tick(Duration::from_millis(500));
-            bar.with_position(first).with_prefix(unit.to_owned())
-        });
-        let now = Instant::now();
-        let (unit, figures) = (unit.to_owned(), String::new());
-        Progress { bar, started: now, spoke: now, unit, bytes, first, last, activations: 0, figures }
+    fn new(task: Task) -> Self {
+        let meter = SHOW_WITH.get().map(|meter| meter(&task));
+        Progress { meter, started: Instant::now(), activations: 0, figures: String::new() }
     }
 
     /// Takes the figures of one logged step, one row for each SAE.
@@ -88,47 +90,30 @@ impl Progress {
     /// So many are done; `activations` were worked on since the last call.
     pub fn step(&mut self, done: u64, activations: i64) {
         self.activations += activations;
-        let elapsed = self.started.elapsed();
+        let Some(meter) = &mut self.meter else { return };
         let mut message = String::new();
         if self.activations > 0 {
-            let rate = self.activations as f64 / elapsed.as_secs_f64().max(1e-9);
+            let rate = self.activations as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
             message = format!(", {rate:.0} activations/s");
         }
         if !self.figures.is_empty() {
             message += &format!(", {}", self.figures);
         }
-        if let Some(bar) = &self.bar {
-            bar.set_position(done);
-            bar.set_message(message);
-        } else if self.spoke.elapsed() >= SILENCE {
-            self.spoke = Instant::now();
-            let of = self.last.map_or_else(String::new, |last| {
-                let left = elapsed.mul_f64(last.saturating_sub(done) as f64 / (done - self.first).max(1) as f64);
-                format!("/{}, {} left", self.amount(last), HumanDuration(left))
-            });
-            crate::say!("{} {}{of}{message}", self.unit, self.amount(done));
-        }
+        meter.update(done, &message);
     }
 
-    fn amount(&self, count: u64) -> String {
-        match self.bytes {
-            true => HumanBytes(count).to_string(),
-            false => count.to_string(),
-        }
-    }
-
-    /// Says something without breaking the bar.
+    /// Emits a message as an event: a warning where it begins with `warning: `.
     pub fn say(&self, message: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| crate::say!("{message}")),
-            None => crate::say!("{message}"),
+        match message.strip_prefix("warning: ") {
+            Some(warning) => tracing::warn!("{warning}"),
+            None => tracing::info!("{message}"),
         }
     }
 
-    /// It ends; returns its summary.
+    /// Ends the task and returns its summary.
     pub fn finish(&self) -> String {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+        if let Some(meter) = &self.meter {
+            meter.finish();
         }
         let elapsed = self.started.elapsed();
         let rate = self.activations as f64 / elapsed.as_secs_f64().max(1e-9);

@@ -1,7 +1,7 @@
 //! The registry: every component that a config can name.
 //!
-//! A component is one crate, and in it one [`register!`](crate::register) beside the implementation. `dictlearn list`,
-//! `describe` and `schema`, the "did you mean" of an error and the contract test all read this one entry.
+//! [`component`](macro@crate::component) submits an entry for each. `dictlearn list`, `describe` and `schema`, the "did you
+//! mean" of an error and the contract test read this entry and nothing else.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -89,7 +89,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// One registered component. Made by [`register!`](crate::register).
+/// One registered component, as [`component`](macro@crate::component) declares it.
 pub struct Component {
     /// What it is.
     pub kind: Kind,
@@ -169,58 +169,6 @@ pub fn check() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Registers a component under its name.
-///
-/// The same name goes to `#[typetag::serde(name = NAME)]` on the `impl`, so write it once, as a constant.
-///
-/// ```ignore
-/// const NAME: &str = "top_k";
-/// register! {
-///     trainer TopKTrainerConfig, NAME,
-///     summary: "Keep the k largest features of each activation",
-///     paper: "Gao et al. 2024, https://arxiv.org/abs/2406.04093",
-///     example: "{type: top_k, warmup_steps: 100}",
-///     usual_dictionary: "top_k",
-/// }
-/// ```
-#[macro_export]
-macro_rules! register {
-    ($kind:ident $config:ty, $name:expr, summary: $summary:expr, paper: $paper:expr, example: $example:expr
-     $(, usual_dictionary: $dictionary:expr)? $(, usual: $usual:expr)?
-     $(, short_run: $settings:expr, measured: $measured:expr)? $(,)?) => {
-        $crate::inventory::submit! {
-            $crate::registry::Component {
-                kind: $crate::register!(@kind $kind),
-                name: $name,
-                summary: $summary,
-                paper: $paper,
-                example: $example,
-                usual_dictionary: $crate::register!(@dictionary $($dictionary)?),
-                usual: $crate::register!(@usual $($usual)?),
-                short_run: $crate::register!(@short_run $($settings, $measured)?),
-                schema: || $crate::schemars::schema_for!($config),
-            }
-        }
-    };
-    (@kind dictionary) => { $crate::registry::Kind::Dictionary };
-    (@kind trainer) => { $crate::registry::Kind::Trainer };
-    (@kind modifier) => { $crate::registry::Kind::Modifier };
-    (@kind source) => { $crate::registry::Kind::Source };
-    (@kind text) => { $crate::registry::Kind::Text };
-    (@kind model) => { $crate::registry::Kind::Model };
-    (@kind metric) => { $crate::registry::Kind::Metric };
-    (@kind logger) => { $crate::registry::Kind::Logger };
-    (@kind format) => { $crate::registry::Kind::Format };
-    (@dictionary) => { None };
-    (@dictionary $dictionary:expr) => { Some($dictionary) };
-    (@short_run) => { None };
-    (@short_run $settings:expr, $measured:expr) => {
-        Some($crate::registry::ShortRun { settings: $settings, measured: $measured })
-    };
-    (@usual) => { false };
-    (@usual $usual:expr) => { $usual };
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@ use anyhow::Result;
 use dictlearn as _;
 use dictlearn::config;
 use dictlearn::config::Sources;
-use dictlearn_core::data::{SourceConfig, SourceCx};
+use dictlearn_core::data::SourceCx;
+use dictlearn_core::data::TaggedSource;
 use dictlearn_core::error::InputError;
 use dictlearn_core::files::numpy::{Npz, read_npy};
 use dictlearn_core::files::tensors::TensorFile;
@@ -163,7 +164,7 @@ fn beside<'a>(file: &Path, files: impl Iterator<Item = &'a (&'static str, &'stat
 
 /// Builds a source and takes its first batch.
 fn first_batch(yaml: &str) -> Result<()> {
-    let config: Box<dyn SourceConfig> = dictlearn_core::files::from_yaml(yaml)?;
+    let config: Box<dyn TaggedSource> = dictlearn_core::files::from_yaml(yaml)?;
     let cx = SourceCx::default();
     config.build(&cx)?.next_batch()?;
     Ok(())

@@ -8,7 +8,8 @@ use serde_json::{Map, Value};
 use crate::config;
 use dictlearn_core::formats;
 use dictlearn_core::registry::{Component, Kind, ShortRun, components};
-use dictlearn_core::train::{ModifierConfig, Need};
+use dictlearn_core::train::Need;
+use dictlearn_core::train::TaggedModifier;
 
 /// A field of a component's config.
 struct Field {
@@ -46,7 +47,7 @@ fn needs(component: &Component) -> String {
     if component.kind != Kind::Modifier {
         return String::new();
     }
-    let config: Option<Box<dyn ModifierConfig>> = dictlearn_core::files::from_yaml(component.example).ok();
+    let config: Option<Box<dyn TaggedModifier>> = dictlearn_core::files::from_yaml(component.example).ok();
     let needs = config.map(|config| config.needs()).unwrap_or_default();
     needs.into_iter().map(Need::words).collect::<Vec<_>>().join(", ")
 }

@@ -16,6 +16,9 @@ use dictlearn_core::data::manifest::Dtype;
 use dictlearn_core::error::printable;
 use dictlearn_core::error::{InputError, Under};
 mod describe;
+mod output;
+mod signals;
+
 use crate::doctor;
 use crate::new_plugin;
 use crate::publish::Push;
@@ -32,7 +35,6 @@ use dictlearn_core::files::tensors;
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::formats;
 use dictlearn_core::hub;
-use dictlearn_core::interrupt::Interrupt;
 use dictlearn_core::machine::device;
 use dictlearn_core::registry;
 use dictlearn_core::registry::{Component, Kind, component, components};
@@ -40,6 +42,7 @@ use dictlearn_core::report::Subject;
 use dictlearn_core::sae::saved;
 use dictlearn_core::sae::saved::Saved;
 use dictlearn_core::suggest::nearest;
+use output::say;
 
 /// Train and evaluate sparse autoencoders on language-model activations, from YAML.
 #[derive(Debug, Parser)]
@@ -110,8 +113,8 @@ enum Command {
         /// Stop after so many activations; by default the data is read once to its end.
         #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(i64).range(1..))]
         limit: Option<i64>,
-        /// The type to write them in.
-        #[arg(long, default_value_t)]
+        /// The type to write them in: `float32`, or `bfloat16` or `float16` at half the size.
+        #[arg(long, default_value_t, value_parser = dtype)]
         dtype: Dtype,
     },
     /// Features and reconstructions of activations in a file, or the features of each token of a text.
@@ -277,20 +280,27 @@ fn load(file: &Path, profile: Option<String>, set: Vec<String>) -> Result<RunCon
 
 fn load_from(sources: &Sources) -> Result<RunConfig> {
     let config = config::load(sources)?;
-    config.written.notes().iter().for_each(|note| dictlearn_core::say!("{}", printable(note)));
+    config.written.notes().iter().for_each(|note| say!("{}", printable(note)));
     Ok(config)
 }
 
 /// Runs the program: every plugin that is linked in can be named. Call it from `main`.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    output::show();
     // libtorch's errors that no one foresaw, want of memory above all, arrive as panics.
-    std::panic::set_hook(Box::new(|panic| dictlearn_core::say!("error: {}", unforeseen(panic))));
+    std::panic::set_hook(Box::new(|panic| say!("error: {}", unforeseen(panic))));
     match std::panic::catch_unwind(|| registry::check().and_then(|()| run(cli.command))) {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => fail(error),
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// A type of activations on disk, by its name.
+fn dtype(name: &str) -> Result<Dtype, String> {
+    let known = Dtype::ALL.map(|dtype| dtype.to_string()).join(", ");
+    Dtype::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or(format!("known: {known}"))
 }
 
 fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
@@ -311,11 +321,11 @@ fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
 fn fail(error: anyhow::Error) -> ExitCode {
     match InputError::take(error) {
         Ok(input) => {
-            dictlearn_core::say!("error: {}", printable(&input.to_string()));
+            say!("error: {}", printable(&input.to_string()));
             ExitCode::from(2)
         }
         Err(other) => {
-            dictlearn_core::say!("error: {}", printable(&format!("{other:#}")));
+            say!("error: {}", printable(&format!("{other:#}")));
             ExitCode::from(1)
         }
     }
@@ -359,10 +369,10 @@ fn run(command: Command) -> Result<ExitCode> {
                 print(&push.to_string())?;
                 return Ok(ExitCode::SUCCESS);
             }
-            let interrupt = Interrupt::listen()?;
+            let interrupt = signals::listen()?;
             match push.upload(hub::hub()?, message.as_deref(), private) {
                 Err(_) if interrupt.asked() => {
-                    dictlearn_core::say!("stopped; nothing was committed");
+                    say!("stopped; nothing was committed");
                     Ok(ExitCode::from(interrupt.status()))
                 }
                 done => {
@@ -379,7 +389,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::NewPlugin { kind: name_of_kind, name, out, dictlearn } => {
             new_plugin::write(kind(&name_of_kind)?, &name, &out, &dictlearn.unwrap_or_else(new_plugin::own_source))?;
-            dictlearn_core::say!(
+            say!(
                 "{} is written: there, `cargo test` tries it, and `cargo run --release -- train CONFIG.yaml` is dictlearn \
                  with it",
                 out.display()
@@ -407,7 +417,7 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
         print(&plan.lines().fold(yaml, |all, line| all + "# " + line + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let interrupt = Interrupt::listen()?;
+    let interrupt = signals::listen()?;
     match run::train(&mut config, &run_dir, resume, &interrupt).map_err(|error| config.written.locate(error))? {
         Ending::Done { results, stopped, reads_text } => {
             let none = config.metrics.is_empty() || results.is_empty();
@@ -420,11 +430,11 @@ fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool, dry_run: 
             Ok(ExitCode::SUCCESS)
         }
         Ending::Interrupted(step) => {
-            dictlearn_core::say!("stopped after {step} steps; everything is saved, `--resume` goes on");
+            say!("stopped after {step} steps; everything is saved, `--resume` goes on");
             Ok(ExitCode::from(interrupt.status()))
         }
         Ending::NotBegun => {
-            dictlearn_core::say!("stopped before the first step; nothing is left to go on from");
+            say!("stopped before the first step; nothing is left to go on from");
             Ok(ExitCode::from(interrupt.status()))
         }
     }
@@ -544,7 +554,7 @@ fn compare(places: &[PathBuf], sort: Option<&str>, json: bool, csv: bool) -> Res
     if let Some(key) = sort {
         comparison.sort(key)?;
     }
-    comparison.notes(&program()).iter().for_each(|note| dictlearn_core::say!("{note}"));
+    comparison.notes(&program()).iter().for_each(|note| say!("{note}"));
     print(&match (json, csv) {
         (true, _) => serde_json::to_string(&comparison.json())?,
         (_, true) => comparison.csv(),
@@ -684,7 +694,7 @@ fn measure(sae_dirs: &[&Path], config: &RunConfig) -> Result<Vec<Map<String, Val
         origin: evaluate::origin(measured.source)?,
         from_the_beginning: true,
         overlap_is_known: false,
-        say: &|message| dictlearn_core::say!("{message}"),
+        say: &|message| say!("{message}"),
     };
     evaluate::evaluate(metrics, &subjects, &mut *source, &measuring)
 }
@@ -822,7 +832,7 @@ fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output: &Path) -> 
         }
     });
     tensors::write(output, &[("features", Tensor::cat(&features, 0)), ("recon", Tensor::cat(&recon, 0))])?;
-    dictlearn_core::say!("{} activations encoded to {}", x.size()[0], output.display());
+    say!("{} activations encoded to {}", x.size()[0], output.display());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -858,7 +868,7 @@ fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
                 ("tokens", column(|part| &part.ids)),
             ],
         )?;
-        dictlearn_core::say!("written to {}", output.display());
+        say!("written to {}", output.display());
     }
     let tokens: Vec<Value> = shown.iter().map(|part| part.tokens(args.top)).collect::<Result<Vec<_>>>()?.concat();
     if tokens.is_empty() {
@@ -967,7 +977,7 @@ fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<(Saved, Vec
             Some(_) => "the longest that the model takes",
             None => "`--set source.ctx_len=N` takes more",
         };
-        dictlearn_core::say!("a text is cut to a context of {length} tokens; {more}");
+        say!("a text is cut to a context of {length} tokens; {more}");
     }
     Ok((saved, shown))
 }
@@ -980,7 +990,7 @@ fn import(name: &str, request: &formats::Request, out: Option<&Path>, list: Opti
         let width = shown.iter().map(|(offer, _)| offer.len()).max().unwrap_or(0);
         let line = |(offer, about): &&(String, String)| format!("{offer:width$}  {about}").trim_end().to_owned() + "\n";
         print(&printable(&shown.iter().map(line).collect::<String>()))?;
-        dictlearn_core::say!("{} of {} names match", shown.len(), offers.len());
+        say!("{} of {} names match", shown.len(), offers.len());
         return Ok(ExitCode::SUCCESS);
     }
     for dir in formats::import(name, request, out)? {
@@ -997,7 +1007,7 @@ fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dtype: Dtype) 
         let in_order = args.set.iter().cloned().chain(["source.shuffle=false".to_owned()]).collect();
         config = load(&args.config, args.profile.clone(), in_order)?;
     }
-    let interrupt = Interrupt::listen()?;
+    let interrupt = signals::listen()?;
     let source = source_cx(&config).and_then(|cx| config.source.build(&cx).under("source"));
     if source.is_err() && interrupt.asked() {
         return Ok(ExitCode::from(interrupt.status()));
@@ -1005,7 +1015,7 @@ fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dtype: Dtype) 
     let mut source = source.map_err(|error| config.written.locate(error))?;
     let manifest = harvest::write(&mut *source, out, limit, dtype, &interrupt);
     let manifest = manifest.map_err(|error| config.written.locate(error))?;
-    dictlearn_core::say!("{} activations written to {}", manifest.activations, out.display());
+    say!("{} activations written to {}", manifest.activations, out.display());
     Ok(ExitCode::from(if manifest.complete { 0 } else { interrupt.status() }))
 }
 
@@ -1036,7 +1046,7 @@ fn list(name: Option<&str>) -> Result<ExitCode> {
         }
     }
     if text.is_empty() {
-        dictlearn_core::say!("none are linked in");
+        say!("none are linked in");
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
@@ -1065,6 +1075,6 @@ fn docs(out: &Path) -> Result<ExitCode> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         tensors::write_file(&path, page.as_bytes())?;
     }
-    dictlearn_core::say!("{} pages written to {}", pages.len(), out.display());
+    say!("{} pages written to {}", pages.len(), out.display());
     Ok(ExitCode::SUCCESS)
 }

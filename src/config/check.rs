@@ -11,17 +11,17 @@ use serde_json::Value as Json;
 
 use super::layers::{Merged, unknown_variable};
 use super::spans;
-use dictlearn_core::data::SourceConfig;
-use dictlearn_core::data::text::TextConfig;
+use dictlearn_core::data::TaggedSource;
+use dictlearn_core::data::text::TaggedText;
 use dictlearn_core::error::{InputError, Mistakes, Origin};
 use dictlearn_core::files::{Node, float, integer};
 use dictlearn_core::registry::{Component, Kind, component, names, usual};
-use dictlearn_core::report::LoggerConfig;
-use dictlearn_core::report::MetricConfig;
-use dictlearn_core::sae::DictionaryConfig;
+use dictlearn_core::report::TaggedLogger;
+use dictlearn_core::report::TaggedMetric;
+use dictlearn_core::sae::TaggedDictionary;
 use dictlearn_core::suggest::nearest;
-use dictlearn_core::train::ModifierConfig;
-use dictlearn_core::train::TrainerConfig;
+use dictlearn_core::train::TaggedModifier;
+use dictlearn_core::train::TaggedTrainer;
 
 /// Where the check stands: the schema's definitions, the config with its layers, and what was found.
 pub(super) struct Check<'a> {
@@ -281,13 +281,13 @@ impl<'a> Check<'a> {
         }
         let node = Node { value, origins: Some(self.merged) };
         let found = match kind {
-            Kind::Dictionary => tried::<Box<dyn DictionaryConfig>>(node),
-            Kind::Trainer => tried::<Box<dyn TrainerConfig>>(node),
-            Kind::Modifier => tried::<Box<dyn ModifierConfig>>(node),
-            Kind::Source => tried::<Box<dyn SourceConfig>>(node),
-            Kind::Text => tried::<Box<dyn TextConfig>>(node),
-            Kind::Metric => tried::<Box<dyn MetricConfig>>(node),
-            Kind::Logger => tried::<Box<dyn LoggerConfig>>(node),
+            Kind::Dictionary => tried::<Box<dyn TaggedDictionary>>(node),
+            Kind::Trainer => tried::<Box<dyn TaggedTrainer>>(node),
+            Kind::Modifier => tried::<Box<dyn TaggedModifier>>(node),
+            Kind::Source => tried::<Box<dyn TaggedSource>>(node),
+            Kind::Text => tried::<Box<dyn TaggedText>>(node),
+            Kind::Metric => tried::<Box<dyn TaggedMetric>>(node),
+            Kind::Logger => tried::<Box<dyn TaggedLogger>>(node),
             // Named by files, not by configs.
             Kind::Model | Kind::Format => None,
         };

@@ -3,10 +3,11 @@
 use anyhow::Result;
 use serde_yaml::{Mapping, Value};
 
-use dictlearn_core::data::{SourceConfig, SourceCx};
+use dictlearn_core::data::SourceCx;
+use dictlearn_core::data::TaggedSource;
 use dictlearn_core::files::from_yaml;
 use dictlearn_core::registry::{Component, Kind, component, components, usual};
-use dictlearn_core::report::MetricConfig;
+use dictlearn_core::report::TaggedMetric;
 
 /// A whole config with the component's example in its slot and usual ones around it; `None` for what no config names.
 pub fn example(shown: &Component) -> Option<String> {
@@ -61,12 +62,12 @@ pub fn example(shown: &Component) -> Option<String> {
 
 /// The example of a source that a metric can be computed on, a usual one if possible.
 fn suiting(metric: &Component) -> Option<Value> {
-    let metric: Box<dyn MetricConfig> = from_yaml(metric.example).ok()?;
+    let metric: Box<dyn TaggedMetric> = from_yaml(metric.example).ok()?;
     let cx = SourceCx { seed: 0, ..SourceCx::default() };
     let mut sources = components(Kind::Source);
     sources.sort_by_key(|source| !source.usual);
     let suits = |source: &Component| -> Result<bool> {
-        let config: Box<dyn SourceConfig> = from_yaml(source.example)?;
+        let config: Box<dyn TaggedSource> = from_yaml(source.example)?;
         Ok(metric.build()?.refuses(&mut *config.build(&cx)?).is_none())
     };
     let source = sources.into_iter().find(|source| suits(source).unwrap_or(false))?;

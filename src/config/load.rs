@@ -9,11 +9,11 @@ use serde_json::Value as Json;
 
 use super::check::{Check, follow};
 use super::layers::{Merged, Sources};
-use super::unsourced::check_adapted;
-use super::{RunConfig, spans};
-use dictlearn_core::data::{SourceConfig, SourceCx};
-use dictlearn_core::error::Under;
-use dictlearn_core::error::{InputError, Mistakes};
+use crate::config::unsourced::check_adapted;
+use crate::config::{RunConfig, spans};
+use dictlearn_core::data::SourceCx;
+use dictlearn_core::data::TaggedSource;
+use dictlearn_core::error::{InputError, Mistakes, Under};
 use dictlearn_core::files::{Node, float, integer};
 use dictlearn_core::hub;
 use dictlearn_core::registry::{Kind, component, usual};
@@ -82,7 +82,7 @@ fn build_rest(root: &Value, merged: &Merged, check: &Check, mistakes: &mut Mista
     let seed: Option<u64> = read(root.find_ref("seed"), merged);
     let seed = seed.unwrap_or_default();
     let mut found = Mistakes::new();
-    if let Some(source) = read::<Box<dyn SourceConfig>>(root.find_ref("source").filter(|_| is_right("source")), merged)
+    if let Some(source) = read::<Box<dyn TaggedSource>>(root.find_ref("source").filter(|_| is_right("source")), merged)
     {
         let cx = SourceCx { seed, ..SourceCx::default() };
         let built = hub::without(|| source.build(&cx).map(drop).under("source"));

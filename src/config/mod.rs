@@ -17,12 +17,12 @@ pub use unsourced::{check_without_source, trainer_field};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use dictlearn_core::data::OnNonfinite;
-use dictlearn_core::data::{CheckpointBuffer, Purpose, SourceConfig, SourceCx};
+use dictlearn_core::data::TaggedSource;
+use dictlearn_core::data::{CheckpointBuffer, OnNonfinite, Purpose, SourceCx};
 use dictlearn_core::files::ConfigPath;
 use dictlearn_core::machine::device::{DeviceChoice, PrecisionChoice};
-use dictlearn_core::report::LoggerConfig;
-use dictlearn_core::report::MetricConfig;
+use dictlearn_core::report::TaggedLogger;
+use dictlearn_core::report::TaggedMetric;
 use dictlearn_core::train::SaeConfig;
 
 /// One experiment: a stream of activations and the dictionaries that train on it.
@@ -80,21 +80,21 @@ pub struct RunConfig {
     #[serde(default)]
     pub save_steps: Option<SaveSteps>,
     /// Where activations come from.
-    pub source: Box<dyn SourceConfig>,
+    pub source: Box<dyn TaggedSource>,
     /// Where the metrics' activations come from: `source` with these keys changed, say to a held-out text. By default they
     /// are the rows that `source` holds out (`held_out`), or else the metrics go on with what training has not read.
     #[serde(default)]
-    pub eval_source: Option<Box<dyn SourceConfig>>,
+    pub eval_source: Option<Box<dyn TaggedSource>>,
     /// The dictionaries; all of them train on the same stream.
     #[serde(default)]
     pub saes: Vec<SaeConfig>,
     /// What is measured at the end of training and by `dictlearn eval`. If absent, what the source allows: `reconstruction`, and
     /// `loss_recovered` for a language model. With `[]` training measures nothing, and `dictlearn eval` measures the default.
     #[serde(default)]
-    pub metrics: Vec<Box<dyn MetricConfig>>,
+    pub metrics: Vec<Box<dyn TaggedMetric>>,
     /// Where the figures go: to a file in the run's folder unless told otherwise; `[]` for nowhere.
     #[serde(default)]
-    pub loggers: Vec<Box<dyn LoggerConfig>>,
+    pub loggers: Vec<Box<dyn TaggedLogger>>,
     /// The files that say it.
     #[serde(skip)]
     pub written: Written,

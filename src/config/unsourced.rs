@@ -20,7 +20,7 @@ pub fn check_adapted(
     mistakes: &mut Mistakes,
 ) -> Result<()> {
     let says = |field: &str| says(&trainer_field(entry, field));
-    sae.trainer.adapt(&mut RunLength::new(steps, None, &says, None));
+    sae.trainer.adapt_defaults(&mut RunLength::new(steps, None, &says, None));
     check_without_source(sae, entry, (steps, seed), mistakes)
 }
 

@@ -10,34 +10,20 @@
 
 use dictlearn_core::prelude::*;
 
-/// The name in a config, of the dictionary and of its trainer.
-const NAME: &str = "example_name";
-
 /// One matrix that encodes and decodes.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ExampleNameConfig {
-    /// Number of features.
-    #[serde(default)]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features, in multiples of the activations' width; 8 unless `dict_size` is given.
-    #[serde(default)]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
-}
+#[component(
+    dictionary,
+    name = "example_name",
+    summary = "ReLU of an affine map, decoded by its transpose",
+    paper = "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
+    example = "{type: example_name, expansion_factor: 4}",
+    fields(width)
+)]
+pub struct ExampleNameConfig {}
 
-register! {
-    dictionary ExampleNameConfig, NAME,
-    summary: "ReLU of an affine map, decoded by its transpose",
-    paper: "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
-    example: "{type: example_name, expansion_factor: 4}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for ExampleNameConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         let weight = random_directions([cx.activation_dim, features], 1.0, cx.device).transpose(0, 1);
         let weight = trained(weight.contiguous());
         let bias = trained(Tensor::zeros([features], (Kind::Float, cx.device)));
@@ -49,7 +35,7 @@ impl DictionaryConfig for ExampleNameConfig {
 inventory::submit! {
     SavedClass {
         class: "ExampleName",
-        name: NAME,
+        name: ExampleNameConfig::NAME,
         shaped: |saved| {
             let size @ [features, _] = saved.shape("weight")?;
             let (weight, bias) = (saved.zeros(&size), saved.zeros(&[features]));
@@ -96,35 +82,25 @@ impl Dictionary for ExampleName {
 }
 
 /// Squared error with an L1 penalty, rows of norm 1.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    trainer,
+    name = "example_name",
+    summary = "Squared error with an L1 penalty for tied autoencoders",
+    paper = "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
+    example = "{type: example_name, lr: 1e-3, l1_penalty: 0.02}",
+    usual_dictionary = ExampleNameConfig::NAME,
+    fields(lr = 1e-3, ..)
+)]
 pub struct ExampleNameTrainer {
-    /// Learning rate.
-    #[schemars(range(min = 0))]
-    pub lr: f64,
     /// Weight α of the L1 penalty.
+    #[default(1e-2)]
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
 }
 
-impl Default for ExampleNameTrainer {
-    fn default() -> Self {
-        ExampleNameTrainer { lr: 1e-3, l1_penalty: 1e-2 }
-    }
-}
-
-register! {
-    trainer ExampleNameTrainer, NAME,
-    summary: "Squared error with an L1 penalty for tied autoencoders",
-    paper: "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
-    example: "{type: example_name, lr: 1e-3, l1_penalty: 0.02}",
-    usual_dictionary: NAME,
-}
-
-#[typetag::serde(name = NAME)]
 impl TrainerConfig for ExampleNameTrainer {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        penalizable(cx.dictionary, NAME)?;
+        penalizable(cx.dictionary, Self::NAME)?;
         Ok(Box::new(self.clone()))
     }
 

@@ -9,22 +9,15 @@ use dictlearn_core::sae::saved::Saved;
 use dictlearn_core::files::tensors;
 use dictlearn_core::files::tensors::TensorFile;
 
-/// The name in a command.
-const NAME: &str = "example_name";
-
 /// ReLU SAEs as one safetensors file.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    format,
+    name = "example_name",
+    summary = "ReLU SAEs as one safetensors file",
+    example = "dictlearn import example_name DIR"
+)]
 pub struct ExampleName {}
 
-register! {
-    format ExampleName, NAME,
-    summary: "ReLU SAEs as one safetensors file",
-    paper: "",
-    example: "dictlearn import example_name DIR",
-}
-
-#[typetag::serde(name = NAME)]
 impl Format for ExampleName {
     fn read(&self, place: &Place) -> Result<Published> {
         // A folder here or on the Hub: `need` fetches what is not here, and says what there is where a file is missing.

@@ -6,31 +6,19 @@ use std::path::Path;
 
 use dictlearn_core::prelude::*;
 
-/// The name in a config.
-const NAME: &str = "example_name";
-
 /// The loss as comma-separated values.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    logger,
+    name = "example_name",
+    summary = "The loss as comma-separated values",
+    example = "{type: example_name}"
+)]
 pub struct ExampleNameConfig {
     /// The file, in the run's folder.
+    #[default("example_name.csv")]
     pub file: String,
 }
 
-impl Default for ExampleNameConfig {
-    fn default() -> Self {
-        ExampleNameConfig { file: "example_name.csv".to_owned() }
-    }
-}
-
-register! {
-    logger ExampleNameConfig, NAME,
-    summary: "The loss as comma-separated values",
-    paper: "",
-    example: "{type: example_name}",
-}
-
-#[typetag::serde(name = NAME)]
 impl LoggerConfig for ExampleNameConfig {
     fn build(&self, run_dir: &Path, resume_at: Option<u64>) -> Result<Box<dyn Logger>> {
         let path = run_dir.join(&self.file);

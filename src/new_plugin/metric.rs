@@ -2,31 +2,20 @@
 
 use dictlearn_core::prelude::*;
 
-/// The name in a config.
-const NAME: &str = "example_name";
-
 /// How alike the directions of a decoder are: the mean, over features, of the greatest cosine with another feature.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    metric,
+    name = "example_name",
+    summary = "How alike the directions of a decoder are",
+    example = "{type: example_name}"
+)]
 pub struct ExampleNameConfig {
     /// At most so many features are compared, the first ones.
-    #[serde(default = "features")]
+    #[default(4096)]
     #[schemars(range(min = 2))]
     pub features: i64,
 }
 
-fn features() -> i64 {
-    4096
-}
-
-register! {
-    metric ExampleNameConfig, NAME,
-    summary: "How alike the directions of a decoder are",
-    paper: "",
-    example: "{type: example_name}",
-}
-
-#[typetag::serde(name = NAME)]
 impl MetricConfig for ExampleNameConfig {
     fn build(&self) -> Result<Box<dyn Metric>> {
         Ok(Box::new(self.clone()))

@@ -6,26 +6,19 @@
 
 use dictlearn_core::prelude::*;
 
-/// The name in a config.
-const NAME: &str = "example_name";
-
 /// A logarithmic penalty on features.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    modifier,
+    name = "example_name",
+    summary = "A logarithmic penalty on features",
+    example = "{type: example_name, weight: 0.01}"
+)]
 pub struct ExampleNameConfig {
     /// Weight of the penalty in the loss.
     #[schemars(range(min = 0))]
     pub weight: f64,
 }
 
-register! {
-    modifier ExampleNameConfig, NAME,
-    summary: "A logarithmic penalty on features",
-    paper: "",
-    example: "{type: example_name, weight: 0.01}",
-}
-
-#[typetag::serde(name = NAME)]
 impl ModifierConfig for ExampleNameConfig {
     // What it needs of the dictionary and the trainer, `fn needs`, is nothing here.
 

@@ -3,34 +3,23 @@
 use dictlearn_core::prelude::*;
 use dictlearn_core::data::sampled_mean_squared_norms;
 
-/// The name in a config.
-const NAME: &str = "example_name";
-
 /// Waves: dimension i of the n-th activation is cos((i + 1) n / 10).
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    source,
+    name = "example_name",
+    summary = "Activations that are waves",
+    example = "{type: example_name, width: 32}"
+)]
 pub struct ExampleNameConfig {
     /// Width of an activation, d.
     #[schemars(range(min = 1))]
     pub width: i64,
     /// Activations in a batch.
-    #[serde(default = "batch_size")]
+    #[default(256)]
     #[schemars(range(min = 1))]
     pub batch_size: i64,
 }
 
-fn batch_size() -> i64 {
-    256
-}
-
-register! {
-    source ExampleNameConfig, NAME,
-    summary: "Activations that are waves",
-    paper: "",
-    example: "{type: example_name, width: 32}",
-}
-
-#[typetag::serde(name = NAME)]
 impl SourceConfig for ExampleNameConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         Ok(Box::new(ExampleName { config: self.clone(), batch: 0, cx: *cx }))
@@ -46,7 +35,7 @@ struct ExampleName {
 
 impl ActivationSource for ExampleName {
     fn sites(&self) -> Vec<Site> {
-        vec![Site::new(NAME, (self.config.width, self.config.width))]
+        vec![Site::new(ExampleNameConfig::NAME, (self.config.width, self.config.width))]
     }
 
     fn next_batch(&mut self) -> Result<Option<Activations>> {

@@ -2,26 +2,19 @@
 
 use dictlearn_core::prelude::*;
 
-/// The name in a config.
-const NAME: &str = "example_name";
-
 /// Documents that count.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    text,
+    name = "example_name",
+    summary = "Documents that count",
+    example = "{type: example_name, documents: 5000}"
+)]
 pub struct ExampleNameConfig {
     /// How many documents there are.
     #[schemars(range(min = 1))]
     pub documents: u64,
 }
 
-register! {
-    text ExampleNameConfig, NAME,
-    summary: "Documents that count",
-    paper: "",
-    example: "{type: example_name, documents: 5000}",
-}
-
-#[typetag::serde(name = NAME)]
 impl TextConfig for ExampleNameConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         Ok(Box::new(ExampleName { documents: self.documents, position: 0 }))
@@ -40,7 +33,8 @@ impl TextStream for ExampleName {
         }
         self.position += 1;
         let text = format!("This is document {} of {}.", self.position, self.documents);
-        Ok(Some(Record::Text(Document { text, origin: format!("{NAME}: document {}", self.position) })))
+        let origin = format!("{}: document {}", ExampleNameConfig::NAME, self.position);
+        Ok(Some(Record::Text(Document { text, origin })))
     }
 
     fn position(&self) -> u64 {

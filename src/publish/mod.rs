@@ -109,7 +109,7 @@ impl Push {
         }
         let url = hub.upload(&self.repo, &self.files, &message, private)?;
         if left_out {
-            dictlearn_core::say!(
+            tracing::info!(
                 "the repository's own README.md stays; to replace it, put one into the SAE's folder \
                  (`--dry-run` prints the generated one)"
             );
@@ -312,7 +312,7 @@ fn absolute(json: &Value, key: &str) -> Vec<String> {
 
 fn warn_of_paths(file: &str, keys: &[String]) {
     if !keys.is_empty() {
-        dictlearn_core::say!("warning: {file} is uploaded with paths of this machine in it: {}", keys.join(", "));
+        tracing::warn!("{file} is uploaded with paths of this machine in it: {}", keys.join(", "));
     }
 }
 

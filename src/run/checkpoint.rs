@@ -107,7 +107,7 @@ impl Checkpoints {
                 // In one line with what follows.
                 Err(error) => format!("{error:#}").replace('\n', "; "),
             };
-            dictlearn_core::say!("warning: {error}; trying the checkpoint before it");
+            tracing::warn!("{error}; trying the checkpoint before it");
         }
         Ok(None)
     }

@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::RunConfig;
-use dictlearn_core::data::{ActivationSource, Activations, ModelSource, Part, Purpose, Site, SourceConfig, SourceCx};
+use dictlearn_core::data::TaggedSource;
+use dictlearn_core::data::{ActivationSource, Activations, ModelSource, Part, Purpose, Site, SourceCx};
 use dictlearn_core::error::{InputError, Mistakes, Under};
 use dictlearn_core::files::from_yaml;
 use dictlearn_core::files::state::State;
@@ -18,7 +19,8 @@ use dictlearn_core::lm::{LanguageModel, Tokens};
 use dictlearn_core::machine::memory::Need;
 use dictlearn_core::registry;
 use dictlearn_core::registry::component;
-use dictlearn_core::report::{MetricConfig, Subject};
+use dictlearn_core::report::Subject;
+use dictlearn_core::report::TaggedMetric;
 
 /// What metrics are measured on, and the key of the config that says it.
 #[derive(Debug, Clone, Copy)]
@@ -26,7 +28,7 @@ pub(crate) struct Measured<'a> {
     /// `eval_source` or `source`.
     pub key: &'static str,
     /// The source, to be opened for this.
-    pub source: &'a dyn SourceConfig,
+    pub source: &'a dyn TaggedSource,
 }
 
 impl<'a> Measured<'a> {
@@ -55,11 +57,11 @@ pub(crate) const ALL_READ: &str = "of which it left nothing unread: an `eval_sou
 
 /// Tells the user that SAEs are measured on what they were trained on.
 pub(crate) fn warn_of_overlap(shared: &str) {
-    dictlearn_core::say!("warning: the metrics are measured on what the SAEs were trained on, {shared}");
+    tracing::warn!("the metrics are measured on what the SAEs were trained on, {shared}");
 }
 
 /// Refuses metrics that cannot be computed on a source, before anything is trained for them.
-pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSource) -> Result<()> {
+pub fn check(metrics: &[Box<dyn TaggedMetric>], source: &mut dyn ActivationSource) -> Result<()> {
     let mut mistakes = Mistakes::new();
     for (index, metric) in metrics.iter().enumerate() {
         let Some(built) = mistakes.keep(metric.build().under(format_args!("metrics[{index}]")))? else { continue };
@@ -77,7 +79,7 @@ pub fn check(metrics: &[Box<dyn MetricConfig>], source: &mut dyn ActivationSourc
 /// What measuring dictionaries of at most so many features takes memory for, beside so many bytes that a source of its own
 /// takes.
 pub(crate) fn memory(
-    metrics: &[Box<dyn MetricConfig>],
+    metrics: &[Box<dyn TaggedMetric>],
     source: &mut dyn ActivationSource,
     features: i64,
     own: u64,
@@ -95,10 +97,10 @@ pub(crate) fn memory(
 }
 
 /// The usual metrics that can be computed on a source, with their defaults: for configs that name none.
-pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn MetricConfig>>> {
+pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
     for name in registry::usual(registry::Kind::Metric) {
-        let metric: Box<dyn MetricConfig> = from_yaml(&format!("{{type: {name}}}"))?;
+        let metric: Box<dyn TaggedMetric> = from_yaml(&format!("{{type: {name}}}"))?;
         if metric.build()?.refuses(source).is_none() {
             metrics.push(metric);
         }
@@ -123,7 +125,7 @@ pub struct Measuring<'a> {
 /// Measures dictionaries, each on its site and all on the same data. One object of figures for each, in their order, with
 /// what they were measured on as [`MEASURED`].
 pub fn evaluate(
-    metrics: &[Box<dyn MetricConfig>],
+    metrics: &[Box<dyn TaggedMetric>],
     subjects: &[Subject],
     source: &mut dyn ActivationSource,
     measuring: &Measuring,
@@ -369,7 +371,7 @@ impl ModelSource for Counted<'_> {
 }
 
 /// What is measured on a source, from its config: its type and model, and its text or file. Of joined sources, each one's.
-pub fn origin(source: &dyn SourceConfig) -> Result<Map<String, Value>> {
+pub fn origin(source: &dyn TaggedSource) -> Result<Map<String, Value>> {
     Ok(origin_of(&serde_json::to_value(source)?))
 }
 

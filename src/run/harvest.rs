@@ -138,7 +138,7 @@ impl Writer {
             bail!(InputError::new("the source gave not one activation").help(help));
         }
         for note in notes {
-            dictlearn_core::say!("{note}");
+            tracing::info!("{note}");
         }
         let sites = self.sites.iter().zip(&self.tensors);
         let manifest = Manifest {

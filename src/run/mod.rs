@@ -19,30 +19,25 @@ use crate::config::{self, RunConfig, SaveSteps, folder_name, to_yaml};
 use crate::run::checkpoint::{Checkpoints, Machine, make_dir};
 use crate::run::evaluate::{ALL_READ, Measured};
 use crate::run::saver::{Saver, patiently};
-use dictlearn_core::data::OnNonfinite;
-use dictlearn_core::data::{ActivationSource, Activations, Batch, Site, Stream, describe_site};
+use dictlearn_core::data::{ActivationSource, Activations, Batch, OnNonfinite, Site, Stream, describe_site};
 use dictlearn_core::error::{InputError, Mistakes, Under};
-use dictlearn_core::files;
 use dictlearn_core::files::state::State;
 use dictlearn_core::files::tensors::{self, write_file};
 use dictlearn_core::files::yaml;
-use dictlearn_core::hub;
 use dictlearn_core::hub::{Repo, hub};
-use dictlearn_core::interrupt;
 use dictlearn_core::interrupt::Interrupt;
 use dictlearn_core::machine::device;
 use dictlearn_core::machine::device::Precision;
 use dictlearn_core::machine::memory::{Plan, Size};
 use dictlearn_core::progress::Progress;
-use dictlearn_core::report::Logger;
-use dictlearn_core::report::{MetricConfig, Subject};
-use dictlearn_core::sae::Dictionary;
-use dictlearn_core::sae::saved;
+use dictlearn_core::report::TaggedMetric;
+use dictlearn_core::report::{Logger, Subject};
+use dictlearn_core::sae::{Dictionary, saved};
 use dictlearn_core::suggest::nearest;
-use dictlearn_core::train::RunLength;
-use dictlearn_core::train::SaeConfig;
-use dictlearn_core::train::{Found, Watch};
-use dictlearn_core::train::{NotFinite, Training, TrainingCx, is_finite, saved_config};
+use dictlearn_core::train::{
+    Found, NotFinite, RunLength, SaeConfig, Training, TrainingCx, Watch, is_finite, saved_config,
+};
+use dictlearn_core::{files, hub, interrupt};
 
 /// How a run ended.
 #[derive(Debug)]
@@ -110,12 +105,12 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
         if begun.as_ref().is_some_and(|(_, text)| *text == yaml)
             && let Some(done) = run.already_done(config, run_dir, first)?
         {
-            dictlearn_core::say!("the run is done already; --resume has nothing left to do");
+            tracing::info!("the run is done already; --resume has nothing left to do");
             return Ok(done);
         }
-        dictlearn_core::say!("resuming at step {step}");
+        tracing::info!("resuming at step {step}");
     }
-    run.memory.lines().iter().for_each(|line| dictlearn_core::say!("{line}"));
+    run.memory.lines().iter().for_each(|line| tracing::info!("{line}"));
     let created = held.is_none();
     let before = entries(run_dir);
     fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
@@ -159,10 +154,7 @@ fn lock(run_dir: &Path) -> Result<fs::File> {
         }
         // Not every file system has locks.
         Err(fs::TryLockError::Error(error)) => {
-            dictlearn_core::say!(
-                "warning: {} cannot be locked: {error}; let no other run write to it",
-                run_dir.display()
-            );
+            tracing::warn!("{} cannot be locked: {error}; let no other run write to it", run_dir.display());
             Ok(file)
         }
     }
@@ -316,7 +308,7 @@ impl Run {
             evaluate::warn_of_overlap(&shared);
         }
         if !adapted.is_empty() {
-            dictlearn_core::say!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
+            tracing::info!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
         }
         let norms = vec![1.0; sites.len()];
         let watches = sites.iter().map(|_| Watch::default()).collect();
@@ -339,7 +331,7 @@ impl Run {
             if *norm <= 0.0 || !norm.is_finite() {
                 bail!(InputError::new(format!("activations{at} cannot be normalised: their norm is {norm}")));
             }
-            dictlearn_core::say!("activations{at} are divided by {norm:.4} while training");
+            tracing::info!("activations{at} are divided by {norm:.4} while training");
         }
         for sae in &mut self.saes {
             // What is loaded takes activations as the model makes them.
@@ -840,8 +832,8 @@ impl Run {
         }
         let differences = self.machine.differences(&state.get("machine")?);
         if !differences.is_empty() {
-            dictlearn_core::say!(
-                "warning: the run was begun elsewhere ({}): it goes on, but not to the same bits as if it had stayed there",
+            tracing::warn!(
+                "the run was begun elsewhere ({}): it goes on, but not to the same bits as if it had stayed there",
                 differences.join(", ")
             );
         }
@@ -877,7 +869,7 @@ fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -
         let says = |field: &str| written.says(&config::trainer_field(entry, field));
         let begun = begun.as_ref().and_then(|begun| begun.get("saes")?.get(entry)?.get("trainer"));
         let mut length = RunLength::new(*steps, batch_size, &says, begun);
-        sae.trainer.adapt(&mut length);
+        sae.trainer.adapt_defaults(&mut length);
         for one in length.into_adapted() {
             if !adapted.contains(&one) {
                 adapted.push(one);
@@ -922,15 +914,15 @@ fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<(
 /// The default metrics that a source allows and for which there is memory.
 fn usual_metrics(
     source: &mut dyn ActivationSource,
-    fits: impl Fn(&[Box<dyn MetricConfig>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
-) -> Result<Vec<Box<dyn MetricConfig>>> {
+    fits: impl Fn(&[Box<dyn TaggedMetric>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
+) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
     for metric in evaluate::usual(source)? {
         let metric = [metric];
         match fits(&metric, source)? {
             Ok(()) => metrics.extend(metric),
-            Err(error) => dictlearn_core::say!(
-                "warning: {} is not measured by default: {}; `metrics: [{{type: {}, batch_size: 1}}]` may do",
+            Err(error) => tracing::warn!(
+                "{} is not measured by default: {}; `metrics: [{{type: {}, batch_size: 1}}]` may do",
                 metric[0].typetag_name(),
                 error.message(),
                 metric[0].typetag_name()

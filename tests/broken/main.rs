@@ -142,8 +142,12 @@ macro_rules! dictionary {
             use super::*;
 
             /// A dictionary with a fault.
-            #[derive(Debug, Serialize, Deserialize, JsonSchema)]
-            #[serde(deny_unknown_fields)]
+            #[component(
+                dictionary,
+                name = $name,
+                summary = "A dictionary with a fault",
+                example = concat!("{type: ", $name, "}"),
+            )]
             pub struct Config {}
 
             pub struct ThisFault;
@@ -153,14 +157,6 @@ macro_rules! dictionary {
                 $($method)*
             }
 
-            register! {
-                dictionary Config, $name,
-                summary: "A dictionary with a fault",
-                paper: "",
-                example: concat!("{type: ", $name, "}"),
-            }
-
-            #[typetag::serde(name = $name)]
             impl DictionaryConfig for Config {
                 fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
                     Ok(Broken::<ThisFault>::build(cx))
@@ -269,24 +265,16 @@ macro_rules! trainer {
         mod $module {
             use super::*;
 
+            const EXAMPLE: &str = concat!("{type: ", $name, "}");
+
             /// A trainer with a fault.
-            #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-            #[serde(deny_unknown_fields)]
+            #[component(trainer, name = $name, summary = "Faulty", example = EXAMPLE, usual_dictionary = "auto_encoder")]
             pub struct Config {
                 /// How many steps were taken.
                 #[serde(skip)]
                 steps: u64,
             }
 
-            register! {
-                trainer Config, $name,
-                summary: "A trainer with a fault",
-                paper: "",
-                example: concat!("{type: ", $name, "}"),
-                usual_dictionary: "auto_encoder",
-            }
-
-            #[typetag::serde(name = $name)]
             impl TrainerConfig for Config {
                 fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
                     penalizable(cx.dictionary, $name)?;

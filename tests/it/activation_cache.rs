@@ -35,7 +35,7 @@ fn desk(limit: &str, more: &[&str]) -> Desk {
 
 fn open(desk: &Desk, more: &str) -> Result<Box<dyn ActivationSource>> {
     let path = desk.path("cache");
-    let config: Box<dyn SourceConfig> = from_yaml(&cache(path.to_str().unwrap(), more)).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(&cache(path.to_str().unwrap(), more)).unwrap();
     config.build(&SourceCx { seed: 1, ..SourceCx::default() })
 }
 
@@ -200,7 +200,7 @@ fn what_is_not_as_it_was_written_is_refused_by_name() {
 fn what_python_writes_is_read() {
     let folder = fixture("activations");
     let source = format!("{{type: activation_cache, path: {folder:?}, shuffle: false}}");
-    let config: Box<dyn SourceConfig> = from_yaml(&source).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(&source).unwrap();
     let cx = SourceCx { seed: 1, ..SourceCx::default() };
     let (python, tokens) = drain(&mut *config.build(&cx).unwrap());
     let model = fixture("models/gpt_neox");
@@ -209,7 +209,7 @@ fn what_python_writes_is_read() {
          text: {{type: token_file, path: {:?}}}, shuffle: false}}",
         model.join("io.safetensors")
     );
-    let config: Box<dyn SourceConfig> = from_yaml(&source).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(&source).unwrap();
     let (ours, our_tokens) = drain(&mut *config.build(&cx).unwrap());
     assert_eq!(tokens, our_tokens);
     for (python, ours) in python.iter().zip(&ours) {

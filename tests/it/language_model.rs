@@ -22,7 +22,7 @@ fn io(model: &str) -> TensorFile {
 }
 
 fn source(yaml: &str) -> Box<dyn ActivationSource> {
-    let config: Box<dyn SourceConfig> = from_yaml(yaml).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(yaml).unwrap();
     config.build(&SourceCx { seed: 1, ..SourceCx::default() }).unwrap()
 }
 
@@ -511,7 +511,7 @@ fn activations_that_are_not_finite_are_traced_to_their_text_or_left_out() {
     assert!(error.contains("is not finite for row 1, token "), "{error}");
     assert!(error.contains("gpt_neox.layers.1"), "{error}");
 
-    let config: Box<dyn SourceConfig> = from_yaml(&yaml).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(&yaml).unwrap();
     let cx = SourceCx { seed: 1, on_nonfinite: OnNonfinite::SkipBatch, ..SourceCx::default() };
     let mut source = config.build(&cx).unwrap();
     let mut found = Vec::new();

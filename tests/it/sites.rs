@@ -5,17 +5,18 @@ use std::path::Path;
 
 use dictlearn as _;
 use dictlearn_core::data::manifest::TOKENS;
-use dictlearn_core::files::from_yaml;
-use dictlearn_core::files::tensors;
 use dictlearn_core::files::tensors::TensorFile;
+use dictlearn_core::files::{from_yaml, tensors};
 use dictlearn_core::lm::cross_entropy;
 use dictlearn_core::prelude::*;
+use dictlearn_core::report::TaggedMetric;
+use dictlearn_core::sae::TaggedDictionary;
 use serde_json::json;
 
 use crate::common::{Desk, fixture};
 
 fn source(yaml: &str) -> Box<dyn ActivationSource> {
-    let config: Box<dyn SourceConfig> = from_yaml(yaml).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(yaml).unwrap();
     config.build(&SourceCx { seed: 1, ..SourceCx::default() }).unwrap()
 }
 
@@ -216,7 +217,7 @@ fn number(figures: &Figures, name: &str) -> f64 {
 fn a_heads_reconstruction_takes_the_place_of_that_head_alone() {
     let mut separate = source(&in_order("blocks.1.attn.hook_z", ", heads: separate"));
     let width = separate.sites()[0].activation_dim;
-    let identity: Box<dyn DictionaryConfig> = from_yaml("{type: identity}").unwrap();
+    let identity: Box<dyn TaggedDictionary> = from_yaml("{type: identity}").unwrap();
     let cx = DictionaryCx {
         activation_dim: width,
         output_dim: width,
@@ -226,7 +227,7 @@ fn a_heads_reconstruction_takes_the_place_of_that_head_alone() {
     };
     let identity = identity.build(&cx).unwrap();
     let subjects: Vec<Subject> = [2, 0, 2].map(|site| Subject { dictionary: &*identity, site }).into();
-    let metric: Box<dyn MetricConfig> = from_yaml("{type: loss_recovered, n_batches: 1, batch_size: 3}").unwrap();
+    let metric: Box<dyn TaggedMetric> = from_yaml("{type: loss_recovered, n_batches: 1, batch_size: 3}").unwrap();
     let found = metric.build().unwrap().evaluate(&subjects, &mut *separate).unwrap().unwrap();
     assert_eq!(found[0], found[2]);
     assert_ne!(found[0]["loss_zero"], found[1]["loss_zero"]);

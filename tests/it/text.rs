@@ -40,7 +40,7 @@ fn contexts(text: &str, more: &str) -> (Vec<Vec<i64>>, Vec<String>) {
         "{{type: language_model, model: {:?}, submodule: gpt_neox.layers.0{more}, text: {text}}}",
         fixture(MODEL)
     );
-    let config: Box<dyn SourceConfig> = from_yaml(&yaml).unwrap();
+    let config: Box<dyn TaggedSource> = from_yaml(&yaml).unwrap();
     let mut source = config.build(&SourceCx { seed: 1, ..SourceCx::default() }).unwrap();
     let mut found = Vec::new();
     while let Some(tokens) = source.language_model().unwrap().next_tokens(1).unwrap() {

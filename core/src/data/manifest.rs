@@ -19,9 +19,8 @@ use crate::files;
 pub const TOKENS: [&str; 3] = ["token_ids", "contexts", "positions"];
 
 /// The type of activations on disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[value(rename_all = "lower")]
 pub enum Dtype {
     /// As they are.
     #[default]
@@ -33,6 +32,9 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// Every type.
+    pub const ALL: [Dtype; 3] = [Dtype::Float32, Dtype::BFloat16, Dtype::Float16];
+
     /// As libtorch's.
     pub fn kind(self) -> Kind {
         match self {

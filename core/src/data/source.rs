@@ -69,7 +69,6 @@ pub enum CheckpointBuffer {
 }
 
 /// The config of a source.
-#[typetag::serde(tag = "type")]
 pub trait SourceConfig: Debug + Send + Sync {
     /// Opens the source: reads headers, loads the model.
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>>;
@@ -81,7 +80,10 @@ pub trait SourceConfig: Debug + Send + Sync {
     }
 }
 
-crate::schema::slot!(SourceConfig => Source);
+crate::component::tagged! {
+    /// A source's config, by `type`.
+    TaggedSource: SourceConfig => Source {}
+}
 
 /// Rows held back from training, for metrics.
 ///

@@ -11,13 +11,15 @@ use serde_json::Value;
 use crate::error::InputError;
 
 /// The config of a text stream.
-#[typetag::serde(tag = "type")]
 pub trait TextConfig: Debug + Send + Sync {
     /// Opens the stream.
     fn build(&self) -> Result<Box<dyn TextStream>>;
 }
 
-crate::schema::slot!(TextConfig => Text);
+crate::component::tagged! {
+    /// A text's config, by `type`.
+    TaggedText: TextConfig => Text {}
+}
 
 /// One item of a text stream.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -19,7 +19,6 @@ use crate::sae::saved::Saved;
 use crate::suggest::nearest;
 
 /// A format of dictionaries on disk.
-#[typetag::serde(tag = "type")]
 pub trait Format: Debug + Send + Sync {
     /// The SAEs that a request means, at least one; none of them is read yet.
     fn find(&self, request: &Request) -> Result<Vec<Place>> {
@@ -72,6 +71,11 @@ pub trait Format: Debug + Send + Sync {
     }
 }
 
+crate::component::tagged! {
+    /// A format, by `type`.
+    TaggedFormat: Format => Format {}
+}
+
 /// Python that loads an SAE: [`Format::python`].
 #[derive(Debug, Clone, Copy)]
 pub struct Python {
@@ -89,7 +93,7 @@ pub fn writers() -> Vec<&'static str> {
 }
 
 /// The format of that name.
-pub fn named(name: &str) -> Result<Box<dyn Format>> {
+pub fn named(name: &str) -> Result<Box<dyn TaggedFormat>> {
     let known = registry::names(Kind::Format);
     if !known.contains(&name) {
         let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 use tch::Device;
 
-use super::format::{Format, named};
+use super::format::{TaggedFormat, named};
 use super::place::{Place, Request};
 use super::published::Published;
 use super::site::WrittenSource;
@@ -46,7 +46,7 @@ pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Resul
             refuse_other(&dir)?;
         }
         for note in &published.notes {
-            crate::say!("warning: {}", printable(&format!("{place}: {note}")));
+            tracing::warn!("{}", printable(&format!("{place}: {note}")));
         }
         let origin = json!({"format": place.format.as_deref().unwrap_or(format_name), "from": place.to_string(), "name": place.name});
         whole_folder(&dir, |dir| write(dir, &published, &origin).with_context(cannot))?;
@@ -180,7 +180,7 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Di
     Ok(saved::adapted(moved, published.normalization, published.dtype))
 }
 
-fn read(format: &dyn Format, place: &Place) -> Result<Published> {
+fn read(format: &dyn TaggedFormat, place: &Place) -> Result<Published> {
     let read = match &place.format {
         Some(other) => named(other)?.read(place),
         None => format.read(place),
@@ -190,13 +190,13 @@ fn read(format: &dyn Format, place: &Place) -> Result<Published> {
 }
 
 /// The error, with the format that the files are of, where another was asked.
-fn with_other_format(error: anyhow::Error, asked: &dyn Format, place: &Place) -> anyhow::Error {
+fn with_other_format(error: anyhow::Error, asked: &dyn TaggedFormat, place: &Place) -> anyhow::Error {
     let input = match InputError::take(error) {
         Ok(input) => input,
         Err(other) => return other,
     };
     let files = place.files().unwrap_or_default();
-    let has = |format: &dyn Format| format.marks().iter().any(|mark| files.iter().any(|file| file == mark));
+    let has = |format: &dyn TaggedFormat| format.marks().iter().any(|mark| files.iter().any(|file| file == mark));
     if has(asked) {
         return input.into();
     }

@@ -19,4 +19,4 @@ pub use hook_point::*;
 pub use model::*;
 pub use names::Names;
 pub use rotary::{Rope, Rotary};
-pub use weights::{ModelCx, ModelFamily, Weights, open_model};
+pub use weights::{DecoderFamily, ModelConfig, ModelCx, ModelFamily, Weights, open_model};

@@ -3,19 +3,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::ModelFiles;
-use super::arithmetic::refuse_unknown_arithmetic;
-use super::model::LanguageModel;
 use crate::error::InputError;
 use crate::files::tensors::TensorFile;
 use crate::files::torch_file::StateDictFile;
+use crate::lm::arithmetic::refuse_unknown_arithmetic;
+use crate::lm::decoder::{Decoder, DecoderConfig};
+use crate::lm::model::LanguageModel;
 use crate::machine::device::Precision;
 use crate::suggest::nearest;
 
-/// A family of language models: what `model_type` in a config.json names.
+/// A family of language models: what `model_type` in a config.json names. [`component`](macro@crate::component) submits it.
 pub struct ModelFamily {
     /// The `model_type`.
     pub model_type: &'static str,
@@ -24,6 +27,24 @@ pub struct ModelFamily {
 }
 
 inventory::collect!(ModelFamily);
+
+/// The config of a family: the fields of its config.json that change what the model computes.
+pub trait ModelConfig: DeserializeOwned + JsonSchema {
+    /// The model that the config describes, with weights.
+    fn load(self, weights: Weights, cx: &ModelCx) -> Result<Box<dyn LanguageModel>>;
+}
+
+/// The config of a family whose models are a [`Decoder`]: each of ours.
+pub trait DecoderFamily: DeserializeOwned + JsonSchema {
+    /// The decoder that the config describes, or why it cannot be computed.
+    fn decoder(self) -> Result<DecoderConfig>;
+}
+
+impl<T: DecoderFamily> ModelConfig for T {
+    fn load(self, weights: Weights, cx: &ModelCx) -> Result<Box<dyn LanguageModel>> {
+        Ok(Box::new(Decoder::open(self.decoder()?, weights, cx)?))
+    }
+}
 
 /// What a model is loaded for.
 #[derive(Debug, Clone, Copy)]
@@ -247,8 +268,8 @@ impl Weights {
             (Some(embed), Some(own)) => {
                 let tied = self.equal(&embed, &own)?;
                 if !tied {
-                    crate::say!(
-                        "warning: the config.json of the model {} says `tie_word_embeddings: true`, but its weights have \
+                    tracing::warn!(
+                        "the config.json of the model {} says `tie_word_embeddings: true`, but its weights have \
                          a `{head}` of their own: that is used, as in transformers 5 (4 takes the embedding)",
                         self.name
                     );

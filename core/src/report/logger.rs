@@ -7,14 +7,16 @@ use anyhow::Result;
 use serde_json::{Map, Value};
 
 /// The config of a logger.
-#[typetag::serde(tag = "type")]
 pub trait LoggerConfig: Debug + Send + Sync {
     /// Opens the logger for a run in `run_dir`. With `resume_at` what was logged from that step on is dropped, since
     /// it will be logged again.
     fn build(&self, run_dir: &Path, resume_at: Option<u64>) -> Result<Box<dyn Logger>>;
 }
 
-crate::schema::slot!(LoggerConfig => Logger);
+crate::component::tagged! {
+    /// A logger's config, by `type`.
+    TaggedLogger: LoggerConfig => Logger {}
+}
 
 /// A logger.
 pub trait Logger: Send {

@@ -10,13 +10,15 @@ use crate::data::ActivationSource;
 use crate::sae::Dictionary;
 
 /// The config of a metric.
-#[typetag::serde(tag = "type")]
 pub trait MetricConfig: Debug + Send + Sync {
     /// The metric.
     fn build(&self) -> Result<Box<dyn Metric>>;
 }
 
-crate::schema::slot!(MetricConfig => Metric);
+crate::component::tagged! {
+    /// A metric's config, by `type`.
+    TaggedMetric: MetricConfig => Metric {}
+}
 
 /// What a metric found of one dictionary, by name: numbers, or lists and maps of them.
 pub type Figures = Map<String, Value>;

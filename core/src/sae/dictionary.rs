@@ -19,13 +19,15 @@ use crate::error::InputError;
 use crate::registry;
 
 /// The config of a dictionary.
-#[typetag::serde(tag = "type")]
 pub trait DictionaryConfig: Debug + Send + Sync {
     /// A new dictionary with random initial weights, drawn from libtorch's generator.
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>>;
 }
 
-crate::schema::slot!(DictionaryConfig => Dictionary);
+crate::component::tagged! {
+    /// A dictionary's config, by `type`.
+    TaggedDictionary: DictionaryConfig => Dictionary {}
+}
 
 /// What lies between the two affine maps of a dictionary, where an analytic step knows its derivative.
 pub enum Between<'a> {

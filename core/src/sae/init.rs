@@ -50,8 +50,8 @@ impl DictionaryCx<'_> {
 
 /// How many features a dictionary has, as a config says it.
 ///
-/// Flattening would lose error positions, so each dictionary config has the two fields and calls
-/// [`dict_size`] with them.
+/// `fields(width)` of [`component`](macro@crate::component) writes the two fields into a config, and `features`, which calls
+/// this.
 pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activation_dim: i64) -> Result<i64> {
     let size = match (dict_size, expansion_factor) {
         (Some(_), Some(_)) => {

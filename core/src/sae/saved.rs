@@ -222,7 +222,7 @@ pub fn fitting(class: &str, saved: &SavedTensors) -> Result<Box<dyn Dictionary>>
     match others.len() {
         1 if inventory::iter::<SavedClass>.into_iter().any(|known| known.class == class) => {
             let other = others.remove(0);
-            crate::say!("warning: the class is said to be {class}, and the tensors are those of {}", other.class());
+            tracing::warn!("the class is said to be {class}, and the tensors are those of {}", other.class());
             Ok(other)
         }
         _ => named,

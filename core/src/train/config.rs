@@ -3,11 +3,11 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::modifier::ModifierConfig;
-use super::trainer::TrainerConfig;
+use super::modifier::TaggedModifier;
+use super::trainer::TaggedTrainer;
 use crate::data::OnNonfinite;
 use crate::files::ConfigPath;
-use crate::sae::DictionaryConfig;
+use crate::sae::TaggedDictionary;
 
 /// One dictionary of a run and how it is trained.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -20,12 +20,12 @@ pub struct SaeConfig {
     #[serde(default)]
     pub site: Option<String>,
     /// The architecture; the trainer's usual one by default.
-    pub dictionary: Box<dyn DictionaryConfig>,
+    pub dictionary: Box<dyn TaggedDictionary>,
     /// The loss and its schedules.
-    pub trainer: Box<dyn TrainerConfig>,
+    pub trainer: Box<dyn TaggedTrainer>,
     /// What is changed about the trainer.
     #[serde(default)]
-    pub modifiers: Vec<Box<dyn ModifierConfig>>,
+    pub modifiers: Vec<Box<dyn TaggedModifier>>,
     /// Weights to start from: the directory of an SAE, trained or imported, that trains on as it is, or a .safetensors
     /// file of initial weights, of which what a trainer takes from the first batch (`b_dec` of the TopK family) still is
     /// taken from it. `k` and groups stay the dictionary's.

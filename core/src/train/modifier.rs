@@ -13,7 +13,6 @@ use crate::files::state::State;
 use crate::sae::Dictionary;
 
 /// The config of a modifier.
-#[typetag::serde(tag = "type")]
 pub trait ModifierConfig: Debug + Send + Sync {
     /// What it cannot do without. Where that is missing the config is refused before anything is built.
     fn needs(&self) -> Vec<Need> {
@@ -24,7 +23,10 @@ pub trait ModifierConfig: Debug + Send + Sync {
     fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>>;
 }
 
-crate::schema::slot!(ModifierConfig => Modifier);
+crate::component::tagged! {
+    /// A modifier's config, by `type`.
+    TaggedModifier: ModifierConfig => Modifier {}
+}
 
 /// What a modifier is built for.
 pub struct ModifierCx<'a> {

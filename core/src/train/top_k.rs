@@ -31,8 +31,8 @@ fn smallest_positive(values: &Tensor) -> Tensor {
     values.masked_fill(&values.le(0.0), f64::INFINITY).amin([1], false)
 }
 
-/// The settings that the trainers of the family share; their meaning stands at the fields of
-/// [`top_k_config!`](crate::top_k_config).
+/// The settings that the trainers of the family share: `fields(top_k)` of [`component`](macro@crate::component), where
+/// their docs and defaults stand.
 #[derive(Debug, Clone)]
 #[allow(missing_docs)]
 pub struct TopKSettings {
@@ -44,93 +44,6 @@ pub struct TopKSettings {
     pub threshold_start_step: u64,
     pub k_anneal_steps: Option<u64>,
     pub dead_feature_threshold: i64,
-}
-
-/// The config of a trainer of the TopK family: the fields that they share, with the reference's defaults, after those
-/// that the trainer adds; `settings()`, which gives the [`TopKSettings`](crate::train::top_k::TopKSettings); and `adapt_settings()` for
-/// [`TrainerConfig::adapt`](crate::train::trainer::TrainerConfig::adapt).
-///
-/// ```ignore
-/// top_k_config! {
-///     /// What the trainer does.
-///     pub struct MyConfig {
-///         /// A field of its own.
-///         pub weight: f64 = 1.0,
-///     }
-/// }
-/// ```
-#[macro_export]
-macro_rules! top_k_config {
-    (
-        $(#[$about:meta])*
-        pub struct $name:ident { $($(#[$doc:meta])* pub $field:ident: $type:ty = $default:expr,)* }
-    ) => {
-        $(#[$about])*
-        #[derive(Debug, Serialize, Deserialize, JsonSchema)]
-        #[serde(deny_unknown_fields, default)]
-        pub struct $name {
-            $($(#[$doc])* pub $field: $type,)*
-            /// Learning rate; null for 2e-4 / √(F / 2¹⁴), the scaling law of Gao et al. 2024.
-            #[schemars(range(min = 0))]
-            pub lr: Option<f64>,
-            /// Weight α of the auxiliary loss.
-            #[schemars(range(min = 0))]
-            pub auxk_alpha: f64,
-            /// Steps over which the learning rate rises from 0.
-            pub warmup_steps: u64,
-            /// Step from which the learning rate falls to 0 at the last step; null for never.
-            pub decay_start: Option<u64>,
-            /// How slowly the threshold's running mean moves.
-            #[schemars(range(min = 0, max = 1))]
-            pub threshold_beta: f64,
-            /// The threshold is kept from the step after this one on.
-            pub threshold_start_step: u64,
-            /// Steps over which k falls from the activations' width to the dictionary's `k`; null for none.
-            #[schemars(range(min = 1))]
-            pub k_anneal_steps: Option<u64>,
-            /// A feature is dead when no activation selected it for so many tokens.
-            #[schemars(range(min = 1))]
-            pub dead_feature_threshold: i64,
-        }
-
-        impl Default for $name {
-            fn default() -> Self {
-                $name {
-                    $($field: $default,)*
-                    lr: None,
-                    auxk_alpha: 1.0 / 32.0,
-                    warmup_steps: 1000,
-                    decay_start: None,
-                    threshold_beta: 0.999,
-                    threshold_start_step: 1000,
-                    k_anneal_steps: None,
-                    dead_feature_threshold: 10_000_000,
-                }
-            }
-        }
-
-        impl $name {
-            fn settings(&self) -> $crate::train::top_k::TopKSettings {
-                $crate::train::top_k::TopKSettings {
-                    lr: self.lr,
-                    auxk_alpha: self.auxk_alpha,
-                    warmup_steps: self.warmup_steps,
-                    decay_start: self.decay_start,
-                    threshold_beta: self.threshold_beta,
-                    threshold_start_step: self.threshold_start_step,
-                    k_anneal_steps: self.k_anneal_steps,
-                    dead_feature_threshold: self.dead_feature_threshold,
-                }
-            }
-
-            /// Adapts the defaults of the shared fields to the length of the run.
-            fn adapt_settings(&mut self, length: &mut $crate::train::RunLength) {
-                length.shrink_warm_ups(&mut self.warmup_steps, &mut None, self.decay_start);
-                length.shrink("threshold_start_step", &mut self.threshold_start_step);
-                length.shrink_dead_feature_threshold(&mut self.dead_feature_threshold);
-            }
-        }
-    };
 }
 
 /// What a trainer of the family asks of prefixes of the features beside the whole.
@@ -212,8 +125,8 @@ impl TopKTrainer {
         }
         mistakes.into_result()?;
         if selection.by_threshold() && settings.threshold_start_step + 1 >= cx.steps {
-            crate::say!(
-                "warning: `threshold_start_step` is {}, and the run has {} steps: the threshold by which the class {} \
+            tracing::warn!(
+                "`threshold_start_step` is {}, and the run has {} steps: the threshold by which the class {} \
                  encodes will not be known, and every positive feature will pass",
                 settings.threshold_start_step,
                 cx.steps,

@@ -31,7 +31,6 @@ pub struct TrainerCx<'a> {
 }
 
 /// The config of a trainer.
-#[typetag::serde(tag = "type")]
 pub trait TrainerConfig: Debug + Send + Sync {
     /// The trainer, or why it cannot train this dictionary with these settings.
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>>;
@@ -45,7 +44,23 @@ pub trait TrainerConfig: Debug + Send + Sync {
     }
 }
 
-crate::schema::slot!(TrainerConfig => Trainer);
+crate::component::tagged! {
+    /// A trainer's config, by `type`.
+    TaggedTrainer: TrainerConfig => Trainer {
+        /// Adapts the defaults of the shared fields to the length of the run.
+        #[doc(hidden)]
+        fn adapt_shared(&mut self, length: &mut RunLength);
+    }
+}
+
+impl dyn TaggedTrainer {
+    /// Adapts the defaults to the length of the run: those of the shared fields, then the trainer's own
+    /// ([`TrainerConfig::adapt`]).
+    pub fn adapt_defaults(&mut self, length: &mut RunLength) {
+        self.adapt_shared(length);
+        self.adapt(length);
+    }
+}
 
 /// The forward pass of one step.
 pub struct Pass<'a> {

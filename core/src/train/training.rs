@@ -6,12 +6,6 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::config::SaeConfig;
-use super::modifier::{Modifier, ModifierConfig, ModifierCx};
-use super::optim::{Adam, Gradients};
-use super::terms::{Terms, float};
-use super::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
-use super::watch::Watch;
 use crate::data::{Batch, OnNonfinite, SitePart};
 use crate::error::{InputError, Mistakes, Under};
 use crate::files::state::State;
@@ -20,9 +14,14 @@ use crate::machine::device;
 use crate::machine::device::Precision;
 use crate::machine::memory::Need;
 use crate::machine::rng::{Rng, rng, seeded};
-use crate::sae::saved;
-use crate::sae::{Adapted, Normalization};
-use crate::sae::{Between, Dictionary, DictionaryCx, Selection};
+use crate::sae::{Adapted, Between, Dictionary, DictionaryCx, Normalization, Selection, saved};
+use crate::train::TaggedModifier;
+use crate::train::config::SaeConfig;
+use crate::train::modifier::{Modifier, ModifierCx};
+use crate::train::optim::{Adam, Gradients};
+use crate::train::terms::{Terms, float};
+use crate::train::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
+use crate::train::watch::Watch;
 
 /// What a dictionary in training is built for.
 #[derive(Debug, Clone)]
@@ -124,15 +123,15 @@ impl Training {
                 norms.is_some_and(|norms| !norms.allclose(&norms.ones_like(), 1e-3, 1e-3, false))
             };
             if far(&*dictionary) && !dictionary.fold_norms() {
-                crate::say!(
-                    "warning: SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
+                tracing::warn!(
+                    "SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
                      it will not be what it was",
                     config.name
                 );
             }
         }
         let modifier_cx = ModifierCx { dictionary: &*dictionary, trainer: &*trainer };
-        let build = |modifier: &dyn ModifierConfig| {
+        let build = |modifier: &dyn TaggedModifier| {
             modifier.needs().into_iter().try_for_each(|need| need.check(modifier.typetag_name(), &modifier_cx))?;
             modifier.build(&modifier_cx)
         };

@@ -13,43 +13,31 @@ mod fast;
 
 use dictlearn_core::prelude::*;
 
-/// The name in a config, written once.
-const NAME: &str = "tanh";
-
 /// Squared error with a penalty that saturates. Every decoder direction keeps norm 1.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    trainer,
+    name = "tanh",
+    summary = "Squared error with a penalty that saturates",
+    paper = "Jermyn et al. 2024, Tanh Penalty in Dictionary Learning, \
+             https://transformer-circuits.pub/2024/feb-update/index.html#dict-learning-tanh",
+    example = "{type: tanh, lr: 2e-3, sparsity_penalty: 0.02}",
+    usual_dictionary = "auto_encoder",
+    fields(lr = 1e-3, ..)
+)]
 pub struct TanhConfig {
-    /// Learning rate.
-    #[schemars(range(min = 0))]
-    pub lr: f64,
     /// Weight λ of the penalty: what an active feature costs.
+    #[default(0.05)]
     #[schemars(range(min = 0))]
     pub sparsity_penalty: f64,
     /// The size s of a feature at which the penalty saturates.
+    #[default(1.0)]
     #[schemars(range(min = 1e-6))]
     pub scale: f64,
 }
 
-impl Default for TanhConfig {
-    fn default() -> Self {
-        TanhConfig { lr: 1e-3, sparsity_penalty: 0.05, scale: 1.0 }
-    }
-}
-
-register! {
-    trainer TanhConfig, NAME,
-    summary: "Squared error with a penalty that saturates",
-    paper: "Jermyn et al. 2024, Tanh Penalty in Dictionary Learning, \
-            https://transformer-circuits.pub/2024/feb-update/index.html#dict-learning-tanh",
-    example: "{type: tanh, lr: 2e-3, sparsity_penalty: 0.02}",
-    usual_dictionary: "auto_encoder",
-}
-
-#[typetag::serde(name = NAME)]
 impl TrainerConfig for TanhConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        penalizable(cx.dictionary, NAME)?;
+        penalizable(cx.dictionary, Self::NAME)?;
         Ok(Box::new(self.clone()))
     }
     fn class(&self) -> &'static str {

@@ -6,21 +6,15 @@
 
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "identity";
-
 /// The identity dictionary. It has nothing to train and nothing to set.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    dictionary,
+    name = "identity",
+    summary = "Features are the activations: a baseline, nothing to train",
+    example = "{type: identity}"
+)]
 pub struct IdentityConfig {}
 
-register! {
-    dictionary IdentityConfig, NAME,
-    summary: "Features are the activations: a baseline, nothing to train",
-    paper: "",
-    example: "{type: identity}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for IdentityConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         Ok(Box::new(Identity { dim: cx.activation_dim }))
@@ -36,7 +30,7 @@ struct Identity {
 inventory::submit! {
     SavedClass {
         class: "IdentityDict",
-        name: NAME,
+        name: IdentityConfig::NAME,
         shaped: |saved| match saved.trainer.get("activation_dim").and_then(Value::as_i64) {
             Some(dim) => Ok(Box::new(Identity { dim })),
             None => bail!(InputError::new("the config of an IdentityDict has no `activation_dim`")),

@@ -19,24 +19,20 @@ use dictlearn_core::sae::saved::Saved;
 
 mod pretrained;
 
-const NAME: &str = "dictionary_learning";
-
 /// A folder with ae.pt and config.json, of any of the library's classes, or a folder of such folders; a backup of a training;
 /// or a .pt file with a state dict alone. Nothing in the file is run. Norms of an AutoEncoder's decoder go to its encoder, as
 /// the library's `from_pretrained` does. A folder of ours, which has ae.safetensors beside that, is taken as it is, whatever
 /// its class.
 ///
 /// `--pretrained` takes from the library's own set on Pythia-70m, one or, with a glob, several; `--list` shows it.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    format,
+    name = "dictionary_learning",
+    summary = "ae.pt and config.json of the Python library, and its set on Pythia-70m",
+    paper = "Marks, Karvonen and Mueller 2024, https://github.com/saprmarks/dictionary_learning",
+    example = "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768"
+)]
 pub struct DictionaryLearning {}
-
-register! {
-    format DictionaryLearning, NAME,
-    summary: "ae.pt and config.json of the Python library, and its set on Pythia-70m",
-    paper: "Marks, Karvonen and Mueller 2024, https://github.com/saprmarks/dictionary_learning",
-    example: "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768",
-}
 
 /// The weights in a folder of ours.
 const OWN: &str = "ae.safetensors";
@@ -52,7 +48,6 @@ const CLASSES: [&str; 7] = [
     "MatryoshkaBatchTopKSAE",
 ];
 
-#[typetag::serde(name = NAME)]
 impl Format for DictionaryLearning {
     /// One folder or file, or every folder below that has an ae.pt.
     fn find(&self, request: &Request) -> Result<Vec<Place>> {
@@ -151,7 +146,7 @@ impl Format for DictionaryLearning {
             trainer["k"] = selection.k().into();
         }
         if trainer["dtype"].is_string() {
-            dictlearn_core::say!("warning: it computes in {}, and the reference will in float32", trainer["dtype"]);
+            tracing::warn!("it computes in {}, and the reference will in float32", trainer["dtype"]);
         }
         let mut tensors = sae.dictionary.state_dict();
         tensors

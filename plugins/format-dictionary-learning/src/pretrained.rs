@@ -49,9 +49,10 @@ pub fn find(wanted: &str) -> Result<Vec<Place>> {
     let places: Vec<Place> = all.iter().filter(|(name, _)| pattern.matches(name)).map(place).collect();
     if places.is_empty() {
         let near = dictlearn_core::suggest::nearest(wanted, all.iter().map(|(name, _)| name.as_str()));
+        let shown = format!("`dictlearn import {} --list` shows all", crate::DictionaryLearning::NAME);
         bail!(InputError::new(format!("no pretrained dictionary is named `{wanted}`")).help(match near {
-            Some(near) => format!("did you mean `{near}`? `dictlearn import {NAME} --list` shows all"),
-            None => format!("`dictlearn import {NAME} --list` shows all"),
+            Some(near) => format!("did you mean `{near}`? {shown}"),
+            None => shown,
         }));
     }
     Ok(places)

@@ -22,8 +22,6 @@ use dictlearn_core::formats::{
 };
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "llama_scope";
-
 /// Keys that change what the SAE computes, in ways that Llama Scope's SAEs do not have.
 const OFF: &[&str] = &["apply_decoder_bias_to_pre_encoder", "use_glu_encoder"];
 
@@ -72,18 +70,15 @@ const KNOWN: &[&str] = &[
 /// sae_weights.safetensors. The scale of activations in training is folded into the weights as sae_lens does, so that
 /// features have the same values as there. With `sparsity_include_decoder_norm` a feature fires where the authors' code says
 /// it does: in units of its decoder row's norm, which sae_lens leaves out.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    format,
+    name = "llama_scope",
+    summary = "hyperparams.json and checkpoints/final.safetensors of Llama Scope",
+    paper = "He et al. 2024, Llama Scope, https://arxiv.org/abs/2410.20526",
+    example = "dictlearn import llama_scope fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x"
+)]
 pub struct LlamaScope {}
 
-register! {
-    format LlamaScope, NAME,
-    summary: "hyperparams.json and checkpoints/final.safetensors of Llama Scope",
-    paper: "He et al. 2024, Llama Scope, https://arxiv.org/abs/2410.20526",
-    example: "dictlearn import llama_scope fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x",
-}
-
-#[typetag::serde(name = NAME)]
 impl Format for LlamaScope {
     fn marks(&self) -> &'static [&'static str] {
         &["hyperparams.json"]

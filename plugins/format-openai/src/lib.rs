@@ -12,21 +12,16 @@ use dictlearn_core::files::torch_file;
 use dictlearn_core::formats::{Activation, Affine, Format, ModelSite, Place, Published, take};
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "openai";
-
 /// A .pt file of openai/sparse_autoencoder, read without running anything of it: ReLU, or TopK with its layer norm.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    format,
+    name = "openai",
+    summary = "The .pt files of openai/sparse_autoencoder, with their layer norm",
+    paper = "Gao et al. 2024, https://github.com/openai/sparse_autoencoder",
+    example = "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt"
+)]
 pub struct OpenAi {}
 
-register! {
-    format OpenAi, NAME,
-    summary: "The .pt files of openai/sparse_autoencoder, with their layer norm",
-    paper: "Gao et al. 2024, https://github.com/openai/sparse_autoencoder",
-    example: "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt",
-}
-
-#[typetag::serde(name = NAME)]
 impl Format for OpenAi {
     fn read(&self, place: &Place) -> Result<Published> {
         let file = match place.file("")? {

@@ -24,8 +24,6 @@ use dictlearn_core::sae::saved::Saved;
 
 use cfg::{Cfg, Normalize};
 
-const NAME: &str = "sae_lens";
-
 /// A folder with cfg.json and sae_weights.safetensors, of any version of sae_lens, here or on the Hub, or a name of its
 /// table of releases, `release:sae_id`. The table is read where you have it: `--releases FILE`, the installed Python
 /// package, or the Hub's cache; Gemma Scope's and Llama Scope's releases are known without. `--list` shows what it has.
@@ -36,18 +34,15 @@ const NAME: &str = "sae_lens";
 /// constant_norm_rescale). An SAE in bfloat16 or float16 computes in that, as sae_lens does.
 ///
 /// Exported, batch_top_k and matryoshka_batch_top_k become jumprelu with one threshold.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    format,
+    name = "sae_lens",
+    summary = "cfg.json and sae_weights.safetensors, old and new; release names",
+    paper = "Bloom et al., SAELens, https://github.com/decoderesearch/SAELens",
+    example = "dictlearn import sae_lens gpt2-small-res-jb:blocks.8.hook_resid_pre"
+)]
 pub struct SaeLens {}
 
-register! {
-    format SaeLens, NAME,
-    summary: "cfg.json and sae_weights.safetensors, old and new; release names",
-    paper: "Bloom et al., SAELens, https://github.com/decoderesearch/SAELens",
-    example: "dictlearn import sae_lens gpt2-small-res-jb:blocks.8.hook_resid_pre",
-}
-
-#[typetag::serde(name = NAME)]
 impl Format for SaeLens {
     fn find(&self, request: &Request) -> Result<Vec<Place>> {
         if let Some(names) = &request.pretrained {

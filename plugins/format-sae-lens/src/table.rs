@@ -108,7 +108,7 @@ impl Table {
             match conversion {
                 None => None,
                 Some(name) => match CONVERSIONS.iter().find(|(known, _)| *known == name) {
-                    Some((_, format)) => Some((*format).to_owned()).filter(|format| format != crate::NAME),
+                    Some((_, format)) => Some((*format).to_owned()).filter(|format| format != crate::SaeLens::NAME),
                     None => bail!(InputError::new(format!(
                     "the SAEs of `{release}` are in the format that sae_lens calls `{name}`, which is not supported"
                 ))

@@ -13,8 +13,6 @@ use dictlearn_core::formats::{
 };
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "sparsify";
-
 /// Keys that change what is computed, of older versions and of branches that SAEs were published from.
 const OFF: &[&str] = &[
     "coalesce_topk",
@@ -99,18 +97,15 @@ const KNOWN: &[&str] = &[
 
 /// A folder with cfg.json and sae.safetensors, named by its module, or a run with a folder for each: TopK SAEs and
 /// transcoders, with a skip connection or without. The activation `groupmax` is refused.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    format,
+    name = "sparsify",
+    summary = "cfg.json and sae.safetensors of EleutherAI's sparsify",
+    paper = "EleutherAI, sparsify, https://github.com/EleutherAI/sparsify",
+    example = "dictlearn import sparsify EleutherAI/sae-llama-3-8b-32x/layers.10"
+)]
 pub struct Sparsify {}
 
-register! {
-    format Sparsify, NAME,
-    summary: "cfg.json and sae.safetensors of EleutherAI's sparsify",
-    paper: "EleutherAI, sparsify, https://github.com/EleutherAI/sparsify",
-    example: "dictlearn import sparsify EleutherAI/sae-llama-3-8b-32x/layers.10",
-}
-
-#[typetag::serde(name = NAME)]
 impl Format for Sparsify {
     /// One module's folder, or every module of a run.
     fn find(&self, request: &Request) -> Result<Vec<Place>> {

@@ -26,6 +26,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use dictlearn_core::error::InputError;
 use dictlearn_core::hub::{About, CommitMessage, Hub, HubPlugin, Repo, RepoKind, Upload};
 use dictlearn_core::progress::Progress;
+use dictlearn_core::tracing;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 use ureq::http::Response;
@@ -173,8 +174,8 @@ impl Client {
         let info = match (info, cached) {
             (Ok(info), _) => info,
             (Err(failure), Some(cached)) if failure.is_silence() => {
-                dictlearn_core::say!(
-                    "warning: the Hub cannot be asked for the {kind} `{repo}` ({failure}); the cache has it at commit {}, \
+                tracing::warn!(
+                    "the Hub cannot be asked for the {kind} `{repo}` ({failure}); the cache has it at commit {}, \
                      which is used",
                     cached.commit
                 );
@@ -347,7 +348,7 @@ impl Client {
         let lock = blob.with_extension("lock");
         let lock = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
         if lock.try_lock().is_err() {
-            dictlearn_core::say!("another program is fetching {path} of `{repo}`; waiting for it");
+            tracing::info!("another program is fetching {path} of `{repo}`; waiting for it");
             lock.lock().context("cannot wait for the other program")?;
         }
         if !blob.exists() {

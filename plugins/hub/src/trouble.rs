@@ -7,6 +7,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use dictlearn_core::interrupt;
+use dictlearn_core::tracing;
 use ureq::Body;
 use ureq::http::Response;
 
@@ -154,7 +155,7 @@ impl From<io::Error> for Failure {
 pub fn pause(what: &str, failure: &Failure, milliseconds: u64) {
     let pause = failure.pause.unwrap_or(Duration::from_millis(milliseconds)).min(LONGEST);
     if pause >= Duration::from_secs(1) {
-        dictlearn_core::say!("{what}: {failure}; trying again in {} s", pause.as_secs());
+        tracing::info!("{what}: {failure}; trying again in {} s", pause.as_secs());
     }
     let until = Instant::now() + pause;
     while Instant::now() < until && !interrupt::asked() {

@@ -16,6 +16,7 @@ use dictlearn_core::error::InputError;
 use dictlearn_core::hub::{CommitMessage, Content, Repo, Upload};
 use dictlearn_core::interrupt;
 use dictlearn_core::progress::Progress;
+use dictlearn_core::tracing;
 use serde_json::{Map, Value, json};
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
@@ -180,7 +181,7 @@ impl Client {
         pending.retain(|one| {
             let ignored = modes.get(&one.file.path).is_some_and(|mode| mode.ignored);
             if ignored {
-                dictlearn_core::say!("warning: {} is left out: the repository's .gitignore names it", one.file.path);
+                tracing::warn!("{} is left out: the repository's .gitignore names it", one.file.path);
             }
             !ignored
         });
@@ -198,11 +199,11 @@ impl Client {
         }
         let unchanged = pending.iter().filter(|one| one.unchanged).count();
         if unchanged == pending.len() {
-            dictlearn_core::say!("`{repo}` has all of it already");
+            tracing::info!("`{repo}` has all of it already");
             return self.last_commit(repo).map_err(refused);
         }
         if unchanged > 0 {
-            dictlearn_core::say!("{unchanged} of {} files are there already", pending.len());
+            tracing::info!("{unchanged} of {} files are there already", pending.len());
         }
         let large: Vec<&Pending> = pending.iter().filter(|one| one.large && !one.unchanged).collect();
         for some in large.chunks(AT_ONCE) {
@@ -289,7 +290,7 @@ impl Client {
         // A repository that was renamed is found by its old name too, but takes nothing under it.
         let now = info.get("id").and_then(Value::as_str).filter(|now| Repo::parse(kind, now).is_some());
         if let Some(now) = now.filter(|now| *now != repo.id) {
-            dictlearn_core::say!("`{}` is `{now}` now", repo.id);
+            tracing::info!("`{}` is `{now}` now", repo.id);
             now.clone_into(&mut repo.id);
         }
         if repo.revision != main && self.info_now(&repo, &repo.revision)?.is_none() {
@@ -300,7 +301,7 @@ impl Client {
                 }
             });
             made.map_err(|failure| self.explain_upload(&repo, failure))?;
-            dictlearn_core::say!("`{}` has a new branch, {}", repo.id, repo.revision);
+            tracing::info!("`{}` has a new branch, {}", repo.id, repo.revision);
         }
         Ok(repo)
     }
@@ -326,7 +327,7 @@ impl Client {
         });
         match made {
             Ok(true) => {
-                dictlearn_core::say!("made the {} `{}`", repo.kind, repo.id);
+                tracing::info!("made the {} `{}`", repo.kind, repo.id);
                 Ok(())
             }
             Ok(false) => Ok(()),
@@ -422,7 +423,7 @@ impl Client {
                 bail!("the Hub's store does not take {path}: {why}");
             }
             let Some(upload) = answer.pointer("/actions/upload") else {
-                dictlearn_core::say!("{path}: the store has it already");
+                tracing::info!("{path}: the store has it already");
                 continue;
             };
             let sent = self.send_object(one, upload).and_then(|()| match answer.pointer("/actions/verify") {

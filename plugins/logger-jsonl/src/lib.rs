@@ -7,30 +7,20 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "jsonl";
-
 /// Figures as lines of JSON.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    logger,
+    name = "jsonl",
+    summary = "metrics.jsonl: one JSON object per SAE and logged step",
+    example = "{type: jsonl}",
+    usual
+)]
 pub struct JsonlConfig {
     /// The file's name in the run's folder.
-    #[serde(default = "default_file")]
+    #[default("metrics.jsonl")]
     pub file: String,
 }
 
-fn default_file() -> String {
-    "metrics.jsonl".to_owned()
-}
-
-register! {
-    logger JsonlConfig, NAME,
-    summary: "metrics.jsonl: one JSON object per SAE and logged step",
-    paper: "",
-    example: "{type: jsonl}",
-    usual: true,
-}
-
-#[typetag::serde(name = NAME)]
 impl LoggerConfig for JsonlConfig {
     fn build(&self, run_dir: &Path, resume_at: Option<u64>) -> Result<Box<dyn Logger>> {
         let plain = Path::new(&self.file).file_name().is_some_and(|name| name == self.file.as_str());
@@ -68,10 +58,7 @@ fn drop_from(path: &Path, step: u64) -> Result<()> {
     }
     if step > 0 && (kept == 0 || strange) {
         let what = if strange { "has lines that are no rows" } else { "has no rows of the steps before" };
-        dictlearn_core::say!(
-            "warning: {} {what}: something that was logged before step {step} is lost",
-            path.display()
-        );
+        tracing::warn!("{} {what}: something that was logged before step {step} is lost", path.display());
     }
     if kept == bytes.len() {
         return Ok(());

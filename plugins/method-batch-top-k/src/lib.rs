@@ -20,39 +20,26 @@
 //! counts as 0); activations in three dimensions have k features each.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k_config;
 use dictlearn_core::train::top_k::TopKTrainer;
 
-const NAME: &str = "batch_top_k";
-
 /// The BatchTopK autoencoder.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    dictionary,
+    name = "batch_top_k",
+    summary = "Keeps the k largest features of each activation on average over the batch",
+    paper = "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
+    example = "{type: batch_top_k, expansion_factor: 8, k: 8}",
+    fields(width)
+)]
 pub struct BatchTopKDictionaryConfig {
     /// How many features activations keep, on average over a batch.
     #[schemars(range(min = 1))]
     pub k: i64,
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the activations' width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
 }
 
-register! {
-    dictionary BatchTopKDictionaryConfig, NAME,
-    summary: "Keeps the k largest features of each activation on average over the batch",
-    paper: "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
-    example: "{type: batch_top_k, expansion_factor: 8, k: 8}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for BatchTopKDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         Selection::check(self.k, features)?;
         // Random unit directions, the encoder the decoder's transpose.
         let affine = Affine::random(LAYOUT, features, 1.0, &cx.autoencoding());
@@ -73,7 +60,7 @@ const LAYOUT: Layout = Layout::modules("BatchTopKSAE", "b_dec").centred();
 inventory::submit! {
     SavedClass {
         class: LAYOUT.class,
-        name: NAME,
+        name: BatchTopKDictionaryConfig::NAME,
         shaped: |saved| {
             let affine = saved.affine(LAYOUT)?;
             let selection = Selection::saved(saved, affine.dims().features, true)?;
@@ -100,39 +87,33 @@ impl Dictionary for BatchTopK {
     }
 }
 
-top_k_config! {
-    /// The loss is the squared error of the reconstruction from the B·k largest features of a batch of B activations,
-    /// summed over dimensions and averaged over the batch. Selecting is all the sparsity there is: no penalty. Features
-    /// that nothing selected for long are revived by an auxiliary loss, weighted by auxk_alpha: the squared error of
-    /// what the best of them make of the error that is left, divided by that error's variance. A running mean of the
-    /// smallest feature that is kept becomes the threshold by which the trained dictionary encodes.
-    pub struct BatchTopKConfig {}
-}
+/// The loss is the squared error of the reconstruction from the B·k largest features of a batch of B activations,
+/// summed over dimensions and averaged over the batch. Selecting is all the sparsity there is: no penalty. Features
+/// that nothing selected for long are revived by an auxiliary loss, weighted by auxk_alpha: the squared error of
+/// what the best of them make of the error that is left, divided by that error's variance. A running mean of the
+/// smallest feature that is kept becomes the threshold by which the trained dictionary encodes.
+#[component(
+    trainer,
+    name = "batch_top_k",
+    summary = "Squared error of a batch's largest features, with an auxiliary loss for dead ones",
+    paper = "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
+    example = "{type: batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
+    usual_dictionary = BatchTopKDictionaryConfig::NAME,
+    short_run = "{dictionary: {type: batch_top_k, expansion_factor: 4, k: 32}, trainer: {type: batch_top_k, lr: 2e-3, \
+           warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000, threshold_start_step: 300, \
+           threshold_beta: 0.99}}",
+    measured = "89.7% of the variance explained with L0 33, 99.6% of the cross entropy recovered",
+    fields(top_k),
+)]
+pub struct BatchTopKConfig {}
 
-register! {
-    trainer BatchTopKConfig, NAME,
-    summary: "Squared error of a batch's largest features, with an auxiliary loss for dead ones",
-    paper: "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
-    example: "{type: batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
-    usual_dictionary: NAME,
-    short_run: "{dictionary: {type: batch_top_k, expansion_factor: 4, k: 32}, trainer: {type: batch_top_k, lr: 2e-3, \
-               warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000, threshold_start_step: 300, \
-               threshold_beta: 0.99}}",
-    measured: "89.7% of the variance explained with L0 33, 99.6% of the cross entropy recovered",
-}
-
-#[typetag::serde(name = NAME)]
 impl TrainerConfig for BatchTopKConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        Ok(Box::new(TopKTrainer::new(NAME, self.settings(), cx)?))
+        Ok(Box::new(TopKTrainer::new(Self::NAME, self.settings(), cx)?))
     }
 
     fn class(&self) -> &'static str {
         "BatchTopKTrainer"
-    }
-
-    fn adapt(&mut self, length: &mut RunLength) {
-        self.adapt_settings(length);
     }
 }
 

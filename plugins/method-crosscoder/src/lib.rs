@@ -19,11 +19,8 @@
 //! <https://arxiv.org/abs/2504.02922>, section 3. After training a threshold stands for the selection.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k_config;
 use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
 
-const NAME: &str = "crosscoder";
-const TOP_K_NAME: &str = "batch_top_k_crosscoder";
 const PAPER: &str = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing, \
                      https://transformer-circuits.pub/2024/crosscoders/index.html";
 
@@ -31,62 +28,41 @@ const TOP_K_PAPER: &str = "Minder et al. 2025, Robustly identifying concepts int
                            crosscoders, https://arxiv.org/abs/2504.02922";
 
 /// A crosscoder. The source `joined` gives it its parts; on any other it has one.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct CrosscoderConfig {
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the parts' joint width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
-}
+#[component(
+    dictionary,
+    name = "crosscoder",
+    summary = "One set of features for several places, with an encoder and a decoder for each",
+    paper = PAPER,
+    example = "{type: crosscoder, expansion_factor: 4}",
+    fields(width = "the parts' joint width"),
+)]
+pub struct CrosscoderConfig {}
 
 /// A crosscoder that selects its features over a batch. The source `joined` gives it its parts; on any other it has one.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    dictionary,
+    name = "batch_top_k_crosscoder",
+    summary = "A crosscoder that keeps the k largest features on average over a batch",
+    paper = TOP_K_PAPER,
+    example = "{type: batch_top_k_crosscoder, expansion_factor: 4, k: 8}",
+    fields(width = "the parts' joint width"),
+)]
 pub struct BatchTopKCrosscoderDictionaryConfig {
     /// How many features each activation keeps, on average over a batch.
     #[schemars(range(min = 1))]
     pub k: i64,
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the parts' joint width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
 }
 
-register! {
-    dictionary CrosscoderConfig, NAME,
-    summary: "One set of features for several places, with an encoder and a decoder for each",
-    paper: PAPER,
-    example: "{type: crosscoder, expansion_factor: 4}",
-}
-
-register! {
-    dictionary BatchTopKCrosscoderDictionaryConfig, TOP_K_NAME,
-    summary: "A crosscoder that keeps the k largest features on average over a batch",
-    paper: TOP_K_PAPER,
-    example: "{type: batch_top_k_crosscoder, expansion_factor: 4, k: 8}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for CrosscoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         Ok(Box::new(Crosscoder::new(features, None, cx)))
     }
 }
 
-#[typetag::serde(name = TOP_K_NAME)]
 impl DictionaryConfig for BatchTopKCrosscoderDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         Selection::check(self.k, features)?;
         Ok(Box::new(Crosscoder::new(features, Some(self.k), cx)))
     }
@@ -108,9 +84,9 @@ pub struct Crosscoder {
 const LAYOUT: Layout = Layout::matrices("Crosscoder");
 const TOP_K_LAYOUT: Layout = Layout::matrices("BatchTopKCrosscoder");
 
-inventory::submit! { SavedClass { class: LAYOUT.class, name: NAME, shaped } }
+inventory::submit! { SavedClass { class: LAYOUT.class, name: CrosscoderConfig::NAME, shaped } }
 
-inventory::submit! { SavedClass { class: TOP_K_LAYOUT.class, name: TOP_K_NAME, shaped } }
+inventory::submit! { SavedClass { class: TOP_K_LAYOUT.class, name: BatchTopKCrosscoderDictionaryConfig::NAME, shaped } }
 
 fn shaped(saved: &SavedTensors) -> Result<Box<dyn Dictionary>> {
     let [_, features] = saved.shape("W_enc")?;
@@ -277,67 +253,34 @@ impl Dictionary for Crosscoder {
 /// The loss is the squared error of each part's reconstruction in units of the part's median norm, summed over parts and
 /// dimensions, plus l1_penalty times the sum of the features, each times the sum over parts of its decoder's norms; both
 /// averaged over the batch. Gradients are clipped to norm 1.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    trainer,
+    name = "crosscoder",
+    summary = "Squared error of every part, L1 penalty weighted by the norms of all decoders",
+    paper = PAPER,
+    example = "{type: crosscoder, lr: 2e-3, l1_penalty: 0.02, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary = CrosscoderConfig::NAME,
+    fields(lr = 1e-3, .., schedule),
+)]
 pub struct CrosscoderTrainerConfig {
-    /// Learning rate.
-    #[schemars(range(min = 0))]
-    pub lr: f64,
     /// Weight λ of the penalty.
+    #[default(4e-2)]
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
-    /// Steps over which the learning rate rises from 0.
-    pub warmup_steps: u64,
-    /// Steps over which λ rises from 0; null for none.
-    pub sparsity_warmup_steps: Option<u64>,
-    /// Step from which the learning rate falls to 0 at the last step; null for never.
-    pub decay_start: Option<u64>,
 }
 
-impl Default for CrosscoderTrainerConfig {
-    fn default() -> Self {
-        CrosscoderTrainerConfig {
-            lr: 1e-3,
-            l1_penalty: 4e-2,
-            warmup_steps: 1000,
-            sparsity_warmup_steps: Some(2000),
-            decay_start: None,
-        }
-    }
-}
-
-register! {
-    trainer CrosscoderTrainerConfig, NAME,
-    summary: "Squared error of every part, L1 penalty weighted by the norms of all decoders",
-    paper: PAPER,
-    example: "{type: crosscoder, lr: 2e-3, l1_penalty: 0.02, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary: NAME,
-}
-
-#[typetag::serde(name = NAME)]
 impl TrainerConfig for CrosscoderTrainerConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        let schedule = Schedule {
-            steps: cx.steps,
-            warmup_steps: self.warmup_steps,
-            decay_start: self.decay_start,
-            resample_steps: None,
-            sparsity_warmup_steps: self.sparsity_warmup_steps,
-        }
-        .check()?;
+        let schedule = self.schedule(cx).check()?;
         if cx.dictionary.downcast::<Crosscoder>().is_none() {
-            bail!(not_a_crosscoder(NAME, cx.dictionary));
+            bail!(not_a_crosscoder(Self::NAME, cx.dictionary));
         }
-        penalizable(cx.dictionary, NAME)?;
+        penalizable(cx.dictionary, Self::NAME)?;
         Ok(Box::new(CrosscoderTrainer { lr: self.lr, l1_penalty: self.l1_penalty, schedule }))
     }
 
     fn class(&self) -> &'static str {
         "CrosscoderTrainer"
-    }
-
-    fn adapt(&mut self, length: &mut RunLength) {
-        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
     }
 }
 
@@ -385,26 +328,24 @@ impl Trainer for CrosscoderTrainer {
     }
 }
 
-top_k_config! {
-    /// The loss is the squared error of each part's reconstruction in units of the part's median norm, plus auxk_alpha
-    /// times the error of the dead features' best reconstruction of the residual. A feature's directions have joint norm
-    /// 1, gradients are clipped to norm 1.
-    pub struct BatchTopKCrosscoderConfig {}
-}
+/// The loss is the squared error of each part's reconstruction in units of the part's median norm, plus auxk_alpha
+/// times the error of the dead features' best reconstruction of the residual. A feature's directions have joint norm
+/// 1, gradients are clipped to norm 1.
+#[component(
+    trainer,
+    name = "batch_top_k_crosscoder",
+    summary = "Squared error of every part, the k largest features on average over a batch",
+    paper = TOP_K_PAPER,
+    example = "{type: batch_top_k_crosscoder, lr: 1e-3, warmup_steps: 20, threshold_start_step: 50}",
+    usual_dictionary = BatchTopKCrosscoderDictionaryConfig::NAME,
+    fields(top_k),
+)]
+pub struct BatchTopKCrosscoderConfig {}
 
-register! {
-    trainer BatchTopKCrosscoderConfig, TOP_K_NAME,
-    summary: "Squared error of every part, the k largest features on average over a batch",
-    paper: TOP_K_PAPER,
-    example: "{type: batch_top_k_crosscoder, lr: 1e-3, warmup_steps: 20, threshold_start_step: 50}",
-    usual_dictionary: TOP_K_NAME,
-}
-
-#[typetag::serde(name = TOP_K_NAME)]
 impl TrainerConfig for BatchTopKCrosscoderConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if cx.dictionary.downcast::<Crosscoder>().is_none() {
-            bail!(not_a_crosscoder(TOP_K_NAME, cx.dictionary));
+            bail!(not_a_crosscoder(Self::NAME, cx.dictionary));
         }
         let prefixes = Prefixes {
             ends: vec![cx.dictionary.dims().features],
@@ -414,14 +355,10 @@ impl TrainerConfig for BatchTopKCrosscoderConfig {
                 Ok(vec![crosscoder.residual(pass)])
             },
         };
-        Ok(Box::new(TopKTrainer::new(TOP_K_NAME, self.settings(), cx)?.with_prefixes(prefixes)))
+        Ok(Box::new(TopKTrainer::new(Self::NAME, self.settings(), cx)?.with_prefixes(prefixes)))
     }
 
     fn class(&self) -> &'static str {
         "BatchTopKCrosscoderTrainer"
-    }
-
-    fn adapt(&mut self, length: &mut RunLength) {
-        self.adapt_settings(length);
     }
 }

@@ -23,33 +23,20 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::train::analytic;
 use dictlearn_core::train::analytic::{L1, squared_error};
 
-const NAME: &str = "gated";
-
 /// The gated autoencoder.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct GatedDictionaryConfig {
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the activations' width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
-}
+#[component(
+    dictionary,
+    name = "gated",
+    summary = "A gate decides which features are active, a magnitude how strongly",
+    paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
+    example = "{type: gated, expansion_factor: 8}",
+    fields(width)
+)]
+pub struct GatedDictionaryConfig {}
 
-register! {
-    dictionary GatedDictionaryConfig, NAME,
-    summary: "A gate decides which features are active, a magnitude how strongly",
-    paper: "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
-    example: "{type: gated, expansion_factor: 8}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for GatedDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         // Random unit directions, the encoder the decoder's transpose.
         let vector = || trained(Tensor::zeros([features], (Kind::Float, cx.device)));
         Ok(Box::new(Gated::new(Affine::random(LAYOUT, features, 1.0, cx), vector)))
@@ -70,7 +57,7 @@ const LAYOUT: Layout = Layout::modules("GatedAutoEncoder", "decoder_bias").witho
 inventory::submit! {
     SavedClass {
         class: LAYOUT.class,
-        name: NAME,
+        name: GatedDictionaryConfig::NAME,
         shaped: |saved| {
             let affine = saved.affine(LAYOUT)?;
             let features = affine.dims().features;
@@ -235,75 +222,47 @@ impl ActivationFunction for Gates {
 /// The loss is the squared error of the reconstruction, plus l1_penalty times the sum of the open gates' activations
 /// ReLU(π), plus the squared error of what these alone reconstruct through the decoder, which takes no gradient there.
 /// Sums over dimensions, averages over the batch. Every decoder column keeps norm 1.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    trainer,
+    name = "gated",
+    summary = "Squared error with an L1 penalty on the gate, which also reconstructs by itself",
+    paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
+    example = "{type: gated, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary = GatedDictionaryConfig::NAME,
+    short_run = "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated, lr: 2e-3, l1_penalty: 0.2, \
+               warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
+    measured = "81.5% of the variance explained with L0 24, 99.2% of the cross entropy recovered",
+    fields(lr = 5e-5, .., schedule),
+)]
 pub struct GatedConfig {
-    /// Learning rate.
-    #[schemars(range(min = 0))]
-    pub lr: f64,
     /// Weight λ of the penalty.
+    #[default(1e-1)]
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
-    /// Steps over which the learning rate rises from 0.
-    pub warmup_steps: u64,
-    /// Steps over which λ rises from 0; null for none.
-    pub sparsity_warmup_steps: Option<u64>,
-    /// Step from which the learning rate falls to 0 at the last step; null for never.
-    pub decay_start: Option<u64>,
 }
 
-impl Default for GatedConfig {
-    fn default() -> Self {
-        GatedConfig {
-            lr: 5e-5,
-            l1_penalty: 1e-1,
-            warmup_steps: 1000,
-            sparsity_warmup_steps: Some(2000),
-            decay_start: None,
-        }
-    }
-}
-
-register! {
-    trainer GatedConfig, NAME,
-    summary: "Squared error with an L1 penalty on the gate, which also reconstructs by itself",
-    paper: "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
-    example: "{type: gated, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary: NAME,
-    short_run: "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated, lr: 2e-3, l1_penalty: 0.2, \
-               warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
-    measured: "81.5% of the variance explained with L0 24, 99.2% of the cross entropy recovered",
-}
-
-#[typetag::serde(name = NAME)]
 impl TrainerConfig for GatedConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if !cx.dictionary.exposes("gate") {
             bail!(
                 InputError::new(format!(
-                    "the trainer `{NAME}` cannot train the class {}: it has no gate to penalise",
+                    "the trainer `{}` cannot train the class {}: it has no gate to penalise",
+                    Self::NAME,
                     cx.dictionary.class()
                 ))
-                .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers()))
+                .help(format!(
+                    "use {}, or the dictionary `{}`",
+                    cx.dictionary.usual_trainers(),
+                    GatedDictionaryConfig::NAME
+                ))
             );
         }
-        let schedule = Schedule {
-            steps: cx.steps,
-            warmup_steps: self.warmup_steps,
-            decay_start: self.decay_start,
-            resample_steps: None,
-            sparsity_warmup_steps: self.sparsity_warmup_steps,
-        }
-        .check()?;
+        let schedule = self.schedule(cx).check()?;
         Ok(Box::new(GatedTrainer { lr: self.lr, l1_penalty: self.l1_penalty, schedule }))
     }
 
     fn class(&self) -> &'static str {
         "GatedSAETrainer"
-    }
-
-    fn adapt(&mut self, length: &mut RunLength) {
-        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
     }
 }
 

@@ -20,14 +20,17 @@
 //! of the step, also while k is annealed.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k_config;
 use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
 
-const NAME: &str = "matryoshka_batch_top_k";
-
 /// The Matryoshka autoencoder on BatchTopK.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    dictionary,
+    name = "matryoshka_batch_top_k",
+    summary = "BatchTopK in nested groups of features, each prefix a dictionary of its own",
+    paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
+    example = "{type: matryoshka_batch_top_k, expansion_factor: 8, k: 8, group_fractions: [0.125, 0.125, 0.25, 0.5]}",
+    fields(width)
+)]
 pub struct MatryoshkaDictionaryConfig {
     /// How many features activations keep, on average over a batch.
     #[schemars(range(min = 1))]
@@ -35,27 +38,11 @@ pub struct MatryoshkaDictionaryConfig {
     /// The groups' parts of the features, in order; together 1. The last takes what rounding leaves.
     #[schemars(length(min = 1))]
     pub group_fractions: Vec<f64>,
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the activations' width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
 }
 
-register! {
-    dictionary MatryoshkaDictionaryConfig, NAME,
-    summary: "BatchTopK in nested groups of features, each prefix a dictionary of its own",
-    paper: "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
-    example: "{type: matryoshka_batch_top_k, expansion_factor: 8, k: 8, group_fractions: [0.125, 0.125, 0.25, 0.5]}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for MatryoshkaDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         Selection::check(self.k, features)?;
         let groups = group_sizes(&self.group_fractions, features)?;
         // Random unit directions, the encoder the decoder's transpose.
@@ -113,7 +100,7 @@ const LAYOUT: Layout = Layout::matrices("MatryoshkaBatchTopKSAE").centred();
 inventory::submit! {
     SavedClass {
         class: LAYOUT.class,
-        name: NAME,
+        name: MatryoshkaDictionaryConfig::NAME,
         shaped: |saved| {
             let affine = saved.affine(LAYOUT)?;
             let features = affine.dims().features;
@@ -166,40 +153,44 @@ impl Dictionary for Matryoshka {
     }
 }
 
-top_k_config! {
-    /// The loss is the weighted mean, over the groups, of the squared error of the reconstruction from that group's
-    /// features and those of all groups before it; which features count is decided over the whole batch, as in
-    /// BatchTopK. Features that nothing selected for long are revived by an auxiliary loss, weighted by auxk_alpha: the
-    /// squared error of what the best of them make of the error that all groups leave, divided by its variance. A
-    /// running mean of the smallest feature that is kept becomes the threshold by which the trained dictionary encodes.
-    pub struct MatryoshkaConfig {
-        /// Weight of each group's squared error, before the mean over groups; null for 1 / number of groups each.
-        pub group_weights: Option<Vec<f64>> = None,
-    }
+/// The loss is the weighted mean, over the groups, of the squared error of the reconstruction from that group's
+/// features and those of all groups before it; which features count is decided over the whole batch, as in
+/// BatchTopK. Features that nothing selected for long are revived by an auxiliary loss, weighted by auxk_alpha: the
+/// squared error of what the best of them make of the error that all groups leave, divided by its variance. A
+/// running mean of the smallest feature that is kept becomes the threshold by which the trained dictionary encodes.
+#[component(
+    trainer,
+    name = "matryoshka_batch_top_k",
+    summary = "BatchTopK's loss with the squared error of every prefix of groups",
+    paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
+    example = "{type: matryoshka_batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
+    usual_dictionary = MatryoshkaDictionaryConfig::NAME,
+    short_run = "{dictionary: {type: matryoshka_batch_top_k, expansion_factor: 4, k: 32, group_fractions: [0.125, \
+           0.125, 0.25, 0.5]}, trainer: {type: matryoshka_batch_top_k, lr: 2e-3, warmup_steps: 100, decay_start: \
+           1200, dead_feature_threshold: 200_000, threshold_start_step: 300, threshold_beta: 0.99}}",
+    measured = "87.4% of the variance explained with L0 33, 99.7% of the cross entropy recovered",
+    fields(top_k),
+)]
+pub struct MatryoshkaConfig {
+    /// Weight of each group's squared error, before the mean over groups; null for 1 / number of groups each.
+    #[default]
+    pub group_weights: Option<Vec<f64>>,
 }
 
-register! {
-    trainer MatryoshkaConfig, NAME,
-    summary: "BatchTopK's loss with the squared error of every prefix of groups",
-    paper: "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
-    example: "{type: matryoshka_batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
-    usual_dictionary: NAME,
-    short_run: "{dictionary: {type: matryoshka_batch_top_k, expansion_factor: 4, k: 32, group_fractions: [0.125, \
-               0.125, 0.25, 0.5]}, trainer: {type: matryoshka_batch_top_k, lr: 2e-3, warmup_steps: 100, decay_start: \
-               1200, dead_feature_threshold: 200_000, threshold_start_step: 300, threshold_beta: 0.99}}",
-    measured: "87.4% of the variance explained with L0 33, 99.7% of the cross entropy recovered",
-}
-
-#[typetag::serde(name = NAME)]
 impl TrainerConfig for MatryoshkaConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         let Some(dictionary) = cx.dictionary.downcast::<Matryoshka>() else {
             bail!(
                 InputError::new(format!(
-                    "the trainer `{NAME}` cannot train the class {}: it has no groups of features",
+                    "the trainer `{}` cannot train the class {}: it has no groups of features",
+                    Self::NAME,
                     cx.dictionary.class()
                 ))
-                .help(format!("use {}, or the dictionary `{NAME}`", cx.dictionary.usual_trainers()))
+                .help(format!(
+                    "use {}, or the dictionary `{}`",
+                    cx.dictionary.usual_trainers(),
+                    MatryoshkaDictionaryConfig::NAME
+                ))
             );
         };
         let groups = dictionary.groups.len();
@@ -232,16 +223,12 @@ impl TrainerConfig for MatryoshkaConfig {
             end
         });
         let prefixes = Prefixes { ends: ends.collect(), weights, residuals };
-        let trainer = TopKTrainer::new(NAME, self.settings(), cx)?.with_prefixes(prefixes);
+        let trainer = TopKTrainer::new(Self::NAME, self.settings(), cx)?.with_prefixes(prefixes);
         Ok(Box::new(trainer.with_setting("group_weights", weights_saved).with_setting("group_sizes", sizes_saved)))
     }
 
     fn class(&self) -> &'static str {
         "MatryoshkaBatchTopKTrainer"
-    }
-
-    fn adapt(&mut self, length: &mut RunLength) {
-        self.adapt_settings(length);
     }
 }
 

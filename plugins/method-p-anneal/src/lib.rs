@@ -30,8 +30,6 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::train::analytic;
 use dictlearn_core::train::analytic::{Penalty, squared_error};
 
-const P_ANNEAL: &str = "p_anneal";
-const GATED_ANNEAL: &str = "gated_anneal";
 const PAPER: &str = "Karvonen et al. 2024, Measuring Progress in Dictionary Learning, https://arxiv.org/abs/2408.00113";
 
 /// The form of the penalty.
@@ -99,72 +97,49 @@ impl JsonSchema for Updates {
 
 /// The two trainers' configs: the same fields with defaults of their own.
 macro_rules! config {
-    ($(#[$about:meta])* $name:ident, lr: $lr:expr_2021, sparsity_function: $sparsity_function:expr_2021) => {
+    ($(#[$about:meta])* $name:ident, sparsity_function: $sparsity_function:expr_2021) => {
         $(#[$about])*
-        #[derive(Debug, Serialize, Deserialize, JsonSchema)]
-        #[serde(deny_unknown_fields, default)]
         pub struct $name {
-            /// Learning rate.
-            #[schemars(range(min = 0))]
-            pub lr: f64,
-            /// Steps over which the learning rate rises from 0, at the start and after each resampling.
-            pub warmup_steps: u64,
-            /// Step from which the learning rate falls to 0 at the last step; null for never.
-            pub decay_start: Option<u64>,
             /// Steps over which the penalty rises from 0; null for none.
+            #[default(Some(2000))]
             pub sparsity_warmup_steps: Option<u64>,
             /// The penalty: `Lp`, (Σ a^p)^(1/p), or `Lp^p`, Σ a^p.
+            #[default($sparsity_function)]
             pub sparsity_function: SparsityFunction,
             /// Weight λ of the penalty before annealing; what `l1_penalty` is where p is 1.
+            #[default(1e-1)]
             #[schemars(range(min = 0))]
             pub initial_sparsity_penalty: f64,
             /// Step at which p starts to fall.
+            #[default(15000)]
             pub anneal_start: u64,
             /// Step at which it has fallen to `p_end`; null for the end of the run, which is never reached.
+            #[default]
             pub anneal_end: Option<u64>,
             /// p before annealing.
+            #[default(1.0)]
             #[schemars(range(min = 0))]
             pub p_start: f64,
             /// p after it. At 0 the penalty counts active features and has no gradient.
+            #[default(0.0)]
             #[schemars(range(min = 0))]
             pub p_end: f64,
             /// How many times p and λ are updated: a number, or `continuous` for every step of the annealing.
+            #[default(Updates::Times(10))]
             pub n_sparsity_updates: Updates,
             /// Batches over which the penalty is averaged to adapt λ.
+            #[default(10)]
             #[schemars(range(min = 1))]
             pub sparsity_queue_length: u64,
-            /// Resample dead features every so many steps: those silent for half of them; null for never.
-            pub resample_steps: Option<u64>,
             /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (Bricken
             /// et al. 2023).
+            #[default]
             pub resample_weight: ResampleWeight,
-        }
-
-        impl Default for $name {
-            fn default() -> Self {
-                $name {
-                    lr: $lr,
-                    warmup_steps: 1000,
-                    decay_start: None,
-                    sparsity_warmup_steps: Some(2000),
-                    sparsity_function: $sparsity_function,
-                    initial_sparsity_penalty: 1e-1,
-                    anneal_start: 15000,
-                    anneal_end: None,
-                    p_start: 1.0,
-                    p_end: 0.0,
-                    n_sparsity_updates: Updates::Times(10),
-                    sparsity_queue_length: 10,
-                    resample_steps: None,
-                    resample_weight: ResampleWeight::Loss,
-                }
-            }
         }
 
         impl $name {
             /// Adapts defaults to the length of the run. Annealing that would not begin takes the last two fifths.
-            fn adapt_schedule(&mut self, length: &mut RunLength) {
-                length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
+            fn adapt_annealing(&mut self, length: &mut RunLength) {
                 let end = self.anneal_end.unwrap_or(length.steps());
                 let last = end.min(length.steps());
                 let three_fifths = last - last / 5 * 2;
@@ -177,15 +152,9 @@ macro_rules! config {
                 }
             }
 
-            fn trainer(&self, name: &str, adam: AdamConfig, cx: &TrainerCx) -> Result<PAnneal> {
-                penalizable(cx.dictionary, name)?;
-                let schedule = Schedule {
-                    steps: cx.steps,
-                    warmup_steps: self.warmup_steps,
-                    decay_start: self.decay_start,
-                    resample_steps: self.resample_steps,
-                    sparsity_warmup_steps: self.sparsity_warmup_steps,
-                };
+            fn trainer(&self, adam: AdamConfig, cx: &TrainerCx) -> Result<PAnneal> {
+                penalizable(cx.dictionary, Self::NAME)?;
+                let schedule = self.schedule(cx);
                 let mut mistakes = Mistakes::new();
                 mistakes.keep(schedule.check())?;
                 let annealing = mistakes.keep(Annealing::new(
@@ -222,7 +191,21 @@ config! {
     /// activations that the dictionary lets a penalty fall on (or that norm to the power p), both averaged over the
     /// batch. From anneal_start on p falls from p_start to p_end in steps; at each, λ is multiplied by the ratio of the
     /// mean norms with the old and the new p, so that the penalty keeps its strength. Every decoder column keeps norm 1.
-    PAnnealConfig, lr: 1e-3, sparsity_function: SparsityFunction::Lp
+    #[component(
+        trainer,
+        name = "p_anneal",
+        summary = "Squared error with an Lp penalty whose p falls from 1",
+        paper = PAPER,
+        example = "{type: p_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 20, \
+              anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
+        usual_dictionary = "auto_encoder",
+        short_run = "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: p_anneal, lr: 2e-3, \
+               initial_sparsity_penalty: 0.04, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
+               anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
+        measured = "87.3% of the variance explained with L0 39, 99.4% of the cross entropy recovered",
+        fields(lr = 1e-3, warmup_steps, decay_start, sparsity_warmup_steps, .., resample_steps, resample_weight),
+    )]
+    PAnnealConfig, sparsity_function: SparsityFunction::Lp
 }
 
 config! {
@@ -231,39 +214,26 @@ config! {
     /// dictionary, the squared error of what these alone reconstruct. From anneal_start on p falls from p_start to
     /// p_end in steps; at each, λ is multiplied by the ratio of the mean penalties with the old and the new p. Every
     /// decoder column keeps norm 1.
-    GatedAnnealConfig, lr: 3e-4, sparsity_function: SparsityFunction::LpToTheP
-}
-
-register! {
-    trainer PAnnealConfig, P_ANNEAL,
-    summary: "Squared error with an Lp penalty whose p falls from 1",
-    paper: PAPER,
-    example: "{type: p_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 20, \
-              anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
-    usual_dictionary: "auto_encoder",
-    short_run: "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: p_anneal, lr: 2e-3, \
-               initial_sparsity_penalty: 0.04, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
-               anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
-    measured: "87.3% of the variance explained with L0 39, 99.4% of the cross entropy recovered",
-}
-
-register! {
-    trainer GatedAnnealConfig, GATED_ANNEAL,
-    summary: "p_anneal on a gate, with the settings of gated training",
-    paper: PAPER,
-    example: "{type: gated_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
+    #[component(
+        trainer,
+        name = "gated_anneal",
+        summary = "p_anneal on a gate, with the settings of gated training",
+        paper = PAPER,
+        example = "{type: gated_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
               sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
-    usual_dictionary: "gated",
-    short_run: "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated_anneal, lr: 2e-3, \
+        usual_dictionary = "gated",
+        short_run = "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated_anneal, lr: 2e-3, \
                initial_sparsity_penalty: 0.13, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
                anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
-    measured: "81.4% of the variance explained with L0 27, 99.1% of the cross entropy recovered",
+        measured = "81.4% of the variance explained with L0 27, 99.1% of the cross entropy recovered",
+        fields(lr = 3e-4, warmup_steps, decay_start, sparsity_warmup_steps, .., resample_steps, resample_weight),
+    )]
+    GatedAnnealConfig, sparsity_function: SparsityFunction::LpToTheP
 }
 
-#[typetag::serde(name = P_ANNEAL)]
 impl TrainerConfig for PAnnealConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        Ok(Box::new(self.trainer(P_ANNEAL, AdamConfig::default(), cx)?))
+        Ok(Box::new(self.trainer(AdamConfig::default(), cx)?))
     }
 
     fn class(&self) -> &'static str {
@@ -271,24 +241,24 @@ impl TrainerConfig for PAnnealConfig {
     }
 
     fn adapt(&mut self, length: &mut RunLength) {
-        self.adapt_schedule(length);
+        self.adapt_annealing(length);
     }
 }
 
-#[typetag::serde(name = GATED_ANNEAL)]
 impl TrainerConfig for GatedAnnealConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if !cx.dictionary.exposes("gate") {
             bail!(
                 InputError::new(format!(
-                    "the trainer `{GATED_ANNEAL}` cannot train the class {}: it has no gate to penalise",
+                    "the trainer `{}` cannot train the class {}: it has no gate to penalise",
+                    Self::NAME,
                     cx.dictionary.class()
                 ))
-                .help(format!("use the trainer `{P_ANNEAL}`, or a gated dictionary"))
+                .help(format!("use the trainer `{}`, or a gated dictionary", PAnnealConfig::NAME))
             );
         }
         let adam = AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() };
-        Ok(Box::new(self.trainer(GATED_ANNEAL, adam, cx)?))
+        Ok(Box::new(self.trainer(adam, cx)?))
     }
 
     fn class(&self) -> &'static str {
@@ -296,7 +266,7 @@ impl TrainerConfig for GatedAnnealConfig {
     }
 
     fn adapt(&mut self, length: &mut RunLength) {
-        self.adapt_schedule(length);
+        self.adapt_annealing(length);
     }
 }
 

@@ -22,36 +22,23 @@
 
 use dictlearn_core::prelude::*;
 
-const DICTIONARY: &str = "auto_encoder_new";
-const TRAINER: &str = "standard_april_update";
 const PAPER: &str =
     "Conerly et al. 2024, Update on How We Train SAEs, https://transformer-circuits.pub/2024/april-update";
 
 /// The ReLU autoencoder without a bias on its input.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct AutoEncoderNewConfig {
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the activations' width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
-}
+#[component(
+    dictionary,
+    name = "auto_encoder_new",
+    summary = "ReLU of an affine map of the plain activation, decoded by an affine map",
+    paper = PAPER,
+    example = "{type: auto_encoder_new, expansion_factor: 8}",
+    fields(width),
+)]
+pub struct AutoEncoderNewConfig {}
 
-register! {
-    dictionary AutoEncoderNewConfig, DICTIONARY,
-    summary: "ReLU of an affine map of the plain activation, decoded by an affine map",
-    paper: PAPER,
-    example: "{type: auto_encoder_new, expansion_factor: 8}",
-}
-
-#[typetag::serde(name = DICTIONARY)]
 impl DictionaryConfig for AutoEncoderNewConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         Ok(Box::new(AutoEncoderNew { affine: Affine::random(LAYOUT, features, 0.1, cx) }))
     }
 }
@@ -67,7 +54,7 @@ const LAYOUT: Layout = Layout::modules("AutoEncoderNew", "decoder.bias");
 inventory::submit! {
     SavedClass {
         class: LAYOUT.class,
-        name: DICTIONARY,
+        name: AutoEncoderNewConfig::NAME,
         shaped: |saved| Ok(Box::new(AutoEncoderNew { affine: saved.affine(LAYOUT)? })),
     }
 }
@@ -110,79 +97,51 @@ pub enum NormWeight {
 /// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
 /// features, each times the norm of its decoder column (on auto_encoder_new times its square, as in the reference, unless
 /// norm_weight is paper), both averaged over the batch. The columns are free; gradients are clipped to norm 1.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    trainer,
+    name = "standard_april_update",
+    summary = "Squared error with an L1 penalty weighted by free decoder norms",
+    paper = PAPER,
+    example = "{type: standard_april_update, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary = AutoEncoderNewConfig::NAME,
+    short_run = "{dictionary: {type: auto_encoder_new, expansion_factor: 4}, trainer: {type: standard_april_update, \
+               lr: 2e-3, l1_penalty: 0.1, norm_weight: paper, warmup_steps: 100, sparsity_warmup_steps: 300, \
+               decay_start: 1200}}",
+    measured = "84.1% of the variance explained with L0 31, 99.0% of the cross entropy recovered",
+    fields(lr = 1e-3, l1_penalty, schedule, ..),
+)]
 pub struct AprilUpdateConfig {
-    /// Learning rate.
-    #[schemars(range(min = 0))]
-    pub lr: f64,
     /// Weight λ of the penalty.
+    #[default(1e-1)]
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
-    /// Steps over which the learning rate rises from 0.
-    pub warmup_steps: u64,
-    /// Steps over which λ rises from 0; null for none.
-    pub sparsity_warmup_steps: Option<u64>,
-    /// Step from which the learning rate falls to 0 at the last step; null for never.
-    pub decay_start: Option<u64>,
     /// How often a column's norm weighs on `auto_encoder_new`: twice (`reference`) or once (`paper`).
+    #[default(NormWeight::Reference)]
     pub norm_weight: NormWeight,
 }
 
-impl Default for AprilUpdateConfig {
-    fn default() -> Self {
-        AprilUpdateConfig {
-            lr: 1e-3,
-            l1_penalty: 1e-1,
-            warmup_steps: 1000,
-            sparsity_warmup_steps: Some(2000),
-            decay_start: None,
-            norm_weight: NormWeight::Reference,
-        }
-    }
-}
-
-register! {
-    trainer AprilUpdateConfig, TRAINER,
-    summary: "Squared error with an L1 penalty weighted by free decoder norms",
-    paper: PAPER,
-    example: "{type: standard_april_update, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary: DICTIONARY,
-    short_run: "{dictionary: {type: auto_encoder_new, expansion_factor: 4}, trainer: {type: standard_april_update, \
-               lr: 2e-3, l1_penalty: 0.1, norm_weight: paper, warmup_steps: 100, sparsity_warmup_steps: 300, \
-               decay_start: 1200}}",
-    measured: "84.1% of the variance explained with L0 31, 99.0% of the cross entropy recovered",
-}
-
-#[typetag::serde(name = TRAINER)]
 impl TrainerConfig for AprilUpdateConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        penalizable(cx.dictionary, TRAINER)?;
+        penalizable(cx.dictionary, Self::NAME)?;
         if cx.dictionary.exposes("gate") {
             bail!(InputError::new(format!(
-                "the trainer `{TRAINER}` cannot train the class {}: its decoder could evade the penalty on the gate by \
-                 columns of small norm",
+                "the trainer `{}` cannot train the class {}: its decoder could evade the penalty on the gate by columns \
+                 of small norm",
+                Self::NAME,
                 cx.dictionary.class()
             ))
-            .help(format!("use {}, or the dictionary `{DICTIONARY}`", cx.dictionary.usual_trainers())));
+            .help(format!(
+                "use {}, or the dictionary `{}`",
+                cx.dictionary.usual_trainers(),
+                AutoEncoderNewConfig::NAME
+            )));
         }
-        let schedule = Schedule {
-            steps: cx.steps,
-            warmup_steps: self.warmup_steps,
-            decay_start: self.decay_start,
-            resample_steps: None,
-            sparsity_warmup_steps: self.sparsity_warmup_steps,
-        }
-        .check()?;
+        let schedule = self.schedule(cx).check()?;
         Ok(Box::new(AprilUpdate { lr: self.lr, l1_penalty: self.l1_penalty, schedule, norm_weight: self.norm_weight }))
     }
 
     fn class(&self) -> &'static str {
         "StandardTrainerAprilUpdate"
-    }
-
-    fn adapt(&mut self, length: &mut RunLength) {
-        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
     }
 }
 

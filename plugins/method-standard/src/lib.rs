@@ -21,34 +21,20 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::train::analytic;
 use dictlearn_core::train::analytic::L1;
 
-const DICTIONARY: &str = "auto_encoder";
-const TRAINER: &str = "standard";
-
 /// The ReLU autoencoder.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct AutoEncoderConfig {
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the activations' width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
-}
+#[component(
+    dictionary,
+    name = "auto_encoder",
+    summary = "One layer: ReLU of an affine map, decoded linearly",
+    paper = "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
+    example = "{type: auto_encoder, expansion_factor: 8}",
+    fields(width)
+)]
+pub struct AutoEncoderConfig {}
 
-register! {
-    dictionary AutoEncoderConfig, DICTIONARY,
-    summary: "One layer: ReLU of an affine map, decoded linearly",
-    paper: "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
-    example: "{type: auto_encoder, expansion_factor: 8}",
-}
-
-#[typetag::serde(name = DICTIONARY)]
 impl DictionaryConfig for AutoEncoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         // Random directions, the encoder the decoder's transpose. Norm 0.1 as in the reference; training makes it 1.
         Ok(Box::new(AutoEncoder { affine: Affine::random(LAYOUT, features, 0.1, &cx.autoencoding()) }))
     }
@@ -65,7 +51,7 @@ const LAYOUT: Layout = Layout::modules("AutoEncoder", "bias").centred();
 inventory::submit! {
     SavedClass {
         class: LAYOUT.class,
-        name: DICTIONARY,
+        name: AutoEncoderConfig::NAME,
         shaped: |saved| Ok(Box::new(AutoEncoder { affine: saved.affine(LAYOUT)? })),
     }
 }
@@ -100,28 +86,28 @@ impl Dictionary for AutoEncoder {
 /// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
 /// features, both averaged over the batch. Every decoder column keeps norm 1, so that the penalty cannot be evaded by
 /// small features with large columns.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    trainer,
+    name = "standard",
+    summary = "Squared error with an L1 penalty, decoder columns of norm 1, optional resampling",
+    paper = "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
+    example = "{type: standard, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
+    usual_dictionary = AutoEncoderConfig::NAME,
+    usual,
+    short_run = "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: standard, lr: 2e-3, \
+               l1_penalty: 0.1, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
+    measured = "84.2% of the variance explained with L0 38, 99.1% of the cross entropy recovered",
+    fields(lr = 1e-3, .., schedule, resampling),
+)]
 pub struct StandardConfig {
-    /// Learning rate.
-    #[schemars(range(min = 0))]
-    pub lr: f64,
     /// What is minimised of the residual: its squared norm (`mse`), or its norm (`l2_norm`), as in the reference of
     /// spring 2024.
+    #[default(Reconstruction::Mse)]
     pub reconstruction: Reconstruction,
     /// Weight λ of the L1 penalty.
+    #[default(1e-1)]
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
-    /// Steps over which the learning rate rises from 0, at the start and after each resampling.
-    pub warmup_steps: u64,
-    /// Steps over which λ rises from 0; null for none.
-    pub sparsity_warmup_steps: Option<u64>,
-    /// Step from which the learning rate falls to 0 at the last step; null for never.
-    pub decay_start: Option<u64>,
-    /// Resample dead features every so many steps: those silent for half of them; null for never.
-    pub resample_steps: Option<u64>,
-    /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (the paper).
-    pub resample_weight: ResampleWeight,
 }
 
 /// What is minimised of the residual.
@@ -136,45 +122,10 @@ pub enum Reconstruction {
     L2Norm,
 }
 
-impl Default for StandardConfig {
-    fn default() -> Self {
-        StandardConfig {
-            lr: 1e-3,
-            reconstruction: Reconstruction::Mse,
-            l1_penalty: 1e-1,
-            warmup_steps: 1000,
-            sparsity_warmup_steps: Some(2000),
-            decay_start: None,
-            resample_steps: None,
-            resample_weight: ResampleWeight::Loss,
-        }
-    }
-}
-
-register! {
-    trainer StandardConfig, TRAINER,
-    summary: "Squared error with an L1 penalty, decoder columns of norm 1, optional resampling",
-    paper: "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
-    example: "{type: standard, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary: DICTIONARY,
-    usual: true,
-    short_run: "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: standard, lr: 2e-3, \
-               l1_penalty: 0.1, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
-    measured: "84.2% of the variance explained with L0 38, 99.1% of the cross entropy recovered",
-}
-
-#[typetag::serde(name = TRAINER)]
 impl TrainerConfig for StandardConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        let schedule = Schedule {
-            steps: cx.steps,
-            warmup_steps: self.warmup_steps,
-            decay_start: self.decay_start,
-            resample_steps: self.resample_steps,
-            sparsity_warmup_steps: self.sparsity_warmup_steps,
-        }
-        .check()?;
-        penalizable(cx.dictionary, TRAINER)?;
+        let schedule = self.schedule(cx).check()?;
+        penalizable(cx.dictionary, Self::NAME)?;
         let resampling = Resampling::new(self.resample_steps, self.resample_weight, cx.dictionary)?;
         Ok(Box::new(Standard {
             lr: self.lr,
@@ -187,10 +138,6 @@ impl TrainerConfig for StandardConfig {
 
     fn class(&self) -> &'static str {
         "StandardTrainer"
-    }
-
-    fn adapt(&mut self, length: &mut RunLength) {
-        length.shrink_warm_ups(&mut self.warmup_steps, &mut self.sparsity_warmup_steps, self.decay_start);
     }
 }
 

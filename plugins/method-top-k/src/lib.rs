@@ -19,39 +19,26 @@
 
 use dictlearn_core::formats::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
-use dictlearn_core::top_k_config;
 use dictlearn_core::train::top_k::TopKTrainer;
 
-const NAME: &str = "top_k";
-
 /// The TopK autoencoder.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    dictionary,
+    name = "top_k",
+    summary = "Keeps the k largest features of each activation",
+    paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
+    example = "{type: top_k, expansion_factor: 8, k: 8}",
+    fields(width)
+)]
 pub struct TopKDictionaryConfig {
     /// How many features each activation keeps.
     #[schemars(range(min = 1))]
     pub k: i64,
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the activations' width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
 }
 
-register! {
-    dictionary TopKDictionaryConfig, NAME,
-    summary: "Keeps the k largest features of each activation",
-    paper: "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
-    example: "{type: top_k, expansion_factor: 8, k: 8}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for TopKDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        let features = dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)?;
+        let features = self.features(cx)?;
         Selection::check(self.k, features)?;
         // Random unit directions, the encoder the decoder's transpose (appendix A.1).
         let affine = Affine::random(LAYOUT, features, 1.0, &cx.autoencoding());
@@ -71,7 +58,7 @@ const LAYOUT: Layout = Layout::modules("AutoEncoderTopK", "b_dec").centred();
 inventory::submit! {
     SavedClass {
         class: LAYOUT.class,
-        name: NAME,
+        name: TopKDictionaryConfig::NAME,
         shaped: |saved| {
             let affine = saved.affine(LAYOUT)?;
             let selection = Selection::saved(saved, affine.dims().features, false)?;
@@ -105,36 +92,30 @@ impl Dictionary for TopK {
     }
 }
 
-top_k_config! {
-    /// The loss is the squared error of the reconstruction from the k largest features, summed over dimensions and
-    /// averaged over the batch. Selecting is all the sparsity there is: no penalty. Features that nothing selected for
-    /// long are revived by an auxiliary loss, weighted by auxk_alpha: the squared error of what the best of them make
-    /// of the error that is left, divided by that error's variance.
-    pub struct TopKConfig {}
-}
+/// The loss is the squared error of the reconstruction from the k largest features, summed over dimensions and
+/// averaged over the batch. Selecting is all the sparsity there is: no penalty. Features that nothing selected for
+/// long are revived by an auxiliary loss, weighted by auxk_alpha: the squared error of what the best of them make
+/// of the error that is left, divided by that error's variance.
+#[component(
+    trainer,
+    name = "top_k",
+    summary = "Squared error of the k largest features, with an auxiliary loss for dead ones",
+    paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
+    example = "{type: top_k, lr: 1e-3, warmup_steps: 20}",
+    usual_dictionary = TopKDictionaryConfig::NAME,
+    short_run = "{dictionary: {type: top_k, expansion_factor: 4, k: 32}, trainer: {type: top_k, lr: 2e-3, \
+           warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000}}",
+    measured = "89.7% of the variance explained with L0 32, 99.6% of the cross entropy recovered",
+    fields(top_k),
+)]
+pub struct TopKConfig {}
 
-register! {
-    trainer TopKConfig, NAME,
-    summary: "Squared error of the k largest features, with an auxiliary loss for dead ones",
-    paper: "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
-    example: "{type: top_k, lr: 1e-3, warmup_steps: 20}",
-    usual_dictionary: NAME,
-    short_run: "{dictionary: {type: top_k, expansion_factor: 4, k: 32}, trainer: {type: top_k, lr: 2e-3, \
-               warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000}}",
-    measured: "89.7% of the variance explained with L0 32, 99.6% of the cross entropy recovered",
-}
-
-#[typetag::serde(name = NAME)]
 impl TrainerConfig for TopKConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
-        Ok(Box::new(TopKTrainer::new(NAME, self.settings(), cx)?))
+        Ok(Box::new(TopKTrainer::new(Self::NAME, self.settings(), cx)?))
     }
 
     fn class(&self) -> &'static str {
         "TopKTrainer"
-    }
-
-    fn adapt(&mut self, length: &mut RunLength) {
-        self.adapt_settings(length);
     }
 }

@@ -27,59 +27,48 @@
 use dictlearn_core::formats::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "transcoder";
-const SKIP_NAME: &str = "skip_transcoder";
-
 /// A transcoder.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(inline)]
+#[component(
+    dictionary,
+    name = "transcoder",
+    summary = "Predicts a module's output from its input",
+    paper = "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, https://arxiv.org/abs/2406.11944",
+    example = "{type: transcoder, expansion_factor: 8}",
+    fields(width = "the input's width")
+)]
 pub struct TranscoderConfig {
     /// How many features each activation keeps; null for all that are positive.
-    #[serde(default)]
+    #[default]
     #[schemars(range(min = 1))]
     pub k: Option<i64>,
-    /// Number of features; or give `expansion_factor`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1))]
-    pub dict_size: Option<i64>,
-    /// Number of features as a multiple of the input's width; 8 if neither is given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
-    pub expansion_factor: Option<f64>,
 }
 
 /// A transcoder with a skip connection.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(transparent)]
-pub struct SkipTranscoderConfig(TranscoderConfig);
-
-register! {
-    dictionary TranscoderConfig, NAME,
-    summary: "Predicts a module's output from its input",
-    paper: "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, https://arxiv.org/abs/2406.11944",
-    example: "{type: transcoder, expansion_factor: 8}",
+#[component(
+    dictionary,
+    name = "skip_transcoder",
+    summary = "Predicts a module's output from its input, with a linear map beside the features",
+    paper = "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
+             https://arxiv.org/abs/2501.18823",
+    example = "{type: skip_transcoder, expansion_factor: 8}",
+    fields(width = "the input's width")
+)]
+pub struct SkipTranscoderConfig {
+    /// How many features each activation keeps; null for all that are positive.
+    #[default]
+    #[schemars(range(min = 1))]
+    pub k: Option<i64>,
 }
 
-register! {
-    dictionary SkipTranscoderConfig, SKIP_NAME,
-    summary: "Predicts a module's output from its input, with a linear map beside the features",
-    paper: "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
-            https://arxiv.org/abs/2501.18823",
-    example: "{type: skip_transcoder, expansion_factor: 8}",
-}
-
-#[typetag::serde(name = NAME)]
 impl DictionaryConfig for TranscoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        Ok(Box::new(Transcoder::new(self, false, cx)?))
+        Ok(Box::new(Transcoder::new(self.features(cx)?, self.k, false, cx)?))
     }
 }
 
-#[typetag::serde(name = SKIP_NAME)]
 impl DictionaryConfig for SkipTranscoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        Ok(Box::new(Transcoder::new(&self.0, true, cx)?))
+        Ok(Box::new(Transcoder::new(self.features(cx)?, self.k, true, cx)?))
     }
 }
 
@@ -95,8 +84,8 @@ pub struct Transcoder {
 const LAYOUT: Layout = Layout::matrices("Transcoder");
 const SKIP_LAYOUT: Layout = Layout::matrices("SkipTranscoder");
 
-inventory::submit! { SavedClass { class: LAYOUT.class, name: NAME, shaped: |saved| shaped(saved, false) } }
-inventory::submit! { SavedClass { class: SKIP_LAYOUT.class, name: SKIP_NAME, shaped: |saved| shaped(saved, true) } }
+inventory::submit! { SavedClass { class: LAYOUT.class, name: TranscoderConfig::NAME, shaped: |saved| shaped(saved, false) } }
+inventory::submit! { SavedClass { class: SKIP_LAYOUT.class, name: SkipTranscoderConfig::NAME, shaped: |saved| shaped(saved, true) } }
 
 inventory::submit! {
     AffineClass {
@@ -116,9 +105,8 @@ fn shaped(saved: &SavedTensors, skip: bool) -> Result<Box<dyn Dictionary>> {
 }
 
 impl Transcoder {
-    fn new(config: &TranscoderConfig, skip: bool, cx: &DictionaryCx) -> Result<Self> {
-        let features = dict_size(config.dict_size, config.expansion_factor, cx.activation_dim)?;
-        if let Some(k) = config.k {
+    fn new(features: i64, k: Option<i64>, skip: bool, cx: &DictionaryCx) -> Result<Self> {
+        if let Some(k) = k {
             Selection::check(k, features)?;
         }
         let dims @ Dims { input, output, .. } = cx.dims(features);
@@ -135,7 +123,7 @@ impl Transcoder {
             affine,
             w_skip: skip.then(|| trained(zeros([output, input]))),
             threshold: None,
-            selection: config.k.map(|k| Selection::new(k, false, cx.device)),
+            selection: k.map(|k| Selection::new(k, false, cx.device)),
         })
     }
 }

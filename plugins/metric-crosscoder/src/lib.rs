@@ -12,39 +12,31 @@
 
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "crosscoder";
-
 /// Variance explained of each part, and how features are shared among parts.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    metric,
+    name = "crosscoder",
+    summary = "Variance explained of each part of a joined site, and which parts share a feature",
+    paper = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing, \
+            https://transformer-circuits.pub/2024/crosscoders/index.html",
+    example = "{type: crosscoder}",
+    usual
+)]
 pub struct CrosscoderMetricConfig {
     /// Batches of activations to measure on.
+    #[default(10)]
     #[schemars(range(min = 1))]
     pub n_batches: u64,
     /// Bins of the histogram of relative decoder norms, from 0 to 1.
+    #[default(20)]
     #[schemars(range(min = 1, max = 10_000))]
     pub bins: u64,
     /// A feature belongs to a part alone if its relative norm there is more than this.
+    #[default(0.9)]
     #[schemars(range(min = 0.5, max = 1))]
     pub alone: f64,
 }
 
-impl Default for CrosscoderMetricConfig {
-    fn default() -> Self {
-        CrosscoderMetricConfig { n_batches: 10, bins: 20, alone: 0.9 }
-    }
-}
-
-register! {
-    metric CrosscoderMetricConfig, NAME,
-    summary: "Variance explained of each part of a joined site, and which parts share a feature",
-    paper: "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing, \
-            https://transformer-circuits.pub/2024/crosscoders/index.html",
-    example: "{type: crosscoder}",
-    usual: true,
-}
-
-#[typetag::serde(name = NAME)]
 impl MetricConfig for CrosscoderMetricConfig {
     fn build(&self) -> Result<Box<dyn Metric>> {
         Ok(Box::new(self.clone()))

@@ -14,33 +14,23 @@
 use dictlearn_core::prelude::*;
 use pathfinding::prelude::{Matrix, kuhn_munkres};
 
-const NAME: &str = "ground_truth_recovery";
-
 /// How many known features a dictionary has found.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    metric,
+    name = "ground_truth_recovery",
+    summary = "Part of a synthetic source's true features that the decoder has found",
+    paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
+            https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
+    example = "{type: ground_truth_recovery}",
+    usual
+)]
 pub struct RecoveryConfig {
     /// The cosine from which on a feature counts as found.
+    #[default(0.9)]
     #[schemars(range(min = 0, max = 1))]
     pub threshold: f64,
 }
 
-impl Default for RecoveryConfig {
-    fn default() -> Self {
-        RecoveryConfig { threshold: 0.9 }
-    }
-}
-
-register! {
-    metric RecoveryConfig, NAME,
-    summary: "Part of a synthetic source's true features that the decoder has found",
-    paper: "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
-            https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
-    example: "{type: ground_truth_recovery}",
-    usual: true,
-}
-
-#[typetag::serde(name = NAME)]
 impl MetricConfig for RecoveryConfig {
     fn build(&self) -> Result<Box<dyn Metric>> {
         Ok(Box::new(self.clone()))

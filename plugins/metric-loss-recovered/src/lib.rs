@@ -17,39 +17,25 @@
 use dictlearn_core::lm::cross_entropy;
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "loss_recovered";
-
 /// The language model's loss with activations reconstructed.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    metric,
+    name = "loss_recovered",
+    summary = "Cross entropy with activations reconstructed, zeroed and as they are",
+    example = "{type: loss_recovered, n_batches: 10, batch_size: 32}",
+    usual
+)]
 pub struct LossRecoveredConfig {
     /// Batches of text to measure on.
-    #[serde(default = "n_batches")]
+    #[default(10)]
     #[schemars(range(min = 1))]
     pub n_batches: u64,
     /// Contexts in a batch.
-    #[serde(default = "batch_size")]
+    #[default(32)]
     #[schemars(range(min = 1))]
     pub batch_size: u64,
 }
 
-fn n_batches() -> u64 {
-    10
-}
-
-fn batch_size() -> u64 {
-    32
-}
-
-register! {
-    metric LossRecoveredConfig, NAME,
-    summary: "Cross entropy with activations reconstructed, zeroed and as they are",
-    paper: "",
-    example: "{type: loss_recovered, n_batches: 10, batch_size: 32}",
-    usual: true,
-}
-
-#[typetag::serde(name = NAME)]
 impl MetricConfig for LossRecoveredConfig {
     fn build(&self) -> Result<Box<dyn Metric>> {
         Ok(Box::new(self.clone()))

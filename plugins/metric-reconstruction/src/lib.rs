@@ -18,34 +18,24 @@
 
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "reconstruction";
-
 /// Elements of a batch's features that are held at a time.
 const FEATURES_AT_A_TIME: i64 = 1 << 25;
 
 /// How well activations are reconstructed.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    metric,
+    name = "reconstruction",
+    summary = "Variance explained, L0, L1, L2, cosine, bias, living features",
+    example = "{type: reconstruction, n_batches: 10}",
+    usual
+)]
 pub struct ReconstructionConfig {
     /// Batches of the source to measure on.
-    #[serde(default = "n_batches")]
+    #[default(10)]
     #[schemars(range(min = 1))]
     pub n_batches: u64,
 }
 
-fn n_batches() -> u64 {
-    10
-}
-
-register! {
-    metric ReconstructionConfig, NAME,
-    summary: "Variance explained, L0, L1, L2, cosine, bias, living features",
-    paper: "",
-    example: "{type: reconstruction, n_batches: 10}",
-    usual: true,
-}
-
-#[typetag::serde(name = NAME)]
 impl MetricConfig for ReconstructionConfig {
     fn build(&self) -> Result<Box<dyn Metric>> {
         Ok(Box::new(self.clone()))

@@ -5,17 +5,20 @@
 //! after the other. Queries, keys and values come from one projection, head by head; the first dimensions of each head
 //! are rotated by position.
 
-use dictlearn_core::lm::config::read;
 use dictlearn_core::lm::decoder::{
     AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
 };
-use dictlearn_core::lm::{Decoder, DecoderConfig, ModelCx, ModelFamily, NormKind, Rope, activation};
+use dictlearn_core::lm::{Decoder, DecoderConfig, DecoderFamily, ModelCx, NormKind, Rope, activation};
 use dictlearn_core::prelude::*;
 
-const MODEL_TYPE: &str = "gpt_neox";
-
 /// The fields of a GPT-NeoX config.json that change what it computes, with Hugging Face's defaults.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[component(
+    model,
+    name = "gpt_neox",
+    summary = "GPT-NeoX: Pythia, GPT-NeoX-20B, the bundled model",
+    paper = "Biderman et al. 2023, Pythia, https://arxiv.org/abs/2304.01373"
+)]
+#[derive(Serialize)]
 pub struct GptNeoxConfig {
     /// Number of token ids.
     pub vocab_size: i64,
@@ -30,70 +33,36 @@ pub struct GptNeoxConfig {
     /// The longest context.
     pub max_position_embeddings: i64,
     /// The MLP's activation.
-    #[serde(default = "gelu")]
+    #[default("gelu")]
     pub hidden_act: String,
     /// Added to the variance in layer norms.
-    #[serde(default = "layer_norm_eps")]
+    #[default(1e-5)]
     pub layer_norm_eps: f64,
     /// Which part of a head is rotated.
-    #[serde(default = "rotary_pct")]
+    #[default(0.25)]
     pub rotary_pct: f64,
     /// Base of the rotary frequencies.
-    #[serde(default = "rotary_emb_base")]
+    #[default(10_000.0)]
     pub rotary_emb_base: f64,
     /// What newer files have in the place of these two, and how frequencies are changed for long contexts.
     #[serde(flatten)]
     pub rope: Rope,
     /// Whether attention and MLP both read the layer's input.
-    #[serde(default = "yes")]
+    #[default(true)]
     pub use_parallel_residual: bool,
     /// Whether attention's projections have biases.
-    #[serde(default = "yes")]
+    #[default(true)]
     pub attention_bias: bool,
     /// Whether the head is the embedding.
-    #[serde(default)]
+    #[default]
     pub tie_word_embeddings: bool,
-}
-
-fn gelu() -> String {
-    "gelu".to_owned()
-}
-
-fn layer_norm_eps() -> f64 {
-    1e-5
-}
-
-fn rotary_pct() -> f64 {
-    0.25
-}
-
-fn rotary_emb_base() -> f64 {
-    10_000.0
-}
-
-fn yes() -> bool {
-    true
-}
-
-register! {
-    model GptNeoxConfig, MODEL_TYPE,
-    summary: "GPT-NeoX: Pythia, GPT-NeoX-20B, the bundled model",
-    paper: "Biderman et al. 2023, Pythia, https://arxiv.org/abs/2304.01373",
-    example: "",
-}
-
-inventory::submit! {
-    ModelFamily {
-        model_type: MODEL_TYPE,
-        load: |config, weights, cx| Ok(Box::new(Decoder::open(decoder(&read(config)?)?, weights, cx)?)),
-    }
 }
 
 /// A model with random weights: normal of deviation 0.02, projections back to the stream divided by √(2 · layers).
 pub fn random(config: &GptNeoxConfig, cx: &ModelCx) -> Result<Decoder> {
     let deviation = 0.02;
     let back = deviation / (2.0 * config.num_hidden_layers as f64).sqrt();
-    Decoder::with(decoder(config)?, cx, |name, shape| {
+    Decoder::with(config.clone().decoder()?, cx, |name, shape| {
         let float = (Kind::Float, cx.device);
         Ok(if name.contains("norm.weight") {
             Tensor::ones(shape, float)
@@ -107,52 +76,54 @@ pub fn random(config: &GptNeoxConfig, cx: &ModelCx) -> Result<Decoder> {
     })
 }
 
-fn decoder(config: &GptNeoxConfig) -> Result<DecoderConfig> {
-    let (d, heads) = (config.hidden_size, config.num_attention_heads);
-    let head_dim = DecoderConfig::head_dim(d, heads)?;
-    let mut rope = config.rope.clone();
-    rope.partial_rotary_factor.get_or_insert(config.rotary_pct);
-    let layer = LayerConfig { window: None, rotary: Some(0), scale: (head_dim as f64).powf(-0.5) };
-    Ok(DecoderConfig {
-        hidden_size: d,
-        vocab_size: config.vocab_size,
-        max_positions: Some(config.max_position_embeddings),
-        layers: vec![layer; config.num_hidden_layers],
-        rotary: vec![rope.rotary(head_dim, config.rotary_emb_base, config.max_position_embeddings)?],
-        layers_path: "gpt_neox.layers",
-        embed: EmbedConfig { tokens: "gpt_neox.embed_in", positions: None, scale: 1.0, scale_inside: false },
-        norm: NormConfig {
-            kind: NormKind::Layer,
-            eps: config.layer_norm_eps,
-            before_attention: Some("input_layernorm"),
-            after_attention: None,
-            before_mlp: Some("post_attention_layernorm"),
-            after_mlp: None,
-        },
-        attention: AttentionConfig {
-            path: "attention",
-            heads,
-            kv_heads: heads,
-            head_dim,
-            input: Projections::Interleaved("query_key_value"),
-            output: "dense",
-            input_bias: config.attention_bias,
-            output_bias: config.attention_bias,
-            transposed: false,
-            qk_norm: None,
-            soft_cap: None,
-        },
-        mlp: MlpConfig {
-            path: "mlp",
-            width: config.intermediate_size,
-            layout: MlpLayout::Plain { up: "dense_h_to_4h", down: "dense_4h_to_h" },
-            act_path: "act",
-            act: activation(&config.hidden_act)?,
-            bias: true,
-            transposed: false,
-        },
-        parallel: config.use_parallel_residual,
-        final_norm: "gpt_neox.final_layer_norm",
-        head: HeadConfig { path: "embed_out", tied: config.tie_word_embeddings, soft_cap: None },
-    })
+impl DecoderFamily for GptNeoxConfig {
+    fn decoder(self) -> Result<DecoderConfig> {
+        let (d, heads) = (self.hidden_size, self.num_attention_heads);
+        let head_dim = DecoderConfig::head_dim(d, heads)?;
+        let mut rope = self.rope.clone();
+        rope.partial_rotary_factor.get_or_insert(self.rotary_pct);
+        let layer = LayerConfig { window: None, rotary: Some(0), scale: (head_dim as f64).powf(-0.5) };
+        Ok(DecoderConfig {
+            hidden_size: d,
+            vocab_size: self.vocab_size,
+            max_positions: Some(self.max_position_embeddings),
+            layers: vec![layer; self.num_hidden_layers],
+            rotary: vec![rope.rotary(head_dim, self.rotary_emb_base, self.max_position_embeddings)?],
+            layers_path: "gpt_neox.layers",
+            embed: EmbedConfig { tokens: "gpt_neox.embed_in", positions: None, scale: 1.0, scale_inside: false },
+            norm: NormConfig {
+                kind: NormKind::Layer,
+                eps: self.layer_norm_eps,
+                before_attention: Some("input_layernorm"),
+                after_attention: None,
+                before_mlp: Some("post_attention_layernorm"),
+                after_mlp: None,
+            },
+            attention: AttentionConfig {
+                path: "attention",
+                heads,
+                kv_heads: heads,
+                head_dim,
+                input: Projections::Interleaved("query_key_value"),
+                output: "dense",
+                input_bias: self.attention_bias,
+                output_bias: self.attention_bias,
+                transposed: false,
+                qk_norm: None,
+                soft_cap: None,
+            },
+            mlp: MlpConfig {
+                path: "mlp",
+                width: self.intermediate_size,
+                layout: MlpLayout::Plain { up: "dense_h_to_4h", down: "dense_4h_to_h" },
+                act_path: "act",
+                act: activation(&self.hidden_act)?,
+                bias: true,
+                transposed: false,
+            },
+            parallel: self.use_parallel_residual,
+            final_norm: "gpt_neox.final_layer_norm",
+            head: HeadConfig { path: "embed_out", tied: self.tie_word_embeddings, soft_cap: None },
+        })
+    }
 }

@@ -1,49 +1,38 @@
 //! OLMo 2 (OLMo team 2025, <https://arxiv.org/abs/2501.00656>): Llama with norms after attention and MLP instead of before
 //! them, and over all queries and all keys.
 
-use dictlearn_core::lm::config::{Usual, read};
+use dictlearn_core::lm::config::Usual;
 use dictlearn_core::lm::decoder::QkNorm;
-use dictlearn_core::lm::{Decoder, DecoderConfig, ModelFamily};
+use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
-const MODEL_TYPE: &str = "olmo2";
-
 /// The fields of an OLMo 2 config.json that change what it computes, with Hugging Face's defaults.
-#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[component(
+    model,
+    name = "olmo2",
+    summary = "OLMo 2",
+    paper = "OLMo team 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656"
+)]
 pub struct Olmo2Config {
     #[serde(flatten)]
     usual: Usual,
     /// Whether attention's projections have biases.
-    #[serde(default)]
+    #[default]
     attention_bias: bool,
 }
 
-register! {
-    model Olmo2Config, MODEL_TYPE,
-    summary: "OLMo 2",
-    paper: "OLMo team 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656",
-    example: "",
-}
-
-inventory::submit! {
-    ModelFamily {
-        model_type: MODEL_TYPE,
-        load: |config, weights, cx| {
-            Ok(Box::new(Decoder::open(decoder(config)?, weights, cx)?))
-        },
+impl DecoderFamily for Olmo2Config {
+    fn decoder(self) -> Result<DecoderConfig> {
+        let Olmo2Config { mut usual, attention_bias, .. } = self;
+        usual.rms_norm_eps.get_or_insert(1e-5);
+        let mut decoder = usual.decoder()?;
+        decoder.norm.before_attention = None;
+        decoder.norm.after_attention = Some("post_attention_layernorm");
+        decoder.norm.before_mlp = None;
+        decoder.norm.after_mlp = Some("post_feedforward_layernorm");
+        decoder.attention.input_bias = attention_bias;
+        decoder.attention.output_bias = attention_bias;
+        decoder.attention.qk_norm = Some(QkNorm::All);
+        Ok(decoder)
     }
-}
-
-fn decoder(config: &Value) -> Result<DecoderConfig> {
-    let Olmo2Config { mut usual, attention_bias, .. } = read(config)?;
-    usual.rms_norm_eps.get_or_insert(1e-5);
-    let mut decoder = usual.decoder()?;
-    decoder.norm.before_attention = None;
-    decoder.norm.after_attention = Some("post_attention_layernorm");
-    decoder.norm.before_mlp = None;
-    decoder.norm.after_mlp = Some("post_feedforward_layernorm");
-    decoder.attention.input_bias = attention_bias;
-    decoder.attention.output_bias = attention_bias;
-    decoder.attention.qk_norm = Some(QkNorm::All);
-    Ok(decoder)
 }

@@ -14,35 +14,29 @@
 
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "entropy_penalty";
-
 /// Keeps quotients and logarithms of zeros finite; the reference's value.
 const EPSILON: f64 = 1e-8;
 
 /// The entropy of each activation's features, normalised to sum to 1; of what a sparsity penalty falls on, where that is
 /// not the features: a gate, or features times the norms of their directions.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    modifier,
+    name = "entropy_penalty",
+    summary = "The entropy of each activation's features, beside or instead of the sparsity term",
+    example = "{type: entropy_penalty, weight: 0.02}"
+)]
 pub struct EntropyPenaltyConfig {
     /// Weight of the entropy, in nats, in the loss.
     #[schemars(range(min = 0))]
     pub weight: f64,
     /// Whether it takes the place of the trainer's own sparsity term, which is then only logged, or stands beside it.
-    #[serde(default)]
+    #[default]
     pub replace_sparsity: bool,
     /// Steps over which the weight rises from 0.
-    #[serde(default)]
+    #[default]
     pub warmup_steps: u64,
 }
 
-register! {
-    modifier EntropyPenaltyConfig, NAME,
-    summary: "The entropy of each activation's features, beside or instead of the sparsity term",
-    paper: "",
-    example: "{type: entropy_penalty, weight: 0.02}",
-}
-
-#[typetag::serde(name = NAME)]
 impl ModifierConfig for EntropyPenaltyConfig {
     fn needs(&self) -> Vec<Need> {
         if self.replace_sparsity { vec![Need::SparsityTerm] } else { Vec::new() }

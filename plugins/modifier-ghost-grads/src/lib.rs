@@ -17,20 +17,24 @@
 
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "ghost_grads";
-
 /// Keeps quotients of zeros finite; the reference's value.
 const EPSILON: f64 = 1e-8;
 
 /// Gradients for dead features, through the exponential of their pre-activations.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    modifier,
+    name = "ghost_grads",
+    summary = "Dead features reconstruct the residual through their exponential",
+    paper = "Jermyn and Templeton 2024, Ghost Grads, \
+            https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling",
+    example = "{type: ghost_grads, threshold: 50}"
+)]
 pub struct GhostGradsConfig {
     /// A feature is dead that has been silent for more than so many steps, or tokens.
     #[schemars(range(min = 0))]
     pub threshold: u64,
     /// What the threshold counts.
-    #[serde(default)]
+    #[default]
     pub unit: Unit,
 }
 
@@ -46,15 +50,6 @@ pub enum Unit {
     Tokens,
 }
 
-register! {
-    modifier GhostGradsConfig, NAME,
-    summary: "Dead features reconstruct the residual through their exponential",
-    paper: "Jermyn and Templeton 2024, Ghost Grads, \
-            https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling",
-    example: "{type: ghost_grads, threshold: 50}",
-}
-
-#[typetag::serde(name = NAME)]
 impl ModifierConfig for GhostGradsConfig {
     fn needs(&self) -> Vec<Need> {
         vec![Need::PreActivations, Need::Decoder]

@@ -9,34 +9,29 @@
 
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "resample";
-
 /// Dead features start anew.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    modifier,
+    name = "resample",
+    summary = "Dead features start anew from activations that are reconstructed badly",
+    paper = "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
+    example = "{type: resample, every: 100}"
+)]
 pub struct ResampleConfig {
     /// Resample every so many steps.
     #[schemars(range(min = 1))]
     pub every: u64,
     /// A feature is dead that has been silent for more than so many steps; half of `every` if it is null.
-    #[serde(default)]
+    #[default]
     pub dead_after: Option<u64>,
     /// No more resampling from this step on, so that what starts anew has time to learn; null for never.
-    #[serde(default)]
+    #[default]
     pub until: Option<u64>,
     /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (the paper).
-    #[serde(default)]
+    #[default]
     pub weight: ResampleWeight,
 }
 
-register! {
-    modifier ResampleConfig, NAME,
-    summary: "Dead features start anew from activations that are reconstructed badly",
-    paper: "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
-    example: "{type: resample, every: 100}",
-}
-
-#[typetag::serde(name = NAME)]
 impl ModifierConfig for ResampleConfig {
     fn needs(&self) -> Vec<Need> {
         vec![Need::Resampling]

@@ -20,65 +20,47 @@ use rand::seq::SliceRandom;
 
 use folder::Folder;
 
-const NAME: &str = "activation_cache";
-
 /// The longest piece that is read at once: consecutive rows of one shard.
 const PIECE: u64 = 64;
 /// Pieces in the buffer, at least, so that it mixes rows of many places.
 const PIECES: u64 = 1024;
 
 /// Activations that `dictlearn activations` wrote.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    source,
+    name = "activation_cache",
+    summary = "Activations that `dictlearn activations` wrote, shuffled across shards",
+    example = "{type: activation_cache, path: activations, batch_size: 64}"
+)]
 pub struct ActivationCacheConfig {
     /// The folder, with its `meta.json`.
     pub path: ConfigPath,
     /// Activations in a training batch.
-    #[serde(default = "batch_size")]
+    #[default(2048)]
     #[schemars(range(min = 1))]
     pub batch_size: u64,
     /// Whether each pass has a random order of its own.
-    #[serde(default = "yes")]
+    #[default(true)]
     pub shuffle: bool,
     /// Activations held in memory, among which they are shuffled.
-    #[serde(default = "buffer_size")]
+    #[default(131_072)]
     #[schemars(range(min = 1))]
     pub buffer_size: u64,
     /// Whether a shard's hash is checked when it is first read; names, lengths, types and shapes always are.
-    #[serde(default = "yes")]
+    #[default(true)]
     pub verify: bool,
     /// Part of the rows that training never reads and metrics are measured on, from 0 to 1; `0.1` is a good choice. With
     /// 0 the metrics go on with the rows that training has not read, and take the same rows again when there are none. An
     /// `eval_source` with a `path` of its own needs `held_out: 0`, unless it is to be measured in part.
-    #[serde(default)]
+    #[default]
     #[schemars(range(min = 0, max = 1))]
     pub held_out: f64,
     /// Seed that draws the held-out rows. The run's own `seed` has no part in it, so that runs with different seeds are
     /// measured on the same rows.
-    #[serde(default)]
+    #[default]
     pub held_out_seed: u64,
 }
 
-fn batch_size() -> u64 {
-    2048
-}
-
-fn buffer_size() -> u64 {
-    131_072
-}
-
-fn yes() -> bool {
-    true
-}
-
-register! {
-    source ActivationCacheConfig, NAME,
-    summary: "Activations that `dictlearn activations` wrote, shuffled across shards",
-    paper: "",
-    example: "{type: activation_cache, path: activations, batch_size: 64}",
-}
-
-#[typetag::serde(name = NAME)]
 impl SourceConfig for ActivationCacheConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let folder = Folder::open(self.path.as_path(), self.verify).under("path")?;
@@ -216,7 +198,7 @@ impl ActivationCache {
         self.order = (0..self.pieces.count() as u32).collect();
         if self.shuffle {
             // A generator for each pass and each buffer, so that any place in the stream can be gone to.
-            self.order.shuffle(&mut rng(self.cx.seed, &format!("{NAME} pass {pass}")));
+            self.order.shuffle(&mut rng(self.cx.seed, &format!("{} pass {pass}", ActivationCacheConfig::NAME)));
         }
     }
 
@@ -246,7 +228,10 @@ impl ActivationCache {
         let columns = self.folder.read(&places)?;
         let order = self.shuffle.then(|| {
             let mut order: Vec<i64> = (0..columns[0].size()[0]).collect();
-            order.shuffle(&mut rng(self.cx.seed, &format!("{NAME} pass {} buffer {}", self.pass, self.window)));
+            order.shuffle(&mut rng(
+                self.cx.seed,
+                &format!("{} pass {} buffer {}", ActivationCacheConfig::NAME, self.pass, self.window),
+            ));
             Tensor::from_slice(&order)
         });
         Ok(Held { columns, order })

@@ -9,31 +9,25 @@ use std::collections::BTreeMap;
 
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "joined";
-
 /// Activations of the same tokens at several places, side by side: of several models, or of several submodules of one. Each
 /// site of each source is a part, called by the source's name, the site's, or both with a slash between. That the tokens are
 /// the same is checked where the sources know them.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    source,
+    name = "joined",
+    summary = "The same tokens at several places or in several models, side by side",
+    example = "{type: joined, sources: {model: {type: language_model, model: \"embedded:austen\", \
+              submodule: [gpt_neox.layers.1, gpt_neox.layers.2], text: {type: embedded, name: austen}, ctx_len: 64, \
+              n_ctxs: 64, out_batch_size: 256, pack: true}}}"
+)]
 pub struct JoinedConfig {
     /// The sources, by name; their parts lie side by side in the order of the names' letters. They must give the same tokens
     /// in the same order: language models that read the same text with the same `ctx_len`, `n_ctxs` and batch sizes do, and
     /// so do files of equal length.
     #[schemars(extend("minProperties" = 1))]
-    pub sources: BTreeMap<String, Box<dyn SourceConfig>>,
+    pub sources: BTreeMap<String, Box<dyn TaggedSource>>,
 }
 
-register! {
-    source JoinedConfig, NAME,
-    summary: "The same tokens at several places or in several models, side by side",
-    paper: "",
-    example: "{type: joined, sources: {model: {type: language_model, model: \"embedded:austen\", \
-              submodule: [gpt_neox.layers.1, gpt_neox.layers.2], text: {type: embedded, name: austen}, ctx_len: 64, \
-              n_ctxs: 64, out_batch_size: 256, pack: true}}}",
-}
-
-#[typetag::serde(name = NAME)]
 impl SourceConfig for JoinedConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let mut sources = Vec::new();
@@ -95,7 +89,7 @@ impl ActivationSource for Joined {
     fn sites(&self) -> Vec<Site> {
         let input = self.parts.iter().map(|part| part.activation_dim).sum();
         let output = self.parts.iter().map(|part| part.output_dim).sum();
-        vec![Site { parts: self.parts.clone(), ..Site::new(NAME, (input, output)) }]
+        vec![Site { parts: self.parts.clone(), ..Site::new(JoinedConfig::NAME, (input, output)) }]
     }
 
     fn next_batch(&mut self) -> Result<Option<Activations>> {
@@ -186,7 +180,7 @@ impl ActivationSource for Joined {
     fn describe(&self) -> Value {
         let sources = self.sources.iter().map(|(name, source)| (name.clone(), source.describe()));
         let names: Vec<&str> = self.parts.iter().map(|part| part.name.as_str()).collect();
-        serde_json::json!({"type": NAME, "sources": sources.collect::<Map<_, _>>(), "parts": names})
+        serde_json::json!({"type": JoinedConfig::NAME, "sources": sources.collect::<Map<_, _>>(), "parts": names})
     }
 
     fn overlap(&self, trained: &Value) -> Option<String> {

@@ -200,8 +200,8 @@ impl Contexts {
             let token = chat::special_token(tokenizer_config, &format!("{key}_token"));
             let known = |token: &&str| self.tokenizer.as_ref().is_none_or(|known| known.token_to_id(token).is_some());
             if let Some(token) = token.filter(|token| !known(token)) {
-                dictlearn_core::say!(
-                    "warning: the tokenizer_config.json of {name} says `{key}_token: {token}`, which its tokenizer.json does not \
+                tracing::warn!(
+                    "the tokenizer_config.json of {name} says `{key}_token: {token}`, which its tokenizer.json does not \
                      have: {}",
                     match id {
                         Some(id) => format!("`{key}_token_id: {id}` of its config.json is taken"),
@@ -216,16 +216,16 @@ impl Contexts {
             for (key, token, place) in [("bos", bos, before), ("eos", eos, after)] {
                 let setting = tokenizer_config.get(format!("add_{key}_token")).filter(|value| !value.is_null());
                 if let Some(value) = setting.filter(|value| !value.is_boolean()) {
-                    dictlearn_core::say!(
-                        "warning: the tokenizer_config.json of {name} says `add_{key}_token: {value}`, which is neither true nor \
+                    tracing::warn!(
+                        "the tokenizer_config.json of {name} says `add_{key}_token: {value}`, which is neither true nor \
                          false: it is ignored"
                     );
                 }
                 let says = setting.and_then(Value::as_bool);
                 let does = token.is_some_and(|token| place.contains(&token));
                 if says.is_some_and(|says| says != does) && !(key == "bos" && other.is_some()) {
-                    dictlearn_core::say!(
-                        "warning: the tokenizer_config.json of {name} says `add_{key}_token: {}`, but its tokenizer.json \
+                    tracing::warn!(
+                        "the tokenizer_config.json of {name} says `add_{key}_token: {}`, but its tokenizer.json \
                          adds {} {}; tokenizer.json is followed, as in transformers 5 (4 follows the other for some \
                          classes); `prepend_bos` on the source overrides both",
                         !does,
@@ -243,8 +243,8 @@ impl Contexts {
                     let known = self.tokenizer.as_ref().zip(u32::try_from(id).ok());
                     known.and_then(|(tokenizer, id)| tokenizer.id_to_token(id)).unwrap_or_else(|| id.to_string())
                 };
-                dictlearn_core::say!(
-                    "warning: the tokenizer.json of {name} begins a text with `{}`, but its tokenizer_config.json names \
+                tracing::warn!(
+                    "the tokenizer.json of {name} begins a text with `{}`, but its tokenizer_config.json names \
                      `{}` as BOS; tokenizer.json is followed, as in transformers; `prepend_bos: true` on the source \
                      takes the other",
                     text(*first),
@@ -253,8 +253,8 @@ impl Contexts {
             }
         }
         if self.cx.pack && eos.is_none() && self.bos.is_none() && before.is_empty() && after.is_empty() {
-            dictlearn_core::say!(
-                "warning: documents are packed with nothing between them: the files of {name} name no end-of-text token; \
+            tracing::warn!(
+                "documents are packed with nothing between them: the files of {name} name no end-of-text token; \
                  add `eos_token` to its tokenizer_config.json, or `eos_token_id` to its config.json"
             );
         }
@@ -358,7 +358,7 @@ impl Contexts {
                             .help("use a model that is made for chats, or a text")
                     })?;
                     if template.is_dated() && !std::mem::replace(&mut self.cx.date_is_chosen, true) {
-                        dictlearn_core::say!(
+                        tracing::info!(
                             "the chat template writes today's date, {today}, into chats; `chat_date: {today}` on the \
                              source gives the same text on another day",
                             today = self.cx.today

@@ -39,15 +39,19 @@ use held_out::PartOfText;
 pub use sites::{Heads, IoChoice, Submodules};
 use sites::{LanguageModelSite, sites};
 
-const NAME: &str = "language_model";
-
 /// Tokens that a CPU runs through the model at once: few enough for a layer's intermediate values to stay in its caches,
 /// enough for products to be efficient.
 const AT_ONCE: usize = 1024;
 
 /// Activations of a language model.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    source,
+    name = "language_model",
+    summary = "Activations of a language model, through a shuffling buffer",
+    example = "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, \
+              text: {type: embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}",
+    usual
+)]
 pub struct LanguageModelConfig {
     /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`. Weights
     /// are read from `model.safetensors`, or else from `pytorch_model.bin`; either may be sharded.
@@ -56,81 +60,88 @@ pub struct LanguageModelConfig {
     /// TransformerLens name (`blocks.1.hook_mlp_out`). A list of them makes as many sites.
     pub submodule: Submodules,
     /// The module's input, its output, or pairs of both. A TransformerLens name means one of them by itself.
-    #[serde(default)]
+    #[default]
     pub io: IoChoice,
     /// Another place, whose value is to be predicted from the submodule's: a module, of which it is the output, or a
     /// TransformerLens name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[default]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
     /// Take the mean over dimensions off every activation, as TransformerLens's `center_writing_weights` does to what is
     /// written to the residual stream.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[default]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub center: bool,
     /// Whether the outputs of attention heads (`blocks.1.attn.hook_z`) are one site, side by side, or a site each:
     /// `<submodule>.head0` and so on.
-    #[serde(default)]
+    #[default]
     pub heads: Heads,
     /// The text that the model reads.
-    pub text: Box<dyn TextConfig>,
+    pub text: Box<dyn TaggedText>,
     /// Tokens in a context. The rows of a `token_file` are contexts as they stand.
-    #[serde(default = "ctx_len")]
+    #[default(128)]
     #[schemars(range(min = 1))]
     pub ctx_len: u64,
     /// Contexts held in the buffer, which is filled again when half of it is used.
-    #[serde(default = "n_ctxs")]
+    #[default(3000)]
     #[schemars(range(min = 1))]
     pub n_ctxs: u64,
     /// Contexts in a forward pass.
-    #[serde(default = "refresh_batch_size")]
+    #[default(64)]
     #[schemars(range(min = 1))]
     pub refresh_batch_size: u64,
     /// Activations in a training batch.
-    #[serde(default = "out_batch_size")]
+    #[default(2048)]
     #[schemars(range(min = 1))]
     pub out_batch_size: u64,
     /// Leave out the activation at the first text position of each context: there stands the BOS token, if there is
     /// one, and there models put their attention sink.
-    #[serde(default)]
+    #[default]
     pub remove_bos: bool,
     /// Let the tokenizer add its special tokens to each document.
-    #[serde(default = "yes")]
+    #[default(true)]
     pub add_special_tokens: bool,
     /// Begin every context with the BOS token (`true`), whatever the tokenizer does, or let the tokenizer add nothing
     /// (`false`); null to leave it to the tokenizer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[default]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub prepend_bos: Option<bool>,
     /// Leave out the activations of special tokens: `true` for BOS, EOS, padding and separator as the model's files name
     /// them, or a list of token ids. The model still reads those tokens.
-    #[serde(default, skip_serializing_if = "Exclude::is_none")]
+    #[default]
+    #[serde(skip_serializing_if = "Exclude::is_none")]
     pub exclude_special_tokens: Exclude,
     /// Date that chat templates see as today, `YYYY-MM-DD`; null for the day on which the run begins. Some templates
     /// write it into the system message (Llama 3.1 and later, gpt-oss): set it for the same tokens on another day.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[default]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_date: Option<String>,
     /// Leave out activations whose norm is more than so many times the median of their forward pass; 10 is usual. With
     /// several submodules, a token that is left out at one is left out at all.
-    #[serde(default)]
+    #[default]
     #[schemars(range(min = 0))]
     pub max_activation_norm_multiple: Option<f64>,
     /// Draw batches at random from the buffer; false for activations in order.
-    #[serde(default = "yes")]
+    #[default(true)]
     pub shuffle: bool,
     /// Join documents with the end-of-text token and cut them into full contexts, instead of one document a context,
     /// cut to `ctx_len`.
-    #[serde(default)]
+    #[default]
     pub pack: bool,
     /// Part of the text's documents that training never reads and metrics are measured on, from 0 to 1. With 0 the metrics go on
     /// with the text that training has not read. An `eval_source` with a `text` of its own needs `held_out: 0`, unless it is to
     /// be measured in part. Documents of one book or page may fall into both parts: where that matters, name an `eval_source`.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[default]
+    #[serde(skip_serializing_if = "is_zero")]
     #[schemars(range(min = 0, max = 1))]
     pub held_out: f64,
     /// Seed that draws the held-out documents. The run's own `seed` has no part in it, so that runs with different seeds are
     /// measured on the same documents.
-    #[serde(default, skip_serializing_if = "is_first")]
+    #[default]
+    #[serde(skip_serializing_if = "is_first")]
     pub held_out_seed: u64,
     /// How often the text is read at most; null for as often as the run needs.
-    #[serde(default)]
+    #[default]
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
 }
@@ -199,26 +210,6 @@ impl Exclude {
     }
 }
 
-fn ctx_len() -> u64 {
-    128
-}
-
-fn n_ctxs() -> u64 {
-    3000
-}
-
-fn refresh_batch_size() -> u64 {
-    64
-}
-
-fn out_batch_size() -> u64 {
-    2048
-}
-
-fn yes() -> bool {
-    true
-}
-
 fn is_zero(number: &f64) -> bool {
     *number == 0.0
 }
@@ -227,19 +218,10 @@ fn is_first(seed: &u64) -> bool {
     *seed == 0
 }
 
-register! {
-    source LanguageModelConfig, NAME,
-    summary: "Activations of a language model, through a shuffling buffer",
-    paper: "",
-    example: "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, \
-              text: {type: embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}",
-    usual: true,
-}
-
 inventory::submit! {
     WrittenSource {
         config: |site, text| {
-            let mut source = serde_json::json!({"type": NAME, "model": site.model, "submodule": site.submodule});
+            let mut source = serde_json::json!({"type": LanguageModelConfig::NAME, "model": site.model, "submodule": site.submodule});
             let mut add = |key: &str, value: Option<Value>| {
                 if let Some(value) = value {
                     source[key] = value;
@@ -257,7 +239,6 @@ inventory::submit! {
     }
 }
 
-#[typetag::serde(name = NAME)]
 impl SourceConfig for LanguageModelConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let mut mistakes = Mistakes::new();
@@ -675,7 +656,7 @@ impl LanguageModelSource {
         if self.text_files.is_empty() || !names_files(theirs) {
             return None;
         }
-        let theirs: Box<dyn TextConfig> = serde_json::from_value(theirs.clone()).ok()?;
+        let theirs: Box<dyn TaggedText> = serde_json::from_value(theirs.clone()).ok()?;
         let real = |files: BTreeMap<String, u64>| -> BTreeSet<std::path::PathBuf> {
             files.keys().filter_map(|file| std::fs::canonicalize(file).ok()).collect()
         };
@@ -720,9 +701,9 @@ impl LanguageModelSource {
 
     fn filled_buffer(&mut self, capacity: usize) -> Result<&mut Buffer> {
         let harvest = &mut self.harvest;
-        let buffer = self
-            .buffer
-            .get_or_insert_with(|| Buffer::new(&harvest.columns(), capacity, self.cx.device, rng(self.cx.seed, NAME)));
+        let buffer = self.buffer.get_or_insert_with(|| {
+            Buffer::new(&harvest.columns(), capacity, self.cx.device, rng(self.cx.seed, LanguageModelConfig::NAME))
+        });
         if buffer.wants_more() && !(harvest.ended && harvest.available() == 0) {
             buffer.fill(|room| harvest.take(room))?;
             // Rows lie in the text's order.
@@ -918,7 +899,7 @@ impl ActivationSource for LanguageModelSource {
             ];
             let starts: VecDeque<(i64, Place)> = state.get("starts")?;
             if let Some(start) = starts.front() {
-                dictlearn_core::say!("running the model over the text again, for what is in the buffer");
+                tracing::info!("running the model over the text again, for what is in the buffer");
                 let columns = self.harvest.replay(&Tensor::cat(&parts, 0), *start)?;
                 let split = [parts[0].size()[0], parts[1].size()[0]];
                 for mut column in columns.into_iter().map(|column| column.split_with_sizes(split, 0)) {
@@ -942,7 +923,8 @@ impl ActivationSource for LanguageModelSource {
         self.harvest.pending = harvested;
         self.buffer = None;
         if let (true, Some(capacity)) = (filled, self.capacity) {
-            let mut buffer = Buffer::new(&self.harvest.columns(), capacity, device, rng(self.cx.seed, NAME));
+            let mut buffer =
+                Buffer::new(&self.harvest.columns(), capacity, device, rng(self.cx.seed, LanguageModelConfig::NAME));
             buffer.restore(&state.under("buffer"), &buffered)?;
             self.buffer = Some(buffer);
         }

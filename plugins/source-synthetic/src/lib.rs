@@ -20,72 +20,60 @@ use dictlearn_core::prelude::*;
 use rand::Rng as _;
 use rand_distr::StandardNormal;
 
-const NAME: &str = "synthetic";
-
 /// Activations made of known features.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
+#[component(
+    source,
+    name = "synthetic",
+    summary = "Activations made of known features, sparse, some more frequent than others",
+    paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
+            https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
+    example = "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}"
+)]
 pub struct SyntheticConfig {
     /// Width of an activation, d.
+    #[default(64)]
     #[schemars(range(min = 1))]
     pub activation_dim: i64,
     /// Number of features that activations are made of.
+    #[default(256)]
     #[schemars(range(min = 1))]
     pub n_features: i64,
     /// Mean number of features in an activation.
+    #[default(8.0)]
     #[schemars(range(min = 0))]
     pub n_active: f64,
     /// How unequal the features' frequencies are: the i-th has one in proportion to i to the power of minus this.
+    #[default(0.5)]
     #[schemars(range(min = 0))]
     pub frequency_exponent: f64,
     /// Least and greatest magnitude of an active feature.
+    #[default([0.5, 1.5])]
     #[schemars(length(min = 2, max = 2))]
     pub magnitude: [f64; 2],
     /// Correlation ρ of what makes the features of a group active, between 0 and 1.
+    #[default]
     #[schemars(range(min = 0, max = 1))]
     pub correlation: f64,
     /// Features in a group.
+    #[default(8)]
     #[schemars(range(min = 1))]
     pub correlation_group: i64,
     /// Standard deviation of the noise in each dimension.
+    #[default]
     #[schemars(range(min = 0))]
     pub noise: f64,
     /// Activations in a batch.
+    #[default(1024)]
     #[schemars(range(min = 1))]
     pub batch_size: i64,
     /// Seed of the activations; null for the run's. Held-out ones have another, of the same features.
+    #[default]
     pub seed: Option<u64>,
     /// Seed of the features; null for the run's.
+    #[default]
     pub features_seed: Option<u64>,
 }
 
-impl Default for SyntheticConfig {
-    fn default() -> Self {
-        SyntheticConfig {
-            activation_dim: 64,
-            n_features: 256,
-            n_active: 8.0,
-            frequency_exponent: 0.5,
-            magnitude: [0.5, 1.5],
-            correlation: 0.0,
-            correlation_group: 8,
-            noise: 0.0,
-            batch_size: 1024,
-            seed: None,
-            features_seed: None,
-        }
-    }
-}
-
-register! {
-    source SyntheticConfig, NAME,
-    summary: "Activations made of known features, sparse, some more frequent than others",
-    paper: "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
-            https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
-    example: "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}",
-}
-
-#[typetag::serde(name = NAME)]
 impl SourceConfig for SyntheticConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let [least, greatest] = self.magnitude;
@@ -213,7 +201,7 @@ impl Synthetic {
 impl ActivationSource for Synthetic {
     fn sites(&self) -> Vec<Site> {
         let width = self.directions.size()[1];
-        vec![Site::new(NAME, (width, width))]
+        vec![Site::new(SyntheticConfig::NAME, (width, width))]
     }
 
     fn next_batch(&mut self) -> Result<Option<Activations>> {

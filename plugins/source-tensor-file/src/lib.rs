@@ -14,59 +14,41 @@ use dictlearn_core::machine::rng::{Rng, rng};
 use dictlearn_core::prelude::*;
 use rand::seq::SliceRandom;
 
-const NAME: &str = "tensor_file";
-
 /// Activations from .safetensors, .npy and .npz files.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    source,
+    name = "tensor_file",
+    summary = "Activations from .safetensors, .npy and .npz files",
+    example = "{type: tensor_file, path: activations.safetensors, batch_size: 64}"
+)]
 pub struct TensorFileConfig {
     /// A file, or a glob of files that are read one after the other.
     pub path: ConfigPath,
     /// The tensor [N, d] of a .safetensors or .npz file.
-    #[serde(default = "default_tensor")]
+    #[default("activations")]
     pub tensor: String,
     /// The tensor [N, d_out] to reconstruct, for dictionaries whose output is not their input.
-    #[serde(default)]
+    #[default]
     pub target_tensor: Option<String>,
     /// Activations in a training batch.
-    #[serde(default = "default_batch_size")]
+    #[default(2048)]
     #[schemars(range(min = 1))]
     pub batch_size: u64,
     /// Whether each pass has a random order of its own.
-    #[serde(default = "default_shuffle")]
+    #[default(true)]
     pub shuffle: bool,
     /// Part of the rows that training never reads and metrics are measured on, from 0 to 1; `0.1` is a good choice. With
     /// 0 the metrics go on with the rows that training has not read, and take the same rows again when there are none. An
     /// `eval_source` with a `path` of its own needs `held_out: 0`, unless it is to be measured in part.
-    #[serde(default)]
+    #[default]
     #[schemars(range(min = 0, max = 1))]
     pub held_out: f64,
     /// Seed that draws the held-out rows. The run's own `seed` has no part in it, so that runs with different seeds are
     /// measured on the same rows.
-    #[serde(default)]
+    #[default]
     pub held_out_seed: u64,
 }
 
-fn default_tensor() -> String {
-    "activations".to_owned()
-}
-
-fn default_batch_size() -> u64 {
-    2048
-}
-
-fn default_shuffle() -> bool {
-    true
-}
-
-register! {
-    source TensorFileConfig, NAME,
-    summary: "Activations from .safetensors, .npy and .npz files",
-    paper: "",
-    example: "{type: tensor_file, path: activations.safetensors, batch_size: 64}",
-}
-
-#[typetag::serde(name = NAME)]
 impl SourceConfig for TensorFileConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let inputs = Rows::open(self.path.as_path(), &self.tensor, "tensor")?;
@@ -108,8 +90,8 @@ impl SourceConfig for TensorFileConfig {
             config: serde_json::to_value(self)?,
             order: Vec::new(),
             shuffle: self.shuffle,
-            rng: rng(cx.seed, NAME),
-            rng_at_pass: rng(cx.seed, NAME),
+            rng: rng(cx.seed, Self::NAME),
+            rng_at_pass: rng(cx.seed, Self::NAME),
             inputs,
             targets,
             part,

@@ -4,40 +4,30 @@ use dictlearn_core::data::text::{EmbeddedText, Wanted, WrittenText};
 use dictlearn_core::prelude::*;
 use dictlearn_core::suggest::nearest;
 
-const NAME: &str = "embedded";
-
 /// Text that ships with the program.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    text,
+    name = "embedded",
+    summary = "Text that ships with the program",
+    example = "{type: embedded, name: austen}"
+)]
 pub struct EmbeddedConfig {
     /// Which text: `austen`.
     pub name: String,
     /// `train`, or `held_out` for what the bundled model never saw.
-    #[serde(default = "train")]
+    #[default("train")]
     pub split: String,
-}
-
-fn train() -> String {
-    "train".to_owned()
-}
-
-register! {
-    text EmbeddedConfig, NAME,
-    summary: "Text that ships with the program",
-    paper: "",
-    example: "{type: embedded, name: austen}",
 }
 
 inventory::submit! {
     WrittenText {
         config: |wanted| {
             let name = inventory::iter::<EmbeddedText>.into_iter().map(|text| text.name).min()?;
-            matches!(wanted, Wanted::Bundled).then(|| serde_json::json!({"type": NAME, "name": name}))
+            matches!(wanted, Wanted::Bundled).then(|| serde_json::json!({"type": EmbeddedConfig::NAME, "name": name}))
         },
     }
 }
 
-#[typetag::serde(name = NAME)]
 impl TextConfig for EmbeddedConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let texts: Vec<&EmbeddedText> = inventory::iter::<EmbeddedText>.into_iter().collect();

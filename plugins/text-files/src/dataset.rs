@@ -11,61 +11,52 @@ use dictlearn_core::prelude::*;
 use crate::splits::{Card, Glob, Missing, find, some_of};
 use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
 
-const NAME: &str = "hub_dataset";
 /// The branch with the Hub's own conversion.
 const CONVERTED: &str = "refs/convert/parquet";
 
 /// Text of a dataset of the Hub, as it arrives.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    text,
+    name = "hub_dataset",
+    summary = "Text of a dataset of the Hub, as it arrives: .txt, .jsonl (plain, .gz, .zst) and .parquet",
+    example = "{type: hub_dataset, repo: monology/pile-uncopyrighted, split: train, column: text}"
+)]
 pub struct HubDatasetConfig {
     /// The dataset: `owner/name[@revision]`.
     pub repo: String,
     /// Which split of it. Files belong to splits as Hugging Face's `load_dataset` has it: by the `configs` in README.md, by
     /// shards (`data/train-00000-of-00002.parquet`), by names of folders, or by names of files.
-    #[serde(default = "train")]
+    #[default("train")]
     pub split: String,
     /// Which subset of it (`name` of `load_dataset`), where it has several. In a dataset without `configs`, a folder
     /// (`data_dir` of `load_dataset`).
-    #[serde(default)]
+    #[default]
     pub subset: Option<String>,
     /// The files to read, as a glob over the dataset's paths, instead of a split: `data/CC-MAIN-2024-*/*.parquet`.
-    #[serde(default)]
+    #[default]
     pub files: Option<String>,
     /// The field or column that holds the text, the messages of a chat, or token ids (a list of integers); `translation.en`
     /// for a field within a field. Default: `text`, or where there is none `input_ids` or `tokens`.
-    #[serde(default)]
+    #[default]
     pub column: Option<String>,
     /// What a document is in a .txt file.
-    #[serde(default)]
+    #[default]
     pub documents: Documents,
     /// `true`: end with an error at the first bad record. `false`: also skip a file that cannot be read, or the rest of it.
     /// Default: skip and count bad records, and end with an error at a file that cannot be read.
-    #[serde(default)]
+    #[default]
     pub strict: Option<bool>,
-}
-
-fn train() -> String {
-    "train".to_owned()
-}
-
-register! {
-    text HubDatasetConfig, NAME,
-    summary: "Text of a dataset of the Hub, as it arrives: .txt, .jsonl (plain, .gz, .zst) and .parquet",
-    paper: "",
-    example: "{type: hub_dataset, repo: monology/pile-uncopyrighted, split: train, column: text}",
 }
 
 inventory::submit! {
     WrittenText {
         config: |wanted| match wanted {
-            Wanted::Dataset(repo) => Some(serde_json::json!({"type": NAME, "repo": repo})),
+            Wanted::Dataset(repo) => Some(serde_json::json!({"type": HubDatasetConfig::NAME, "repo": repo})),
             _ => None,
         },
     }
 }
 
-#[typetag::serde(name = NAME)]
 impl TextConfig for HubDatasetConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let Some(repo) = Repo::parse(RepoKind::Dataset, &self.repo) else {

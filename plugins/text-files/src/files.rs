@@ -9,53 +9,47 @@ use glob::{MatchOptions, Pattern, glob_with};
 use crate::splits::{self, Card, Glob, METADATA};
 use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
 
-const NAME: &str = "text_files";
-
 /// Text from .txt, .jsonl and .parquet files.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    text,
+    name = "text_files",
+    summary = "Text from .txt, .jsonl, .json (plain, .gz, .zst) and .parquet, folders and globs",
+    example = "{type: text_files, path: corpus.txt}"
+)]
 pub struct TextFilesConfig {
     /// A file, a folder, or a glob; several files are read in the order of their names. Hidden files and metadata
     /// (README.md, config.json, sae_lens.json) in a folder are left out.
     pub path: ConfigPath,
     /// Which split of a folder that holds a dataset, as Hugging Face's `load_dataset` divides it. Default: all files, if they
     /// are of one split.
-    #[serde(default)]
+    #[default]
     pub split: Option<String>,
     /// Which subset of such a folder, where its README.md has several.
-    #[serde(default)]
+    #[default]
     pub subset: Option<String>,
     /// The field of a .jsonl record, or the column of a .parquet file, that holds the text, the messages of a chat, or token
     /// ids (a list of integers); `translation.en` for a field within a field. Default: `text`, or where there is none
     /// `input_ids` or `tokens`.
-    #[serde(default)]
+    #[default]
     pub column: Option<String>,
     /// What a document is in a .txt file.
-    #[serde(default)]
+    #[default]
     pub documents: Documents,
     /// `true`: end with an error at the first bad record. `false`: also skip a file that cannot be read, or the rest of it.
     /// Default: skip and count bad records, and end with an error at a file that cannot be read.
-    #[serde(default)]
+    #[default]
     pub strict: Option<bool>,
-}
-
-register! {
-    text TextFilesConfig, NAME,
-    summary: "Text from .txt, .jsonl, .json (plain, .gz, .zst) and .parquet, folders and globs",
-    paper: "",
-    example: "{type: text_files, path: corpus.txt}",
 }
 
 inventory::submit! {
     WrittenText {
         config: |wanted| match wanted {
-            Wanted::Lines(path) => Some(serde_json::json!({"type": NAME, "path": path})),
+            Wanted::Lines(path) => Some(serde_json::json!({"type": TextFilesConfig::NAME, "path": path})),
             _ => None,
         },
     }
 }
 
-#[typetag::serde(name = NAME)]
 impl TextConfig for TextFilesConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let places = self.files()?.into_iter().map(Place::Local).collect();

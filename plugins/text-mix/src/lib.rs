@@ -8,18 +8,21 @@ use std::collections::BTreeMap;
 
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "mix";
-
 /// Several texts mixed by weight.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    text,
+    name = "mix",
+    summary = "Several texts mixed by weight",
+    example = "{type: mix, streams: [{weight: 0.9, text: {type: embedded, name: austen}}, \
+              {weight: 0.1, text: {type: embedded, name: austen, split: held_out}}]}"
+)]
 pub struct MixConfig {
     /// The texts, each with its `weight` and the `text` itself.
     #[schemars(length(min = 1))]
     pub streams: Vec<Weighted>,
     /// When the mix ends: when each text has been read to its end at least once (`all_exhausted`; those that end earlier
     /// begin again), or where the first ends (`first_exhausted`).
-    #[serde(default)]
+    #[default]
     pub stopping_strategy: StoppingStrategy,
 }
 
@@ -36,25 +39,16 @@ pub enum StoppingStrategy {
 }
 
 /// A text and its share.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Weighted {
     /// How many of its documents (not tokens) there are in proportion to the others'.
     #[schemars(range(min = 0.0))]
     pub weight: f64,
     /// The text.
-    pub text: Box<dyn TextConfig>,
+    pub text: Box<dyn TaggedText>,
 }
 
-register! {
-    text MixConfig, NAME,
-    summary: "Several texts mixed by weight",
-    paper: "",
-    example: "{type: mix, streams: [{weight: 0.9, text: {type: embedded, name: austen}}, \
-              {weight: 0.1, text: {type: embedded, name: austen, split: held_out}}]}",
-}
-
-#[typetag::serde(name = NAME)]
 impl TextConfig for MixConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let streams = self.streams.iter().enumerate().map(|(index, Weighted { weight, text })| {

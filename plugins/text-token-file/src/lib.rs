@@ -7,24 +7,18 @@ use std::path::Path;
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::prelude::*;
 
-const NAME: &str = "token_file";
-
 /// Token ids from a .safetensors file.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[component(
+    text,
+    name = "token_file",
+    summary = "Token ids from a .safetensors file, each row a context",
+    example = "{type: token_file, path: tokens.safetensors}"
+)]
 pub struct TokenFileConfig {
     /// A .safetensors file with `input_ids` [B, L] and, if there is padding, `attention_mask` [B, L].
     pub path: ConfigPath,
 }
 
-register! {
-    text TokenFileConfig, NAME,
-    summary: "Token ids from a .safetensors file, each row a context",
-    paper: "",
-    example: "{type: token_file, path: tokens.safetensors}",
-}
-
-#[typetag::serde(name = NAME)]
 impl TextConfig for TokenFileConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let (ids, mask) = read(self.path.as_path()).under("path")?;

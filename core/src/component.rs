@@ -1,0 +1,82 @@
+//! What [`component`](macro@crate::component) declares: the config traits as objects that YAML names by `type`, and their
+//! JSON Schema, for which the registry is asked.
+//!
+//! Authors implement the plain traits (`DictionaryConfig`); the attribute implements the tagged ones, which a config holds
+//! in boxes.
+
+use std::cell::RefCell;
+
+use schemars::{Schema, SchemaGenerator, json_schema};
+use serde_json::{Map, Value, json};
+
+use crate::registry::{Kind, components};
+
+/// One of the components of a kind, told apart by `type`.
+pub(crate) fn one_of(kind: Kind, generator: &mut SchemaGenerator) -> Schema {
+    thread_local! {
+        static OPEN: RefCell<Vec<Kind>> = const { RefCell::new(Vec::new()) };
+    }
+    // A component may hold others of its kind. What stands here then is a reference to the definition that is being made.
+    if OPEN.with_borrow(|open| open.contains(&kind)) {
+        return json_schema!({});
+    }
+    OPEN.with_borrow_mut(|open| open.push(kind));
+    let schema = variants(kind, generator);
+    OPEN.with_borrow_mut(|open| open.pop());
+    schema
+}
+
+fn variants(kind: Kind, generator: &mut SchemaGenerator) -> Schema {
+    let mut variants = Vec::new();
+    for component in components(kind) {
+        let mut schema: Map<String, Value> = (component.schema)().to_value().as_object().cloned().unwrap_or_default();
+        schema.remove("$schema");
+        schema.remove("title");
+        // A component's own definitions move to the config's, where `#/$defs/` finds them.
+        if let Some(Value::Object(defs)) = schema.remove("$defs") {
+            generator.definitions_mut().extend(defs);
+        }
+        let tag = json!({"const": component.name, "description": component.summary});
+        let properties = schema.entry("properties").or_insert_with(|| json!({}));
+        if let Some(properties) = properties.as_object_mut() {
+            properties.insert("type".to_owned(), tag);
+        }
+        let required = schema.entry("required").or_insert_with(|| json!([]));
+        if let Some(required) = required.as_array_mut() {
+            required.insert(0, json!("type"));
+        }
+        schema.entry("description").or_insert_with(|| json!(component.summary));
+        variants.push(Value::Object(schema));
+    }
+    json_schema!({"oneOf": variants})
+}
+
+/// The tagged trait of a kind: its config trait as an object that YAML names by `type`, with the JSON Schema of one of the
+/// registered components.
+macro_rules! tagged {
+    ($(#[$doc:meta])* $tagged:ident: $config:ident => $kind:ident { $($method:tt)* }) => {
+        $(#[$doc])*
+        #[typetag::serde(tag = "type")]
+        pub trait $tagged: $config {
+            #[doc(hidden)]
+            fn boxed(&self) -> Box<dyn $tagged>;
+            $($method)*
+        }
+
+        impl Clone for Box<dyn $tagged> {
+            fn clone(&self) -> Self {
+                self.boxed()
+            }
+        }
+
+        impl schemars::JsonSchema for dyn $tagged {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                $crate::registry::Kind::$kind.name().into()
+            }
+            fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                $crate::component::one_of($crate::registry::Kind::$kind, generator)
+            }
+        }
+    };
+}
+pub(crate) use tagged;
