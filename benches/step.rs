@@ -15,6 +15,7 @@ use dictlearn_core::registry::{Component, Kind as Slot, component, components};
 use dictlearn_core::train::Adam;
 use dictlearn_core::train::Constraints;
 use dictlearn_core::train::analytic::Hand;
+use dictlearn_core::train::{Gradients, HandPass};
 use dictlearn_core::train::{Training, TrainingCx};
 use tch::{Device, Kind, Tensor};
 
@@ -99,7 +100,9 @@ fn parts(criterion: &mut Criterion) {
     for name in ["top_k", "batch_top_k"] {
         let Some(training) = component(Slot::Trainer, name).and_then(training) else { continue };
         let dictionary = &*training.dictionary;
-        let hand = || Hand::new(dictionary, batch).expect("two layers");
+        let gradients = Gradients::new(dictionary.parameters());
+        let pass = HandPass { step: 1, batch, dictionary, gradients: &gradients, logging: false };
+        let hand = || Hand::new(&pass).expect("two layers");
         let selection = dictionary.selection().expect("k");
         criterion.bench_function(&format!("part/encode and select, {name}"), |bencher| {
             bencher.iter(|| tch::no_grad(|| hand().select(selection)));
@@ -118,19 +121,22 @@ fn parts(criterion: &mut Criterion) {
     }
     let Some(training) = component(Slot::Trainer, "standard").and_then(training) else { return };
     let dictionary = &*training.dictionary;
+    let gradients = Gradients::new(dictionary.parameters());
+    let pass = HandPass { step: 1, batch, dictionary, gradients: &gradients, logging: false };
     criterion.bench_function("part/encode, half of the features", |bencher| {
-        bencher.iter(|| tch::no_grad(|| Hand::new(dictionary, batch).expect("two layers").encode(None)));
+        bencher.iter(|| tch::no_grad(|| Hand::new(&pass).expect("two layers").encode(None)));
     });
-    for (_, parameter) in dictionary.parameters() {
-        (parameter.sum(Kind::Float) * 1e-3).backward();
-    }
     for (name, constraints) in [
         ("Adam", Constraints::default()),
         ("Adam, unit norms, clipped", Constraints { unit_norm_decoder: true, clip_gradients: Some(1.0) }),
     ] {
         let mut adam = Adam::new(training.trainer.adam(), dictionary.parameters());
+        let gradients = adam.gradients();
+        for (_, gradient) in gradients.iter() {
+            let _ = gradient.shallow_clone().fill_(1e-3);
+        }
         criterion.bench_function(&format!("part/{name}"), |bencher| {
-            bencher.iter(|| adam.step_within(1e-6, &constraints, dictionary, true));
+            bencher.iter(|| adam.step_within(1e-6, &constraints, dictionary, &gradients, true));
         });
     }
 }

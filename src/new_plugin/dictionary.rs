@@ -72,8 +72,8 @@ impl Dictionary for ExampleName {
         self.precision.linear(features, &self.weight.tr(), None)
     }
 
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "weight", weight: self.weight.shallow_clone(), feature_dim: 0 })
+    fn decoder(&self) -> Option<Weight> {
+        Some(Weight { name: "weight", weight: self.weight.shallow_clone(), feature_dim: 0 })
     }
 
     fn scale_biases(&mut self, scale: f64) {

@@ -119,7 +119,7 @@ impl<F: Fault> Dictionary for Broken<F> {
     fn forward(&self, x: &Tensor) -> Code {
         self.inner.forward(x)
     }
-    fn decoder(&self) -> Option<Decoder> {
+    fn decoder(&self) -> Option<Weight> {
         self.inner.decoder()
     }
     fn encoder(&self) -> Option<Encoder> {

@@ -8,7 +8,7 @@ use super::code::Code;
 use super::dictionary::Dictionary;
 use super::init::Dims;
 use super::selection::Selection;
-use super::weight::{Decoder, Encoder};
+use super::weight::{Weight, Encoder};
 use crate::data::Batch;
 
 /// What is done to an activation before a dictionary reads it, and undone in its reconstruction.
@@ -174,7 +174,7 @@ impl Dictionary for Adapted {
         code
     }
 
-    fn decoder(&self) -> Option<Decoder> {
+    fn decoder(&self) -> Option<Weight> {
         self.inner.decoder()
     }
 

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::init::{DictionaryCx, Dims, decoder_for, random_directions, trained, trained_matrix};
-use super::weight::Decoder;
+use super::weight::Weight;
 use crate::error::InputError;
 use crate::machine::device::Precision;
 
@@ -156,15 +156,15 @@ impl Affine {
     }
 
     /// W_e and b_e's name.
-    pub fn encoder(&self) -> Decoder {
-        let weight = self.encoder.shallow_clone();
-        Decoder { name: self.layout.encoder, weight, feature_dim: self.layout.feature_dim }
+    pub fn encoder(&self) -> Weight {
+        let tensor = self.encoder.shallow_clone();
+        Weight { name: self.layout.encoder, tensor, feature_dim: self.layout.feature_dim }
     }
 
     /// W_d.
-    pub fn decoder(&self) -> Decoder {
-        let weight = self.decoder.shallow_clone();
-        Decoder { name: self.layout.decoder, weight, feature_dim: 1 - self.layout.feature_dim }
+    pub fn decoder(&self) -> Weight {
+        let tensor = self.decoder.shallow_clone();
+        Weight { name: self.layout.decoder, tensor, feature_dim: 1 - self.layout.feature_dim }
     }
 
     /// b_e `[F]`, where the class has one, with its state-dict name.

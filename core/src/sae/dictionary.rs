@@ -13,7 +13,7 @@ use super::code::Code;
 use super::init::{DictionaryCx, Dims};
 use super::selection::Selection;
 use super::two_layer::ActivationFunction;
-use super::weight::{Decoder, Encoder};
+use super::weight::{Weight, Encoder};
 use crate::data::Batch;
 use crate::error::InputError;
 use crate::registry;
@@ -114,7 +114,7 @@ pub trait Dictionary: Any + Send {
     }
 
     /// The decoder's weight, where the dictionary has one.
-    fn decoder(&self) -> Option<Decoder> {
+    fn decoder(&self) -> Option<Weight> {
         Some(maps(self).decoder())
     }
 

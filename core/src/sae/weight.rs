@@ -2,18 +2,19 @@
 
 use tch::Tensor;
 
-/// A decoder's weight, and which of its two dimensions counts the features.
+/// The weight matrix of an encoder or decoder: a direction for each feature.
 #[derive(Debug)]
-pub struct Decoder {
+pub struct Weight {
     /// Its state-dict name.
     pub name: &'static str,
-    /// The weight, sharing memory with the dictionary's.
-    pub weight: Tensor,
-    /// 1 for [d, F] (`decoder.weight`), 0 for [F, d] (`W_dec`).
+    /// Its numbers, sharing memory with the dictionary's.
+    pub tensor: Tensor,
+    /// Which of the two dimensions counts the features: 0 of [F, d] (`encoder.weight`, `W_dec`), 1 of [d, F] (`decoder.weight`,
+    /// `W_enc`).
     pub feature_dim: i64,
 }
 
-impl Decoder {
+impl Weight {
     /// The other dimension: along which a feature's direction lies.
     pub fn direction_dim(&self) -> i64 {
         1 - self.feature_dim
@@ -21,21 +22,26 @@ impl Decoder {
 
     /// The features' directions as rows, [F, d], sharing memory with the weight.
     pub fn rows(&self) -> Tensor {
-        if self.feature_dim == 0 { self.weight.shallow_clone() } else { self.weight.tr() }
+        self.like_rows(&self.tensor)
+    }
+
+    /// Turns a tensor of this one's shape to rows, [F, d], or rows to this one's shape.
+    pub(crate) fn like_rows(&self, tensor: &Tensor) -> Tensor {
+        if self.feature_dim == 0 { tensor.shallow_clone() } else { tensor.tr() }
     }
 
     /// The features' directions as columns, [d, F], sharing memory with the weight.
     pub fn columns(&self) -> Tensor {
-        if self.feature_dim == 1 { self.weight.shallow_clone() } else { self.weight.tr() }
+        if self.feature_dim == 1 { self.tensor.shallow_clone() } else { self.tensor.tr() }
     }
 
     /// Norms of the features' directions, `[F]`.
     pub fn norms(&self) -> Tensor {
-        self.weight.norm_scalaropt_dim(2.0, [self.direction_dim()], false)
+        self.tensor.norm_scalaropt_dim(2.0, [self.direction_dim()], false)
     }
 }
 
-impl Decoder {
+impl Weight {
     /// Divides the features' directions by their norms, and gives these, `[F]`; `None` where they are 1 already. A
     /// direction of zeros stays.
     pub fn normalize(mut self) -> Option<Tensor> {
@@ -45,7 +51,7 @@ impl Decoder {
             if norms.allclose(&norms.ones_like(), 1e-5, 1e-8, false) {
                 return None;
             }
-            let _ = self.weight.g_div_(&norms.unsqueeze(self.direction_dim()));
+            let _ = self.tensor.g_div_(&norms.unsqueeze(self.direction_dim()));
             Some(norms)
         })
     }
@@ -55,7 +61,7 @@ impl Decoder {
 #[derive(Debug)]
 pub struct Encoder {
     /// The weight.
-    pub weight: Decoder,
+    pub weight: Weight,
     /// State-dict names of the vectors `[F]` that become 0 when a feature is resampled.
     pub biases: Vec<&'static str>,
 }

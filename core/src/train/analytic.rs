@@ -31,14 +31,15 @@ use std::cell::{Cell, OnceCell};
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
+use super::gradients::Gradients;
 use super::terms::Terms;
 use super::trainer::{ByHand, HandPass};
 use crate::data::Batch;
 use crate::machine::device::{Precision, at_hand};
 use crate::machine::parallel::numbers;
+use crate::sae::{Affine, Selection, Weight};
 use crate::sae::two_layer::select::{self, Kept, Selector, Tile};
-use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand, Slope, TwoLayer, Weight};
-use crate::sae::{Dictionary, Selection};
+use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand, Slope};
 
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
@@ -128,8 +129,9 @@ impl Penalty for L1 {
 }
 
 /// The parts of a step by hand: weights, what is encoded, and gradients as they are found.
-pub struct Hand {
-    layers: TwoLayer,
+pub struct Hand<'a> {
+    affine: &'a Affine,
+    precision: Precision,
     /// x or x − b, [B, d].
     x: Operand,
     w_enc: Operand,
@@ -143,26 +145,28 @@ pub struct Hand {
     lists: bool,
 }
 
-impl Hand {
-    /// For a batch, if the dictionary has two layers.
-    pub fn new(dictionary: &dyn Dictionary, batch: &Batch) -> Option<Self> {
-        let layers = TwoLayer::from(dictionary.affine()?);
-        let precision = layers.precision;
-        let x = if layers.centred { &batch.x - &layers.bias.tensor } else { batch.x.shallow_clone() }.contiguous();
-        let (w_enc, w_dec) = (layers.encoder.rows(), layers.decoder.rows());
+impl<'a> Hand<'a> {
+    /// For a batch, if the dictionary is two affine maps in float32. Gradients are written to the memory of the last step's.
+    pub fn new(pass: &'a HandPass) -> Option<Self> {
+        let (affine, batch) = (pass.dictionary.affine()?, pass.batch);
+        let precision = affine.precision();
+        let (encoder, decoder) = (affine.encoder(), affine.decoder());
+        let x = if affine.is_centred() { &batch.x - affine.bias().1 } else { batch.x.shallow_clone() }.contiguous();
+        let (w_enc, w_dec) = (encoder.rows().detach(), decoder.rows().detach());
         if [&x, &w_enc, &w_dec].iter().any(|matrix| matrix.kind() != Kind::Float) {
             return None;
         }
         let lists = at_hand(x.device()) && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
         Some(Hand {
-            by_w_enc: layers.encoder.room(),
+            by_w_enc: room(&encoder, pass.gradients),
             by_z: Tensor::zeros([w_enc.size()[0]], (Kind::Float, x.device())),
-            by_w_dec: layers.decoder.room(),
-            b_enc: layers.encoder_bias.as_ref().map(|bias| bias.tensor.shallow_clone()),
+            by_w_dec: room(&decoder, pass.gradients),
+            b_enc: affine.encoder_bias().map(|(_, bias)| bias.detach()),
             x: Operand::new(x, precision),
             w_enc: Operand::new(w_enc, precision),
             w_dec: Operand::new(w_dec, precision),
-            layers,
+            affine,
+            precision,
             lists,
         })
     }
@@ -188,13 +192,13 @@ impl Hand {
     /// first one's number. All products lie in the same place, one after the other.
     fn products(&self, mut work: impl FnMut(&Tile, i64)) {
         let bias = self.b_enc.as_ref().map_or_else(|| self.by_z.zeros_like(), Tensor::contiguous);
-        let most = tile_width(self.layers.precision);
-        let storage = self.storage(most.min(self.features()), self.layers.precision.kind());
+        let most = tile_width(self.precision);
+        let storage = self.storage(most.min(self.features()), self.precision.kind());
         for first in (0..self.features()).step_by(most as usize) {
             let count = most.min(self.features() - first);
             let product = self.tile(&storage, 0, count);
             // As it is needed: all of it in another type would take room, and it is needed once.
-            let weight = self.w_enc.exact().narrow(0, first, count).to_kind(self.layers.precision.kind());
+            let weight = self.w_enc.exact().narrow(0, first, count).to_kind(self.precision.kind());
             let _ = self.x.for_products().matmul_out(&product, &weight.tr());
             let bias = &numbers::<f32>(&bias)[first as usize..(first + count) as usize];
             work(&Tile::new(&product, bias), first);
@@ -203,7 +207,7 @@ impl Hand {
 
     /// Pre-activations of rows X, [n, F].
     fn plainly(&self, x: &Operand) -> Tensor {
-        let z = self.layers.precision.product(x.for_products(), &self.w_enc.for_products().tr());
+        let z = self.precision.product(x.for_products(), &self.w_enc.for_products().tr());
         match &self.b_enc {
             Some(bias) => z + bias,
             None => z,
@@ -213,7 +217,7 @@ impl Hand {
     /// The pre-activations above `bounds` `[F]`, or above 0, and perhaps others. On a CPU.
     pub fn encode(&self, bounds: Option<&Tensor>) -> Vec<Block> {
         let bounds = bounds.map(Tensor::contiguous).unwrap_or_else(|| self.by_z.zeros_like());
-        let precision = self.layers.precision;
+        let precision = self.precision;
         // In one piece: what comes and goes between pieces that stay would leave holes.
         let storage = self.storage(self.features(), Kind::Float);
         let mut used = 0;
@@ -253,7 +257,7 @@ impl Hand {
     /// The k largest pre-activations above 0 of each row.
     pub fn select_of_each(&mut self, k: i64) -> Block {
         if k >= self.features() {
-            return Block::dense(self.plainly(&self.x).relu(), 0, self.layers.precision);
+            return Block::dense(self.plainly(&self.x).relu(), 0, self.precision);
         }
         if self.lists && self.sparse(k) {
             return self.list(Kept::OfEach(k as usize));
@@ -272,12 +276,12 @@ impl Hand {
         self.products(|tile, _| selector.offer(tile));
         // What is listed is multiplied exactly.
         self.x.cast.take();
-        Block::sparse(selector.finish(), 0, self.layers.precision)
+        Block::sparse(selector.finish(), 0, self.precision)
     }
 
     /// All pre-activations above 0, [B, F], of the type of the products, as the encoder's bias is here.
     fn whole(&self) -> Tensor {
-        let bias = self.b_enc.as_ref().map(|bias| bias.to_kind(self.layers.precision.kind()));
+        let bias = self.b_enc.as_ref().map(|bias| bias.to_kind(self.precision.kind()));
         self.x.for_products().linear(self.w_enc.for_products(), bias).relu_()
     }
 
@@ -289,7 +293,7 @@ impl Hand {
         let first = Tensor::arange(rows, (Kind::Int64, z.device())).unsqueeze(1) * features;
         let at = (&indices + first).reshape([-1]);
         let values = values.to_kind(Kind::Float).reshape([-1]);
-        (Block::scattered(values, at, size, rows, self.layers.precision), indices)
+        (Block::scattered(values, at, size, rows, self.precision), indices)
     }
 
     /// The `count` largest pre-activations of the batch as libtorch finds them.
@@ -297,7 +301,7 @@ impl Hand {
         let z = self.whole();
         let size = [z.size()[0], z.size()[1]];
         let (values, at) = z.reshape([-1]).topk(count, -1, true, false);
-        Block::scattered(values.to_kind(Kind::Float), at, size, 1, self.layers.precision)
+        Block::scattered(values.to_kind(Kind::Float), at, size, 1, self.precision)
     }
 
     /// A block in the groups that end at these features.
@@ -329,7 +333,7 @@ impl Hand {
 
     /// How far a reconstruction without any features is off: b − target, [B, d].
     pub fn begin(&self, batch: &Batch) -> Tensor {
-        (&self.layers.bias.tensor - &batch.target).contiguous()
+        (self.affine.bias().1.detach() - &batch.target).contiguous()
     }
 
     /// Adds to an error [B, d] what values of a block's features, as z, decode to.
@@ -339,7 +343,7 @@ impl Hand {
 
     /// ∂L/∂x̂ [B, d], to be multiplied with.
     fn operand(&self, by_x_hat: &Tensor) -> Operand {
-        Operand::new(by_x_hat.contiguous(), self.layers.precision)
+        Operand::new(by_x_hat.contiguous(), self.precision)
     }
 
     /// Takes gradients of features that pass what comes to them on to z where this is above 0, given ∂L/∂x̂ [B, d].
@@ -358,23 +362,16 @@ impl Hand {
 
     /// The same step for some features alone, `[n]` int64; its gradients are added by [`Hand::add`]. Their number is rounded up by
     /// features without weights, which are never above 0.
-    pub fn of_features(&self, features: &Tensor) -> Hand {
+    pub fn of_features(&self, features: &Tensor) -> Hand<'a> {
         let lacking = lacking(features.size()[0]);
         let count = features.size()[0] + lacking;
-        let same =
-            |weight: &Weight| Weight { gradient: Tensor::new(), tensor: weight.tensor.shallow_clone(), ..*weight };
         let like = |tensor: &Tensor| Tensor::empty([count, tensor.size()[1]], (Kind::Float, tensor.device()));
         Hand {
-            layers: TwoLayer {
-                encoder: same(&self.layers.encoder),
-                encoder_bias: self.layers.encoder_bias.as_ref().map(same),
-                decoder: same(&self.layers.decoder),
-                bias: same(&self.layers.bias),
-                ..self.layers
-            },
+            affine: self.affine,
+            precision: self.precision,
             x: Operand {
                 exact: self.x.exact.shallow_clone(),
-                precision: self.layers.precision,
+                precision: self.precision,
                 cast: self.x.cast.get().map(Tensor::shallow_clone).map_or_else(OnceCell::new, OnceCell::from),
             },
             w_enc: self.w_enc.select(features).and_zeros(lacking),
@@ -397,20 +394,30 @@ impl Hand {
 
     /// The gradients of the two layers, by state-dict names, where `by_x_hat` `[d]` is the sum of ∂L/∂x̂ over the batch.
     pub fn gradients(self, by_x_hat: Tensor) -> Vec<(&'static str, Tensor)> {
-        let layers = &self.layers;
-        let through_encoder = layers.centred.then(|| self.by_z.unsqueeze(0).matmul(self.w_enc.exact()).squeeze_dim(0));
+        let affine = self.affine;
+        let centred = affine.is_centred();
+        let through_encoder = centred.then(|| self.by_z.unsqueeze(0).matmul(self.w_enc.exact()).squeeze_dim(0));
         let by_bias = match through_encoder {
             Some(through_encoder) => by_x_hat - through_encoder,
             None => by_x_hat,
         };
+        let of_rows = |weight: Weight, rows: Tensor| (weight.name, weight.like_rows(&rows));
         let mut gradients = vec![
-            layers.encoder.of_rows(self.by_w_enc),
-            layers.decoder.of_rows(self.by_w_dec),
-            (layers.bias.name, by_bias),
+            of_rows(affine.encoder(), self.by_w_enc),
+            of_rows(affine.decoder(), self.by_w_dec),
+            (affine.bias().0, by_bias),
         ];
-        gradients.extend(layers.encoder_bias.as_ref().map(|bias| (bias.name, self.by_z)));
+        gradients.extend(affine.encoder_bias().map(|(name, _)| (name, self.by_z)));
         gradients
     }
+}
+
+/// Memory for the gradient of a matrix, [F, d]: that of the last step's gradient if it lies right.
+fn room(weight: &Weight, gradients: &Gradients) -> Tensor {
+    let rows = weight.rows();
+    let room = gradients.get(weight.name).map(|gradient| weight.like_rows(gradient));
+    let fits = |room: &Tensor| room.size() == rows.size() && room.is_contiguous() && room.kind() == rows.kind();
+    room.filter(fits).unwrap_or_else(|| rows.empty_like())
 }
 
 /// The sum over rows, `[d]` of [B, d].
@@ -453,9 +460,9 @@ pub fn step(
     if on_gpu && !activation.on_gpu() {
         return Ok(None);
     }
-    let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
+    let Some(mut hand) = Hand::new(pass) else { return Ok(None) };
     let blocks = if on_gpu {
-        vec![Block::dense(hand.whole(), 0, hand.layers.precision)]
+        vec![Block::dense(hand.whole(), 0, hand.precision)]
     } else {
         hand.encode(activation.bounds().as_ref())
     };

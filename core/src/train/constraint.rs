@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::sae::Decoder;
+use crate::sae::Weight;
 
 /// What a trainer holds the decoder and the gradients to.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -17,28 +17,25 @@ pub struct Constraints {
 /// So small that only a direction of norm 0 is touched by it, which then stays 0 instead of becoming NaN.
 pub(crate) const LEAST_NORM: f64 = 1e-30;
 
-fn norms(decoder: &Decoder) -> Tensor {
-    decoder.weight.detach().norm_scalaropt_dim(2.0, [decoder.direction_dim()], true).clamp_min(LEAST_NORM)
+fn norms(decoder: &Weight) -> Tensor {
+    decoder.tensor.detach().norm_scalaropt_dim(2.0, [decoder.direction_dim()], true).clamp_min(LEAST_NORM)
 }
 
 /// Removes from the decoder's gradient the part along each feature's direction, which a unit-norm decoder could not
 /// follow anyway and which would only spoil Adam's moments.
-pub(crate) fn remove_parallel_gradient(decoder: &Decoder) {
-    let mut grad = decoder.weight.grad();
-    if !grad.defined() {
-        return;
-    }
+pub(crate) fn remove_parallel_gradient(decoder: &Weight, gradient: &Tensor) {
     tch::no_grad(|| {
-        let unit = decoder.weight.detach() / norms(decoder);
-        let parallel = (&grad * &unit).sum_dim_intlist([decoder.direction_dim()].as_slice(), true, grad.kind());
-        grad -= unit * parallel;
+        let mut gradient = gradient.shallow_clone();
+        let unit = decoder.tensor.detach() / norms(decoder);
+        let parallel = (&gradient * &unit).sum_dim_intlist([decoder.direction_dim()].as_slice(), true, gradient.kind());
+        gradient -= unit * parallel;
     });
 }
 
 /// Scales each feature's direction to norm 1, in place.
-pub(crate) fn normalize_decoder(decoder: &Decoder) {
+pub(crate) fn normalize_decoder(decoder: &Weight) {
     tch::no_grad(|| {
-        let _ = decoder.weight.shallow_clone().g_div_(&norms(decoder));
+        let _ = decoder.tensor.shallow_clone().g_div_(&norms(decoder));
     });
 }
 
@@ -46,7 +43,7 @@ pub(crate) fn normalize_decoder(decoder: &Decoder) {
 pub(crate) fn clip_gradients(gradients: &mut [Tensor], norm: &Tensor, max_norm: f64) {
     tch::no_grad(|| {
         let factor = ((norm + 1e-6).reciprocal() * max_norm).clamp_max(1.0);
-        for gradient in gradients.iter_mut().filter(|gradient| gradient.defined()) {
+        for gradient in gradients {
             let _ = gradient.g_mul_(&factor);
         }
     });

@@ -4,6 +4,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use crate::files::state::State;
+use crate::machine::ranks;
 
 /// For each feature, how long since it fired, in steps or tokens, whichever the owner counts in.
 #[derive(Debug)]
@@ -19,24 +20,28 @@ impl Firing {
         Firing { since: Tensor::zeros([features], (Kind::Int64, device)), most: 0 }
     }
 
-    /// Adds `amount` to every counter, then sets those of the features that fired, bool `[F]`, to 0.
-    pub fn update(&mut self, fired: &Tensor, amount: i64) {
-        self.count(amount);
-        let _ = self.since.masked_fill_(fired, 0);
+    /// The counters after a batch of `amount`, in which the features `fired`, bool `[F]`, fired. These are unchanged: a
+    /// trainer keeps the new ones once the step is taken, in [`Trainer::after_step`](super::Trainer::after_step).
+    #[must_use]
+    pub fn after(&self, fired: &Tensor, amount: i64) -> Firing {
+        let mut after = self.after_silence(amount);
+        after.reset(&ranks::any(fired));
+        after
     }
 
-    /// Adds `amount` to every counter, then sets those of the features with these indices, int64 of any shape, to 0.
-    pub fn update_indices(&mut self, indices: &Tensor, amount: i64) {
-        self.count(amount);
-        self.reset_indices(indices);
+    /// The same, for features by their indices, int64 of any shape.
+    #[must_use]
+    pub fn after_indices(&self, fired: &Tensor, amount: i64) -> Firing {
+        let mut after = self.after_silence(amount);
+        after.reset_indices(fired);
+        after
     }
 
-    fn count(&mut self, amount: i64) {
-        self.since += amount;
-        self.most = self.most.saturating_add(amount);
+    fn after_silence(&self, amount: i64) -> Firing {
+        Firing { since: &self.since + amount, most: self.most.saturating_add(amount) }
     }
 
-    /// Sets the counters of the features with these indices, int64 of any shape, to 0.
+    /// Sets the counters of some features by their indices, int64 of any shape, to 0.
     pub fn reset_indices(&mut self, indices: &Tensor) {
         let _ = self.since.index_fill_(0, &indices.reshape([-1]), 0);
     }

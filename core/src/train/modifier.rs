@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
+use super::gradients::Gradients;
 use super::resample::can_resample;
 use super::terms::Terms;
 use super::trainer::{AfterStep, Pass, Trainer};
@@ -99,15 +100,15 @@ fn exposes_pre_activations(cx: &ModifierCx) -> bool {
 
 /// A modifier.
 pub trait Modifier: Send {
-    /// Adds to the loss, or changes its terms.
+    /// Adds to the loss, or changes its terms. As in [`Trainer::loss`], what it counts is kept by [`Modifier::after_step`].
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let _ = (pass, terms);
         Ok(())
     }
 
-    /// Edits the dictionary's gradients, before the trainer constrains them.
-    fn gradients(&mut self, dictionary: &dyn Dictionary) -> Result<()> {
-        let _ = dictionary;
+    /// Edits the gradients in place, before the trainer's constraints apply.
+    fn gradients(&mut self, gradients: &Gradients, dictionary: &dyn Dictionary) -> Result<()> {
+        let _ = (gradients, dictionary);
         Ok(())
     }
 

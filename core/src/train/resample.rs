@@ -41,6 +41,8 @@ pub struct Resampling {
     at: u64,
     weight: ResampleWeight,
     firing: Firing,
+    /// The counters if the step is taken.
+    next: Option<Firing>,
 }
 
 impl Resampling {
@@ -64,7 +66,7 @@ impl Resampling {
     pub fn every(every: u64, dead_after: Option<u64>, weight: ResampleWeight, dictionary: &dyn Dictionary) -> Self {
         let firing = Firing::new(dictionary.dims().features, dictionary.device());
         let dead_from = dead_after.unwrap_or(every / 2).saturating_add(1);
-        Resampling { every, dead_from, at: every.saturating_sub(1), weight, firing }
+        Resampling { every, dead_from, at: every.saturating_sub(1), weight, firing, next: None }
     }
 
     /// The same at the first step of each.
@@ -74,20 +76,26 @@ impl Resampling {
         self
     }
 
-    /// Counts which features of a batch, [B, F], fired.
-    pub fn update(&mut self, features: &Tensor) {
-        self.firing.update(&features.detach().not_equal(0.0).any_dim(0, false), 1);
+    /// Sees the features of a batch, [B, F]. Which of them fired is counted by [`Resampling::after_step`].
+    pub fn see(&mut self, features: &Tensor) {
+        self.next = Some(self.firing.after(&features.detach().not_equal(0.0).any_dim(0, false), 1));
     }
 
     /// The same of a step by hand.
-    pub fn update_by_hand(&mut self, found: &ByHand) {
-        if let Some(fired) = &found.fired {
-            self.firing.update(&fired.gt(0.0), 1);
+    pub fn see_by_hand(&mut self, found: &ByHand) {
+        self.next = found.fired.as_ref().map(|fired| self.firing.after(&fired.gt(0.0), 1));
+    }
+
+    /// Counts the features that fired in the step.
+    pub fn count(&mut self) {
+        if let Some(next) = self.next.take() {
+            self.firing = next;
         }
     }
 
-    /// Starts dead features anew, if it is time; how many.
+    /// Counts the features that fired in the step and, if it is time, restarts dead features. Returns how many.
     pub fn after_step(&mut self, cx: &mut AfterStep) -> Result<i64> {
+        self.count();
         let mut count = 0;
         if cx.step % self.every == self.at {
             let dead = self.firing.silent_for(self.dead_from.try_into().unwrap_or(i64::MAX));

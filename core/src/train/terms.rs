@@ -82,6 +82,13 @@ impl Terms {
         }
     }
 
+    /// Lets go of the graphs that the values come from.
+    pub(super) fn detach(&mut self) {
+        for term in &mut self.terms {
+            term.value = term.value.detach();
+        }
+    }
+
     /// All terms.
     pub fn iter(&self) -> impl Iterator<Item = &Term> {
         self.terms.iter()

@@ -24,6 +24,7 @@ use super::trainer::{AfterStep, ByHand, HandPass, Pass, Trainer, TrainerCx};
 use crate::data::Batch;
 use crate::error::{InputError, Mistakes};
 use crate::files::state::State;
+use crate::machine::ranks;
 use crate::sae::{Between, Dictionary, Selection};
 
 /// Of values [rows, k] each row's smallest above 0, `[rows]`: infinite where there is none.
@@ -72,8 +73,18 @@ pub struct TopKTrainer {
     top_k_aux: i64,
     fired: Firing,
     figures: Log,
+    /// What is kept of a step once it is taken.
+    seen: Option<Seen>,
     added: Map<String, Value>,
     prefixes: Prefixes,
+}
+
+/// What a loss saw.
+struct Seen {
+    /// The counters after the batch.
+    fired: Firing,
+    /// The smallest positive value of what was selected from together, `[rows]`, where it moves the threshold.
+    smallest: Option<Tensor>,
 }
 
 /// What the reference's trainers log beside their losses.
@@ -141,6 +152,7 @@ impl TopKTrainer {
             top_k_aux: dims.input / 2,
             fired: Firing::new(dims.features, cx.dictionary.device()),
             figures: Log::default(),
+            seen: None,
             added: Map::new(),
             settings,
             prefixes: Prefixes {
@@ -165,12 +177,10 @@ impl TopKTrainer {
         self
     }
 
-    /// Takes note of what was selected: the smallest positive value of what was selected from together, `[rows]`.
-    fn selected(&mut self, step: u64, selection: &Selection, smallest: impl FnOnce() -> Tensor) {
+    /// The smallest positive value of what was selected from together, `[rows]`, at steps that move the threshold.
+    fn selected(&mut self, step: u64, selection: &Selection, smallest: impl FnOnce() -> Tensor) -> Option<Tensor> {
         self.figures = Log { effective_l0: selection.k(), ..Log::default() };
-        if step > self.settings.threshold_start_step {
-            selection.update_threshold(&smallest(), self.settings.threshold_beta);
-        }
+        (step > self.settings.threshold_start_step).then(smallest)
     }
 
     /// The loss of the squared errors that prefixes leave.
@@ -200,8 +210,8 @@ impl TopKTrainer {
 
     /// ‖e − ê‖² / Var(e) for the dead features' best reconstruction ê of the residual e, [B, d], which takes no
     /// gradient.
-    fn auxk_loss(&mut self, pass: &Pass, residual: &Tensor) -> Result<Tensor> {
-        let dead = self.fired.silent_indices(self.settings.dead_feature_threshold);
+    fn auxk_loss(&mut self, pass: &Pass, fired: &mut Firing, residual: &Tensor) -> Result<Tensor> {
+        let dead = fired.silent_indices(self.settings.dead_feature_threshold);
         let Some((dead, directions)) = dead.zip(pass.dictionary.directions()) else {
             return Ok(Tensor::zeros([0_i64; 0], (residual.kind(), residual.device())));
         };
@@ -214,8 +224,13 @@ impl TopKTrainer {
     }
 
     /// The same by hand, of the error x̂ − x = −e: the loss, and a step for the dead features alone, if there are any.
-    fn auxk_by_hand(&mut self, hand: &Hand, error: &Tensor) -> (Tensor, Option<(Tensor, Hand)>) {
-        let Some(dead) = self.fired.silent_indices(self.settings.dead_feature_threshold) else {
+    fn auxk_by_hand<'a>(
+        &mut self,
+        hand: &Hand<'a>,
+        fired: &mut Firing,
+        error: &Tensor,
+    ) -> (Tensor, Option<(Tensor, Hand<'a>)>) {
+        let Some(dead) = fired.silent_indices(self.settings.dead_feature_threshold) else {
             return (Tensor::zeros([0_i64; 0], (error.kind(), error.device())), None);
         };
         let mut part = hand.of_features(&dead);
@@ -263,38 +278,39 @@ impl Trainer for TopKTrainer {
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let top_values = pass.code.extra("top_values")?.detach();
-        if let Some(selection) = pass.dictionary.selection() {
-            self.selected(pass.step, selection, || smallest_positive(&top_values.abs()));
-        }
-        match pass.code.get("top_indices") {
-            Some(indices) => self.fired.update_indices(indices, pass.batch.len()),
-            None => self.fired.update(&pass.code.features.detach().not_equal(0.0).any_dim(0, false), pass.batch.len()),
-        }
+        let selection = pass.dictionary.selection();
+        let smallest = selection
+            .and_then(|selection| self.selected(pass.step, selection, || ranks::gather_rows(&smallest_positive(&top_values.abs()))));
+        let mut fired = match pass.code.get("top_indices") {
+            Some(indices) => self.fired.after_indices(indices, pass.batch.len()),
+            None => self.fired.after(&pass.code.features.detach().not_equal(0.0).any_dim(0, false), pass.batch.len()),
+        };
 
         let residuals = (self.prefixes.residuals)(pass)?;
         let losses: Vec<Tensor> = residuals.iter().map(|residual| mean_of_sums(&residual.square())).collect();
         self.reconstruction(&losses, pass.logging, terms);
         if self.settings.auxk_alpha > 0.0 {
-            let auxk = self.auxk_loss(pass, &pass.residual().detach())?;
+            let auxk = self.auxk_loss(pass, &mut fired, &pass.residual().detach())?;
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
         }
+        self.seen = Some(Seen { fired, smallest });
         Ok(())
     }
 
     fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
         let Some(Between::Selection(selection)) = pass.dictionary.between() else { return Ok(None) };
-        let Some(mut hand) = Hand::new(pass.dictionary, pass.batch) else { return Ok(None) };
+        let Some(mut hand) = Hand::new(pass) else { return Ok(None) };
         let (block, indices) = hand.select(selection);
-        self.selected(pass.step, selection, || {
-            let smallest = block.smallest_positive();
+        let smallest = self.selected(pass.step, selection, || {
+            let smallest = ranks::gather_rows(&block.smallest_positive());
             if selection.by_threshold() { smallest.amin([0], true) } else { smallest }
         });
-        let mut fired = Tensor::zeros([hand.features()], (Kind::Float, block.z.device()));
-        block.sum_by_feature(&block.z.gt(0.0).to_kind(Kind::Float), &mut fired);
-        self.fired.update(&fired.gt(0.0), pass.batch.len());
+        let mut counts = Tensor::zeros([hand.features()], (Kind::Float, block.z.device()));
+        block.sum_by_feature(&block.z.gt(0.0).to_kind(Kind::Float), &mut counts);
+        let mut fired = self.fired.after(&counts.gt(0.0), pass.batch.len());
         if !selection.by_threshold() {
             let selected = indices.unwrap_or_else(|| hand.selected_at_zero(&block, selection.k()));
-            self.fired.reset_indices(&selected);
+            fired.reset_indices(&selected);
         }
 
         let groups = hand.groups(block, &self.prefixes.ends);
@@ -307,7 +323,7 @@ impl Trainer for TopKTrainer {
         self.reconstruction(&losses, pass.logging, terms);
         let mut revived = None;
         if self.settings.auxk_alpha > 0.0 {
-            let (auxk, part) = self.auxk_by_hand(&hand, &error);
+            let (auxk, part) = self.auxk_by_hand(&hand, &mut fired, &error);
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
             revived = part;
         }
@@ -334,10 +350,17 @@ impl Trainer for TopKTrainer {
             hand.add(&dead, &part);
         }
         let gradients = hand.gradients(by_sum);
-        Ok(Some(ByHand { fired: Some(fired), error: logged, gradients }))
+        self.seen = Some(Seen { fired, smallest });
+        Ok(Some(ByHand { fired: Some(counts), error: logged, gradients }))
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        if let Some(Seen { fired, smallest }) = self.seen.take() {
+            self.fired = fired;
+            if let Some((smallest, selection)) = smallest.zip(cx.dictionary.selection()) {
+                selection.update_threshold(&smallest, self.settings.threshold_beta);
+            }
+        }
         let dims = cx.dictionary.dims();
         if let Some((anneal, selection)) = self.settings.k_anneal_steps.zip(cx.dictionary.selection()) {
             let ratio = cx.step.min(anneal) as f64 / anneal as f64;

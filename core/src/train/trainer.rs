@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use super::constraint::Constraints;
+use super::gradients::Gradients;
 use super::optim::{Adam, AdamConfig};
 use super::schedule::RunLength;
 use super::terms::Terms;
@@ -106,6 +107,8 @@ pub struct HandPass<'a> {
     pub batch: &'a Batch,
     /// The dictionary.
     pub dictionary: &'a dyn Dictionary,
+    /// The last step's gradients, whose memory the gradients of this step may be written to.
+    pub gradients: &'a Gradients,
     /// Whether the figures of this step will be logged.
     pub logging: bool,
 }
@@ -126,8 +129,8 @@ pub struct ByHand {
     pub fired: Option<Tensor>,
     /// How far the reconstruction is off, x̂ − target, [B, d_out]; needed if the step is logged.
     pub error: Option<Tensor>,
-    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of the parameter's
-    /// own gradient, which the next step writes over.
+    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of
+    /// [`HandPass::gradients`], which the next step writes over.
     pub gradients: Vec<(&'static str, Tensor)>,
 }
 
@@ -198,8 +201,8 @@ pub trait Trainer: Send {
 
     /// The terms of the loss. A term of the dictionary's own ([`Dictionary::auxiliary_loss`]) is added after them.
     ///
-    /// Counters may be kept here: should the loss turn out not to be finite, they are set back. (On a GPU that is found out later,
-    /// and the run ends.) Numbers on a GPU should not be read here, for it would have to be waited for.
+    /// It changes nothing that [`Trainer::state`] saves, since a loss that is not finite refuses the step: what the loss
+    /// counts is noted here and kept by [`Trainer::after_step`]. Avoid reading numbers from a GPU, which waits for it.
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()>;
 
     /// The same by hand, where the trainer can: the terms of the loss, and their gradients without autograd. `None`, as by
@@ -220,13 +223,14 @@ pub trait Trainer: Send {
         false
     }
 
-    /// Acts after the optimiser's step and the constraints on weights: annealing, resampling.
+    /// Acts after the optimiser's step and the constraints on weights: keeps what the loss counted, anneals, resamples. Not
+    /// called for a step that was refused.
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
         let _ = cx;
         Ok(())
     }
 
-    /// Figures of the trainer's own for the log.
+    /// Figures of the trainer's own for the log, after [`Trainer::after_step`].
     fn log(&self, row: &mut Map<String, Value>) {
         let _ = row;
     }

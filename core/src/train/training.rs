@@ -13,12 +13,14 @@ use crate::files::tensors::bytes;
 use crate::machine::device;
 use crate::machine::device::Precision;
 use crate::machine::memory::Need;
+use crate::machine::ranks;
 use crate::machine::rng::{Rng, rng, seeded};
 use crate::sae::{Adapted, Between, Dictionary, DictionaryCx, Normalization, Selection, saved};
 use crate::train::TaggedModifier;
 use crate::train::config::SaeConfig;
 use crate::train::modifier::{Modifier, ModifierCx};
-use crate::train::optim::{Adam, Gradients};
+use crate::train::gradients::Gradients;
+use crate::train::optim::{Adam, GradientNorm};
 use crate::train::terms::{Terms, float};
 use crate::train::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
 use crate::train::watch::Watch;
@@ -50,6 +52,7 @@ pub struct Training {
     pub trainer: Box<dyn Trainer>,
     modifiers: Vec<Box<dyn Modifier>>,
     optimizer: Adam,
+    gradients: Gradients,
     rng: Rng,
     /// Whether the dictionary starts from random weights.
     fresh: bool,
@@ -60,17 +63,26 @@ pub struct Training {
     /// The loss's terms, on a GPU.
     watch: Watch,
     /// The gradients' norm, on a GPU.
-    gradients: Watch,
+    norm_watch: Watch,
     /// What is done to each activation by itself; the dictionary is trained on what comes of it.
     normalization: Option<Normalization>,
 }
 
-/// What was computed of a step before anything is changed by it.
+/// What a forward pass found; nothing has changed by it.
 struct Loss {
-    loss: Tensor,
-    /// Where they were found by hand.
-    gradients: Option<Vec<(&'static str, Tensor)>>,
-    figures: Option<Map<String, Value>>,
+    terms: Terms,
+    /// The gradients of an analytic step; others are autograd's.
+    found: Option<Vec<(&'static str, Tensor)>>,
+    /// If the step is logged.
+    figures: Option<Reconstruction>,
+}
+
+/// What the figures of a step are made of.
+struct Reconstruction {
+    /// The number of active features of the whole batch, a scalar.
+    active: Tensor,
+    /// What was not reconstructed, [B, d_out].
+    residual: Tensor,
 }
 
 impl Training {
@@ -142,6 +154,7 @@ impl Training {
         }
         mistakes.into_result()?;
         let optimizer = Adam::new(trainer.adam(), dictionary.parameters());
+        let gradients = optimizer.gradients();
         let rng = rng(cx.seed, "training");
         Ok(Training {
             name: config.name.clone(),
@@ -149,12 +162,13 @@ impl Training {
             trainer,
             modifiers,
             optimizer,
+            gradients,
             rng,
             fresh: config.init_from.is_none(),
             goes_on,
             on_nonfinite: OnNonfinite::Stop,
             watch: Watch::default(),
-            gradients: Watch::default(),
+            norm_watch: Watch::default(),
             normalization,
         })
     }
@@ -167,22 +181,32 @@ impl Training {
     /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
     /// from its own forward pass.
     ///
-    /// On a CPU a loss or a gradient that is not finite is refused at once ([`NotFinite`]), and then nothing has changed. A
-    /// GPU is not waited for: there it is refused by the next [`Training::settle`].
+    /// On a CPU a loss or a gradient that is not finite is refused at once ([`NotFinite`]), and nothing has changed. A GPU
+    /// is not waited for: the next [`Training::settle`] refuses it.
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
         let normalized = self.normalization.map(|normalization| normalization.batch(batch));
         let batch = normalized.as_ref().unwrap_or(batch);
-        self.make_room();
-        let looks = self.looks();
-        let before = if looks { Some(self.undo(step == 0)?) } else { None };
-        let result = self.step_on(step, batch, logging, looks);
-        match (result, before) {
-            (Err(error), Some(before)) => Err(match self.set_back(&before) {
-                Ok(()) => error,
-                Err(other) => error.context(format!("and what it had counted could not be set back: {other:#}")),
-            }),
-            (result, _) => result,
+        if step > 0 {
+            return self.step_on(step, batch, logging);
         }
+        // The first batch initialises weights, which must not stay if its loss is not finite.
+        let before = self.weights_and_counters()?;
+        let result = self.begin(batch).and_then(|()| self.step_on(step, batch, logging));
+        result.or_else(|error| match self.set_back(&before) {
+            Ok(()) => Err(error),
+            Err(other) => Err(error.context(format!("and what the first batch initialised cannot be undone: {other:#}"))),
+        })
+    }
+
+    /// Initialises from the first batch.
+    fn begin(&mut self, batch: &Batch) -> Result<()> {
+        if self.fresh {
+            self.dictionary.begin(batch);
+        }
+        if !self.goes_on {
+            self.trainer.begin(&mut *self.dictionary, batch)?;
+        }
+        Ok(())
     }
 
     /// Whether numbers are looked at in each step.
@@ -190,29 +214,24 @@ impl Training {
         device::at_hand(self.dictionary.device()) || self.on_nonfinite == OnNonfinite::SkipBatch
     }
 
-    /// [`Training::step`], which may break off after having counted.
-    fn step_on(&mut self, step: u64, batch: &Batch, logging: bool, looks: bool) -> Result<Option<Map<String, Value>>> {
-        let Loss { loss, gradients, figures } = self.loss(step, batch, logging)?;
-        if self.dictionary.parameters().is_empty() {
-            // A baseline, which runs beside the others to be measured with them.
-            return Ok(figures);
+    /// [`Training::step`]. Nothing changes before the loss and the gradients are known to be finite, where that is looked at.
+    fn step_on(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
+        let Loss { mut terms, found, figures } = self.loss(step, batch, logging)?;
+        let loss = self.finite(step, &terms)?;
+        // The graph of terms outside the loss is not needed.
+        terms.detach();
+        // A baseline, which runs beside the others to be measured with them, has no parameters.
+        if !self.dictionary.parameters().is_empty() {
+            match found {
+                Some(found) => self.gradients.take(found)?,
+                None => self.gradients.backward(&loss)?,
+            }
+            ranks::mean_in_place(&self.gradients.tensors());
+            for modifier in &mut self.modifiers {
+                modifier.gradients(&self.gradients, &*self.dictionary)?;
+            }
+            self.optimize(step)?;
         }
-        let gradients = gradients.unwrap_or_else(|| {
-            let (names, parameters): (Vec<_>, Vec<_>) = self.dictionary.parameters().into_iter().unzip();
-            let found = Tensor::run_backward(&[loss], &parameters, false, false);
-            names.into_iter().zip(found).filter(|(_, gradient)| gradient.defined()).collect()
-        });
-        self.take(gradients)?;
-        for modifier in &mut self.modifiers {
-            modifier.gradients(&*self.dictionary)?;
-        }
-        let constraints = self.trainer.constraints();
-        match self.optimizer.step_within(self.trainer.lr(step), &constraints, &*self.dictionary, looks) {
-            Gradients::Finite => {}
-            Gradients::Unread(norm) => self.gradients.see(step, [("", &norm)])?,
-            Gradients::NotFinite { name, norm } => bail!(self.bad_gradient(step, &name, norm)),
-        }
-
         let mut cx = AfterStep {
             step,
             batch,
@@ -224,7 +243,17 @@ impl Training {
         for modifier in &mut self.modifiers {
             modifier.after_step(&mut cx)?;
         }
-        Ok(figures)
+        Ok(figures.map(|figures| self.row(step, batch, &figures, &terms)))
+    }
+
+    /// The optimiser's step within the trainer's constraints, if the gradients are finite.
+    fn optimize(&mut self, step: u64) -> Result<()> {
+        let (lr, constraints, looks) = (self.trainer.lr(step), self.trainer.constraints(), self.looks());
+        match self.optimizer.step_within(lr, &constraints, &*self.dictionary, &self.gradients, looks) {
+            GradientNorm::Finite => Ok(()),
+            GradientNorm::Unread(norm) => self.norm_watch.see(step, [("", &norm)]),
+            GradientNorm::NotFinite { name, norm } => bail!(self.bad_gradient(step, &name, norm)),
+        }
     }
 
     /// Why its steps are left to autograd, if they are not taken by hand; found out by one on zeros, so it is not for a run that
@@ -236,7 +265,13 @@ impl Training {
         let dims = self.dictionary.dims();
         let zeros = |width| Tensor::zeros([1, width], (Kind::Float, self.dictionary.device()));
         let batch = Batch { x: zeros(dims.input), target: zeros(dims.output) };
-        let pass = HandPass { step: 0, batch: &batch, dictionary: &*self.dictionary, logging: false };
+        let pass = HandPass {
+            step: 0,
+            batch: &batch,
+            dictionary: &*self.dictionary,
+            gradients: &self.gradients,
+            logging: false,
+        };
         if tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?.is_some() {
             return Ok(None);
         }
@@ -247,32 +282,23 @@ impl Training {
         }))
     }
 
-    /// The loss of a step, if it is finite, and its figures.
+    /// The terms of a step's loss, the gradients where they are analytic, and what figures are made of.
     fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Loss> {
-        if step == 0 {
-            if self.fresh {
-                self.dictionary.begin(batch);
-            }
-            if !self.goes_on {
-                self.trainer.begin(&mut *self.dictionary, batch)?;
-            }
-        }
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
-            let pass = HandPass { step, batch, dictionary: &*self.dictionary, logging };
+            let pass =
+                HandPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
             if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
-                let loss = self.finite(step, &terms)?;
-                let figures = match (logging, &by_hand.fired, &by_hand.error) {
+                let figures = match (logging, &by_hand.fired, by_hand.error) {
                     (false, ..) => None,
-                    (true, Some(fired), Some(error)) => {
-                        let l0 = fired.sum(Kind::Double).double_value(&[]) / batch.len() as f64;
-                        Some(self.figures(step, batch, l0, error, &terms))
+                    (true, Some(fired), Some(residual)) => {
+                        Some(Reconstruction { active: fired.sum(Kind::Double), residual })
                     }
                     _ => bail!(
                         "the trainer took the step by hand and does not say which features fired, or how far off it was"
                     ),
                 };
-                return Ok(Loss { loss, gradients: Some(by_hand.gradients), figures });
+                return Ok(Loss { terms, found: Some(by_hand.gradients), figures });
             }
         }
         let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);
@@ -283,15 +309,11 @@ impl Training {
         for modifier in &mut self.modifiers {
             modifier.loss(&pass, &mut terms)?;
         }
-        let logged = logging.then(|| {
+        let figures = logging.then(|| {
             let active = pass.code.features.detach().not_equal(0.0).sum(Kind::Double);
-            (active, pass.residual().detach())
+            Reconstruction { active, residual: pass.residual().detach() }
         });
-        let loss = self.finite(step, &terms)?;
-        let figures = logged.map(|(active, residual)| {
-            self.figures(step, batch, active.double_value(&[]) / batch.len() as f64, &residual, &terms)
-        });
-        Ok(Loss { loss, gradients: None, figures })
+        Ok(Loss { terms, found: None, figures })
     }
 
     /// The sum of a loss's terms, which must be finite.
@@ -324,7 +346,7 @@ impl Training {
     /// ([`NotFinite`]). To be called before anything is kept.
     pub fn settle(&self) -> Result<()> {
         let loss = self.watch.found()?.map(|found| self.bad_loss(found.step, found.name, found.value));
-        let gradient = self.gradients.found()?.map(|found| self.bad_gradient(found.step, "", found.value));
+        let gradient = self.norm_watch.found()?.map(|found| self.bad_gradient(found.step, "", found.value));
         // A loss that is not finite makes gradients so, and not the other way round.
         match loss.into_iter().chain(gradient).min_by_key(|found| found.step) {
             None => Ok(()),
@@ -332,77 +354,35 @@ impl Training {
         }
     }
 
-    /// Gives each parameter room for its gradient.
-    fn make_room(&self) {
-        for (_, parameter) in self.dictionary.parameters() {
-            if !parameter.grad().defined() {
-                // Only autograd can make one; this one is 0.
-                (parameter.sum(parameter.kind()) * 0.0).backward();
-            }
-        }
-    }
-
-    /// Makes what was found the parameters' gradients; those of others are 0.
-    fn take(&mut self, gradients: Vec<(&'static str, Tensor)>) -> Result<()> {
-        let mut taken = Vec::new();
-        for (name, parameter) in self.dictionary.parameters() {
-            let mut own = parameter.grad();
-            let Some((_, gradient)) = gradients.iter().find(|(known, _)| *known == name) else {
-                let _ = own.zero_();
-                continue;
-            };
-            if gradient.size() != own.size() {
-                bail!("the gradient of `{name}` has shape {:?}, not {:?}", gradient.size(), own.size());
-            }
-            // It is scaled in place later, so it must have memory of its own, laid out as the parameter is.
-            let same = gradient.stride() == own.stride() && gradient.kind() == own.kind();
-            if same && !taken.contains(&gradient.data_ptr()) {
-                own.set_data(gradient);
-                taken.push(gradient.data_ptr());
-            } else {
-                tch::no_grad(|| own.copy_(gradient));
-            }
-        }
-        if let Some((unknown, _)) =
-            gradients.iter().find(|(name, _)| !self.dictionary.parameters().iter().any(|(known, _)| known == name))
-        {
-            bail!("a gradient of `{unknown}`, which the class {} does not have", self.dictionary.class());
-        }
-        Ok(())
-    }
-
-    /// What a loss may change before it is known to be finite: counters and thresholds, and with the first batch,
-    /// which initialises weights, those too.
-    fn undo(&self, first: bool) -> Result<State> {
+    /// Snapshot for undoing the first batch.
+    fn weights_and_counters(&self) -> Result<State> {
         let mut state = self.counters()?;
-        for (name, tensor) in if first { self.dictionary.state_dict() } else { self.dictionary.buffers() } {
+        for (name, tensor) in self.dictionary.state_dict() {
             state.put_tensor(format!("dictionary/{name}"), &tensor);
         }
         Ok(state)
     }
 
     fn set_back(&mut self, before: &State) -> Result<()> {
-        let tensors = before.under("dictionary");
         for (name, mut tensor) in self.dictionary.state_dict() {
-            if tensors.tensor(name).is_ok() {
-                tensors.load_tensor(name, &mut tensor)?;
-            }
+            before.load_tensor(&format!("dictionary/{name}"), &mut tensor)?;
         }
         self.dictionary.loaded();
         self.restore_counters(before)
     }
 
-    /// The figures of a step: of the mean number of active features and what was not reconstructed, [B, d_out].
-    fn figures(&self, step: u64, batch: &Batch, l0: f64, residual: &Tensor, terms: &Terms) -> Map<String, Value> {
+    /// The figures of a step as a row of the log.
+    fn row(&self, step: u64, batch: &Batch, figures: &Reconstruction, terms: &Terms) -> Map<String, Value> {
         tch::no_grad(|| {
             let mut row = Map::from_iter([
                 ("step".to_owned(), Value::from(step)),
                 ("sae".to_owned(), Value::from(self.name.as_str())),
             ]);
             terms.write(&mut row);
+            let l0 = ranks::mean(figures.active.double_value(&[]) / batch.len() as f64);
             row.insert("l0".to_owned(), float(l0 as f32));
             let variance = |x: &Tensor| x.var_dim([0].as_slice(), true, false).sum(Kind::Float).double_value(&[]);
-            let explained = 1.0 - variance(residual) / variance(&batch.target);
+            let explained = 1.0 - variance(&figures.residual) / variance(&batch.target);
             row.insert("frac_variance_explained".to_owned(), float(explained as f32));
             self.trainer.log(&mut row);
             row.insert("lr".to_owned(), self.trainer.lr(step).into());
@@ -474,10 +454,7 @@ impl Training {
 
     /// Everything that a resumed run needs.
     pub fn state(&self) -> Result<State> {
-        let mut state = self.counters()?;
-        for (name, tensor) in self.dictionary.state_dict() {
-            state.put_tensor(format!("dictionary/{name}"), &tensor);
-        }
+        let mut state = self.weights_and_counters()?;
         state.put_all("optimizer", self.optimizer.state()?);
         state.put("rng", &self.rng)?;
         Ok(state)

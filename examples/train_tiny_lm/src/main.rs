@@ -71,7 +71,7 @@ struct Args {
     /// Peak learning rate.
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
-    /// Weight decay of the matrices.
+    /// Decoder decay of the matrices.
     #[arg(long, default_value_t = 0.1)]
     weight_decay: f64,
     /// Compute products in bfloat16.
@@ -238,6 +238,7 @@ fn train_model(args: &Args, model: &Decoder, train: &[i64], held_out: &[i64]) ->
     }
     let config = AdamConfig { betas: (0.9, 0.98), ..AdamConfig::default() };
     let mut adam = Adam::new(config, model.parameters());
+    let mut gradients = adam.gradients();
     let mut rng = rng(SEED, "contexts");
     let warmup = args.steps.min(200);
     let started = Instant::now();
@@ -255,24 +256,22 @@ fn train_model(args: &Args, model: &Decoder, train: &[i64], held_out: &[i64]) ->
         let length = args.context as i64 - 1;
         let logits = logits.narrow(1, 0, length).reshape([-1, args.vocab_size as i64]);
         let loss = logits.cross_entropy_for_logits(&tokens.ids.narrow(1, 1, length).reshape([-1]));
-        adam.zero_grad();
-        loss.backward();
+        gradients.backward(&loss)?;
         let lr = args.lr * ((step + 1) as f64 / warmup as f64).min(1.0) * {
             let done = step as f64 / args.steps as f64;
             0.5 * (1.0 + (std::f64::consts::PI * done).cos())
         };
         tch::no_grad(|| {
-            let grads: Vec<Tensor> = parameters.iter().map(|(_, parameter)| parameter.grad()).collect();
-            let norm = Tensor::stack(&grads.iter().map(Tensor::norm).collect::<Vec<_>>(), 0).norm();
-            let factor = (norm + 1e-6).reciprocal().clamp_max(1.0);
-            for mut grad in grads {
-                let _ = grad.g_mul_(&factor);
+            let norms: Vec<Tensor> = gradients.iter().map(|(_, gradient)| gradient.norm()).collect();
+            let factor = (Tensor::stack(&norms, 0).norm() + 1e-6).reciprocal().clamp_max(1.0);
+            for (_, gradient) in gradients.iter() {
+                let _ = gradient.shallow_clone().g_mul_(&factor);
             }
             for (_, parameter) in parameters.iter().filter(|(_, parameter)| parameter.dim() == 2) {
                 let _ = parameter.shallow_clone().g_mul_scalar_(1.0 - lr * args.weight_decay);
             }
         });
-        adam.step(lr);
+        adam.step(lr, &gradients);
         recent = 0.98 * recent + 0.02 * loss.double_value(&[]);
         if step % 200 == 199 || step + 1 == args.steps {
             let rate = (step + 1) as f64 / started.elapsed().as_secs_f64();

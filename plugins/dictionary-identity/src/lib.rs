@@ -63,7 +63,7 @@ impl Dictionary for Identity {
         features.shallow_clone()
     }
 
-    fn decoder(&self) -> Option<Decoder> {
+    fn decoder(&self) -> Option<Weight> {
         None
     }
 

@@ -331,6 +331,7 @@ impl TrainerConfig for JumpReluConfig {
             schedule,
             ste_on: self.ste_on,
             fired: Firing::new(cx.dictionary.dims().features, cx.dictionary.device()),
+            next: None,
             dead_feature_threshold: self.dead_feature_threshold,
         }))
     }
@@ -349,6 +350,8 @@ struct JumpReluTrainer {
     schedule: Schedule,
     ste_on: SteOn,
     fired: Firing,
+    /// The counters if the step is taken.
+    next: Option<Firing>,
     dead_feature_threshold: i64,
 }
 
@@ -399,7 +402,7 @@ impl Trainer for JumpReluTrainer {
         };
         let found = analytic::step(pass, terms, &mut activation, &squared_error("mse_loss"), &mut penalty, true)?;
         if let Some(fired) = found.as_ref().and_then(|found| found.fired.as_ref()) {
-            self.fired.update(&fired.gt(0.0), pass.batch.len());
+            self.next = Some(self.fired.after(&fired.gt(0.0), pass.batch.len()));
         }
         Ok(found)
     }
@@ -407,7 +410,7 @@ impl Trainer for JumpReluTrainer {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let Some(dictionary) = pass.dictionary.downcast::<JumpRelu>() else { bail!("not a JumpReLU dictionary") };
         let features = pass.code.features.detach();
-        self.fired.update(&features.gt(0.0).any_dim(0, false), pass.batch.len());
+        self.next = Some(self.fired.after(&features.gt(0.0).any_dim(0, false), pass.batch.len()));
 
         terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
         let seen = match self.ste_on {
@@ -424,6 +427,9 @@ impl Trainer for JumpReluTrainer {
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        if let Some(next) = self.next.take() {
+            self.fired = next;
+        }
         if let Some(dictionary) = cx.dictionary.downcast_mut::<JumpRelu>() {
             let _ = tch::no_grad(|| dictionary.threshold.clamp_min_(0.0));
         }

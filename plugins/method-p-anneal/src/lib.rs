@@ -180,6 +180,7 @@ macro_rules! config {
                         queue: VecDeque::new(),
                     },
                     resampling: Resampling::new(self.resample_steps, self.resample_weight, cx.dictionary)?,
+                    seen: None,
                 })
             }
         }
@@ -348,6 +349,8 @@ struct PAnneal {
     queue_length: usize,
     state: Annealed,
     resampling: Option<Resampling>,
+    /// The last loss's penalty with p and with the next p, queued once the step is taken.
+    seen: Option<[Tensor; 2]>,
 }
 
 /// The mean penalty of activations [B, F], none negative. At p = 0 the mean number of those above 0.
@@ -433,14 +436,9 @@ impl Penalty for Lp {
 }
 
 impl PAnneal {
-    /// Takes note of the penalty with the next p, where there is one.
-    fn queue(&mut self, penalty: &Tensor, next: impl FnOnce(f64) -> Tensor) {
-        if let Some(next_p) = self.state.next_p {
-            self.state.queue.push_back([penalty.detach(), next(next_p)]);
-            if self.state.queue.len() > self.queue_length {
-                self.state.queue.pop_front();
-            }
-        }
+    /// Notes the penalty, and the one with the next p, where there is one.
+    fn see(&mut self, penalty: &Tensor, next: impl FnOnce(f64) -> Tensor) {
+        self.seen = self.state.next_p.map(|next_p| [penalty.detach(), next(next_p)]);
     }
 
     fn weight(&self, step: u64) -> f64 {
@@ -514,10 +512,9 @@ impl Trainer for PAnneal {
         if pass.logging {
             terms.log("scaled_lp_loss", &value * weight);
         }
-        self.queue(&value, |next_p| penalty.value(&penalty.sums[1], next_p));
-        self.update(pass.step);
+        self.see(&value, |next_p| penalty.value(&penalty.sums[1], next_p));
         if let Some(resampling) = &mut self.resampling {
-            resampling.update_by_hand(&found);
+            resampling.see_by_hand(&found);
         }
         Ok(Some(found))
     }
@@ -531,16 +528,22 @@ impl Trainer for PAnneal {
             terms.log("scaled_lp_loss", &penalty * weight);
         }
         let function = self.sparsity_function;
-        self.queue(&penalty, |next_p| lp(&activations.detach(), next_p, function));
+        self.see(&penalty, |next_p| lp(&activations.detach(), next_p, function));
         terms.add_sparsity("lp_loss", penalty, weight);
-        self.update(pass.step);
         if let Some(resampling) = &mut self.resampling {
-            resampling.update(&pass.code.features);
+            resampling.see(&pass.code.features);
         }
         Ok(())
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
+        if let Some(seen) = self.seen.take() {
+            self.state.queue.push_back(seen);
+            if self.state.queue.len() > self.queue_length {
+                self.state.queue.pop_front();
+            }
+        }
+        self.update(cx.step);
         self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx).map(drop))
     }
 

@@ -212,7 +212,7 @@ impl Trainer for Standard {
         let count = self.resampling.is_some();
         let found = analytic::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
         if let Some((resampling, found)) = self.resampling.as_mut().zip(found.as_ref()) {
-            resampling.update_by_hand(found);
+            resampling.see_by_hand(found);
         }
         Ok(found)
     }
@@ -222,7 +222,7 @@ impl Trainer for Standard {
         let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
         terms.add_sparsity("sparsity_loss", mean_of_sums(&pass.code.penalized().abs()), penalty);
         if let Some(resampling) = &mut self.resampling {
-            resampling.update(&pass.code.features);
+            resampling.see(&pass.code.features);
         }
         Ok(())
     }

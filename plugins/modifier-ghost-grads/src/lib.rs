@@ -57,7 +57,8 @@ impl ModifierConfig for GhostGradsConfig {
 
     fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>> {
         let firing = Firing::new(cx.dictionary.dims().features, cx.dictionary.device());
-        Ok(Box::new(GhostGrads { threshold: self.threshold.try_into().unwrap_or(i64::MAX), unit: self.unit, firing }))
+        let threshold = self.threshold.try_into().unwrap_or(i64::MAX);
+        Ok(Box::new(GhostGrads { threshold, unit: self.unit, firing, next: None }))
     }
 }
 
@@ -65,6 +66,8 @@ struct GhostGrads {
     threshold: i64,
     unit: Unit,
     firing: Firing,
+    /// The counters if the step is taken.
+    next: Option<Firing>,
 }
 
 impl Modifier for GhostGrads {
@@ -80,9 +83,17 @@ impl Modifier for GhostGrads {
         }
         let fired = pass.code.features.detach().not_equal(0.0).any_dim(0, false);
         let amount = if self.unit == Unit::Steps { 1 } else { pass.batch.x.size()[0] };
-        self.firing.update(&fired, amount);
+        let next = self.firing.after(&fired, amount);
         if pass.logging {
-            terms.log("ghosts", self.firing.silent_for(threshold).sum(Kind::Int64));
+            terms.log("ghosts", next.silent_for(threshold).sum(Kind::Int64));
+        }
+        self.next = Some(next);
+        Ok(())
+    }
+
+    fn after_step(&mut self, _: &mut AfterStep) -> Result<()> {
+        if let Some(next) = self.next.take() {
+            self.firing = next;
         }
         Ok(())
     }

@@ -55,7 +55,7 @@ struct Resample {
 
 impl Modifier for Resample {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        self.resampling.update(&pass.code.features);
+        self.resampling.see(&pass.code.features);
         if pass.logging {
             terms.log("resampled", Tensor::from(self.resampled));
         }
@@ -64,9 +64,10 @@ impl Modifier for Resample {
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
         if self.until.is_some_and(|until| cx.step >= until) {
-            return Ok(());
+            self.resampling.count();
+        } else {
+            self.resampled += self.resampling.after_step(cx)?;
         }
-        self.resampled += self.resampling.after_step(cx)?;
         Ok(())
     }
 

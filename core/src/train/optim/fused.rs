@@ -4,11 +4,12 @@
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
-use super::{AdamConfig, Gradients, Moments};
+use super::{AdamConfig, GradientNorm, Moments};
 use crate::machine::device::at_hand;
 use crate::machine::parallel::{Output, numbers, share_in};
-use crate::sae::Decoder;
+use crate::sae::Weight;
 use crate::train::constraint::{Constraints, LEAST_NORM};
+use crate::train::gradients::Gradients;
 
 /// One parameter's numbers, as rows.
 struct Rows<'a> {
@@ -42,12 +43,15 @@ pub(super) fn step(
     config: AdamConfig,
     steps: u64,
     moments: &mut [Moments],
+    gradients: &Gradients,
     lr: f64,
     constraints: &Constraints,
-    decoder: Option<&Decoder>,
-) -> Option<Gradients> {
+    decoder: Option<&Weight>,
+) -> Option<GradientNorm> {
     let decoder = decoder.filter(|_| constraints.unit_norm_decoder);
-    let mut all = moments.iter_mut().map(|moments| rows(moments, decoder)).collect::<Option<Vec<_>>>()?;
+    let gradients = gradients.iter().map(|(_, gradient)| gradient);
+    let all = moments.iter_mut().zip(gradients).map(|(moments, gradient)| rows(moments, gradient, decoder));
+    let mut all = all.collect::<Option<Vec<_>>>()?;
     if decoder.is_some() && !all.iter().any(|rows| rows.directions) {
         return None;
     }
@@ -56,7 +60,7 @@ pub(super) fn step(
     for rows in &all {
         let own = squared_norm(rows, clips.is_some());
         if !own.is_finite() {
-            return Some(Gradients::NotFinite { name: rows.moments.name.clone(), norm: own.sqrt() });
+            return Some(GradientNorm::NotFinite { name: rows.moments.name.clone(), norm: own.sqrt() });
         }
         squared += own;
     }
@@ -87,17 +91,14 @@ pub(super) fn step(
             }
         });
     }
-    Some(Gradients::Finite)
+    Some(GradientNorm::Finite)
 }
 
 /// Width of the rows of what has none; the last may be shorter.
 const PIECE: usize = 1 << 10;
 
-fn rows<'a>(moments: &'a mut Moments, decoder: Option<&Decoder>) -> Option<Rows<'a>> {
-    let (parameter, gradient) = (moments.parameter.detach(), moments.parameter.grad());
-    if !gradient.defined() {
-        return None;
-    }
+fn rows<'a>(moments: &'a mut Moments, gradient: &Tensor, decoder: Option<&Weight>) -> Option<Rows<'a>> {
+    let (parameter, gradient) = (moments.parameter.detach(), gradient.shallow_clone());
     let own_decoder = decoder.filter(|decoder| decoder.name == moments.name);
     // Each direction in one piece, or it cannot be done by rows.
     let transposed = own_decoder.map_or(!parameter.is_contiguous(), |decoder| decoder.feature_dim == 1);

@@ -7,8 +7,9 @@ use tch::Tensor;
 
 use crate::files::state::State;
 use crate::machine::device::at_hand;
-use crate::sae::{Decoder, Dictionary};
+use crate::sae::{Weight, Dictionary};
 use crate::train::constraint::{Constraints, clip_gradients, normalize_decoder, remove_parallel_gradient};
+use crate::train::gradients::{Gradients, join_in_memory};
 
 /// Adam's settings (Kingma and Ba 2014, <https://arxiv.org/abs/1412.6980>), with PyTorch's defaults.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -57,19 +58,19 @@ struct Joined {
     exp_avg_sq: Tensor,
 }
 
-/// What is known of a step's gradients.
+/// Whether the norm of a step's gradients is finite.
 #[derive(Debug)]
-pub enum Gradients {
-    /// They are finite, and the step is taken.
+pub enum GradientNorm {
+    /// It is, and the step is taken.
     Finite,
-    /// There is no step.
+    /// It is not, and nothing has changed.
     NotFinite {
-        /// The parameter whose gradient it is; empty if nobody knows.
+        /// The parameter whose gradient it is. Empty when parameters are joined.
         name: String,
         /// The gradient's norm.
         norm: f64,
     },
-    /// The step is taken, and this is their joint norm, a scalar on a GPU.
+    /// The step is taken, and this joint norm, a scalar on a GPU, was not read.
     Unread(Tensor),
 }
 
@@ -93,9 +94,9 @@ impl Adam {
             })
             .collect();
         let joined = join.then(|| Joined {
-            parameters: joined(moments.iter_mut().map(|moments| &mut moments.parameter)),
-            exp_avg: joined(moments.iter_mut().map(|moments| &mut moments.exp_avg)),
-            exp_avg_sq: joined(moments.iter_mut().map(|moments| &mut moments.exp_avg_sq)),
+            parameters: join_in_memory(moments.iter_mut().map(|moments| &mut moments.parameter)),
+            exp_avg: join_in_memory(moments.iter_mut().map(|moments| &mut moments.exp_avg)),
+            exp_avg_sq: join_in_memory(moments.iter_mut().map(|moments| &mut moments.exp_avg_sq)),
         });
         Adam { config, steps: 0, moments, joined }
     }
@@ -110,95 +111,76 @@ impl Adam {
         self.moments.iter_mut()
     }
 
-    /// Forgets all gradients.
-    pub fn zero_grad(&mut self) {
-        for moments in &mut self.moments {
-            moments.parameter.zero_grad();
-        }
+    /// Memory for the gradients of the parameters, laid out as this optimiser takes them.
+    pub fn gradients(&self) -> Gradients {
+        let parameters = self.moments.iter().map(|Moments { name, parameter, .. }| (name, parameter.shallow_clone()));
+        if self.joined.is_some() { Gradients::joined(parameters) } else { Gradients::new(parameters) }
     }
 
-    /// One step with the gradients of a dictionary's parameters, within constraints. If one of them is not finite there is no
-    /// step, unless none of them is to be looked at: then a GPU need not be waited for.
+    /// One step within constraints, with gradients from [`Adam::gradients`], which it changes. A norm that is not finite
+    /// refuses the step, unless `look` is false: then no number is read, and a GPU is not waited for.
     pub fn step_within(
         &mut self,
         lr: f64,
         constraints: &Constraints,
         dictionary: &dyn Dictionary,
+        gradients: &Gradients,
         look: bool,
-    ) -> Gradients {
+    ) -> GradientNorm {
         let decoder = dictionary.decoder();
-        match fused::step(self.config, self.steps + 1, &mut self.moments, lr, constraints, decoder.as_ref()) {
-            Some(Gradients::Finite) => {
+        match fused::step(self.config, self.steps + 1, &mut self.moments, gradients, lr, constraints, decoder.as_ref())
+        {
+            Some(GradientNorm::Finite) => {
                 self.steps += 1;
-                Gradients::Finite
+                GradientNorm::Finite
             }
             Some(other) => other,
-            None => self.step_by_parts(lr, constraints, decoder, look),
+            None => self.step_by_parts(lr, constraints, decoder, gradients, look),
         }
     }
 
-    fn step_by_parts(&mut self, lr: f64, constraints: &Constraints, decoder: Option<Decoder>, look: bool) -> Gradients {
+    fn step_by_parts(
+        &mut self,
+        lr: f64,
+        constraints: &Constraints,
+        decoder: Option<Weight>,
+        gradients: &Gradients,
+        look: bool,
+    ) -> GradientNorm {
         let decoder = decoder.filter(|_| constraints.unit_norm_decoder);
-        if let Some(decoder) = &decoder {
-            remove_parallel_gradient(decoder);
+        if let Some((decoder, gradient)) = decoder.as_ref().and_then(|it| Some((it, gradients.get(it.name)?))) {
+            remove_parallel_gradient(decoder, gradient);
         }
-        let mut gradients = self.gradients();
-        let norms: Vec<Tensor> = gradients.iter().filter(|gradient| gradient.defined()).map(Tensor::norm).collect();
+        let mut tensors = gradients.tensors();
+        let norms: Vec<Tensor> = tensors.iter().map(Tensor::norm).collect();
         let norm = match norms.as_slice() {
-            [] => return Gradients::Finite,
+            [] => return GradientNorm::Finite,
             [norm] => norm.shallow_clone(),
             norms => Tensor::stack(norms, 0).norm(),
         };
         if look && !norm.double_value(&[]).is_finite() {
-            let one = |gradient: &Tensor| gradient.defined() && !gradient.norm().double_value(&[]).is_finite();
-            // Where they are all in one, nobody knows whose it is.
-            let name = gradients.iter().position(one).filter(|_| self.joined.is_none());
-            let name = name.map_or_else(String::new, |index| self.moments[index].name.clone());
-            return Gradients::NotFinite { name, norm: norm.double_value(&[]) };
+            let bad = gradients.iter().find(|(_, gradient)| !gradient.norm().double_value(&[]).is_finite());
+            let name = bad.filter(|_| self.joined.is_none()).map_or_else(String::new, |(name, _)| name.to_owned());
+            return GradientNorm::NotFinite { name, norm: norm.double_value(&[]) };
         }
         if let Some(max_norm) = constraints.clip_gradients {
-            clip_gradients(&mut gradients, &norm, max_norm);
+            clip_gradients(&mut tensors, &norm, max_norm);
         }
-        self.step_with(lr, &gradients);
+        self.step(lr, gradients);
         if let Some(decoder) = &decoder {
             normalize_decoder(decoder);
         }
-        if look { Gradients::Finite } else { Gradients::Unread(norm) }
+        if look { GradientNorm::Finite } else { GradientNorm::Unread(norm) }
     }
 
-    /// One step with the parameters' gradients: θ ← θ − lr · m̂ / (√v̂ + ε). A parameter without gradient stays; on a GPU its
-    /// gradient counts as 0.
-    pub fn step(&mut self, lr: f64) {
-        let gradients = self.gradients();
-        self.step_with(lr, &gradients);
-    }
-
-    /// The parameters' gradients, or all in one.
-    fn gradients(&self) -> Vec<Tensor> {
-        let own = self.moments.iter().map(|Moments { parameter, .. }| {
-            let gradient = parameter.grad();
-            if self.joined.is_none() || gradient.defined() { gradient } else { parameter.detach().zeros_like() }
-        });
-        if self.joined.is_none() {
-            return own.collect();
-        }
-        let rows = own.zip(&self.moments).map(|(gradient, moments)| {
-            let gradient = if lies_turned(&moments.parameter) { gradient.tr() } else { gradient };
-            gradient.reshape([-1])
-        });
-        vec![Tensor::cat(&rows.collect::<Vec<_>>(), 0)]
-    }
-
-    fn step_with(&mut self, lr: f64, gradients: &[Tensor]) {
+    /// One step with gradients from [`Adam::gradients`]: θ ← θ − lr · m̂ / (√v̂ + ε).
+    pub fn step(&mut self, lr: f64, gradients: &Gradients) {
         self.steps += 1;
         let AdamConfig { betas: (beta1, beta2), eps } = self.config;
         let steps = self.steps as f64;
         let correction1 = 1.0 - beta1.powf(steps);
         let correction2 = (1.0 - beta2.powf(steps)).sqrt();
         let update = |gradient: &Tensor, parameter: &Tensor, exp_avg: &Tensor, exp_avg_sq: &Tensor| {
-            if !gradient.defined() {
-                return;
-            }
             let [mut parameter, mut exp_avg, mut exp_avg_sq] =
                 [parameter, exp_avg, exp_avg_sq].map(Tensor::shallow_clone);
             let _ = exp_avg.lerp_(gradient, 1.0 - beta1);
@@ -213,10 +195,10 @@ impl Adam {
         };
         tch::no_grad(|| match &self.joined {
             Some(Joined { parameters, exp_avg, exp_avg_sq }) => {
-                update(&gradients[0], parameters, exp_avg, exp_avg_sq);
+                update(&gradients.tensors()[0], parameters, exp_avg, exp_avg_sq);
             }
             None => {
-                for (gradient, moments) in gradients.iter().zip(&self.moments) {
+                for ((_, gradient), moments) in gradients.iter().zip(&self.moments) {
                     update(gradient, &moments.parameter, &moments.exp_avg, &moments.exp_avg_sq);
                 }
             }
@@ -243,29 +225,6 @@ impl Adam {
         }
         Ok(())
     }
-}
-
-/// Whether a matrix's columns are in one piece each, instead of its rows.
-fn lies_turned(tensor: &Tensor) -> bool {
-    tensor.dim() == 2 && !tensor.is_contiguous() && tensor.tr().is_contiguous()
-}
-
-/// Puts tensors one after the other, in the order of their memory; they are parts of what it returns from then on.
-fn joined<'a>(tensors: impl Iterator<Item = &'a mut Tensor>) -> Tensor {
-    tch::no_grad(|| {
-        let tensors: Vec<&mut Tensor> = tensors.collect();
-        let turned = |tensor: &Tensor, turn: bool| if turn { tensor.tr() } else { tensor.shallow_clone() };
-        let rows = tensors.iter().map(|tensor| turned(&tensor.detach(), lies_turned(tensor)).reshape([-1]));
-        let all = Tensor::cat(&rows.collect::<Vec<_>>(), 0);
-        let mut at = 0;
-        for tensor in tensors {
-            let (turn, count) = (lies_turned(tensor), tensor.numel() as i64);
-            let size = turned(&tensor.detach(), turn).size();
-            tensor.set_data(&turned(&all.narrow(0, at, count).view(size.as_slice()), turn));
-            at += count;
-        }
-        all
-    })
 }
 
 #[cfg(test)]
@@ -300,9 +259,9 @@ mod tests {
         fn decode(&self, features: &Tensor) -> Tensor {
             features.shallow_clone()
         }
-        fn decoder(&self) -> Option<Decoder> {
-            let weight = self.decoder.shallow_clone();
-            Some(Decoder { name: "decoder", weight, feature_dim: self.feature_dim })
+        fn decoder(&self) -> Option<Weight> {
+            let tensor = self.decoder.shallow_clone();
+            Some(Weight { name: "decoder", tensor, feature_dim: self.feature_dim })
         }
         fn scale_biases(&mut self, _: f64) {}
     }
@@ -342,26 +301,29 @@ mod tests {
                         };
                         let mut fused = Adam::build(config, named(&one), false);
                         let mut plain = Adam::build(config, named(&other), join);
+                        let (mut fused_gradients, mut plain_gradients) = (fused.gradients(), plain.gradients());
                         for step in 0..4 {
-                            for ((_, one), (_, other)) in one.parameters().into_iter().zip(other.parameters()) {
-                                let gradient = Tensor::randn(one.size(), options);
-                                (one * &gradient).sum(Kind::Float).backward();
-                                (other * &gradient).sum(Kind::Float).backward();
-                            }
+                            let found: Vec<_> = one
+                                .parameters()
+                                .into_iter()
+                                .map(|(name, one)| (name, Tensor::randn(one.size(), options)))
+                                .collect();
+                            let copies = found.iter().map(|(name, gradient)| (*name, gradient.copy())).collect();
+                            fused_gradients.take(found).unwrap();
+                            plain_gradients.take(copies).unwrap();
                             let lr = 0.05 * f64::from(step);
                             let decoder = one.decoder();
                             let done = fused::step(
                                 config,
                                 step as u64 + 1,
                                 &mut fused.moments,
+                                &fused_gradients,
                                 lr,
                                 &constraints,
                                 decoder.as_ref(),
                             );
-                            assert!(matches!(done, Some(Gradients::Finite)), "it does not fit");
-                            plain.step_by_parts(lr, &constraints, other.decoder(), false);
-                            fused.zero_grad();
-                            plain.zero_grad();
+                            assert!(matches!(done, Some(GradientNorm::Finite)), "it does not fit");
+                            plain.step_by_parts(lr, &constraints, other.decoder(), &plain_gradients, false);
                             for (a, b) in fused.moments.iter().zip(&plain.moments) {
                                 // What adds up to nearly nothing is off by the rounding of what was added.
                                 for (a, b, added) in [
@@ -395,13 +357,13 @@ mod tests {
                         feature_dim: 1,
                     };
                     let mut adam = Adam::new(AdamConfig::default(), weights.parameters());
+                    let gradients = adam.gradients();
                     let step = |adam: &mut Adam, bad: Option<f64>| {
-                        for (index, (_, mut parameter)) in weights.parameters().into_iter().enumerate() {
-                            parameter.zero_grad();
-                            parameter.sum(Kind::Float).backward();
+                        for (index, (_, gradient)) in gradients.iter().enumerate() {
+                            let _ = gradient.shallow_clone().fill_(1.0);
                             if let Some(bad) = bad.filter(|_| index == which) {
                                 // `flatten` would copy one that does not lie in one piece.
-                                let mut number = parameter.grad();
+                                let mut number = gradient.shallow_clone();
                                 while number.dim() > 0 {
                                     number = number.get(-1);
                                 }
@@ -410,11 +372,11 @@ mod tests {
                         }
                         let constraints = Constraints { unit_norm_decoder, clip_gradients };
                         match fused {
-                            true => adam.step_within(0.1, &constraints, &weights, true),
-                            false => adam.step_by_parts(0.1, &constraints, weights.decoder(), true),
+                            true => adam.step_within(0.1, &constraints, &weights, &gradients, true),
+                            false => adam.step_by_parts(0.1, &constraints, weights.decoder(), &gradients, true),
                         }
                     };
-                    assert!(matches!(step(&mut adam, None), Gradients::Finite));
+                    assert!(matches!(step(&mut adam, None), GradientNorm::Finite));
                     let copies = || -> Vec<Tensor> {
                         weights.parameters().iter().map(|(_, parameter)| parameter.copy()).collect()
                     };
@@ -422,7 +384,7 @@ mod tests {
                     let found = step(&mut adam, Some(bad));
                     let name = weights.parameters()[which].0;
                     assert!(
-                        matches!(&found, Gradients::NotFinite { name: found, norm } if found == name && !norm.is_finite()),
+                        matches!(&found, GradientNorm::NotFinite { name: found, norm } if found == name && !norm.is_finite()),
                         "{name}, {bad}, fused {fused}: {found:?}"
                     );
                     assert!(adam.state().unwrap() == state && copies() == before, "{name}, {bad}, fused {fused}");
@@ -436,8 +398,9 @@ mod tests {
         // m̂ = g and v̂ = g² after one step, so θ moves by lr · g / (|g| + ε).
         let weight = Tensor::from_slice(&[1.0f32, -2.0, 0.5]).set_requires_grad(true);
         let mut adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
-        (&weight * Tensor::from_slice(&[3.0f32, -4.0, 0.0])).sum(tch::Kind::Float).backward();
-        adam.step(0.1);
+        let mut gradients = adam.gradients();
+        gradients.take(vec![("weight", Tensor::from_slice(&[3.0f32, -4.0, 0.0]))]).unwrap();
+        adam.step(0.1, &gradients);
         let expected = Tensor::from_slice(&[0.9f32, -1.9, 0.5]);
         assert!((weight.detach() - expected).abs().max().double_value(&[]) < 1e-6);
     }
@@ -453,9 +416,9 @@ mod tests {
                     adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
                     adam.restore(&state).unwrap();
                 }
-                adam.zero_grad();
-                (weight.square() * (step + 1)).sum(tch::Kind::Float).backward();
-                adam.step(0.01);
+                let mut gradients = adam.gradients();
+                gradients.backward(&(weight.square() * (step + 1)).sum(tch::Kind::Float)).unwrap();
+                adam.step(0.01, &gradients);
             }
             Vec::<f32>::try_from(weight.detach()).unwrap()
         };
