@@ -30,11 +30,13 @@ pub use crate::sae::{
 };
 pub use crate::sae::{Normalization, NormalizationKind};
 pub use crate::train::Constraints;
+pub use crate::train::analytic::{ByHand, HandPass};
+pub use crate::train::{Objective, Penalty, ResidualError, Seen};
 pub use crate::train::Firing;
 pub use crate::train::Gradients;
 pub use crate::train::{Adam, AdamConfig};
 pub use crate::train::{
-    AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, mean_of_sums, penalizable,
+    AfterStep, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, mean_of_sums, penalizable,
 };
 pub use crate::train::{Modifier, ModifierConfig, ModifierCx, Need};
 pub use crate::train::{ResampleWeight, Resampling};

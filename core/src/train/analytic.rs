@@ -22,9 +22,8 @@
 //! On a GPU there is one tile, of all features, with ReLU done ([`Block`]s hold no number below 0), and libtorch's operations on it: what
 //! lies between products stays in their type, so that half as much goes through its memory.
 //!
-//! What lies between the layers is an [`ActivationFunction`], which the dictionary has; what is asked of the features beside the
-//! reconstruction, a [`Penalty`], which the trainer has. [`step`] puts them together. Trainers of the TopK family use
-//! the parts ([`Hand`]).
+//! What lies between the maps is an [`ActivationFunction`], which the dictionary has; what is minimised is an [`Objective`], which
+//! the trainer has. [`step`] puts them together. Trainers of the TopK family use the parts ([`Hand`]).
 
 use std::cell::{Cell, OnceCell};
 
@@ -33,13 +32,13 @@ use tch::{Kind, Tensor};
 
 use super::gradients::Gradients;
 use super::terms::Terms;
-use super::trainer::{ByHand, HandPass};
+use super::objective::{Objective, Sums, Values};
 use crate::data::Batch;
 use crate::machine::device::{Precision, at_hand};
 use crate::machine::parallel::numbers;
-use crate::sae::{Affine, Selection, Weight};
+use crate::sae::{Affine, Dictionary, Selection, Weight};
 use crate::sae::two_layer::select::{self, Kept, Selector, Tile};
-use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand, Slope};
+use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand};
 
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
@@ -84,48 +83,39 @@ fn lacking(count: i64) -> i64 {
     (-count).rem_euclid(ROUND)
 }
 
-/// What is asked of features beside the reconstruction. It calculates with operations on tensors, since blocks may lie on a GPU,
-/// where activations are of the type of the products, and those that it is given the step's own: it does not change them.
-pub trait Penalty {
-    /// Sees the activations that it falls on, of one block after the other, as z.
-    fn see(&mut self, block: &Block, penalized: &Tensor);
-
-    /// Adds its terms, when all were seen.
-    fn terms(&mut self, terms: &mut Terms) -> Result<()>;
-
-    /// Its derivative, weight included, by these activations.
-    fn slope(&self, block: &Block, penalized: &dyn Fn() -> Tensor) -> Slope;
+/// What a step by hand starts from.
+pub struct HandPass<'a> {
+    /// Step, counted from 0.
+    pub step: u64,
+    /// What the dictionary reads and what it is to reconstruct.
+    pub batch: &'a Batch,
+    /// The dictionary.
+    pub dictionary: &'a dyn Dictionary,
+    /// The last step's gradients, whose memory the gradients of this step may be written to.
+    pub gradients: &'a Gradients,
+    /// Whether the figures of this step will be logged.
+    pub logging: bool,
 }
 
-/// λ times the mean of the sums of activations.
-#[derive(Debug)]
-pub struct L1 {
-    weight: f64,
-    rows: i64,
-    sum: Tensor,
-}
-
-impl L1 {
-    /// λ, for this batch.
-    pub fn new(weight: f64, batch: &Batch) -> Self {
-        let rows = batch.len();
-        L1 { weight, rows, sum: Tensor::zeros([rows], (Kind::Float, batch.x.device())) }
+impl HandPass<'_> {
+    /// A parameter of the dictionary, without its history.
+    pub fn parameter(&self, name: &str) -> Result<Tensor> {
+        let found = self.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
+        found
+            .map(|(_, parameter)| parameter.detach())
+            .ok_or_else(|| anyhow::anyhow!("the class {} has no parameter `{name}`", self.dictionary.class()))
     }
 }
 
-impl Penalty for L1 {
-    fn see(&mut self, block: &Block, penalized: &Tensor) {
-        self.sum += block.sum_by_row(penalized);
-    }
-
-    fn terms(&mut self, terms: &mut Terms) -> Result<()> {
-        terms.add_sparsity("sparsity_loss", self.sum.mean(Kind::Float), self.weight);
-        Ok(())
-    }
-
-    fn slope(&self, _: &Block, _: &dyn Fn() -> Tensor) -> Slope {
-        Slope::Same(self.weight / self.rows as f64)
-    }
+/// What a step by hand found.
+pub struct ByHand {
+    /// For how many activations of the batch each feature fired, `[F]`; needed if the step is logged.
+    pub fired: Option<Tensor>,
+    /// How far the reconstruction is off, x̂ − target, [B, d_out]; needed if the step is logged.
+    pub error: Option<Tensor>,
+    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of
+    /// [`HandPass::gradients`], which the next step writes over.
+    pub gradients: Vec<(&'static str, Tensor)>,
 }
 
 /// The parts of a step by hand: weights, what is encoded, and gradients as they are found.
@@ -430,21 +420,10 @@ pub fn mean_square(rows: &Tensor) -> Tensor {
     rows.norm_scalaropt_dim(2.0, [-1], false).square().mean(Kind::Float)
 }
 
-/// How far a reconstruction is off: adds its terms, given the error x̂ − target [B, d], and gives the derivative by x̂.
-pub type Reconstruction<'a> = &'a dyn Fn(&Tensor, &mut Terms) -> Tensor;
-
-/// ‖x − x̂‖², under a name in the log.
-pub fn squared_error(name: &'static str) -> impl Fn(&Tensor, &mut Terms) -> Tensor {
-    move |error, terms| {
-        terms.add_reconstruction(name, mean_square(error));
-        error * (2.0 / error.size()[0] as f64)
-    }
-}
-
-/// A step of a dictionary that a penalty keeps sparse, if it has two layers: terms and gradients of
+/// An analytic step of an objective, if the dictionary is two affine maps: terms and gradients of
 ///
 /// ```text
-/// L = reconstruction(x̂) + penalty + the activation's auxiliary loss
+/// L = error(x̂) + penalty + the activation function's auxiliary loss
 /// ```
 ///
 /// `count` if it is asked which features fired.
@@ -452,10 +431,9 @@ pub fn step(
     pass: &HandPass,
     terms: &mut Terms,
     activation: &mut dyn ActivationFunction,
-    reconstruction: Reconstruction,
-    penalty: &mut dyn Penalty,
+    objective: &Objective,
     count: bool,
-) -> Result<Option<ByHand>> {
+) -> Result<Option<(ByHand, Values)>> {
     let on_gpu = !at_hand(pass.batch.x.device());
     if on_gpu && !activation.on_gpu() {
         return Ok(None);
@@ -469,11 +447,15 @@ pub fn step(
     let mut error = hand.begin(pass.batch);
     let mut auxiliary = activation.auxiliary().then(|| error.copy());
     let mut fired = (count || pass.logging).then(|| hand.by_z.zeros_like());
+    let mut penalty = Sums::new(&objective.penalty, &error);
+    let mut watched = objective.watched.as_ref().map(|watched| Sums::new(watched, &error));
     for block in &blocks {
         let features = activation.features(block);
         hand.decode(block, &features, &mut error);
         let penalized = activation.penalized(block);
-        penalty.see(block, penalized.as_ref().unwrap_or(&features));
+        for penalty in std::iter::once(&mut penalty).chain(&mut watched) {
+            penalty.see(block, penalized.as_ref().unwrap_or(&features));
+        }
         if let (Some(auxiliary), Some(penalized)) = (&mut auxiliary, &penalized) {
             hand.decode(block, penalized, auxiliary);
         }
@@ -485,8 +467,10 @@ pub fn step(
             block.add_sums(&count, fired);
         }
     }
-    let by_x_hat = reconstruction(&error, terms);
-    penalty.terms(terms)?;
+    objective.add_error(&error, pass.logging, terms);
+    let by_x_hat = objective.derivative(&error);
+    let values = objective.add_penalty(penalty.value(), watched.as_ref().map(Sums::value), terms);
+    penalty.differentiate();
     let by_auxiliary = auxiliary.map(|error| {
         terms.add("aux_loss", mean_square(&error), 1.0);
         hand.operand(&(error * (2.0 / pass.batch.len() as f64)))
@@ -509,5 +493,5 @@ pub fn step(
     }
     let mut gradients = hand.gradients(by_sum);
     gradients.extend(activation.gradients());
-    Ok(Some(ByHand { fired, error, gradients }))
+    Ok(Some((ByHand { fired, error, gradients }, values)))
 }

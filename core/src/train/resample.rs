@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::firing::Firing;
-use super::trainer::{AfterStep, ByHand};
+use super::trainer::AfterStep;
 use crate::error::InputError;
 use crate::files::state::State;
 use crate::sae::{Dictionary, Encoder};
@@ -76,14 +76,9 @@ impl Resampling {
         self
     }
 
-    /// Sees the features of a batch, [B, F]. Which of them fired is counted by [`Resampling::after_step`].
-    pub fn see(&mut self, features: &Tensor) {
-        self.next = Some(self.firing.after(&features.detach().not_equal(0.0).any_dim(0, false), 1));
-    }
-
-    /// The same of a step by hand.
-    pub fn see_by_hand(&mut self, found: &ByHand) {
-        self.next = found.fired.as_ref().map(|fired| self.firing.after(&fired.gt(0.0), 1));
+    /// Sees which features of a batch fired, bool `[F]`; [`Resampling::after_step`] counts them.
+    pub fn see(&mut self, fired: &Tensor) {
+        self.next = Some(self.firing.after(fired, 1));
     }
 
     /// Counts the features that fired in the step.

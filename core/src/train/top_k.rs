@@ -14,13 +14,12 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
-use super::analytic::{Hand, mean_square, sum_of_rows};
+use super::analytic::{ByHand, Hand, HandPass, mean_square, sum_of_rows};
 use super::constraint::Constraints;
 use super::firing::Firing;
-use super::optim::AdamConfig;
 use super::schedule::Schedule;
 use super::terms::{Terms, mean_of_sums, number};
-use super::trainer::{AfterStep, ByHand, HandPass, Pass, Trainer, TrainerCx};
+use super::trainer::{AfterStep, Pass, Trainer, TrainerCx};
 use crate::data::Batch;
 use crate::error::{InputError, Mistakes};
 use crate::files::state::State;
@@ -66,7 +65,6 @@ pub struct Prefixes {
 /// gradients are clipped to norm 1.
 pub struct TopKTrainer {
     settings: TopKSettings,
-    lr: f64,
     schedule: Schedule,
     /// The k that annealing ends at.
     k: i64,
@@ -107,6 +105,7 @@ impl TopKTrainer {
         let dims = cx.dictionary.dims();
         let mut mistakes = Mistakes::new();
         let schedule = Schedule {
+            lr: settings.lr.unwrap_or_else(|| 2e-4 / (dims.features as f64 / 16384.0).sqrt()),
             steps: cx.steps,
             warmup_steps: settings.warmup_steps,
             decay_start: settings.decay_start,
@@ -145,7 +144,6 @@ impl TopKTrainer {
             );
         }
         Ok(TopKTrainer {
-            lr: settings.lr.unwrap_or_else(|| 2e-4 / (dims.features as f64 / 16384.0).sqrt()),
             schedule,
             k: selection.k(),
             // Half the activations' width, a heuristic of the paper's.
@@ -246,20 +244,12 @@ impl TopKTrainer {
 }
 
 impl Trainer for TopKTrainer {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn settings(&self, settings: &mut Map<String, Value>) {
-        settings.insert("lr".to_owned(), self.lr.into());
+        settings.insert("lr".to_owned(), self.schedule.lr.into());
         settings.insert("top_k_aux".to_owned(), self.top_k_aux.into());
         settings.extend(self.added.clone());
     }

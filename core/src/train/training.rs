@@ -22,7 +22,8 @@ use crate::train::modifier::{Modifier, ModifierCx};
 use crate::train::gradients::Gradients;
 use crate::train::optim::{Adam, GradientNorm};
 use crate::train::terms::{Terms, float};
-use crate::train::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
+use crate::train::analytic::HandPass;
+use crate::train::trainer::{AfterStep, Pass, Trainer, TrainerCx};
 use crate::train::watch::Watch;
 
 /// What a dictionary in training is built for.
@@ -248,7 +249,7 @@ impl Training {
 
     /// The optimiser's step within the trainer's constraints, if the gradients are finite.
     fn optimize(&mut self, step: u64) -> Result<()> {
-        let (lr, constraints, looks) = (self.trainer.lr(step), self.trainer.constraints(), self.looks());
+        let (lr, constraints, looks) = (self.trainer.schedule().lr(step), self.trainer.constraints(), self.looks());
         match self.optimizer.step_within(lr, &constraints, &*self.dictionary, &self.gradients, looks) {
             GradientNorm::Finite => Ok(()),
             GradientNorm::Unread(norm) => self.norm_watch.see(step, [("", &norm)]),
@@ -385,7 +386,7 @@ impl Training {
             let explained = 1.0 - variance(&figures.residual) / variance(&batch.target);
             row.insert("frac_variance_explained".to_owned(), float(explained as f32));
             self.trainer.log(&mut row);
-            row.insert("lr".to_owned(), self.trainer.lr(step).into());
+            row.insert("lr".to_owned(), self.trainer.schedule().lr(step).into());
             row
         })
     }

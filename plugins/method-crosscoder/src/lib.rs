@@ -276,7 +276,7 @@ impl TrainerConfig for CrosscoderTrainerConfig {
             bail!(not_a_crosscoder(Self::NAME, cx.dictionary));
         }
         penalizable(cx.dictionary, Self::NAME)?;
-        Ok(Box::new(CrosscoderTrainer { lr: self.lr, l1_penalty: self.l1_penalty, schedule }))
+        Ok(Box::new(CrosscoderTrainer { l1_penalty: self.l1_penalty, schedule }))
     }
 
     fn class(&self) -> &'static str {
@@ -293,22 +293,13 @@ fn not_a_crosscoder(trainer: &str, dictionary: &dyn Dictionary) -> InputError {
 }
 
 struct CrosscoderTrainer {
-    lr: f64,
     l1_penalty: f64,
     schedule: Schedule,
 }
 
 impl Trainer for CrosscoderTrainer {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
@@ -321,9 +312,8 @@ impl Trainer for CrosscoderTrainer {
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let Some(crosscoder) = pass.dictionary.downcast::<Crosscoder>() else { bail!("not a crosscoder") };
-        terms.add_reconstruction("mse_loss", mean_of_sums(&crosscoder.residual(pass).square()));
-        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
+        let penalty = Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(pass.step));
+        Objective::squared_error(penalty).add(&crosscoder.residual(pass), pass.code.penalized(), pass.logging, terms);
         Ok(())
     }
 }

@@ -20,8 +20,6 @@
 //! Where this differs from the reference: nothing.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::train::analytic;
-use dictlearn_core::train::analytic::{L1, squared_error};
 
 /// The gated autoencoder.
 #[component(
@@ -257,8 +255,7 @@ impl TrainerConfig for GatedConfig {
                 ))
             );
         }
-        let schedule = self.schedule(cx).check()?;
-        Ok(Box::new(GatedTrainer { lr: self.lr, l1_penalty: self.l1_penalty, schedule }))
+        Ok(Box::new(GatedTrainer { l1_penalty: self.l1_penalty, schedule: self.schedule(cx).check()? }))
     }
 
     fn class(&self) -> &'static str {
@@ -268,7 +265,6 @@ impl TrainerConfig for GatedConfig {
 
 /// The reference's `GatedSAETrainer`.
 struct GatedTrainer {
-    lr: f64,
     l1_penalty: f64,
     schedule: Schedule,
 }
@@ -279,33 +275,16 @@ impl Trainer for GatedTrainer {
         AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() }
     }
 
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
-    }
-
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(Between::Elementwise(mut activation)) = pass.dictionary.between() else { return Ok(None) };
-        let mut penalty = L1::new(self.l1_penalty * self.schedule.sparsity_factor(pass.step), pass.batch);
-        analytic::step(pass, terms, &mut *activation, &squared_error("mse_loss"), &mut penalty, false)
-    }
-
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
-        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
-        Ok(())
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        Some(Objective::squared_error(Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(step))))
     }
 }
 

@@ -27,8 +27,6 @@
 
 use dictlearn_core::formats::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
-use dictlearn_core::train::analytic;
-use dictlearn_core::train::analytic::{Penalty, squared_error};
 
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
 
@@ -216,37 +214,6 @@ impl ActivationFunction for StraightThrough {
     }
 }
 
-/// λ (L0/L0* − 1)².
-struct Target {
-    weight: f64,
-    target_l0: f64,
-    /// Active features of each row.
-    active: Tensor,
-}
-
-impl Target {
-    /// L0/L0* − 1.
-    fn off(&self) -> Tensor {
-        self.active.mean(Kind::Float) / self.target_l0 - 1.0
-    }
-}
-
-impl Penalty for Target {
-    fn see(&mut self, block: &Block, active: &Tensor) {
-        self.active += block.sum_by_row(active);
-    }
-
-    fn terms(&mut self, terms: &mut Terms) -> Result<()> {
-        terms.add_sparsity("sparsity_loss", self.off().square(), self.weight);
-        Ok(())
-    }
-
-    fn slope(&self, _: &Block, _: &dyn Fn() -> Tensor) -> Slope {
-        let off = self.off().double_value(&[]);
-        Slope::Same(off * 2.0 * self.weight / (self.target_l0 * self.active.numel() as f64))
-    }
-}
-
 /// What the estimator of L0's gradient looks at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -324,7 +291,6 @@ impl TrainerConfig for JumpReluConfig {
         mistakes.keep(schedule.check())?;
         mistakes.into_result()?;
         Ok(Box::new(JumpReluTrainer {
-            lr: self.lr,
             bandwidth: self.bandwidth,
             sparsity_penalty: self.sparsity_penalty,
             target_l0: self.target_l0,
@@ -343,7 +309,6 @@ impl TrainerConfig for JumpReluConfig {
 
 /// The reference's `JumpReluTrainer`.
 struct JumpReluTrainer {
-    lr: f64,
     bandwidth: f64,
     sparsity_penalty: f64,
     target_l0: f64,
@@ -361,12 +326,8 @@ impl Trainer for JumpReluTrainer {
         AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() }
     }
 
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
@@ -382,48 +343,36 @@ impl Trainer for JumpReluTrainer {
         code
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
+    /// A penalty falls on which features are active.
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        let penalty = Penalty::l1(self.sparsity_penalty * self.schedule.sparsity_factor(step));
+        Some(Objective::squared_error(penalty.of_mean(|l0| (l0 / self.target_l0 - 1.0).square())))
     }
 
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(dictionary) = pass.dictionary.downcast::<JumpRelu>() else { return Ok(None) };
-        let threshold = dictionary.threshold.detach();
-        let mut activation = StraightThrough {
-            by_threshold: threshold.zeros_like(),
-            jump: Jump { threshold },
-            bandwidth: self.bandwidth,
-            ste_on: self.ste_on,
-        };
-        let mut penalty = Target {
-            weight: self.sparsity_penalty * self.schedule.sparsity_factor(pass.step),
-            target_l0: self.target_l0,
-            active: Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device())),
-        };
-        let found = analytic::step(pass, terms, &mut activation, &squared_error("mse_loss"), &mut penalty, true)?;
-        if let Some(fired) = found.as_ref().and_then(|found| found.fired.as_ref()) {
-            self.next = Some(self.fired.after(&fired.gt(0.0), pass.batch.len()));
-        }
-        Ok(found)
-    }
-
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+    fn penalized(&self, pass: &Pass) -> Result<Tensor> {
         let Some(dictionary) = pass.dictionary.downcast::<JumpRelu>() else { bail!("not a JumpReLU dictionary") };
         let features = pass.code.features.detach();
-        self.next = Some(self.fired.after(&features.gt(0.0).any_dim(0, false), pass.batch.len()));
-
-        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
         let seen = match self.ste_on {
             SteOn::PostJump => &features,
             SteOn::PreActivation => pass.code.extra("pre_activations")?,
         };
         let one = Tensor::ones([0_i64; 0], (features.kind(), features.device()));
-        let active =
-            features.gt_tensor(&dictionary.threshold) + dictionary.straight_through(seen, &one, self.bandwidth);
-        let l0 = mean_of_sums(&active);
-        let penalty = self.sparsity_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add_sparsity("sparsity_loss", (l0 / self.target_l0 - 1.0).square(), penalty);
-        Ok(())
+        Ok(features.gt_tensor(&dictionary.threshold) + dictionary.straight_through(seen, &one, self.bandwidth))
+    }
+
+    fn activation_function<'a>(&self, dictionary: &'a dyn Dictionary) -> Option<Box<dyn ActivationFunction + 'a>> {
+        let threshold = dictionary.downcast::<JumpRelu>()?.threshold.detach();
+        let by_threshold = threshold.zeros_like();
+        let (bandwidth, ste_on) = (self.bandwidth, self.ste_on);
+        Some(Box::new(StraightThrough { jump: Jump { threshold }, bandwidth, ste_on, by_threshold }))
+    }
+
+    fn counts_firing(&self) -> bool {
+        true
+    }
+
+    fn see(&mut self, seen: Seen, _: &mut Terms) {
+        self.next = seen.fired.map(|fired| self.fired.after(&fired, seen.rows));
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {

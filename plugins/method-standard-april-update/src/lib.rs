@@ -76,6 +76,12 @@ impl Dictionary for AutoEncoderNew {
         self.affine.pre_activations(x).relu()
     }
 
+    /// In one product with the bias.
+    fn decode(&self, features: &Tensor) -> Tensor {
+        let decoder = self.affine.decoder().columns();
+        self.affine.precision().linear(features, &decoder, Some(self.affine.bias().1))
+    }
+
     fn fold_norms(&mut self) -> bool {
         self.affine.fold_norms();
         true
@@ -137,7 +143,7 @@ impl TrainerConfig for AprilUpdateConfig {
             )));
         }
         let schedule = self.schedule(cx).check()?;
-        Ok(Box::new(AprilUpdate { lr: self.lr, l1_penalty: self.l1_penalty, schedule, norm_weight: self.norm_weight }))
+        Ok(Box::new(AprilUpdate { l1_penalty: self.l1_penalty, schedule, norm_weight: self.norm_weight }))
     }
 
     fn class(&self) -> &'static str {
@@ -147,23 +153,14 @@ impl TrainerConfig for AprilUpdateConfig {
 
 /// The reference's `StandardTrainerAprilUpdate`.
 struct AprilUpdate {
-    lr: f64,
     l1_penalty: f64,
     schedule: Schedule,
     norm_weight: NormWeight,
 }
 
 impl Trainer for AprilUpdate {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
@@ -175,21 +172,16 @@ impl Trainer for AprilUpdate {
     }
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        let residual = pass.residual();
-        if pass.logging {
-            let norms = residual.detach().norm_scalaropt_dim(2.0, [-1], false);
-            terms.log("residual_norm", norms.mean(norms.kind()));
-        }
-        terms.add_reconstruction("mse_loss", mean_of_sums(&residual.square()));
         let activations = match self.norm_weight {
             NormWeight::Reference => pass.code.penalized(),
             NormWeight::Paper => &pass.code.features,
         };
-        let l1 = match pass.dictionary.decoder() {
-            Some(decoder) => mean_of_sums(&(activations * decoder.norms())),
-            None => mean_of_sums(activations),
+        let weighted = match pass.dictionary.decoder() {
+            Some(decoder) => activations * decoder.norms(),
+            None => activations.shallow_clone(),
         };
-        terms.add_sparsity("sparsity_loss", l1, self.l1_penalty * self.schedule.sparsity_factor(pass.step));
+        let penalty = Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(pass.step));
+        Objective::squared_error(penalty).log_other_error().add(&pass.residual(), &weighted, pass.logging, terms);
         Ok(())
     }
 }

@@ -18,8 +18,6 @@
 
 use dictlearn_core::formats::{Activation, AffineClass};
 use dictlearn_core::prelude::*;
-use dictlearn_core::train::analytic;
-use dictlearn_core::train::analytic::L1;
 
 /// The ReLU autoencoder.
 #[component(
@@ -102,24 +100,12 @@ impl Dictionary for AutoEncoder {
 pub struct StandardConfig {
     /// What is minimised of the residual: its squared norm (`mse`), or its norm (`l2_norm`), as in the reference of
     /// spring 2024.
-    #[default(Reconstruction::Mse)]
-    pub reconstruction: Reconstruction,
+    #[default(ResidualError::Mse)]
+    pub reconstruction: ResidualError,
     /// Weight λ of the L1 penalty.
     #[default(1e-1)]
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
-}
-
-/// What is minimised of the residual.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-#[schemars(inline)]
-pub enum Reconstruction {
-    /// ‖x − x̂‖², the sum of squares.
-    #[default]
-    Mse,
-    /// ‖x − x̂‖.
-    L2Norm,
 }
 
 impl TrainerConfig for StandardConfig {
@@ -128,8 +114,7 @@ impl TrainerConfig for StandardConfig {
         penalizable(cx.dictionary, Self::NAME)?;
         let resampling = Resampling::new(self.resample_steps, self.resample_weight, cx.dictionary)?;
         Ok(Box::new(Standard {
-            lr: self.lr,
-            reconstruction: self.reconstruction,
+            error: self.reconstruction,
             l1_penalty: self.l1_penalty,
             schedule,
             resampling: resampling.map(Resampling::at_multiples),
@@ -143,88 +128,38 @@ impl TrainerConfig for StandardConfig {
 
 /// The reference's `StandardTrainer`.
 struct Standard {
-    lr: f64,
-    reconstruction: Reconstruction,
+    error: ResidualError,
     l1_penalty: f64,
     schedule: Schedule,
     resampling: Option<Resampling>,
 }
 
-impl Standard {
-    /// What is minimised of the residual [B, d], and if the step is logged the other.
-    fn reconstruction_terms(&self, residual: &Tensor, logging: bool, terms: &mut Terms) {
-        let norm = |residual: &Tensor| residual.norm_scalaropt_dim(2.0, [-1], false).mean(residual.kind());
-        let squared = |residual: &Tensor| mean_of_sums(&residual.square());
-        match self.reconstruction {
-            Reconstruction::Mse => terms.add_reconstruction("mse_loss", squared(residual)),
-            Reconstruction::L2Norm => terms.add_reconstruction("residual_norm", norm(residual)),
-        }
-        if logging {
-            let residual = residual.detach();
-            match self.reconstruction {
-                Reconstruction::Mse => terms.log("residual_norm", norm(&residual)),
-                Reconstruction::L2Norm => terms.log("mse_loss", squared(&residual)),
-            }
-        }
-    }
-}
-
 impl Trainer for Standard {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        let penalty = Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(step));
+        Some(Objective::new(self.error, penalty).log_other_error())
     }
 
     fn resamples(&self) -> bool {
         self.resampling.is_some()
     }
 
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(Between::Elementwise(mut activation)) = pass.dictionary.between() else { return Ok(None) };
-        let reconstruction = |error: &Tensor, terms: &mut Terms| {
-            self.reconstruction_terms(error, pass.logging, terms);
-            let count = pass.batch.len() as f64;
-            match self.reconstruction {
-                Reconstruction::Mse => error * (2.0 / count),
-                Reconstruction::L2Norm => {
-                    let norms = error.norm_scalaropt_dim(2.0, [-1], true);
-                    // Where nothing is left, no direction is better than another.
-                    (error / &norms).masked_fill(&norms.le(0.0), 0.0) / count
-                }
-            }
-        };
-        let mut penalty = L1::new(self.l1_penalty * self.schedule.sparsity_factor(pass.step), pass.batch);
-        let count = self.resampling.is_some();
-        let found = analytic::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
-        if let Some((resampling, found)) = self.resampling.as_mut().zip(found.as_ref()) {
-            resampling.see_by_hand(found);
-        }
-        Ok(found)
+    fn counts_firing(&self) -> bool {
+        self.resampling.is_some()
     }
 
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        self.reconstruction_terms(&pass.residual(), pass.logging, terms);
-        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add_sparsity("sparsity_loss", mean_of_sums(&pass.code.penalized().abs()), penalty);
-        if let Some(resampling) = &mut self.resampling {
-            resampling.see(&pass.code.features);
+    fn see(&mut self, seen: Seen, _: &mut Terms) {
+        if let Some((resampling, fired)) = self.resampling.as_mut().zip(seen.fired) {
+            resampling.see(&fired);
         }
-        Ok(())
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
