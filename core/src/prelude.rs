@@ -30,7 +30,7 @@ pub use crate::sae::{
 };
 pub use crate::sae::{Normalization, NormalizationKind};
 pub use crate::train::Constraints;
-pub use crate::train::analytic::{ByHand, HandPass};
+pub use crate::train::analytic::{AnalyticStep, AnalyticPass};
 pub use crate::train::{Objective, Penalty, ResidualError, Seen};
 pub use crate::train::Firing;
 pub use crate::train::Gradients;

@@ -353,7 +353,7 @@ impl Run {
         for (site, batch) in activations.sites.iter().enumerate() {
             let tensors = [("x", &batch.x), ("target", &batch.target)];
             let tensors = if batch.is_autoencoding() { &tensors[..1] } else { &tensors };
-            if !skips && !device::at_hand(batch.x.device()) {
+            if !skips && !device::on_host(batch.x.device()) {
                 // The sum of finite numbers is finite, unless they are far larger than any activation.
                 let sums: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor.sum(Kind::Float))).collect();
                 self.watches[site].see(step, sums.iter().map(|(name, sum)| (*name, sum)))?;
@@ -1067,7 +1067,7 @@ pub fn plan(config: &mut RunConfig) -> Result<String> {
     }
     for sae in &mut run.saes {
         let steps = match sae.training.why_autograd()? {
-            None => "gradients by hand".to_owned(),
+            None => "analytic gradients".to_owned(),
             Some(why) => format!("gradients by autograd ({why})"),
         };
         let dictionary = &sae.training.dictionary;

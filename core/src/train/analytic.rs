@@ -1,4 +1,4 @@
-//! A training step by hand for dictionaries of two layers.
+//! The analytic training step for dictionaries of two affine maps.
 //!
 //! Nearly all dictionaries are two affine maps with something between them that looks at one number at a time:
 //!
@@ -23,7 +23,7 @@
 //! lies between products stays in their type, so that half as much goes through its memory.
 //!
 //! What lies between the maps is an [`ActivationFunction`], which the dictionary has; what is minimised is an [`Objective`], which
-//! the trainer has. [`step`] puts them together. Trainers of the TopK family use the parts ([`Hand`]).
+//! the trainer has. [`step`] puts them together. Trainers of the TopK family use the parts ([`AnalyticParts`]).
 
 use std::cell::{Cell, OnceCell};
 
@@ -34,7 +34,7 @@ use super::gradients::Gradients;
 use super::terms::Terms;
 use super::objective::{Objective, Sums, Values};
 use crate::data::Batch;
-use crate::machine::device::{Precision, at_hand};
+use crate::machine::device::{Precision, on_host};
 use crate::machine::parallel::numbers;
 use crate::sae::{Affine, Dictionary, Selection, Weight};
 use crate::sae::two_layer::select::{self, Kept, Selector, Tile};
@@ -83,8 +83,8 @@ fn lacking(count: i64) -> i64 {
     (-count).rem_euclid(ROUND)
 }
 
-/// What a step by hand starts from.
-pub struct HandPass<'a> {
+/// What an analytic step starts from.
+pub struct AnalyticPass<'a> {
     /// Step, counted from 0.
     pub step: u64,
     /// What the dictionary reads and what it is to reconstruct.
@@ -97,7 +97,7 @@ pub struct HandPass<'a> {
     pub logging: bool,
 }
 
-impl HandPass<'_> {
+impl AnalyticPass<'_> {
     /// A parameter of the dictionary, without its history.
     pub fn parameter(&self, name: &str) -> Result<Tensor> {
         let found = self.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
@@ -107,19 +107,19 @@ impl HandPass<'_> {
     }
 }
 
-/// What a step by hand found.
-pub struct ByHand {
+/// What an analytic step found.
+pub struct AnalyticStep {
     /// For how many activations of the batch each feature fired, `[F]`; needed if the step is logged.
     pub fired: Option<Tensor>,
     /// How far the reconstruction is off, x̂ − target, [B, d_out]; needed if the step is logged.
     pub error: Option<Tensor>,
     /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of
-    /// [`HandPass::gradients`], which the next step writes over.
+    /// [`AnalyticPass::gradients`], which the next step writes over.
     pub gradients: Vec<(&'static str, Tensor)>,
 }
 
-/// The parts of a step by hand: weights, what is encoded, and gradients as they are found.
-pub struct Hand<'a> {
+/// The parts of an analytic step: weights, what is encoded, and gradients as they are found.
+pub struct AnalyticParts<'a> {
     affine: &'a Affine,
     precision: Precision,
     /// x or x − b, [B, d].
@@ -135,9 +135,9 @@ pub struct Hand<'a> {
     lists: bool,
 }
 
-impl<'a> Hand<'a> {
+impl<'a> AnalyticParts<'a> {
     /// For a batch, if the dictionary is two affine maps in float32. Gradients are written to the memory of the last step's.
-    pub fn new(pass: &'a HandPass) -> Option<Self> {
+    pub fn new(pass: &'a AnalyticPass) -> Option<Self> {
         let (affine, batch) = (pass.dictionary.affine()?, pass.batch);
         let precision = affine.precision();
         let (encoder, decoder) = (affine.encoder(), affine.decoder());
@@ -146,8 +146,8 @@ impl<'a> Hand<'a> {
         if [&x, &w_enc, &w_dec].iter().any(|matrix| matrix.kind() != Kind::Float) {
             return None;
         }
-        let lists = at_hand(x.device()) && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
-        Some(Hand {
+        let lists = on_host(x.device()) && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
+        Some(AnalyticParts {
             by_w_enc: room(&encoder, pass.gradients),
             by_z: Tensor::zeros([w_enc.size()[0]], (Kind::Float, x.device())),
             by_w_dec: room(&decoder, pass.gradients),
@@ -228,7 +228,7 @@ impl<'a> Hand<'a> {
     }
 
     /// The pre-activations that a dictionary of the TopK family selects in training, and perhaps some that are not above
-    /// 0: no features either. With them, where they are at hand, the selected features' indices, those at 0 too, int64.
+    /// 0: no features either. With them, where they are known, the selected features' indices, those at 0 too, int64.
     pub fn select(&mut self, selection: &Selection) -> (Block, Option<Tensor>) {
         let rows = self.x.exact().size()[0];
         let k = selection.k();
@@ -350,13 +350,13 @@ impl<'a> Hand<'a> {
         block.sum_by_feature(by_z, &mut self.by_z);
     }
 
-    /// The same step for some features alone, `[n]` int64; its gradients are added by [`Hand::add`]. Their number is rounded up by
+    /// The same step for some features alone, `[n]` int64; its gradients are added by [`AnalyticParts::add`]. Their number is rounded up by
     /// features without weights, which are never above 0.
-    pub fn of_features(&self, features: &Tensor) -> Hand<'a> {
+    pub fn of_features(&self, features: &Tensor) -> AnalyticParts<'a> {
         let lacking = lacking(features.size()[0]);
         let count = features.size()[0] + lacking;
         let like = |tensor: &Tensor| Tensor::empty([count, tensor.size()[1]], (Kind::Float, tensor.device()));
-        Hand {
+        AnalyticParts {
             affine: self.affine,
             precision: self.precision,
             x: Operand {
@@ -375,7 +375,7 @@ impl<'a> Hand<'a> {
     }
 
     /// Adds the gradients of a step for some features alone.
-    pub fn add(&mut self, features: &Tensor, part: &Hand) {
+    pub fn add(&mut self, features: &Tensor, part: &AnalyticParts) {
         let own = |of_part: &Tensor| of_part.narrow(0, 0, features.size()[0]);
         let _ = self.by_w_enc.index_add_(0, features, &own(&part.by_w_enc));
         let _ = self.by_z.index_add_(0, features, &own(&part.by_z));
@@ -428,17 +428,17 @@ pub fn mean_square(rows: &Tensor) -> Tensor {
 ///
 /// `count` if it is asked which features fired.
 pub fn step(
-    pass: &HandPass,
+    pass: &AnalyticPass,
     terms: &mut Terms,
     activation: &mut dyn ActivationFunction,
     objective: &Objective,
     count: bool,
-) -> Result<Option<(ByHand, Values)>> {
-    let on_gpu = !at_hand(pass.batch.x.device());
+) -> Result<Option<(AnalyticStep, Values)>> {
+    let on_gpu = !on_host(pass.batch.x.device());
     if on_gpu && !activation.on_gpu() {
         return Ok(None);
     }
-    let Some(mut hand) = Hand::new(pass) else { return Ok(None) };
+    let Some(mut hand) = AnalyticParts::new(pass) else { return Ok(None) };
     let blocks = if on_gpu {
         vec![Block::dense(hand.whole(), 0, hand.precision)]
     } else {
@@ -493,5 +493,5 @@ pub fn step(
     }
     let mut gradients = hand.gradients(by_sum);
     gradients.extend(activation.gradients());
-    Ok(Some((ByHand { fired, error, gradients }, values)))
+    Ok(Some((AnalyticStep { fired, error, gradients }, values)))
 }

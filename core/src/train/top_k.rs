@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
-use super::analytic::{ByHand, Hand, HandPass, mean_square, sum_of_rows};
+use super::analytic::{AnalyticStep, AnalyticParts, AnalyticPass, mean_square, sum_of_rows};
 use super::constraint::Constraints;
 use super::firing::Firing;
 use super::schedule::Schedule;
@@ -52,7 +52,7 @@ pub struct Prefixes {
     pub ends: Vec<i64>,
     /// The weight of each one's squared error; the loss is their mean.
     pub weights: Vec<f64>,
-    /// What each leaves to reconstruct, [B, d]. By hand it is the difference, so where it is another a dictionary must not
+    /// What each leaves to reconstruct, [B, d]. In an analytic step it is the difference, so where it is another a dictionary must not
     /// say that it has two layers.
     pub residuals: fn(&Pass) -> Result<Vec<Tensor>>,
 }
@@ -221,13 +221,13 @@ impl TopKTrainer {
         Ok(self.over_variance(residual, &off).0)
     }
 
-    /// The same by hand, of the error x̂ − x = −e: the loss, and a step for the dead features alone, if there are any.
-    fn auxk_by_hand<'a>(
+    /// The analytic version, of the error x̂ − x = −e: the loss, and a step for the dead features alone, if there are any.
+    fn auxk_analytic<'a>(
         &mut self,
-        hand: &Hand<'a>,
+        hand: &AnalyticParts<'a>,
         fired: &mut Firing,
         error: &Tensor,
-    ) -> (Tensor, Option<(Tensor, Hand<'a>)>) {
+    ) -> (Tensor, Option<(Tensor, AnalyticParts<'a>)>) {
         let Some(dead) = fired.silent_indices(self.settings.dead_feature_threshold) else {
             return (Tensor::zeros([0_i64; 0], (error.kind(), error.device())), None);
         };
@@ -287,9 +287,9 @@ impl Trainer for TopKTrainer {
         Ok(())
     }
 
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+    fn analytic(&mut self, pass: &AnalyticPass, terms: &mut Terms) -> Result<Option<AnalyticStep>> {
         let Some(Between::Selection(selection)) = pass.dictionary.between() else { return Ok(None) };
-        let Some(mut hand) = Hand::new(pass) else { return Ok(None) };
+        let Some(mut hand) = AnalyticParts::new(pass) else { return Ok(None) };
         let (block, indices) = hand.select(selection);
         let smallest = self.selected(pass.step, selection, || {
             let smallest = ranks::gather_rows(&block.smallest_positive());
@@ -313,7 +313,7 @@ impl Trainer for TopKTrainer {
         self.reconstruction(&losses, pass.logging, terms);
         let mut revived = None;
         if self.settings.auxk_alpha > 0.0 {
-            let (auxk, part) = self.auxk_by_hand(&hand, &mut fired, &error);
+            let (auxk, part) = self.auxk_analytic(&hand, &mut fired, &error);
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
             revived = part;
         }
@@ -341,7 +341,7 @@ impl Trainer for TopKTrainer {
         }
         let gradients = hand.gradients(by_sum);
         self.seen = Some(Seen { fired, smallest });
-        Ok(Some(ByHand { fired: Some(counts), error: logged, gradients }))
+        Ok(Some(AnalyticStep { fired: Some(counts), error: logged, gradients }))
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Trainers: how a dictionary learns.
 //!
-//! A trainer gives a loss, and autograd does the rest; or it finds the gradients by hand too. The order of a step is the same for all and stands in
+//! A trainer gives a loss, and autograd does the rest; or it finds the analytic gradients too. The order of a step is the same for all and stands in
 //! [`Training::step`](crate::train::training::Training::step).
 
 use std::fmt::Debug;
@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::analytic::{self, ByHand, HandPass};
+use super::analytic::{self, AnalyticStep, AnalyticPass};
 use super::constraint::Constraints;
 use super::objective::{Objective, Seen};
 use super::optim::{Adam, AdamConfig};
@@ -219,7 +219,7 @@ pub trait Trainer: Send {
     /// The terms of the loss and their analytic gradients, where the trainer has them. `None` leaves the step to
     /// [`Trainer::loss`] and autograd; so does an SAE with modifiers, which need what autograd differentiates. Called with
     /// gradients off. By default that of [`Trainer::objective`]. The contract test holds both to the same numbers.
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
+    fn analytic(&mut self, pass: &AnalyticPass, terms: &mut Terms) -> Result<Option<AnalyticStep>> {
         let Some(objective) = self.objective(pass.step) else { return Ok(None) };
         let Some(mut activation) = self.activation_function(pass.dictionary) else { return Ok(None) };
         let counts = self.counts_firing();

@@ -22,7 +22,7 @@ use crate::train::modifier::{Modifier, ModifierCx};
 use crate::train::gradients::Gradients;
 use crate::train::optim::{Adam, GradientNorm};
 use crate::train::terms::{Terms, float};
-use crate::train::analytic::HandPass;
+use crate::train::analytic::AnalyticPass;
 use crate::train::trainer::{AfterStep, Pass, Trainer, TrainerCx};
 use crate::train::watch::Watch;
 
@@ -212,7 +212,7 @@ impl Training {
 
     /// Whether numbers are looked at in each step.
     fn looks(&self) -> bool {
-        device::at_hand(self.dictionary.device()) || self.on_nonfinite == OnNonfinite::SkipBatch
+        device::on_host(self.dictionary.device()) || self.on_nonfinite == OnNonfinite::SkipBatch
     }
 
     /// [`Training::step`]. Nothing changes before the loss and the gradients are known to be finite, where that is looked at.
@@ -257,7 +257,7 @@ impl Training {
         }
     }
 
-    /// Why its steps are left to autograd, if they are not taken by hand; found out by one on zeros, so it is not for a run that
+    /// Why its steps are left to autograd, if they are not analytic; found out by one on zeros, so it is not for a run that
     /// goes on.
     pub fn why_autograd(&mut self) -> Result<Option<&'static str>> {
         if !self.modifiers.is_empty() {
@@ -266,17 +266,17 @@ impl Training {
         let dims = self.dictionary.dims();
         let zeros = |width| Tensor::zeros([1, width], (Kind::Float, self.dictionary.device()));
         let batch = Batch { x: zeros(dims.input), target: zeros(dims.output) };
-        let pass = HandPass {
+        let pass = AnalyticPass {
             step: 0,
             batch: &batch,
             dictionary: &*self.dictionary,
             gradients: &self.gradients,
             logging: false,
         };
-        if tch::no_grad(|| self.trainer.by_hand(&pass, &mut Terms::new()))?.is_some() {
+        if tch::no_grad(|| self.trainer.analytic(&pass, &mut Terms::new()))?.is_some() {
             return Ok(None);
         }
-        Ok(Some(if device::at_hand(self.dictionary.device()) {
+        Ok(Some(if device::on_host(self.dictionary.device()) {
             "the trainer or the dictionary has no other way"
         } else {
             "the trainer or the dictionary has no other way on a GPU"
@@ -288,18 +288,18 @@ impl Training {
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
             let pass =
-                HandPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
-            if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
-                let figures = match (logging, &by_hand.fired, by_hand.error) {
+                AnalyticPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
+            if let Some(analytic) = tch::no_grad(|| self.trainer.analytic(&pass, &mut terms))? {
+                let figures = match (logging, &analytic.fired, analytic.error) {
                     (false, ..) => None,
                     (true, Some(fired), Some(residual)) => {
                         Some(Reconstruction { active: fired.sum(Kind::Double), residual })
                     }
                     _ => bail!(
-                        "the trainer took the step by hand and does not say which features fired, or how far off it was"
+                        "the trainer took an analytic step and does not say which features fired, or how far off it was"
                     ),
                 };
-                return Ok(Loss { terms, found: Some(by_hand.gradients), figures });
+                return Ok(Loss { terms, found: Some(analytic.gradients), figures });
             }
         }
         let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);
@@ -426,14 +426,14 @@ impl Training {
         let weights = self.dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
         let batch = |width: i64| batch_size as u64 * width as u64 * 4;
         let between = if self.modifiers.is_empty() { self.dictionary.between() } else { None };
-        let at_hand = device::at_hand(self.dictionary.device());
+        let on_host = device::on_host(self.dictionary.device());
         let k = self.dictionary.selection().map(Selection::k);
-        // As measured on a CPU (docs/performance.md), where a step by hand of few selected features never has all of them at once, and
+        // As measured on a CPU (docs/performance.md), where an analytic step of few selected features never has all of them at once, and
         // counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
         let quarters = match between {
-            Some(Between::Selection(selection)) if at_hand && 4 * selection.k() <= dims.features => 0,
-            Some(Between::Selection(_)) if !at_hand => 12,
-            Some(Between::Elementwise(_)) if at_hand => 5,
+            Some(Between::Selection(selection)) if on_host && 4 * selection.k() <= dims.features => 0,
+            Some(Between::Selection(_)) if !on_host => 12,
+            Some(Between::Elementwise(_)) if on_host => 5,
             Some(Between::Elementwise(activation)) if activation.on_gpu() => 20,
             _ => 36,
         };

@@ -146,7 +146,7 @@ fn relu(value: f32) -> f32 {
     if value <= 0.0 { 0.0 } else { value }
 }
 
-/// φ: magnitudes behind gates, for steps by hand.
+/// φ: magnitudes behind gates, for analytic steps.
 struct Gates {
     gate_bias: Tensor,
     mag_bias: Tensor,

@@ -126,7 +126,7 @@ impl Dictionary for JumpRelu {
     }
 }
 
-/// f = π ⊙ H(π − θ) for steps by hand, without a gradient to the thresholds.
+/// f = π ⊙ H(π − θ) for analytic steps, without a gradient to the thresholds.
 struct Jump {
     threshold: Tensor,
 }

@@ -5,7 +5,7 @@ use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
 use super::{AdamConfig, GradientNorm, Moments};
-use crate::machine::device::at_hand;
+use crate::machine::device::on_host;
 use crate::machine::parallel::{Output, numbers, share_in};
 use crate::sae::Weight;
 use crate::train::constraint::{Constraints, LEAST_NORM};
@@ -107,7 +107,7 @@ fn rows<'a>(moments: &'a mut Moments, gradient: &Tensor, decoder: Option<&Weight
     }
     let turn = |tensor: Tensor| if transposed { tensor.tr() } else { tensor };
     let fits = |tensor: &Tensor| {
-        at_hand(tensor.device()) && tensor.kind() == Kind::Float && tensor.is_contiguous() && tensor.numel() > 0
+        on_host(tensor.device()) && tensor.kind() == Kind::Float && tensor.is_contiguous() && tensor.numel() > 0
     };
     let (parameter, gradient) = (turn(parameter), turn(gradient));
     let others = [moments.exp_avg.shallow_clone(), moments.exp_avg_sq.shallow_clone()].map(turn);

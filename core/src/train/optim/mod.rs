@@ -6,7 +6,7 @@ use anyhow::Result;
 use tch::Tensor;
 
 use crate::files::state::State;
-use crate::machine::device::at_hand;
+use crate::machine::device::on_host;
 use crate::sae::{Weight, Dictionary};
 use crate::train::constraint::{Constraints, clip_gradients, normalize_decoder, remove_parallel_gradient};
 use crate::train::gradients::{Gradients, join_in_memory};
@@ -79,7 +79,7 @@ impl Adam {
     pub fn new(config: AdamConfig, parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
         let parameters: Vec<(String, Tensor)> =
             parameters.into_iter().map(|(name, parameter)| (name.into(), parameter)).collect();
-        let join = !parameters.is_empty() && !parameters.iter().any(|(_, parameter)| at_hand(parameter.device()));
+        let join = !parameters.is_empty() && !parameters.iter().any(|(_, parameter)| on_host(parameter.device()));
         Adam::build(config, parameters, join)
     }
 
