@@ -110,25 +110,15 @@ impl TrainerConfig for ExampleNameTrainer {
 }
 
 impl Trainer for ExampleNameTrainer {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, _step: u64) -> f64 {
-        self.lr
+    fn schedule(&self) -> Schedule {
+        Schedule::constant(self.lr)
     }
 
     fn constraints(&self) -> Constraints {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
-    }
-
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
-        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), self.l1_penalty);
-        Ok(())
+    fn objective(&self, _step: u64) -> Option<Objective<'_>> {
+        Some(Objective::squared_error(Penalty::l1(self.l1_penalty)))
     }
 }

@@ -286,11 +286,8 @@ macro_rules! trainer {
             }
 
             impl Trainer for Config {
-                fn adam(&self) -> AdamConfig {
-                    AdamConfig::default()
-                }
-                fn lr(&self, _: u64) -> f64 {
-                    1e-3
+                fn schedule(&self) -> Schedule {
+                    Schedule::constant(1e-3)
                 }
                 fn has_sparsity_term(&self) -> bool {
                     $sparsity

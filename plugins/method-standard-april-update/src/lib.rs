@@ -76,12 +76,6 @@ impl Dictionary for AutoEncoderNew {
         self.affine.pre_activations(x).relu()
     }
 
-    /// In one product with the bias.
-    fn decode(&self, features: &Tensor) -> Tensor {
-        let decoder = self.affine.decoder().columns();
-        self.affine.precision().linear(features, &decoder, Some(self.affine.bias().1))
-    }
-
     fn fold_norms(&mut self) -> bool {
         self.affine.fold_norms();
         true
