@@ -15,7 +15,7 @@ use dictlearn_core::registry::{Component, Kind as Slot, component, components};
 use dictlearn_core::train::Adam;
 use dictlearn_core::train::Constraints;
 use dictlearn_core::train::analytic::AnalyticParts;
-use dictlearn_core::train::{Gradients, AnalyticPass};
+use dictlearn_core::train::{AnalyticPass, Gradients};
 use dictlearn_core::train::{Training, TrainingCx};
 use tch::{Device, Kind, Tensor};
 

@@ -1018,7 +1018,8 @@ fn analytic_step_is_autograds(trainer: &Component, dictionary: &Component, case:
     }
     let (batch, before) = (&batches[20], RESUMES.of(&who, training.state()));
     let mut analytic = Terms::new();
-    let pass = AnalyticPass { step: 20, batch, dictionary: &*training.dictionary, gradients: &gradients, logging: true };
+    let pass =
+        AnalyticPass { step: 20, batch, dictionary: &*training.dictionary, gradients: &gradients, logging: true };
     // Gradients may be written to the memory of the last ones; what is not written stays NaN.
     for (_, gradient) in gradients.iter() {
         let _ = gradient.shallow_clone().fill_(f64::NAN);

@@ -25,20 +25,20 @@ pub use crate::report::{Logger, LoggerConfig};
 pub use crate::sae::Selection;
 pub use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope};
 pub use crate::sae::{
-    Affine, Between, Code, Weight, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, Layout, SavedClass,
-    SavedTensors, decoder_for, random_directions, scale_in_place, trained, trained_matrix,
+    Affine, Between, Code, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, Layout, SavedClass, SavedTensors,
+    Weight, decoder_for, random_directions, scale_in_place, trained, trained_matrix,
 };
 pub use crate::sae::{Normalization, NormalizationKind};
 pub use crate::train::Constraints;
-pub use crate::train::analytic::{AnalyticStep, AnalyticPass};
-pub use crate::train::{Objective, Penalty, ResidualError, Seen};
 pub use crate::train::Firing;
 pub use crate::train::Gradients;
+pub use crate::train::analytic::{AnalyticPass, AnalyticStep};
 pub use crate::train::{Adam, AdamConfig};
 pub use crate::train::{
-    AfterStep, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, mean_of_sums, penalizable,
+    AfterStep, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, cannot_train, mean_of_sums, penalizable,
 };
 pub use crate::train::{Modifier, ModifierConfig, ModifierCx, Need};
+pub use crate::train::{Objective, Penalty, ResidualError, Seen};
 pub use crate::train::{ResampleWeight, Resampling};
 pub use crate::train::{RunLength, Schedule};
 

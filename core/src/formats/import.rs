@@ -15,8 +15,8 @@ use crate::error::{InputError, printable};
 use crate::files::tensors::{self, write_file};
 use crate::machine::device::Precision;
 use crate::registry::{self, Kind};
-use crate::sae::{Dictionary, SavedTensors};
 use crate::sae::saved::{self, Saved};
+use crate::sae::{Dictionary, SavedTensors};
 
 /// Imports what a request means into folders, each whole or not at all, and gives their paths.
 ///
@@ -175,7 +175,8 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Box<dyn Di
     let (read, trainer) = dictionary(&published, &place.to_string())?;
     let tensors = read.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
     let (trainer, precision) = (Value::Object(trainer), Precision::Float32);
-    let mut moved = saved::shaped(read.class(), &SavedTensors { tensors: &tensors, trainer: &trainer, device, precision })?;
+    let mut moved =
+        saved::shaped(read.class(), &SavedTensors { tensors: &tensors, trainer: &trainer, device, precision })?;
     moved.load(&tensors, Path::new(&place.to_string()))?;
     Ok(saved::adapted(moved, published.normalization, published.dtype))
 }

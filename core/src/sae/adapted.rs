@@ -8,7 +8,7 @@ use super::code::Code;
 use super::dictionary::Dictionary;
 use super::init::Dims;
 use super::selection::Selection;
-use super::weight::{Weight, Encoder};
+use super::weight::{Encoder, Weight};
 use crate::data::Batch;
 
 /// What is done to an activation before a dictionary reads it, and undone in its reconstruction.

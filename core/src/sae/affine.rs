@@ -42,7 +42,15 @@ impl Layout {
     /// Four matrices and vectors: `W_enc` [d, F], `b_enc` `[F]`, `W_dec` [F, d_out], `b_dec` `[d_out]`.
     pub const fn matrices(class: &'static str) -> Self {
         let encoder_bias = Some("b_enc");
-        Layout { class, encoder: "W_enc", encoder_bias, decoder: "W_dec", bias: "b_dec", feature_dim: 1, centred: false }
+        Layout {
+            class,
+            encoder: "W_enc",
+            encoder_bias,
+            decoder: "W_dec",
+            bias: "b_dec",
+            feature_dim: 1,
+            centred: false,
+        }
     }
 
     /// Subtracts the decoder's bias from the activations that the encoder reads, where input and output have one width.
@@ -155,7 +163,13 @@ impl Affine {
         self.layout.ordered(encoder, self.encoder_bias.as_ref().map(Tensor::shallow_clone), decoder, bias)
     }
 
-    /// W_e and b_e's name.
+    /// The same and a dictionary's own.
+    pub fn parameters_and<const N: usize>(&self, own: [(&'static str, &Tensor); N]) -> Vec<(&'static str, Tensor)> {
+        let own = own.into_iter().map(|(name, tensor)| (name, tensor.shallow_clone()));
+        self.parameters().into_iter().chain(own).collect()
+    }
+
+    /// W_e.
     pub fn encoder(&self) -> Weight {
         let tensor = self.encoder.shallow_clone();
         Weight { name: self.layout.encoder, tensor, feature_dim: self.layout.feature_dim }

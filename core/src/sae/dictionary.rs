@@ -13,7 +13,7 @@ use super::code::Code;
 use super::init::{DictionaryCx, Dims};
 use super::selection::Selection;
 use super::two_layer::ActivationFunction;
-use super::weight::{Weight, Encoder};
+use super::weight::{Encoder, Weight};
 use crate::data::Batch;
 use crate::error::InputError;
 use crate::registry;
@@ -179,7 +179,9 @@ pub trait Dictionary: Any + Send {
 /// What the defaults of [`Dictionary`] are calculated with.
 fn maps<D: Dictionary + ?Sized>(dictionary: &D) -> &Affine {
     let Some(affine) = dictionary.affine() else {
-        panic!("a dictionary without `affine` must implement `class`, `dims`, `parameters`, `encode`, `decode`, `decoder` and `scale_biases`")
+        panic!(
+            "a dictionary without `affine` must implement `class`, `dims`, `parameters`, `encode`, `decode`, `decoder` and `scale_biases`"
+        )
     };
     affine
 }

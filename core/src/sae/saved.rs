@@ -62,8 +62,7 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
     let normalization = normalization(&config, &dir.join("config.json"))?;
     let (tensors, scale) = tensors_of(&weights)?;
     let saved = SavedTensors { tensors: &tensors, trainer: &config["trainer"], device, precision };
-    let mut dictionary = fitting(class, &saved)
-        .with_context(|| format!("cannot read {}", weights.display()))?;
+    let mut dictionary = fitting(class, &saved).with_context(|| format!("cannot read {}", weights.display()))?;
     dictionary.load(&tensors, &weights)?;
     if let Some(scale) = scale {
         dictionary.scale_biases(scale);
@@ -215,10 +214,8 @@ pub fn fitting(class: &str, saved: &SavedTensors) -> Result<Box<dyn Dictionary>>
         return named;
     }
     let classes = inventory::iter::<SavedClass>.into_iter().filter(|other| other.class != class);
-    let mut others: Vec<_> = classes
-        .filter_map(|other| (other.shaped)(saved).ok())
-        .filter(|dictionary| fits(&**dictionary))
-        .collect();
+    let mut others: Vec<_> =
+        classes.filter_map(|other| (other.shaped)(saved).ok()).filter(|dictionary| fits(&**dictionary)).collect();
     match others.len() {
         1 if inventory::iter::<SavedClass>.into_iter().any(|known| known.class == class) => {
             let other = others.remove(0);

@@ -31,14 +31,14 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::gradients::Gradients;
-use super::terms::Terms;
 use super::objective::{Objective, Sums, Values};
+use super::terms::Terms;
 use crate::data::Batch;
 use crate::machine::device::{Precision, on_host};
 use crate::machine::parallel::numbers;
-use crate::sae::{Affine, Dictionary, Selection, Weight};
 use crate::sae::two_layer::select::{self, Kept, Selector, Tile};
 use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand};
+use crate::sae::{Affine, Dictionary, Selection, Weight};
 
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.

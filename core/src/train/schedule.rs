@@ -232,8 +232,14 @@ impl<'a> RunLength<'a> {
 mod tests {
     use super::*;
 
-    const PLAIN: Schedule =
-        Schedule { lr: 1.0, steps: 100, warmup_steps: 10, decay_start: None, resample_steps: None, sparsity_warmup_steps: None };
+    const PLAIN: Schedule = Schedule {
+        lr: 1.0,
+        steps: 100,
+        warmup_steps: 10,
+        decay_start: None,
+        resample_steps: None,
+        sparsity_warmup_steps: None,
+    };
 
     #[test]
     fn warms_up_and_decays() {

@@ -14,12 +14,12 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
-use super::analytic::{AnalyticStep, AnalyticParts, AnalyticPass, mean_square, sum_of_rows};
+use super::analytic::{AnalyticParts, AnalyticPass, AnalyticStep, mean_square, sum_of_rows};
 use super::constraint::Constraints;
 use super::firing::Firing;
 use super::schedule::Schedule;
 use super::terms::{Terms, mean_of_sums, number};
-use super::trainer::{AfterStep, Pass, Trainer, TrainerCx};
+use super::trainer::{AfterStep, Pass, Trainer, TrainerCx, cannot_train};
 use crate::data::Batch;
 use crate::error::{InputError, Mistakes};
 use crate::files::state::State;
@@ -96,11 +96,8 @@ impl TopKTrainer {
     /// The trainer called `name`.
     pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx) -> Result<Self> {
         let Some(selection) = cx.dictionary.selection() else {
-            bail!(InputError::new(format!(
-                "the trainer `{name}` cannot train the class {}: it has no k, and so nothing keeps its features sparse",
-                cx.dictionary.class()
-            ))
-            .help(format!("use {}, or a dictionary that has `k`", cx.dictionary.usual_trainers())));
+            let why = "it has no k, and so nothing keeps its features sparse";
+            bail!(cannot_train(name, cx.dictionary, why, "a dictionary that has `k`"));
         };
         let dims = cx.dictionary.dims();
         let mut mistakes = Mistakes::new();
@@ -269,8 +266,9 @@ impl Trainer for TopKTrainer {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let top_values = pass.code.extra("top_values")?.detach();
         let selection = pass.dictionary.selection();
-        let smallest = selection
-            .and_then(|selection| self.selected(pass.step, selection, || ranks::gather_rows(&smallest_positive(&top_values.abs()))));
+        let smallest = selection.and_then(|selection| {
+            self.selected(pass.step, selection, || ranks::gather_rows(&smallest_positive(&top_values.abs())))
+        });
         let mut fired = match pass.code.get("top_indices") {
             Some(indices) => self.fired.after_indices(indices, pass.batch.len()),
             None => self.fired.after(&pass.code.features.detach().not_equal(0.0).any_dim(0, false), pass.batch.len()),

@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::analytic::{self, AnalyticStep, AnalyticPass};
+use super::analytic::{self, AnalyticPass, AnalyticStep};
 use super::constraint::Constraints;
 use super::objective::{Objective, Seen};
 use super::optim::{Adam, AdamConfig};
@@ -101,17 +101,19 @@ impl<'a> Pass<'a> {
     }
 }
 
+/// The error of a trainer that cannot train a dictionary, for a reason; `or` is what else to use than the trainers that can.
+pub fn cannot_train(trainer: &str, dictionary: &dyn Dictionary, why: &str, or: &str) -> InputError {
+    InputError::new(format!("the trainer `{trainer}` cannot train the class {}: {why}", dictionary.class()))
+        .help(format!("use {}, or {or}", dictionary.usual_trainers()))
+}
+
 /// Refuses a dictionary that a penalty cannot train: one that encodes by a threshold which only its own trainers keep.
 ///
 /// `trainer` is the name of the one that asks.
 pub fn penalizable(dictionary: &dyn Dictionary, trainer: &str) -> Result<()> {
     if dictionary.selection().is_some_and(Selection::by_threshold) {
-        bail!(InputError::new(format!(
-            "the trainer `{trainer}` cannot train the class {}: it encodes by a threshold that the trainer must keep, \
-             and a penalty keeps none",
-            dictionary.class()
-        ))
-        .help(format!("use {}, or another dictionary", dictionary.usual_trainers())));
+        let why = "it encodes by a threshold that the trainer must keep, and a penalty keeps none";
+        bail!(cannot_train(trainer, dictionary, why, "another dictionary"));
     }
     Ok(())
 }

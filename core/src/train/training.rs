@@ -17,12 +17,12 @@ use crate::machine::ranks;
 use crate::machine::rng::{Rng, rng, seeded};
 use crate::sae::{Adapted, Between, Dictionary, DictionaryCx, Normalization, Selection, saved};
 use crate::train::TaggedModifier;
+use crate::train::analytic::AnalyticPass;
 use crate::train::config::SaeConfig;
-use crate::train::modifier::{Modifier, ModifierCx};
 use crate::train::gradients::Gradients;
+use crate::train::modifier::{Modifier, ModifierCx};
 use crate::train::optim::{Adam, GradientNorm};
 use crate::train::terms::{Terms, float};
-use crate::train::analytic::AnalyticPass;
 use crate::train::trainer::{AfterStep, Pass, Trainer, TrainerCx};
 use crate::train::watch::Watch;
 
@@ -195,7 +195,9 @@ impl Training {
         let result = self.begin(batch).and_then(|()| self.step_on(step, batch, logging));
         result.or_else(|error| match self.set_back(&before) {
             Ok(()) => Err(error),
-            Err(other) => Err(error.context(format!("and what the first batch initialised cannot be undone: {other:#}"))),
+            Err(other) => {
+                Err(error.context(format!("and what the first batch initialised cannot be undone: {other:#}")))
+            }
         })
     }
 
@@ -287,8 +289,7 @@ impl Training {
     fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Loss> {
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
-            let pass =
-                AnalyticPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
+            let pass = AnalyticPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
             if let Some(analytic) = tch::no_grad(|| self.trainer.analytic(&pass, &mut terms))? {
                 let figures = match (logging, &analytic.fired, analytic.error) {
                     (false, ..) => None,

@@ -285,11 +285,7 @@ impl TrainerConfig for CrosscoderTrainerConfig {
 }
 
 fn not_a_crosscoder(trainer: &str, dictionary: &dyn Dictionary) -> InputError {
-    InputError::new(format!(
-        "the trainer `{trainer}` cannot train the class {}: it is no crosscoder",
-        dictionary.class()
-    ))
-    .help(format!("use {}, or leave `dictionary.type` out", dictionary.usual_trainers()))
+    cannot_train(trainer, dictionary, "it is no crosscoder", "leave `dictionary.type` out")
 }
 
 struct CrosscoderTrainer {

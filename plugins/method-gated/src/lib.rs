@@ -84,10 +84,8 @@ impl Dictionary for Gated {
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        let mut parameters = self.affine.parameters();
         let own = [("r_mag", &self.r_mag), ("gate_bias", &self.gate_bias), ("mag_bias", &self.mag_bias)];
-        parameters.extend(own.map(|(name, tensor)| (name, tensor.shallow_clone())));
-        parameters
+        self.affine.parameters_and(own)
     }
 
     fn code(&self, pre_activations: Tensor) -> Code {
@@ -242,18 +240,8 @@ pub struct GatedConfig {
 impl TrainerConfig for GatedConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if !cx.dictionary.exposes("gate") {
-            bail!(
-                InputError::new(format!(
-                    "the trainer `{}` cannot train the class {}: it has no gate to penalise",
-                    Self::NAME,
-                    cx.dictionary.class()
-                ))
-                .help(format!(
-                    "use {}, or the dictionary `{}`",
-                    cx.dictionary.usual_trainers(),
-                    GatedDictionaryConfig::NAME
-                ))
-            );
+            let or = format!("the dictionary `{}`", GatedDictionaryConfig::NAME);
+            bail!(cannot_train(Self::NAME, cx.dictionary, "it has no gate to penalise", &or));
         }
         Ok(Box::new(GatedTrainer { l1_penalty: self.l1_penalty, schedule: self.schedule(cx).check()? }))
     }

@@ -25,7 +25,7 @@
 //! threshold has become 0 and is no longer seen, which halves the window. `pre_activation` is the paper's. Where this
 //! differs from the reference: a threshold cannot become negative.
 
-use dictlearn_core::formats::{Activation, AffineClass};
+use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
 
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
@@ -72,9 +72,9 @@ inventory::submit! {
 }
 
 inventory::submit! {
-    AffineClass {
+    PublishedClass {
         layout: LAYOUT,
-        holds: |sae| matches!(sae.activation, Activation::Jump(_)) && sae.w_skip.is_none(),
+        holds: |sae| matches!(sae.activation, SaeActivation::Jump(_)) && sae.w_skip.is_none(),
     }
 }
 
@@ -99,9 +99,7 @@ impl Dictionary for JumpRelu {
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        let mut parameters = self.affine.parameters();
-        parameters.push(("threshold", self.threshold.shallow_clone()));
-        parameters
+        self.affine.parameters_and([("threshold", &self.threshold)])
     }
 
     /// Without a gradient to the thresholds: trainers other than `jump_relu` leave them as they are.
@@ -268,18 +266,8 @@ pub struct JumpReluConfig {
 impl TrainerConfig for JumpReluConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if cx.dictionary.downcast::<JumpRelu>().is_none() {
-            bail!(
-                InputError::new(format!(
-                    "the trainer `{}` cannot train the class {}: its features have no thresholds to learn",
-                    Self::NAME,
-                    cx.dictionary.class()
-                ))
-                .help(format!(
-                    "use {}, or the dictionary `{}`",
-                    cx.dictionary.usual_trainers(),
-                    JumpReluDictionaryConfig::NAME
-                ))
-            );
+            let or = format!("the dictionary `{}`", JumpReluDictionaryConfig::NAME);
+            bail!(cannot_train(Self::NAME, cx.dictionary, "its features have no thresholds to learn", &or));
         }
         let mut mistakes = Mistakes::new();
         for (field, value) in [("bandwidth", self.bandwidth), ("target_l0", self.target_l0)] {

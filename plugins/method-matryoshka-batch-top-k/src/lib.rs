@@ -180,18 +180,8 @@ pub struct MatryoshkaConfig {
 impl TrainerConfig for MatryoshkaConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         let Some(dictionary) = cx.dictionary.downcast::<Matryoshka>() else {
-            bail!(
-                InputError::new(format!(
-                    "the trainer `{}` cannot train the class {}: it has no groups of features",
-                    Self::NAME,
-                    cx.dictionary.class()
-                ))
-                .help(format!(
-                    "use {}, or the dictionary `{}`",
-                    cx.dictionary.usual_trainers(),
-                    MatryoshkaDictionaryConfig::NAME
-                ))
-            );
+            let or = format!("the dictionary `{}`", MatryoshkaDictionaryConfig::NAME);
+            bail!(cannot_train(Self::NAME, cx.dictionary, "it has no groups of features", &or));
         };
         let groups = dictionary.groups.len();
         let weights = self.group_weights.clone().unwrap_or_else(|| vec![1.0 / groups as f64; groups]);

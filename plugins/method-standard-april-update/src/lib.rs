@@ -124,17 +124,9 @@ impl TrainerConfig for AprilUpdateConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         penalizable(cx.dictionary, Self::NAME)?;
         if cx.dictionary.exposes("gate") {
-            bail!(InputError::new(format!(
-                "the trainer `{}` cannot train the class {}: its decoder could evade the penalty on the gate by columns \
-                 of small norm",
-                Self::NAME,
-                cx.dictionary.class()
-            ))
-            .help(format!(
-                "use {}, or the dictionary `{}`",
-                cx.dictionary.usual_trainers(),
-                AutoEncoderNewConfig::NAME
-            )));
+            let why = "its decoder could evade the penalty on the gate by columns of small norm";
+            let or = format!("the dictionary `{}`", AutoEncoderNewConfig::NAME);
+            bail!(cannot_train(Self::NAME, cx.dictionary, why, &or));
         }
         let schedule = self.schedule(cx).check()?;
         Ok(Box::new(AprilUpdate { l1_penalty: self.l1_penalty, schedule, norm_weight: self.norm_weight }))

@@ -16,7 +16,7 @@
 //! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, and not at the random values
 //! of PyTorch's linear layer.
 
-use dictlearn_core::formats::{Activation, AffineClass};
+use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
 
 /// The ReLU autoencoder.
@@ -55,9 +55,9 @@ inventory::submit! {
 }
 
 inventory::submit! {
-    AffineClass {
+    PublishedClass {
         layout: LAYOUT,
-        holds: |sae| matches!(sae.activation, Activation::Relu) && !sae.transcodes && sae.w_skip.is_none(),
+        holds: |sae| matches!(sae.activation, SaeActivation::Relu) && !sae.transcodes && sae.w_skip.is_none(),
     }
 }
 

@@ -17,7 +17,7 @@
 //! Where this differs from the reference: the geometric median of points one of which is the guess is defined, and a
 //! row that selects no positive feature does not enter the threshold (there it makes it infinite for good).
 
-use dictlearn_core::formats::{Activation, AffineClass};
+use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
 use dictlearn_core::train::top_k::TopKTrainer;
 
@@ -68,9 +68,9 @@ inventory::submit! {
 }
 
 inventory::submit! {
-    AffineClass {
+    PublishedClass {
         layout: LAYOUT,
-        holds: |sae| matches!(sae.activation, Activation::TopK(_)) && !sae.transcodes && sae.w_skip.is_none(),
+        holds: |sae| matches!(sae.activation, SaeActivation::TopK(_)) && !sae.transcodes && sae.w_skip.is_none(),
     }
 }
 

@@ -24,7 +24,7 @@
 //! since W_d and W_skip are 0 (section 3 of Paulo et al.). A trainer that keeps the decoder's norm at 1 gives W_d that
 //! norm at its first steps.
 
-use dictlearn_core::formats::{Activation, AffineClass};
+use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
 
 /// A transcoder.
@@ -88,12 +88,12 @@ inventory::submit! { SavedClass { class: LAYOUT.class, name: TranscoderConfig::N
 inventory::submit! { SavedClass { class: SKIP_LAYOUT.class, name: SkipTranscoderConfig::NAME, shaped: |saved| shaped(saved, true) } }
 
 inventory::submit! {
-    AffineClass {
+    PublishedClass {
         layout: LAYOUT,
-        holds: |sae| !matches!(sae.activation, Activation::Jump(_)) && sae.transcodes && sae.w_skip.is_none(),
+        holds: |sae| !matches!(sae.activation, SaeActivation::Jump(_)) && sae.transcodes && sae.w_skip.is_none(),
     }
 }
-inventory::submit! { AffineClass { layout: SKIP_LAYOUT, holds: |sae| sae.w_skip.is_some() } }
+inventory::submit! { PublishedClass { layout: SKIP_LAYOUT, holds: |sae| sae.w_skip.is_some() } }
 
 fn shaped(saved: &SavedTensors, skip: bool) -> Result<Box<dyn Dictionary>> {
     let affine = saved.affine(if skip { SKIP_LAYOUT } else { LAYOUT })?;

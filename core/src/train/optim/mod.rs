@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::files::state::State;
 use crate::machine::device::on_host;
-use crate::sae::{Weight, Dictionary};
+use crate::sae::{Dictionary, Weight};
 use crate::train::constraint::{Constraints, clip_gradients, normalize_decoder, remove_parallel_gradient};
 use crate::train::gradients::{Gradients, join_in_memory};
 
