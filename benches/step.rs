@@ -14,8 +14,9 @@ use dictlearn_core::machine::device::Precision;
 use dictlearn_core::registry::{Component, Kind as Slot, component, components};
 use dictlearn_core::train::Adam;
 use dictlearn_core::train::Constraints;
-use dictlearn_core::train::analytic::Hand;
-use dictlearn_core::train::{Gradients, HandPass};
+use dictlearn_core::train::Gradients;
+use dictlearn_core::train::analytic::AnalyticParts;
+use dictlearn_core::train::analytic::AnalyticPass;
 use dictlearn_core::train::{Training, TrainingCx};
 use tch::{Device, Kind, Tensor};
 
@@ -102,8 +103,8 @@ fn parts(criterion: &mut Criterion) {
         let Some(training) = component(Slot::Trainer, name).and_then(training) else { continue };
         let dictionary = &*training.dictionary;
         let gradients = Gradients::new(dictionary.parameters());
-        let pass = HandPass { step: 1, batch, dictionary, gradients: &gradients, logging: false };
-        let hand = || Hand::new(&pass).expect("two layers");
+        let pass = AnalyticPass { step: 1, batch, dictionary, gradients: &gradients, logging: false };
+        let hand = || AnalyticParts::new(&pass).expect("two layers");
         let selection = dictionary.selection().expect("k");
         criterion.bench_function(&format!("part/encode and select, {name}"), |bencher| {
             bencher.iter(|| tch::no_grad(|| hand().select(selection)));
@@ -123,9 +124,9 @@ fn parts(criterion: &mut Criterion) {
     let Some(training) = component(Slot::Trainer, "standard").and_then(training) else { return };
     let dictionary = &*training.dictionary;
     let gradients = Gradients::new(dictionary.parameters());
-    let pass = HandPass { step: 1, batch, dictionary, gradients: &gradients, logging: false };
+    let pass = AnalyticPass { step: 1, batch, dictionary, gradients: &gradients, logging: false };
     criterion.bench_function("part/encode, half of the features", |bencher| {
-        bencher.iter(|| tch::no_grad(|| Hand::new(&pass).expect("two layers").encode(None)));
+        bencher.iter(|| tch::no_grad(|| AnalyticParts::new(&pass).expect("two layers").encode(None)));
     });
     for (name, constraints) in [
         ("Adam", Constraints::default()),

@@ -71,7 +71,7 @@ pub fn keep(kind: Slot, name: &str) {
             (may_be_longer_if_it_says_so, &LONGER),
             (has_gradients_of_finite_differences, &GRADIENTS),
             (has_the_terms_that_it_declares, &TERMS),
-            (finds_by_hand_what_autograd_finds, &BY_HAND),
+            (analytic_steps_are_autograds, &ANALYTIC),
             (resampling_revives_the_dead, &RESAMPLES),
             (trains_or_refuses, &PAIR),
         ],
@@ -186,8 +186,7 @@ promises! {
         "make the code with `Selection::of_each`, `of_batch` or `by_score`, or add `.with(\"post_relu\", ..)` and \
          `.with(\"top_values\", ..)`";
     ANNEALS: "k can be changed while training, and is saved",
-        "give the same selection in `selection` and `selection_mut`, `Selection::buffers` in `buffers`, and call \
-         `Selection::loaded` in `loaded`";
+        "give `Selection::buffers` in `buffers`, and call `Selection::loaded` in `loaded`";
     B_DEC: "a parameter `b_dec` is a bias of the reconstruction, `[d_out]`: trainers of the TopK family set it to the \
             geometric median of the first batch",
         "call it otherwise, or let `decode` add it";
@@ -227,8 +226,8 @@ promises! {
         "look for a `detach` or an operation without a gradient between the parameter and the term";
     TERMS: "the loss has a term of reconstruction, and one of sparsity if and only if `has_sparsity_term`",
         "add them with `Terms::add_reconstruction` and `add_sparsity`; return what is true in `has_sparsity_term`";
-    BY_HAND: "`by_hand` finds the terms, gradients and counts of autograd",
-        "correct the derivative in `by_hand`, or return `None` there where it does not hold";
+    ANALYTIC: "`analytic` finds the terms, gradients and counts of autograd",
+        "correct the derivative in `analytic`, or return `None` there where it does not hold";
     RESAMPLES: "a trainer with `resample_steps` revives features that never fire",
         "call `Resampling` in `loss` and `after_step` as plugins/method-standard does";
     PAIR: "each trainer learns on each dictionary (a fifth of what is left unexplained in 60 steps), or refuses it in `build`",
@@ -482,7 +481,7 @@ fn is_penalizable(who: &str, dictionary: &dyn Dictionary, x: &Tensor) {
 
 /// If it has a selection at all.
 fn has_what_selecting_trainers_need(component: &Component) {
-    let (who, mut dictionary) = (who(component), dictionary(component));
+    let (who, dictionary) = (who(component), dictionary(component));
     let (x, dims) = (activations(50), dictionary.dims());
     let bias = dictionary.parameters().into_iter().find(|(name, _)| *name == "b_dec");
     if let Some((_, bias)) = bias {
@@ -509,10 +508,7 @@ fn has_what_selecting_trainers_need(component: &Component) {
         });
     };
     selects(&*dictionary, k);
-    let Some(selection) = dictionary.selection_mut() else {
-        ANNEALS.broken(&who, "`selection` gives one, `selection_mut` none");
-    };
-    selection.set_k(k + 1);
+    dictionary.selection().iter().for_each(|selection| selection.set_k(k + 1));
     selects(&*dictionary, k + 1);
     let read = saved_and_read(&ANNEALS, &who, &*dictionary);
     let read = read.selection().unwrap_or_else(|| ANNEALS.broken(&who, "what is read back has no selection"));
@@ -928,7 +924,7 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
     // What encodes and decodes. Of other parameters, such as thresholds, a loss may be a step function.
     let encoder = training.dictionary.encoder();
     let decoder = training.dictionary.decoder();
-    let maps: Vec<&str> = encoder.iter().map(|map| map.weight).chain(decoder.iter().map(|map| map.name)).collect();
+    let maps: Vec<&str> = encoder.iter().map(|map| map.weight.name).chain(decoder.iter().map(|map| map.name)).collect();
     let mut smooth = 0;
     for (parameter_name, parameter) in training.dictionary.parameters() {
         let mut verified = false;
@@ -987,9 +983,9 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
     GRADIENTS.check(&who, smooth > 0, || "no parameter has a gradient that differences confirm".to_owned());
 }
 
-/// How a trainer is put to the test by hand.
+/// How a trainer's analytic step is put to the test.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum ByHandCase {
+enum AnalyticCase {
     /// As it trains.
     Usual,
     /// With so few features that they are listed.
@@ -1004,30 +1000,30 @@ enum ByHandCase {
     OnGpuBFloat16,
 }
 
-/// If it has a way by hand at all, on every dictionary that it trains.
-fn finds_by_hand_what_autograd_finds(trainer: &Component) {
+/// If it has an analytic step at all, on every dictionary that it trains.
+fn analytic_steps_are_autograds(trainer: &Component) {
     for dictionary in components(Slot::Dictionary) {
-        use ByHandCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, OnGpuBFloat16, Usual};
+        use AnalyticCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, OnGpuBFloat16, Usual};
         for case in [Usual, FewFeatures, DeadFeatures, BFloat16, OnGpu, OnGpuBFloat16] {
-            is_the_same_by_hand(trainer, dictionary, case);
+            analytic_step_is_autograds(trainer, dictionary, case);
         }
     }
 }
 
-fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHandCase) {
+fn analytic_step_is_autograds(trainer: &Component, dictionary: &Component, case: AnalyticCase) {
     let who = format!("{} on {}, case {case:?},", self::who(trainer), self::who(dictionary));
     let mut fields: serde_yaml::Mapping = serde_yaml::from_str(trainer.example).unwrap();
-    let on_gpu = matches!(case, ByHandCase::OnGpu | ByHandCase::OnGpuBFloat16);
-    let bfloat16 = matches!(case, ByHandCase::BFloat16 | ByHandCase::OnGpuBFloat16);
-    if on_gpu || case == ByHandCase::DeadFeatures {
+    let on_gpu = matches!(case, AnalyticCase::OnGpu | AnalyticCase::OnGpuBFloat16);
+    let bfloat16 = matches!(case, AnalyticCase::BFloat16 | AnalyticCase::OnGpuBFloat16);
+    if on_gpu || case == AnalyticCase::DeadFeatures {
         if has_field(trainer, "dead_feature_threshold") {
             fields.insert("dead_feature_threshold".into(), 100.into());
-        } else if case == ByHandCase::DeadFeatures {
+        } else if case == AnalyticCase::DeadFeatures {
             return;
         }
     }
     let mut example: serde_yaml::Mapping = serde_yaml::from_str(dictionary.example).unwrap();
-    if case == ByHandCase::OnGpuBFloat16 && example.contains_key("k") {
+    if case == AnalyticCase::OnGpuBFloat16 && example.contains_key("k") {
         // All of them: among rounded numbers others would be selected at the edge.
         example.insert("k".into(), self::dictionary(dictionary).dims().features.into());
     }
@@ -1045,16 +1041,16 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     let batches = batches();
     let dictionary = &*training.dictionary;
     let gradients = Gradients::new(dictionary.parameters());
-    let first = HandPass { step: 0, batch: &batches[0], dictionary, gradients: &gradients, logging: true };
-    if BY_HAND.of(&who, tch::no_grad(|| training.trainer.by_hand(&first, &mut Terms::new()))).is_none() {
+    let first = AnalyticPass { step: 0, batch: &batches[0], dictionary, gradients: &gradients, logging: true };
+    if ANALYTIC.of(&who, tch::no_grad(|| training.trainer.analytic(&first, &mut Terms::new()))).is_none() {
         return;
     }
     for (step, batch) in batches[..20].iter().enumerate() {
         silent_step(&who, &mut training, step, batch);
     }
-    if case == ByHandCase::FewFeatures {
+    if case == AnalyticCase::FewFeatures {
         let encoder = training.dictionary.encoder();
-        let encoder = encoder.unwrap_or_else(|| BY_HAND.broken(&who, "`two_layer` is given, `encoder` is not"));
+        let encoder = encoder.unwrap_or_else(|| ANALYTIC.broken(&who, "`between` is given, `encoder` is not"));
         let active = || tch::no_grad(|| training.dictionary.forward(&batches[20].x).features.not_equal(0.0));
         while active().to_kind(Kind::Float).mean(Kind::Float).double_value(&[]) > 0.09 {
             let biases = training.dictionary.parameters().into_iter();
@@ -1063,18 +1059,20 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
         }
     }
     let (batch, before) = (&batches[20], RESUMES.of(&who, training.state()));
-    let mut by_hand = Terms::new();
-    let pass = HandPass { step: 20, batch, dictionary: &*training.dictionary, gradients: &gradients, logging: true };
+    let mut analytic = Terms::new();
+    let pass =
+        AnalyticPass { step: 20, batch, dictionary: &*training.dictionary, gradients: &gradients, logging: true };
     // Gradients may be written to the memory of the last ones; what is not written stays NaN.
     for (_, gradient) in gradients.iter() {
         let _ = gradient.shallow_clone().fill_(f64::NAN);
     }
-    let take = || BY_HAND.of(&who, tch::no_grad(|| training.trainer.by_hand(&pass, &mut by_hand)));
+    let take = || ANALYTIC.of(&who, tch::no_grad(|| training.trainer.analytic(&pass, &mut analytic)));
     let found = if on_gpu { device::as_a_gpu(take) } else { analytic::with_tile_width(96, take) };
     let Some(found) = found else {
-        let relu = training.dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
+        let between = training.dictionary.between();
+        let relu = matches!(between, Some(Between::Elementwise(activation)) if activation.on_gpu());
         let selects = training.dictionary.selection().is_some();
-        BY_HAND.check(&who, on_gpu && !relu && !selects, || "`None` at step 20, not at the first".to_owned());
+        ANALYTIC.check(&who, on_gpu && !relu && !selects, || "`None` at step 20, not at the first".to_owned());
         return;
     };
     let gradients: Vec<_> = found.gradients.iter().map(|(name, gradient)| (*name, gradient.copy())).collect();
@@ -1102,23 +1100,23 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     let close = |what: &str, found: &Tensor, expected: &Tensor| {
         let apart = (found - expected).norm().double_value(&[]);
         let scale = expected.norm().double_value(&[]).max(1e-6);
-        BY_HAND.check(&who, apart < tolerance * scale, || format!("{what} is off by {:.3}%", 100.0 * apart / scale));
+        ANALYTIC.check(&who, apart < tolerance * scale, || format!("{what} is off by {:.3}%", 100.0 * apart / scale));
     };
     for term in terms.iter() {
-        let other = by_hand.get_mut(term.name);
-        let other = other.unwrap_or_else(|| BY_HAND.broken(&who, format!("the term `{}` is missing", term.name)));
+        let other = analytic.get_mut(term.name);
+        let other = other.unwrap_or_else(|| ANALYTIC.broken(&who, format!("the term `{}` is missing", term.name)));
         let what = format!("role and weight of `{}`", term.name);
-        BY_HAND.same(&who, &what, (other.role, other.weight), (term.role, term.weight));
+        ANALYTIC.same(&who, &what, (other.role, other.weight), (term.role, term.weight));
         close(term.name, &other.value, &term.value.detach());
     }
-    let fired = found.fired.unwrap_or_else(|| BY_HAND.broken(&who, "`fired` is `None` at a logged step"));
-    if case == ByHandCase::FewFeatures {
+    let fired = found.fired.unwrap_or_else(|| ANALYTIC.broken(&who, "`fired` is `None` at a logged step"));
+    if case == AnalyticCase::FewFeatures {
         let part = fired.mean(Kind::Double).double_value(&[]) / batch.len() as f64;
-        BY_HAND.check(&who, part > 0.0 && part < 0.1, || format!("{part} of the features fire with biases lowered"));
+        ANALYTIC.check(&who, part > 0.0 && part < 0.1, || format!("{part} of the features fire with biases lowered"));
     }
     let active = autograd.code.features.detach().not_equal(0.0).sum_dim_intlist([0].as_slice(), false, Kind::Float);
     close("how often features fired", &fired.to_kind(Kind::Float), &active);
-    let error = found.error.unwrap_or_else(|| BY_HAND.broken(&who, "`error` is `None` at a logged step"));
+    let error = found.error.unwrap_or_else(|| ANALYTIC.broken(&who, "`error` is `None` at a logged step"));
     close("the reconstruction", &(&batch.target + error), &autograd.x_hat.detach());
     for (parameter_name, parameter) in training.dictionary.parameters() {
         let expected = parameter.grad();
@@ -1126,7 +1124,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
         let gradient = gradients.iter().find(|(known, _)| *known == parameter_name);
         match gradient {
             Some((_, gradient)) => close(parameter_name, gradient, &expected),
-            None => BY_HAND
+            None => ANALYTIC
                 .check(&who, greatest(&expected) == 0.0, || format!("`gradients` has none by `{parameter_name}`")),
         }
     }
@@ -1134,7 +1132,7 @@ fn is_the_same_by_hand(trainer: &Component, dictionary: &Component, case: ByHand
     if !bfloat16 {
         after_step(&mut training);
         for (key, tensor) in RESUMES.of(&who, training.trainer.state()).tensors() {
-            let found = BY_HAND.of(&who, counted.tensor(key)).to_kind(Kind::Float);
+            let found = ANALYTIC.of(&who, counted.tensor(key)).to_kind(Kind::Float);
             close(&format!("`{key}` in its state"), &found, &tensor.to_kind(Kind::Float));
         }
     }

@@ -23,21 +23,22 @@ pub use crate::machine::memory::{Need as MemoryNeed, check as check_memory};
 pub use crate::report::{Figures, Metric, MetricConfig, Subject, Variance, figures};
 pub use crate::report::{Logger, LoggerConfig};
 pub use crate::sae::Selection;
-pub use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope, TwoLayer, Weight};
-pub use crate::sae::{Autoencoder, Nonlinearity};
+pub use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope};
 pub use crate::sae::{
-    Code, Decoder, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, SavedClass, decoder_for,
-    random_directions, saved_shape, trained, trained_matrix, without_bias,
+    Affine, Between, Code, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, Layout, SavedClass, SavedTensors,
+    Weight, decoder_for, random_directions, scale_in_place, trained, trained_matrix,
 };
 pub use crate::sae::{Normalization, NormalizationKind};
 pub use crate::train::Constraints;
 pub use crate::train::Firing;
 pub use crate::train::Gradients;
+pub use crate::train::analytic::{AnalyticPass, AnalyticStep};
 pub use crate::train::{Adam, AdamConfig};
 pub use crate::train::{
-    AfterStep, ByHand, HandPass, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, mean_of_sums, penalizable,
+    AfterStep, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, cannot_train, mean_of_sums, penalizable,
 };
 pub use crate::train::{Modifier, ModifierConfig, ModifierCx, Need};
+pub use crate::train::{Objective, Penalty, ResidualError, Seen};
 pub use crate::train::{ResampleWeight, Resampling};
 pub use crate::train::{RunLength, Schedule};
 

@@ -36,10 +36,10 @@ inventory::submit! {
     SavedClass {
         class: "ExampleName",
         name: ExampleNameConfig::NAME,
-        shaped: |tensors, _, device, precision| {
-            let [features, d] = saved_shape(tensors, "weight")?;
-            let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-            Ok(Box::new(ExampleName { weight: zeros(&[features, d]), bias: zeros(&[features]), precision }))
+        shaped: |saved| {
+            let size @ [features, _] = saved.shape("weight")?;
+            let (weight, bias) = (saved.zeros(&size), saved.zeros(&[features]));
+            Ok(Box::new(ExampleName { weight, bias, precision: saved.precision }))
         },
     }
 }
@@ -72,12 +72,12 @@ impl Dictionary for ExampleName {
         self.precision.linear(features, &self.weight.tr(), None)
     }
 
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "weight", weight: self.weight.shallow_clone(), feature_dim: 0 })
+    fn decoder(&self) -> Option<Weight> {
+        Some(Weight { name: "weight", weight: self.weight.shallow_clone(), feature_dim: 0 })
     }
 
     fn scale_biases(&mut self, scale: f64) {
-        let _ = tch::no_grad(|| self.bias.g_mul_scalar_(scale));
+        scale_in_place(&self.bias, scale);
     }
 }
 
@@ -110,25 +110,15 @@ impl TrainerConfig for ExampleNameTrainer {
 }
 
 impl Trainer for ExampleNameTrainer {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, _step: u64) -> f64 {
-        self.lr
+    fn schedule(&self) -> Schedule {
+        Schedule::constant(self.lr)
     }
 
     fn constraints(&self) -> Constraints {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
-    }
-
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
-        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), self.l1_penalty);
-        Ok(())
+    fn objective(&self, _step: u64) -> Option<Objective<'_>> {
+        Some(Objective::squared_error(Penalty::l1(self.l1_penalty)))
     }
 }

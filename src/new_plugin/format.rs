@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use dictlearn_core::formats::{Activation, Affine, Format, Place, Published, take};
+use dictlearn_core::formats::{SaeActivation, AffineSae, Format, Place, Published, take};
 use dictlearn_core::prelude::*;
 use dictlearn_core::sae::saved::Saved;
 use dictlearn_core::files::tensors;
@@ -22,7 +22,7 @@ impl Format for ExampleName {
     fn read(&self, place: &Place) -> Result<Published> {
         // A folder here or on the Hub: `need` fetches what is not here, and says what there is where a file is missing.
         let mut tensors = TensorFile::open(&place.need("weights.safetensors")?)?.tensors()?;
-        let (class, tensors) = Affine {
+        let (class, tensors) = AffineSae {
             w_enc: take(&mut tensors, "enc")?,
             b_enc: take(&mut tensors, "enc_bias")?,
             w_dec: take(&mut tensors, "dec")?,
@@ -30,7 +30,7 @@ impl Format for ExampleName {
             w_skip: None,
             subtract_b_dec: false,
             transcodes: false,
-            activation: Activation::Relu,
+            activation: SaeActivation::Relu,
         }
         .into_class()?;
         Ok(Published { class: class.to_owned(), tensors, ..Published::default() })

@@ -93,7 +93,7 @@ impl Batches {
         for (site, batch) in activations.sites.iter().enumerate() {
             let tensors = [("x", &batch.x), ("target", &batch.target)];
             let tensors = if batch.is_autoencoding() { &tensors[..1] } else { &tensors };
-            if !self.skips && !device::at_hand(batch.x.device()) {
+            if !self.skips && !device::on_host(batch.x.device()) {
                 // The sum of finite numbers is finite, unless they are far larger than any activation.
                 let sums: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor.sum(Kind::Float))).collect();
                 self.watches[site].see(step, sums.iter().map(|(name, sum)| (*name, sum)))?;

@@ -3,7 +3,7 @@
 use dictlearn_core::files::tensors::bytes;
 use dictlearn_core::machine::device;
 use dictlearn_core::machine::memory::Need;
-use dictlearn_core::sae::Selection;
+use dictlearn_core::sae::{Between, Selection};
 use dictlearn_core::train::Training;
 
 /// What an SAE in training takes memory for, with batches of so many activations.
@@ -12,20 +12,17 @@ pub(super) fn of_training(training: &Training, batch_size: i64) -> Vec<Need> {
     let dims = dictionary.dims();
     let weights = dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
     let batch = |width: i64| batch_size as u64 * width as u64 * 4;
-    let by_hand = !training.is_modified() && dictionary.two_layer().is_some();
-    let at_hand = device::at_hand(dictionary.device());
+    let between = if training.is_modified() { None } else { dictionary.between() };
+    let on_host = device::on_host(dictionary.device());
     let k = dictionary.selection().map(Selection::k);
-    let relu = || dictionary.activation_function().is_some_and(|activation| activation.on_gpu());
-    // As measured on a CPU (docs/performance.md), where a step by hand of few selected features never has all of them at once, and
-    // counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
-    let quarters = match k {
-        _ if !by_hand => 36,
-        Some(k) if at_hand && 4 * k <= dims.features => 0,
-        Some(_) if at_hand => 36,
-        Some(_) => 12,
-        None if at_hand => 5,
-        None if relu() => 20,
-        None => 36,
+    // As measured on a CPU (docs/performance.md), where an analytic step of few selected features never has all of them at once,
+    // and counted on a GPU, in float32: there they are, as values, among zeros, and their derivatives.
+    let quarters = match between {
+        Some(Between::Selection(selection)) if on_host && 4 * selection.k() <= dims.features => 0,
+        Some(Between::Selection(_)) if !on_host => 12,
+        Some(Between::Elementwise(_)) if on_host => 5,
+        Some(Between::Elementwise(activation)) if activation.on_gpu() => 20,
+        _ => 36,
     };
     // Of what is selected: k of each row, or as many as the activations are wide where k is annealed, and in the family's auxiliary
     // loss half as many again, of dead features, whose weights are taken out.

@@ -9,7 +9,8 @@ use dictlearn_core::data::{Batch, Site};
 use dictlearn_core::files::tensors;
 use dictlearn_core::machine::device;
 use dictlearn_core::machine::memory::Size;
-use dictlearn_core::train::{Gradients, HandPass, Terms, Training};
+use dictlearn_core::train::analytic::AnalyticPass;
+use dictlearn_core::train::{Gradients, Terms, Training};
 
 /// Describes the shapes and the memory of a run. Nothing is written.
 pub fn plan(config: &mut RunConfig) -> Result<String> {
@@ -61,11 +62,11 @@ fn why_autograd(training: &mut Training) -> Result<Option<&'static str>> {
     let zeros = |width| Tensor::zeros([1, width], (Kind::Float, dictionary.device()));
     let batch = Batch { x: zeros(dims.input), target: zeros(dims.output) };
     let gradients = Gradients::new(dictionary.parameters());
-    let pass = HandPass { step: 0, batch: &batch, dictionary, gradients: &gradients, logging: false };
-    if tch::no_grad(|| training.trainer.by_hand(&pass, &mut Terms::new()))?.is_some() {
+    let pass = AnalyticPass { step: 0, batch: &batch, dictionary, gradients: &gradients, logging: false };
+    if tch::no_grad(|| training.trainer.analytic(&pass, &mut Terms::new()))?.is_some() {
         return Ok(None);
     }
-    Ok(Some(if device::at_hand(dictionary.device()) {
+    Ok(Some(if device::on_host(dictionary.device()) {
         "the trainer or the dictionary has no other way"
     } else {
         "the trainer or the dictionary has no other way on a GPU"

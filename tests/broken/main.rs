@@ -1,7 +1,6 @@
 //! The contract catches components that break a promise, and says which. They are registered here, so these tests have a
 //! process of their own.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::marker::PhantomData;
 use std::panic::catch_unwind;
@@ -56,26 +55,24 @@ fn selected(selection: &Selection, pre_activations: Tensor) -> Code {
 }
 
 struct Inner<F> {
+    affine: Affine,
     selection: Selection,
     fault: PhantomData<F>,
 }
 
-impl<F: Fault> Nonlinearity for Inner<F> {
-    const CLASS: &'static str = F::NAME;
-    const NAME: &'static str = F::NAME;
+impl<F: Fault> Inner<F> {
+    const LAYOUT: Layout = Layout::modules(F::NAME, "b_dec").centred();
+}
 
+impl<F: Fault> Dictionary for Inner<F> {
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
+    }
     fn code(&self, pre_activations: Tensor) -> Code {
         F::code(&self.selection, pre_activations)
     }
-    fn saved(tensors: &BTreeMap<String, Tensor>, trainer: &Value, dims: Dims, device: Device) -> Result<Self> {
-        let k = Selection::saved_k(tensors, trainer, dims.features)?;
-        Ok(Inner { selection: Selection::new(k, false, device), fault: PhantomData })
-    }
     fn selection(&self) -> Option<&Selection> {
         Some(&self.selection)
-    }
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
-        Some(&mut self.selection)
     }
 }
 
@@ -88,15 +85,20 @@ impl<F: Fault> Broken<F> {
     const SAVED: SavedClass = SavedClass {
         class: F::NAME,
         name: F::NAME,
-        shaped: |tensors, trainer, device, precision| {
-            let inner = (Autoencoder::<Inner<F>>::SAVED.shaped)(tensors, trainer, device, precision)?;
-            Ok(Box::new(Broken::<F> { inner, fault: PhantomData }))
+        shaped: |saved| {
+            let affine = saved.affine(Inner::<F>::LAYOUT)?;
+            let selection = Selection::saved(saved, affine.dims().features, false)?;
+            Ok(Box::new(Broken::<F>::new(affine, selection)))
         },
     };
 
+    fn new(affine: Affine, selection: Selection) -> Self {
+        Broken { inner: Box::new(Inner::<F> { affine, selection, fault: PhantomData }), fault: PhantomData }
+    }
+
     fn build(cx: &DictionaryCx) -> Box<dyn Dictionary> {
-        let inner = Inner::<F> { selection: Selection::new(8, false, cx.device), fault: PhantomData };
-        Box::new(Broken::<F> { inner: Box::new(Autoencoder::new(inner, 128, cx)), fault: PhantomData })
+        let affine = Affine::random(Inner::<F>::LAYOUT, 128, 1.0, cx);
+        Box::new(Broken::<F>::new(affine, Selection::new(8, false, cx.device)))
     }
 }
 
@@ -122,7 +124,7 @@ impl<F: Fault> Dictionary for Broken<F> {
     fn forward(&self, x: &Tensor) -> Code {
         self.inner.forward(x)
     }
-    fn decoder(&self) -> Option<Decoder> {
+    fn decoder(&self) -> Option<Weight> {
         self.inner.decoder()
     }
     fn encoder(&self) -> Option<Encoder> {
@@ -130,9 +132,6 @@ impl<F: Fault> Dictionary for Broken<F> {
     }
     fn selection(&self) -> Option<&Selection> {
         self.inner.selection()
-    }
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
-        self.inner.selection_mut()
     }
     fn loaded(&mut self) {
         F::loaded(&mut *self.inner);
@@ -316,11 +315,8 @@ macro_rules! trainer {
             }
 
             impl Trainer for Config {
-                fn adam(&self) -> AdamConfig {
-                    AdamConfig::default()
-                }
-                fn lr(&self, _: u64) -> f64 {
-                    self.lr
+                fn schedule(&self) -> Schedule {
+                    Schedule::constant(self.lr)
                 }
                 fn has_sparsity_term(&self) -> bool {
                     Self::SPARSITY

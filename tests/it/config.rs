@@ -921,7 +921,7 @@ fn a_dry_run_writes_nothing() {
     // Defaults are spelled out, and shapes and memory are told.
     assert!(said.contains("auxk_alpha: 0.03125") && said.contains("encoder.weight [64, 32]"), "{said}");
     // And which way the steps go: modifiers look at what autograd keeps.
-    assert!(said.contains("of weights, gradients by hand"), "{said}");
+    assert!(said.contains("of weights, analytic gradients"), "{said}");
     desk.write(
         "mine.yaml",
         &format!("steps: 8\noutput_dir: one\n{SOURCE}{SAES}  modifiers: [{{type: ghost_grads, threshold: 2}}]\n"),

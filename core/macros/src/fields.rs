@@ -154,6 +154,7 @@ impl Fields {
                 /// The schedule of the learning rate and the sparsity penalty, not yet checked (`Schedule::check`).
                 pub fn schedule(&self, cx: &#core::TrainerCx) -> #core::Schedule {
                     #core::Schedule {
+                        lr: self.lr,
                         steps: cx.steps,
                         warmup_steps: self.warmup_steps,
                         decay_start: #decay,

@@ -6,10 +6,11 @@ use anyhow::{Result, bail};
 use tch::{Device, Tensor};
 
 use crate::error::InputError;
+use crate::sae::Layout;
 
 /// An SAE as most formats have it: x̂ = σ((x [− b_dec]) W_enc + b_enc) W_dec + b_dec.
 #[derive(Debug)]
-pub struct Affine {
+pub struct AffineSae {
     /// [d, F].
     pub w_enc: Tensor,
     /// `[F]`.
@@ -25,12 +26,12 @@ pub struct Affine {
     /// Whether it predicts something else than it reads.
     pub transcodes: bool,
     /// σ.
-    pub activation: Activation,
+    pub activation: SaeActivation,
 }
 
 /// How pre-activations become features.
 #[derive(Debug)]
-pub enum Activation {
+pub enum SaeActivation {
     /// The positive ones.
     Relu,
     /// The k largest of the positive ones.
@@ -50,7 +51,7 @@ fn shape<const N: usize>(name: &str, tensor: &Tensor) -> Result<[i64; N]> {
     Ok(shape)
 }
 
-impl Affine {
+impl AffineSae {
     /// Checks that the tensors fit each other; gives d, F, d_out.
     pub fn check(&self) -> Result<(i64, i64, i64)> {
         let [d, features] = shape("W_enc", &self.w_enc)?;
@@ -77,8 +78,8 @@ impl Affine {
             fits("W_skip", w_skip, &[d_out, d])?;
         }
         match &self.activation {
-            Activation::Jump(threshold) => fits("threshold", threshold, &[features])?,
-            Activation::TopK(k) if !(1..=features).contains(k) => {
+            SaeActivation::Jump(threshold) => fits("threshold", threshold, &[features])?,
+            SaeActivation::TopK(k) if !(1..=features).contains(k) => {
                 bail!(InputError::new(format!("`k` is {k}, and there are {features} features")))
             }
             _ => {}
@@ -99,31 +100,35 @@ impl Affine {
     /// encoder's bias, where it is elsewhere here.
     pub fn into_class(mut self) -> Result<(&'static str, BTreeMap<String, Tensor>)> {
         self.check()?;
-        let Some(class) = inventory::iter::<AffineClass>.into_iter().find(|class| (class.holds)(&self)) else {
+        let Some(class) = inventory::iter::<PublishedClass>.into_iter().find(|class| (class.holds)(&self)) else {
             bail!(InputError::new(format!("no dictionary that is linked in does this: {}", self.words())));
         };
         let float = |tensor: &Tensor| tensor.to_device(Device::Cpu).to_kind(tch::Kind::Float).contiguous();
         self.w_enc = float(&self.w_enc);
-        if class.subtracts_b_dec != self.subtract_b_dec {
+        let centred = class.layout.is_centred();
+        if centred != self.subtract_b_dec {
             let moved = through(&self.b_dec, &self.w_enc);
             let b_enc = self.b_enc.to_device(Device::Cpu).to_kind(tch::Kind::Double);
-            self.b_enc = if class.subtracts_b_dec { b_enc + moved } else { b_enc - moved };
+            self.b_enc = if centred { b_enc + moved } else { b_enc - moved };
         }
         for tensor in [&mut self.b_enc, &mut self.w_dec, &mut self.b_dec].into_iter().chain(&mut self.w_skip) {
             *tensor = float(tensor);
         }
-        if let Activation::Jump(threshold) = &mut self.activation {
+        if let SaeActivation::Jump(threshold) = &mut self.activation {
             *threshold = float(threshold);
         }
-        let tensors = (class.tensors)(self).into_iter();
-        Ok((class.class, tensors.map(|(name, tensor)| (name.to_owned(), tensor.contiguous())).collect()))
+        let mut tensors = class.layout.named(self.w_enc, self.b_enc, self.w_dec, self.b_dec);
+        tensors.extend(self.activation.tensors());
+        tensors.extend(self.w_skip.map(|w_skip| ("W_skip", w_skip)));
+        let tensors = tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor.contiguous()));
+        Ok((class.layout.class, tensors.collect()))
     }
 
     fn words(&self) -> String {
         let activation = match self.activation {
-            Activation::Relu => "ReLU",
-            Activation::TopK(_) => "TopK",
-            Activation::Jump(_) => "JumpReLU",
+            SaeActivation::Relu => "ReLU",
+            SaeActivation::TopK(_) => "TopK",
+            SaeActivation::Jump(_) => "JumpReLU",
         };
         let what = if self.transcodes { "transcoder" } else { "autoencoder" };
         let skip = if self.w_skip.is_some() { " with a skip connection" } else { "" };
@@ -131,27 +136,23 @@ impl Affine {
     }
 }
 
-impl Activation {
+impl SaeActivation {
     /// The tensors of it that a class saves: `k` and an unknown `threshold`, or the thresholds.
     pub fn tensors(self) -> Vec<(&'static str, Tensor)> {
         match self {
-            Activation::Relu => Vec::new(),
-            Activation::TopK(k) => vec![("k", Tensor::from(k as i32)), ("threshold", Tensor::from(-1f32))],
-            Activation::Jump(threshold) => vec![("threshold", threshold)],
+            SaeActivation::Relu => Vec::new(),
+            SaeActivation::TopK(k) => vec![("k", Tensor::from(k as i32)), ("threshold", Tensor::from(-1f32))],
+            SaeActivation::Jump(threshold) => vec![("threshold", threshold)],
         }
     }
 }
 
 /// A class that some [`Affine`] SAEs are. Submitted by the plugin that owns the class.
-pub struct AffineClass {
-    /// Its name.
-    pub class: &'static str,
-    /// Whether it subtracts b_dec from what it reads.
-    pub subtracts_b_dec: bool,
+pub struct PublishedClass {
+    /// Its tensors, which with those of the activation are all that it has.
+    pub layout: Layout,
     /// Whether it does what this one does, wherever the bias is; of two classes no SAE is both.
-    pub holds: fn(&Affine) -> bool,
-    /// The class's tensors of one that it holds, in float32, its bias where the class has it.
-    pub tensors: fn(Affine) -> Vec<(&'static str, Tensor)>,
+    pub holds: fn(&AffineSae) -> bool,
 }
 
 /// b W, `[F]`, of a vector `[d]` and an encoder [d, F], added up in double precision.
@@ -163,4 +164,4 @@ pub fn through(vector: &Tensor, encoder: &Tensor) -> Tensor {
     Tensor::cat(&pieces.collect::<Vec<_>>(), 0)
 }
 
-inventory::collect!(AffineClass);
+inventory::collect!(PublishedClass);

@@ -15,8 +15,8 @@ use crate::error::{InputError, printable};
 use crate::files::tensors::{self, write_file};
 use crate::machine::device::Precision;
 use crate::registry::{self, Kind};
-use crate::sae::Dictionary;
 use crate::sae::saved::{self, Saved};
+use crate::sae::{Dictionary, SavedTensors};
 
 /// Imports what a request means into folders, each whole or not at all, and gives their paths.
 ///
@@ -121,8 +121,9 @@ pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictio
     let mut trainer = published.trainer.clone();
     trainer.insert("dict_class".to_owned(), published.class.as_str().into());
     let settings = Value::Object(trainer.clone());
-    let mut dictionary =
-        saved::fitting(&published.class, &published.tensors, &settings, Device::Cpu, Precision::Float32)?;
+    let (device, precision) = (Device::Cpu, Precision::Float32);
+    let saved = SavedTensors { tensors: &published.tensors, trainer: &settings, device, precision };
+    let mut dictionary = saved::fitting(&published.class, &saved)?;
     dictionary.load(&published.tensors, Path::new(origin))?;
     trainer.insert("dict_class".to_owned(), dictionary.class().into());
     if let Some(scale) = published.scale {
@@ -173,7 +174,8 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Saved> {
     let published = read(&*format, place)?;
     let (read, config) = read_with_config(&published, &origin(format_name, place))?;
     let tensors = read.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
-    let mut moved = saved::shaped(read.class(), &tensors, &config["trainer"], device, Precision::Float32)?;
+    let (trainer, precision) = (&config["trainer"], Precision::Float32);
+    let mut moved = saved::shaped(read.class(), &SavedTensors { tensors: &tensors, trainer, device, precision })?;
     moved.load(&tensors, Path::new(&place.to_string()))?;
     Ok(Saved {
         dir: PathBuf::from(&place.name),

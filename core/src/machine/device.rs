@@ -118,9 +118,9 @@ pub fn processor() -> String {
     format!("{model}, {}", cpu_vectors())
 }
 
-/// Whether numbers on a device are at hand: our own loops can go over them, and to read one holds up nothing. A GPU would have
-/// to be waited for, and would stand still until it got its next work.
-pub fn at_hand(device: Device) -> bool {
+/// True if host code can read the tensors of a device without a GPU sync, so that loops of our own can go over them. Tests
+/// may call a CPU a GPU ([`as_a_gpu`]).
+pub fn on_host(device: Device) -> bool {
     device == Device::Cpu && !AS_A_GPU.get()
 }
 

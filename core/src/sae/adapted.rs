@@ -3,9 +3,12 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::affine::Affine;
 use super::code::Code;
-use super::dictionary::{Decoder, Dictionary, Dims, Encoder};
+use super::dictionary::Dictionary;
+use super::init::Dims;
 use super::selection::Selection;
+use super::weight::{Encoder, Weight};
 use crate::data::Batch;
 
 /// What is done to an activation before a dictionary reads it, and undone in its reconstruction.
@@ -129,6 +132,10 @@ impl Adapted {
 }
 
 impl Dictionary for Adapted {
+    fn affine(&self) -> Option<&Affine> {
+        self.inner.affine()
+    }
+
     fn class(&self) -> &'static str {
         self.inner.class()
     }
@@ -167,7 +174,7 @@ impl Dictionary for Adapted {
         code
     }
 
-    fn decoder(&self) -> Option<Decoder> {
+    fn decoder(&self) -> Option<Weight> {
         self.inner.decoder()
     }
 
@@ -181,10 +188,6 @@ impl Dictionary for Adapted {
 
     fn selection(&self) -> Option<&Selection> {
         self.inner.selection()
-    }
-
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
-        self.inner.selection_mut()
     }
 
     fn begin(&mut self, batch: &Batch) {

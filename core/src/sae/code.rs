@@ -35,6 +35,11 @@ impl Code {
         self.penalized.as_ref().unwrap_or(&self.features)
     }
 
+    /// Which features fired for any activation of the batch, bool `[F]`.
+    pub fn fired(&self) -> Tensor {
+        self.features.detach().not_equal(0.0).any_dim(0, false)
+    }
+
     /// Adds something that the loss needs.
     #[must_use]
     pub fn with(mut self, name: &'static str, tensor: Tensor) -> Self {

@@ -6,42 +6,17 @@ use std::fmt::Debug;
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::affine::{Affine, SavedTensors};
 use super::code::Code;
+use super::init::{DictionaryCx, Dims};
 use super::selection::Selection;
-use super::two_layer::{ActivationFunction, TwoLayer};
-use crate::data::{Batch, SitePart};
+use super::two_layer::ActivationFunction;
+use super::weight::{Encoder, Weight};
+use crate::data::Batch;
 use crate::error::InputError;
-use crate::machine::device::Precision;
 use crate::registry;
-
-/// The widths of a dictionary's input, features and output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Dims {
-    /// Width of an activation, d.
-    pub input: i64,
-    /// Number of features, F.
-    pub features: i64,
-    /// Width of what is reconstructed; the input's, unless the dictionary predicts something else.
-    pub output: i64,
-}
-
-/// What a dictionary is built for.
-#[derive(Debug, Clone, Copy)]
-pub struct DictionaryCx<'a> {
-    /// Width of the activations, d.
-    pub activation_dim: i64,
-    /// Width of what is to be reconstructed.
-    pub output_dim: i64,
-    /// What the activations are joined of, side by side; empty where they are of one place.
-    pub parts: &'a [SitePart],
-    /// Where its tensors live.
-    pub device: Device,
-    /// The type of its matrix products.
-    pub precision: Precision,
-}
 
 /// The config of a dictionary.
 pub trait DictionaryConfig: Debug + Send + Sync {
@@ -54,101 +29,74 @@ crate::tagged::tagged! {
     TaggedDictionary: DictionaryConfig => Dictionary {}
 }
 
-/// A decoder's weight, and which of its two dimensions counts the features.
-#[derive(Debug)]
-pub struct Decoder {
-    /// Its state-dict name.
-    pub name: &'static str,
-    /// The weight, sharing memory with the dictionary's.
-    pub weight: Tensor,
-    /// 1 for [d, F] (`decoder.weight`), 0 for [F, d] (`W_dec`).
-    pub feature_dim: i64,
-}
-
-impl Decoder {
-    /// The other dimension: along which a feature's direction lies.
-    pub fn direction_dim(&self) -> i64 {
-        1 - self.feature_dim
-    }
-
-    /// The features' directions as rows, [F, d], sharing memory with the weight.
-    pub fn rows(&self) -> Tensor {
-        if self.feature_dim == 0 { self.weight.shallow_clone() } else { self.weight.transpose(0, 1) }
-    }
-
-    /// Norms of the features' directions, `[F]`.
-    pub fn norms(&self) -> Tensor {
-        self.weight.norm_scalaropt_dim(2.0, [self.direction_dim()], false)
-    }
-}
-
-impl Decoder {
-    /// Divides the features' directions by their norms, and gives these, `[F]`; `None` where they are 1 already. A
-    /// direction of zeros stays.
-    pub fn normalize(mut self) -> Option<Tensor> {
-        tch::no_grad(|| {
-            let norms = self.norms();
-            let norms = norms.where_self(&norms.gt(0.0), &norms.ones_like());
-            if norms.allclose(&norms.ones_like(), 1e-5, 1e-8, false) {
-                return None;
-            }
-            let _ = self.weight.g_div_(&norms.unsqueeze(self.direction_dim()));
-            Some(norms)
-        })
-    }
-
-    /// [`Dictionary::fold_norms`] where features are proportional to an encoder's weight, whose dimension `feature_dim`
-    /// counts them, and to vectors `[F]`: biases and thresholds.
-    pub fn fold_into<'a>(
-        self,
-        encoder: &mut Tensor,
-        feature_dim: i64,
-        vectors: impl IntoIterator<Item = &'a mut Tensor>,
-    ) {
-        let Some(norms) = self.normalize() else { return };
-        tch::no_grad(|| {
-            let _ = encoder.g_mul_(&norms.unsqueeze(1 - feature_dim));
-            for vector in vectors {
-                let _ = vector.g_mul_(&norms);
-            }
-        });
-    }
-}
-
-/// What feeds a feature: a row or column of the encoder's weight, and entries of vectors of length F. For resampling.
-#[derive(Debug)]
-pub struct Encoder {
-    /// State-dict name of the weight.
-    pub weight: &'static str,
-    /// Which dimension of the weight counts the features: 0 for [F, d] (`encoder.weight`), 1 for [d, F] (`W_enc`).
-    pub feature_dim: i64,
-    /// State-dict names of the vectors `[F]` that become 0 when a feature starts anew.
-    pub biases: &'static [&'static str],
+/// What lies between the two affine maps of a dictionary, where an analytic step knows its derivative.
+pub enum Between<'a> {
+    /// A function of one pre-activation at a time.
+    Elementwise(Box<dyn ActivationFunction + 'a>),
+    /// The selection of the greatest pre-activations above 0, of each activation ([`Selection::of_each`]) or of the batch
+    /// ([`Selection::of_batch`]).
+    Selection(&'a Selection),
 }
 
 /// A dictionary: its weights, and how it encodes and decodes.
 ///
+/// Nearly every dictionary is two affine maps and says so with [`Dictionary::affine`]; what it then implements is what lies between
+/// them, [`Dictionary::code`]. Any other implements `class`, `dims`, `parameters`, `encode`, `decode`, `decoder` and `scale_biases`,
+/// whose defaults panic where there is no `affine`.
+///
 /// Names of tensors and the meaning of `class` are the reference's, so that its `load_dictionary` reads what is saved.
 pub trait Dictionary: Any + Send {
-    /// The reference's class: `AutoEncoder`, `AutoEncoderTopK`, ...
-    fn class(&self) -> &'static str;
+    /// The two affine maps, where the dictionary is z = W_e (x − b) + b_e and x̂ = W_d f + b with something between z and f.
+    fn affine(&self) -> Option<&Affine> {
+        None
+    }
 
-    /// Its widths.
-    fn dims(&self) -> Dims;
+    /// The features f of pre-activations z [.., F] as training computes them, with what the loss needs beside them. ReLU by
+    /// default.
+    fn code(&self, pre_activations: Tensor) -> Code {
+        Code::new(pre_activations.relu()).with("pre_activations", pre_activations)
+    }
+
+    /// What [`Dictionary::code`] does, for analytic steps. `None`, the default, leaves steps to autograd. It must be `None`
+    /// where something of the activations reaches the reconstruction past the features, or where the loss has an
+    /// [`Dictionary::auxiliary_loss`] that is not [`ActivationFunction::auxiliary`].
+    fn between(&self) -> Option<Between<'_>> {
+        None
+    }
+
+    /// The reference's class: `AutoEncoder`, `AutoEncoderTopK`, ...
+    fn class(&self) -> &'static str {
+        maps(self).layout().class
+    }
+
+    /// The widths.
+    fn dims(&self) -> Dims {
+        maps(self).dims()
+    }
 
     /// The trained tensors by their state-dict names, sharing memory with the dictionary's own.
-    fn parameters(&self) -> Vec<(&'static str, Tensor)>;
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        maps(self).parameters()
+    }
 
     /// The saved tensors that no optimiser trains (`k`, `threshold`), sharing memory with the dictionary's own.
     fn buffers(&self) -> Vec<(&'static str, Tensor)> {
-        Vec::new()
+        self.selection().map(Selection::buffers).unwrap_or_default()
     }
 
     /// Features [.., F] of activations [.., d], as a user of the trained dictionary gets them.
-    fn encode(&self, x: &Tensor) -> Tensor;
+    fn encode(&self, x: &Tensor) -> Tensor {
+        let pre_activations = maps(self).pre_activations(x);
+        match self.selection().filter(|selection| selection.by_threshold()) {
+            Some(selection) => selection.above_threshold(&pre_activations),
+            None => self.code(pre_activations).features,
+        }
+    }
 
     /// Reconstruction [.., d_out] of features [.., F].
-    fn decode(&self, features: &Tensor) -> Tensor;
+    fn decode(&self, features: &Tensor) -> Tensor {
+        maps(self).decode(features)
+    }
 
     /// Reconstruction [.., d_out] of features [.., F] that were encoded from activations [.., d]: what the features decode
     /// to, unless something of an activation reaches it past the features (a skip connection, a norm).
@@ -157,13 +105,18 @@ pub trait Dictionary: Any + Send {
         self.decode(features)
     }
 
-    /// Features [B, F] as training computes them, with what the loss needs beside them.
+    /// The [`Dictionary::code`] of activations [B, d].
     fn forward(&self, x: &Tensor) -> Code {
-        Code::new(self.encode(x))
+        match self.affine() {
+            Some(affine) => self.code(affine.pre_activations(x)),
+            None => Code::new(self.encode(x)),
+        }
     }
 
-    /// The decoder, where the dictionary has one.
-    fn decoder(&self) -> Option<Decoder>;
+    /// The decoder's weight, where the dictionary has one.
+    fn decoder(&self) -> Option<Weight> {
+        Some(maps(self).decoder())
+    }
 
     /// What each feature adds to the reconstruction, [F, d_out]: the decoder's rows, unless what they write is scaled.
     fn directions(&self) -> Option<Tensor> {
@@ -172,28 +125,14 @@ pub trait Dictionary: Any + Send {
 
     /// The parts of the encoder that belong to one feature, where features can be resampled.
     fn encoder(&self) -> Option<Encoder> {
-        None
-    }
-
-    /// The weights, where the dictionary is two affine maps with something between that looks at one number at a time, so
-    /// that trainers can take its steps by hand ([`crate::sae::two_layer`]). Such steps know no [`Dictionary::auxiliary_loss`] but
-    /// the activation function's, and no reconstruction past the features.
-    fn two_layer(&self) -> Option<TwoLayer> {
-        None
-    }
-
-    /// What lies between the two layers, unless it is a [`Dictionary::selection`].
-    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
-        None
+        self.affine().map(|affine| Encoder {
+            weight: affine.encoder(),
+            biases: affine.encoder_bias().map(|(name, _)| name).into_iter().collect(),
+        })
     }
 
     /// How many features are selected, and from which value on, in dictionaries of the TopK family.
     fn selection(&self) -> Option<&Selection> {
-        None
-    }
-
-    /// The same, for the trainer that anneals it.
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
         None
     }
 
@@ -210,12 +149,22 @@ pub trait Dictionary: Any + Send {
         None
     }
 
-    /// Scales everything that adds to activations by `scale`, so that the dictionary does for activations times
-    /// `scale` what it did for activations: features and reconstructions come out times `scale`.
-    fn scale_biases(&mut self, scale: f64);
+    /// Scales everything that is added to activations or compared with them by `scale`, so that the dictionary does for
+    /// activations times `scale` what it did for activations: features and reconstructions come out times `scale`. By default the
+    /// biases of the affine maps and the threshold of the selection.
+    fn scale_biases(&mut self, scale: f64) {
+        maps(self).scale_biases(scale);
+        if let Some(selection) = self.selection() {
+            selection.scale(scale);
+        }
+    }
 
     /// Called after tensors were loaded in place, for what is derived from them.
-    fn loaded(&mut self) {}
+    fn loaded(&mut self) {
+        if let Some(selection) = self.selection() {
+            selection.loaded();
+        }
+    }
 
     /// Moves the norms of the features' directions from the decoder to the encoder: directions get norm 1 and
     /// reconstructions stay as they are. False, and nothing has changed, where that would change which features fire.
@@ -225,6 +174,16 @@ pub trait Dictionary: Any + Send {
 
     /// Called after the reference's own file was loaded, for what its `from_pretrained` does to the weights then.
     fn pretrained(&mut self) {}
+}
+
+/// What the defaults of [`Dictionary`] are calculated with.
+fn maps<D: Dictionary + ?Sized>(dictionary: &D) -> &Affine {
+    let Some(affine) = dictionary.affine() else {
+        panic!(
+            "a dictionary without `affine` must implement `class`, `dims`, `parameters`, `encode`, `decode`, `decoder` and `scale_biases`"
+        )
+    };
+    affine
 }
 
 impl dyn Dictionary + '_ {
@@ -315,29 +274,8 @@ pub struct SavedClass {
     pub class: &'static str,
     /// The name of the dictionary in a config.
     pub name: &'static str,
-    /// An empty dictionary of the shape that the tensors (and the saved config's `trainer` entry) show; the caller
-    /// loads the tensors into it.
-    pub shaped: Shaped,
+    /// An empty dictionary of the shape that the tensors show; the caller loads the tensors into it.
+    pub shaped: fn(&SavedTensors) -> Result<Box<dyn Dictionary>>,
 }
-
-/// [`SavedClass::shaped`].
-pub type Shaped = fn(&BTreeMap<String, Tensor>, &serde_json::Value, Device, Precision) -> Result<Box<dyn Dictionary>>;
 
 inventory::collect!(SavedClass);
-
-/// The shape of a tensor of a saved dictionary, or an error that names it.
-pub fn saved_shape<const N: usize>(tensors: &BTreeMap<String, Tensor>, name: &str) -> Result<[i64; N]> {
-    let Some(tensor) = tensors.get(name) else {
-        bail!(
-            InputError::new(format!("tensor `{name}` is missing"))
-                .help(format!("the file has: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", ")))
-        );
-    };
-    let size = tensor.size();
-    if size.contains(&0) {
-        bail!(InputError::new(format!("tensor `{name}` has shape {size:?}: there is nothing in it")));
-    }
-    size.as_slice().try_into().map_err(|_| {
-        InputError::new(format!("tensor `{name}` has shape {size:?}, which does not have {N} dimensions")).into()
-    })
-}

@@ -1,11 +1,52 @@
 //! Widths and initial weights.
 
 use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::dictionary::DictionaryCx;
+use crate::data::SitePart;
 use crate::error::InputError;
+use crate::machine::device::Precision;
 use crate::machine::memory::{self, Need};
+
+/// The widths of a dictionary's input, features and output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dims {
+    /// Width of an activation, d.
+    pub input: i64,
+    /// Number of features, F.
+    pub features: i64,
+    /// Width of what is reconstructed; the input's, unless the dictionary predicts something else.
+    pub output: i64,
+}
+
+/// What a dictionary is built for.
+#[derive(Debug, Clone, Copy)]
+pub struct DictionaryCx<'a> {
+    /// Width of the activations, d.
+    pub activation_dim: i64,
+    /// Width of what is to be reconstructed.
+    pub output_dim: i64,
+    /// What the activations are joined of, side by side; empty where they are of one place.
+    pub parts: &'a [SitePart],
+    /// Where its tensors live.
+    pub device: Device,
+    /// The type of its matrix products.
+    pub precision: Precision,
+}
+
+impl DictionaryCx<'_> {
+    /// The widths of a dictionary with so many features.
+    pub fn dims(&self, features: i64) -> Dims {
+        Dims { input: self.activation_dim, features, output: self.output_dim }
+    }
+
+    /// The same for a dictionary that can only reconstruct what it reads.
+    #[must_use]
+    pub fn autoencoding(&self) -> Self {
+        DictionaryCx { output_dim: self.activation_dim, ..*self }
+    }
+}
 
 /// How many features a dictionary has, as a config says it.
 ///
@@ -53,15 +94,6 @@ pub fn trained(tensor: Tensor) -> Tensor {
 pub fn random_directions(dims: [i64; 2], norm: f64, device: Device) -> Tensor {
     let directions = randn(dims, device);
     &directions / directions.norm_scalaropt_dim(2.0, [0], true) * norm
-}
-
-/// x − b for activations x [.., d] and the bias b `[d_out]` that reconstructions end with; x alone where what is
-/// reconstructed is of another width, and the bias says nothing of the input.
-pub fn without_bias(x: &Tensor, bias: &Tensor) -> Tensor {
-    if x.size().last() == bias.size().first() {
-        return x - bias;
-    }
-    x.shallow_clone()
 }
 
 /// The decoder [d_out, F] to go with an encoder whose rows are these directions, [d, F], of that norm: the same, where

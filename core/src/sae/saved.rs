@@ -10,6 +10,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::adapted::{Adapted, Normalization};
+use super::affine::SavedTensors;
 use super::dictionary::{Dictionary, SavedClass};
 use crate::error::InputError;
 use crate::files;
@@ -60,8 +61,8 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
     })?;
     let normalization = normalization(&config, &dir.join("config.json"))?;
     let (tensors, scale) = tensors_of(&weights)?;
-    let mut dictionary = fitting(class, &tensors, &config["trainer"], device, precision)
-        .with_context(|| format!("cannot read {}", weights.display()))?;
+    let saved = SavedTensors { tensors: &tensors, trainer: &config["trainer"], device, precision };
+    let mut dictionary = fitting(class, &saved).with_context(|| format!("cannot read {}", weights.display()))?;
     dictionary.load(&tensors, &weights)?;
     if let Some(scale) = scale {
         dictionary.scale_biases(scale);
@@ -203,28 +204,20 @@ pub fn state_dict(value: &torch_file::Value, name: &str) -> Result<(BTreeMap<Str
 
 /// An empty dictionary of a class, or of the one other class that has the tensors' names: the reference's trainer
 /// `StandardTrainerAprilUpdate` calls an AutoEncoderNew an AutoEncoder.
-pub fn fitting(
-    class: &str,
-    tensors: &BTreeMap<String, Tensor>,
-    trainer: &Value,
-    device: Device,
-    precision: Precision,
-) -> Result<Box<dyn Dictionary>> {
+pub fn fitting(class: &str, saved: &SavedTensors) -> Result<Box<dyn Dictionary>> {
     let fits = |dictionary: &dyn Dictionary| {
         let own: BTreeSet<&str> = dictionary.state_dict().into_iter().map(|(name, _)| name).collect();
-        own == tensors.keys().map(String::as_str).collect()
+        own == saved.tensors.keys().map(String::as_str).collect()
     };
-    let named = shaped(class, tensors, trainer, device, precision);
-    if named.as_ref().is_ok_and(|named| fits(&**named)) || tensors.is_empty() {
+    let named = shaped(class, saved);
+    if named.as_ref().is_ok_and(|named| fits(&**named)) || saved.tensors.is_empty() {
         return named;
     }
-    let classes = inventory::iter::<SavedClass>.into_iter().filter(|saved| saved.class != class);
-    let mut others: Vec<_> = classes
-        .filter_map(|saved| (saved.shaped)(tensors, trainer, device, precision).ok())
-        .filter(|dictionary| fits(&**dictionary))
-        .collect();
+    let classes = inventory::iter::<SavedClass>.into_iter().filter(|other| other.class != class);
+    let mut others: Vec<_> =
+        classes.filter_map(|other| (other.shaped)(saved).ok()).filter(|dictionary| fits(&**dictionary)).collect();
     match others.len() {
-        1 if inventory::iter::<SavedClass>.into_iter().any(|saved| saved.class == class) => {
+        1 if inventory::iter::<SavedClass>.into_iter().any(|known| known.class == class) => {
             let other = others.remove(0);
             tracing::warn!("the class is said to be {class}, and the tensors are those of {}", other.class());
             Ok(other)
@@ -234,14 +227,8 @@ pub fn fitting(
 }
 
 /// An empty dictionary of a class, of the shape that the tensors show.
-pub fn shaped(
-    class: &str,
-    tensors: &BTreeMap<String, Tensor>,
-    trainer: &Value,
-    device: Device,
-    precision: Precision,
-) -> Result<Box<dyn Dictionary>> {
-    let found = inventory::iter::<SavedClass>.into_iter().find(|saved| saved.class == class);
+pub fn shaped(class: &str, saved: &SavedTensors) -> Result<Box<dyn Dictionary>> {
+    let found = inventory::iter::<SavedClass>.into_iter().find(|known| known.class == class);
     let Some(found) = found else {
         let mut known: Vec<&str> = inventory::iter::<SavedClass>.into_iter().map(|saved| saved.class).collect();
         known.sort_unstable();
@@ -252,7 +239,7 @@ pub fn shaped(
             known.join(", ")
         )));
     };
-    (found.shaped)(tensors, trainer, device, precision)
+    (found.shaped)(saved)
 }
 
 /// A copy that shares no memory, its biases scaled: what is saved and measured of a dictionary that trained on activations
@@ -264,7 +251,8 @@ pub fn folded(dictionary: &dyn Dictionary, scale: f64) -> Result<Box<dyn Diction
     let tensors: BTreeMap<String, Tensor> =
         state.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.detach())).collect();
     let trainer = serde_json::json!({"activation_dim": dictionary.dims().input});
-    let mut copy = shaped(dictionary.class(), &tensors, &trainer, device, Precision::Float32)?;
+    let saved = SavedTensors { tensors: &tensors, trainer: &trainer, device, precision: Precision::Float32 };
+    let mut copy = shaped(dictionary.class(), &saved)?;
     copy.load(&tensors, Path::new("the dictionary"))?;
     if scale != 1.0 {
         copy.scale_biases(scale);

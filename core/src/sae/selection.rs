@@ -1,18 +1,19 @@
 //! How many features a dictionary of the TopK family selects, and from which value on.
 
-use std::collections::BTreeMap;
+use std::cell::Cell;
 
 use anyhow::{Result, bail};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use super::affine::{SavedTensors, scale_in_place};
 use super::code::Code;
 use crate::error::InputError;
 
 /// How many features are selected, and from which value on.
 #[derive(Debug)]
 pub struct Selection {
-    k: i64,
+    k: Cell<i64>,
     k_tensor: Tensor,
     threshold: Tensor,
     by_threshold: bool,
@@ -23,7 +24,7 @@ impl Selection {
     /// instead, so that activations do not depend on their batch.
     pub fn new(k: i64, by_threshold: bool, device: Device) -> Self {
         Selection {
-            k,
+            k: Cell::new(k),
             k_tensor: Tensor::full([0_i64; 0], k, (Kind::Int, device)),
             threshold: Tensor::full([0_i64; 0], -1.0, (Kind::Float, device)),
             by_threshold,
@@ -42,29 +43,29 @@ impl Selection {
         Ok(())
     }
 
-    /// The k of a saved dictionary: that of its tensor, which annealing may have changed, or that of its config.
-    pub fn saved_k(tensors: &BTreeMap<String, Tensor>, trainer: &Value, features: i64) -> Result<i64> {
-        let k = match tensors.get("k") {
+    /// That of a saved dictionary: its k is that of its tensor, which annealing may have changed, or that of its config.
+    pub fn saved(saved: &SavedTensors, features: i64, by_threshold: bool) -> Result<Self> {
+        let k = match saved.tensors.get("k") {
             Some(k) if k.numel() == 1 && k.is_floating_point() => k.double_value(&[]) as i64,
             Some(k) if k.numel() == 1 => k.reshape([1]).int64_value(&[0]),
             Some(_) => 0,
-            None => trainer.get("k").and_then(Value::as_i64).unwrap_or(0),
+            None => saved.trainer.get("k").and_then(Value::as_i64).unwrap_or(0),
         };
         if !(1..=features).contains(&k) {
             bail!(InputError::new(format!("`k` is {k}, and the dictionary has {features} features")));
         }
-        Ok(k)
+        Ok(Selection::new(k, by_threshold, saved.device))
     }
 
     /// How many features of each activation.
     pub fn k(&self) -> i64 {
-        self.k
+        self.k.get()
     }
 
     /// Changes k.
-    pub fn set_k(&mut self, k: i64) {
-        self.k = k;
-        let _ = self.k_tensor.fill_(k);
+    pub fn set_k(&self, k: i64) {
+        self.k.set(k);
+        let _ = self.k_tensor.shallow_clone().fill_(k);
     }
 
     /// The running mean of the smallest selected feature, a float32 scalar; negative as long as it is not known.
@@ -82,22 +83,22 @@ impl Selection {
         vec![("k", self.k_tensor.shallow_clone()), ("threshold", self.threshold.shallow_clone())]
     }
 
-    /// For [`Dictionary::loaded`].
-    pub fn loaded(&mut self) {
-        self.k = self.k_tensor.int64_value(&[]);
+    /// For [`Dictionary::loaded`](super::Dictionary::loaded).
+    pub fn loaded(&self) {
+        self.k.set(self.k_tensor.int64_value(&[]));
     }
 
-    /// For [`Dictionary::scale_biases`].
-    pub fn scale(&mut self, scale: f64) {
+    /// For [`Dictionary::scale_biases`](super::Dictionary::scale_biases).
+    pub fn scale(&self, scale: f64) {
         if self.threshold.double_value(&[]) >= 0.0 {
-            let _ = tch::no_grad(|| self.threshold.g_mul_scalar_(scale));
+            scale_in_place(&self.threshold, scale);
         }
     }
 
     /// Of pre-activations [.., F] after ReLU the k largest of each activation.
     pub fn of_each(&self, pre_activations: Tensor) -> Code {
         let post_relu = pre_activations.relu();
-        let (values, indices) = post_relu.topk(self.k, -1, true, false);
+        let (values, indices) = post_relu.topk(self.k(), -1, true, false);
         let features = post_relu.zeros_like().scatter(-1, &indices, &values);
         Code::new(features)
             .with("pre_activations", pre_activations)
@@ -108,7 +109,7 @@ impl Selection {
 
     /// Of `candidates` [.., F], which may be negative, for each activation the k with the greatest `scores` [.., F].
     pub fn by_score(&self, candidates: Tensor, scores: &Tensor) -> Code {
-        let (values, indices) = scores.topk(self.k, -1, true, false);
+        let (values, indices) = scores.topk(self.k(), -1, true, false);
         let selected = candidates.gather(-1, &indices, false);
         let features = candidates.zeros_like().scatter(-1, &indices, &selected);
         Code::new(features).with("post_relu", candidates).with("top_values", values).with("top_indices", indices)
@@ -119,7 +120,7 @@ impl Selection {
         let post_relu = pre_activations.relu();
         let flat = post_relu.flatten(0, -1);
         let rows = flat.size()[0] / post_relu.size().last().copied().unwrap_or(1).max(1);
-        let (values, indices) = flat.topk(self.k * rows, -1, true, false);
+        let (values, indices) = flat.topk(self.k() * rows, -1, true, false);
         let features = flat.zeros_like().scatter(0, &indices, &values).view_as(&post_relu);
         Code::new(features)
             .with("pre_activations", pre_activations)

@@ -1,4 +1,4 @@
-//! A training step by hand for dictionaries of two layers.
+//! The analytic training step for dictionaries of two affine maps.
 //!
 //! Nearly all dictionaries are two affine maps with something between them that looks at one number at a time:
 //!
@@ -22,9 +22,8 @@
 //! On a GPU there is one tile, of all features, with ReLU done ([`Block`]s hold no number below 0), and libtorch's operations on it: what
 //! lies between products stays in their type, so that half as much goes through its memory.
 //!
-//! What lies between the layers is an [`ActivationFunction`], which the dictionary has; what is asked of the features beside the
-//! reconstruction, a [`Penalty`], which the trainer has. [`step`] puts them together. Trainers of the TopK family use
-//! the parts ([`Hand`]).
+//! What lies between the maps is an [`ActivationFunction`], which the dictionary has; what is minimised is an [`Objective`], which
+//! the trainer has. [`step`] puts them together. Trainers of the TopK family use the parts ([`AnalyticParts`]).
 
 use std::cell::{Cell, OnceCell};
 
@@ -32,14 +31,14 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::gradients::Gradients;
+use super::objective::{Objective, Sums, Values};
 use super::terms::Terms;
-use super::trainer::{ByHand, HandPass};
 use crate::data::Batch;
-use crate::machine::device::{Precision, at_hand};
+use crate::machine::device::{Precision, on_host};
 use crate::machine::parallel::numbers;
-use crate::sae::Selection;
 use crate::sae::two_layer::select::{self, Kept, Selector, Tile};
-use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand, Slope, TwoLayer, Weight};
+use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand};
+use crate::sae::{Affine, Dictionary, Selection, Weight};
 
 /// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
 /// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
@@ -84,53 +83,45 @@ fn lacking(count: i64) -> i64 {
     (-count).rem_euclid(ROUND)
 }
 
-/// What is asked of features beside the reconstruction. It calculates with operations on tensors, since blocks may lie on a GPU,
-/// where activations are of the type of the products, and those that it is given the step's own: it does not change them.
-pub trait Penalty {
-    /// Sees the activations that it falls on, of one block after the other, as z.
-    fn see(&mut self, block: &Block, penalized: &Tensor);
-
-    /// Adds its terms, when all were seen.
-    fn terms(&mut self, terms: &mut Terms) -> Result<()>;
-
-    /// Its derivative, weight included, by these activations.
-    fn slope(&self, block: &Block, penalized: &dyn Fn() -> Tensor) -> Slope;
+/// What an analytic step starts from.
+pub struct AnalyticPass<'a> {
+    /// Step, counted from 0.
+    pub step: u64,
+    /// What the dictionary reads and what it is to reconstruct.
+    pub batch: &'a Batch,
+    /// The dictionary.
+    pub dictionary: &'a dyn Dictionary,
+    /// The last step's gradients, whose memory the gradients of this step may be written to.
+    pub gradients: &'a Gradients,
+    /// Whether the figures of this step will be logged.
+    pub logging: bool,
 }
 
-/// λ times the mean of the sums of activations.
-#[derive(Debug)]
-pub struct L1 {
-    weight: f64,
-    rows: i64,
-    sum: Tensor,
-}
-
-impl L1 {
-    /// λ, for this batch.
-    pub fn new(weight: f64, batch: &Batch) -> Self {
-        let rows = batch.len();
-        L1 { weight, rows, sum: Tensor::zeros([rows], (Kind::Float, batch.x.device())) }
+impl AnalyticPass<'_> {
+    /// A parameter of the dictionary, without its history.
+    pub fn parameter(&self, name: &str) -> Result<Tensor> {
+        let found = self.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
+        found
+            .map(|(_, parameter)| parameter.detach())
+            .ok_or_else(|| anyhow::anyhow!("the class {} has no parameter `{name}`", self.dictionary.class()))
     }
 }
 
-impl Penalty for L1 {
-    fn see(&mut self, block: &Block, penalized: &Tensor) {
-        self.sum += block.sum_by_row(penalized);
-    }
-
-    fn terms(&mut self, terms: &mut Terms) -> Result<()> {
-        terms.add_sparsity("sparsity_loss", self.sum.mean(Kind::Float), self.weight);
-        Ok(())
-    }
-
-    fn slope(&self, _: &Block, _: &dyn Fn() -> Tensor) -> Slope {
-        Slope::Same(self.weight / self.rows as f64)
-    }
+/// What an analytic step found.
+pub struct AnalyticStep {
+    /// For how many activations of the batch each feature fired, `[F]`; needed if the step is logged.
+    pub fired: Option<Tensor>,
+    /// How far the reconstruction is off, x̂ − target, [B, d_out]; needed if the step is logged.
+    pub error: Option<Tensor>,
+    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of
+    /// [`AnalyticPass::gradients`], which the next step writes over.
+    pub gradients: Vec<(&'static str, Tensor)>,
 }
 
-/// The parts of a step by hand: weights, what is encoded, and gradients as they are found.
-pub struct Hand {
-    layers: TwoLayer,
+/// The parts of an analytic step: weights, what is encoded, and gradients as they are found.
+pub struct AnalyticParts<'a> {
+    affine: &'a Affine,
+    precision: Precision,
     /// x or x − b, [B, d].
     x: Operand,
     w_enc: Operand,
@@ -144,26 +135,28 @@ pub struct Hand {
     lists: bool,
 }
 
-impl Hand {
-    /// For a batch, if the dictionary has two layers. Gradients are written to the memory of the last step's.
-    pub fn new(pass: &HandPass) -> Option<Self> {
-        let (layers, batch) = (pass.dictionary.two_layer()?, pass.batch);
-        let precision = layers.precision;
-        let x = if layers.centred { &batch.x - &layers.bias.tensor } else { batch.x.shallow_clone() }.contiguous();
-        let (w_enc, w_dec) = (layers.encoder.rows(), layers.decoder.rows());
+impl<'a> AnalyticParts<'a> {
+    /// For a batch, if the dictionary is two affine maps in float32. Gradients are written to the memory of the last step's.
+    pub fn new(pass: &'a AnalyticPass) -> Option<Self> {
+        let (affine, batch) = (pass.dictionary.affine()?, pass.batch);
+        let precision = affine.precision();
+        let (encoder, decoder) = (affine.encoder(), affine.decoder());
+        let x = if affine.is_centred() { &batch.x - affine.bias().1 } else { batch.x.shallow_clone() }.contiguous();
+        let (w_enc, w_dec) = (encoder.rows().detach(), decoder.rows().detach());
         if [&x, &w_enc, &w_dec].iter().any(|matrix| matrix.kind() != Kind::Float) {
             return None;
         }
-        let lists = at_hand(x.device()) && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
-        Some(Hand {
-            by_w_enc: room(&layers.encoder, pass.gradients),
+        let lists = on_host(x.device()) && [&x, &w_enc, &w_dec].iter().all(|matrix| matrix.is_contiguous());
+        Some(AnalyticParts {
+            by_w_enc: room(&encoder, pass.gradients),
             by_z: Tensor::zeros([w_enc.size()[0]], (Kind::Float, x.device())),
-            by_w_dec: room(&layers.decoder, pass.gradients),
-            b_enc: layers.encoder_bias.as_ref().map(|bias| bias.tensor.shallow_clone()),
+            by_w_dec: room(&decoder, pass.gradients),
+            b_enc: affine.encoder_bias().map(|(_, bias)| bias.detach()),
             x: Operand::new(x, precision),
             w_enc: Operand::new(w_enc, precision),
             w_dec: Operand::new(w_dec, precision),
-            layers,
+            affine,
+            precision,
             lists,
         })
     }
@@ -189,13 +182,13 @@ impl Hand {
     /// first one's number. All products lie in the same place, one after the other.
     fn products(&self, mut work: impl FnMut(&Tile, i64)) {
         let bias = self.b_enc.as_ref().map_or_else(|| self.by_z.zeros_like(), Tensor::contiguous);
-        let most = tile_width(self.layers.precision);
-        let storage = self.storage(most.min(self.features()), self.layers.precision.kind());
+        let most = tile_width(self.precision);
+        let storage = self.storage(most.min(self.features()), self.precision.kind());
         for first in (0..self.features()).step_by(most as usize) {
             let count = most.min(self.features() - first);
             let product = self.tile(&storage, 0, count);
             // As it is needed: all of it in another type would take room, and it is needed once.
-            let weight = self.w_enc.exact().narrow(0, first, count).to_kind(self.layers.precision.kind());
+            let weight = self.w_enc.exact().narrow(0, first, count).to_kind(self.precision.kind());
             let _ = self.x.for_products().matmul_out(&product, &weight.tr());
             let bias = &numbers::<f32>(&bias)[first as usize..(first + count) as usize];
             work(&Tile::new(&product, bias), first);
@@ -204,7 +197,7 @@ impl Hand {
 
     /// Pre-activations of rows X, [n, F].
     fn plainly(&self, x: &Operand) -> Tensor {
-        let z = self.layers.precision.product(x.for_products(), &self.w_enc.for_products().tr());
+        let z = self.precision.product(x.for_products(), &self.w_enc.for_products().tr());
         match &self.b_enc {
             Some(bias) => z + bias,
             None => z,
@@ -214,7 +207,7 @@ impl Hand {
     /// The pre-activations above `bounds` `[F]`, or above 0, and perhaps others. On a CPU.
     pub fn encode(&self, bounds: Option<&Tensor>) -> Vec<Block> {
         let bounds = bounds.map(Tensor::contiguous).unwrap_or_else(|| self.by_z.zeros_like());
-        let precision = self.layers.precision;
+        let precision = self.precision;
         // In one piece: what comes and goes between pieces that stay would leave holes.
         let storage = self.storage(self.features(), Kind::Float);
         let mut used = 0;
@@ -235,7 +228,7 @@ impl Hand {
     }
 
     /// The pre-activations that a dictionary of the TopK family selects in training, and perhaps some that are not above
-    /// 0: no features either. With them, where they are at hand, the selected features' indices, those at 0 too, int64.
+    /// 0: no features either. With them, where they are known, the selected features' indices, those at 0 too, int64.
     pub fn select(&mut self, selection: &Selection) -> (Block, Option<Tensor>) {
         let rows = self.x.exact().size()[0];
         let k = selection.k();
@@ -254,7 +247,7 @@ impl Hand {
     /// The k largest pre-activations above 0 of each row.
     pub fn select_of_each(&mut self, k: i64) -> Block {
         if k >= self.features() {
-            return Block::dense(self.plainly(&self.x).relu(), 0, self.layers.precision);
+            return Block::dense(self.plainly(&self.x).relu(), 0, self.precision);
         }
         if self.lists && self.sparse(k) {
             return self.list(Kept::OfEach(k as usize));
@@ -273,12 +266,12 @@ impl Hand {
         self.products(|tile, _| selector.offer(tile));
         // What is listed is multiplied exactly.
         self.x.cast.take();
-        Block::sparse(selector.finish(), 0, self.layers.precision)
+        Block::sparse(selector.finish(), 0, self.precision)
     }
 
     /// All pre-activations above 0, [B, F], of the type of the products, as the encoder's bias is here.
     fn whole(&self) -> Tensor {
-        let bias = self.b_enc.as_ref().map(|bias| bias.to_kind(self.layers.precision.kind()));
+        let bias = self.b_enc.as_ref().map(|bias| bias.to_kind(self.precision.kind()));
         self.x.for_products().linear(self.w_enc.for_products(), bias).relu_()
     }
 
@@ -290,7 +283,7 @@ impl Hand {
         let first = Tensor::arange(rows, (Kind::Int64, z.device())).unsqueeze(1) * features;
         let at = (&indices + first).reshape([-1]);
         let values = values.to_kind(Kind::Float).reshape([-1]);
-        (Block::scattered(values, at, size, rows, self.layers.precision), indices)
+        (Block::scattered(values, at, size, rows, self.precision), indices)
     }
 
     /// The `count` largest pre-activations of the batch as libtorch finds them.
@@ -298,7 +291,7 @@ impl Hand {
         let z = self.whole();
         let size = [z.size()[0], z.size()[1]];
         let (values, at) = z.reshape([-1]).topk(count, -1, true, false);
-        Block::scattered(values.to_kind(Kind::Float), at, size, 1, self.layers.precision)
+        Block::scattered(values.to_kind(Kind::Float), at, size, 1, self.precision)
     }
 
     /// A block in the groups that end at these features.
@@ -330,7 +323,7 @@ impl Hand {
 
     /// How far a reconstruction without any features is off: b − target, [B, d].
     pub fn begin(&self, batch: &Batch) -> Tensor {
-        (&self.layers.bias.tensor - &batch.target).contiguous()
+        (self.affine.bias().1.detach() - &batch.target).contiguous()
     }
 
     /// Adds to an error [B, d] what values of a block's features, as z, decode to.
@@ -340,7 +333,7 @@ impl Hand {
 
     /// ∂L/∂x̂ [B, d], to be multiplied with.
     fn operand(&self, by_x_hat: &Tensor) -> Operand {
-        Operand::new(by_x_hat.contiguous(), self.layers.precision)
+        Operand::new(by_x_hat.contiguous(), self.precision)
     }
 
     /// Takes gradients of features that pass what comes to them on to z where this is above 0, given ∂L/∂x̂ [B, d].
@@ -357,24 +350,18 @@ impl Hand {
         block.sum_by_feature(by_z, &mut self.by_z);
     }
 
-    /// The same step for some features alone, `[n]` int64; its gradients are added by [`Hand::add`]. Their number is rounded up by
+    /// The same step for some features alone, `[n]` int64; its gradients are added by [`AnalyticParts::add`]. Their number is rounded up by
     /// features without weights, which are never above 0.
-    pub fn of_features(&self, features: &Tensor) -> Hand {
+    pub fn of_features(&self, features: &Tensor) -> AnalyticParts<'a> {
         let lacking = lacking(features.size()[0]);
         let count = features.size()[0] + lacking;
-        let same = |weight: &Weight| Weight { tensor: weight.tensor.shallow_clone(), ..*weight };
         let like = |tensor: &Tensor| Tensor::empty([count, tensor.size()[1]], (Kind::Float, tensor.device()));
-        Hand {
-            layers: TwoLayer {
-                encoder: same(&self.layers.encoder),
-                encoder_bias: self.layers.encoder_bias.as_ref().map(same),
-                decoder: same(&self.layers.decoder),
-                bias: same(&self.layers.bias),
-                ..self.layers
-            },
+        AnalyticParts {
+            affine: self.affine,
+            precision: self.precision,
             x: Operand {
                 exact: self.x.exact.shallow_clone(),
-                precision: self.layers.precision,
+                precision: self.precision,
                 cast: self.x.cast.get().map(Tensor::shallow_clone).map_or_else(OnceCell::new, OnceCell::from),
             },
             w_enc: self.w_enc.select(features).and_zeros(lacking),
@@ -388,7 +375,7 @@ impl Hand {
     }
 
     /// Adds the gradients of a step for some features alone.
-    pub fn add(&mut self, features: &Tensor, part: &Hand) {
+    pub fn add(&mut self, features: &Tensor, part: &AnalyticParts) {
         let own = |of_part: &Tensor| of_part.narrow(0, 0, features.size()[0]);
         let _ = self.by_w_enc.index_add_(0, features, &own(&part.by_w_enc));
         let _ = self.by_z.index_add_(0, features, &own(&part.by_z));
@@ -397,18 +384,20 @@ impl Hand {
 
     /// The gradients of the two layers, by state-dict names, where `by_x_hat` `[d]` is the sum of ∂L/∂x̂ over the batch.
     pub fn gradients(self, by_x_hat: Tensor) -> Vec<(&'static str, Tensor)> {
-        let layers = &self.layers;
-        let through_encoder = layers.centred.then(|| self.by_z.unsqueeze(0).matmul(self.w_enc.exact()).squeeze_dim(0));
+        let affine = self.affine;
+        let centred = affine.is_centred();
+        let through_encoder = centred.then(|| self.by_z.unsqueeze(0).matmul(self.w_enc.exact()).squeeze_dim(0));
         let by_bias = match through_encoder {
             Some(through_encoder) => by_x_hat - through_encoder,
             None => by_x_hat,
         };
+        let of_rows = |weight: Weight, rows: Tensor| (weight.name, weight.like_rows(&rows));
         let mut gradients = vec![
-            layers.encoder.of_rows(self.by_w_enc),
-            layers.decoder.of_rows(self.by_w_dec),
-            (layers.bias.name, by_bias),
+            of_rows(affine.encoder(), self.by_w_enc),
+            of_rows(affine.decoder(), self.by_w_dec),
+            (affine.bias().0, by_bias),
         ];
-        gradients.extend(layers.encoder_bias.as_ref().map(|bias| (bias.name, self.by_z)));
+        gradients.extend(affine.encoder_bias().map(|(name, _)| (name, self.by_z)));
         gradients
     }
 }
@@ -416,7 +405,7 @@ impl Hand {
 /// Memory for the gradient of a matrix, [F, d]: that of the last step's gradient if it lies right.
 fn room(weight: &Weight, gradients: &Gradients) -> Tensor {
     let rows = weight.rows();
-    let room = gradients.get(weight.name).map(|gradient| weight.turned(gradient));
+    let room = gradients.get(weight.name).map(|gradient| weight.like_rows(gradient));
     let fits = |room: &Tensor| room.size() == rows.size() && room.is_contiguous() && room.kind() == rows.kind();
     room.filter(fits).unwrap_or_else(|| rows.empty_like())
 }
@@ -431,50 +420,42 @@ pub fn mean_square(rows: &Tensor) -> Tensor {
     rows.norm_scalaropt_dim(2.0, [-1], false).square().mean(Kind::Float)
 }
 
-/// How far a reconstruction is off: adds its terms, given the error x̂ − target [B, d], and gives the derivative by x̂.
-pub type Reconstruction<'a> = &'a dyn Fn(&Tensor, &mut Terms) -> Tensor;
-
-/// ‖x − x̂‖², under a name in the log.
-pub fn squared_error(name: &'static str) -> impl Fn(&Tensor, &mut Terms) -> Tensor {
-    move |error, terms| {
-        terms.add_reconstruction(name, mean_square(error));
-        error * (2.0 / error.size()[0] as f64)
-    }
-}
-
-/// A step of a dictionary that a penalty keeps sparse, if it has two layers: terms and gradients of
+/// An analytic step of an objective, if the dictionary is two affine maps: terms and gradients of
 ///
 /// ```text
-/// L = reconstruction(x̂) + penalty + the activation's auxiliary loss
+/// L = error(x̂) + penalty + the activation function's auxiliary loss
 /// ```
 ///
 /// `count` if it is asked which features fired.
 pub fn step(
-    pass: &HandPass,
+    pass: &AnalyticPass,
     terms: &mut Terms,
     activation: &mut dyn ActivationFunction,
-    reconstruction: Reconstruction,
-    penalty: &mut dyn Penalty,
+    objective: &Objective,
     count: bool,
-) -> Result<Option<ByHand>> {
-    let on_gpu = !at_hand(pass.batch.x.device());
+) -> Result<Option<(AnalyticStep, Values)>> {
+    let on_gpu = !on_host(pass.batch.x.device());
     if on_gpu && !activation.on_gpu() {
         return Ok(None);
     }
-    let Some(mut hand) = Hand::new(pass) else { return Ok(None) };
+    let Some(mut hand) = AnalyticParts::new(pass) else { return Ok(None) };
     let blocks = if on_gpu {
-        vec![Block::dense(hand.whole(), 0, hand.layers.precision)]
+        vec![Block::dense(hand.whole(), 0, hand.precision)]
     } else {
         hand.encode(activation.bounds().as_ref())
     };
     let mut error = hand.begin(pass.batch);
     let mut auxiliary = activation.auxiliary().then(|| error.copy());
     let mut fired = (count || pass.logging).then(|| hand.by_z.zeros_like());
+    let mut penalty = Sums::new(&objective.penalty, &error);
+    let mut watched = objective.watched.as_ref().map(|watched| Sums::new(watched, &error));
     for block in &blocks {
         let features = activation.features(block);
         hand.decode(block, &features, &mut error);
         let penalized = activation.penalized(block);
-        penalty.see(block, penalized.as_ref().unwrap_or(&features));
+        for penalty in std::iter::once(&mut penalty).chain(&mut watched) {
+            penalty.see(block, penalized.as_ref().unwrap_or(&features));
+        }
         if let (Some(auxiliary), Some(penalized)) = (&mut auxiliary, &penalized) {
             hand.decode(block, penalized, auxiliary);
         }
@@ -486,8 +467,10 @@ pub fn step(
             block.add_sums(&count, fired);
         }
     }
-    let by_x_hat = reconstruction(&error, terms);
-    penalty.terms(terms)?;
+    objective.add_error(&error, pass.logging, terms);
+    let by_x_hat = objective.derivative(&error);
+    let values = objective.add_penalty(penalty.value(), watched.as_ref().map(Sums::value), terms);
+    penalty.differentiate();
     let by_auxiliary = auxiliary.map(|error| {
         terms.add("aux_loss", mean_square(&error), 1.0);
         hand.operand(&(error * (2.0 / pass.batch.len() as f64)))
@@ -510,5 +493,5 @@ pub fn step(
     }
     let mut gradients = hand.gradients(by_sum);
     gradients.extend(activation.gradients());
-    Ok(Some(ByHand { fired, error, gradients }))
+    Ok(Some((AnalyticStep { fired, error, gradients }, values)))
 }

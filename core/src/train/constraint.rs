@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::sae::Decoder;
+use crate::sae::Weight;
 
 /// What a trainer holds the decoder and the gradients to.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -17,25 +17,25 @@ pub struct Constraints {
 /// So small that only a direction of norm 0 is touched by it, which then stays 0 instead of becoming NaN.
 pub(crate) const LEAST_NORM: f64 = 1e-30;
 
-fn norms(decoder: &Decoder) -> Tensor {
-    decoder.weight.detach().norm_scalaropt_dim(2.0, [decoder.direction_dim()], true).clamp_min(LEAST_NORM)
+fn norms(decoder: &Weight) -> Tensor {
+    decoder.tensor.detach().norm_scalaropt_dim(2.0, [decoder.direction_dim()], true).clamp_min(LEAST_NORM)
 }
 
 /// Removes from the decoder's gradient the part along each feature's direction, which a unit-norm decoder could not
 /// follow anyway and which would only spoil Adam's moments.
-pub(crate) fn remove_parallel_gradient(decoder: &Decoder, gradient: &Tensor) {
+pub(crate) fn remove_parallel_gradient(decoder: &Weight, gradient: &Tensor) {
     tch::no_grad(|| {
         let mut gradient = gradient.shallow_clone();
-        let unit = decoder.weight.detach() / norms(decoder);
+        let unit = decoder.tensor.detach() / norms(decoder);
         let parallel = (&gradient * &unit).sum_dim_intlist([decoder.direction_dim()].as_slice(), true, gradient.kind());
         gradient -= unit * parallel;
     });
 }
 
 /// Scales each feature's direction to norm 1, in place.
-pub(crate) fn normalize_decoder(decoder: &Decoder) {
+pub(crate) fn normalize_decoder(decoder: &Weight) {
     tch::no_grad(|| {
-        let _ = decoder.weight.shallow_clone().g_div_(&norms(decoder));
+        let _ = decoder.tensor.shallow_clone().g_div_(&norms(decoder));
     });
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::firing::Firing;
-use super::trainer::{AfterStep, ByHand};
+use super::trainer::AfterStep;
 use crate::error::InputError;
 use crate::files::state::State;
 use crate::sae::{Dictionary, Encoder};
@@ -76,14 +76,9 @@ impl Resampling {
         self
     }
 
-    /// Sees the features of a batch, [B, F]. Which of them fired is counted by [`Resampling::after_step`].
-    pub fn see(&mut self, features: &Tensor) {
-        self.next = Some(self.firing.after(&features.detach().not_equal(0.0).any_dim(0, false), 1));
-    }
-
-    /// The same of a step by hand.
-    pub fn see_by_hand(&mut self, found: &ByHand) {
-        self.next = found.fired.as_ref().map(|fired| self.firing.after(&fired.gt(0.0), 1));
+    /// Sees which features of a batch fired, bool `[F]`; [`Resampling::after_step`] counts them.
+    pub fn see(&mut self, fired: &Tensor) {
+        self.next = Some(self.firing.after(fired, 1));
     }
 
     /// Counts the features that fired in the step.
@@ -129,7 +124,7 @@ fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result
             return Ok(0);
         }
         let missing = || anyhow!("the features of the class {} cannot be resampled", cx.dictionary.class());
-        let Encoder { weight: encoder_name, feature_dim, biases } = cx.dictionary.encoder().ok_or_else(missing)?;
+        let Encoder { weight: encoder, biases } = cx.dictionary.encoder().ok_or_else(missing)?;
         let decoder = cx.dictionary.decoder().ok_or_else(missing)?;
 
         let (x_hat, _) = cx.dictionary.reconstruct(&cx.batch.x);
@@ -146,8 +141,7 @@ fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result
             let found = cx.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
             found.map(|(_, tensor)| tensor).ok_or_else(|| anyhow!("no parameter `{name}`"))
         };
-        let mut encoder = parameter(encoder_name)?;
-        let norms = encoder.norm_scalaropt_dim(2.0, [1 - feature_dim], false);
+        let norms = encoder.norms();
         let alive = dead.logical_not();
         let alive_norm = if bool::try_from(alive.any())? {
             norms.masked_select(&alive).mean(Kind::Float)
@@ -155,15 +149,13 @@ fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result
             norms.mean(Kind::Float)
         };
         let rows = inputs * alive_norm * 0.2;
-        let along = |rows: Tensor, feature_dim: i64| if feature_dim == 0 { rows } else { rows.transpose(0, 1) };
-        let _ = encoder.index_copy_(feature_dim, &features, &along(rows, feature_dim));
+        let _ = encoder.rows().index_copy_(0, &features, &rows);
         let directions = &targets / targets.norm_scalaropt_dim(2.0, [-1], true).clamp_min(1e-12);
-        let mut decoder_weight = decoder.weight.shallow_clone();
-        let _ = decoder_weight.index_copy_(decoder.feature_dim, &features, &along(directions, decoder.feature_dim));
-        let mut forget = vec![(encoder_name, feature_dim), (decoder.name, decoder.feature_dim)];
+        let _ = decoder.rows().index_copy_(0, &features, &directions);
+        let mut forget = vec![(encoder.name, encoder.feature_dim), (decoder.name, decoder.feature_dim)];
         for name in biases {
             let _ = parameter(name)?.index_fill_(0, &features, 0.0);
-            forget.push((*name, 0));
+            forget.push((name, 0));
         }
         for (name, dim) in forget {
             if let Some(moments) = cx.optimizer.moments(name) {

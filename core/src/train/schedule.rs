@@ -13,6 +13,8 @@ use crate::error::{InputError, Mistakes};
 /// Both are linear from 0 at step 0, so the very first step moves no weight, as in the reference.
 #[derive(Debug, Clone, Copy)]
 pub struct Schedule {
+    /// The learning rate at its full value.
+    pub lr: f64,
     /// Steps that the run is laid out for.
     pub steps: u64,
     /// Steps over which the learning rate rises to its full value.
@@ -26,9 +28,14 @@ pub struct Schedule {
 }
 
 impl Schedule {
+    /// The same learning rate and penalty at every step.
+    pub fn constant(lr: f64) -> Self {
+        Schedule { lr, steps: 0, warmup_steps: 0, decay_start: None, resample_steps: None, sparsity_warmup_steps: None }
+    }
+
     /// The schedule, if its parts fit each other and the length of the run; otherwise every part that does not.
     pub fn check(self) -> Result<Self> {
-        let Schedule { steps, warmup_steps, decay_start, resample_steps, sparsity_warmup_steps } = self;
+        let Schedule { steps, warmup_steps, decay_start, resample_steps, sparsity_warmup_steps, lr: _ } = self;
         let mut mistakes = Mistakes::new();
         let mut refused =
             |field: &str, message: String, help: &str| mistakes.add(InputError::new(message).field(field).help(help));
@@ -86,6 +93,11 @@ impl Schedule {
         }
         mistakes.into_result()?;
         Ok(self)
+    }
+
+    /// The learning rate at a step.
+    pub fn lr(&self, step: u64) -> f64 {
+        self.lr * self.lr_factor(step)
     }
 
     /// The factor of the learning rate at a step, between 0 and 1.
@@ -220,8 +232,14 @@ impl<'a> RunLength<'a> {
 mod tests {
     use super::*;
 
-    const PLAIN: Schedule =
-        Schedule { steps: 100, warmup_steps: 10, decay_start: None, resample_steps: None, sparsity_warmup_steps: None };
+    const PLAIN: Schedule = Schedule {
+        lr: 1.0,
+        steps: 100,
+        warmup_steps: 10,
+        decay_start: None,
+        resample_steps: None,
+        sparsity_warmup_steps: None,
+    };
 
     #[test]
     fn warms_up_and_decays() {

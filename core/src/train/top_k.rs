@@ -14,19 +14,17 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch::{Kind, Tensor};
 
-use super::analytic::{Hand, mean_square, sum_of_rows};
+use super::analytic::{AnalyticParts, AnalyticPass, AnalyticStep, mean_square, sum_of_rows};
 use super::constraint::Constraints;
 use super::firing::Firing;
-use super::optim::AdamConfig;
 use super::schedule::Schedule;
 use super::terms::{Terms, mean_of_sums, number};
-use super::trainer::{AfterStep, ByHand, HandPass, Pass, Trainer, TrainerCx};
+use super::trainer::{AfterStep, Pass, Trainer, TrainerCx, cannot_train};
 use crate::data::Batch;
 use crate::error::{InputError, Mistakes};
 use crate::files::state::State;
 use crate::machine::ranks;
-use crate::sae::Dictionary;
-use crate::sae::Selection;
+use crate::sae::{Between, Dictionary, Selection};
 
 /// Of values [rows, k] each row's smallest above 0, `[rows]`: infinite where there is none.
 fn smallest_positive(values: &Tensor) -> Tensor {
@@ -54,7 +52,7 @@ pub struct Prefixes {
     pub ends: Vec<i64>,
     /// The weight of each one's squared error; the loss is their mean.
     pub weights: Vec<f64>,
-    /// What each leaves to reconstruct, [B, d]. By hand it is the difference, so where it is another a dictionary must not
+    /// What each leaves to reconstruct, [B, d]. In an analytic step it is the difference, so where it is another a dictionary must not
     /// say that it has two layers.
     pub residuals: fn(&Pass) -> Result<Vec<Tensor>>,
 }
@@ -67,7 +65,6 @@ pub struct Prefixes {
 /// gradients are clipped to norm 1.
 pub struct TopKTrainer {
     settings: TopKSettings,
-    lr: f64,
     schedule: Schedule,
     /// The k that annealing ends at.
     k: i64,
@@ -99,15 +96,13 @@ impl TopKTrainer {
     /// The trainer called `name`.
     pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx) -> Result<Self> {
         let Some(selection) = cx.dictionary.selection() else {
-            bail!(InputError::incompatible(format!(
-                "the trainer `{name}` cannot train the class {}: it has no k, and so nothing keeps its features sparse",
-                cx.dictionary.class()
-            ))
-            .help(format!("use {}, or a dictionary that has `k`", cx.dictionary.usual_trainers())));
+            let why = "it has no k, and so nothing keeps its features sparse";
+            bail!(cannot_train(name, cx.dictionary, why, "a dictionary that has `k`"));
         };
         let dims = cx.dictionary.dims();
         let mut mistakes = Mistakes::new();
         let schedule = Schedule {
+            lr: settings.lr.unwrap_or_else(|| 2e-4 / (dims.features as f64 / 16384.0).sqrt()),
             steps: cx.steps,
             warmup_steps: settings.warmup_steps,
             decay_start: settings.decay_start,
@@ -146,7 +141,6 @@ impl TopKTrainer {
             );
         }
         Ok(TopKTrainer {
-            lr: settings.lr.unwrap_or_else(|| 2e-4 / (dims.features as f64 / 16384.0).sqrt()),
             schedule,
             k: selection.k(),
             // Half the activations' width, a heuristic of the paper's.
@@ -224,8 +218,13 @@ impl TopKTrainer {
         Ok(self.over_variance(residual, &off).0)
     }
 
-    /// The same by hand, of the error x̂ − x = −e: the loss, and a step for the dead features alone, if there are any.
-    fn auxk_by_hand(&mut self, hand: &Hand, fired: &mut Firing, error: &Tensor) -> (Tensor, Option<(Tensor, Hand)>) {
+    /// The analytic version, of the error x̂ − x = −e: the loss, and a step for the dead features alone, if there are any.
+    fn auxk_analytic<'a>(
+        &mut self,
+        hand: &AnalyticParts<'a>,
+        fired: &mut Firing,
+        error: &Tensor,
+    ) -> (Tensor, Option<(Tensor, AnalyticParts<'a>)>) {
         let Some(dead) = fired.silent_indices(self.settings.dead_feature_threshold) else {
             return (Tensor::zeros([0_i64; 0], (error.kind(), error.device())), None);
         };
@@ -242,20 +241,12 @@ impl TopKTrainer {
 }
 
 impl Trainer for TopKTrainer {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn settings(&self, settings: &mut Map<String, Value>) {
-        settings.insert("lr".to_owned(), self.lr.into());
+        settings.insert("lr".to_owned(), self.schedule.lr.into());
         settings.insert("top_k_aux".to_owned(), self.top_k_aux.into());
         settings.extend(self.added.clone());
     }
@@ -294,9 +285,9 @@ impl Trainer for TopKTrainer {
         Ok(())
     }
 
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(selection) = pass.dictionary.selection() else { return Ok(None) };
-        let Some(mut hand) = Hand::new(pass) else { return Ok(None) };
+    fn analytic(&mut self, pass: &AnalyticPass, terms: &mut Terms) -> Result<Option<AnalyticStep>> {
+        let Some(Between::Selection(selection)) = pass.dictionary.between() else { return Ok(None) };
+        let Some(mut hand) = AnalyticParts::new(pass) else { return Ok(None) };
         let (block, indices) = hand.select(selection);
         let smallest = self.selected(pass.step, selection, || {
             let smallest = ranks::gather_rows(&block.smallest_positive());
@@ -320,7 +311,7 @@ impl Trainer for TopKTrainer {
         self.reconstruction(&losses, pass.logging, terms);
         let mut revived = None;
         if self.settings.auxk_alpha > 0.0 {
-            let (auxk, part) = self.auxk_by_hand(&hand, &mut fired, &error);
+            let (auxk, part) = self.auxk_analytic(&hand, &mut fired, &error);
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
             revived = part;
         }
@@ -348,7 +339,7 @@ impl Trainer for TopKTrainer {
         }
         let gradients = hand.gradients(by_sum);
         self.seen = Some(Seen { fired, smallest });
-        Ok(Some(ByHand { fired: Some(counts), error: logged, gradients }))
+        Ok(Some(AnalyticStep { fired: Some(counts), error: logged, gradients }))
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
@@ -359,7 +350,7 @@ impl Trainer for TopKTrainer {
             }
         }
         let dims = cx.dictionary.dims();
-        if let Some((anneal, selection)) = self.settings.k_anneal_steps.zip(cx.dictionary.selection_mut()) {
+        if let Some((anneal, selection)) = self.settings.k_anneal_steps.zip(cx.dictionary.selection()) {
             let ratio = cx.step.min(anneal) as f64 / anneal as f64;
             let k = dims.input as f64 * (1.0 - ratio) + self.k as f64 * ratio;
             selection.set_k((k as i64).min(dims.features));

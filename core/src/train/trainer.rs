@@ -1,6 +1,6 @@
 //! Trainers: how a dictionary learns.
 //!
-//! A trainer gives a loss, and autograd does the rest; or it finds the gradients by hand too. The order of a step is the same for all and stands in
+//! A trainer gives a loss, and autograd does the rest; or it finds the analytic gradients too. The order of a step is the same for all and stands in
 //! [`Training::step`](crate::train::training::Training::step).
 
 use std::fmt::Debug;
@@ -9,17 +9,19 @@ use anyhow::{Result, bail};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
+use super::analytic::{self, AnalyticPass, AnalyticStep};
 use super::constraint::Constraints;
-use super::gradients::Gradients;
+use super::objective::{Objective, Seen};
 use super::optim::{Adam, AdamConfig};
-use super::schedule::RunLength;
+use super::schedule::{RunLength, Schedule};
 use super::terms::Terms;
 use crate::data::Batch;
 use crate::error::InputError;
 use crate::files::state::State;
 use crate::machine::rng::Rng;
 use crate::sae::Selection;
-use crate::sae::{Code, Dictionary};
+use crate::sae::two_layer::ActivationFunction;
+use crate::sae::{Between, Code, Dictionary};
 
 /// What a trainer is built for.
 pub struct TrainerCx<'a> {
@@ -99,39 +101,10 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// What a step by hand starts from.
-pub struct HandPass<'a> {
-    /// Step, counted from 0.
-    pub step: u64,
-    /// What the dictionary reads and what it is to reconstruct.
-    pub batch: &'a Batch,
-    /// The dictionary.
-    pub dictionary: &'a dyn Dictionary,
-    /// The last step's gradients, whose memory the gradients of this step may be written to.
-    pub gradients: &'a Gradients,
-    /// Whether the figures of this step will be logged.
-    pub logging: bool,
-}
-
-impl HandPass<'_> {
-    /// A parameter of the dictionary, without its history.
-    pub fn parameter(&self, name: &str) -> Result<Tensor> {
-        let found = self.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
-        found
-            .map(|(_, parameter)| parameter.detach())
-            .ok_or_else(|| anyhow::anyhow!("the class {} has no parameter `{name}`", self.dictionary.class()))
-    }
-}
-
-/// What a step by hand found.
-pub struct ByHand {
-    /// For how many activations of the batch each feature fired, `[F]`; needed if the step is logged.
-    pub fired: Option<Tensor>,
-    /// How far the reconstruction is off, x̂ − target, [B, d_out]; needed if the step is logged.
-    pub error: Option<Tensor>,
-    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of
-    /// [`HandPass::gradients`], which the next step writes over.
-    pub gradients: Vec<(&'static str, Tensor)>,
+/// The error of a trainer that cannot train a dictionary, for a reason; `or` is what else to use than the trainers that can.
+pub fn cannot_train(trainer: &str, dictionary: &dyn Dictionary, why: &str, or: &str) -> InputError {
+    InputError::incompatible(format!("the trainer `{trainer}` cannot train the class {}: {why}", dictionary.class()))
+        .help(format!("use {}, or {or}", dictionary.usual_trainers()))
 }
 
 /// Refuses a dictionary that a penalty cannot train: one that encodes by a threshold which only its own trainers keep.
@@ -139,12 +112,8 @@ pub struct ByHand {
 /// `trainer` is the name of the one that asks.
 pub fn penalizable(dictionary: &dyn Dictionary, trainer: &str) -> Result<()> {
     if dictionary.selection().is_some_and(Selection::by_threshold) {
-        bail!(InputError::incompatible(format!(
-            "the trainer `{trainer}` cannot train the class {}: it encodes by a threshold that the trainer must keep, \
-             and a penalty keeps none",
-            dictionary.class()
-        ))
-        .help(format!("use {}, or another dictionary", dictionary.usual_trainers())));
+        let why = "it encodes by a threshold that the trainer must keep, and a penalty keeps none";
+        bail!(cannot_train(trainer, dictionary, why, "another dictionary"));
     }
     Ok(())
 }
@@ -165,16 +134,18 @@ pub struct AfterStep<'a> {
 
 /// A trainer.
 pub trait Trainer: Send {
-    /// The optimiser's settings.
-    fn adam(&self) -> AdamConfig;
+    /// The learning rate and how it and the penalty change over a run.
+    fn schedule(&self) -> Schedule;
 
-    /// The learning rate for a step, schedule included.
-    fn lr(&self, step: u64) -> f64;
+    /// The optimiser's settings.
+    fn adam(&self) -> AdamConfig {
+        AdamConfig::default()
+    }
 
     /// Whether anything that it does at a step depends on how many steps the run is laid out for ([`TrainerCx::steps`]). If so
     /// a run cannot be made longer when it is resumed.
     fn depends_on_steps(&self) -> bool {
-        true
+        self.schedule().depends_on_steps()
     }
 
     /// Settings as the trainer resolved them, for config.json where that says more than the config (`lr: null`).
@@ -199,23 +170,72 @@ pub trait Trainer: Send {
         dictionary.forward(x)
     }
 
-    /// The terms of the loss. A term of the dictionary's own ([`Dictionary::auxiliary_loss`]) is added after them.
+    /// What is minimised at a step, where that is an error of the reconstruction and a penalty on features. The loss and the
+    /// analytic step follow from it. `None` where the trainer implements [`Trainer::loss`].
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        let _ = step;
+        None
+    }
+
+    /// The activations that the penalty of [`Trainer::objective`] falls on, [B, F]: the code's, unless training needs gradients of
+    /// another kind. In an analytic step they are [`ActivationFunction::penalized`].
+    fn penalized(&self, pass: &Pass) -> Result<Tensor> {
+        Ok(pass.code.penalized().shallow_clone())
+    }
+
+    /// What lies between the dictionary's two affine maps, for the analytic step of [`Trainer::objective`]: the dictionary's own,
+    /// unless training needs gradients of another kind.
+    fn activation_function<'a>(&self, dictionary: &'a dyn Dictionary) -> Option<Box<dyn ActivationFunction + 'a>> {
+        match dictionary.between() {
+            Some(Between::Elementwise(activation)) => Some(activation),
+            _ => None,
+        }
+    }
+
+    /// Whether [`Trainer::see`] is told which features fired.
+    fn counts_firing(&self) -> bool {
+        false
+    }
+
+    /// Notes what [`Trainer::after_step`] keeps of a step of [`Trainer::objective`]; may log figures.
+    fn see(&mut self, seen: Seen, terms: &mut Terms) {
+        let _ = (seen, terms);
+    }
+
+    /// The terms of the loss, those of [`Trainer::objective`] by default. A term of the dictionary's own
+    /// ([`Dictionary::auxiliary_loss`]) is added after them.
     ///
     /// It changes nothing that [`Trainer::state`] saves, since a loss that is not finite refuses the step: what the loss
     /// counts is noted here and kept by [`Trainer::after_step`]. Avoid reading numbers from a GPU, which waits for it.
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()>;
+    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+        let Some(objective) = self.objective(pass.step) else {
+            bail!("a trainer without `objective` must implement `loss`");
+        };
+        let values = objective.add(&pass.residual(), &self.penalized(pass)?, pass.logging, terms);
+        drop(objective);
+        let fired = self.counts_firing().then(|| pass.code.fired());
+        self.see(Seen { values, fired, rows: pass.batch.len(), logging: pass.logging }, terms);
+        Ok(())
+    }
 
-    /// The same by hand, where the trainer can: the terms of the loss, and their gradients without autograd. `None`, as by
-    /// default, leaves it to [`Trainer::loss`] and autograd; so does an SAE with modifiers, which need what autograd
-    /// differentiates. Called with gradients off. The contract test holds both to the same numbers.
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let _ = (pass, terms);
-        Ok(None)
+    /// The terms of the loss and their analytic gradients, where the trainer has them. `None` leaves the step to
+    /// [`Trainer::loss`] and autograd; so does an SAE with modifiers, which need what autograd differentiates. Called with
+    /// gradients off. By default that of [`Trainer::objective`]. The contract test holds both to the same numbers.
+    fn analytic(&mut self, pass: &AnalyticPass, terms: &mut Terms) -> Result<Option<AnalyticStep>> {
+        let Some(objective) = self.objective(pass.step) else { return Ok(None) };
+        let Some(mut activation) = self.activation_function(pass.dictionary) else { return Ok(None) };
+        let counts = self.counts_firing();
+        let found = analytic::step(pass, terms, &mut *activation, &objective, counts)?;
+        drop(objective);
+        let Some((found, values)) = found else { return Ok(None) };
+        let fired = if counts { found.fired.as_ref().map(|fired| fired.gt(0.0)) } else { None };
+        self.see(Seen { values, fired, rows: pass.batch.len(), logging: pass.logging }, terms);
+        Ok(Some(found))
     }
 
     /// Whether the loss has a sparsity term ([`Terms::add_sparsity`]), which modifiers may change.
     fn has_sparsity_term(&self) -> bool {
-        false
+        self.objective(0).is_some()
     }
 
     /// Whether the trainer resamples dead features itself.

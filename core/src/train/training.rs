@@ -13,12 +13,13 @@ use crate::machine::ranks;
 use crate::machine::rng::{Rng, rng, seeded};
 use crate::sae::{Adapted, Dictionary, DictionaryCx, Normalization, saved};
 use crate::train::TaggedModifier;
+use crate::train::analytic::AnalyticPass;
 use crate::train::config::SaeConfig;
 use crate::train::gradients::Gradients;
 use crate::train::modifier::{Modifier, ModifierCx};
 use crate::train::optim::{Adam, GradientNorm};
 use crate::train::terms::{Terms, float};
-use crate::train::trainer::{AfterStep, HandPass, Pass, Trainer, TrainerCx};
+use crate::train::trainer::{AfterStep, Pass, Trainer, TrainerCx};
 use crate::train::watch::Watch;
 
 /// What a dictionary in training is built for.
@@ -213,7 +214,7 @@ impl Training {
 
     /// Whether numbers are looked at in each step.
     fn looks(&self) -> bool {
-        device::at_hand(self.dictionary.device()) || self.on_nonfinite == OnNonfinite::SkipBatch
+        device::on_host(self.dictionary.device()) || self.on_nonfinite == OnNonfinite::SkipBatch
     }
 
     /// [`Training::step`]. Nothing changes before the loss and the gradients are known to be finite, where that is looked at.
@@ -250,7 +251,7 @@ impl Training {
 
     /// The optimiser's step within the trainer's constraints, if the gradients are finite.
     fn optimize(&mut self, step: u64) -> Result<()> {
-        let (lr, constraints, looks) = (self.trainer.lr(step), self.trainer.constraints(), self.looks());
+        let (lr, constraints, looks) = (self.trainer.schedule().lr(step), self.trainer.constraints(), self.looks());
         match self.optimizer.step_within(lr, &constraints, &*self.dictionary, &self.gradients, looks) {
             GradientNorm::Finite => Ok(()),
             GradientNorm::Unread(norm) => self.norm_watch.see(step, [("", &norm)]),
@@ -267,18 +268,18 @@ impl Training {
     fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Loss> {
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
-            let pass = HandPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
-            if let Some(by_hand) = tch::no_grad(|| self.trainer.by_hand(&pass, &mut terms))? {
-                let figures = match (logging, &by_hand.fired, by_hand.error) {
+            let pass = AnalyticPass { step, batch, dictionary: &*self.dictionary, gradients: &self.gradients, logging };
+            if let Some(analytic) = tch::no_grad(|| self.trainer.analytic(&pass, &mut terms))? {
+                let figures = match (logging, &analytic.fired, analytic.error) {
                     (false, ..) => None,
                     (true, Some(fired), Some(residual)) => {
                         Some(Reconstruction { active: fired.sum(Kind::Double), residual })
                     }
                     _ => bail!(
-                        "the trainer took the step by hand and does not say which features fired, or how far off it was"
+                        "the trainer took an analytic step and does not say which features fired, or how far off it was"
                     ),
                 };
-                return Ok(Loss { terms, found: Some(by_hand.gradients), figures });
+                return Ok(Loss { terms, found: Some(analytic.gradients), figures });
             }
         }
         let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);
@@ -366,7 +367,7 @@ impl Training {
             let explained = 1.0 - variance(&figures.residual) / variance(&batch.target);
             row.insert("frac_variance_explained".to_owned(), float(explained as f32));
             self.trainer.log(&mut row);
-            row.insert("lr".to_owned(), self.trainer.lr(step).into());
+            row.insert("lr".to_owned(), self.trainer.schedule().lr(step).into());
             row
         })
     }

@@ -9,8 +9,6 @@
 //! L = mean ‖x − x̂‖² + λ mean Σ tanh(f / s)
 //! ```
 
-mod fast;
-
 use dictlearn_core::prelude::*;
 
 /// Squared error with a penalty that saturates. Every decoder direction keeps norm 1.
@@ -46,25 +44,13 @@ impl TrainerConfig for TanhConfig {
 }
 
 impl Trainer for TanhConfig {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-    fn lr(&self, _step: u64) -> f64 {
-        self.lr
+    fn schedule(&self) -> Schedule {
+        Schedule::constant(self.lr)
     }
     fn constraints(&self) -> Constraints {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
-    fn has_sparsity_term(&self) -> bool {
-        true
-    }
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
-        let saturating = (pass.code.penalized() / self.scale).tanh();
-        terms.add_sparsity("sparsity_loss", mean_of_sums(&saturating), self.sparsity_penalty);
-        Ok(())
-    }
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        fast::by_hand(self, pass, terms)
+    fn objective(&self, _step: u64) -> Option<Objective<'_>> {
+        Some(Objective::squared_error(Penalty::of(self.sparsity_penalty, |f| (f / self.scale).tanh())))
     }
 }

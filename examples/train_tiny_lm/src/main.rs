@@ -71,7 +71,7 @@ struct Args {
     /// Peak learning rate.
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
-    /// Weight decay of the matrices.
+    /// Decoder decay of the matrices.
     #[arg(long, default_value_t = 0.1)]
     weight_decay: f64,
     /// Compute products in bfloat16.

@@ -31,7 +31,7 @@ inventory::submit! {
     SavedClass {
         class: "IdentityDict",
         name: IdentityConfig::NAME,
-        shaped: |_, trainer, _, _| match trainer.get("activation_dim").and_then(Value::as_i64) {
+        shaped: |saved| match saved.trainer.get("activation_dim").and_then(Value::as_i64) {
             Some(dim) => Ok(Box::new(Identity { dim })),
             None => bail!(InputError::new("the config of an IdentityDict has no `activation_dim`")),
         },
@@ -63,7 +63,7 @@ impl Dictionary for Identity {
         features.shallow_clone()
     }
 
-    fn decoder(&self) -> Option<Decoder> {
+    fn decoder(&self) -> Option<Weight> {
         None
     }
 

@@ -14,7 +14,7 @@
 use dictlearn_core::files::numpy::Npz;
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::formats::{
-    Activation, Affine, Format, ModelSite, Place, Published, check_keys, nothing_left, take,
+    AffineSae, Format, ModelSite, Place, Published, SaeActivation, check_keys, nothing_left, take,
 };
 use dictlearn_core::prelude::*;
 
@@ -83,7 +83,7 @@ impl Format for GemmaScope {
             (w_enc, w_dec) = (w_enc / root, w_dec * root);
         }
         let w_skip = tensors.remove("affine_skip_connection").map(|skip| skip.transpose(-2, -1).contiguous());
-        let affine = Affine {
+        let affine = AffineSae {
             w_enc,
             b_enc: take(&mut tensors, "b_enc")?,
             w_dec,
@@ -91,7 +91,7 @@ impl Format for GemmaScope {
             w_skip,
             subtract_b_dec: false,
             transcodes,
-            activation: Activation::Jump(take(&mut tensors, "threshold")?),
+            activation: SaeActivation::Jump(take(&mut tensors, "threshold")?),
         };
         nothing_left(&tensors)?;
         let (_, features, _) = affine.check()?;

@@ -18,7 +18,7 @@
 
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::formats::{
-    Activation, Affine, Format, ModelSite, Place, Published, check_keys, nothing_left, take,
+    AffineSae, Format, ModelSite, Place, Published, SaeActivation, check_keys, nothing_left, take,
 };
 use dictlearn_core::prelude::*;
 
@@ -137,8 +137,8 @@ impl Format for LlamaScope {
             Some(true) => Some(w_dec.norm_scalaropt_dim(2.0, [1], false)),
             _ => None,
         };
-        let jump = |threshold: Tensor| -> Result<Activation> {
-            let Some(norms) = &norms else { return Ok(Activation::Jump(threshold)) };
+        let jump = |threshold: Tensor| -> Result<SaeActivation> {
+            let Some(norms) = &norms else { return Ok(SaeActivation::Jump(threshold)) };
             if threshold.size() != norms.size() {
                 let (found, wanted) = (threshold.size(), norms.size());
                 bail!(InputError::new(format!(
@@ -146,12 +146,12 @@ impl Format for LlamaScope {
                 )));
             }
             // A feature that writes nothing is never above it.
-            Ok(Activation::Jump((threshold / norms).masked_fill(&norms.le(0.0), f64::INFINITY)))
+            Ok(SaeActivation::Jump((threshold / norms).masked_fill(&norms.le(0.0), f64::INFINITY)))
         };
         let threshold = config.get("jump_relu_threshold").and_then(Value::as_f64);
         let activation = match (log_threshold, text("act_fn").map(str::to_lowercase).as_deref(), threshold) {
             (Some(threshold), Some("jumprelu") | None, _) => jump(threshold.exp())?,
-            (None, Some("relu"), _) => Activation::Relu,
+            (None, Some("relu"), _) => SaeActivation::Relu,
             // The authors' code makes jumprelu of a topk that has a threshold.
             (None, act_fn, Some(threshold)) if act_fn != Some("topk") || threshold > 0.0 => {
                 let unit = if norms.is_some() { scale_out } else { scale };
@@ -171,7 +171,7 @@ impl Format for LlamaScope {
         };
         let reads = text("hook_point_in");
         let writes = text("hook_point_out").filter(|writes| reads.is_some_and(|reads| reads != *writes));
-        let affine = Affine {
+        let affine = AffineSae {
             w_enc: w_enc * scale,
             b_enc,
             w_dec: w_dec / scale_out,

@@ -9,7 +9,7 @@
 //! ```
 
 use dictlearn_core::files::torch_file;
-use dictlearn_core::formats::{Activation, Affine, Format, ModelSite, Place, Published, take};
+use dictlearn_core::formats::{AffineSae, Format, ModelSite, Place, Published, SaeActivation, take};
 use dictlearn_core::prelude::*;
 
 /// A .pt file of openai/sparse_autoencoder, read without running anything of it: ReLU, or TopK with its layer norm.
@@ -61,7 +61,7 @@ impl Format for OpenAi {
         let activation = value.get("activation").and_then(torch_file::Value::as_str).unwrap_or("ReLU");
         let state = value.get("activation_state_dict");
         let (activation, normalization) = match activation {
-            "ReLU" => (Activation::Relu, None),
+            "ReLU" => (SaeActivation::Relu, None),
             "TopK" => {
                 let after = state.and_then(|state| state.get("postact_fn")).and_then(torch_file::Value::as_str);
                 if after.is_some_and(|after| after != "ReLU") {
@@ -74,7 +74,7 @@ impl Format for OpenAi {
                     bail!(InputError::new("the file does not say `k`"));
                 };
                 let kind = NormalizationKind::LayerNorm;
-                (Activation::TopK(k), Some(Normalization { kind, input_only: false }))
+                (SaeActivation::TopK(k), Some(Normalization { kind, input_only: false }))
             }
             other => bail!(
                 InputError::new(format!("the activation `{other}` is not supported"))
@@ -93,7 +93,7 @@ impl Format for OpenAi {
             // Tied: the decoder is the encoder's transpose.
             None => encoder.contiguous(),
         };
-        let affine = Affine {
+        let affine = AffineSae {
             w_enc: encoder.transpose(0, 1).contiguous(),
             b_enc: take(&mut tensors, "latent_bias")?,
             w_dec,

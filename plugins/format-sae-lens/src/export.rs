@@ -20,33 +20,21 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
         let found = state.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor.detach());
         found.with_context(|| format!("the class {class} has no tensor `{name}`"))
     };
-    let turned = |name: &str| get(name).map(|tensor| tensor.transpose(0, 1).contiguous());
     let dims = sae.dictionary.dims();
     let features = dims.features;
     let mut cfg = Map::new();
-    // The classes have weights under the reference's names, turned, or under sae_lens's own.
-    let turned_weights = |b_dec: &str| -> Result<Vec<(&str, Tensor)>> {
-        Ok(vec![("W_enc", turned("encoder.weight")?), ("W_dec", turned("decoder.weight")?), ("b_dec", get(b_dec)?)])
-    };
-    let own_weights = || -> Result<Vec<(&str, Tensor)>> {
-        ["W_enc", "b_enc", "W_dec", "b_dec"].into_iter().map(|name| Ok((name, get(name)?))).collect()
-    };
-    let (mut architecture, mut subtracts, mut weights) = match class {
-        "AutoEncoder" => ("standard", true, turned_weights("bias")?),
-        "AutoEncoderNew" => ("standard", false, turned_weights("decoder.bias")?),
-        "GatedAutoEncoder" => ("gated", true, turned_weights("decoder_bias")?),
-        "AutoEncoderTopK" => ("topk", true, turned_weights("b_dec")?),
-        "BatchTopKSAE" => ("jumprelu", true, turned_weights("b_dec")?),
-        "MatryoshkaBatchTopKSAE" => ("jumprelu", true, own_weights()?),
-        "JumpReluAutoEncoder" => ("jumprelu", false, own_weights()?),
+    let mut architecture = match class {
+        "AutoEncoder" | "AutoEncoderNew" => "standard",
+        "GatedAutoEncoder" => "gated",
+        "AutoEncoderTopK" => "topk",
+        "BatchTopKSAE" | "MatryoshkaBatchTopKSAE" | "JumpReluAutoEncoder" => "jumprelu",
         "Transcoder" | "SkipTranscoder" if sae.dictionary.selection().is_none() => {
-            let architecture = match (class, get("threshold").is_ok()) {
+            match (class, get("threshold").is_ok()) {
                 ("Transcoder", false) => "transcoder",
                 ("Transcoder", true) => "jumprelu_transcoder",
                 (_, false) => "skip_transcoder",
                 (_, true) => "jumprelu_skip_transcoder",
-            };
-            (architecture, false, own_weights()?)
+            }
         }
         "Transcoder" | "SkipTranscoder" => {
             bail!(
@@ -59,14 +47,16 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
              MatryoshkaBatchTopKSAE, JumpReluAutoEncoder, Transcoder and SkipTranscoder"
         )),
     };
-    match class {
-        "GatedAutoEncoder" => {
-            weights.extend([("b_gate", get("gate_bias")?), ("b_mag", get("mag_bias")?), ("r_mag", get("r_mag")?)]);
-        }
-        "AutoEncoder" | "AutoEncoderNew" | "AutoEncoderTopK" | "BatchTopKSAE" => {
-            weights.push(("b_enc", get("encoder.bias")?));
-        }
-        _ => {}
+    let affine = sae.dictionary.affine().with_context(|| format!("the class {class} is not two affine maps"))?;
+    let mut subtracts = affine.layout().is_centred();
+    let mut weights = vec![
+        ("W_enc", affine.encoder().columns().detach().contiguous()),
+        ("W_dec", affine.decoder().rows().detach().contiguous()),
+        ("b_dec", affine.bias().1.detach()),
+    ];
+    weights.extend(affine.encoder_bias().map(|(_, bias)| ("b_enc", bias.detach())));
+    if class == "GatedAutoEncoder" {
+        weights.extend([("b_gate", get("gate_bias")?), ("b_mag", get("mag_bias")?), ("r_mag", get("r_mag")?)]);
     }
     if class == "AutoEncoderTopK" {
         cfg.insert("k".to_owned(), get("k")?.int64_value(&[]).into());

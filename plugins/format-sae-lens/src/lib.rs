@@ -17,7 +17,7 @@ mod table;
 
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::formats::{
-    Activation, Affine, Format, Place, Published, Python, Request, nothing_left, take, through,
+    AffineSae, Format, Place, Published, Python, Request, SaeActivation, nothing_left, take, through,
 };
 use dictlearn_core::prelude::*;
 use dictlearn_core::sae::saved::Saved;
@@ -177,7 +177,7 @@ fn read(place: &Place) -> Result<Published> {
         let (b_gate, b_mag, r_mag) = (double(b_gate?), double(b_mag?), double(r_mag?));
         nothing_left(&tensors)?;
         // As the one with a plain encoder, which tells whether the shapes fit.
-        let check = |bias: &Tensor| Affine {
+        let check = |bias: &Tensor| AffineSae {
             w_enc: w_enc.shallow_clone(),
             b_enc: bias.shallow_clone(),
             w_dec: w_dec.shallow_clone(),
@@ -185,7 +185,7 @@ fn read(place: &Place) -> Result<Published> {
             w_skip: None,
             subtract_b_dec: cfg.apply_b_dec_to_input,
             transcodes: false,
-            activation: Activation::Relu,
+            activation: SaeActivation::Relu,
         };
         for bias in [&b_gate, &b_mag, &r_mag] {
             cfg.fits(check(bias).check()?)?;
@@ -209,7 +209,7 @@ fn read(place: &Place) -> Result<Published> {
     }
 
     let (mut w_dec, b_dec) = output(&mut tensors)?;
-    let mut affine = Affine {
+    let mut affine = AffineSae {
         w_enc,
         b_enc: double(take(&mut tensors, "b_enc")?),
         w_dec: w_dec.shallow_clone(),
@@ -217,7 +217,7 @@ fn read(place: &Place) -> Result<Published> {
         w_skip: tensors.remove("W_skip").map(single),
         subtract_b_dec: cfg.apply_b_dec_to_input,
         transcodes: cfg.architecture.ends_with("transcoder"),
-        activation: Activation::Relu,
+        activation: SaeActivation::Relu,
     };
     if affine.w_skip.is_some() != cfg.architecture.contains("skip") {
         bail!(InputError::new(format!(
@@ -239,9 +239,9 @@ fn read(place: &Place) -> Result<Published> {
     cfg.fits(affine.check()?)?;
     let norms = || w_dec.norm_scalaropt_dim(2.0, [1], false);
     affine.activation = match cfg.architecture.as_str() {
-        "topk" => {
-            Activation::TopK(cfg.k.ok_or_else(|| InputError::new("the architecture is `topk`, and `k` is not said"))?)
-        }
+        "topk" => SaeActivation::TopK(
+            cfg.k.ok_or_else(|| InputError::new("the architecture is `topk`, and `k` is not said"))?,
+        ),
         // A batchtopk that is still in training keeps one threshold for all.
         "batchtopk" | "matryoshka_batchtopk" => {
             let threshold = double(take(&mut tensors, "topk_threshold")?);
@@ -249,15 +249,15 @@ fn read(place: &Place) -> Result<Published> {
                 bail!(InputError::new(format!("`topk_threshold` has shape {:?}", threshold.size())));
             }
             let scale = if cfg.rescale_acts_by_decoder_norm { scale.unwrap_or(1.0) } else { 1.0 };
-            Activation::Jump(affine.b_enc.ones_like() * threshold.reshape([1]) / scale)
+            SaeActivation::Jump(affine.b_enc.ones_like() * threshold.reshape([1]) / scale)
         }
         "jumprelu" | "jumprelu_transcoder" | "jumprelu_skip_transcoder" => {
-            Activation::Jump(match tensors.remove("log_threshold") {
+            SaeActivation::Jump(match tensors.remove("log_threshold") {
                 Some(threshold) => double(threshold).exp(),
                 None => double(take(&mut tensors, "threshold")?),
             })
         }
-        _ => Activation::Relu,
+        _ => SaeActivation::Relu,
     };
     if cfg.rescale_acts_by_decoder_norm {
         // Features in units of the decoder's rows: encoder times norms, rows divided by them.

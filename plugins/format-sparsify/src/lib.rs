@@ -9,7 +9,7 @@
 
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::formats::{
-    Activation, Affine, Format, ModelSite, Place, Published, Request, check_keys, nothing_left, take,
+    AffineSae, Format, ModelSite, Place, Published, Request, SaeActivation, check_keys, nothing_left, take,
 };
 use dictlearn_core::prelude::*;
 
@@ -154,7 +154,7 @@ impl Format for Sparsify {
             bail!(InputError::new(format!("`encoder.weight` has shape {:?}, not two dimensions", w_enc.size())));
         }
         let transcodes = flag("transcode")?;
-        let affine = Affine {
+        let affine = AffineSae {
             w_enc: w_enc.transpose(0, 1).contiguous(),
             b_enc: take(&mut tensors, "encoder.bias")?,
             w_dec: take(&mut tensors, "W_dec")?,
@@ -162,7 +162,7 @@ impl Format for Sparsify {
             w_skip: tensors.remove("W_skip"),
             subtract_b_dec: !transcodes,
             transcodes,
-            activation: Activation::TopK(k),
+            activation: SaeActivation::TopK(k),
         };
         if affine.w_skip.is_some() != flag("skip_connection")? {
             bail!(InputError::new("cfg.json's `skip_connection` and the weights' `W_skip` contradict each other"));

@@ -20,7 +20,6 @@
 //! counts as 0); activations in three dimensions have k features each.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::sae::Selection;
 use dictlearn_core::train::top_k::TopKTrainer;
 
 /// The BatchTopK autoencoder.
@@ -42,132 +41,49 @@ impl DictionaryConfig for BatchTopKDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
         Selection::check(self.k, features)?;
-        let mut dictionary = BatchTopK::zeros(cx.activation_dim, features, self.k, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose.
-        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
-        tch::no_grad(|| {
-            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
-            dictionary.decoder_weight.copy_(&directions);
-        });
-        Ok(Box::new(dictionary))
+        let affine = Affine::random(LAYOUT, features, 1.0, &cx.autoencoding());
+        Ok(Box::new(BatchTopK { affine, selection: Selection::new(self.k, true, cx.device) }))
     }
 }
 
-/// The reference's `BatchTopKSAE`.
+/// The reference's `BatchTopKSAE`. The trained one encodes by the threshold, so that an activation's features do not depend on
+/// its batch.
 #[derive(Debug)]
 pub struct BatchTopK {
-    b_dec: Tensor,          // b   [d]
-    encoder_weight: Tensor, // W_e [F, d]
-    encoder_bias: Tensor,   // b_e [F]
-    decoder_weight: Tensor, // W_d [d, F]
-    selection: Selection,   // k, θ
-    precision: Precision,
+    affine: Affine,
+    selection: Selection, // k, θ
 }
+
+const LAYOUT: Layout = Layout::modules("BatchTopKSAE", "b_dec").centred();
 
 inventory::submit! {
     SavedClass {
-        class: "BatchTopKSAE",
+        class: LAYOUT.class,
         name: BatchTopKDictionaryConfig::NAME,
-        shaped: |tensors, trainer, device, precision| {
-            let [features, d] = saved_shape(tensors, "encoder.weight")?;
-            let k = Selection::saved_k(tensors, trainer, features)?;
-            Ok(Box::new(BatchTopK::zeros(d, features, k, device, precision)))
+        shaped: |saved| {
+            let affine = saved.affine(LAYOUT)?;
+            let selection = Selection::saved(saved, affine.dims().features, true)?;
+            Ok(Box::new(BatchTopK { affine, selection }))
         },
     }
 }
 
-impl BatchTopK {
-    fn zeros(d: i64, features: i64, k: i64, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        BatchTopK {
-            b_dec: zeros(&[d]),
-            encoder_weight: trained_matrix([features, d], 0, device),
-            encoder_bias: zeros(&[features]),
-            decoder_weight: trained_matrix([d, features], 1, device),
-            selection: Selection::new(k, true, device),
-            precision,
-        }
-    }
-
-    /// W_e (x − b) + b_e, [.., F].
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x - &self.b_dec), &self.encoder_weight, Some(&self.encoder_bias))
-    }
-}
-
 impl Dictionary for BatchTopK {
-    fn class(&self) -> &'static str {
-        "BatchTopKSAE"
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
-    fn dims(&self) -> Dims {
-        let size = self.encoder_weight.size();
-        Dims { input: size[1], features: size[0], output: size[1] }
+    fn code(&self, pre_activations: Tensor) -> Code {
+        self.selection.of_batch(pre_activations)
     }
 
-    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("b_dec", self.b_dec.shallow_clone()),
-            ("encoder.weight", self.encoder_weight.shallow_clone()),
-            ("encoder.bias", self.encoder_bias.shallow_clone()),
-            ("decoder.weight", self.decoder_weight.shallow_clone()),
-        ]
-    }
-
-    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
-        self.selection.buffers()
-    }
-
-    fn loaded(&mut self) {
-        self.selection.loaded();
-    }
-
-    /// By the threshold: an activation's features do not depend on its batch.
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.selection.above_threshold(&self.pre_activations(x))
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.decoder_weight, None) + &self.b_dec
-    }
-
-    fn forward(&self, x: &Tensor) -> Code {
-        self.selection.of_batch(self.pre_activations(x))
-    }
-
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 })
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
+    fn between(&self) -> Option<Between<'_>> {
+        Some(Between::Selection(&self.selection))
     }
 
     fn selection(&self) -> Option<&Selection> {
         Some(&self.selection)
-    }
-
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
-        Some(&mut self.selection)
-    }
-
-    fn two_layer(&self) -> Option<TwoLayer> {
-        Some(TwoLayer {
-            encoder: Weight::matrix("encoder.weight", &self.encoder_weight, 0),
-            encoder_bias: Some(Weight::vector("encoder.bias", &self.encoder_bias)),
-            decoder: Weight::matrix("decoder.weight", &self.decoder_weight, 1),
-            bias: Weight::vector("b_dec", &self.b_dec),
-            centred: true,
-            precision: self.precision,
-        })
-    }
-
-    fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            let _ = self.b_dec.g_mul_scalar_(scale);
-            let _ = self.encoder_bias.g_mul_scalar_(scale);
-        });
-        self.selection.scale(scale);
     }
 }
 
@@ -207,12 +123,11 @@ mod tests {
 
     /// Features are activations, but for their sign.
     fn identity(k: i64) -> BatchTopK {
-        let mut dictionary = BatchTopK::zeros(3, 3, k, Device::Cpu, Precision::Float32);
-        tch::no_grad(|| {
-            dictionary.encoder_weight.copy_(&Tensor::eye(3, (Kind::Float, Device::Cpu)));
-            dictionary.decoder_weight.copy_(&Tensor::eye(3, (Kind::Float, Device::Cpu)));
-        });
-        dictionary
+        let dims = Dims { input: 3, features: 3, output: 3 };
+        let affine = Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32);
+        let eye = Tensor::eye(3, (Kind::Float, Device::Cpu));
+        affine.set_directions(&eye, &eye);
+        BatchTopK { affine, selection: Selection::new(k, true, Device::Cpu) }
     }
 
     #[test]

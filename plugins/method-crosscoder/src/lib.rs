@@ -18,10 +18,7 @@
 //! 2025, *Robustly identifying concepts introduced during chat fine-tuning using crosscoders*,
 //! <https://arxiv.org/abs/2504.02922>, section 3. After training a threshold stands for the selection.
 
-use std::collections::BTreeMap;
-
 use dictlearn_core::prelude::*;
-use dictlearn_core::sae::Selection;
 use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
 
 const PAPER: &str = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing, \
@@ -74,41 +71,36 @@ impl DictionaryConfig for BatchTopKCrosscoderDictionaryConfig {
 /// A crosscoder. Its parts lie side by side, in the order of the source's.
 #[derive(Debug)]
 pub struct Crosscoder {
-    w_enc: Tensor, // W_e [Σ d_s, F]
-    b_enc: Tensor, // b_e [F]
-    w_dec: Tensor, // W_d [F, Σ d_s]
-    b_dec: Tensor, // b_d [Σ d_s]
+    affine: Affine,
     /// The scale cˢ of each part's input and output, [S, 2].
     scale: Tensor,
     /// Widths of the parts' inputs and outputs, [S, 2], int64.
     widths: Tensor,
     selection: Option<Selection>,
-    precision: Precision,
     /// Widths of inputs and of outputs, as numbers.
     parts: [Vec<i64>; 2],
 }
 
-inventory::submit! { SavedClass { class: "Crosscoder", name: CrosscoderConfig::NAME, shaped } }
+const LAYOUT: Layout = Layout::matrices("Crosscoder");
+const TOP_K_LAYOUT: Layout = Layout::matrices("BatchTopKCrosscoder");
 
-inventory::submit! { SavedClass { class: "BatchTopKCrosscoder", name: BatchTopKCrosscoderDictionaryConfig::NAME, shaped } }
+inventory::submit! { SavedClass { class: LAYOUT.class, name: CrosscoderConfig::NAME, shaped } }
 
-fn shaped(
-    tensors: &BTreeMap<String, Tensor>,
-    trainer: &Value,
-    device: Device,
-    precision: Precision,
-) -> Result<Box<dyn Dictionary>> {
-    let [_, features] = saved_shape(tensors, "W_enc")?;
-    let [parts, 2] = saved_shape(tensors, "widths")? else {
+inventory::submit! { SavedClass { class: TOP_K_LAYOUT.class, name: BatchTopKCrosscoderDictionaryConfig::NAME, shaped } }
+
+fn shaped(saved: &SavedTensors) -> Result<Box<dyn Dictionary>> {
+    let [_, features] = saved.shape("W_enc")?;
+    let [parts, 2] = saved.shape("widths")? else {
         bail!(InputError::new("tensor `widths` does not have two columns"));
     };
-    let widths = Vec::<i64>::try_from(tensors["widths"].to_kind(Kind::Int64).reshape([-1]))?;
+    let widths = Vec::<i64>::try_from(saved.tensors["widths"].to_kind(Kind::Int64).reshape([-1]))?;
     let widths: Vec<[i64; 2]> = widths.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect();
     if parts == 0 || widths.iter().flatten().any(|width| !(1..1 << 24).contains(width)) {
         bail!(InputError::new("tensor `widths` has widths that no activation has"));
     }
-    let k = tensors.contains_key("k").then(|| Selection::saved_k(tensors, trainer, features)).transpose()?;
-    Ok(Box::new(Crosscoder::zeros(&widths, features, k, device, precision)))
+    let has_k = saved.tensors.contains_key("k");
+    let selection = has_k.then(|| Selection::saved(saved, features, true)).transpose()?;
+    Ok(Box::new(Crosscoder::zeros(&widths, features, selection, saved.device, saved.precision)))
 }
 
 impl Crosscoder {
@@ -117,41 +109,38 @@ impl Crosscoder {
             [] => vec![[cx.activation_dim, cx.output_dim]],
             parts => parts.iter().map(|part| [part.activation_dim, part.output_dim]).collect(),
         };
-        let mut dictionary = Crosscoder::zeros(&parts, features, k, cx.device, cx.precision);
-        tch::no_grad(|| {
-            // Each part's directions have norm 0.1, and the encoder is the decoder's transpose where widths allow.
-            let (mut read, mut write) = (Vec::new(), Vec::new());
-            for [input, output] in &parts {
-                let directions = random_directions([*input, features], 0.1, cx.device);
-                let same = input == output;
-                let written = if same {
-                    directions.shallow_clone()
-                } else {
-                    random_directions([*output, features], 0.1, cx.device)
-                };
-                read.push(directions);
-                write.push(written.transpose(0, 1));
-            }
-            dictionary.w_enc.copy_(&Tensor::cat(&read, 0));
-            dictionary.w_dec.copy_(&Tensor::cat(&write, 1));
-        });
+        let selection = k.map(|k| Selection::new(k, true, cx.device));
+        let dictionary = Crosscoder::zeros(&parts, features, selection, cx.device, cx.precision);
+        // Each part's directions have norm 0.1, and the encoder is the decoder's transpose where widths allow.
+        let (mut read, mut write) = (Vec::new(), Vec::new());
+        for [input, output] in &parts {
+            let directions = random_directions([*input, features], 0.1, cx.device);
+            write.push(match input == output {
+                true => directions.shallow_clone(),
+                false => random_directions([*output, features], 0.1, cx.device),
+            });
+            read.push(directions);
+        }
+        dictionary.affine.set_directions(&Tensor::cat(&read, 0), &Tensor::cat(&write, 0));
         dictionary
     }
 
-    fn zeros(parts: &[[i64; 2]], features: i64, k: Option<i64>, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
+    fn zeros(
+        parts: &[[i64; 2]],
+        features: i64,
+        selection: Option<Selection>,
+        device: Device,
+        precision: Precision,
+    ) -> Self {
         let column = |column: usize| parts.iter().map(|part| part[column]).collect::<Vec<i64>>();
         let (inputs, outputs) = (column(0), column(1));
-        let (input, output) = (inputs.iter().sum::<i64>(), outputs.iter().sum::<i64>());
+        let dims = Dims { input: inputs.iter().sum(), features, output: outputs.iter().sum() };
+        let layout = if selection.is_some() { TOP_K_LAYOUT } else { LAYOUT };
         Crosscoder {
-            w_enc: zeros(&[input, features]),
-            b_enc: zeros(&[features]),
-            w_dec: zeros(&[features, output]),
-            b_dec: zeros(&[output]),
+            affine: Affine::zeros(layout, dims, device, precision),
             scale: Tensor::ones([parts.len() as i64, 2], (Kind::Float, device)),
             widths: Tensor::from_slice(&parts.concat()).view([-1, 2]).to_device(device),
-            selection: k.map(|k| Selection::new(k, true, device)),
-            precision,
+            selection,
             parts: [inputs, outputs],
         }
     }
@@ -166,16 +155,12 @@ impl Crosscoder {
         )
     }
 
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x / self.scales(0)), &self.w_enc.transpose(0, 1), Some(&self.b_enc))
-    }
-
     /// Σ_s ‖d_iˢ‖, `[F]`.
     fn norms(&self) -> Tensor {
-        let parts = self.w_dec.split_with_sizes(self.parts[1].as_slice(), 1);
+        let parts = self.affine.decoder().rows().split_with_sizes(self.parts[1].as_slice(), 1);
         // The gradient of the norm of a direction that is 0 is 0.
         let norms = parts.iter().map(|part| part.norm_scalaropt_dim(2.0, [1], false));
-        norms.reduce(|sum, norm| sum + norm).unwrap_or_else(|| self.b_enc.zeros_like())
+        norms.reduce(|sum, norm| sum + norm).unwrap_or_else(|| self.scale.zeros_like())
     }
 
     /// The reconstruction's error in units of the parts' scales.
@@ -185,25 +170,8 @@ impl Crosscoder {
 }
 
 impl Dictionary for Crosscoder {
-    fn class(&self) -> &'static str {
-        match self.selection {
-            None => "Crosscoder",
-            Some(_) => "BatchTopKCrosscoder",
-        }
-    }
-
-    fn dims(&self) -> Dims {
-        let size = self.w_enc.size();
-        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
-    }
-
-    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("W_enc", self.w_enc.shallow_clone()),
-            ("b_enc", self.b_enc.shallow_clone()),
-            ("W_dec", self.w_dec.shallow_clone()),
-            ("b_dec", self.b_dec.shallow_clone()),
-        ]
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
     fn buffers(&self) -> Vec<(&'static str, Tensor)> {
@@ -212,14 +180,8 @@ impl Dictionary for Crosscoder {
         buffers
     }
 
-    fn loaded(&mut self) {
-        if let Some(selection) = &mut self.selection {
-            selection.loaded();
-        }
-    }
-
     fn encode(&self, x: &Tensor) -> Tensor {
-        let pre_activations = self.pre_activations(x);
+        let pre_activations = self.affine.pre_activations(&(x / self.scales(0)));
         match &self.selection {
             None => pre_activations.relu(),
             Some(selection) => {
@@ -230,12 +192,15 @@ impl Dictionary for Crosscoder {
     }
 
     fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.w_dec.transpose(0, 1), None) * self.scales(1) + &self.b_dec
+        self.affine.decode_without_bias(features) * self.scales(1) + self.affine.bias().1
+    }
+
+    fn forward(&self, x: &Tensor) -> Code {
+        self.code(self.affine.pre_activations(&(x / self.scales(0))))
     }
 
     /// A penalty falls on f_i Σ_s ‖d_iˢ‖, which no rescaling of columns can evade.
-    fn forward(&self, x: &Tensor) -> Code {
-        let pre_activations = self.pre_activations(x);
+    fn code(&self, pre_activations: Tensor) -> Code {
         let norms = self.norms();
         match &self.selection {
             None => {
@@ -253,20 +218,17 @@ impl Dictionary for Crosscoder {
         }
     }
 
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
+    /// A feature reads several places, each with a scale of its own: none can be resampled.
+    fn encoder(&self) -> Option<Encoder> {
+        None
     }
 
     fn directions(&self) -> Option<Tensor> {
-        Some(&self.w_dec * self.scales(1))
+        Some(self.affine.decoder().rows() * self.scales(1))
     }
 
     fn selection(&self) -> Option<&Selection> {
         self.selection.as_ref()
-    }
-
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
-        self.selection.as_mut()
     }
 
     fn begin(&mut self, batch: &Batch) {
@@ -277,13 +239,14 @@ impl Dictionary for Crosscoder {
         };
         let [inputs, outputs] = &self.parts;
         self.scale.copy_(&Tensor::stack(&[medians(&batch.x, inputs), medians(&batch.target, outputs)], 1));
-        tch::no_grad(|| self.b_dec.copy_(&batch.target.mean_dim([0].as_slice(), false, Kind::Float)));
+        let mean = batch.target.mean_dim([0].as_slice(), false, Kind::Float);
+        tch::no_grad(|| self.affine.bias().1.shallow_clone().copy_(&mean));
     }
 
     /// Features stay what they are: the parts' scales take it all.
     fn scale_biases(&mut self, scale: f64) {
-        let _ = self.scale.g_mul_scalar_(scale);
-        let _ = tch::no_grad(|| self.b_dec.g_mul_scalar_(scale));
+        scale_in_place(&self.scale, scale);
+        scale_in_place(self.affine.bias().1, scale);
     }
 }
 
@@ -313,7 +276,7 @@ impl TrainerConfig for CrosscoderTrainerConfig {
             bail!(not_a_crosscoder(Self::NAME, cx.dictionary));
         }
         penalizable(cx.dictionary, Self::NAME)?;
-        Ok(Box::new(CrosscoderTrainer { lr: self.lr, l1_penalty: self.l1_penalty, schedule }))
+        Ok(Box::new(CrosscoderTrainer { l1_penalty: self.l1_penalty, schedule }))
     }
 
     fn class(&self) -> &'static str {
@@ -322,30 +285,17 @@ impl TrainerConfig for CrosscoderTrainerConfig {
 }
 
 fn not_a_crosscoder(trainer: &str, dictionary: &dyn Dictionary) -> InputError {
-    InputError::incompatible(format!(
-        "the trainer `{trainer}` cannot train the class {}: it is no crosscoder",
-        dictionary.class()
-    ))
-    .help(format!("use {}, or leave `dictionary.type` out", dictionary.usual_trainers()))
+    cannot_train(trainer, dictionary, "it is no crosscoder", "leave `dictionary.type` out")
 }
 
 struct CrosscoderTrainer {
-    lr: f64,
     l1_penalty: f64,
     schedule: Schedule,
 }
 
 impl Trainer for CrosscoderTrainer {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
@@ -358,9 +308,8 @@ impl Trainer for CrosscoderTrainer {
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let Some(crosscoder) = pass.dictionary.downcast::<Crosscoder>() else { bail!("not a crosscoder") };
-        terms.add_reconstruction("mse_loss", mean_of_sums(&crosscoder.residual(pass).square()));
-        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
+        let penalty = Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(pass.step));
+        Objective::squared_error(penalty).add(&crosscoder.residual(pass), pass.code.penalized(), pass.logging, terms);
         Ok(())
     }
 }

@@ -20,8 +20,6 @@
 //! Where this differs from the reference: nothing.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::train::analytic;
-use dictlearn_core::train::analytic::{L1, squared_error};
 
 /// The gated autoencoder.
 #[component(
@@ -37,58 +35,42 @@ pub struct GatedDictionaryConfig {}
 impl DictionaryConfig for GatedDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
-        let mut dictionary = Gated::zeros(cx.activation_dim, features, cx.output_dim, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose.
-        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
-        tch::no_grad(|| {
-            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
-            dictionary.decoder_weight.copy_(&decoder_for(directions, 1.0, cx));
-        });
-        Ok(Box::new(dictionary))
+        let vector = || trained(Tensor::zeros([features], (Kind::Float, cx.device)));
+        Ok(Box::new(Gated::new(Affine::random(LAYOUT, features, 1.0, cx), vector)))
     }
 }
 
 /// The reference's `GatedAutoEncoder`.
 #[derive(Debug)]
 pub struct Gated {
-    decoder_bias: Tensor,   // b_d     [d_out]
-    encoder_weight: Tensor, // W_e     [F, d]
-    r_mag: Tensor,          // r_mag   [F]
-    gate_bias: Tensor,      // b_gate  [F]
-    mag_bias: Tensor,       // b_mag   [F]
-    decoder_weight: Tensor, // W_d     [d_out, F]
-    precision: Precision,
+    affine: Affine,    // W_e, W_d, b_d
+    r_mag: Tensor,     // r_mag   [F]
+    gate_bias: Tensor, // b_gate  [F]
+    mag_bias: Tensor,  // b_mag   [F]
 }
+
+const LAYOUT: Layout = Layout::modules("GatedAutoEncoder", "decoder_bias").without_encoder_bias().centred();
 
 inventory::submit! {
     SavedClass {
-        class: "GatedAutoEncoder",
+        class: LAYOUT.class,
         name: GatedDictionaryConfig::NAME,
-        shaped: |tensors, _, device, precision| {
-            let [features, d] = saved_shape(tensors, "encoder.weight")?;
-            let [d_out] = saved_shape(tensors, "decoder_bias")?;
-            Ok(Box::new(Gated::zeros(d, features, d_out, device, precision)))
+        shaped: |saved| {
+            let affine = saved.affine(LAYOUT)?;
+            let features = affine.dims().features;
+            Ok(Box::new(Gated::new(affine, || saved.zeros(&[features]))))
         },
     }
 }
 
 impl Gated {
-    fn zeros(d: i64, features: i64, d_out: i64, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        Gated {
-            decoder_bias: zeros(&[d_out]),
-            encoder_weight: trained_matrix([features, d], 0, device),
-            r_mag: zeros(&[features]),
-            gate_bias: zeros(&[features]),
-            mag_bias: zeros(&[features]),
-            decoder_weight: trained_matrix([d_out, features], 1, device),
-            precision,
-        }
+    fn new(affine: Affine, vector: impl Fn() -> Tensor) -> Self {
+        Gated { affine, r_mag: vector(), gate_bias: vector(), mag_bias: vector() }
     }
 
     /// Features f and gate π, both [.., F].
-    fn features_and_gate(&self, x: &Tensor) -> (Tensor, Tensor) {
-        let z = self.precision.linear(&without_bias(x, &self.decoder_bias), &self.encoder_weight, None);
+    fn features_and_gate(&self, z: Tensor) -> (Tensor, Tensor) {
         let gate = &z + &self.gate_bias;
         let magnitude = (z * self.r_mag.exp() + &self.mag_bias).relu();
         let active = gate.gt(0.0).to_kind(magnitude.kind());
@@ -97,58 +79,40 @@ impl Gated {
 }
 
 impl Dictionary for Gated {
-    fn class(&self) -> &'static str {
-        "GatedAutoEncoder"
-    }
-
-    fn dims(&self) -> Dims {
-        let size = self.encoder_weight.size();
-        Dims { input: size[1], features: size[0], output: self.decoder_bias.size()[0] }
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("decoder_bias", self.decoder_bias.shallow_clone()),
-            ("encoder.weight", self.encoder_weight.shallow_clone()),
-            ("r_mag", self.r_mag.shallow_clone()),
-            ("gate_bias", self.gate_bias.shallow_clone()),
-            ("mag_bias", self.mag_bias.shallow_clone()),
-            ("decoder.weight", self.decoder_weight.shallow_clone()),
-        ]
+        let own = [("r_mag", &self.r_mag), ("gate_bias", &self.gate_bias), ("mag_bias", &self.mag_bias)];
+        self.affine.parameters_and(own)
     }
 
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.features_and_gate(x).0
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.decoder_weight, None) + &self.decoder_bias
-    }
-
-    fn forward(&self, x: &Tensor) -> Code {
-        let (features, gate) = self.features_and_gate(x);
+    fn code(&self, pre_activations: Tensor) -> Code {
+        let (features, gate) = self.features_and_gate(pre_activations);
         // What decides whether a feature fires is its gate.
         Code::new(features).penalize(gate.relu()).with("pre_activations", gate.shallow_clone()).with("gate", gate)
     }
 
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 })
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.features_and_gate(self.affine.pre_activations(x)).0
     }
 
     fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["r_mag", "gate_bias", "mag_bias"] })
+        Some(Encoder { weight: self.affine.encoder(), biases: vec!["r_mag", "gate_bias", "mag_bias"] })
     }
 
     /// `aux_loss`: ‖x − x̂_gate‖².
     fn auxiliary_loss(&self, batch: &Batch, code: &Code) -> Option<(&'static str, Tensor)> {
-        let decoded = self.precision.linear(code.penalized(), &self.decoder_weight.detach(), None);
-        let residual = &batch.target - (decoded + self.decoder_bias.detach());
+        let decoder = self.affine.decoder().columns().detach();
+        let decoded = self.affine.precision().linear(code.penalized(), &decoder, None);
+        let residual = &batch.target - (decoded + self.affine.bias().1.detach());
         Some(("aux_loss", mean_of_sums(&residual.square())))
     }
 
     /// Magnitudes grow and gates stay.
     fn fold_norms(&mut self) -> bool {
-        if let Some(norms) = self.decoder().and_then(Decoder::normalize) {
+        if let Some(norms) = self.affine.decoder().normalize() {
             tch::no_grad(|| {
                 let _ = self.r_mag.g_add_(&norms.log());
                 let _ = self.mag_bias.g_mul_(&norms);
@@ -157,35 +121,21 @@ impl Dictionary for Gated {
         true
     }
 
-    fn two_layer(&self) -> Option<TwoLayer> {
-        Some(TwoLayer {
-            encoder: Weight::matrix("encoder.weight", &self.encoder_weight, 0),
-            encoder_bias: None,
-            decoder: Weight::matrix("decoder.weight", &self.decoder_weight, 1),
-            bias: Weight::vector("decoder_bias", &self.decoder_bias),
-            centred: self.encoder_weight.size()[1] == self.decoder_bias.size()[0],
-            precision: self.precision,
-        })
-    }
-
-    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
+    fn between(&self) -> Option<Between<'_>> {
         let zeros = |tensor: &Tensor| tensor.detach().zeros_like();
-        Some(Box::new(Gates {
+        Some(Between::Elementwise(Box::new(Gates {
             gate_bias: self.gate_bias.detach(),
             mag_bias: self.mag_bias.detach(),
             scale: self.r_mag.detach().exp(),
             by_gate_bias: zeros(&self.gate_bias),
             by_mag_bias: zeros(&self.mag_bias),
             by_r_mag: zeros(&self.r_mag),
-        }))
+        })))
     }
 
     fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            for bias in [&mut self.decoder_bias, &mut self.gate_bias, &mut self.mag_bias] {
-                let _ = bias.g_mul_scalar_(scale);
-            }
-        });
+        self.affine.scale_biases(scale);
+        [&self.gate_bias, &self.mag_bias].into_iter().for_each(|bias| scale_in_place(bias, scale));
     }
 }
 
@@ -194,7 +144,7 @@ fn relu(value: f32) -> f32 {
     if value <= 0.0 { 0.0 } else { value }
 }
 
-/// φ: magnitudes behind gates, for steps by hand.
+/// φ: magnitudes behind gates, for analytic steps.
 struct Gates {
     gate_bias: Tensor,
     mag_bias: Tensor,
@@ -290,21 +240,10 @@ pub struct GatedConfig {
 impl TrainerConfig for GatedConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if !cx.dictionary.exposes("gate") {
-            bail!(
-                InputError::incompatible(format!(
-                    "the trainer `{}` cannot train the class {}: it has no gate to penalise",
-                    Self::NAME,
-                    cx.dictionary.class()
-                ))
-                .help(format!(
-                    "use {}, or the dictionary `{}`",
-                    cx.dictionary.usual_trainers(),
-                    GatedDictionaryConfig::NAME
-                ))
-            );
+            let or = format!("the dictionary `{}`", GatedDictionaryConfig::NAME);
+            bail!(cannot_train(Self::NAME, cx.dictionary, "it has no gate to penalise", &or));
         }
-        let schedule = self.schedule(cx).check()?;
-        Ok(Box::new(GatedTrainer { lr: self.lr, l1_penalty: self.l1_penalty, schedule }))
+        Ok(Box::new(GatedTrainer { l1_penalty: self.l1_penalty, schedule: self.schedule(cx).check()? }))
     }
 
     fn class(&self) -> &'static str {
@@ -314,7 +253,6 @@ impl TrainerConfig for GatedConfig {
 
 /// The reference's `GatedSAETrainer`.
 struct GatedTrainer {
-    lr: f64,
     l1_penalty: f64,
     schedule: Schedule,
 }
@@ -325,33 +263,16 @@ impl Trainer for GatedTrainer {
         AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() }
     }
 
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
-    }
-
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
-        let mut penalty = L1::new(self.l1_penalty * self.schedule.sparsity_factor(pass.step), pass.batch);
-        analytic::step(pass, terms, &mut *activation, &squared_error("mse_loss"), &mut penalty, false)
-    }
-
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
-        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), penalty);
-        Ok(())
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        Some(Objective::squared_error(Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(step))))
     }
 }
 
@@ -359,11 +280,20 @@ impl Trainer for GatedTrainer {
 mod tests {
     use super::*;
 
+    const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    /// Three features for activations of that width.
+    fn zeros(d: i64) -> Gated {
+        let dims = Dims { input: d, features: 3, output: d };
+        let affine = Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32);
+        Gated::new(affine, || trained(Tensor::zeros([3], CPU)))
+    }
+
     #[test]
     fn a_closed_gate_hides_a_magnitude_and_the_penalty_sees_the_gate() {
-        let mut dictionary = Gated::zeros(1, 3, 1, Device::Cpu, Precision::Float32);
+        let mut dictionary = zeros(1);
+        dictionary.affine.set_directions(&Tensor::from_slice2(&[[1.0f32, 1.0, -1.0]]), &Tensor::zeros([1, 3], CPU));
         tch::no_grad(|| {
-            dictionary.encoder_weight.copy_(&Tensor::from_slice2(&[[1.0f32], [1.0], [-1.0]]));
             dictionary.gate_bias.copy_(&Tensor::from_slice(&[0.5f32, -3.0, 4.0]));
             dictionary.mag_bias.copy_(&Tensor::from_slice(&[1.0f32, 1.0, 1.0]));
             dictionary.r_mag.copy_(&Tensor::from_slice(&[2.0f32.ln(), 0.0, 0.0]));
@@ -376,18 +306,15 @@ mod tests {
 
     #[test]
     fn the_auxiliary_loss_moves_the_gate_and_not_the_decoder() {
-        let mut dictionary = Gated::zeros(2, 3, 2, Device::Cpu, Precision::Float32);
-        tch::no_grad(|| {
-            let _ = dictionary.encoder_weight.normal_(0.0, 1.0);
-            let _ = dictionary.decoder_weight.normal_(0.0, 1.0);
-            let _ = dictionary.gate_bias.fill_(5.0);
-        });
+        let mut dictionary = zeros(2);
+        dictionary.affine.set_directions(&Tensor::randn([2, 3], CPU), &Tensor::randn([2, 3], CPU));
+        let _ = tch::no_grad(|| dictionary.gate_bias.fill_(5.0));
         let batch = Batch::of(Tensor::from_slice2(&[[1.0f32, -1.0], [0.5, 0.5]]));
         let code = dictionary.forward(&batch.x);
         let (name, loss) = dictionary.auxiliary_loss(&batch, &code).unwrap();
         loss.backward();
         assert_eq!(name, "aux_loss");
-        assert!(!dictionary.decoder_weight.grad().defined());
+        assert!(!dictionary.affine.decoder().tensor.grad().defined());
         assert!(!dictionary.mag_bias.grad().defined());
         assert!(dictionary.gate_bias.grad().abs().min().double_value(&[]) > 0.0);
     }

@@ -25,10 +25,8 @@
 //! threshold has become 0 and is no longer seen, which halves the window. `pre_activation` is the paper's. Where this
 //! differs from the reference: a threshold cannot become negative.
 
-use dictlearn_core::formats::{Activation, AffineClass};
+use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
-use dictlearn_core::train::analytic;
-use dictlearn_core::train::analytic::{Penalty, squared_error};
 
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
 
@@ -46,73 +44,41 @@ pub struct JumpReluDictionaryConfig {}
 impl DictionaryConfig for JumpReluDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
-        let mut dictionary = JumpRelu::zeros(cx.activation_dim, features, cx.output_dim, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose, thresholds near 0.
-        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
-        tch::no_grad(|| {
-            dictionary.w_enc.copy_(&directions);
-            let decoder = decoder_for(directions, 1.0, cx);
-            dictionary.w_dec.copy_(&decoder.transpose(0, 1));
-            let _ = dictionary.threshold.fill_(1e-3);
-        });
-        Ok(Box::new(dictionary))
+        let threshold = trained(Tensor::full([features], 1e-3, (Kind::Float, cx.device)));
+        Ok(Box::new(JumpRelu { affine: Affine::random(LAYOUT, features, 1.0, cx), threshold }))
     }
 }
 
 /// The reference's `JumpReluAutoEncoder`.
 #[derive(Debug)]
 pub struct JumpRelu {
-    w_enc: Tensor,     // W_e [d, F]
-    b_enc: Tensor,     // b_e [F]
-    w_dec: Tensor,     // W_d [F, d_out]
-    b_dec: Tensor,     // b_d [d_out]
+    affine: Affine,
     threshold: Tensor, // θ   [F]
-    precision: Precision,
 }
+
+const LAYOUT: Layout = Layout::matrices("JumpReluAutoEncoder");
 
 inventory::submit! {
     SavedClass {
-        class: "JumpReluAutoEncoder",
+        class: LAYOUT.class,
         name: JumpReluDictionaryConfig::NAME,
-        shaped: |tensors, _, device, precision| {
-            let [d, features] = saved_shape(tensors, "W_enc")?;
-            let [d_out] = saved_shape(tensors, "b_dec")?;
-            Ok(Box::new(JumpRelu::zeros(d, features, d_out, device, precision)))
+        shaped: |saved| {
+            let affine = saved.affine(LAYOUT)?;
+            let threshold = saved.zeros(&[affine.dims().features]);
+            Ok(Box::new(JumpRelu { affine, threshold }))
         },
     }
 }
 
 inventory::submit! {
-    AffineClass {
-        class: "JumpReluAutoEncoder",
-        subtracts_b_dec: false,
-        holds: |sae| matches!(sae.activation, Activation::Jump(_)) && sae.w_skip.is_none(),
-        tensors: |sae| {
-            let mut tensors = sae.activation.tensors();
-            tensors.extend([("W_enc", sae.w_enc), ("b_enc", sae.b_enc), ("W_dec", sae.w_dec), ("b_dec", sae.b_dec)]);
-            tensors
-        },
+    PublishedClass {
+        layout: LAYOUT,
+        holds: |sae| matches!(sae.activation, SaeActivation::Jump(_)) && sae.w_skip.is_none(),
     }
 }
 
 impl JumpRelu {
-    fn zeros(d: i64, features: i64, d_out: i64, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        JumpRelu {
-            w_enc: trained_matrix([d, features], 1, device),
-            b_enc: zeros(&[features]),
-            w_dec: trained_matrix([features, d_out], 0, device),
-            b_dec: zeros(&[d_out]),
-            threshold: zeros(&[features]),
-            precision,
-        }
-    }
-
-    /// π, [.., F].
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(x, &self.w_enc.transpose(0, 1), Some(&self.b_enc))
-    }
-
     /// π ⊙ H(π − θ), [.., F].
     fn jump(&self, pre_activations: &Tensor) -> Tensor {
         // A saved threshold may be negative, and features never are.
@@ -128,79 +94,37 @@ impl JumpRelu {
 }
 
 impl Dictionary for JumpRelu {
-    fn class(&self) -> &'static str {
-        "JumpReluAutoEncoder"
-    }
-
-    fn dims(&self) -> Dims {
-        let size = self.w_enc.size();
-        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("W_enc", self.w_enc.shallow_clone()),
-            ("b_enc", self.b_enc.shallow_clone()),
-            ("W_dec", self.w_dec.shallow_clone()),
-            ("b_dec", self.b_dec.shallow_clone()),
-            ("threshold", self.threshold.shallow_clone()),
-        ]
-    }
-
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.jump(&self.pre_activations(x))
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.w_dec.transpose(0, 1), None) + &self.b_dec
+        self.affine.parameters_and([("threshold", &self.threshold)])
     }
 
     /// Without a gradient to the thresholds: trainers other than `jump_relu` leave them as they are.
-    fn forward(&self, x: &Tensor) -> Code {
-        let pre_activations = self.pre_activations(x);
+    fn code(&self, pre_activations: Tensor) -> Code {
         Code::new(self.jump(&pre_activations)).with("pre_activations", pre_activations)
     }
 
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
+    fn between(&self) -> Option<Between<'_>> {
+        Some(Between::Elementwise(Box::new(Jump { threshold: self.threshold.detach() })))
     }
 
     fn fold_norms(&mut self) -> bool {
-        if let Some(decoder) = self.decoder() {
-            decoder.fold_into(&mut self.w_enc, 1, [&mut self.b_enc, &mut self.threshold]);
+        if let Some(norms) = self.affine.fold_norms() {
+            let _ = tch::no_grad(|| self.threshold.g_mul_(&norms));
         }
         true
     }
 
-    fn two_layer(&self) -> Option<TwoLayer> {
-        Some(TwoLayer {
-            encoder: Weight::matrix("W_enc", &self.w_enc, 1),
-            encoder_bias: Some(Weight::vector("b_enc", &self.b_enc)),
-            decoder: Weight::matrix("W_dec", &self.w_dec, 0),
-            bias: Weight::vector("b_dec", &self.b_dec),
-            centred: false,
-            precision: self.precision,
-        })
-    }
-
-    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
-        Some(Box::new(Jump { threshold: self.threshold.detach() }))
-    }
-
     fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            for bias in [&mut self.b_enc, &mut self.b_dec, &mut self.threshold] {
-                let _ = bias.g_mul_scalar_(scale);
-            }
-        });
+        self.affine.scale_biases(scale);
+        scale_in_place(&self.threshold, scale);
     }
 }
 
-/// f = π ⊙ H(π − θ) for steps by hand, without a gradient to the thresholds.
+/// f = π ⊙ H(π − θ) for analytic steps, without a gradient to the thresholds.
 struct Jump {
     threshold: Tensor,
 }
@@ -288,37 +212,6 @@ impl ActivationFunction for StraightThrough {
     }
 }
 
-/// λ (L0/L0* − 1)².
-struct Target {
-    weight: f64,
-    target_l0: f64,
-    /// Active features of each row.
-    active: Tensor,
-}
-
-impl Target {
-    /// L0/L0* − 1.
-    fn off(&self) -> Tensor {
-        self.active.mean(Kind::Float) / self.target_l0 - 1.0
-    }
-}
-
-impl Penalty for Target {
-    fn see(&mut self, block: &Block, active: &Tensor) {
-        self.active += block.sum_by_row(active);
-    }
-
-    fn terms(&mut self, terms: &mut Terms) -> Result<()> {
-        terms.add_sparsity("sparsity_loss", self.off().square(), self.weight);
-        Ok(())
-    }
-
-    fn slope(&self, _: &Block, _: &dyn Fn() -> Tensor) -> Slope {
-        let off = self.off().double_value(&[]);
-        Slope::Same(off * 2.0 * self.weight / (self.target_l0 * self.active.numel() as f64))
-    }
-}
-
 /// What the estimator of L0's gradient looks at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -373,18 +266,8 @@ pub struct JumpReluConfig {
 impl TrainerConfig for JumpReluConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         if cx.dictionary.downcast::<JumpRelu>().is_none() {
-            bail!(
-                InputError::incompatible(format!(
-                    "the trainer `{}` cannot train the class {}: its features have no thresholds to learn",
-                    Self::NAME,
-                    cx.dictionary.class()
-                ))
-                .help(format!(
-                    "use {}, or the dictionary `{}`",
-                    cx.dictionary.usual_trainers(),
-                    JumpReluDictionaryConfig::NAME
-                ))
-            );
+            let or = format!("the dictionary `{}`", JumpReluDictionaryConfig::NAME);
+            bail!(cannot_train(Self::NAME, cx.dictionary, "its features have no thresholds to learn", &or));
         }
         let mut mistakes = Mistakes::new();
         for (field, value) in [("bandwidth", self.bandwidth), ("target_l0", self.target_l0)] {
@@ -396,7 +279,6 @@ impl TrainerConfig for JumpReluConfig {
         mistakes.keep(schedule.check())?;
         mistakes.into_result()?;
         Ok(Box::new(JumpReluTrainer {
-            lr: self.lr,
             bandwidth: self.bandwidth,
             sparsity_penalty: self.sparsity_penalty,
             target_l0: self.target_l0,
@@ -415,7 +297,6 @@ impl TrainerConfig for JumpReluConfig {
 
 /// The reference's `JumpReluTrainer`.
 struct JumpReluTrainer {
-    lr: f64,
     bandwidth: f64,
     sparsity_penalty: f64,
     target_l0: f64,
@@ -433,12 +314,8 @@ impl Trainer for JumpReluTrainer {
         AdamConfig { betas: (0.0, 0.999), ..AdamConfig::default() }
     }
 
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
@@ -454,48 +331,36 @@ impl Trainer for JumpReluTrainer {
         code
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
+    /// A penalty falls on which features are active.
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        let penalty = Penalty::l1(self.sparsity_penalty * self.schedule.sparsity_factor(step));
+        Some(Objective::squared_error(penalty.of_mean(|l0| (l0 / self.target_l0 - 1.0).square())))
     }
 
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(dictionary) = pass.dictionary.downcast::<JumpRelu>() else { return Ok(None) };
-        let threshold = dictionary.threshold.detach();
-        let mut activation = StraightThrough {
-            by_threshold: threshold.zeros_like(),
-            jump: Jump { threshold },
-            bandwidth: self.bandwidth,
-            ste_on: self.ste_on,
-        };
-        let mut penalty = Target {
-            weight: self.sparsity_penalty * self.schedule.sparsity_factor(pass.step),
-            target_l0: self.target_l0,
-            active: Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device())),
-        };
-        let found = analytic::step(pass, terms, &mut activation, &squared_error("mse_loss"), &mut penalty, true)?;
-        if let Some(fired) = found.as_ref().and_then(|found| found.fired.as_ref()) {
-            self.next = Some(self.fired.after(&fired.gt(0.0), pass.batch.len()));
-        }
-        Ok(found)
-    }
-
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+    fn penalized(&self, pass: &Pass) -> Result<Tensor> {
         let Some(dictionary) = pass.dictionary.downcast::<JumpRelu>() else { bail!("not a JumpReLU dictionary") };
         let features = pass.code.features.detach();
-        self.next = Some(self.fired.after(&features.gt(0.0).any_dim(0, false), pass.batch.len()));
-
-        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
         let seen = match self.ste_on {
             SteOn::PostJump => &features,
             SteOn::PreActivation => pass.code.extra("pre_activations")?,
         };
         let one = Tensor::ones([0_i64; 0], (features.kind(), features.device()));
-        let active =
-            features.gt_tensor(&dictionary.threshold) + dictionary.straight_through(seen, &one, self.bandwidth);
-        let l0 = mean_of_sums(&active);
-        let penalty = self.sparsity_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add_sparsity("sparsity_loss", (l0 / self.target_l0 - 1.0).square(), penalty);
-        Ok(())
+        Ok(features.gt_tensor(&dictionary.threshold) + dictionary.straight_through(seen, &one, self.bandwidth))
+    }
+
+    fn activation_function<'a>(&self, dictionary: &'a dyn Dictionary) -> Option<Box<dyn ActivationFunction + 'a>> {
+        let threshold = dictionary.downcast::<JumpRelu>()?.threshold.detach();
+        let by_threshold = threshold.zeros_like();
+        let (bandwidth, ste_on) = (self.bandwidth, self.ste_on);
+        Some(Box::new(StraightThrough { jump: Jump { threshold }, bandwidth, ste_on, by_threshold }))
+    }
+
+    fn counts_firing(&self) -> bool {
+        true
+    }
+
+    fn see(&mut self, seen: Seen, _: &mut Terms) {
+        self.next = seen.fired.map(|fired| self.fired.after(&fired, seen.rows));
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
@@ -528,13 +393,11 @@ mod tests {
 
     /// One feature whose pre-activation is the activation, with threshold 1.
     fn one() -> JumpRelu {
-        let mut dictionary = JumpRelu::zeros(1, 1, 1, Device::Cpu, Precision::Float32);
-        tch::no_grad(|| {
-            let _ = dictionary.w_enc.fill_(1.0);
-            let _ = dictionary.w_dec.fill_(1.0);
-            let _ = dictionary.threshold.fill_(1.0);
-        });
-        dictionary
+        let dims = Dims { input: 1, features: 1, output: 1 };
+        let affine = Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32);
+        let one = Tensor::ones([1, 1], (Kind::Float, Device::Cpu));
+        affine.set_directions(&one, &one);
+        JumpRelu { affine, threshold: trained(one.reshape([1])) }
     }
 
     /// The threshold's gradient of the loss on these activations, in steps with λ = 1, L0* = 2, ε = 0.5.

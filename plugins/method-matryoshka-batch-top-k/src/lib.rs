@@ -20,7 +20,6 @@
 //! of the step, also while k is annealed.
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::sae::Selection;
 use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
 
 /// The Matryoshka autoencoder on BatchTopK.
@@ -46,15 +45,9 @@ impl DictionaryConfig for MatryoshkaDictionaryConfig {
         let features = self.features(cx)?;
         Selection::check(self.k, features)?;
         let groups = group_sizes(&self.group_fractions, features)?;
-        let (d, d_out) = (cx.activation_dim, cx.output_dim);
-        let mut dictionary = Matryoshka::zeros(d, d_out, self.k, groups, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose.
-        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
-        tch::no_grad(|| {
-            dictionary.w_enc.copy_(&directions);
-            dictionary.w_dec.copy_(&decoder_for(directions, 1.0, cx).transpose(0, 1));
-        });
-        Ok(Box::new(dictionary))
+        let affine = Affine::random(LAYOUT, features, 1.0, cx);
+        Ok(Box::new(Matryoshka::new(affine, Selection::new(self.k, true, cx.device), groups)))
     }
 }
 
@@ -93,81 +86,57 @@ fn group_sizes(fractions: &[f64], features: i64) -> Result<Vec<i64>> {
     Ok(sizes)
 }
 
-/// The reference's `MatryoshkaBatchTopKSAE`.
+/// The reference's `MatryoshkaBatchTopKSAE`. The trained one encodes by the threshold, as BatchTopK does.
 #[derive(Debug)]
 pub struct Matryoshka {
-    w_enc: Tensor,        // W_e [d, F]
-    b_enc: Tensor,        // b_e [F]
-    w_dec: Tensor,        // W_d [F, d_out]
-    b_dec: Tensor,        // b   [d_out]
-    group_sizes: Tensor,  // int64 [n], as it is saved
+    affine: Affine,
     selection: Selection, // k, θ
+    group_sizes: Tensor,  // int64 [n], as it is saved
     groups: Vec<i64>,
-    precision: Precision,
 }
+
+const LAYOUT: Layout = Layout::matrices("MatryoshkaBatchTopKSAE").centred();
 
 inventory::submit! {
     SavedClass {
-        class: "MatryoshkaBatchTopKSAE",
+        class: LAYOUT.class,
         name: MatryoshkaDictionaryConfig::NAME,
-        shaped: |tensors, trainer, device, precision| {
-            let [d, features] = saved_shape(tensors, "W_enc")?;
-            let k = Selection::saved_k(tensors, trainer, features)?;
-            let [_] = saved_shape(tensors, "group_sizes")?;
-            let groups = Vec::<i64>::try_from(&tensors["group_sizes"].to_kind(Kind::Int64))?;
+        shaped: |saved| {
+            let affine = saved.affine(LAYOUT)?;
+            let features = affine.dims().features;
+            let selection = Selection::saved(saved, features, true)?;
+            let [_] = saved.shape("group_sizes")?;
+            let groups = Vec::<i64>::try_from(&saved.tensors["group_sizes"].to_kind(Kind::Int64))?;
             if groups.is_empty() || groups.iter().any(|size| !(1..=features).contains(size)) || groups.iter().sum::<i64>() != features {
                 bail!(InputError::new(format!("the `group_sizes` are {groups:?}, and the dictionary has {features} features")));
             }
-            let [d_out] = saved_shape(tensors, "b_dec")?;
-            Ok(Box::new(Matryoshka::zeros(d, d_out, k, groups, device, precision)))
+            Ok(Box::new(Matryoshka::new(affine, selection, groups)))
         },
     }
 }
 
 impl Matryoshka {
-    fn zeros(d: i64, d_out: i64, k: i64, groups: Vec<i64>, device: Device, precision: Precision) -> Self {
-        let features = groups.iter().sum();
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        Matryoshka {
-            w_enc: trained_matrix([d, features], 1, device),
-            b_enc: zeros(&[features]),
-            w_dec: trained_matrix([features, d_out], 0, device),
-            b_dec: zeros(&[d_out]),
-            group_sizes: Tensor::from_slice(&groups).to_device(device),
-            selection: Selection::new(k, true, device),
-            groups,
-            precision,
-        }
-    }
-
-    /// (x − b) W_e + b_e, [.., F].
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&without_bias(x, &self.b_dec), &self.w_enc.transpose(0, 1), Some(&self.b_enc))
-    }
-
-    /// f W_d for a group's features and rows.
-    fn decode_group(&self, features: &Tensor, rows: &Tensor) -> Tensor {
-        self.precision.linear(features, &rows.transpose(0, 1), None)
+    fn new(affine: Affine, selection: Selection, groups: Vec<i64>) -> Self {
+        let group_sizes = Tensor::from_slice(&groups).to_device(selection.threshold().device());
+        Matryoshka { affine, selection, group_sizes, groups }
     }
 }
 
 impl Dictionary for Matryoshka {
-    fn class(&self) -> &'static str {
-        "MatryoshkaBatchTopKSAE"
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
-    fn dims(&self) -> Dims {
-        let size = self.w_enc.size();
-        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
+    fn code(&self, pre_activations: Tensor) -> Code {
+        self.selection.of_batch(pre_activations)
     }
 
-    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("W_enc", self.w_enc.shallow_clone()),
-            ("b_enc", self.b_enc.shallow_clone()),
-            ("W_dec", self.w_dec.shallow_clone()),
-            ("b_dec", self.b_dec.shallow_clone()),
-        ]
+    fn between(&self) -> Option<Between<'_>> {
+        Some(Between::Selection(&self.selection))
+    }
+
+    fn selection(&self) -> Option<&Selection> {
+        Some(&self.selection)
     }
 
     fn buffers(&self) -> Vec<(&'static str, Tensor)> {
@@ -181,54 +150,6 @@ impl Dictionary for Matryoshka {
         if let Ok(groups) = Vec::<i64>::try_from(&self.group_sizes) {
             self.groups = groups;
         }
-    }
-
-    /// By the threshold: an activation's features do not depend on its batch.
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.selection.above_threshold(&self.pre_activations(x))
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.decode_group(features, &self.w_dec) + &self.b_dec
-    }
-
-    fn forward(&self, x: &Tensor) -> Code {
-        self.selection.of_batch(self.pre_activations(x))
-    }
-
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
-    }
-
-    fn selection(&self) -> Option<&Selection> {
-        Some(&self.selection)
-    }
-
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
-        Some(&mut self.selection)
-    }
-
-    fn two_layer(&self) -> Option<TwoLayer> {
-        Some(TwoLayer {
-            encoder: Weight::matrix("W_enc", &self.w_enc, 1),
-            encoder_bias: Some(Weight::vector("b_enc", &self.b_enc)),
-            decoder: Weight::matrix("W_dec", &self.w_dec, 0),
-            bias: Weight::vector("b_dec", &self.b_dec),
-            centred: self.w_enc.size()[0] == self.b_dec.size()[0],
-            precision: self.precision,
-        })
-    }
-
-    fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            let _ = self.b_enc.g_mul_scalar_(scale);
-            let _ = self.b_dec.g_mul_scalar_(scale);
-        });
-        self.selection.scale(scale);
     }
 }
 
@@ -259,18 +180,8 @@ pub struct MatryoshkaConfig {
 impl TrainerConfig for MatryoshkaConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         let Some(dictionary) = cx.dictionary.downcast::<Matryoshka>() else {
-            bail!(
-                InputError::incompatible(format!(
-                    "the trainer `{}` cannot train the class {}: it has no groups of features",
-                    Self::NAME,
-                    cx.dictionary.class()
-                ))
-                .help(format!(
-                    "use {}, or the dictionary `{}`",
-                    cx.dictionary.usual_trainers(),
-                    MatryoshkaDictionaryConfig::NAME
-                ))
-            );
+            let or = format!("the dictionary `{}`", MatryoshkaDictionaryConfig::NAME);
+            bail!(cannot_train(Self::NAME, cx.dictionary, "it has no groups of features", &or));
         };
         let groups = dictionary.groups.len();
         let weights = self.group_weights.clone().unwrap_or_else(|| vec![1.0 / groups as f64; groups]);
@@ -315,13 +226,14 @@ impl TrainerConfig for MatryoshkaConfig {
 fn residuals(pass: &Pass) -> Result<Vec<Tensor>> {
     let Some(dictionary) = pass.dictionary.downcast::<Matryoshka>() else { bail!("not a Matryoshka dictionary") };
     let groups = &dictionary.groups;
-    let (features, rows) =
-        (pass.code.features.split_with_sizes(groups, 1), dictionary.w_dec.split_with_sizes(groups, 0));
+    let affine = &dictionary.affine;
+    let features = pass.code.features.split_with_sizes(groups, 1);
+    let rows = affine.decoder().rows().split_with_sizes(groups, 0);
     // What the groups before have left to reconstruct; the last leaves what the whole dictionary does.
-    let mut residual = &pass.batch.target - &dictionary.b_dec;
+    let mut residual = &pass.batch.target - affine.bias().1;
     let mut residuals = Vec::with_capacity(groups.len());
     for (features, rows) in features[..groups.len() - 1].iter().zip(&rows) {
-        let less = &residual - dictionary.decode_group(features, rows);
+        let less = &residual - affine.precision().linear(features, &rows.tr(), None);
         residuals.push(less.shallow_clone());
         residual = less;
     }
@@ -342,11 +254,11 @@ mod tests {
 
     #[test]
     fn every_prefix_of_groups_must_reconstruct() {
-        let mut dictionary = Matryoshka::zeros(2, 2, 2, vec![1, 1], Device::Cpu, Precision::Float32);
-        tch::no_grad(|| {
-            dictionary.w_enc.copy_(&Tensor::eye(2, (Kind::Float, Device::Cpu)));
-            dictionary.w_dec.copy_(&Tensor::eye(2, (Kind::Float, Device::Cpu)));
-        });
+        let dims = Dims { input: 2, features: 2, output: 2 };
+        let affine = Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32);
+        let eye = Tensor::eye(2, (Kind::Float, Device::Cpu));
+        affine.set_directions(&eye, &eye);
+        let dictionary = Matryoshka::new(affine, Selection::new(2, true, Device::Cpu), vec![1, 1]);
         let config = MatryoshkaConfig { auxk_alpha: 0.0, warmup_steps: 0, ..MatryoshkaConfig::default() };
         let mut trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();
         let batch = Batch::of(Tensor::from_slice2(&[[3.0f32, 4.0]]));

@@ -27,8 +27,7 @@
 use std::collections::VecDeque;
 
 use dictlearn_core::prelude::*;
-use dictlearn_core::train::analytic;
-use dictlearn_core::train::analytic::{Penalty, squared_error};
+use dictlearn_core::train::Values;
 
 const PAPER: &str = "Karvonen et al. 2024, Measuring Progress in Dictionary Learning, https://arxiv.org/abs/2408.00113";
 
@@ -166,7 +165,6 @@ macro_rules! config {
                 mistakes.into_result()?;
                 Ok(PAnneal {
                     adam,
-                    lr: self.lr,
                     schedule,
                     sparsity_function: self.sparsity_function,
                     annealing: annealing.context("no annealing")?,
@@ -340,7 +338,6 @@ struct Annealed {
 /// The reference's `PAnnealTrainer` and `GatedAnnealTrainer`.
 struct PAnneal {
     adam: AdamConfig,
-    lr: f64,
     schedule: Schedule,
     sparsity_function: SparsityFunction,
     annealing: Annealing,
@@ -353,99 +350,45 @@ struct PAnneal {
     seen: Option<[Tensor; 2]>,
 }
 
-/// The mean penalty of activations [B, F], none negative. At p = 0 the mean number of those above 0.
-fn lp(activations: &Tensor, p: f64, function: SparsityFunction) -> Tensor {
-    let active = activations.gt(0.0);
-    if p == 0.0 {
-        return mean_of_sums(&active.to_kind(activations.kind()));
-    }
-    // The derivative of a^p at 0 is infinite for p < 1, and an infinite number times 0 further back would be NaN: where
-    // an activation is 0, so is its power, and no gradient passes.
-    let powers = activations.where_self(&active, &activations.ones_like()).pow_tensor_scalar(p) * active;
-    if function == SparsityFunction::LpToTheP || p == 1.0 {
-        return mean_of_sums(&powers);
-    }
-    let sums = powers.sum_dim_intlist(-1, false, powers.kind());
-    let some = sums.gt(0.0);
-    let norms = sums.where_self(&some, &sums.ones_like()).pow_tensor_scalar(1.0 / p) * some;
-    norms.mean(norms.kind())
-}
-
-/// The same penalty by hand, with what the next p would make of it.
-struct Lp {
-    weight: f64,
-    function: SparsityFunction,
-    p: f64,
-    next_p: Option<f64>,
-    /// Σ a^p of each row, with p and with the next p.
-    sums: [Tensor; 2],
-}
-
-impl Lp {
-    fn value(&self, sums: &Tensor, p: f64) -> Tensor {
-        if self.function == SparsityFunction::LpToTheP || p == 1.0 || p == 0.0 {
-            return sums.mean(Kind::Float);
-        }
-        sums.pow_tensor_scalar(1.0 / p).mean(Kind::Float)
-    }
-}
-
-/// a^p of activations, none negative: 0 where a is 0.
-fn powers(activations: &Tensor, p: f64) -> Tensor {
-    let activations = activations.to_kind(Kind::Float);
+/// λ ‖a‖_p or λ ‖a‖_p^p, means over the batch. At p = 0 the number of activations above 0, which has no gradient.
+fn lp<'a>(weight: f64, p: f64, function: SparsityFunction) -> Penalty<'a> {
     if p == 1.0 {
-        return activations;
+        return Penalty::l1(weight).named("lp_loss");
     }
-    let active = activations.gt(0.0);
     if p == 0.0 {
-        return active.to_kind(Kind::Float);
+        return Penalty::of(weight, |a| a.gt(0.0).to_kind(Kind::Float)).named("lp_loss");
     }
-    activations.where_self(&active, &activations.ones_like()).pow_tensor_scalar(p) * active
+    let powers = Penalty::of(weight, move |a| power(a, p)).named("lp_loss");
+    match function {
+        SparsityFunction::LpToTheP => powers,
+        SparsityFunction::Lp => powers.of_rows(move |sums| power(sums, 1.0 / p)),
+    }
 }
 
-impl Penalty for Lp {
-    fn see(&mut self, block: &Block, activations: &Tensor) {
-        for (p, sums) in [Some(self.p), self.next_p].into_iter().zip(&mut self.sums) {
-            if let Some(p) = p {
-                *sums += block.sum_by_row(&powers(activations, p));
-            }
-        }
-    }
-
-    fn terms(&mut self, terms: &mut Terms) -> Result<()> {
-        terms.add_sparsity("lp_loss", self.value(&self.sums[0], self.p), self.weight);
-        Ok(())
-    }
-
-    fn slope(&self, block: &Block, activations: &dyn Fn() -> Tensor) -> Slope {
-        let (p, weight) = (self.p, self.weight / self.sums[0].numel() as f64);
-        if p == 0.0 || p == 1.0 {
-            return Slope::Same(p * weight);
-        }
-        let slope = powers(&activations(), p - 1.0) * weight;
-        Slope::Each(match self.function {
-            SparsityFunction::LpToTheP => slope * p,
-            SparsityFunction::Lp => {
-                let sums = &self.sums[0];
-                let some = sums.gt(0.0);
-                let outer = sums.where_self(&some, &sums.ones_like()).pow_tensor_scalar(1.0 / p - 1.0) * some;
-                slope * block.of_rows(&outer)
-            }
-        })
-    }
+/// a^p of numbers of which none is negative: 0 where a is 0, without a gradient. The derivative of a^p at 0 is infinite for p < 1,
+/// and an infinite number times 0 further back would be NaN.
+fn power(a: &Tensor, p: f64) -> Tensor {
+    let some = a.gt(0.0);
+    a.where_self(&some, &a.ones_like()).pow_tensor_scalar(p) * some
 }
 
 impl PAnneal {
-    /// Notes the penalty, and the one with the next p, where there is one.
-    fn see(&mut self, penalty: &Tensor, next: impl FnOnce(f64) -> Tensor) {
-        self.seen = self.state.next_p.map(|next_p| [penalty.detach(), next(next_p)]);
-    }
-
     fn weight(&self, step: u64) -> f64 {
         self.state.coefficient * self.schedule.sparsity_factor(step)
     }
 
-    /// Queues the penalties of a step that is taken and, if it is time, sets p and λ for the steps to come.
+    /// Queues what the loss noted, and updates p and λ if it is time.
+    fn keep(&mut self, step: u64) {
+        if let Some(seen) = self.seen.take() {
+            self.state.queue.push_back(seen);
+            if self.state.queue.len() > self.queue_length {
+                self.state.queue.pop_front();
+            }
+        }
+        self.update(step);
+    }
+
+    /// p and λ for the steps to come, if it is time for the next ones.
     fn update(&mut self, step: u64) {
         if let Some(seen) = self.seen.take() {
             self.state.queue.push_back(seen);
@@ -474,8 +417,8 @@ impl Trainer for PAnneal {
         self.adam
     }
 
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn depends_on_steps(&self) -> bool {
@@ -491,59 +434,35 @@ impl Trainer for PAnneal {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        let penalty = |p: f64| lp(self.weight(step), p, self.sparsity_function);
+        Some(Objective::squared_error(penalty(self.state.p)).watch(self.state.next_p.map(penalty)))
     }
 
     fn resamples(&self) -> bool {
         self.resampling.is_some()
     }
 
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
-        let zeros = || Tensor::zeros([pass.batch.len()], (Kind::Float, pass.batch.x.device()));
-        let weight = self.weight(pass.step);
-        let mut penalty = Lp {
-            weight,
-            function: self.sparsity_function,
-            p: self.state.p,
-            next_p: self.state.next_p,
-            sums: [zeros(), zeros()],
-        };
-        let reconstruction = squared_error("mse_loss");
-        let count = self.resampling.is_some();
-        let found = analytic::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
-        let Some(found) = found else { return Ok(None) };
-        let value = penalty.value(&penalty.sums[0], penalty.p);
-        if pass.logging {
-            terms.log("scaled_lp_loss", &value * weight);
-        }
-        self.see(&value, |next_p| penalty.value(&penalty.sums[1], next_p));
-        if let Some(resampling) = &mut self.resampling {
-            resampling.see_by_hand(&found);
-        }
-        Ok(Some(found))
+    fn counts_firing(&self) -> bool {
+        self.resampling.is_some()
     }
 
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        terms.add_reconstruction("mse_loss", mean_of_sums(&pass.residual().square()));
-        let activations = pass.code.penalized();
-        let penalty = lp(activations, self.state.p, self.sparsity_function);
-        let weight = self.weight(pass.step);
-        if pass.logging {
+    fn see(&mut self, seen: Seen, terms: &mut Terms) {
+        let Values { penalty, watched } = seen.values;
+        if seen.logging
+            && let Some(term) = terms.get_mut("lp_loss")
+        {
+            let weight = term.weight;
             terms.log("scaled_lp_loss", &penalty * weight);
         }
-        let function = self.sparsity_function;
-        self.see(&penalty, |next_p| lp(&activations.detach(), next_p, function));
-        terms.add_sparsity("lp_loss", penalty, weight);
-        if let Some(resampling) = &mut self.resampling {
-            resampling.see(&pass.code.features);
+        self.seen = watched.map(|next| [penalty, next]);
+        if let Some((resampling, fired)) = self.resampling.as_mut().zip(seen.fired) {
+            resampling.see(&fired);
         }
-        Ok(())
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
-        self.update(cx.step);
+        self.keep(cx.step);
         self.resampling.as_mut().map_or(Ok(()), |resampling| resampling.after_step(cx).map(drop))
     }
 
@@ -580,19 +499,16 @@ impl Trainer for PAnneal {
 mod tests {
     use super::*;
 
-    fn scalar(tensor: &Tensor) -> f64 {
-        tensor.double_value(&[])
-    }
-
     #[test]
     fn penalties_are_norms_and_their_powers() {
         let a = Tensor::from_slice2(&[[4.0f32, 9.0, 0.0], [0.0, 0.0, 0.0]]);
         // √4 + √9 = 5; its square is 25; halved by the row of zeros.
-        assert_eq!(scalar(&lp(&a, 0.5, SparsityFunction::LpToTheP)), 2.5);
-        assert_eq!(scalar(&lp(&a, 0.5, SparsityFunction::Lp)), 12.5);
+        let value = |p: f64, function| lp(1.0, p, function).value(&a).double_value(&[]);
+        assert_eq!(value(0.5, SparsityFunction::LpToTheP), 2.5);
+        assert_eq!(value(0.5, SparsityFunction::Lp), 12.5);
         for function in [SparsityFunction::Lp, SparsityFunction::LpToTheP] {
-            assert_eq!(scalar(&lp(&a, 1.0, function)), 6.5);
-            assert_eq!(scalar(&lp(&a, 0.0, function)), 1.0);
+            assert_eq!(value(1.0, function), 6.5);
+            assert_eq!(value(0.0, function), 1.0);
         }
     }
 
@@ -600,7 +516,7 @@ mod tests {
     fn silent_features_have_no_gradient() {
         for function in [SparsityFunction::Lp, SparsityFunction::LpToTheP] {
             let a = Tensor::from_slice2(&[[4.0f32, 0.0], [0.0, 0.0]]).set_requires_grad(true);
-            lp(&a, 0.5, function).backward();
+            lp(1.0, 0.5, function).value(&a).backward();
             let grad = Vec::<f32>::try_from(a.grad().reshape([-1])).unwrap();
             assert!(grad[0] > 0.0 && grad[1..] == [0.0; 3], "{function:?}: {grad:?}");
         }
@@ -622,14 +538,7 @@ mod tests {
         let annealing = Annealing::new((1.0, 0.0), (1, 3), Updates::Continuous, 10).unwrap();
         let mut trainer = PAnneal {
             adam: AdamConfig::default(),
-            lr: 0.0,
-            schedule: Schedule {
-                steps: 10,
-                warmup_steps: 0,
-                decay_start: None,
-                resample_steps: None,
-                sparsity_warmup_steps: None,
-            },
+            schedule: Schedule::constant(0.0),
             sparsity_function: SparsityFunction::Lp,
             annealing,
             anneals_to_the_end: false,
@@ -641,9 +550,10 @@ mod tests {
         let a = Tensor::from_slice2(&[[4.0f32, 9.0]]);
         let mut ps = Vec::new();
         for step in 0..6 {
-            let penalty = lp(&a, trainer.state.p, SparsityFunction::Lp);
-            trainer.see(&penalty, |next| lp(&a, next, SparsityFunction::Lp));
-            trainer.update(step);
+            let mut terms = Terms::new();
+            let values = trainer.objective(step).unwrap().add(&a, &a, false, &mut terms);
+            trainer.see(Seen { values, fired: None, rows: 1, logging: false }, &mut terms);
+            trainer.keep(step);
             ps.push(trainer.state.p);
             assert!(trainer.state.coefficient.is_finite() && trainer.state.coefficient > 0.0);
         }

@@ -39,114 +39,46 @@ pub struct AutoEncoderNewConfig {}
 impl DictionaryConfig for AutoEncoderNewConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
-        let mut dictionary = AutoEncoderNew::zeros(cx.activation_dim, features, cx.output_dim, cx.device, cx.precision);
-        let directions = random_directions([cx.activation_dim, features], 0.1, cx.device);
-        tch::no_grad(|| {
-            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
-            dictionary.decoder_weight.copy_(&decoder_for(directions, 0.1, cx));
-        });
-        Ok(Box::new(dictionary))
+        Ok(Box::new(AutoEncoderNew { affine: Affine::random(LAYOUT, features, 0.1, cx) }))
     }
 }
 
 /// The reference's `AutoEncoderNew`.
 #[derive(Debug)]
 pub struct AutoEncoderNew {
-    encoder_weight: Tensor, // W_e [F, d]
-    encoder_bias: Tensor,   // b_e [F]
-    decoder_weight: Tensor, // W_d [d_out, F]
-    decoder_bias: Tensor,   // b_d [d_out]
-    precision: Precision,
+    affine: Affine,
 }
+
+const LAYOUT: Layout = Layout::modules("AutoEncoderNew", "decoder.bias");
 
 inventory::submit! {
     SavedClass {
-        class: "AutoEncoderNew",
+        class: LAYOUT.class,
         name: AutoEncoderNewConfig::NAME,
-        shaped: |tensors, _, device, precision| {
-            let [features, d] = saved_shape(tensors, "encoder.weight")?;
-            let [d_out] = saved_shape(tensors, "decoder.bias")?;
-            Ok(Box::new(AutoEncoderNew::zeros(d, features, d_out, device, precision)))
-        },
-    }
-}
-
-impl AutoEncoderNew {
-    fn zeros(d: i64, features: i64, d_out: i64, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        AutoEncoderNew {
-            encoder_weight: zeros(&[features, d]),
-            encoder_bias: zeros(&[features]),
-            decoder_weight: zeros(&[d_out, features]),
-            decoder_bias: zeros(&[d_out]),
-            precision,
-        }
-    }
-
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(x, &self.encoder_weight, Some(&self.encoder_bias))
-    }
-
-    fn columns(&self) -> Decoder {
-        Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 }
+        shaped: |saved| Ok(Box::new(AutoEncoderNew { affine: saved.affine(LAYOUT)? })),
     }
 }
 
 impl Dictionary for AutoEncoderNew {
-    fn class(&self) -> &'static str {
-        "AutoEncoderNew"
-    }
-
-    fn dims(&self) -> Dims {
-        let size = self.encoder_weight.size();
-        Dims { input: size[1], features: size[0], output: self.decoder_bias.size()[0] }
-    }
-
-    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("encoder.weight", self.encoder_weight.shallow_clone()),
-            ("encoder.bias", self.encoder_bias.shallow_clone()),
-            ("decoder.weight", self.decoder_weight.shallow_clone()),
-            ("decoder.bias", self.decoder_bias.shallow_clone()),
-        ]
-    }
-
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.pre_activations(x).relu()
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.decoder_weight, Some(&self.decoder_bias))
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
     /// A penalty falls on fᵢ ‖dᵢ‖, which no rescaling of columns can evade.
-    fn forward(&self, x: &Tensor) -> Code {
-        let pre_activations = self.pre_activations(x);
+    fn code(&self, pre_activations: Tensor) -> Code {
         let features = pre_activations.relu();
-        let weighted = &features * self.columns().norms();
+        let weighted = &features * self.affine.decoder().norms();
         Code::new(features).penalize(weighted).with("pre_activations", pre_activations)
     }
 
-    fn decoder(&self) -> Option<Decoder> {
-        Some(self.columns())
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
+    /// Without the norms, which only a penalty needs.
+    fn encode(&self, x: &Tensor) -> Tensor {
+        self.affine.pre_activations(x).relu()
     }
 
     fn fold_norms(&mut self) -> bool {
-        if let Some(decoder) = self.decoder() {
-            decoder.fold_into(&mut self.encoder_weight, 0, [&mut self.encoder_bias]);
-        }
+        self.affine.fold_norms();
         true
-    }
-
-    fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            let _ = self.encoder_bias.g_mul_scalar_(scale);
-            let _ = self.decoder_bias.g_mul_scalar_(scale);
-        });
     }
 }
 
@@ -192,20 +124,12 @@ impl TrainerConfig for AprilUpdateConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         penalizable(cx.dictionary, Self::NAME)?;
         if cx.dictionary.exposes("gate") {
-            bail!(InputError::incompatible(format!(
-                "the trainer `{}` cannot train the class {}: its decoder could evade the penalty on the gate by columns \
-                 of small norm",
-                Self::NAME,
-                cx.dictionary.class()
-            ))
-            .help(format!(
-                "use {}, or the dictionary `{}`",
-                cx.dictionary.usual_trainers(),
-                AutoEncoderNewConfig::NAME
-            )));
+            let why = "its decoder could evade the penalty on the gate by columns of small norm";
+            let or = format!("the dictionary `{}`", AutoEncoderNewConfig::NAME);
+            bail!(cannot_train(Self::NAME, cx.dictionary, why, &or));
         }
         let schedule = self.schedule(cx).check()?;
-        Ok(Box::new(AprilUpdate { lr: self.lr, l1_penalty: self.l1_penalty, schedule, norm_weight: self.norm_weight }))
+        Ok(Box::new(AprilUpdate { l1_penalty: self.l1_penalty, schedule, norm_weight: self.norm_weight }))
     }
 
     fn class(&self) -> &'static str {
@@ -215,23 +139,14 @@ impl TrainerConfig for AprilUpdateConfig {
 
 /// The reference's `StandardTrainerAprilUpdate`.
 struct AprilUpdate {
-    lr: f64,
     l1_penalty: f64,
     schedule: Schedule,
     norm_weight: NormWeight,
 }
 
 impl Trainer for AprilUpdate {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
@@ -243,21 +158,16 @@ impl Trainer for AprilUpdate {
     }
 
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        let residual = pass.residual();
-        if pass.logging {
-            let norms = residual.detach().norm_scalaropt_dim(2.0, [-1], false);
-            terms.log("residual_norm", norms.mean(norms.kind()));
-        }
-        terms.add_reconstruction("mse_loss", mean_of_sums(&residual.square()));
         let activations = match self.norm_weight {
             NormWeight::Reference => pass.code.penalized(),
             NormWeight::Paper => &pass.code.features,
         };
-        let l1 = match pass.dictionary.decoder() {
-            Some(decoder) => mean_of_sums(&(activations * decoder.norms())),
-            None => mean_of_sums(activations),
+        let weighted = match pass.dictionary.decoder() {
+            Some(decoder) => activations * decoder.norms(),
+            None => activations.shallow_clone(),
         };
-        terms.add_sparsity("sparsity_loss", l1, self.l1_penalty * self.schedule.sparsity_factor(pass.step));
+        let penalty = Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(pass.step));
+        Objective::squared_error(penalty).log_other_error().add(&pass.residual(), &weighted, pass.logging, terms);
         Ok(())
     }
 }
@@ -267,11 +177,9 @@ mod tests {
     use super::*;
 
     fn penalty(norm_weight: NormWeight) -> f64 {
-        let mut dictionary = AutoEncoderNew::zeros(1, 1, 1, Device::Cpu, Precision::Float32);
-        tch::no_grad(|| {
-            let _ = dictionary.encoder_weight.fill_(1.0);
-            let _ = dictionary.decoder_weight.fill_(-3.0);
-        });
+        let dims = Dims { input: 1, features: 1, output: 1 };
+        let dictionary = AutoEncoderNew { affine: Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32) };
+        dictionary.affine.set_directions(&Tensor::from_slice2(&[[1.0f32]]), &Tensor::from_slice2(&[[-3.0f32]]));
         let config =
             AprilUpdateConfig { norm_weight, warmup_steps: 0, sparsity_warmup_steps: None, ..Default::default() };
         let mut trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();

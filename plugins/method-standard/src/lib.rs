@@ -16,10 +16,8 @@
 //! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, and not at the random values
 //! of PyTorch's linear layer.
 
-use dictlearn_core::formats::{Activation, AffineClass};
+use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
-use dictlearn_core::train::analytic;
-use dictlearn_core::train::analytic::L1;
 
 /// The ReLU autoencoder.
 #[component(
@@ -35,135 +33,45 @@ pub struct AutoEncoderConfig {}
 impl DictionaryConfig for AutoEncoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
-        let mut dictionary = AutoEncoder::zeros(cx.activation_dim, features, cx.device, cx.precision);
         // Random directions, the encoder the decoder's transpose. Norm 0.1 as in the reference; training makes it 1.
-        let directions = random_directions([cx.activation_dim, features], 0.1, cx.device);
-        tch::no_grad(|| {
-            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
-            dictionary.decoder_weight.copy_(&directions);
-        });
-        Ok(Box::new(dictionary))
+        Ok(Box::new(AutoEncoder { affine: Affine::random(LAYOUT, features, 0.1, &cx.autoencoding()) }))
     }
 }
 
 /// The reference's `AutoEncoder`.
 #[derive(Debug)]
 pub struct AutoEncoder {
-    bias: Tensor,           // b   [d]
-    encoder_weight: Tensor, // W_e [F, d]
-    encoder_bias: Tensor,   // b_e [F]
-    decoder_weight: Tensor, // W_d [d, F]
-    precision: Precision,
+    affine: Affine,
 }
+
+const LAYOUT: Layout = Layout::modules("AutoEncoder", "bias").centred();
 
 inventory::submit! {
     SavedClass {
-        class: "AutoEncoder",
+        class: LAYOUT.class,
         name: AutoEncoderConfig::NAME,
-        shaped: |tensors, _, device, precision| {
-            let [features, d] = saved_shape(tensors, "encoder.weight")?;
-            Ok(Box::new(AutoEncoder::zeros(d, features, device, precision)))
-        },
+        shaped: |saved| Ok(Box::new(AutoEncoder { affine: saved.affine(LAYOUT)? })),
     }
 }
 
 inventory::submit! {
-    AffineClass {
-        class: "AutoEncoder",
-        subtracts_b_dec: true,
-        holds: |sae| matches!(sae.activation, Activation::Relu) && !sae.transcodes && sae.w_skip.is_none(),
-        tensors: |sae| vec![
-            ("bias", sae.b_dec),
-            ("encoder.weight", sae.w_enc.transpose(0, 1)),
-            ("encoder.bias", sae.b_enc),
-            ("decoder.weight", sae.w_dec.transpose(0, 1)),
-        ],
-    }
-}
-
-impl AutoEncoder {
-    fn zeros(d: i64, features: i64, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        AutoEncoder {
-            bias: zeros(&[d]),
-            encoder_weight: trained_matrix([features, d], 0, device),
-            encoder_bias: zeros(&[features]),
-            decoder_weight: trained_matrix([d, features], 1, device),
-            precision,
-        }
-    }
-
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x - &self.bias), &self.encoder_weight, Some(&self.encoder_bias))
+    PublishedClass {
+        layout: LAYOUT,
+        holds: |sae| matches!(sae.activation, SaeActivation::Relu) && !sae.transcodes && sae.w_skip.is_none(),
     }
 }
 
 impl Dictionary for AutoEncoder {
-    fn class(&self) -> &'static str {
-        "AutoEncoder"
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
-    fn dims(&self) -> Dims {
-        let size = self.encoder_weight.size();
-        Dims { input: size[1], features: size[0], output: size[1] }
-    }
-
-    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("bias", self.bias.shallow_clone()),
-            ("encoder.weight", self.encoder_weight.shallow_clone()),
-            ("encoder.bias", self.encoder_bias.shallow_clone()),
-            ("decoder.weight", self.decoder_weight.shallow_clone()),
-        ]
-    }
-
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.pre_activations(x).relu()
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.decoder_weight, None) + &self.bias
-    }
-
-    fn forward(&self, x: &Tensor) -> Code {
-        let pre_activations = self.pre_activations(x);
-        Code::new(pre_activations.relu()).with("pre_activations", pre_activations)
-    }
-
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 })
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
-    }
-
-    fn two_layer(&self) -> Option<TwoLayer> {
-        Some(TwoLayer {
-            encoder: Weight::matrix("encoder.weight", &self.encoder_weight, 0),
-            encoder_bias: Some(Weight::vector("encoder.bias", &self.encoder_bias)),
-            decoder: Weight::matrix("decoder.weight", &self.decoder_weight, 1),
-            bias: Weight::vector("bias", &self.bias),
-            centred: true,
-            precision: self.precision,
-        })
-    }
-
-    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
-        Some(Box::new(Relu))
-    }
-
-    fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            let _ = self.bias.g_mul_scalar_(scale);
-            let _ = self.encoder_bias.g_mul_scalar_(scale);
-        });
+    fn between(&self) -> Option<Between<'_>> {
+        Some(Between::Elementwise(Box::new(Relu)))
     }
 
     fn fold_norms(&mut self) -> bool {
-        if let Some(decoder) = self.decoder() {
-            decoder.fold_into(&mut self.encoder_weight, 0, [&mut self.encoder_bias]);
-        }
+        self.affine.fold_norms();
         true
     }
 
@@ -192,24 +100,12 @@ impl Dictionary for AutoEncoder {
 pub struct StandardConfig {
     /// What is minimised of the residual: its squared norm (`mse`), or its norm (`l2_norm`), as in the reference of
     /// spring 2024.
-    #[default(Reconstruction::Mse)]
-    pub reconstruction: Reconstruction,
+    #[default(ResidualError::Mse)]
+    pub reconstruction: ResidualError,
     /// Weight λ of the L1 penalty.
     #[default(1e-1)]
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
-}
-
-/// What is minimised of the residual.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-#[schemars(inline)]
-pub enum Reconstruction {
-    /// ‖x − x̂‖², the sum of squares.
-    #[default]
-    Mse,
-    /// ‖x − x̂‖.
-    L2Norm,
 }
 
 impl TrainerConfig for StandardConfig {
@@ -218,8 +114,7 @@ impl TrainerConfig for StandardConfig {
         penalizable(cx.dictionary, Self::NAME)?;
         let resampling = Resampling::new(self.resample_steps, self.resample_weight, cx.dictionary)?;
         Ok(Box::new(Standard {
-            lr: self.lr,
-            reconstruction: self.reconstruction,
+            error: self.reconstruction,
             l1_penalty: self.l1_penalty,
             schedule,
             resampling: resampling.map(Resampling::at_multiples),
@@ -233,88 +128,38 @@ impl TrainerConfig for StandardConfig {
 
 /// The reference's `StandardTrainer`.
 struct Standard {
-    lr: f64,
-    reconstruction: Reconstruction,
+    error: ResidualError,
     l1_penalty: f64,
     schedule: Schedule,
     resampling: Option<Resampling>,
 }
 
-impl Standard {
-    /// What is minimised of the residual [B, d], and if the step is logged the other.
-    fn reconstruction_terms(&self, residual: &Tensor, logging: bool, terms: &mut Terms) {
-        let norm = |residual: &Tensor| residual.norm_scalaropt_dim(2.0, [-1], false).mean(residual.kind());
-        let squared = |residual: &Tensor| mean_of_sums(&residual.square());
-        match self.reconstruction {
-            Reconstruction::Mse => terms.add_reconstruction("mse_loss", squared(residual)),
-            Reconstruction::L2Norm => terms.add_reconstruction("residual_norm", norm(residual)),
-        }
-        if logging {
-            let residual = residual.detach();
-            match self.reconstruction {
-                Reconstruction::Mse => terms.log("residual_norm", norm(&residual)),
-                Reconstruction::L2Norm => terms.log("mse_loss", squared(&residual)),
-            }
-        }
-    }
-}
-
 impl Trainer for Standard {
-    fn adam(&self) -> AdamConfig {
-        AdamConfig::default()
-    }
-
-    fn lr(&self, step: u64) -> f64 {
-        self.lr * self.schedule.lr_factor(step)
-    }
-
-    fn depends_on_steps(&self) -> bool {
-        self.schedule.depends_on_steps()
+    fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     fn constraints(&self) -> Constraints {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        let penalty = Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(step));
+        Some(Objective::new(self.error, penalty).log_other_error())
     }
 
     fn resamples(&self) -> bool {
         self.resampling.is_some()
     }
 
-    fn by_hand(&mut self, pass: &HandPass, terms: &mut Terms) -> Result<Option<ByHand>> {
-        let Some(mut activation) = pass.dictionary.activation_function() else { return Ok(None) };
-        let reconstruction = |error: &Tensor, terms: &mut Terms| {
-            self.reconstruction_terms(error, pass.logging, terms);
-            let count = pass.batch.len() as f64;
-            match self.reconstruction {
-                Reconstruction::Mse => error * (2.0 / count),
-                Reconstruction::L2Norm => {
-                    let norms = error.norm_scalaropt_dim(2.0, [-1], true);
-                    // Where nothing is left, no direction is better than another.
-                    (error / &norms).masked_fill(&norms.le(0.0), 0.0) / count
-                }
-            }
-        };
-        let mut penalty = L1::new(self.l1_penalty * self.schedule.sparsity_factor(pass.step), pass.batch);
-        let count = self.resampling.is_some();
-        let found = analytic::step(pass, terms, &mut *activation, &reconstruction, &mut penalty, count)?;
-        if let Some((resampling, found)) = self.resampling.as_mut().zip(found.as_ref()) {
-            resampling.see_by_hand(found);
-        }
-        Ok(found)
+    fn counts_firing(&self) -> bool {
+        self.resampling.is_some()
     }
 
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        self.reconstruction_terms(&pass.residual(), pass.logging, terms);
-        let penalty = self.l1_penalty * self.schedule.sparsity_factor(pass.step);
-        terms.add_sparsity("sparsity_loss", mean_of_sums(&pass.code.penalized().abs()), penalty);
-        if let Some(resampling) = &mut self.resampling {
-            resampling.see(&pass.code.features);
+    fn see(&mut self, seen: Seen, _: &mut Terms) {
+        if let Some((resampling, fired)) = self.resampling.as_mut().zip(seen.fired) {
+            resampling.see(&fired);
         }
-        Ok(())
     }
 
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {

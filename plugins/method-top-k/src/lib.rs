@@ -17,9 +17,8 @@
 //! Where this differs from the reference: the geometric median of points one of which is the guess is defined, and a
 //! row that selects no positive feature does not enter the threshold (there it makes it infinite for good).
 
-use dictlearn_core::formats::{Activation, AffineClass};
+use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
-use dictlearn_core::sae::Selection;
 use dictlearn_core::train::top_k::TopKTrainer;
 
 /// The TopK autoencoder.
@@ -41,149 +40,55 @@ impl DictionaryConfig for TopKDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
         Selection::check(self.k, features)?;
-        let mut dictionary = TopK::zeros(cx.activation_dim, features, self.k, cx.device, cx.precision);
         // Random unit directions, the encoder the decoder's transpose (appendix A.1).
-        let directions = random_directions([cx.activation_dim, features], 1.0, cx.device);
-        tch::no_grad(|| {
-            dictionary.encoder_weight.copy_(&directions.transpose(0, 1));
-            dictionary.decoder_weight.copy_(&directions);
-        });
-        Ok(Box::new(dictionary))
+        let affine = Affine::random(LAYOUT, features, 1.0, &cx.autoencoding());
+        Ok(Box::new(TopK { affine, selection: Selection::new(self.k, false, cx.device) }))
     }
 }
 
 /// The reference's `AutoEncoderTopK`.
 #[derive(Debug)]
 pub struct TopK {
-    b_dec: Tensor,          // b   [d]
-    encoder_weight: Tensor, // W_e [F, d]
-    encoder_bias: Tensor,   // b_e [F]
-    decoder_weight: Tensor, // W_d [d, F]
+    affine: Affine,
     selection: Selection,
-    precision: Precision,
 }
+
+const LAYOUT: Layout = Layout::modules("AutoEncoderTopK", "b_dec").centred();
 
 inventory::submit! {
     SavedClass {
-        class: "AutoEncoderTopK",
+        class: LAYOUT.class,
         name: TopKDictionaryConfig::NAME,
-        shaped: |tensors, trainer, device, precision| {
-            let [features, d] = saved_shape(tensors, "encoder.weight")?;
-            let k = Selection::saved_k(tensors, trainer, features)?;
-            Ok(Box::new(TopK::zeros(d, features, k, device, precision)))
+        shaped: |saved| {
+            let affine = saved.affine(LAYOUT)?;
+            let selection = Selection::saved(saved, affine.dims().features, false)?;
+            Ok(Box::new(TopK { affine, selection }))
         },
     }
 }
 
 inventory::submit! {
-    AffineClass {
-        class: "AutoEncoderTopK",
-        subtracts_b_dec: true,
-        holds: |sae| matches!(sae.activation, Activation::TopK(_)) && !sae.transcodes && sae.w_skip.is_none(),
-        tensors: |sae| {
-            let mut tensors = sae.activation.tensors();
-            tensors.extend([
-                ("b_dec", sae.b_dec),
-                ("encoder.weight", sae.w_enc.transpose(0, 1)),
-                ("encoder.bias", sae.b_enc),
-                ("decoder.weight", sae.w_dec.transpose(0, 1)),
-            ]);
-            tensors
-        },
-    }
-}
-
-impl TopK {
-    fn zeros(d: i64, features: i64, k: i64, device: Device, precision: Precision) -> Self {
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        TopK {
-            b_dec: zeros(&[d]),
-            encoder_weight: trained_matrix([features, d], 0, device),
-            encoder_bias: zeros(&[features]),
-            decoder_weight: trained_matrix([d, features], 1, device),
-            selection: Selection::new(k, false, device),
-            precision,
-        }
-    }
-
-    /// W_e (x − b) + b_e, [.., F].
-    fn pre_activations(&self, x: &Tensor) -> Tensor {
-        self.precision.linear(&(x - &self.b_dec), &self.encoder_weight, Some(&self.encoder_bias))
+    PublishedClass {
+        layout: LAYOUT,
+        holds: |sae| matches!(sae.activation, SaeActivation::TopK(_)) && !sae.transcodes && sae.w_skip.is_none(),
     }
 }
 
 impl Dictionary for TopK {
-    fn class(&self) -> &'static str {
-        "AutoEncoderTopK"
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
-    fn dims(&self) -> Dims {
-        let size = self.encoder_weight.size();
-        Dims { input: size[1], features: size[0], output: size[1] }
+    fn code(&self, pre_activations: Tensor) -> Code {
+        self.selection.of_each(pre_activations)
     }
 
-    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("b_dec", self.b_dec.shallow_clone()),
-            ("encoder.weight", self.encoder_weight.shallow_clone()),
-            ("encoder.bias", self.encoder_bias.shallow_clone()),
-            ("decoder.weight", self.decoder_weight.shallow_clone()),
-        ]
-    }
-
-    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
-        self.selection.buffers()
-    }
-
-    fn loaded(&mut self) {
-        self.selection.loaded();
-    }
-
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.selection.of_each(self.pre_activations(x)).features
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.decoder_weight, None) + &self.b_dec
-    }
-
-    fn forward(&self, x: &Tensor) -> Code {
-        self.selection.of_each(self.pre_activations(x))
-    }
-
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "decoder.weight", weight: self.decoder_weight.shallow_clone(), feature_dim: 1 })
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "encoder.weight", feature_dim: 0, biases: &["encoder.bias"] })
+    fn between(&self) -> Option<Between<'_>> {
+        Some(Between::Selection(&self.selection))
     }
 
     fn selection(&self) -> Option<&Selection> {
         Some(&self.selection)
-    }
-
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
-        Some(&mut self.selection)
-    }
-
-    fn two_layer(&self) -> Option<TwoLayer> {
-        Some(TwoLayer {
-            encoder: Weight::matrix("encoder.weight", &self.encoder_weight, 0),
-            encoder_bias: Some(Weight::vector("encoder.bias", &self.encoder_bias)),
-            decoder: Weight::matrix("decoder.weight", &self.decoder_weight, 1),
-            bias: Weight::vector("b_dec", &self.b_dec),
-            centred: true,
-            precision: self.precision,
-        })
-    }
-
-    fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            let _ = self.b_dec.g_mul_scalar_(scale);
-            let _ = self.encoder_bias.g_mul_scalar_(scale);
-        });
-        self.selection.scale(scale);
     }
 }
 

@@ -24,11 +24,8 @@
 //! since W_d and W_skip are 0 (section 3 of Paulo et al.). A trainer that keeps the decoder's norm at 1 gives W_d that
 //! norm at its first steps.
 
-use std::collections::BTreeMap;
-
-use dictlearn_core::formats::{Activation, Affine, AffineClass};
+use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
-use dictlearn_core::sae::Selection;
 
 /// A transcoder.
 #[component(
@@ -78,69 +75,33 @@ impl DictionaryConfig for SkipTranscoderConfig {
 /// A transcoder, with or without a skip connection.
 #[derive(Debug)]
 pub struct Transcoder {
-    w_enc: Tensor,             // W_e    [d, F]
-    b_enc: Tensor,             // b_e    [F]
-    w_dec: Tensor,             // W_d    [F, d_out]
-    b_dec: Tensor,             // b_d    [d_out]
+    affine: Affine,
     w_skip: Option<Tensor>,    // W_skip [d_out, d]
     threshold: Option<Tensor>, // θ   [F]
     selection: Option<Selection>,
-    precision: Precision,
 }
 
-inventory::submit! {
-    SavedClass { class: "Transcoder", name: TranscoderConfig::NAME, shaped: |tensors, trainer, device, precision| {
-        shaped(tensors, trainer, false, device, precision)
-    } }
-}
+const LAYOUT: Layout = Layout::matrices("Transcoder");
+const SKIP_LAYOUT: Layout = Layout::matrices("SkipTranscoder");
+
+inventory::submit! { SavedClass { class: LAYOUT.class, name: TranscoderConfig::NAME, shaped: |saved| shaped(saved, false) } }
+inventory::submit! { SavedClass { class: SKIP_LAYOUT.class, name: SkipTranscoderConfig::NAME, shaped: |saved| shaped(saved, true) } }
 
 inventory::submit! {
-    SavedClass { class: "SkipTranscoder", name: SkipTranscoderConfig::NAME, shaped: |tensors, trainer, device, precision| {
-        shaped(tensors, trainer, true, device, precision)
-    } }
-}
-
-inventory::submit! {
-    AffineClass {
-        class: "Transcoder",
-        subtracts_b_dec: false,
-        holds: |sae| !matches!(sae.activation, Activation::Jump(_)) && sae.transcodes && sae.w_skip.is_none(),
-        tensors,
+    PublishedClass {
+        layout: LAYOUT,
+        holds: |sae| !matches!(sae.activation, SaeActivation::Jump(_)) && sae.transcodes && sae.w_skip.is_none(),
     }
 }
+inventory::submit! { PublishedClass { layout: SKIP_LAYOUT, holds: |sae| sae.w_skip.is_some() } }
 
-inventory::submit! {
-    AffineClass {
-        class: "SkipTranscoder",
-        subtracts_b_dec: false,
-        holds: |sae| sae.w_skip.is_some(),
-        tensors,
-    }
-}
-
-/// A published transcoder's tensors.
-fn tensors(sae: Affine) -> Vec<(&'static str, Tensor)> {
-    let mut tensors = sae.activation.tensors();
-    tensors.extend([("W_enc", sae.w_enc), ("b_enc", sae.b_enc), ("W_dec", sae.w_dec), ("b_dec", sae.b_dec)]);
-    tensors.extend(sae.w_skip.map(|w_skip| ("W_skip", w_skip)));
-    tensors
-}
-
-fn shaped(
-    tensors: &BTreeMap<String, Tensor>,
-    trainer: &Value,
-    skip: bool,
-    device: Device,
-    precision: Precision,
-) -> Result<Box<dyn Dictionary>> {
-    let [input, features] = saved_shape(tensors, "W_enc")?;
-    let [output] = saved_shape(tensors, "b_dec")?;
-    let k = tensors.contains_key("k").then(|| Selection::saved_k(tensors, trainer, features)).transpose()?;
-    let mut dictionary = Transcoder::zeros(Dims { input, features, output }, k, skip, device, precision);
-    if k.is_none() && tensors.contains_key("threshold") {
-        dictionary.threshold = Some(trained(Tensor::zeros([features], (Kind::Float, device))));
-    }
-    Ok(Box::new(dictionary))
+fn shaped(saved: &SavedTensors, skip: bool) -> Result<Box<dyn Dictionary>> {
+    let affine = saved.affine(if skip { SKIP_LAYOUT } else { LAYOUT })?;
+    let Dims { input, features, output } = affine.dims();
+    let has = |name: &str| saved.tensors.contains_key(name);
+    let selection = has("k").then(|| Selection::saved(saved, features, false)).transpose()?;
+    let threshold = (!has("k") && has("threshold")).then(|| saved.zeros(&[features]));
+    Ok(Box::new(Transcoder { affine, w_skip: skip.then(|| saved.zeros(&[output, input])), threshold, selection }))
 }
 
 impl Transcoder {
@@ -148,88 +109,38 @@ impl Transcoder {
         if let Some(k) = k {
             Selection::check(k, features)?;
         }
-        let dims = Dims { input: cx.activation_dim, features, output: cx.output_dim };
-        let mut dictionary = Transcoder::zeros(dims, k, skip, cx.device, cx.precision);
-        tch::no_grad(|| {
-            // The mean norm of PyTorch's linear layers, which both papers' code begins with.
-            dictionary.w_enc.copy_(&random_directions([dims.input, features], 3f64.sqrt().recip(), cx.device));
-            if !skip {
-                let directions = random_directions([dims.output, features], 0.1, cx.device);
-                dictionary.w_dec.copy_(&directions.transpose(0, 1));
-            }
-        });
-        Ok(dictionary)
-    }
-
-    fn zeros(dims: Dims, k: Option<i64>, skip: bool, device: Device, precision: Precision) -> Self {
-        let Dims { input, features, output } = dims;
-        let zeros = |size: &[i64]| trained(Tensor::zeros(size, (Kind::Float, device)));
-        Transcoder {
-            w_enc: trained_matrix([input, features], 1, device),
-            b_enc: zeros(&[features]),
-            w_dec: trained_matrix([features, output], 0, device),
-            b_dec: zeros(&[output]),
-            w_skip: skip.then(|| zeros(&[output, input])),
+        let dims @ Dims { input, output, .. } = cx.dims(features);
+        let affine = Affine::zeros(if skip { SKIP_LAYOUT } else { LAYOUT }, dims, cx.device, cx.precision);
+        // The mean norm of PyTorch's linear layers, which both papers' code begins with.
+        let read = random_directions([input, features], 3f64.sqrt().recip(), cx.device);
+        let zeros = |size: [i64; 2]| Tensor::zeros(size, (Kind::Float, cx.device));
+        let write = match skip {
+            true => zeros([output, features]),
+            false => random_directions([output, features], 0.1, cx.device),
+        };
+        affine.set_directions(&read, &write);
+        Ok(Transcoder {
+            affine,
+            w_skip: skip.then(|| trained(zeros([output, input]))),
             threshold: None,
-            selection: k.map(|k| Selection::new(k, false, device)),
-            precision,
-        }
+            selection: k.map(|k| Selection::new(k, false, cx.device)),
+        })
     }
 }
 
 impl Dictionary for Transcoder {
-    fn class(&self) -> &'static str {
-        match self.w_skip {
-            None => "Transcoder",
-            Some(_) => "SkipTranscoder",
-        }
-    }
-
-    fn dims(&self) -> Dims {
-        let size = self.w_enc.size();
-        Dims { input: size[0], features: size[1], output: self.b_dec.size()[0] }
+    fn affine(&self) -> Option<&Affine> {
+        Some(&self.affine)
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        let mut parameters = vec![
-            ("W_enc", self.w_enc.shallow_clone()),
-            ("b_enc", self.b_enc.shallow_clone()),
-            ("W_dec", self.w_dec.shallow_clone()),
-            ("b_dec", self.b_dec.shallow_clone()),
-        ];
+        let mut parameters = self.affine.parameters();
         parameters.extend(self.w_skip.as_ref().map(|w_skip| ("W_skip", w_skip.shallow_clone())));
         parameters.extend(self.threshold.as_ref().map(|threshold| ("threshold", threshold.shallow_clone())));
         parameters
     }
 
-    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
-        self.selection.as_ref().map(Selection::buffers).unwrap_or_default()
-    }
-
-    fn loaded(&mut self) {
-        if let Some(selection) = &mut self.selection {
-            selection.loaded();
-        }
-    }
-
-    fn encode(&self, x: &Tensor) -> Tensor {
-        self.forward(x).features
-    }
-
-    fn decode(&self, features: &Tensor) -> Tensor {
-        self.precision.linear(features, &self.w_dec.transpose(0, 1), None) + &self.b_dec
-    }
-
-    fn reconstruction(&self, features: &Tensor, x: &Tensor) -> Tensor {
-        let decoded = self.decode(features);
-        match &self.w_skip {
-            Some(w_skip) => decoded + self.precision.linear(x, w_skip, None),
-            None => decoded,
-        }
-    }
-
-    fn forward(&self, x: &Tensor) -> Code {
-        let pre_activations = self.precision.linear(x, &self.w_enc.transpose(0, 1), Some(&self.b_enc));
+    fn code(&self, pre_activations: Tensor) -> Code {
         if let Some(selection) = &self.selection {
             return selection.of_each(pre_activations);
         }
@@ -240,64 +151,45 @@ impl Dictionary for Transcoder {
         Code::new(features).with("pre_activations", pre_activations)
     }
 
-    fn decoder(&self) -> Option<Decoder> {
-        Some(Decoder { name: "W_dec", weight: self.w_dec.shallow_clone(), feature_dim: 0 })
-    }
-
-    fn encoder(&self) -> Option<Encoder> {
-        Some(Encoder { weight: "W_enc", feature_dim: 1, biases: &["b_enc"] })
+    fn between(&self) -> Option<Between<'_>> {
+        match (&self.w_skip, &self.threshold, &self.selection) {
+            (None, None, None) => Some(Between::Elementwise(Box::new(Relu))),
+            (None, None, Some(selection)) => Some(Between::Selection(selection)),
+            _ => None,
+        }
     }
 
     fn selection(&self) -> Option<&Selection> {
         self.selection.as_ref()
     }
 
-    fn selection_mut(&mut self) -> Option<&mut Selection> {
-        self.selection.as_mut()
+    fn reconstruction(&self, features: &Tensor, x: &Tensor) -> Tensor {
+        let decoded = self.decode(features);
+        match &self.w_skip {
+            Some(w_skip) => decoded + self.affine.precision().linear(x, w_skip, None),
+            None => decoded,
+        }
     }
 
     fn begin(&mut self, batch: &Batch) {
         let mean = batch.target.mean_dim([0].as_slice(), false, Kind::Float);
-        tch::no_grad(|| self.b_dec.copy_(&mean));
+        tch::no_grad(|| self.affine.bias().1.shallow_clone().copy_(&mean));
     }
 
     fn fold_norms(&mut self) -> bool {
         if self.selection.is_some() {
             return false;
         }
-        if let Some(decoder) = self.decoder() {
-            decoder.fold_into(&mut self.w_enc, 1, std::iter::once(&mut self.b_enc).chain(&mut self.threshold));
+        if let Some((norms, threshold)) = self.affine.fold_norms().zip(self.threshold.as_mut()) {
+            let _ = tch::no_grad(|| threshold.g_mul_(&norms));
         }
         true
     }
 
-    /// Not with a skip connection, whose weights such a step does not know.
-    fn two_layer(&self) -> Option<TwoLayer> {
-        self.w_skip.is_none().then(|| TwoLayer {
-            encoder: Weight::matrix("W_enc", &self.w_enc, 1),
-            encoder_bias: Some(Weight::vector("b_enc", &self.b_enc)),
-            decoder: Weight::matrix("W_dec", &self.w_dec, 0),
-            bias: Weight::vector("b_dec", &self.b_dec),
-            centred: false,
-            precision: self.precision,
-        })
-    }
-
-    fn activation_function(&self) -> Option<Box<dyn ActivationFunction + '_>> {
-        (self.threshold.is_none() && self.selection.is_none()).then(|| Box::new(Relu) as Box<dyn ActivationFunction>)
-    }
-
     fn scale_biases(&mut self, scale: f64) {
-        tch::no_grad(|| {
-            let _ = self.b_enc.g_mul_scalar_(scale);
-            let _ = self.b_dec.g_mul_scalar_(scale);
-            if let Some(threshold) = &mut self.threshold {
-                let _ = threshold.g_mul_scalar_(scale);
-            }
-        });
-        if let Some(selection) = &mut self.selection {
-            selection.scale(scale);
-        }
+        self.affine.scale_biases(scale);
+        self.threshold.iter().for_each(|threshold| scale_in_place(threshold, scale));
+        self.selection.iter().for_each(|selection| selection.scale(scale));
     }
 }
 

@@ -55,7 +55,7 @@ struct Resample {
 
 impl Modifier for Resample {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        self.resampling.see(&pass.code.features);
+        self.resampling.see(&pass.code.fired());
         if pass.logging {
             terms.log("resampled", Tensor::from(self.resampled));
         }

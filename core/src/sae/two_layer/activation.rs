@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::block::{Block, Input};
-use crate::machine::device::at_hand;
+use crate::machine::device::on_host;
 
 /// What a dictionary of two layers makes of its pre-activations, one by one. Implementations calculate with
 /// [`Block::map`], in one pass.
@@ -83,7 +83,7 @@ impl ActivationFunction for Relu {
     }
 
     fn features(&self, block: &Block) -> Tensor {
-        if !at_hand(block.z.device()) {
+        if !on_host(block.z.device()) {
             return block.z.shallow_clone();
         }
         let ([features], []) = block.map([Input::Each(&block.z)], |[z]| ([if z <= 0.0 { 0.0 } else { z }], []));
@@ -91,7 +91,7 @@ impl ActivationFunction for Relu {
     }
 
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
-        if !at_hand(block.z.device()) {
+        if !on_host(block.z.device()) {
             let by_feature = match &by.penalized {
                 Slope::Same(value) => &by.features + *value,
                 Slope::Each(slope) => &by.features + slope,

@@ -1,4 +1,4 @@
-//! A part of a batch's pre-activations, with the products that a step by hand takes of it.
+//! A part of a batch's pre-activations, with the products that an analytic step takes of it.
 
 use std::cell::OnceCell;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use super::map;
 use super::operand::Operand;
 use super::pattern::Pattern;
-use crate::machine::device::{Precision, at_hand};
+use crate::machine::device::{Precision, on_host};
 
 /// Pre-activations z of some of the features, for all B rows of a batch: either all of them, [B, n], or only those that
 /// matter, `[entries]`. Where it says "as z", a tensor has z's shape, and belongs to it number by number.
@@ -101,7 +101,7 @@ impl Block {
         inputs: [Input; I],
         function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
     ) -> ([Tensor; O], [Tensor; S]) {
-        assert!(at_hand(self.z.device()), "only a CPU's blocks are mapped");
+        assert!(on_host(self.z.device()), "only a CPU's blocks are mapped");
         let owned = inputs.map(|input| match (input, &self.entries) {
             (Input::Each(tensor), _) => {
                 assert!(tensor.size() == self.z.size(), "{:?} is not as z, {:?}", tensor.size(), self.z.size());

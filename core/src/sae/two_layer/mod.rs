@@ -3,7 +3,6 @@
 
 mod activation;
 mod block;
-mod layers;
 mod map;
 mod operand;
 mod pattern;
@@ -11,5 +10,4 @@ pub(crate) mod select;
 
 pub use activation::*;
 pub use block::*;
-pub use layers::*;
 pub(crate) use operand::*;

@@ -5,9 +5,9 @@ use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
 use super::{AdamConfig, GradientNorm, Moments};
-use crate::machine::device::at_hand;
+use crate::machine::device::on_host;
 use crate::machine::parallel::{Output, numbers, share_in};
-use crate::sae::Decoder;
+use crate::sae::Weight;
 use crate::train::constraint::{Constraints, LEAST_NORM};
 use crate::train::gradients::Gradients;
 
@@ -46,7 +46,7 @@ pub(super) fn step(
     gradients: &Gradients,
     lr: f64,
     constraints: &Constraints,
-    decoder: Option<&Decoder>,
+    decoder: Option<&Weight>,
 ) -> Option<GradientNorm> {
     let decoder = decoder.filter(|_| constraints.unit_norm_decoder);
     let gradients = gradients.iter().map(|(_, gradient)| gradient);
@@ -97,7 +97,7 @@ pub(super) fn step(
 /// Width of the rows of what has none; the last may be shorter.
 const PIECE: usize = 1 << 10;
 
-fn rows<'a>(moments: &'a mut Moments, gradient: &Tensor, decoder: Option<&Decoder>) -> Option<Rows<'a>> {
+fn rows<'a>(moments: &'a mut Moments, gradient: &Tensor, decoder: Option<&Weight>) -> Option<Rows<'a>> {
     let (parameter, gradient) = (moments.parameter.detach(), gradient.shallow_clone());
     let own_decoder = decoder.filter(|decoder| decoder.name == moments.name);
     // Each direction in one piece, or it cannot be done by rows.
@@ -107,7 +107,7 @@ fn rows<'a>(moments: &'a mut Moments, gradient: &Tensor, decoder: Option<&Decode
     }
     let turn = |tensor: Tensor| if transposed { tensor.tr() } else { tensor };
     let fits = |tensor: &Tensor| {
-        at_hand(tensor.device()) && tensor.kind() == Kind::Float && tensor.is_contiguous() && tensor.numel() > 0
+        on_host(tensor.device()) && tensor.kind() == Kind::Float && tensor.is_contiguous() && tensor.numel() > 0
     };
     let (parameter, gradient) = (turn(parameter), turn(gradient));
     let others = [moments.exp_avg.shallow_clone(), moments.exp_avg_sq.shallow_clone()].map(turn);

@@ -6,8 +6,8 @@ use anyhow::Result;
 use tch::Tensor;
 
 use crate::files::state::State;
-use crate::machine::device::at_hand;
-use crate::sae::{Decoder, Dictionary};
+use crate::machine::device::on_host;
+use crate::sae::{Dictionary, Weight};
 use crate::train::constraint::{Constraints, clip_gradients, normalize_decoder, remove_parallel_gradient};
 use crate::train::gradients::{Gradients, join_in_memory};
 
@@ -79,7 +79,7 @@ impl Adam {
     pub fn new(config: AdamConfig, parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
         let parameters: Vec<(String, Tensor)> =
             parameters.into_iter().map(|(name, parameter)| (name.into(), parameter)).collect();
-        let join = !parameters.is_empty() && !parameters.iter().any(|(_, parameter)| at_hand(parameter.device()));
+        let join = !parameters.is_empty() && !parameters.iter().any(|(_, parameter)| on_host(parameter.device()));
         Adam::build(config, parameters, join)
     }
 
@@ -143,7 +143,7 @@ impl Adam {
         &mut self,
         lr: f64,
         constraints: &Constraints,
-        decoder: Option<Decoder>,
+        decoder: Option<Weight>,
         gradients: &Gradients,
         look: bool,
     ) -> GradientNorm {
@@ -259,9 +259,9 @@ mod tests {
         fn decode(&self, features: &Tensor) -> Tensor {
             features.shallow_clone()
         }
-        fn decoder(&self) -> Option<Decoder> {
-            let weight = self.decoder.shallow_clone();
-            Some(Decoder { name: "decoder", weight, feature_dim: self.feature_dim })
+        fn decoder(&self) -> Option<Weight> {
+            let tensor = self.decoder.shallow_clone();
+            Some(Weight { name: "decoder", tensor, feature_dim: self.feature_dim })
         }
         fn scale_biases(&mut self, _: f64) {}
     }

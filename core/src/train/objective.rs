@@ -1,0 +1,293 @@
+//! The loss of a trainer that reconstructs and penalises, stated once. Autograd's loss and the analytic step both follow
+//! from it, in float32 sums over the same numbers.
+//!
+//! ```text
+//! L = mean_b ‖e_b‖² or mean_b ‖e_b‖  +  λ T(mean_b r(Σ_i h(a_bi)))
+//! ```
+//!
+//! e is the residual, a the activations that a penalty falls on, none of them negative. h, r and T are the identity
+//! unless a [`Penalty`] says otherwise: then the penalty is λ mean ‖a‖₁.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::terms::{Terms, mean_of_sums};
+use crate::sae::two_layer::{Block, Slope};
+
+/// What is minimised of the residuals [B, d], in the mean over the batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[schemars(inline)]
+pub enum ResidualError {
+    /// ‖x − x̂‖², the sum of squares.
+    #[default]
+    Mse,
+    /// ‖x − x̂‖.
+    L2Norm,
+}
+
+impl ResidualError {
+    fn name(self) -> &'static str {
+        match self {
+            ResidualError::Mse => "mse_loss",
+            ResidualError::L2Norm => "residual_norm",
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            ResidualError::Mse => ResidualError::L2Norm,
+            ResidualError::L2Norm => ResidualError::Mse,
+        }
+    }
+
+    /// Its value, a scalar.
+    fn of(self, residual: &Tensor) -> Tensor {
+        match self {
+            ResidualError::Mse => mean_of_sums(&residual.square()),
+            ResidualError::L2Norm => residual.norm_scalaropt_dim(2.0, [-1], false).mean(residual.kind()),
+        }
+    }
+
+    /// Its derivative by the residuals, [B, d].
+    fn derivative(self, residual: &Tensor) -> Tensor {
+        let rows = residual.size()[0] as f64;
+        match self {
+            ResidualError::Mse => residual * (2.0 / rows),
+            ResidualError::L2Norm => {
+                let norms = residual.norm_scalaropt_dim(2.0, [-1], true);
+                // Where nothing is left, no direction is better than another.
+                (residual / &norms).masked_fill(&norms.le(0.0), 0.0) / rows
+            }
+        }
+    }
+}
+
+type Function<'a> = Option<Box<dyn Fn(&Tensor) -> Tensor + 'a>>;
+
+/// A sparsity penalty λ T(mean_b r(Σ_i h(a_bi))) on activations a, none of them negative. libtorch differentiates h, r and T.
+pub struct Penalty<'a> {
+    name: &'static str,
+    weight: f64,
+    each: Function<'a>,
+    row: Function<'a>,
+    batch: Function<'a>,
+}
+
+impl<'a> Penalty<'a> {
+    /// λ mean ‖a‖₁, the term `sparsity_loss` of the loss.
+    pub fn l1(weight: f64) -> Self {
+        Penalty { name: "sparsity_loss", weight, each: None, row: None, batch: None }
+    }
+
+    /// λ mean Σ h(a): `each` takes float32 activations of any shape and gives one number for each.
+    pub fn of(weight: f64, each: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
+        Penalty { each: Some(Box::new(each)), ..Penalty::l1(weight) }
+    }
+
+    /// Gives the term another name.
+    #[must_use]
+    pub fn named(self, name: &'static str) -> Self {
+        Penalty { name, ..self }
+    }
+
+    /// Applies r to the sums of rows, `[B]`.
+    #[must_use]
+    pub fn of_rows(self, row: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
+        Penalty { row: Some(Box::new(row)), ..self }
+    }
+
+    /// Applies T to the mean over the batch, a scalar. Its derivative is read, so on a GPU an analytic step waits for it.
+    #[must_use]
+    pub fn of_mean(self, batch: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
+        Penalty { batch: Some(Box::new(batch)), ..self }
+    }
+
+    /// The penalty of activations [B, F] before it is weighted, a scalar.
+    pub fn value(&self, activations: &Tensor) -> Tensor {
+        match &self.each {
+            None => self.of_sums(&activations.sum_dim_intlist(-1, false, activations.kind())),
+            Some(each) => {
+                let values = each(activations);
+                self.of_sums(&values.sum_dim_intlist(-1, false, values.kind()))
+            }
+        }
+    }
+
+    fn of_sums(&self, sums: &Tensor) -> Tensor {
+        let mean = match &self.row {
+            None => sums.mean(sums.kind()),
+            Some(row) => {
+                let rows = row(sums);
+                rows.mean(rows.kind())
+            }
+        };
+        match &self.batch {
+            None => mean,
+            Some(batch) => batch(&mean),
+        }
+    }
+
+    /// The derivative of the weighted penalty by the sums of rows.
+    fn by_sums(&self, sums: &Tensor) -> BySums {
+        let count = sums.numel() as f64;
+        if self.row.is_some() {
+            let sums = sums.detach().set_requires_grad(true);
+            let value = tch::with_grad(|| self.of_sums(&sums) * self.weight);
+            return BySums::Each(derivative(&value, &sums).unwrap_or_else(|| sums.zeros_like()));
+        }
+        let Some(batch) = &self.batch else { return BySums::Same(self.weight / count) };
+        let mean = sums.mean(Kind::Float).set_requires_grad(true);
+        let value = tch::with_grad(|| batch(&mean));
+        let slope = derivative(&value, &mean).map_or(0.0, |slope| slope.double_value(&[]));
+        BySums::Same(slope * self.weight / count)
+    }
+}
+
+/// The derivative of a scalar, `None` where it does not depend on the tensor.
+fn derivative(scalar: &Tensor, by: &Tensor) -> Option<Tensor> {
+    scalar.requires_grad().then(|| Tensor::run_backward(&[scalar], &[by], false, false).remove(0))
+}
+
+/// A derivative by the sums of rows.
+enum BySums {
+    Same(f64),
+    /// `[B]`
+    Each(Tensor),
+}
+
+/// A penalty of activations that are seen block by block.
+pub(super) struct Sums<'a> {
+    penalty: &'a Penalty<'a>,
+    /// Σ h(a) of each row, `[B]`.
+    sums: Tensor,
+    by_sums: Option<BySums>,
+}
+
+impl<'a> Sums<'a> {
+    pub(super) fn new(penalty: &'a Penalty<'a>, like: &Tensor) -> Self {
+        let sums = Tensor::zeros([like.size()[0]], (Kind::Float, like.device()));
+        Sums { penalty, sums, by_sums: None }
+    }
+
+    /// Adds a block's activations, as z.
+    pub(super) fn see(&mut self, block: &Block, activations: &Tensor) {
+        self.sums += match &self.penalty.each {
+            None => block.sum_by_row(activations),
+            Some(each) => block.sum_by_row(&each(&activations.to_kind(Kind::Float))),
+        };
+    }
+
+    /// The penalty before it is weighted, when all blocks were seen.
+    pub(super) fn value(&self) -> Tensor {
+        self.penalty.of_sums(&self.sums)
+    }
+
+    /// Finds the derivative by the sums, when all blocks were seen.
+    pub(super) fn differentiate(&mut self) {
+        self.by_sums = Some(self.penalty.by_sums(&self.sums));
+    }
+
+    /// The derivative of the weighted penalty by a block's activations.
+    pub(super) fn slope(&self, block: &Block, activations: &dyn Fn() -> Tensor) -> Slope {
+        let same = |slope: &f64| Slope::Same(*slope);
+        match (&self.penalty.each, &self.by_sums) {
+            (_, None) => Slope::Same(0.0),
+            (None, Some(BySums::Same(slope))) => same(slope),
+            (None, Some(BySums::Each(slopes))) => Slope::Each(block.z.zeros_like() + block.of_rows(slopes)),
+            (Some(each), Some(by_sums)) => {
+                let activations = activations().to_kind(Kind::Float).detach().set_requires_grad(true);
+                let value = tch::with_grad(|| {
+                    let values = each(&activations);
+                    match by_sums {
+                        BySums::Same(slope) => values.sum(Kind::Float) * *slope,
+                        BySums::Each(slopes) => (values * block.of_rows(slopes)).sum(Kind::Float),
+                    }
+                });
+                derivative(&value, &activations).map_or(Slope::Same(0.0), Slope::Each)
+            }
+        }
+    }
+}
+
+/// A reconstruction error and a sparsity penalty.
+pub struct Objective<'a> {
+    error: ResidualError,
+    log_other: bool,
+    pub(super) penalty: Penalty<'a>,
+    pub(super) watched: Option<Penalty<'a>>,
+}
+
+impl<'a> Objective<'a> {
+    /// The mean squared norm of the residuals, and a penalty.
+    pub fn squared_error(penalty: Penalty<'a>) -> Self {
+        Objective::new(ResidualError::Mse, penalty)
+    }
+
+    /// An error of the residuals, and a penalty.
+    pub fn new(error: ResidualError, penalty: Penalty<'a>) -> Self {
+        Objective { error, log_other: false, penalty, watched: None }
+    }
+
+    /// Logs the other error of the residuals too.
+    #[must_use]
+    pub fn log_other_error(self) -> Self {
+        Objective { log_other: true, ..self }
+    }
+
+    /// Computes another penalty beside, which is no part of the loss ([`Seen::watched`]).
+    #[must_use]
+    pub fn watch(self, penalty: Option<Penalty<'a>>) -> Self {
+        Objective { watched: penalty, ..self }
+    }
+
+    /// Adds the terms of residuals [B, d] and activations [B, F] that the penalty falls on; gives the values of penalty and watched
+    /// penalty.
+    pub fn add(&self, residual: &Tensor, penalized: &Tensor, logging: bool, terms: &mut Terms) -> Values {
+        self.add_error(residual, logging, terms);
+        let watched = self.watched.as_ref().map(|watched| tch::no_grad(|| watched.value(penalized)));
+        self.add_penalty(self.penalty.value(penalized), watched, terms)
+    }
+
+    pub(super) fn add_error(&self, residual: &Tensor, logging: bool, terms: &mut Terms) {
+        terms.add_reconstruction(self.error.name(), self.error.of(residual));
+        if self.log_other && logging {
+            let other = self.error.other();
+            terms.log(other.name(), other.of(&residual.detach()));
+        }
+    }
+
+    pub(super) fn add_penalty(&self, value: Tensor, watched: Option<Tensor>, terms: &mut Terms) -> Values {
+        let penalty = value.detach();
+        terms.add_sparsity(self.penalty.name, value, self.penalty.weight);
+        Values { penalty, watched }
+    }
+
+    /// The derivative of the error by the residuals, [B, d].
+    pub(super) fn derivative(&self, residual: &Tensor) -> Tensor {
+        self.error.derivative(residual)
+    }
+}
+
+/// Values of an objective's penalties before they are weighted, scalars.
+#[derive(Debug)]
+pub struct Values {
+    /// The penalty.
+    pub penalty: Tensor,
+    /// The watched one, if there is one.
+    pub watched: Option<Tensor>,
+}
+
+/// What a trainer with an objective may count of a step.
+#[derive(Debug)]
+pub struct Seen {
+    /// The penalties.
+    pub values: Values,
+    /// Which features fired, bool `[F]`, for a trainer that counts them.
+    pub fired: Option<Tensor>,
+    /// How many activations the batch had.
+    pub rows: i64,
+    /// Whether the figures of this step will be logged.
+    pub logging: bool,
+}
