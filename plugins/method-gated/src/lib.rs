@@ -314,7 +314,7 @@ mod tests {
         let (name, loss) = dictionary.auxiliary_loss(&batch, &code).unwrap();
         loss.backward();
         assert_eq!(name, "aux_loss");
-        assert!(!dictionary.affine.decoder().weight.grad().defined());
+        assert!(!dictionary.affine.decoder().tensor.grad().defined());
         assert!(!dictionary.mag_bias.grad().defined());
         assert!(dictionary.gate_bias.grad().abs().min().double_value(&[]) > 0.0);
     }

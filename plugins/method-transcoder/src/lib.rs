@@ -198,10 +198,9 @@ mod tests {
     use super::*;
 
     fn transcoder(skip: bool) -> Transcoder {
-        let config = TranscoderConfig { k: Some(3), dict_size: Some(20), expansion_factor: None };
         let (device, precision) = (Device::Cpu, Precision::Float32);
         let cx = DictionaryCx { activation_dim: 8, output_dim: 5, parts: &[], device, precision };
-        Transcoder::new(&config, skip, &cx).unwrap()
+        Transcoder::new(20, Some(3), skip, &cx).unwrap()
     }
 
     #[test]
