@@ -11,14 +11,9 @@
 use dictlearn_core::prelude::*;
 
 /// One matrix that encodes and decodes.
-#[component(
-    dictionary,
-    name = "example_name",
-    summary = "ReLU of an affine map, decoded by its transpose",
+#[component(dictionary "example_name", summary = "ReLU of an affine map, decoded by its transpose",
     paper = "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
-    example = "{type: example_name, expansion_factor: 4}",
-    fields(width)
-)]
+    example = "{type: example_name, expansion_factor: 4}", fields(width))]
 pub struct ExampleNameConfig {}
 
 impl DictionaryConfig for ExampleNameConfig {
@@ -82,15 +77,10 @@ impl Dictionary for ExampleName {
 }
 
 /// Squared error with an L1 penalty, rows of norm 1.
-#[component(
-    trainer,
-    name = "example_name",
-    summary = "Squared error with an L1 penalty for tied autoencoders",
+#[component(trainer "example_name", summary = "Squared error with an L1 penalty for tied autoencoders",
     paper = "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
-    example = "{type: example_name, lr: 1e-3, l1_penalty: 0.02}",
-    usual_dictionary = ExampleNameConfig::NAME,
-    fields(lr = 1e-3, ..)
-)]
+    example = "{type: example_name, lr: 1e-3, l1_penalty: 0.02}", usual_dictionary = ExampleNameConfig::NAME,
+    fields(lr = 1e-3, ..))]
 pub struct ExampleNameTrainer {
     /// Weight α of the L1 penalty.
     #[default(1e-2)]

@@ -10,12 +10,8 @@ use dictlearn_core::files::tensors;
 use dictlearn_core::files::tensors::TensorFile;
 
 /// ReLU SAEs as one safetensors file.
-#[component(
-    format,
-    name = "example_name",
-    summary = "ReLU SAEs as one safetensors file",
-    example = "dictlearn import example_name DIR"
-)]
+#[component(format "example_name", summary = "ReLU SAEs as one safetensors file",
+    example = "dictlearn import example_name DIR")]
 pub struct ExampleName {}
 
 impl Format for ExampleName {

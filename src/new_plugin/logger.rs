@@ -7,12 +7,7 @@ use std::path::Path;
 use dictlearn_core::prelude::*;
 
 /// The loss as comma-separated values.
-#[component(
-    logger,
-    name = "example_name",
-    summary = "The loss as comma-separated values",
-    example = "{type: example_name}"
-)]
+#[component(logger "example_name", summary = "The loss as comma-separated values", example = "{type: example_name}")]
 pub struct ExampleNameConfig {
     /// The file, in the run's folder.
     #[default("example_name.csv")]

@@ -3,12 +3,8 @@
 use dictlearn_core::prelude::*;
 
 /// How alike the directions of a decoder are: the mean, over features, of the greatest cosine with another feature.
-#[component(
-    metric,
-    name = "example_name",
-    summary = "How alike the directions of a decoder are",
-    example = "{type: example_name}"
-)]
+#[component(metric "example_name", summary = "How alike the directions of a decoder are",
+    example = "{type: example_name}")]
 pub struct ExampleNameConfig {
     /// At most so many features are compared, the first ones.
     #[default(4096)]

@@ -8,7 +8,7 @@ use dictlearn_core::lm::config::Usual;
 use dictlearn_core::prelude::*;
 
 /// The fields of a config.json that change what the model computes.
-#[component(model, name = "example_name", summary = "Llama by another name")]
+#[component(model "example_name", summary = "Llama by another name")]
 pub struct ExampleNameConfig {
     #[serde(flatten)]
     usual: Usual,

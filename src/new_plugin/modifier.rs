@@ -7,12 +7,8 @@
 use dictlearn_core::prelude::*;
 
 /// A logarithmic penalty on features.
-#[component(
-    modifier,
-    name = "example_name",
-    summary = "A logarithmic penalty on features",
-    example = "{type: example_name, weight: 0.01}"
-)]
+#[component(modifier "example_name", summary = "A logarithmic penalty on features",
+    example = "{type: example_name, weight: 0.01}")]
 pub struct ExampleNameConfig {
     /// Weight of the penalty in the loss.
     #[schemars(range(min = 0))]

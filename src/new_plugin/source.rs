@@ -4,12 +4,7 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::data::sampled_mean_squared_norms;
 
 /// Waves: dimension i of the n-th activation is cos((i + 1) n / 10).
-#[component(
-    source,
-    name = "example_name",
-    summary = "Activations that are waves",
-    example = "{type: example_name, width: 32}"
-)]
+#[component(source "example_name", summary = "Activations that are waves", example = "{type: example_name, width: 32}")]
 pub struct ExampleNameConfig {
     /// Width of an activation, d.
     #[schemars(range(min = 1))]

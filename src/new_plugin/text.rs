@@ -3,12 +3,7 @@
 use dictlearn_core::prelude::*;
 
 /// Documents that count.
-#[component(
-    text,
-    name = "example_name",
-    summary = "Documents that count",
-    example = "{type: example_name, documents: 5000}"
-)]
+#[component(text "example_name", summary = "Documents that count", example = "{type: example_name, documents: 5000}")]
 pub struct ExampleNameConfig {
     /// How many documents there are.
     #[schemars(range(min = 1))]

@@ -147,12 +147,8 @@ macro_rules! dictionary {
             use super::*;
 
             /// A dictionary with a fault.
-            #[component(
-                dictionary,
-                name = $name,
-                summary = "A dictionary with a fault",
-                example = concat!("{type: ", $name, "}"),
-            )]
+            #[component(dictionary $name, summary = "A dictionary with a fault",
+                example = concat!("{type: ", $name, "}"))]
             pub struct Config {}
 
             pub struct ThisFault;
@@ -290,7 +286,7 @@ macro_rules! trainer {
             const EXAMPLE: &str = concat!("{type: ", $name, "}");
 
             /// A trainer with a fault.
-            #[component(trainer, name = $name, summary = "Faulty", example = EXAMPLE, usual_dictionary = "auto_encoder")]
+            #[component(trainer $name, summary = "Faulty", example = EXAMPLE, usual_dictionary = "auto_encoder")]
             pub struct Config {
                 /// How many steps were taken.
                 #[serde(skip)]
@@ -399,7 +395,7 @@ macro_rules! logger {
             use super::*;
 
             /// A logger with a fault.
-            #[component(logger, name = $name, summary = "Faulty", example = concat!("{type: ", $name, "}"))]
+            #[component(logger $name, summary = "Faulty", example = concat!("{type: ", $name, "}"))]
             pub struct Config {}
 
             impl LoggerConfig for Config {
@@ -512,7 +508,7 @@ macro_rules! model {
             use super::*;
 
             /// The fields of its config.json.
-            #[component(model, name = $name, summary = "A model with a fault")]
+            #[component(model $name, summary = "A model with a fault")]
             pub struct Config {
                 #[serde(flatten)]
                 usual: lm::config::Usual,
@@ -596,7 +592,7 @@ fn weights_under_other_names_than_the_files_are_named() {
 }
 
 /// A source of waves that begins anew when it is restored.
-#[component(source, name = "restless", summary = "A source with a fault", example = "{type: restless}")]
+#[component(source "restless", summary = "A source with a fault", example = "{type: restless}")]
 struct RestlessConfig {}
 
 impl SourceConfig for RestlessConfig {
@@ -641,7 +637,7 @@ fn a_source_that_begins_anew_when_restored_is_named() {
 }
 
 /// Documents that count; to seek leads to the one after.
-#[component(text, name = "one_ahead", summary = "A text with a fault", example = "{type: one_ahead}")]
+#[component(text "one_ahead", summary = "A text with a fault", example = "{type: one_ahead}")]
 struct OneAheadConfig {}
 
 impl TextConfig for OneAheadConfig {
@@ -676,7 +672,7 @@ fn a_text_that_seeks_another_record_is_named() {
 }
 
 /// A metric without figures.
-#[component(metric, name = "silent", summary = "A metric with a fault", example = "{type: silent}")]
+#[component(metric "silent", summary = "A metric with a fault", example = "{type: silent}")]
 struct SilentConfig {}
 
 impl MetricConfig for SilentConfig {
@@ -697,7 +693,7 @@ fn a_metric_without_figures_is_named() {
 }
 
 /// A modifier that refuses to say why.
-#[component(modifier, name = "sulky", summary = "A modifier with a fault", example = "{type: sulky}")]
+#[component(modifier "sulky", summary = "A modifier with a fault", example = "{type: sulky}")]
 struct SulkyConfig {}
 
 impl ModifierConfig for SulkyConfig {

@@ -33,6 +33,7 @@ pub enum Listed {
 impl Parse for Args {
     fn parse(input: ParseStream) -> Result<Self> {
         let kind = kind(input)?;
+        let name = if input.is_empty() || input.peek(Token![,]) { None } else { Some(input.parse()?) };
         let mut given: Vec<(Ident, Option<Expr>)> = Vec::new();
         let mut fields = Vec::new();
         while !input.is_empty() {
@@ -45,7 +46,7 @@ impl Parse for Args {
                 return Err(Error::new(argument.span(), format!("`{argument}` is given twice")));
             }
             let value = match argument.to_string().as_str() {
-                "name" | "summary" | "paper" | "example" | "usual_dictionary" | "short_run" | "measured" => {
+                "summary" | "paper" | "example" | "usual_dictionary" | "short_run" | "measured" => {
                     Some(value(input, &argument)?)
                 }
                 "usual" => None,
@@ -62,7 +63,7 @@ impl Parse for Args {
                     return Err(Error::new(
                         argument.span(),
                         format!(
-                            "unknown argument `{argument}`: use `name`, `summary`, `paper`, `example`, \
+                            "unknown argument `{argument}`: use `summary`, `paper`, `example`, \
                              `usual_dictionary`, `usual`, `short_run` with `measured`, or `fields`"
                         ),
                     ));
@@ -70,12 +71,17 @@ impl Parse for Args {
             };
             given.push((argument, value));
         }
-        Args::new(kind, given, fields)
+        Args::new(kind, name, given, fields)
     }
 }
 
 impl Args {
-    fn new(kind: Ident, mut given: Vec<(Ident, Option<Expr>)>, fields: Vec<Listed>) -> Result<Self> {
+    fn new(
+        kind: Ident,
+        name: Option<Expr>,
+        mut given: Vec<(Ident, Option<Expr>)>,
+        fields: Vec<Listed>,
+    ) -> Result<Self> {
         let span = |name: &str| given.iter().find(|(known, _)| known == name).map(|(ident, _)| ident.span());
         for argument in ["usual_dictionary", "short_run"] {
             if let Some(span) = span(argument).filter(|_| kind != "trainer") {
@@ -94,12 +100,11 @@ impl Args {
             let index = given.iter().position(|(known, _)| known == name)?;
             given.swap_remove(index).1
         };
-        let name = take("name");
         let summary = take("summary");
         let example = take("example");
         // All that is missing in one error, for one compilation.
         let needed = [
-            (name.is_none(), "`name = \"...\"`: the value of `type` in a config"),
+            (name.is_none(), "its name after the kind, the value of `type` in a config: `trainer \"tanh\"`"),
             (summary.is_none(), "`summary = \"...\"`: one line for `dictlearn list`"),
             (
                 example.is_none() && kind != "model",

@@ -10,15 +10,10 @@ use proc_macro::TokenStream;
 ///
 /// ```ignore
 /// /// The loss is the squared error plus λ times the L1 norm of the features.
-/// #[component(
-///     trainer,
-///     name = "my_method",
-///     summary = "Squared error with an L1 penalty",
+/// #[component(trainer "my_method", summary = "Squared error with an L1 penalty",
 ///     paper = "Author et al. 2024, https://arxiv.org/abs/...",
 ///     example = "{type: my_method, lr: 1e-3, l1_penalty: 0.05}",
-///     usual_dictionary = "auto_encoder",
-///     fields(lr = 1e-3, .., schedule)
-/// )]
+///     usual_dictionary = "auto_encoder", fields(lr = 1e-3, .., schedule))]
 /// pub struct MyConfig {
 ///     /// Weight λ of the penalty.
 ///     #[default(0.1)]
@@ -31,11 +26,11 @@ use proc_macro::TokenStream;
 ///
 /// # Arguments
 ///
-/// The kind stands first: `dictionary`, `trainer`, `modifier`, `source`, `text`, `model`, `metric`, `logger` or `format`.
+/// Kind and name stand first, `trainer "tanh"`. The kinds are `dictionary`, `trainer`, `modifier`, `source`, `text`, `model`, `metric`, `logger` or `format`.
 ///
 /// | argument | meaning |
 /// | --- | --- |
-/// | `name = "..."` | value of `type` in a config, in lowercase letters, digits and underscores; for a model, its `model_type` |
+/// | the name | value of `type` in a config, in lowercase letters, digits and underscores; for a model, its `model_type` |
 /// | `summary = "..."` | one line for `dictlearn list` |
 /// | `paper = "..."` | authors, year and address; left out where there is none |
 /// | `example = "..."` | YAML of the component that runs as it stands; for a format, a command; models have none |

@@ -38,9 +38,8 @@ fn error_of(case: usize, source: &str) -> String {
 
 #[test]
 fn an_error_names_the_place_and_what_to_write() {
-    const GOOD: &str = r#"name = "a", summary = "A", example = "{type: a}""#;
-    let with =
-        |more: &str, body: &str| format!("#[component(trainer, {GOOD}{more})]\npub struct Config {{\n{body}\n}}");
+    const GOOD: &str = r#""a", summary = "A", example = "{type: a}""#;
+    let with = |more: &str, body: &str| format!("#[component(trainer {GOOD}{more})]\npub struct Config {{\n{body}\n}}");
     let cases = [
         (
             "#[component]\nstruct Config {}".to_owned(),
@@ -48,17 +47,20 @@ fn an_error_names_the_place_and_what_to_write() {
         ),
         ("#[component(trainr)]\nstruct Config {}".to_owned(), "2:13 `trainr` is no kind of component; the kind"),
         (
-            "#[component(text, name = \"a\")]\nstruct Config {}".to_owned(),
+            "#[component(text \"a\")]\nstruct Config {}".to_owned(),
             "2:13 the text lacks `summary = \"...\"`: one line for `dictlearn list`, and `example = \"...\"`: YAML",
         ),
         (
             "#[component(text, sumary = \"a\")]\nstruct Config {}".to_owned(),
-            "2:19 unknown argument `sumary`: use `name`",
+            "2:19 unknown argument `sumary`: use `summary`",
         ),
-        ("#[component(text, name)]\nstruct Config {}".to_owned(), "2:19 `name` needs a value: `name = \"...\"`"),
-        ("#[component(text, name = \"a\", name = \"b\")]\nstruct Config {}".to_owned(), "2:31 `name` is given twice"),
+        ("#[component(text, paper)]\nstruct Config {}".to_owned(), "2:19 `paper` needs a value: `paper = \"...\"`"),
         (
-            format!("#[component(text, {GOOD},\n usual_dictionary = \"b\")]\nstruct Config {{}}"),
+            "#[component(text, paper = \"a\", paper = \"b\")]\nstruct Config {}".to_owned(),
+            "2:32 `paper` is given twice",
+        ),
+        (
+            format!("#[component(text {GOOD},\n usual_dictionary = \"b\")]\nstruct Config {{}}"),
             "3:2 `usual_dictionary` belongs to a trainer, and this is a text",
         ),
         (with(",\n short_run = \"{}\"", ""), "3:2 give `measured` too: what the short run reached"),
@@ -77,15 +79,15 @@ fn an_error_names_the_place_and_what_to_write() {
         (with("", "#[default = 1.0] pub lr: f64"), "4:1 write the default in parentheses: `#[default(0.1)]`"),
         (with("", "#[default] #[default] pub lr: f64"), "4:12 the field has two defaults"),
         (
-            format!("#[component(text, {GOOD})]\nenum Config {{}}"),
+            format!("#[component(text {GOOD})]\nenum Config {{}}"),
             "3:6 a component is declared by its config, a struct with named fields",
         ),
         (
-            format!("#[component(text, {GOOD})]\nstruct Config;"),
+            format!("#[component(text {GOOD})]\nstruct Config;"),
             "3:8 a config has named fields; without any, write `struct Config {}`",
         ),
         (
-            format!("#[component(text, {GOOD})]\nstruct Config<T> {{ value: T }}"),
+            format!("#[component(text {GOOD})]\nstruct Config<T> {{ value: T }}"),
             "3:15 a config cannot be generic: YAML names one type",
         ),
     ];

@@ -7,12 +7,8 @@
 use dictlearn_core::prelude::*;
 
 /// The identity dictionary. It has nothing to train and nothing to set.
-#[component(
-    dictionary,
-    name = "identity",
-    summary = "Features are the activations: a baseline, nothing to train",
-    example = "{type: identity}"
-)]
+#[component(dictionary "identity", summary = "Features are the activations: a baseline, nothing to train",
+    example = "{type: identity}")]
 pub struct IdentityConfig {}
 
 impl DictionaryConfig for IdentityConfig {

@@ -25,13 +25,10 @@ mod pretrained;
 /// its class.
 ///
 /// `--pretrained` takes from the library's own set on Pythia-70m, one or, with a glob, several; `--list` shows it.
-#[component(
-    format,
-    name = "dictionary_learning",
+#[component(format "dictionary_learning",
     summary = "ae.pt and config.json of the Python library, and its set on Pythia-70m",
     paper = "Marks, Karvonen and Mueller 2024, https://github.com/saprmarks/dictionary_learning",
-    example = "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768"
-)]
+    example = "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768")]
 pub struct DictionaryLearning {}
 
 /// The weights in a folder of ours.

@@ -21,13 +21,9 @@ use dictlearn_core::prelude::*;
 /// Gemma Scope: a folder with params.npz, `layer_L/width_W/average_l0_N`. Gemma Scope 2: a folder with params.safetensors
 /// and mostly config.json. Model and layer are read from the names of repository and folders. Transcoders have an affine
 /// skip connection where they were published with one; of cross-layer transcoders what they write is summed.
-#[component(
-    format,
-    name = "gemma_scope",
-    summary = "params.npz of Gemma Scope, params.safetensors of Gemma Scope 2",
+#[component(format "gemma_scope", summary = "params.npz of Gemma Scope, params.safetensors of Gemma Scope 2",
     paper = "Lieberum et al. 2024, Gemma Scope, https://arxiv.org/abs/2408.05147",
-    example = "dictlearn import gemma_scope google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
-)]
+    example = "dictlearn import gemma_scope google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")]
 pub struct GemmaScope {}
 
 /// What is read of a folder's files, under the names of the first Gemma Scope.

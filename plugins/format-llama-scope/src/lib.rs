@@ -70,13 +70,9 @@ const KNOWN: &[&str] = &[
 /// sae_weights.safetensors. The scale of activations in training is folded into the weights as sae_lens does, so that
 /// features have the same values as there. With `sparsity_include_decoder_norm` a feature fires where the authors' code says
 /// it does: in units of its decoder row's norm, which sae_lens leaves out.
-#[component(
-    format,
-    name = "llama_scope",
-    summary = "hyperparams.json and checkpoints/final.safetensors of Llama Scope",
+#[component(format "llama_scope", summary = "hyperparams.json and checkpoints/final.safetensors of Llama Scope",
     paper = "He et al. 2024, Llama Scope, https://arxiv.org/abs/2410.20526",
-    example = "dictlearn import llama_scope fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x"
-)]
+    example = "dictlearn import llama_scope fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x")]
 pub struct LlamaScope {}
 
 impl Format for LlamaScope {

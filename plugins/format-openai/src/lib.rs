@@ -13,13 +13,9 @@ use dictlearn_core::formats::{AffineSae, Format, ModelSite, Place, Published, Sa
 use dictlearn_core::prelude::*;
 
 /// A .pt file of openai/sparse_autoencoder, read without running anything of it: ReLU, or TopK with its layer norm.
-#[component(
-    format,
-    name = "openai",
-    summary = "The .pt files of openai/sparse_autoencoder, with their layer norm",
+#[component(format "openai", summary = "The .pt files of openai/sparse_autoencoder, with their layer norm",
     paper = "Gao et al. 2024, https://github.com/openai/sparse_autoencoder",
-    example = "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt"
-)]
+    example = "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt")]
 pub struct OpenAi {}
 
 impl Format for OpenAi {

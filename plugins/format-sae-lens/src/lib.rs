@@ -34,13 +34,9 @@ use cfg::{Cfg, Normalize};
 /// constant_norm_rescale). An SAE in bfloat16 or float16 computes in that, as sae_lens does.
 ///
 /// Exported, batch_top_k and matryoshka_batch_top_k become jumprelu with one threshold.
-#[component(
-    format,
-    name = "sae_lens",
-    summary = "cfg.json and sae_weights.safetensors, old and new; release names",
+#[component(format "sae_lens", summary = "cfg.json and sae_weights.safetensors, old and new; release names",
     paper = "Bloom et al., SAELens, https://github.com/decoderesearch/SAELens",
-    example = "dictlearn import sae_lens gpt2-small-res-jb:blocks.8.hook_resid_pre"
-)]
+    example = "dictlearn import sae_lens gpt2-small-res-jb:blocks.8.hook_resid_pre")]
 pub struct SaeLens {}
 
 impl Format for SaeLens {

@@ -97,13 +97,9 @@ const KNOWN: &[&str] = &[
 
 /// A folder with cfg.json and sae.safetensors, named by its module, or a run with a folder for each: TopK SAEs and
 /// transcoders, with a skip connection or without. The activation `groupmax` is refused.
-#[component(
-    format,
-    name = "sparsify",
-    summary = "cfg.json and sae.safetensors of EleutherAI's sparsify",
+#[component(format "sparsify", summary = "cfg.json and sae.safetensors of EleutherAI's sparsify",
     paper = "EleutherAI, sparsify, https://github.com/EleutherAI/sparsify",
-    example = "dictlearn import sparsify EleutherAI/sae-llama-3-8b-32x/layers.10"
-)]
+    example = "dictlearn import sparsify EleutherAI/sae-llama-3-8b-32x/layers.10")]
 pub struct Sparsify {}
 
 impl Format for Sparsify {

@@ -8,13 +8,8 @@ use anyhow::Context;
 use dictlearn_core::prelude::*;
 
 /// Figures as lines of JSON.
-#[component(
-    logger,
-    name = "jsonl",
-    summary = "metrics.jsonl: one JSON object per SAE and logged step",
-    example = "{type: jsonl}",
-    usual
-)]
+#[component(logger "jsonl", summary = "metrics.jsonl: one JSON object per SAE and logged step",
+    example = "{type: jsonl}", usual)]
 pub struct JsonlConfig {
     /// The file's name in the run's folder.
     #[default("metrics.jsonl")]

@@ -23,14 +23,10 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::train::top_k::TopKTrainer;
 
 /// The BatchTopK autoencoder.
-#[component(
-    dictionary,
-    name = "batch_top_k",
+#[component(dictionary "batch_top_k",
     summary = "Keeps the k largest features of each activation on average over the batch",
     paper = "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
-    example = "{type: batch_top_k, expansion_factor: 8, k: 8}",
-    fields(width)
-)]
+    example = "{type: batch_top_k, expansion_factor: 8, k: 8}", fields(width))]
 pub struct BatchTopKDictionaryConfig {
     /// How many features activations keep, on average over a batch.
     #[schemars(range(min = 1))]
@@ -92,19 +88,15 @@ impl Dictionary for BatchTopK {
 /// that nothing selected for long are revived by an auxiliary loss, weighted by auxk_alpha: the squared error of
 /// what the best of them make of the error that is left, divided by that error's variance. A running mean of the
 /// smallest feature that is kept becomes the threshold by which the trained dictionary encodes.
-#[component(
-    trainer,
-    name = "batch_top_k",
+#[component(trainer "batch_top_k",
     summary = "Squared error of a batch's largest features, with an auxiliary loss for dead ones",
     paper = "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
     example = "{type: batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
     usual_dictionary = BatchTopKDictionaryConfig::NAME,
-    short_run = "{dictionary: {type: batch_top_k, expansion_factor: 4, k: 32}, trainer: {type: batch_top_k, lr: 2e-3, \
-           warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000, threshold_start_step: 300, \
-           threshold_beta: 0.99}}",
-    measured = "89.7% of the variance explained with L0 33, 99.6% of the cross entropy recovered",
-    fields(top_k),
-)]
+    short_run = "{dictionary: {type: batch_top_k, expansion_factor: 4, k: 32}, trainer: {type: batch_top_k, lr: \
+        2e-3, warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000, threshold_start_step: 300, \
+        threshold_beta: 0.99}}",
+    measured = "89.7% of the variance explained with L0 33, 99.6% of the cross entropy recovered", fields(top_k))]
 pub struct BatchTopKConfig {}
 
 impl TrainerConfig for BatchTopKConfig {

@@ -28,25 +28,15 @@ const TOP_K_PAPER: &str = "Minder et al. 2025, Robustly identifying concepts int
                            crosscoders, https://arxiv.org/abs/2504.02922";
 
 /// A crosscoder. The source `joined` gives it its parts; on any other it has one.
-#[component(
-    dictionary,
-    name = "crosscoder",
-    summary = "One set of features for several places, with an encoder and a decoder for each",
-    paper = PAPER,
-    example = "{type: crosscoder, expansion_factor: 4}",
-    fields(width = "the parts' joint width"),
-)]
+#[component(dictionary "crosscoder",
+    summary = "One set of features for several places, with an encoder and a decoder for each", paper = PAPER,
+    example = "{type: crosscoder, expansion_factor: 4}", fields(width = "the parts' joint width"))]
 pub struct CrosscoderConfig {}
 
 /// A crosscoder that selects its features over a batch. The source `joined` gives it its parts; on any other it has one.
-#[component(
-    dictionary,
-    name = "batch_top_k_crosscoder",
-    summary = "A crosscoder that keeps the k largest features on average over a batch",
-    paper = TOP_K_PAPER,
-    example = "{type: batch_top_k_crosscoder, expansion_factor: 4, k: 8}",
-    fields(width = "the parts' joint width"),
-)]
+#[component(dictionary "batch_top_k_crosscoder",
+    summary = "A crosscoder that keeps the k largest features on average over a batch", paper = TOP_K_PAPER,
+    example = "{type: batch_top_k_crosscoder, expansion_factor: 4, k: 8}", fields(width = "the parts' joint width"))]
 pub struct BatchTopKCrosscoderDictionaryConfig {
     /// How many features each activation keeps, on average over a batch.
     #[schemars(range(min = 1))]
@@ -253,15 +243,10 @@ impl Dictionary for Crosscoder {
 /// The loss is the squared error of each part's reconstruction in units of the part's median norm, summed over parts and
 /// dimensions, plus l1_penalty times the sum of the features, each times the sum over parts of its decoder's norms; both
 /// averaged over the batch. Gradients are clipped to norm 1.
-#[component(
-    trainer,
-    name = "crosscoder",
-    summary = "Squared error of every part, L1 penalty weighted by the norms of all decoders",
-    paper = PAPER,
+#[component(trainer "crosscoder",
+    summary = "Squared error of every part, L1 penalty weighted by the norms of all decoders", paper = PAPER,
     example = "{type: crosscoder, lr: 2e-3, l1_penalty: 0.02, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary = CrosscoderConfig::NAME,
-    fields(lr = 1e-3, .., schedule),
-)]
+    usual_dictionary = CrosscoderConfig::NAME, fields(lr = 1e-3, .., schedule))]
 pub struct CrosscoderTrainerConfig {
     /// Weight λ of the penalty.
     #[default(4e-2)]
@@ -317,15 +302,10 @@ impl Trainer for CrosscoderTrainer {
 /// The loss is the squared error of each part's reconstruction in units of the part's median norm, plus auxk_alpha
 /// times the error of the dead features' best reconstruction of the residual. A feature's directions have joint norm
 /// 1, gradients are clipped to norm 1.
-#[component(
-    trainer,
-    name = "batch_top_k_crosscoder",
-    summary = "Squared error of every part, the k largest features on average over a batch",
-    paper = TOP_K_PAPER,
+#[component(trainer "batch_top_k_crosscoder",
+    summary = "Squared error of every part, the k largest features on average over a batch", paper = TOP_K_PAPER,
     example = "{type: batch_top_k_crosscoder, lr: 1e-3, warmup_steps: 20, threshold_start_step: 50}",
-    usual_dictionary = BatchTopKCrosscoderDictionaryConfig::NAME,
-    fields(top_k),
-)]
+    usual_dictionary = BatchTopKCrosscoderDictionaryConfig::NAME, fields(top_k))]
 pub struct BatchTopKCrosscoderConfig {}
 
 impl TrainerConfig for BatchTopKCrosscoderConfig {

@@ -22,14 +22,9 @@
 use dictlearn_core::prelude::*;
 
 /// The gated autoencoder.
-#[component(
-    dictionary,
-    name = "gated",
-    summary = "A gate decides which features are active, a magnitude how strongly",
-    paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
-    example = "{type: gated, expansion_factor: 8}",
-    fields(width)
-)]
+#[component(dictionary "gated", summary = "A gate decides which features are active, a magnitude how strongly",
+    paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, \
+        https://arxiv.org/abs/2404.16014", example = "{type: gated, expansion_factor: 8}", fields(width))]
 pub struct GatedDictionaryConfig {}
 
 impl DictionaryConfig for GatedDictionaryConfig {
@@ -218,18 +213,16 @@ impl ActivationFunction for Gates {
 /// The loss is the squared error of the reconstruction, plus l1_penalty times the sum of the open gates' activations
 /// ReLU(π), plus the squared error of what these alone reconstruct through the decoder, which takes no gradient there.
 /// Sums over dimensions, averages over the batch. Every decoder column keeps norm 1.
-#[component(
-    trainer,
-    name = "gated",
+#[component(trainer "gated",
     summary = "Squared error with an L1 penalty on the gate, which also reconstructs by itself",
-    paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, https://arxiv.org/abs/2404.16014",
+    paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, \
+        https://arxiv.org/abs/2404.16014",
     example = "{type: gated, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
     usual_dictionary = GatedDictionaryConfig::NAME,
     short_run = "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated, lr: 2e-3, l1_penalty: 0.2, \
-               warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
+        warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
     measured = "81.5% of the variance explained with L0 24, 99.2% of the cross entropy recovered",
-    fields(lr = 5e-5, .., schedule),
-)]
+    fields(lr = 5e-5, .., schedule))]
 pub struct GatedConfig {
     /// Weight λ of the penalty.
     #[default(1e-1)]

@@ -31,14 +31,8 @@ use dictlearn_core::prelude::*;
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
 
 /// The JumpReLU autoencoder.
-#[component(
-    dictionary,
-    name = "jump_relu",
-    summary = "Each feature is silent below a learnt threshold of its own",
-    paper = PAPER,
-    example = "{type: jump_relu, expansion_factor: 8}",
-    fields(width),
-)]
+#[component(dictionary "jump_relu", summary = "Each feature is silent below a learnt threshold of its own",
+    paper = PAPER, example = "{type: jump_relu, expansion_factor: 8}", fields(width))]
 pub struct JumpReluDictionaryConfig {}
 
 impl DictionaryConfig for JumpReluDictionaryConfig {
@@ -228,18 +222,14 @@ pub enum SteOn {
 /// sparsity_penalty times the squared relative distance of L0, the mean number of active features, from target_l0. The
 /// thresholds learn through straight-through estimators of width bandwidth; they cannot become negative. Every decoder
 /// row keeps norm 1, gradients are clipped to norm 1.
-#[component(
-    trainer,
-    name = "jump_relu",
-    summary = "Squared error and the distance of L0 from a target, thresholds learnt",
+#[component(trainer "jump_relu", summary = "Squared error and the distance of L0 from a target, thresholds learnt",
     paper = PAPER,
-    example = "{type: jump_relu, lr: 1e-3, bandwidth: 0.05, target_l0: 16, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary = JumpReluDictionaryConfig::NAME,
-    short_run = "{dictionary: {type: jump_relu, expansion_factor: 4}, trainer: {type: jump_relu, lr: 2e-3, bandwidth: \
-               0.01, target_l0: 32, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
+    example = "{type: jump_relu, lr: 1e-3, bandwidth: 0.05, target_l0: 16, warmup_steps: 20, sparsity_warmup_steps: \
+        40}", usual_dictionary = JumpReluDictionaryConfig::NAME,
+    short_run = "{dictionary: {type: jump_relu, expansion_factor: 4}, trainer: {type: jump_relu, lr: 2e-3, \
+        bandwidth: 0.01, target_l0: 32, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
     measured = "89.5% of the variance explained with L0 35, 99.6% of the cross entropy recovered",
-    fields(lr = 7e-5, bandwidth, sparsity_penalty, target_l0, schedule, ..),
-)]
+    fields(lr = 7e-5, bandwidth, sparsity_penalty, target_l0, schedule, ..))]
 pub struct JumpReluConfig {
     /// Width ε of the window around a threshold in which activations move it.
     #[default(1e-3)]

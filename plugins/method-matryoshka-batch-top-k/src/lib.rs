@@ -23,14 +23,12 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
 
 /// The Matryoshka autoencoder on BatchTopK.
-#[component(
-    dictionary,
-    name = "matryoshka_batch_top_k",
+#[component(dictionary "matryoshka_batch_top_k",
     summary = "BatchTopK in nested groups of features, each prefix a dictionary of its own",
-    paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
+    paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, \
+        https://arxiv.org/abs/2503.17547",
     example = "{type: matryoshka_batch_top_k, expansion_factor: 8, k: 8, group_fractions: [0.125, 0.125, 0.25, 0.5]}",
-    fields(width)
-)]
+    fields(width))]
 pub struct MatryoshkaDictionaryConfig {
     /// How many features activations keep, on average over a batch.
     #[schemars(range(min = 1))]
@@ -158,19 +156,16 @@ impl Dictionary for Matryoshka {
 /// BatchTopK. Features that nothing selected for long are revived by an auxiliary loss, weighted by auxk_alpha: the
 /// squared error of what the best of them make of the error that all groups leave, divided by its variance. A
 /// running mean of the smallest feature that is kept becomes the threshold by which the trained dictionary encodes.
-#[component(
-    trainer,
-    name = "matryoshka_batch_top_k",
+#[component(trainer "matryoshka_batch_top_k",
     summary = "BatchTopK's loss with the squared error of every prefix of groups",
-    paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, https://arxiv.org/abs/2503.17547",
+    paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, \
+        https://arxiv.org/abs/2503.17547",
     example = "{type: matryoshka_batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
     usual_dictionary = MatryoshkaDictionaryConfig::NAME,
     short_run = "{dictionary: {type: matryoshka_batch_top_k, expansion_factor: 4, k: 32, group_fractions: [0.125, \
-           0.125, 0.25, 0.5]}, trainer: {type: matryoshka_batch_top_k, lr: 2e-3, warmup_steps: 100, decay_start: \
-           1200, dead_feature_threshold: 200_000, threshold_start_step: 300, threshold_beta: 0.99}}",
-    measured = "87.4% of the variance explained with L0 33, 99.7% of the cross entropy recovered",
-    fields(top_k),
-)]
+        0.125, 0.25, 0.5]}, trainer: {type: matryoshka_batch_top_k, lr: 2e-3, warmup_steps: 100, decay_start: 1200, \
+        dead_feature_threshold: 200_000, threshold_start_step: 300, threshold_beta: 0.99}}",
+    measured = "87.4% of the variance explained with L0 33, 99.7% of the cross entropy recovered", fields(top_k))]
 pub struct MatryoshkaConfig {
     /// Weight of each group's squared error, before the mean over groups; null for 1 / number of groups each.
     #[default]

@@ -190,20 +190,15 @@ config! {
     /// activations that the dictionary lets a penalty fall on (or that norm to the power p), both averaged over the
     /// batch. From anneal_start on p falls from p_start to p_end in steps; at each, λ is multiplied by the ratio of the
     /// mean norms with the old and the new p, so that the penalty keeps its strength. Every decoder column keeps norm 1.
-    #[component(
-        trainer,
-        name = "p_anneal",
-        summary = "Squared error with an Lp penalty whose p falls from 1",
-        paper = PAPER,
-        example = "{type: p_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 20, \
-              anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
+    #[component(trainer "p_anneal", summary = "Squared error with an Lp penalty whose p falls from 1", paper = PAPER,
+        example = "{type: p_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
+            sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
         usual_dictionary = "auto_encoder",
         short_run = "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: p_anneal, lr: 2e-3, \
-               initial_sparsity_penalty: 0.04, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
-               anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
+            initial_sparsity_penalty: 0.04, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
+            anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
         measured = "87.3% of the variance explained with L0 39, 99.4% of the cross entropy recovered",
-        fields(lr = 1e-3, warmup_steps, decay_start, sparsity_warmup_steps, .., resample_steps, resample_weight),
-    )]
+        fields(lr = 1e-3, warmup_steps, decay_start, sparsity_warmup_steps, .., resample_steps, resample_weight))]
     PAnnealConfig, sparsity_function: SparsityFunction::Lp
 }
 
@@ -213,20 +208,16 @@ config! {
     /// dictionary, the squared error of what these alone reconstruct. From anneal_start on p falls from p_start to
     /// p_end in steps; at each, λ is multiplied by the ratio of the mean penalties with the old and the new p. Every
     /// decoder column keeps norm 1.
-    #[component(
-        trainer,
-        name = "gated_anneal",
-        summary = "p_anneal on a gate, with the settings of gated training",
+    #[component(trainer "gated_anneal", summary = "p_anneal on a gate, with the settings of gated training",
         paper = PAPER,
         example = "{type: gated_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
-              sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
+            sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
         usual_dictionary = "gated",
         short_run = "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated_anneal, lr: 2e-3, \
-               initial_sparsity_penalty: 0.13, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
-               anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
+            initial_sparsity_penalty: 0.13, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
+            anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
         measured = "81.4% of the variance explained with L0 27, 99.1% of the cross entropy recovered",
-        fields(lr = 3e-4, warmup_steps, decay_start, sparsity_warmup_steps, .., resample_steps, resample_weight),
-    )]
+        fields(lr = 3e-4, warmup_steps, decay_start, sparsity_warmup_steps, .., resample_steps, resample_weight))]
     GatedAnnealConfig, sparsity_function: SparsityFunction::LpToTheP
 }
 

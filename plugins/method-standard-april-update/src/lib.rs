@@ -26,14 +26,9 @@ const PAPER: &str =
     "Conerly et al. 2024, Update on How We Train SAEs, https://transformer-circuits.pub/2024/april-update";
 
 /// The ReLU autoencoder without a bias on its input.
-#[component(
-    dictionary,
-    name = "auto_encoder_new",
-    summary = "ReLU of an affine map of the plain activation, decoded by an affine map",
-    paper = PAPER,
-    example = "{type: auto_encoder_new, expansion_factor: 8}",
-    fields(width),
-)]
+#[component(dictionary "auto_encoder_new",
+    summary = "ReLU of an affine map of the plain activation, decoded by an affine map", paper = PAPER,
+    example = "{type: auto_encoder_new, expansion_factor: 8}", fields(width))]
 pub struct AutoEncoderNewConfig {}
 
 impl DictionaryConfig for AutoEncoderNewConfig {
@@ -97,19 +92,14 @@ pub enum NormWeight {
 /// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
 /// features, each times the norm of its decoder column (on auto_encoder_new times its square, as in the reference, unless
 /// norm_weight is paper), both averaged over the batch. The columns are free; gradients are clipped to norm 1.
-#[component(
-    trainer,
-    name = "standard_april_update",
-    summary = "Squared error with an L1 penalty weighted by free decoder norms",
-    paper = PAPER,
+#[component(trainer "standard_april_update",
+    summary = "Squared error with an L1 penalty weighted by free decoder norms", paper = PAPER,
     example = "{type: standard_april_update, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
     usual_dictionary = AutoEncoderNewConfig::NAME,
     short_run = "{dictionary: {type: auto_encoder_new, expansion_factor: 4}, trainer: {type: standard_april_update, \
-               lr: 2e-3, l1_penalty: 0.1, norm_weight: paper, warmup_steps: 100, sparsity_warmup_steps: 300, \
-               decay_start: 1200}}",
-    measured = "84.1% of the variance explained with L0 31, 99.0% of the cross entropy recovered",
-    fields(lr = 1e-3, l1_penalty, schedule, ..),
-)]
+        lr: 2e-3, l1_penalty: 0.1, norm_weight: paper, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: \
+        1200}}", measured = "84.1% of the variance explained with L0 31, 99.0% of the cross entropy recovered",
+    fields(lr = 1e-3, l1_penalty, schedule, ..))]
 pub struct AprilUpdateConfig {
     /// Weight λ of the penalty.
     #[default(1e-1)]

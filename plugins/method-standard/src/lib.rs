@@ -20,14 +20,10 @@ use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
 
 /// The ReLU autoencoder.
-#[component(
-    dictionary,
-    name = "auto_encoder",
-    summary = "One layer: ReLU of an affine map, decoded linearly",
-    paper = "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
-    example = "{type: auto_encoder, expansion_factor: 8}",
-    fields(width)
-)]
+#[component(dictionary "auto_encoder", summary = "One layer: ReLU of an affine map, decoded linearly",
+    paper = "Bricken et al. 2023, Towards Monosemanticity, \
+        https://transformer-circuits.pub/2023/monosemantic-features",
+    example = "{type: auto_encoder, expansion_factor: 8}", fields(width))]
 pub struct AutoEncoderConfig {}
 
 impl DictionaryConfig for AutoEncoderConfig {
@@ -84,19 +80,16 @@ impl Dictionary for AutoEncoder {
 /// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
 /// features, both averaged over the batch. Every decoder column keeps norm 1, so that the penalty cannot be evaded by
 /// small features with large columns.
-#[component(
-    trainer,
-    name = "standard",
+#[component(trainer "standard",
     summary = "Squared error with an L1 penalty, decoder columns of norm 1, optional resampling",
-    paper = "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
+    paper = "Bricken et al. 2023, Towards Monosemanticity, \
+        https://transformer-circuits.pub/2023/monosemantic-features",
     example = "{type: standard, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary = AutoEncoderConfig::NAME,
-    usual,
+    usual_dictionary = AutoEncoderConfig::NAME, usual,
     short_run = "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: standard, lr: 2e-3, \
-               l1_penalty: 0.1, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
+        l1_penalty: 0.1, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
     measured = "84.2% of the variance explained with L0 38, 99.1% of the cross entropy recovered",
-    fields(lr = 1e-3, .., schedule, resampling),
-)]
+    fields(lr = 1e-3, .., schedule, resampling))]
 pub struct StandardConfig {
     /// What is minimised of the residual: its squared norm (`mse`), or its norm (`l2_norm`), as in the reference of
     /// spring 2024.

@@ -22,14 +22,9 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::train::top_k::TopKTrainer;
 
 /// The TopK autoencoder.
-#[component(
-    dictionary,
-    name = "top_k",
-    summary = "Keeps the k largest features of each activation",
+#[component(dictionary "top_k", summary = "Keeps the k largest features of each activation",
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
-    example = "{type: top_k, expansion_factor: 8, k: 8}",
-    fields(width)
-)]
+    example = "{type: top_k, expansion_factor: 8, k: 8}", fields(width))]
 pub struct TopKDictionaryConfig {
     /// How many features each activation keeps.
     #[schemars(range(min = 1))]
@@ -96,18 +91,12 @@ impl Dictionary for TopK {
 /// averaged over the batch. Selecting is all the sparsity there is: no penalty. Features that nothing selected for
 /// long are revived by an auxiliary loss, weighted by auxk_alpha: the squared error of what the best of them make
 /// of the error that is left, divided by that error's variance.
-#[component(
-    trainer,
-    name = "top_k",
-    summary = "Squared error of the k largest features, with an auxiliary loss for dead ones",
+#[component(trainer "top_k", summary = "Squared error of the k largest features, with an auxiliary loss for dead ones",
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
-    example = "{type: top_k, lr: 1e-3, warmup_steps: 20}",
-    usual_dictionary = TopKDictionaryConfig::NAME,
+    example = "{type: top_k, lr: 1e-3, warmup_steps: 20}", usual_dictionary = TopKDictionaryConfig::NAME,
     short_run = "{dictionary: {type: top_k, expansion_factor: 4, k: 32}, trainer: {type: top_k, lr: 2e-3, \
-           warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000}}",
-    measured = "89.7% of the variance explained with L0 32, 99.6% of the cross entropy recovered",
-    fields(top_k),
-)]
+        warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000}}",
+    measured = "89.7% of the variance explained with L0 32, 99.6% of the cross entropy recovered", fields(top_k))]
 pub struct TopKConfig {}
 
 impl TrainerConfig for TopKConfig {

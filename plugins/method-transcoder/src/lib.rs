@@ -28,14 +28,10 @@ use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
 
 /// A transcoder.
-#[component(
-    dictionary,
-    name = "transcoder",
-    summary = "Predicts a module's output from its input",
-    paper = "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, https://arxiv.org/abs/2406.11944",
-    example = "{type: transcoder, expansion_factor: 8}",
-    fields(width = "the input's width")
-)]
+#[component(dictionary "transcoder", summary = "Predicts a module's output from its input",
+    paper = "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, \
+        https://arxiv.org/abs/2406.11944", example = "{type: transcoder, expansion_factor: 8}",
+    fields(width = "the input's width"))]
 pub struct TranscoderConfig {
     /// How many features each activation keeps; null for all that are positive.
     #[default]
@@ -44,15 +40,11 @@ pub struct TranscoderConfig {
 }
 
 /// A transcoder with a skip connection.
-#[component(
-    dictionary,
-    name = "skip_transcoder",
+#[component(dictionary "skip_transcoder",
     summary = "Predicts a module's output from its input, with a linear map beside the features",
     paper = "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
-             https://arxiv.org/abs/2501.18823",
-    example = "{type: skip_transcoder, expansion_factor: 8}",
-    fields(width = "the input's width")
-)]
+        https://arxiv.org/abs/2501.18823", example = "{type: skip_transcoder, expansion_factor: 8}",
+    fields(width = "the input's width"))]
 pub struct SkipTranscoderConfig {
     /// How many features each activation keeps; null for all that are positive.
     #[default]

@@ -18,13 +18,8 @@ use dictlearn_core::lm::cross_entropy;
 use dictlearn_core::prelude::*;
 
 /// The language model's loss with activations reconstructed.
-#[component(
-    metric,
-    name = "loss_recovered",
-    summary = "Cross entropy with activations reconstructed, zeroed and as they are",
-    example = "{type: loss_recovered, n_batches: 10, batch_size: 32}",
-    usual
-)]
+#[component(metric "loss_recovered", summary = "Cross entropy with activations reconstructed, zeroed and as they are",
+    example = "{type: loss_recovered, n_batches: 10, batch_size: 32}", usual)]
 pub struct LossRecoveredConfig {
     /// Batches of text to measure on.
     #[default(10)]

@@ -6,12 +6,7 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 /// The fields of a Gemma config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "gemma",
-    summary = "Gemma 1",
-    paper = "Gemma team 2024, Gemma, https://arxiv.org/abs/2403.08295"
-)]
+#[component(model "gemma", summary = "Gemma 1", paper = "Gemma team 2024, Gemma, https://arxiv.org/abs/2403.08295")]
 pub struct GemmaConfig {
     #[serde(flatten)]
     usual: Usual,

@@ -6,12 +6,7 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 /// The fields of a Gemma 2 config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "gemma2",
-    summary = "Gemma 2",
-    paper = "Gemma team 2024, Gemma 2, https://arxiv.org/abs/2408.00118"
-)]
+#[component(model "gemma2", summary = "Gemma 2", paper = "Gemma team 2024, Gemma 2, https://arxiv.org/abs/2408.00118")]
 pub struct Gemma2Config {
     #[serde(flatten)]
     usual: Usual,

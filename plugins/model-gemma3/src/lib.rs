@@ -7,13 +7,8 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, Rotary, activat
 use dictlearn_core::prelude::*;
 
 /// The fields of a Gemma 3 config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "gemma3_text",
-    summary = "Gemma 3, text only",
-    paper = "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786",
-    example = "{sliding_window_pattern: 2}"
-)]
+#[component(model "gemma3_text", summary = "Gemma 3, text only",
+    paper = "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786", example = "{sliding_window_pattern: 2}")]
 pub struct Gemma3Config {
     #[serde(flatten)]
     usual: Usual,

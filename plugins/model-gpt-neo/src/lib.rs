@@ -8,13 +8,9 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 /// The fields of a GPT-Neo config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "gpt_neo",
-    summary = "GPT-Neo, TinyStories",
+#[component(model "gpt_neo", summary = "GPT-Neo, TinyStories",
     paper = "Black et al. 2021, GPT-Neo, https://doi.org/10.5281/zenodo.5297715",
-    example = "{num_layers: 2, num_heads: 4, attention_types: [[[global, local], 1]]}"
-)]
+    example = "{num_layers: 2, num_heads: 4, attention_types: [[[global, local], 1]]}")]
 pub struct GptNeoConfig {
     /// Number of token ids.
     vocab_size: i64,

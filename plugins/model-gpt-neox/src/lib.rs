@@ -12,12 +12,8 @@ use dictlearn_core::lm::{Decoder, DecoderConfig, DecoderFamily, ModelCx, NormKin
 use dictlearn_core::prelude::*;
 
 /// The fields of a GPT-NeoX config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "gpt_neox",
-    summary = "GPT-NeoX: Pythia, GPT-NeoX-20B, the bundled model",
-    paper = "Biderman et al. 2023, Pythia, https://arxiv.org/abs/2304.01373"
-)]
+#[component(model "gpt_neox", summary = "GPT-NeoX: Pythia, GPT-NeoX-20B, the bundled model",
+    paper = "Biderman et al. 2023, Pythia, https://arxiv.org/abs/2304.01373")]
 #[derive(Serialize)]
 pub struct GptNeoxConfig {
     /// Number of token ids.

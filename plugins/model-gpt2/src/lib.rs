@@ -9,14 +9,10 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 /// The fields of a GPT-2 config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "gpt2",
-    summary = "GPT-2, DistilGPT-2, and other models of their architecture",
+#[component(model "gpt2", summary = "GPT-2, DistilGPT-2, and other models of their architecture",
     paper = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, \
-            https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
-    example = "{n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64}"
-)]
+        https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
+    example = "{n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64}")]
 pub struct Gpt2Config {
     /// Number of token ids.
     vocab_size: i64,

@@ -6,12 +6,8 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
 /// The fields of a Llama config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "llama",
-    summary = "Llama 1 to 3, TinyLlama, SmolLM, and other models of their architecture",
-    paper = "Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288"
-)]
+#[component(model "llama", summary = "Llama 1 to 3, TinyLlama, SmolLM, and other models of their architecture",
+    paper = "Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288")]
 pub struct LlamaConfig {
     #[serde(flatten)]
     usual: Usual,

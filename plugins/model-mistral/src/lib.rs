@@ -5,12 +5,8 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
 /// The fields of a Mistral config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "mistral",
-    summary = "Mistral 7B and other models of its architecture",
-    paper = "Jiang et al. 2023, Mistral 7B, https://arxiv.org/abs/2310.06825"
-)]
+#[component(model "mistral", summary = "Mistral 7B and other models of its architecture",
+    paper = "Jiang et al. 2023, Mistral 7B, https://arxiv.org/abs/2310.06825")]
 pub struct MistralConfig {
     #[serde(flatten)]
     usual: Usual,

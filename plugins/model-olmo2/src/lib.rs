@@ -7,12 +7,8 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
 /// The fields of an OLMo 2 config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "olmo2",
-    summary = "OLMo 2",
-    paper = "OLMo team 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656"
-)]
+#[component(model "olmo2", summary = "OLMo 2",
+    paper = "OLMo team 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656")]
 pub struct Olmo2Config {
     #[serde(flatten)]
     usual: Usual,

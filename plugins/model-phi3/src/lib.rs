@@ -7,12 +7,8 @@ use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
 /// The fields of a Phi-3 config.json that change what it computes, with Hugging Face's defaults.
-#[component(
-    model,
-    name = "phi3",
-    summary = "Phi-3, Phi-3.5 and Phi-4 (not the mixtures of experts)",
-    paper = "Abdin et al. 2024, Phi-3, https://arxiv.org/abs/2404.14219"
-)]
+#[component(model "phi3", summary = "Phi-3, Phi-3.5 and Phi-4 (not the mixtures of experts)",
+    paper = "Abdin et al. 2024, Phi-3, https://arxiv.org/abs/2404.14219")]
 pub struct Phi3Config {
     #[serde(flatten)]
     usual: Usual,

@@ -19,12 +19,9 @@ const EPSILON: f64 = 1e-8;
 
 /// The entropy of each activation's features, normalised to sum to 1; of what a sparsity penalty falls on, where that is
 /// not the features: a gate, or features times the norms of their directions.
-#[component(
-    modifier,
-    name = "entropy_penalty",
+#[component(modifier "entropy_penalty",
     summary = "The entropy of each activation's features, beside or instead of the sparsity term",
-    example = "{type: entropy_penalty, weight: 0.02}"
-)]
+    example = "{type: entropy_penalty, weight: 0.02}")]
 pub struct EntropyPenaltyConfig {
     /// Weight of the entropy, in nats, in the loss.
     #[schemars(range(min = 0))]

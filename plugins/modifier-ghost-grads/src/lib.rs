@@ -21,14 +21,10 @@ use dictlearn_core::prelude::*;
 const EPSILON: f64 = 1e-8;
 
 /// Gradients for dead features, through the exponential of their pre-activations.
-#[component(
-    modifier,
-    name = "ghost_grads",
-    summary = "Dead features reconstruct the residual through their exponential",
+#[component(modifier "ghost_grads", summary = "Dead features reconstruct the residual through their exponential",
     paper = "Jermyn and Templeton 2024, Ghost Grads, \
-            https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling",
-    example = "{type: ghost_grads, threshold: 50}"
-)]
+        https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling",
+    example = "{type: ghost_grads, threshold: 50}")]
 pub struct GhostGradsConfig {
     /// A feature is dead that has been silent for more than so many steps, or tokens.
     #[schemars(range(min = 0))]

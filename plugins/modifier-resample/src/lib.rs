@@ -10,13 +10,9 @@
 use dictlearn_core::prelude::*;
 
 /// Dead features start anew.
-#[component(
-    modifier,
-    name = "resample",
-    summary = "Dead features start anew from activations that are reconstructed badly",
-    paper = "Bricken et al. 2023, Towards Monosemanticity, https://transformer-circuits.pub/2023/monosemantic-features",
-    example = "{type: resample, every: 100}"
-)]
+#[component(modifier "resample", summary = "Dead features start anew from activations that are reconstructed badly",
+    paper = "Bricken et al. 2023, Towards Monosemanticity, \
+        https://transformer-circuits.pub/2023/monosemantic-features", example = "{type: resample, every: 100}")]
 pub struct ResampleConfig {
     /// Resample every so many steps.
     #[schemars(range(min = 1))]

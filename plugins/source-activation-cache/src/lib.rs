@@ -26,12 +26,9 @@ const PIECE: u64 = 64;
 const PIECES: u64 = 1024;
 
 /// Activations that `dictlearn activations` wrote.
-#[component(
-    source,
-    name = "activation_cache",
+#[component(source "activation_cache",
     summary = "Activations that `dictlearn activations` wrote, shuffled across shards",
-    example = "{type: activation_cache, path: activations, batch_size: 64}"
-)]
+    example = "{type: activation_cache, path: activations, batch_size: 64}")]
 pub struct ActivationCacheConfig {
     /// The folder, with its `meta.json`.
     pub path: ConfigPath,

@@ -12,14 +12,10 @@ use dictlearn_core::prelude::*;
 /// Activations of the same tokens at several places, side by side: of several models, or of several submodules of one. Each
 /// site of each source is a part, called by the source's name, the site's, or both with a slash between. That the tokens are
 /// the same is checked where the sources know them.
-#[component(
-    source,
-    name = "joined",
-    summary = "The same tokens at several places or in several models, side by side",
-    example = "{type: joined, sources: {model: {type: language_model, model: \"embedded:austen\", \
-              submodule: [gpt_neox.layers.1, gpt_neox.layers.2], text: {type: embedded, name: austen}, ctx_len: 64, \
-              n_ctxs: 64, out_batch_size: 256, pack: true}}}"
-)]
+#[component(source "joined", summary = "The same tokens at several places or in several models, side by side",
+    example = "{type: joined, sources: {model: {type: language_model, model: \"embedded:austen\", submodule: \
+        [gpt_neox.layers.1, gpt_neox.layers.2], text: {type: embedded, name: austen}, ctx_len: 64, n_ctxs: 64, \
+        out_batch_size: 256, pack: true}}}")]
 pub struct JoinedConfig {
     /// The sources, by name; their parts lie side by side in the order of the names' letters. They must give the same tokens
     /// in the same order: language models that read the same text with the same `ctx_len`, `n_ctxs` and batch sizes do, and

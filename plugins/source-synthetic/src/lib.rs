@@ -21,14 +21,10 @@ use rand::Rng as _;
 use rand_distr::StandardNormal;
 
 /// Activations made of known features.
-#[component(
-    source,
-    name = "synthetic",
-    summary = "Activations made of known features, sparse, some more frequent than others",
+#[component(source "synthetic", summary = "Activations made of known features, sparse, some more frequent than others",
     paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
-            https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
-    example = "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}"
-)]
+        https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
+    example = "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}")]
 pub struct SyntheticConfig {
     /// Width of an activation, d.
     #[default(64)]

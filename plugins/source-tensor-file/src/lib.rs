@@ -15,12 +15,8 @@ use dictlearn_core::prelude::*;
 use rand::seq::SliceRandom;
 
 /// Activations from .safetensors, .npy and .npz files.
-#[component(
-    source,
-    name = "tensor_file",
-    summary = "Activations from .safetensors, .npy and .npz files",
-    example = "{type: tensor_file, path: activations.safetensors, batch_size: 64}"
-)]
+#[component(source "tensor_file", summary = "Activations from .safetensors, .npy and .npz files",
+    example = "{type: tensor_file, path: activations.safetensors, batch_size: 64}")]
 pub struct TensorFileConfig {
     /// A file, or a glob of files that are read one after the other.
     pub path: ConfigPath,

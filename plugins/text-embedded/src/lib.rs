@@ -5,12 +5,7 @@ use dictlearn_core::prelude::*;
 use dictlearn_core::suggest::nearest;
 
 /// Text that ships with the program.
-#[component(
-    text,
-    name = "embedded",
-    summary = "Text that ships with the program",
-    example = "{type: embedded, name: austen}"
-)]
+#[component(text "embedded", summary = "Text that ships with the program", example = "{type: embedded, name: austen}")]
 pub struct EmbeddedConfig {
     /// Which text: `austen`.
     pub name: String,

@@ -15,12 +15,9 @@ use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
 const CONVERTED: &str = "refs/convert/parquet";
 
 /// Text of a dataset of the Hub, as it arrives.
-#[component(
-    text,
-    name = "hub_dataset",
+#[component(text "hub_dataset",
     summary = "Text of a dataset of the Hub, as it arrives: .txt, .jsonl (plain, .gz, .zst) and .parquet",
-    example = "{type: hub_dataset, repo: monology/pile-uncopyrighted, split: train, column: text}"
-)]
+    example = "{type: hub_dataset, repo: monology/pile-uncopyrighted, split: train, column: text}")]
 pub struct HubDatasetConfig {
     /// The dataset: `owner/name[@revision]`.
     pub repo: String,

@@ -10,12 +10,9 @@ use crate::splits::{self, Card, Glob, METADATA};
 use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
 
 /// Text from .txt, .jsonl and .parquet files.
-#[component(
-    text,
-    name = "text_files",
+#[component(text "text_files",
     summary = "Text from .txt, .jsonl, .json (plain, .gz, .zst) and .parquet, folders and globs",
-    example = "{type: text_files, path: corpus.txt}"
-)]
+    example = "{type: text_files, path: corpus.txt}")]
 pub struct TextFilesConfig {
     /// A file, a folder, or a glob; several files are read in the order of their names. Hidden files and metadata
     /// (README.md, config.json, sae_lens.json) in a folder are left out.

@@ -9,13 +9,9 @@ use std::collections::BTreeMap;
 use dictlearn_core::prelude::*;
 
 /// Several texts mixed by weight.
-#[component(
-    text,
-    name = "mix",
-    summary = "Several texts mixed by weight",
-    example = "{type: mix, streams: [{weight: 0.9, text: {type: embedded, name: austen}}, \
-              {weight: 0.1, text: {type: embedded, name: austen, split: held_out}}]}"
-)]
+#[component(text "mix", summary = "Several texts mixed by weight",
+    example = "{type: mix, streams: [{weight: 0.9, text: {type: embedded, name: austen}}, {weight: 0.1, text: \
+        {type: embedded, name: austen, split: held_out}}]}")]
 pub struct MixConfig {
     /// The texts, each with its `weight` and the `text` itself.
     #[schemars(length(min = 1))]

@@ -8,12 +8,8 @@ use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::prelude::*;
 
 /// Token ids from a .safetensors file.
-#[component(
-    text,
-    name = "token_file",
-    summary = "Token ids from a .safetensors file, each row a context",
-    example = "{type: token_file, path: tokens.safetensors}"
-)]
+#[component(text "token_file", summary = "Token ids from a .safetensors file, each row a context",
+    example = "{type: token_file, path: tokens.safetensors}")]
 pub struct TokenFileConfig {
     /// A .safetensors file with `input_ids` [B, L] and, if there is padding, `attention_mask` [B, L].
     pub path: ConfigPath,
