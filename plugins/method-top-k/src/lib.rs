@@ -42,7 +42,6 @@ impl DictionaryConfig for TopKDictionaryConfig {
 }
 
 /// The reference's `AutoEncoderTopK`.
-#[derive(Debug)]
 pub struct TopK {
     affine: Affine,
     selection: Selection,
