@@ -338,7 +338,7 @@ mod tests {
     use quote::ToTokens;
 
     fn fields(list: TokenStream, own: TokenStream) -> Fields {
-        let args = quote!(trainer, name = "a", summary = "A", example = "", fields(#list));
+        let args = quote!(trainer "a", summary = "A", example = "", fields(#list));
         let args: Args = syn::parse2(args).unwrap();
         let item: syn::ItemStruct = syn::parse2(quote!(struct Config { #own })).unwrap();
         Fields::new(item.fields.into_iter().collect(), &args.fields).unwrap()
