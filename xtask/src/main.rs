@@ -84,6 +84,8 @@ fn run(cli: &Cli) -> Result<()> {
             // `RUSTDOCFLAGS` would replace the flags of libtorch.toml; doc lints are denied by the manifests instead.
             cargo(&root, &["doc", "--workspace", "--no-deps"], &[])?;
             deny(&root)?;
+            unused_dependencies(&root)?;
+            package(&root)?;
             // No cargo-fuzz: it builds all dependencies anew, which takes many minutes. `tests/it/fuzz.rs` runs its targets.
             plugins(&root)
         }
@@ -105,6 +107,22 @@ fn deny(root: &Path) -> Result<()> {
         return Ok(());
     }
     cargo(root, &["deny", "check", "licenses", "bans", "sources"], &[])
+}
+
+/// Dependencies that nothing uses.
+fn unused_dependencies(root: &Path) -> Result<()> {
+    if !answers(Command::new(libtorch::cargo_program()).args(["machete", "--version"])) {
+        eprintln!("left out, since cargo-machete is not installed: cargo machete");
+        return Ok(());
+    }
+    cargo(root, &["machete"], &[])
+}
+
+/// Every crate can be published: its manifest has what a registry asks for, and its package holds what it needs.
+fn package(root: &Path) -> Result<()> {
+    let all = ["package", "--workspace", "--exclude", "xtask", "--exclude", "train_tiny_lm"];
+    // Not built from the package: that would compile everything a second time.
+    cargo(root, &all, &["--no-verify", "--allow-dirty", "--quiet", "--offline"])
 }
 
 /// Runs each fuzz target on its corpus and what comes of it. What covers more is kept in fuzz/target/found, what fails in
