@@ -11,6 +11,16 @@ const OTHERS: [&str; 2] = ["dictlearn-core", "dictlearn-process"];
 
 fn main() {
     println!("cargo::rerun-if-changed=Cargo.toml");
+    // Tests that need a Python library are ignored by name where no variable names one.
+    for (cfg, variable) in
+        [("has_dictionary_learning", "DICTLEARN_TEST_PYTHON"), ("has_sae_lens", "DICTLEARN_TEST_PYTHON_SAE_LENS")]
+    {
+        println!("cargo::rerun-if-env-changed={variable}");
+        println!("cargo::rustc-check-cfg=cfg({cfg})");
+        if env::var_os(variable).is_some_and(|python| !python.is_empty()) {
+            println!("cargo::rustc-cfg={cfg}");
+        }
+    }
     let manifest = Path::new(&env::var_os("CARGO_MANIFEST_DIR").unwrap()).join("Cargo.toml");
     let manifest = fs::read_to_string(manifest).unwrap();
     let mut uses = String::new();

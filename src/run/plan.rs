@@ -28,7 +28,7 @@ pub fn plan(config: &mut RunConfig) -> Result<String> {
     }
     for sae in &mut run.trainees.0 {
         let steps = match why_autograd(&mut sae.training)? {
-            None => "gradients by hand".to_owned(),
+            None => "analytic gradients".to_owned(),
             Some(why) => format!("gradients by autograd ({why})"),
         };
         let dictionary = &sae.training.dictionary;

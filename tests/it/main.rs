@@ -19,6 +19,7 @@ mod held_out;
 mod hub;
 mod hub_server;
 mod language_model;
+mod library;
 mod push;
 mod python;
 mod resume;

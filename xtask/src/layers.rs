@@ -1,5 +1,5 @@
 //! Checks what ARCHITECTURE.md promises of imports: no circle between the files of a crate, core names no plugin, a plugin depends on
-//! no other plugin, and rooms of core import only from rooms below.
+//! no other plugin, rooms of core import only from rooms below, and nothing but the command line prints.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -23,6 +23,13 @@ pub fn check(root: &Path, metadata: &Value) -> Result<()> {
         broken.extend(Crate::read(dir)?.circles());
     }
     broken.extend(core.circles());
+    let cli = root.join("src/cli");
+    for dir in [root.join("src"), root.join("core/src")].iter().chain(&plugins) {
+        for file in rust_files(dir)?.into_iter().filter(|file| !file.starts_with(&cli)) {
+            let parsed = parsed(&file)?;
+            broken.extend(prints(&parsed).into_iter().map(|name| format!("{} prints: {name}!", file.display())));
+        }
+    }
     ensure!(broken.is_empty(), "imports break what ARCHITECTURE.md promises:\n  {}", broken.join("\n  "));
     Ok(())
 }
@@ -67,6 +74,26 @@ fn named_plugins(root: &Path, plugins: &[PathBuf]) -> Result<Vec<String>> {
     Ok(broken)
 }
 
+fn parsed(path: &Path) -> Result<syn::File> {
+    syn::parse_file(&std::fs::read_to_string(path)?).with_context(|| format!("cannot parse {}", path.display()))
+}
+
+/// The macros that a file prints with, outside its tests.
+fn prints(file: &syn::File) -> Vec<String> {
+    struct Prints(Vec<String>);
+    impl Visit<'_> for Prints {
+        fn visit_macro(&mut self, call: &syn::Macro) {
+            let name = call.path.segments.last().map(|segment| segment.ident.to_string()).unwrap_or_default();
+            if ["print", "println", "eprint", "eprintln", "dbg"].contains(&name.as_str()) {
+                self.0.push(name);
+            }
+        }
+    }
+    let mut prints = Prints(Vec::new());
+    file.items.iter().filter(|item| !is_test(item)).for_each(|item| prints.visit_item(item));
+    prints.0
+}
+
 fn rust_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))? {
@@ -106,9 +133,7 @@ impl Crate {
             if module.last().is_some_and(|last| ["mod", "lib", "main"].contains(&last.as_str())) {
                 module.pop();
             }
-            let file = syn::parse_file(&std::fs::read_to_string(&path)?)
-                .with_context(|| format!("cannot parse {}", path.display()))?;
-            read.add(module, &file);
+            read.add(module, &parsed(&path)?);
         }
         Ok(read)
     }
@@ -332,6 +357,13 @@ mod tests {
         assert_eq!(crate_of(&files).upward(), ["core's files imports upwards from train"]);
         let files = [("train", "use crate::files::open;"), ("files", "pub fn open() {}"), ("", "")];
         assert_eq!(crate_of(&files).upward(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_file_that_prints_is_found() {
+        let found = |text: &str| prints(&syn::parse_file(text).unwrap());
+        assert_eq!(found("fn f() { if true { eprintln!(\"x\") } }"), ["eprintln"]);
+        assert!(found("#[cfg(test)] mod tests { fn f() { println!(\"x\") } }").is_empty());
     }
 
     #[test]

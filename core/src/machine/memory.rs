@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use sysinfo::{MemoryRefreshKind, RefreshKind, System};
+use sysinfo::{CGroupLimits, MemoryRefreshKind, RefreshKind, System};
 use tch::Device;
 
 use super::device;
@@ -151,9 +151,13 @@ pub fn free() -> u64 {
     let ram = RefreshKind::nothing().with_memory(MemoryRefreshKind::everything());
     let system = System::new_with_specifics(ram);
     let free = system.available_memory() + system.free_swap();
-    // A limit that is none is a very large number.
-    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory.saturating_add(limits.free_swap));
-    free.min(limit)
+    free.min(system.cgroup_limits().map_or(u64::MAX, |limits| left_within(&limits)))
+}
+
+/// What processes of a cgroup may still take. Pages of files that were read count as the cgroup's, and are given up when memory is
+/// wanted. A limit that is none is a very large number.
+fn left_within(limits: &CGroupLimits) -> u64 {
+    limits.total_memory.saturating_sub(limits.rss).saturating_add(limits.free_swap)
 }
 
 /// Bytes of memory that the computer has.
@@ -198,6 +202,14 @@ pub fn free_on_gpu(device: Device) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_of_files_that_were_read_are_free() {
+        let limits = CGroupLimits { total_memory: 24 << 30, free_memory: 3 << 30, free_swap: 1 << 30, rss: 4 << 30 };
+        assert_eq!(left_within(&limits), 21 << 30);
+        let none = CGroupLimits { total_memory: u64::MAX, free_memory: 0, free_swap: 1, rss: 0 };
+        assert_eq!(left_within(&none), u64::MAX);
+    }
 
     #[test]
     fn what_passes_counts_once_and_what_does_not_fit_is_refused() {
