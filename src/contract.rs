@@ -1575,7 +1575,8 @@ fn opens_from_its_own_files(component: &Component) {
     let opened = lm::open_model(&dir.path().display().to_string(), Device::Cpu, Precision::Float32);
     let (opened, _) = OPENS.of(&who, opened);
     let found = logits(&who, &*opened, &tokens, Hooks::none());
-    OPENS.check(&who, found == expected, || format!("logits differ by up to {}", greatest(&(found - &expected))));
+    let apart = greatest(&(found - &expected));
+    OPENS.check(&who, apart < 1e-5, || format!("logits differ by up to {apart}"));
 }
 
 /// Every field that changes the arithmetic of some family is one of its own, and then it matters, or is refused.
@@ -1608,7 +1609,8 @@ fn ignores_no_arithmetic(component: &Component) {
             _ => vec![rope],
         };
         let matters = values.iter().any(|value| match outcome(field, value) {
-            Ok(found) => known.is_some() && found != expected,
+            // How products are rounded may depend on where their numbers lie in memory.
+            Ok(found) => known.is_some() && greatest(&(found - &expected)) > 1e-4,
             Err(error) => InputError::take(error).is_ok_and(|error| error.message().contains(field)),
         });
         ARITHMETIC

@@ -6,7 +6,8 @@ use dictlearn_core::files::tensors::TensorFile;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
-const SOURCE: &str = "{type: synthetic, activation_dim: 16, n_features: 32, n_active: 4, batch_size: 64, seed: 3}";
+const SOURCE: &str =
+    "{type: synthetic, activation_dim: 16, n_features: 32, n_active: 4, batch_size: 64, seed: 3, features_seed: 4}";
 
 fn dictionary() -> TopKDictionaryConfig {
     TopKDictionaryConfig { k: 4, dict_size: Some(32), expansion_factor: None }

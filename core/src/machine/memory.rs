@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(total(), meminfo("MemTotal"));
         let expected = || {
             let limits = System::new_all().cgroup_limits();
-            let limit = limits.map_or(u64::MAX, |limits| limits.free_memory.saturating_add(limits.free_swap));
+            let limit = limits.map_or(u64::MAX, |limits| left_within(&limits));
             (meminfo("MemAvailable") + meminfo("SwapFree")).min(limit)
         };
         // Other processes take and free memory meanwhile.
