@@ -147,7 +147,7 @@ impl SaeActivation {
     }
 }
 
-/// A class that some [`Affine`] SAEs are. Submitted by the plugin that owns the class.
+/// A class that some [`AffineSae`] SAEs are. Submitted by the plugin that owns the class.
 pub struct PublishedClass {
     /// Its tensors, which with those of the activation are all that it has.
     pub layout: Layout,

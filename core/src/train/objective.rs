@@ -236,7 +236,7 @@ impl<'a> Objective<'a> {
         Objective { log_other: true, ..self }
     }
 
-    /// Computes another penalty beside, which is no part of the loss ([`Seen::watched`]).
+    /// Computes another penalty beside, which is no part of the loss ([`Seen::values`]).
     #[must_use]
     pub fn watch(self, penalty: Option<Penalty<'a>>) -> Self {
         Objective { watched: penalty, ..self }

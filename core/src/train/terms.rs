@@ -55,7 +55,7 @@ impl Terms {
         self.terms.push(Term { name, role: Role::Reconstruction, value, weight: 1.0 });
     }
 
-    /// Adds the sparsity penalty. A trainer that does says so ([`Trainer::has_sparsity_term`]).
+    /// Adds the sparsity penalty. A trainer that does says so ([`Trainer::has_sparsity_term`](super::trainer::Trainer::has_sparsity_term)).
     pub fn add_sparsity(&mut self, name: &'static str, value: Tensor, weight: f64) {
         self.terms.push(Term { name, role: Role::Sparsity, value, weight });
     }

@@ -2,7 +2,7 @@
 //! trainer with the auxiliary loss for dead features (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*,
 //! <https://arxiv.org/abs/2406.04093>).
 //!
-//! A dictionary of the family has a [`Selection`], which makes its [`Code`]. The trainer reads of the code:
+//! A dictionary of the family has a [`Selection`], which makes its [`Code`](crate::sae::Code). The trainer reads of the code:
 //!
 //! | | | |
 //! | --- | --- | --- |
