@@ -675,12 +675,6 @@ fn a_text_that_seeks_another_record_is_named() {
 #[component(metric "silent", summary = "A metric with a fault", example = "{type: silent}")]
 struct SilentConfig {}
 
-impl MetricConfig for SilentConfig {
-    fn build(&self) -> Result<Box<dyn Metric>> {
-        Ok(Box::new(self.clone()))
-    }
-}
-
 impl Metric for SilentConfig {
     fn evaluate(&mut self, subjects: &[Subject], _: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
         Ok(Some(subjects.iter().map(|_| Figures::new()).collect()))

@@ -74,6 +74,8 @@ fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
 
 impl DecoderFamily for GptNeoConfig {
     fn decoder(self) -> Result<DecoderConfig> {
+        let head_dim = DecoderConfig::head_dim(self.hidden_size, self.num_heads)?;
+        let input = Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" };
         Ok(DecoderConfig {
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
@@ -81,32 +83,11 @@ impl DecoderFamily for GptNeoConfig {
             layers: layers(&self)?,
             rotary: Vec::new(),
             layers_path: "transformer.h",
-            embed: EmbedConfig {
-                tokens: "transformer.wte",
-                positions: Some("transformer.wpe"),
-                scale: 1.0,
-                scale_inside: false,
-            },
-            norm: NormConfig {
-                kind: NormKind::Layer,
-                eps: self.layer_norm_epsilon,
-                before_attention: Some("ln_1"),
-                after_attention: None,
-                before_mlp: Some("ln_2"),
-                after_mlp: None,
-            },
+            embed: EmbedConfig { positions: Some("transformer.wpe"), ..EmbedConfig::tokens("transformer.wte") },
+            norm: NormConfig::before(NormKind::Layer, self.layer_norm_epsilon, "ln_1", "ln_2"),
             attention: AttentionConfig {
-                path: "attn.attention",
-                heads: self.num_heads,
-                kv_heads: self.num_heads,
-                head_dim: DecoderConfig::head_dim(self.hidden_size, self.num_heads)?,
-                input: Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" },
-                output: "out_proj",
-                input_bias: false,
                 output_bias: true,
-                transposed: false,
-                qk_norm: None,
-                soft_cap: None,
+                ..AttentionConfig::new("attn.attention", (self.num_heads, head_dim), input, "out_proj")
             },
             mlp: MlpConfig {
                 path: "mlp",

@@ -21,7 +21,6 @@ mod harvested;
 mod held_out;
 mod sites;
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 
@@ -31,7 +30,6 @@ use dictlearn_core::interrupt;
 use dictlearn_core::lm::{ModelFiles, open_model};
 use dictlearn_core::machine::rng::rng;
 use dictlearn_core::prelude::*;
-use dictlearn_core::schemars::{Schema, SchemaGenerator, json_schema};
 
 use ahead::Ahead;
 use buffer::Buffer;
@@ -153,17 +151,7 @@ pub enum Exclude {
     Ids(Vec<i64>),
 }
 
-impl JsonSchema for Exclude {
-    fn schema_name() -> Cow<'static, str> {
-        "Exclude".into()
-    }
-    fn inline_schema() -> bool {
-        true
-    }
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": ["boolean", "array"], "items": {"type": "integer"}})
-    }
-}
+dictlearn_core::inline_schema!(Exclude, {"type": ["boolean", "array"], "items": {"type": "integer"}});
 
 impl Default for Exclude {
     fn default() -> Self {
