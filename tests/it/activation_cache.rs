@@ -207,8 +207,7 @@ fn what_python_writes_is_read() {
         assert!(apart.double_value(&[]) < 1e-5, "{apart:?}");
     }
     // By our own writer too.
-    let desk = Desk::new();
-    desk.write("config.yaml", &format!("precision: float32\nsource: {source}\n"));
+    let desk = Desk::with_config(&format!("precision: float32\nsource: {source}\n"));
     desk.ok(&["activations", "config.yaml", "--out", "out"]);
     let written = desk.json("out/meta.json");
     let by_python: Value = serde_json::from_str(&fs::read_to_string(folder.join("meta.json")).unwrap()).unwrap();

@@ -38,6 +38,13 @@ impl Desk {
         Desk { dir: TempDir::new().unwrap(), hub: None }
     }
 
+    /// With a config, `config.yaml`.
+    pub fn with_config(text: &str) -> Self {
+        let desk = Self::new();
+        desk.write("config.yaml", text);
+        desk
+    }
+
     pub fn with_hub(endpoint: &str) -> Self {
         Desk { hub: Some(endpoint.to_owned()), ..Self::new() }
     }

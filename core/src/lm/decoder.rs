@@ -146,12 +146,7 @@ pub struct AttentionConfig {
 
 impl AttentionConfig {
     /// Attention without biases and norms, with keys and values of its own for each head.
-    pub fn new(
-        path: &'static str,
-        (heads, head_dim): (i64, i64),
-        input: Projections,
-        output: &'static str,
-    ) -> Self {
+    pub fn new(path: &'static str, (heads, head_dim): (i64, i64), input: Projections, output: &'static str) -> Self {
         AttentionConfig {
             path,
             heads,

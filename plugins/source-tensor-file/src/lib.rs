@@ -24,7 +24,6 @@ pub struct TensorFileConfig {
     #[default("activations")]
     pub tensor: String,
     /// The tensor [N, d_out] to reconstruct, for dictionaries whose output is not their input.
-    #[default]
     pub target_tensor: Option<String>,
     /// Activations in a training batch.
     #[default(2048)]
