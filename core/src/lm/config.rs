@@ -202,6 +202,9 @@ pub struct UpperWindow {
 }
 
 impl UpperWindow {
+    /// The example of a family with these fields: a window from the second layer on.
+    pub const EXAMPLE: &str = "{use_sliding_window: true, max_window_layers: 1}";
+
     fn max_window_layers() -> usize {
         28
     }

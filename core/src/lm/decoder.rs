@@ -209,6 +209,21 @@ pub struct MlpConfig {
     pub transposed: bool,
 }
 
+impl MlpConfig {
+    /// An MLP without a gate, with biases: the module `mlp`, with its activation in `act`.
+    pub fn plain(width: i64, (up, down): (&'static str, &'static str), act: Activation) -> Self {
+        MlpConfig {
+            path: "mlp",
+            width,
+            layout: MlpLayout::Plain { up, down },
+            act_path: "act",
+            act,
+            bias: true,
+            transposed: false,
+        }
+    }
+}
+
 /// The projections of an MLP, by name.
 #[derive(Debug, Clone, Copy)]
 pub enum MlpLayout {

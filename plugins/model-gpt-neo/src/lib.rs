@@ -2,7 +2,7 @@
 //! scores and layers that attend by turns to all positions and to a window.
 
 use dictlearn_core::lm::decoder::{
-    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
+    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
 };
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
@@ -74,6 +74,7 @@ fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
 
 impl DecoderFamily for GptNeoConfig {
     fn decoder(self) -> Result<DecoderConfig> {
+        let act = activation(&self.activation_function)?;
         let head_dim = DecoderConfig::head_dim(self.hidden_size, self.num_heads)?;
         let input = Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" };
         Ok(DecoderConfig {
@@ -89,15 +90,7 @@ impl DecoderFamily for GptNeoConfig {
                 output_bias: true,
                 ..AttentionConfig::new("attn.attention", (self.num_heads, head_dim), input, "out_proj")
             },
-            mlp: MlpConfig {
-                path: "mlp",
-                width: self.intermediate_size.unwrap_or(4 * self.hidden_size),
-                layout: MlpLayout::Plain { up: "c_fc", down: "c_proj" },
-                act_path: "act",
-                act: activation(&self.activation_function)?,
-                bias: true,
-                transposed: false,
-            },
+            mlp: MlpConfig::plain(self.intermediate_size.unwrap_or(4 * self.hidden_size), ("c_fc", "c_proj"), act),
             parallel: false,
             final_norm: "transformer.ln_f",
             head: HeadConfig { path: "lm_head", tied: self.tie_word_embeddings, soft_cap: None },

@@ -6,7 +6,7 @@
 //! are rotated by position.
 
 use dictlearn_core::lm::decoder::{
-    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
+    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
 };
 use dictlearn_core::lm::{Decoder, DecoderConfig, DecoderFamily, ModelCx, NormKind, Rope, activation};
 use dictlearn_core::prelude::*;
@@ -99,15 +99,11 @@ impl DecoderFamily for GptNeoxConfig {
                 output_bias: self.attention_bias,
                 ..AttentionConfig::new("attention", (heads, head_dim), input, "dense")
             },
-            mlp: MlpConfig {
-                path: "mlp",
-                width: self.intermediate_size,
-                layout: MlpLayout::Plain { up: "dense_h_to_4h", down: "dense_4h_to_h" },
-                act_path: "act",
-                act: activation(&self.hidden_act)?,
-                bias: true,
-                transposed: false,
-            },
+            mlp: MlpConfig::plain(
+                self.intermediate_size,
+                ("dense_h_to_4h", "dense_4h_to_h"),
+                activation(&self.hidden_act)?,
+            ),
             parallel: self.use_parallel_residual,
             final_norm: "gpt_neox.final_layer_norm",
             head: HeadConfig { path: "embed_out", tied: self.tie_word_embeddings, soft_cap: None },

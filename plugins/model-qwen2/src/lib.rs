@@ -6,8 +6,7 @@ use dictlearn_core::prelude::*;
 
 /// The fields of a Qwen 2 config.json that change what it computes, with Hugging Face's defaults.
 #[component(model "qwen2", summary = "Qwen 1.5 to 2.5, and the distillations built on them",
-    paper = "Yang et al. 2024, Qwen2, https://arxiv.org/abs/2407.10671",
-    example = "{use_sliding_window: true, max_window_layers: 1}")]
+    paper = "Yang et al. 2024, Qwen2, https://arxiv.org/abs/2407.10671", example = UpperWindow::EXAMPLE)]
 pub struct Qwen2Config {
     #[serde(flatten)]
     usual: Usual,

@@ -7,8 +7,7 @@ use dictlearn_core::prelude::*;
 
 /// The fields of a Qwen 3 config.json that change what it computes, with Hugging Face's defaults.
 #[component(model "qwen3", summary = "Qwen 3 (dense)",
-    paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388",
-    example = "{use_sliding_window: true, max_window_layers: 1}")]
+    paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388", example = UpperWindow::EXAMPLE)]
 pub struct Qwen3Config {
     #[serde(flatten)]
     usual: Usual,
