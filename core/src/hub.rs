@@ -181,10 +181,7 @@ thread_local! {
 
 /// Does work that must not wait for downloads: until it is done, this thread cannot open the Hub.
 pub fn without<T>(work: impl FnOnce() -> T) -> T {
-    CLOSED.set(true);
-    let done = work();
-    CLOSED.set(false);
-    done
+    crate::flag::during(&CLOSED, work)
 }
 
 /// The Hub, as the environment says; opened once.

@@ -21,6 +21,7 @@
 pub mod data;
 pub mod error;
 pub mod files;
+mod flag;
 pub mod formats;
 pub mod hub;
 pub mod interrupt;
@@ -31,6 +32,7 @@ pub mod progress;
 pub mod registry;
 pub mod report;
 pub mod sae;
+mod schema;
 pub mod suggest;
 mod tagged;
 pub mod train;

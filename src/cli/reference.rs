@@ -42,6 +42,13 @@ fn fields(schema: &Value) -> Vec<Field> {
     properties.iter().map(field).collect()
 }
 
+/// What is said of a component in general, and what it needs; no paragraph is empty.
+fn paragraphs(component: &Component, schema: &Value) -> Vec<String> {
+    let needs = Some(needs(component)).filter(|needs| !needs.is_empty()).map(|needs| format!("Needs {needs}."));
+    let general = Some(doc(schema).to_owned()).filter(|general| !general.is_empty());
+    general.into_iter().chain(needs).collect()
+}
+
 /// What a modifier cannot do without, in words; empty for one that needs nothing, and for other components.
 fn needs(component: &Component) -> String {
     if component.kind != Kind::Modifier {
@@ -63,11 +70,8 @@ pub fn text(component: &Component, folder: &Path) -> String {
         text += &format!("Trains the dictionary `{usual}` unless told otherwise.\n\n");
     }
     let schema = schema().to_value();
-    if !doc(&schema).is_empty() {
-        text += &format!("{}\n\n", doc(&schema));
-    }
-    if !needs(component).is_empty() {
-        text += &format!("Needs {}.\n\n", needs(component));
+    for paragraph in paragraphs(component, &schema) {
+        text += &format!("{paragraph}\n\n");
     }
     let fields = fields(&schema);
     if !fields.is_empty() {
@@ -165,11 +169,8 @@ fn page(component: &Component) -> String {
         page += &format!("\nTrains [`{usual}`](../dictionaries/{usual}.md) unless told otherwise.\n");
     }
     let schema = schema().to_value();
-    if !doc(&schema).is_empty() {
-        page += &format!("\n{}\n", doc(&schema));
-    }
-    if !needs(component).is_empty() {
-        page += &format!("\nNeeds {}.\n", needs(component));
+    for paragraph in paragraphs(component, &schema) {
+        page += &format!("\n{paragraph}\n");
     }
     let fields = fields(&schema);
     if !fields.is_empty() {

@@ -1,10 +1,8 @@
 //! Steps at which weights are kept.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt;
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, de};
 
 /// `save_steps:` of a config.
@@ -67,24 +65,14 @@ impl<'de> Deserialize<'de> for SaveSteps {
     }
 }
 
-impl JsonSchema for SaveSteps {
-    fn schema_name() -> Cow<'static, str> {
-        "SaveSteps".into()
+dictlearn_core::inline_schema!(SaveSteps, {"anyOf": [
+    {"type": "array", "items": {"type": "integer", "minimum": 0}},
+    {
+        "type": "object",
+        "properties": {
+            "log": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "How many steps at most, step 0 among them: those that fall on the same step are one."}
+        },
+        "required": ["log"],
+        "additionalProperties": false
     }
-    fn inline_schema() -> bool {
-        true
-    }
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"anyOf": [
-            {"type": "array", "items": {"type": "integer", "minimum": 0}},
-            {
-                "type": "object",
-                "properties": {
-                    "log": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "How many steps at most, step 0 among them: those that fall on the same step are one."}
-                },
-                "required": ["log"],
-                "additionalProperties": false
-            }
-        ]})
-    }
-}
+]});

@@ -12,12 +12,6 @@ pub struct ExampleNameConfig {
     pub features: i64,
 }
 
-impl MetricConfig for ExampleNameConfig {
-    fn build(&self) -> Result<Box<dyn Metric>> {
-        Ok(Box::new(self.clone()))
-    }
-}
-
 impl Metric for ExampleNameConfig {
     fn evaluate(&mut self, subjects: &[Subject], _source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
         let found = |subject: &Subject| {

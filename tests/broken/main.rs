@@ -29,6 +29,16 @@ fn says(kind: Slot, name: &'static str, parts: &[&str]) {
     }
 }
 
+/// A test for each fault: its name, and the component whose refusal says these parts.
+macro_rules! named {
+    ($($test:ident: $slot:ident $name:literal [$($part:literal),+];)+) => {
+        $(#[test]
+        fn $test() {
+            says(Slot::$slot, $name, &[$($part),+]);
+        })+
+    };
+}
+
 /// A dictionary that keeps the k features of greatest magnitude, but for its fault.
 trait Fault: Sized + Send + 'static {
     const NAME: &'static str;
@@ -224,40 +234,19 @@ fn a_dictionary_without_a_fault_is_accepted() {
     keep(Slot::Dictionary, "faultless");
 }
 
-#[test]
-fn a_selection_without_post_relu_is_named() {
-    says(Slot::Dictionary, "no_post_relu", &["a code without `post_relu`", "Selection::of_each"]);
-}
-
-#[test]
-fn a_post_relu_of_another_shape_is_named() {
-    says(Slot::Dictionary, "narrow_post_relu", &["the shape of `post_relu` is [50, 8], not [50, 128]"]);
-}
-
-#[test]
-fn negative_penalized_activations_are_named() {
-    says(
-        Slot::Dictionary,
-        "negative_penalty",
-        &["never negative", "the smallest is -", "code.penalize(features.abs())"],
-    );
-}
-
-#[test]
-fn scale_biases_that_leaves_a_bias_is_named_with_the_bias() {
-    let parts = ["scale_biases(s)", "`b_dec` was left as it was", "`encoder.bias` was scaled", "thresholds"];
-    says(Slot::Dictionary, "unscaled_bias", &parts);
-}
-
-#[test]
-fn a_k_that_is_not_loaded_is_named() {
-    says(Slot::Dictionary, "stale_k", &["k can be changed while training, and is saved", "Selection::loaded"]);
-}
-
-#[test]
-fn a_panic_of_the_component_is_named_with_the_promise() {
-    let parts = ["[B, L, d] is read as [B, d]", "it panicked: not enough values to unpack: [5, 10, 32]"];
-    says(Slot::Dictionary, "two_dimensions_only", &parts);
+named! {
+    a_selection_without_post_relu_is_named: Dictionary "no_post_relu"
+        ["a code without `post_relu`", "Selection::of_each"];
+    a_post_relu_of_another_shape_is_named: Dictionary "narrow_post_relu"
+        ["the shape of `post_relu` is [50, 8], not [50, 128]"];
+    negative_penalized_activations_are_named: Dictionary "negative_penalty"
+        ["never negative", "the smallest is -", "code.penalize(features.abs())"];
+    scale_biases_that_leaves_a_bias_is_named_with_the_bias: Dictionary "unscaled_bias"
+        ["scale_biases(s)", "`b_dec` was left as it was", "`encoder.bias` was scaled", "thresholds"];
+    a_k_that_is_not_loaded_is_named: Dictionary "stale_k"
+        ["k can be changed while training, and is saved", "Selection::loaded"];
+    a_panic_of_the_component_is_named_with_the_promise: Dictionary "two_dimensions_only"
+        ["[B, L, d] is read as [B, d]", "it panicked: not enough values to unpack: [5, 10, 32]"];
 }
 
 /// A trainer with a penalty on the features, but for its fault, which shows on no dictionary that another test accepts.
@@ -359,33 +348,17 @@ trainer!(curt, "curt", {
     }
 });
 
-#[test]
-fn a_trainer_that_does_not_save_its_count_is_named() {
-    says(
-        Slot::Trainer,
-        "forgetful",
-        &["a resumed run ends on the same weights", "weights that differ: ", "in `state`"],
-    );
-}
-
-#[test]
-fn a_sparsity_term_that_is_not_declared_is_named() {
-    says(Slot::Trainer, "undeclared", &["`has_sparsity_term` is false, and the loss has a term of sparsity"]);
-}
-
-#[test]
-fn a_trainer_that_hardly_learns_is_named() {
-    says(Slot::Trainer, "sluggish", &["explains over 30% of the variance", "at the first step"]);
-}
-
-#[test]
-fn a_gradient_that_is_not_the_loss_s_is_named() {
-    says(Slot::Trainer, "twice_the_gradient", &["that of finite differences", "`mse_loss` by `"]);
-}
-
-#[test]
-fn a_refusal_of_another_kind_is_named() {
-    says(Slot::Trainer, "curt", &["or refuses it in `build`", "not `InputError::incompatible`: the trainer `curt`"]);
+named! {
+    a_trainer_that_does_not_save_its_count_is_named: Trainer "forgetful"
+        ["a resumed run ends on the same weights", "weights that differ: ", "in `state`"];
+    a_sparsity_term_that_is_not_declared_is_named: Trainer "undeclared"
+        ["`has_sparsity_term` is false, and the loss has a term of sparsity"];
+    a_trainer_that_hardly_learns_is_named: Trainer "sluggish"
+        ["explains over 30% of the variance", "at the first step"];
+    a_gradient_that_is_not_the_loss_s_is_named: Trainer "twice_the_gradient"
+        ["that of finite differences", "`mse_loss` by `"];
+    a_refusal_of_another_kind_is_named: Trainer "curt"
+        ["or refuses it in `build`", "not `InputError::incompatible`: the trainer `curt`"];
 }
 
 /// A logger that writes each row as a line, but for its fault.
@@ -435,14 +408,10 @@ fn a_logger_without_a_fault_is_accepted() {
     keep(Slot::Logger, "lines");
 }
 
-#[test]
-fn a_row_that_a_logger_drops_is_named() {
-    says(Slot::Logger, "sieve", &["every row in the run's folder", "is [101, 103], not [101, 102, 103]"]);
-}
-
-#[test]
-fn a_row_that_is_logged_twice_after_resuming_is_named() {
-    says(Slot::Logger, "echo", &["is [101, 102, 103, 203], not [101, 102, 203]"]);
+named! {
+    a_row_that_a_logger_drops_is_named: Logger "sieve"
+        ["every row in the run's folder", "is [101, 103], not [101, 102, 103]"];
+    a_row_that_is_logged_twice_after_resuming_is_named: Logger "echo" ["is [101, 102, 103, 203], not [101, 102, 203]"];
 }
 
 /// Llama's architecture, but for its fault.
@@ -561,34 +530,16 @@ model!(renaming, "renaming", {
     }
 });
 
-#[test]
-fn a_field_of_config_json_that_a_model_ignores_is_named() {
-    says(Slot::Model, "careless", &["`attn_logit_softcapping` is ignored"]);
-}
-
-#[test]
-fn a_model_that_looks_ahead_is_named() {
-    says(Slot::Model, "clairvoyant", &["another last token changes the logits before it by "]);
-}
-
-#[test]
-fn logits_of_another_width_are_named() {
-    says(Slot::Model, "narrow", &["shape and type of the logits is ([2, 9, 95], Float), not ([2, 9, 96], Float)"]);
-}
-
-#[test]
-fn a_module_that_no_pass_meets_is_named() {
-    says(Slot::Model, "deaf", &["no pass meets `model.layers.0.input_layernorm.in`"]);
-}
-
-#[test]
-fn a_model_that_goes_on_with_the_value_before_the_hook_is_named() {
-    says(Slot::Model, "headstrong", &["`model.layers.0.input_layernorm.in` is replaced, and nothing changes"]);
-}
-
-#[test]
-fn weights_under_other_names_than_the_files_are_named() {
-    says(Slot::Model, "renaming", &["opens from config.json and a file of its `parameters`", "self_attn"]);
+named! {
+    a_field_of_config_json_that_a_model_ignores_is_named: Model "careless" ["`attn_logit_softcapping` is ignored"];
+    a_model_that_looks_ahead_is_named: Model "clairvoyant" ["another last token changes the logits before it by "];
+    logits_of_another_width_are_named: Model "narrow"
+        ["shape and type of the logits is ([2, 9, 95], Float), not ([2, 9, 96], Float)"];
+    a_module_that_no_pass_meets_is_named: Model "deaf" ["no pass meets `model.layers.0.input_layernorm.in`"];
+    a_model_that_goes_on_with_the_value_before_the_hook_is_named: Model "headstrong"
+        ["`model.layers.0.input_layernorm.in` is replaced, and nothing changes"];
+    weights_under_other_names_than_the_files_are_named: Model "renaming"
+        ["opens from config.json and a file of its `parameters`", "self_attn"];
 }
 
 /// A source of waves that begins anew when it is restored.
@@ -631,9 +582,9 @@ impl ActivationSource for Restless {
     }
 }
 
-#[test]
-fn a_source_that_begins_anew_when_restored_is_named() {
-    says(Slot::Source, "restless", &["a restored source goes on with other batches", "in `state`"]);
+named! {
+    a_source_that_begins_anew_when_restored_is_named: Source "restless"
+        ["a restored source goes on with other batches", "in `state`"];
 }
 
 /// Documents that count; to seek leads to the one after.
@@ -666,20 +617,14 @@ impl TextStream for OneAhead {
     }
 }
 
-#[test]
-fn a_text_that_seeks_another_record_is_named() {
-    says(Slot::Text, "one_ahead", &["record 1 after `seek`", "This is document 3.", "This is document 2."]);
+named! {
+    a_text_that_seeks_another_record_is_named: Text "one_ahead"
+        ["record 1 after `seek`", "This is document 3.", "This is document 2."];
 }
 
 /// A metric without figures.
 #[component(metric "silent", summary = "A metric with a fault", example = "{type: silent}")]
 struct SilentConfig {}
-
-impl MetricConfig for SilentConfig {
-    fn build(&self) -> Result<Box<dyn Metric>> {
-        Ok(Box::new(self.clone()))
-    }
-}
 
 impl Metric for SilentConfig {
     fn evaluate(&mut self, subjects: &[Subject], _: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
@@ -687,9 +632,8 @@ impl Metric for SilentConfig {
     }
 }
 
-#[test]
-fn a_metric_without_figures_is_named() {
-    says(Slot::Metric, "silent", &["a dictionary without figures"]);
+named! {
+    a_metric_without_figures_is_named: Metric "silent" ["a dictionary without figures"];
 }
 
 /// A modifier that refuses to say why.
@@ -702,7 +646,7 @@ impl ModifierConfig for SulkyConfig {
     }
 }
 
-#[test]
-fn a_modifier_that_refuses_as_wrong_input_is_named() {
-    says(Slot::Modifier, "sulky", &["composes with at least one trainer", "the modifier `sulky` needs a rest"]);
+named! {
+    a_modifier_that_refuses_as_wrong_input_is_named: Modifier "sulky"
+        ["composes with at least one trainer", "the modifier `sulky` needs a rest"];
 }

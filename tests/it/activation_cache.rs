@@ -39,19 +39,6 @@ fn open(desk: &Desk, more: &str) -> Result<Box<dyn ActivationSource>> {
     config.build(&SourceCx { seed: 1, ..SourceCx::default() })
 }
 
-/// The rest of a pass: activations at each site, and tokens.
-fn drain(source: &mut dyn ActivationSource) -> (Vec<Tensor>, Tensor) {
-    let (mut sites, mut tokens): (Vec<Vec<Tensor>>, Vec<Tensor>) = (Vec::new(), Vec::new());
-    while let Some(activations) = source.next_batch().unwrap() {
-        sites.resize_with(activations.sites.len(), Vec::new);
-        for (all, batch) in sites.iter_mut().zip(activations.sites) {
-            all.push(batch.x);
-        }
-        tokens.extend(activations.tokens);
-    }
-    (sites.iter().map(|site| Tensor::cat(site, 0)).collect(), Tensor::cat(&tokens, 0))
-}
-
 #[test]
 fn training_from_disk_is_training_from_the_model() {
     let desk = desk("10000", &[]);
@@ -220,8 +207,7 @@ fn what_python_writes_is_read() {
         assert!(apart.double_value(&[]) < 1e-5, "{apart:?}");
     }
     // By our own writer too.
-    let desk = Desk::new();
-    desk.write("config.yaml", &format!("precision: float32\nsource: {source}\n"));
+    let desk = Desk::with_config(&format!("precision: float32\nsource: {source}\n"));
     desk.ok(&["activations", "config.yaml", "--out", "out"]);
     let written = desk.json("out/meta.json");
     let by_python: Value = serde_json::from_str(&fs::read_to_string(folder.join("meta.json")).unwrap()).unwrap();

@@ -17,8 +17,7 @@ const TWO_SAES: &str = "saes:\n- trainer: {type: standard, warmup_steps: 2, spar
 
 #[test]
 fn a_run_leaves_what_is_promised() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(20, &format!("save_every: 10\ncheckpoint_every: 8\n{TWO_SAES}")));
+    let desk = Desk::with_config(&tensor_file_config(20, &format!("save_every: 10\ncheckpoint_every: 8\n{TWO_SAES}")));
     let run = desk.run(&["train", "config.yaml"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     // The table and the place are the result, all else is talk.
@@ -95,8 +94,7 @@ fn a_sweep_trains_side_by_side_on_one_stream() {
 
 #[test]
 fn an_endless_source_is_written_as_far_as_is_said() {
-    let desk = Desk::new();
-    desk.write("config.yaml", "source: {type: synthetic, batch_size: 64}\n");
+    let desk = Desk::with_config("source: {type: synthetic, batch_size: 64}\n");
     let said = desk.refused(&["activations", "config.yaml", "--out", "acts"]);
     assert!(said.contains("has no end") && said.contains("--limit"), "{said}");
     assert_eq!(desk.files(), ["config.yaml"]);
@@ -324,8 +322,7 @@ fn damaged_saes_are_refused() {
 
 #[test]
 fn activations_are_written_in_order() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(3, "").replace("shuffle: false", "shuffle: true"));
+    let desk = Desk::with_config(&tensor_file_config(3, "").replace("shuffle: false", "shuffle: true"));
     desk.ok(&["activations", "config.yaml", "--out", "all"]);
     let expected = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
     let all = TensorFile::open(&desk.path("all/activations-00000.safetensors")).unwrap().tensor("activations").unwrap();
@@ -341,11 +338,10 @@ fn activations_are_written_in_order() {
 
 #[test]
 fn another_run_is_not_written_over() {
-    let desk = Desk::new();
-    desk.write(
-        "config.yaml",
-        &tensor_file_config(4, "saes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n"),
-    );
+    let desk = Desk::with_config(&tensor_file_config(
+        4,
+        "saes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n",
+    ));
     desk.ok(&["train", "config.yaml", "--set", "checkpoint_every=null"]);
     let before = fs::read(desk.path("run/standard/ae.safetensors")).unwrap();
     let said = desk.refused(&["train", "config.yaml", "--set", "seed=3"]);
@@ -387,10 +383,9 @@ fn activations_that_are_not_finite_end_the_run() {
 
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint() {
-    let desk = Desk::new();
     let sae =
         "checkpoint_every: 2\nsaes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n";
-    desk.write("config.yaml", &on_poisoned(20, sae));
+    let desk = Desk::with_config(&on_poisoned(20, sae));
     let row = 64 * 5 + 3;
     poisoned(&desk, row, 1.0);
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
@@ -456,8 +451,7 @@ const LONG_FILLS: &str = "steps: 200\noutput_dir: run\nprecision: float32\nlog_e
 
 #[test]
 fn a_run_is_interrupted_before_its_first_step() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "20000").replace("BATCH", "256"));
+    let desk = Desk::with_config(&LONG_FILLS.replace("N_CTXS", "20000").replace("BATCH", "256"));
     for (args, normalize) in
         [(vec!["train", "config.yaml"], "true"), (vec!["train", "config.yaml", "--resume"], "false")]
     {
@@ -629,8 +623,7 @@ fn commands_after<'a>(text: &'a str, word: &str) -> Vec<&'a str> {
 
 #[test]
 fn what_is_set_of_the_source_is_what_is_measured() {
-    let desk = Desk::new();
-    desk.write("config.yaml", ON_A_MODEL);
+    let desk = Desk::with_config(ON_A_MODEL);
     let trained = desk.ok(&["train", "config.yaml"]);
     let on = "measured on embedded austen held_out: 1280 tokens in 20 contexts (reconstruction), 512 tokens in 8 contexts \
               (loss_recovered)\n";
@@ -671,8 +664,7 @@ fn what_is_set_of_the_source_is_what_is_measured() {
 
 #[test]
 fn settings_that_measuring_does_not_use_are_refused() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml"]);
     for set in ["saes[0].dictionary.dict_size=32", "steps=10"] {
         let said = desk.refused(&["eval", "run/top_k", "--set", set]);
@@ -685,8 +677,7 @@ fn settings_that_measuring_does_not_use_are_refused() {
 
 #[test]
 fn too_little_data_for_a_figure_is_a_warning() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     let run = desk.run(&["train", "config.yaml"]);
     assert!(run.stderr.contains("the figures rest on 128 tokens (reconstruction)"), "{}", run.stderr);
     let run = desk.run(&["eval", "run/top_k", "--set", "metrics[0].n_batches=20"]);
@@ -701,8 +692,7 @@ fn too_little_data_for_a_figure_is_a_warning() {
 
 #[test]
 fn runs_are_measured_whole_and_together() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/b", "--set", "saes[1].dictionary.k=8"]);
     let of_run = parsed(&desk.ok(&["eval", "runs/a", "--json"]));
@@ -775,8 +765,7 @@ fn runs_are_compared_in_one_table() {
 
 #[test]
 fn what_can_be_measured_is_shown_whatever_is_wrong_with_the_rest() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/b", "--set", "seed=7"]);
     fs::write(desk.path("runs/a/top_k/ae.safetensors"), "").unwrap();
@@ -792,8 +781,7 @@ fn what_can_be_measured_is_shown_whatever_is_wrong_with_the_rest() {
 
 #[test]
 fn figures_of_different_data_are_not_compared_in_silence() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "b", "--set", "metrics[0].n_batches=3"]);
     let run = desk.run(&["compare", "a", "b"]);
@@ -825,8 +813,7 @@ fn in_a_shell(desk: &Desk, command: &str) {
 
 #[test]
 fn a_run_ends_with_commands_that_work_as_printed() {
-    let desk = Desk::new();
-    desk.write("config.yaml", ON_A_MODEL);
+    let desk = Desk::with_config(ON_A_MODEL);
     desk.write("files.yaml", &tensor_file_config(20, TWO_SAES).replace("output_dir: run", "output_dir: 'a run'"));
     for (config, commands) in
         [("config.yaml", ["encode", "export", "eval"]), ("files.yaml", ["export", "eval", "compare"])]
@@ -897,8 +884,7 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
 
 #[test]
 fn a_reader_of_stderr_that_leaves_changes_nothing() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(20, TWO_SAES));
+    let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     let code = |config: &str| {
         let mut program = desk.program();
         let mut child = program.args(["train", config]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();

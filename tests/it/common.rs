@@ -38,6 +38,13 @@ impl Desk {
         Desk { dir: TempDir::new().unwrap(), hub: None }
     }
 
+    /// With a config, `config.yaml`.
+    pub fn with_config(text: &str) -> Self {
+        let desk = Self::new();
+        desk.write("config.yaml", text);
+        desk
+    }
+
     pub fn with_hub(endpoint: &str) -> Self {
         Desk { hub: Some(endpoint.to_owned()), ..Self::new() }
     }
@@ -195,4 +202,18 @@ impl Drop for Disk<'_> {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(self.0).status();
     }
+}
+
+/// The rest of a source's pass: activations at each site, and tokens.
+pub fn drain(source: &mut dyn ActivationSource) -> (Vec<Tensor>, Tensor) {
+    let mut sites: Vec<Vec<Tensor>> = source.sites().iter().map(|_| Vec::new()).collect();
+    let mut tokens = Vec::new();
+    while let Some(activations) = source.next_batch().unwrap() {
+        assert_eq!(activations.sites.len(), sites.len());
+        for (all, batch) in sites.iter_mut().zip(activations.sites) {
+            all.push(batch.x);
+        }
+        tokens.extend(activations.tokens);
+    }
+    (sites.iter().map(|batches| Tensor::cat(batches, 0)).collect(), Tensor::cat(&tokens, 0))
 }

@@ -85,9 +85,7 @@ fn an_input_that_cannot_be_read_says_what_is_taken() {
 
 #[test]
 fn negative_features_count_and_are_ranked_by_magnitude() {
-    let desk = Desk::new();
-    desk.write(
-        "config.yaml",
+    let desk = Desk::with_config(
         "steps: 1\noutput_dir: run\nprecision: float32\n\
          source: {type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, ctx_len: 32, n_ctxs: 8,\n  \
          refresh_batch_size: 4, out_batch_size: 64, text: {type: embedded, name: austen}}\n\
@@ -125,10 +123,9 @@ fn negative_features_count_and_are_ranked_by_magnitude() {
 
 #[test]
 fn a_text_without_a_model_is_told_of_the_model() {
-    let desk = Desk::new();
     let saes =
         "saes: [{name: a, trainer: {type: top_k, warmup_steps: 0}, dictionary: {dict_size: 64, k: 4}}]\nmetrics: []\n";
-    desk.write("config.yaml", &tensor_file_config(2, saes));
+    let desk = Desk::with_config(&tensor_file_config(2, saes));
     desk.ok(&["train", "config.yaml"]);
     let said = desk.refused(&["encode", "run/a", "--text", "a text"]);
     assert!(said.contains("language model") && said.contains("`tensor_file`"), "{said}");

@@ -318,9 +318,7 @@ fn an_imported_sae_trains_on() {
 
 #[test]
 fn an_imported_sae_needs_no_config() {
-    let desk = Desk::new();
-    desk.write(
-        "config.yaml",
+    let desk = Desk::with_config(
         "steps: 30\noutput_dir: run\nprecision: float32\n\
          source: {type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, ctx_len: 64, n_ctxs: 64,\n  \
          out_batch_size: 256, text: {type: embedded, name: austen}}\n\

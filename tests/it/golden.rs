@@ -172,12 +172,19 @@ fn golden_run(case: &str) {
     run.same_config(&desk);
 }
 
-macro_rules! golden_runs {
-    ($($case:ident)*) => {
+/// A test for each case, of its name.
+macro_rules! each_case {
+    ($test:ident: $($case:ident)*) => {
         $(#[test]
         fn $case() {
-            golden_run(stringify!($case));
+            $test(stringify!($case));
         })*
+    };
+}
+
+macro_rules! golden_runs {
+    ($($case:ident)*) => {
+        each_case! { golden_run: $($case)* }
 
         #[test]
         fn every_golden_run_is_tested() {
@@ -275,16 +282,7 @@ fn experimental_run(case: &str) {
     assert!(!has_ghosts || log.iter().any(|row| row["ghosts"] != 0), "{case}");
 }
 
-macro_rules! experimental_runs {
-    ($($case:ident)*) => {
-        $(#[test]
-        fn $case() {
-            experimental_run(stringify!($case));
-        })*
-    };
-}
-
-experimental_runs! { entropy ghost_grads mlp_stretcher mlp_stretcher_ghost_entropy }
+each_case! { experimental_run: entropy ghost_grads mlp_stretcher mlp_stretcher_ghost_entropy }
 
 /// Equal to 1e-4. A fraction of differences of losses is no better known than the reference's float32 losses are.
 fn close(own: &Value, theirs: &Value, what: &str) {

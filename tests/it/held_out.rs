@@ -59,17 +59,12 @@ fn held_out_rows_are_never_trained_on_and_are_all_that_is_measured() {
     }
 }
 
-#[test]
-fn an_eval_source_over_the_same_file_measures_what_is_held_out() {
-    let desk = desk(Purpose::Training);
-    let eval_source = format!("eval_source: {{shuffle: false}}\n{METRICS}");
-    desk.write("config.yaml", &config("path: x.safetensors, held_out: 0.1", &eval_source));
-    let run = desk.run(&["train", "config.yaml"]);
-    assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
-    // The figures are those of the held-out rows, computed here.
-    let x = TensorFile::open(&desk.path("x.safetensors")).unwrap().tensor("activations").unwrap();
+/// Checks the saved l2_loss of `run/a` against that of the rows that `held_out: 0.1` holds out of `x.safetensors`, computed
+/// here; returns it.
+fn measured_on_held_out_rows(desk: &Desk) -> f64 {
     let rows = HeldOut::new(0.1, 0).unwrap().wanted(0..ROWS, Purpose::Evaluation).into_iter().flatten();
     let rows = Tensor::from_slice(&rows.map(|row| row as i64).collect::<Vec<_>>());
+    let x = TensorFile::open(&desk.path("x.safetensors")).unwrap().tensor("activations").unwrap();
     let x = x.index_select(0, &rows);
     tensors::write(&desk.path("held.safetensors"), &[("x", x.shallow_clone())]).unwrap();
     desk.ok(&["encode", "run/a", "--input", "held.safetensors", "--output", "y.safetensors"]);
@@ -77,6 +72,17 @@ fn an_eval_source_over_the_same_file_measures_what_is_held_out() {
     let l2 = (x - recon).norm_scalaropt_dim(2.0, [1], false).mean(Kind::Double).double_value(&[]);
     let found = desk.json("run/a/eval.json")["l2_loss"].as_f64().unwrap();
     assert!((found - l2).abs() < 1e-4 * l2, "{found} {l2}");
+    found
+}
+
+#[test]
+fn an_eval_source_over_the_same_file_measures_what_is_held_out() {
+    let desk = desk(Purpose::Training);
+    let eval_source = format!("eval_source: {{shuffle: false}}\n{METRICS}");
+    desk.write("config.yaml", &config("path: x.safetensors, held_out: 0.1", &eval_source));
+    let run = desk.run(&["train", "config.yaml"]);
+    assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
+    let found = measured_on_held_out_rows(&desk);
     // Measuring them all is another thing, and is said.
     let run = desk.run(&["eval", "run/a", "--json", "--set", "eval_source.held_out=0"]);
     assert!(run.code == 0 && run.stderr.contains("warning") && run.stderr.contains("held_out"), "{}", run.stderr);
@@ -153,16 +159,7 @@ fn a_cache_of_activations_holds_rows_out() {
     let run = desk.run(&["train", "config.yaml"]);
     assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
     // The same rows as of the file that it was written from.
-    let rows = HeldOut::new(0.1, 0).unwrap().wanted(0..ROWS, Purpose::Evaluation).into_iter().flatten();
-    let rows = Tensor::from_slice(&rows.map(|row| row as i64).collect::<Vec<_>>());
-    let x =
-        TensorFile::open(&desk.path("x.safetensors")).unwrap().tensor("activations").unwrap().index_select(0, &rows);
-    tensors::write(&desk.path("held.safetensors"), &[("x", x.shallow_clone())]).unwrap();
-    desk.ok(&["encode", "run/a", "--input", "held.safetensors", "--output", "y.safetensors"]);
-    let recon = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("recon").unwrap();
-    let l2 = (x - recon).norm_scalaropt_dim(2.0, [1], false).mean(Kind::Double).double_value(&[]);
-    let found = desk.json("run/a/eval.json")["l2_loss"].as_f64().unwrap();
-    assert!((found - l2).abs() < 1e-4 * l2, "{found} {l2}");
+    let l2 = measured_on_held_out_rows(&desk);
     let again: Value = serde_json::from_str(&desk.ok(&["eval", "run/a", "--json"])).unwrap();
     assert!((again["l2_loss"].as_f64().unwrap() - l2).abs() < 1e-4 * l2);
     let run = desk.run(&["eval", "run/a", "--set", "source.held_out_seed=1"]);

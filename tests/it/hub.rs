@@ -193,8 +193,7 @@ fn without_the_hub_and_without_the_cache() {
 
 /// A config that harvests the bundled model, reading this text.
 fn reading(text: &str) -> Desk {
-    let desk = Desk::new();
-    desk.write("config.yaml", &reading_config("embedded:austen", text));
+    let desk = Desk::with_config(&reading_config("embedded:austen", text));
     desk
 }
 
@@ -308,8 +307,7 @@ fn rows_of_token_ids_are_read_from_a_dataset() {
     let dataset = "datasets/someone/pretokenized";
     server.put(dataset, "data/train-00000-of-00001.parquet", table).put(dataset, "sae_lens.json", "{}");
     let read = |text: &str| {
-        let desk = Desk::new();
-        desk.write("config.yaml", &reading_config(fixture("models/gpt_neox").to_str().unwrap(), text));
+        let desk = Desk::with_config(&reading_config(fixture("models/gpt_neox").to_str().unwrap(), text));
         desk
     };
     let desk = read("{type: hub_dataset, repo: someone/pretokenized}");
@@ -356,8 +354,7 @@ fn a_chat_is_read_in_the_models_own_form() {
     }
     let model_path = model.dir.path().to_str().unwrap();
     let chats = format!("{{type: text_files, path: {:?}, column: messages}}", fixture("text/chats.parquet"));
-    let desk = Desk::new();
-    desk.write("config.yaml", &reading_config(model_path, &chats));
+    let desk = Desk::with_config(&reading_config(model_path, &chats));
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
     assert!(said.contains("chats.parquet:1 is a chat, and the tokenizer of"), "{said}");
     assert!(said.contains("has no chat template"), "{said}");

@@ -284,8 +284,7 @@ fn checkpoints(desk: &Desk) -> Vec<PathBuf> {
 
 #[test]
 fn a_damaged_checkpoint_is_passed_over() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(40, &format!("checkpoint_every: 10\n{TOP_K}")));
+    let desk = Desk::with_config(&tensor_file_config(40, &format!("checkpoint_every: 10\n{TOP_K}")));
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
     let stopped = || {
         let _ = fs::remove_dir_all(desk.path("run"));
@@ -391,8 +390,7 @@ fn small_disks_hold_what_matters_most() {
 
 #[test]
 fn a_lost_log_or_config_is_said() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(20, &format!("checkpoint_every: 10\n{TOP_K}")));
+    let desk = Desk::with_config(&tensor_file_config(20, &format!("checkpoint_every: 10\n{TOP_K}")));
     for (lost, said) in [("", "has no rows of the steps before"), ("gone\n", "has lines that are no rows")] {
         let _ = fs::remove_dir_all(desk.path("run"));
         desk.ok(&["train", "config.yaml", "--set", "stop_after=15"]);
@@ -434,8 +432,7 @@ fn a_signal_near_the_end_loses_nothing() {
 
 #[test]
 fn signals_end_a_run_in_good_order() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(100_000, &format!("checkpoint_every: null\n{TOP_K}")));
+    let desk = Desk::with_config(&tensor_file_config(100_000, &format!("checkpoint_every: null\n{TOP_K}")));
     for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
         let child = start(&desk, &["train", "config.yaml", "--resume"]);
         let before = logged_steps(&desk);
@@ -475,8 +472,7 @@ fn signals_end_a_run_in_good_order() {
 
 #[test]
 fn a_second_process_is_refused() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(100_000, &format!("checkpoint_every: 10\n{TOP_K}")));
+    let desk = Desk::with_config(&tensor_file_config(100_000, &format!("checkpoint_every: 10\n{TOP_K}")));
     let mut first = start(&desk, &["train", "config.yaml"]);
     wait_for("a checkpoint", || !checkpoints(&desk).is_empty());
     for args in [&["train", "config.yaml"][..], &["train", "config.yaml", "--resume"]] {
@@ -492,8 +488,7 @@ fn a_second_process_is_refused() {
 
 #[test]
 fn a_job_queue_needs_one_command_line() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(30, &format!("metrics: [{{type: reconstruction}}]\n{TOP_K}")));
+    let desk = Desk::with_config(&tensor_file_config(30, &format!("metrics: [{{type: reconstruction}}]\n{TOP_K}")));
     fs::create_dir(desk.path("run")).unwrap();
     let first = desk.run(&["train", "config.yaml", "--resume"]);
     assert_eq!(first.code, 0, "{}", first.stderr);
@@ -573,8 +568,7 @@ fn a_longer_run_keeps_the_defaults_that_it_began_with() {
 
 #[test]
 fn another_machine_goes_on_and_says_so() {
-    let desk = Desk::new();
-    desk.write("config.yaml", &tensor_file_config(30, TOP_K));
+    let desk = Desk::with_config(&tensor_file_config(30, TOP_K));
     desk.ok(&["train", "config.yaml", "--set", "stop_after=10"]);
     let threads = |count: &str| {
         let args = ["train", "config.yaml", "--resume", "--set", "device=cpu"];

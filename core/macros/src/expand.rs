@@ -2,7 +2,9 @@
 
 use proc_macro2::TokenStream;
 use quote::{format_ident, quote};
-use syn::{Attribute, Data, DeriveInput, Error, Expr, ExprLit, Field, Fields as SynFields, Lit, LitStr, Meta, Result};
+use syn::{
+    Attribute, Data, DeriveInput, Error, Expr, ExprLit, Field, Fields as SynFields, Lit, LitStr, Meta, Result, Type,
+};
 
 use crate::args::Args;
 use crate::fields::Fields;
@@ -28,7 +30,7 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
     let mut functions = TokenStream::new();
     let mut defaults = Some(Vec::new());
     for field in &mut fields.fields {
-        let default = default_of(field)?;
+        let default = default_of(field)?.or_else(|| (!is_model && is_option(field)).then_some(Default::OfItsType));
         let Some(field_name) = field.ident.clone() else { continue };
         let Some(default) = default else {
             // Serde gives a skipped field the default of its type.
@@ -212,6 +214,11 @@ fn default_of(field: &mut Field) -> Result<Option<Default>> {
     }
     field.attrs = kept;
     Ok(found)
+}
+
+/// Whether the field's type is an `Option`.
+fn is_option(field: &Field) -> bool {
+    matches!(&field.ty, Type::Path(path) if path.path.segments.last().is_some_and(|last| last.ident == "Option"))
 }
 
 /// Whether the field is `#[serde(skip)]`.

@@ -43,8 +43,8 @@ use proc_macro::TokenStream;
 ///
 /// # Fields
 ///
-/// `#[default(VALUE)]` gives a field its default, and `#[default]` the default of its type. A field with neither must be
-/// set in the config. If every field has a default, the struct implements `Default`.
+/// `#[default(VALUE)]` gives a field its default, and `#[default]` the default of its type. An `Option` is null by default; any
+/// other field with neither must be set in the config. If every field has a default, the struct implements `Default`.
 ///
 /// `fields(...)` writes fields that several components share, with their docs, ranges and defaults. It lists them in the
 /// order in which the struct has them; `..` stands for the struct's own fields that the list does not name. Without `..`

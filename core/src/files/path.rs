@@ -1,10 +1,8 @@
 //! Paths in configs.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// The newtype name by which the config's deserializer knows a path and makes it absolute, from the folder of the
@@ -12,6 +10,25 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 pub(crate) const PATH: &str = "dictlearn::ConfigPath";
 /// The same for a value that may be a path or a name: it is a path if something exists there, or if it looks like one.
 pub(crate) const PATH_OR_NAME: &str = "dictlearn::PathOrName";
+
+/// Reads a path's text from the newtype.
+struct PathText;
+
+impl<'de> de::Visitor<'de> for PathText {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a path")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+        Ok(text.to_owned())
+    }
+
+    fn visit_newtype_struct<D: Deserializer<'de>>(self, inner: D) -> Result<String, D::Error> {
+        inner.deserialize_str(self)
+    }
+}
 
 macro_rules! path_value {
     ($(#[$doc:meta])* $name:ident, $marker:expr) => {
@@ -52,34 +69,11 @@ macro_rules! path_value {
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                struct Visitor;
-                impl<'de> de::Visitor<'de> for Visitor {
-                    type Value = String;
-                    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                        f.write_str("a path")
-                    }
-                    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
-                        Ok(text.to_owned())
-                    }
-                    fn visit_newtype_struct<D: Deserializer<'de>>(self, inner: D) -> Result<String, D::Error> {
-                        inner.deserialize_str(self)
-                    }
-                }
-                deserializer.deserialize_newtype_struct($marker, Visitor).map($name)
+                deserializer.deserialize_newtype_struct($marker, PathText).map($name)
             }
         }
 
-        impl JsonSchema for $name {
-            fn schema_name() -> Cow<'static, str> {
-                stringify!($name).into()
-            }
-            fn inline_schema() -> bool {
-                true
-            }
-            fn json_schema(_: &mut SchemaGenerator) -> Schema {
-                json_schema!({"type": "string"})
-            }
-        }
+        crate::inline_schema!($name, {"type": "string"});
     };
 }
 

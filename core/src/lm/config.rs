@@ -89,7 +89,8 @@ impl Usual {
 
     /// The same with rotary embeddings that the family has made itself, of which all layers use the first.
     pub fn decoder_with(&self, rotary: Vec<Rotary>) -> Result<DecoderConfig> {
-        let head_dim = self.head_dim()?;
+        let (heads, head_dim) = (self.num_attention_heads, self.head_dim()?);
+        let input = Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" };
         let scale = (head_dim as f64).powf(-0.5);
         let layer = LayerConfig { window: None, rotary: Some(0), scale };
         Ok(DecoderConfig {
@@ -99,27 +100,16 @@ impl Usual {
             layers: vec![layer; self.num_hidden_layers],
             rotary,
             layers_path: "model.layers",
-            embed: EmbedConfig { tokens: "model.embed_tokens", positions: None, scale: 1.0, scale_inside: false },
-            norm: NormConfig {
-                kind: NormKind::Rms,
-                eps: self.rms_norm_eps.unwrap_or(1e-6),
-                before_attention: Some("input_layernorm"),
-                after_attention: None,
-                before_mlp: Some("post_attention_layernorm"),
-                after_mlp: None,
-            },
+            embed: EmbedConfig::tokens("model.embed_tokens"),
+            norm: NormConfig::before(
+                NormKind::Rms,
+                self.rms_norm_eps.unwrap_or(1e-6),
+                "input_layernorm",
+                "post_attention_layernorm",
+            ),
             attention: AttentionConfig {
-                path: "self_attn",
-                heads: self.num_attention_heads,
-                kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
-                head_dim,
-                input: Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" },
-                output: "o_proj",
-                input_bias: false,
-                output_bias: false,
-                transposed: false,
-                qk_norm: None,
-                soft_cap: None,
+                kv_heads: self.num_key_value_heads.unwrap_or(heads),
+                ..AttentionConfig::new("self_attn", (heads, head_dim), input, "o_proj")
             },
             mlp: MlpConfig {
                 path: "mlp",
@@ -134,6 +124,100 @@ impl Usual {
             final_norm: "model.norm",
             head: HeadConfig { path: "lm_head", tied: self.tie_word_embeddings.unwrap_or(false), soft_cap: None },
         })
+    }
+}
+
+/// The fields of families with norms before and after attention and MLP, whose attention slides over a window in some layers.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+pub struct Sandwich {
+    /// The MLP's activation.
+    pub hidden_activation: Option<String>,
+    /// Whether attention's projections have biases.
+    #[serde(default)]
+    pub attention_bias: bool,
+    /// Scores are divided by the root of this.
+    #[serde(default = "Sandwich::query_pre_attn_scalar")]
+    pub query_pre_attn_scalar: f64,
+    /// How many positions a token of a sliding layer sees, itself among them.
+    #[serde(default = "Sandwich::sliding_window")]
+    pub sliding_window: i64,
+    /// Which layers slide: `sliding_attention` or `full_attention` for each.
+    pub layer_types: Option<Vec<String>>,
+    /// Must be false: dictionaries are trained on models that read from left to right.
+    pub use_bidirectional_attention: Option<bool>,
+}
+
+impl Sandwich {
+    fn query_pre_attn_scalar() -> f64 {
+        256.0
+    }
+
+    fn sliding_window() -> i64 {
+        4096
+    }
+
+    /// Gives a decoder of Llama the norms, activation, scale of embeddings and windows of these families; returns which
+    /// layers slide, by default those that `slides` names. An error if attention is bidirectional.
+    pub fn apply(&self, decoder: &mut DecoderConfig, slides: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+        if self.use_bidirectional_attention == Some(true) {
+            bail!(
+                InputError::new("config.json: `use_bidirectional_attention` is not supported")
+                    .help("supported are models that read from left to right")
+            );
+        }
+        decoder.mlp.act = activation(self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"))?;
+        decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
+        decoder.attention.input_bias = self.attention_bias;
+        decoder.attention.output_bias = self.attention_bias;
+        decoder.norm = NormConfig {
+            kind: NormKind::RmsPlusOne,
+            eps: decoder.norm.eps,
+            before_attention: Some("input_layernorm"),
+            after_attention: Some("post_attention_layernorm"),
+            before_mlp: Some("pre_feedforward_layernorm"),
+            after_mlp: Some("post_feedforward_layernorm"),
+        };
+        let sliding = sliding_layers(self.layer_types.as_deref(), decoder.layers.len(), slides)?;
+        for (layer, sliding) in decoder.layers.iter_mut().zip(&sliding) {
+            layer.scale = self.query_pre_attn_scalar.powf(-0.5);
+            layer.window = sliding.then_some(self.sliding_window);
+        }
+        Ok(sliding)
+    }
+}
+
+/// The fields of families in which attention slides over a window from some layer on.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+pub struct UpperWindow {
+    /// Whether layers from `max_window_layers` on see only a window.
+    #[serde(default)]
+    pub use_sliding_window: bool,
+    /// How many positions such a layer's tokens see, each itself among them.
+    pub sliding_window: Option<i64>,
+    /// The first layer that sees only a window.
+    #[serde(default = "UpperWindow::max_window_layers")]
+    pub max_window_layers: usize,
+    /// The same by layer: `full_attention` or `sliding_attention`.
+    pub layer_types: Option<Vec<String>>,
+}
+
+impl UpperWindow {
+    /// The example of a family with these fields: a window from the second layer on.
+    pub const EXAMPLE: &str = "{use_sliding_window: true, max_window_layers: 1}";
+
+    fn max_window_layers() -> usize {
+        28
+    }
+
+    /// Gives a decoder's layers their windows.
+    pub fn apply(&self, decoder: &mut DecoderConfig) -> Result<()> {
+        let window = self.use_sliding_window.then_some(self.sliding_window).flatten();
+        let upper = |layer| layer >= self.max_window_layers;
+        let sliding = sliding_layers(self.layer_types.as_deref(), decoder.layers.len(), upper)?;
+        for (layer, sliding) in decoder.layers.iter_mut().zip(sliding) {
+            layer.window = window.filter(|_| sliding);
+        }
+        Ok(())
     }
 }
 

@@ -79,6 +79,13 @@ pub struct EmbedConfig {
     pub scale_inside: bool,
 }
 
+impl EmbedConfig {
+    /// Token embeddings alone, not multiplied.
+    pub fn tokens(path: &'static str) -> Self {
+        EmbedConfig { tokens: path, positions: None, scale: 1.0, scale_inside: false }
+    }
+}
+
 /// The norms of a layer, by name; those that a family does not have are `None`.
 #[derive(Debug, Clone)]
 pub struct NormConfig {
@@ -94,6 +101,20 @@ pub struct NormConfig {
     pub before_mlp: Option<&'static str>,
     /// Of the MLP's output.
     pub after_mlp: Option<&'static str>,
+}
+
+impl NormConfig {
+    /// Norms of the inputs alone.
+    pub fn before(kind: NormKind, eps: f64, attention: &'static str, mlp: &'static str) -> Self {
+        NormConfig {
+            kind,
+            eps,
+            before_attention: Some(attention),
+            after_attention: None,
+            before_mlp: Some(mlp),
+            after_mlp: None,
+        }
+    }
 }
 
 /// Attention.
@@ -121,6 +142,25 @@ pub struct AttentionConfig {
     pub qk_norm: Option<QkNorm>,
     /// Scores are bounded to ± this.
     pub soft_cap: Option<f64>,
+}
+
+impl AttentionConfig {
+    /// Attention without biases and norms, with keys and values of its own for each head.
+    pub fn new(path: &'static str, (heads, head_dim): (i64, i64), input: Projections, output: &'static str) -> Self {
+        AttentionConfig {
+            path,
+            heads,
+            kv_heads: heads,
+            head_dim,
+            input,
+            output,
+            input_bias: false,
+            output_bias: false,
+            transposed: false,
+            qk_norm: None,
+            soft_cap: None,
+        }
+    }
 }
 
 /// The projections to queries, keys and values.
@@ -167,6 +207,21 @@ pub struct MlpConfig {
     pub bias: bool,
     /// Whether weights lie transposed, [in, out], as GPT-2's do.
     pub transposed: bool,
+}
+
+impl MlpConfig {
+    /// An MLP without a gate, with biases: the module `mlp`, with its activation in `act`.
+    pub fn plain(width: i64, (up, down): (&'static str, &'static str), act: Activation) -> Self {
+        MlpConfig {
+            path: "mlp",
+            width,
+            layout: MlpLayout::Plain { up, down },
+            act_path: "act",
+            act,
+            bias: true,
+            transposed: false,
+        }
+    }
 }
 
 /// The projections of an MLP, by name.

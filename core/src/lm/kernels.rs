@@ -74,6 +74,20 @@ fn rms_norm_rows<A: Number, B: Number>(x: &[A], weight: &[f32], eps: f32, out: &
     }
 }
 
+/// Fills `out` from x and y, of the same shape, part by part.
+fn by_element<A: Number, B: Number, C: Number>(
+    x: &Tensor,
+    y: &Tensor,
+    out: &mut Tensor,
+    fill: impl Fn(&[A], &[B], &mut [C]) + Sync,
+) {
+    let (x, y, out) = (numbers::<A>(x), numbers::<B>(y), Output::<C>::of(out));
+    share(x.len(), 1, |part| {
+        // SAFETY: ranges do not overlap.
+        fill(&x[part.clone()], &y[part.clone()], unsafe { out.part(part) });
+    });
+}
+
 /// SiLU(gate) · up, of the same shape and kind.
 pub(super) fn silu_times(gate: &Tensor, up: &Tensor) -> Tensor {
     let (gate, up) = (gate.contiguous(), up.contiguous());
@@ -83,11 +97,7 @@ pub(super) fn silu_times(gate: &Tensor, up: &Tensor) -> Tensor {
 }
 
 fn silu_times_of<A: Number, B: Number>(gate: &Tensor, up: &Tensor, out: &mut Tensor) {
-    let (gate, up, out) = (numbers::<A>(gate), numbers::<A>(up), Output::<B>::of(out));
-    share(up.len(), 1, |part| {
-        // SAFETY: ranges do not overlap.
-        silu_times_part(&gate[part.clone()], &up[part.clone()], unsafe { out.part(part) });
-    });
+    by_element::<A, A, B>(gate, up, out, silu_times_part);
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
@@ -124,11 +134,7 @@ pub(super) fn add(x: &Tensor, y: &Tensor) -> Tensor {
 }
 
 fn add_of<A: Number, B: Number>(x: &Tensor, y: &Tensor, out: &mut Tensor) {
-    let (x, y, out) = (numbers::<A>(x), numbers::<B>(y), Output::<f32>::of(out));
-    share(x.len(), 1, |part| {
-        // SAFETY: ranges do not overlap.
-        add_part(&x[part.clone()], &y[part.clone()], unsafe { out.part(part) });
-    });
+    by_element::<A, B, f32>(x, y, out, add_part);
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]

@@ -1,11 +1,10 @@
 //! Where tensors live and in which type their products are computed.
 
-use std::borrow::Cow;
 use std::cell::Cell;
 use std::fmt;
 use std::sync::LazyLock;
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -130,10 +129,7 @@ thread_local! {
 
 /// Does something with a CPU's tensors as if they were a GPU's: for tests, where there is none.
 pub fn as_a_gpu<T>(work: impl FnOnce() -> T) -> T {
-    AS_A_GPU.set(true);
-    let done = work();
-    AS_A_GPU.set(false);
-    done
+    crate::flag::during(&AS_A_GPU, work)
 }
 
 /// The first GPU where there is one, otherwise the CPU.
@@ -243,17 +239,7 @@ impl<'de> Deserialize<'de> for DeviceChoice {
     }
 }
 
-impl JsonSchema for DeviceChoice {
-    fn schema_name() -> Cow<'static, str> {
-        "DeviceChoice".into()
-    }
-    fn inline_schema() -> bool {
-        true
-    }
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": "string", "pattern": "^(auto|cpu|cuda|cuda:[0-9]+)$"})
-    }
-}
+crate::inline_schema!(DeviceChoice, {"type": "string", "pattern": "^(auto|cpu|cuda|cuda:[0-9]+)$"});
 
 /// `precision:` of a config.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

@@ -9,10 +9,16 @@ use tch::{Kind, Tensor};
 use crate::data::ActivationSource;
 use crate::sae::Dictionary;
 
-/// The config of a metric.
+/// The config of a metric. A config that implements [`Metric`] itself is its own metric and needs no implementation.
 pub trait MetricConfig: Debug + Send + Sync {
     /// The metric.
     fn build(&self) -> Result<Box<dyn Metric>>;
+}
+
+impl<M: Metric + Debug + Clone + Send + Sync + 'static> MetricConfig for M {
+    fn build(&self) -> Result<Box<dyn Metric>> {
+        Ok(Box::new(self.clone()))
+    }
 }
 
 crate::tagged::tagged! {

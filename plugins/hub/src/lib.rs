@@ -165,6 +165,16 @@ impl Client {
         Repo { revision: revision.clone(), ..repo.clone() }
     }
 
+    /// The snapshot of a repository and the place in the cache of a file that it has.
+    fn located(&self, repo: &Repo, path: &str) -> Result<Option<(Arc<Snapshot>, PathBuf)>> {
+        let snapshot = self.snapshot(repo)?;
+        if !snapshot.files.iter().any(|file| file == path) {
+            return Ok(None);
+        }
+        let pointer = self.pointer(repo, &snapshot.commit, path);
+        Ok(Some((snapshot, pointer)))
+    }
+
     /// The repository's files and commit, as the Hub knows them or, if it cannot be asked, as the cache has them.
     fn snapshot(&self, repo: &Repo) -> Result<Arc<Snapshot>> {
         let mut known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
@@ -449,11 +459,7 @@ impl Hub for Client {
 
     fn file(&self, repo: &Repo, path: &str) -> Result<Option<PathBuf>> {
         let repo = &self.pinned(repo);
-        let snapshot = self.snapshot(repo)?;
-        if !snapshot.files.iter().any(|file| file == path) {
-            return Ok(None);
-        }
-        let pointer = self.pointer(repo, &snapshot.commit, path);
+        let Some((snapshot, pointer)) = self.located(repo, path)? else { return Ok(None) };
         if pointer.exists() {
             return Ok(Some(pointer));
         }
@@ -463,11 +469,7 @@ impl Hub for Client {
 
     fn stream(&self, repo: &Repo, path: &str) -> Result<Option<Box<dyn Read + Send>>> {
         let repo = &self.pinned(repo);
-        let snapshot = self.snapshot(repo)?;
-        if !snapshot.files.iter().any(|file| file == path) {
-            return Ok(None);
-        }
-        let pointer = self.pointer(repo, &snapshot.commit, path);
+        let Some((snapshot, pointer)) = self.located(repo, path)? else { return Ok(None) };
         if pointer.exists() {
             let file = File::open(&pointer).with_context(|| format!("cannot read {}", pointer.display()))?;
             return Ok(Some(Box::new(file)));

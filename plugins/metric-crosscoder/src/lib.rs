@@ -32,12 +32,6 @@ pub struct CrosscoderMetricConfig {
     pub alone: f64,
 }
 
-impl MetricConfig for CrosscoderMetricConfig {
-    fn build(&self) -> Result<Box<dyn Metric>> {
-        Ok(Box::new(self.clone()))
-    }
-}
-
 impl Metric for CrosscoderMetricConfig {
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {
         let joined = source.sites().iter().all(|site| !site.parts.is_empty());

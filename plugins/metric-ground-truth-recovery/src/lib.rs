@@ -26,12 +26,6 @@ pub struct RecoveryConfig {
     pub threshold: f64,
 }
 
-impl MetricConfig for RecoveryConfig {
-    fn build(&self) -> Result<Box<dyn Metric>> {
-        Ok(Box::new(self.clone()))
-    }
-}
-
 impl Metric for RecoveryConfig {
     fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
         let Some(truth) = source.true_features() else { bail!("the source does not know its features") };

@@ -31,12 +31,6 @@ pub struct LossRecoveredConfig {
     pub batch_size: u64,
 }
 
-impl MetricConfig for LossRecoveredConfig {
-    fn build(&self) -> Result<Box<dyn Metric>> {
-        Ok(Box::new(self.clone()))
-    }
-}
-
 impl Metric for LossRecoveredConfig {
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {
         source

@@ -31,12 +31,6 @@ pub struct ReconstructionConfig {
     pub n_batches: u64,
 }
 
-impl MetricConfig for ReconstructionConfig {
-    fn build(&self) -> Result<Box<dyn Metric>> {
-        Ok(Box::new(self.clone()))
-    }
-}
-
 impl Metric for ReconstructionConfig {
     fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
         let mut totals: Vec<Totals> = subjects.iter().map(|subject| Totals::new(subject.dictionary)).collect();

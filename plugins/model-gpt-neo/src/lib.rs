@@ -2,7 +2,7 @@
 //! scores and layers that attend by turns to all positions and to a window.
 
 use dictlearn_core::lm::decoder::{
-    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
+    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
 };
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
@@ -74,6 +74,9 @@ fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
 
 impl DecoderFamily for GptNeoConfig {
     fn decoder(self) -> Result<DecoderConfig> {
+        let act = activation(&self.activation_function)?;
+        let head_dim = DecoderConfig::head_dim(self.hidden_size, self.num_heads)?;
+        let input = Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" };
         Ok(DecoderConfig {
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
@@ -81,42 +84,13 @@ impl DecoderFamily for GptNeoConfig {
             layers: layers(&self)?,
             rotary: Vec::new(),
             layers_path: "transformer.h",
-            embed: EmbedConfig {
-                tokens: "transformer.wte",
-                positions: Some("transformer.wpe"),
-                scale: 1.0,
-                scale_inside: false,
-            },
-            norm: NormConfig {
-                kind: NormKind::Layer,
-                eps: self.layer_norm_epsilon,
-                before_attention: Some("ln_1"),
-                after_attention: None,
-                before_mlp: Some("ln_2"),
-                after_mlp: None,
-            },
+            embed: EmbedConfig { positions: Some("transformer.wpe"), ..EmbedConfig::tokens("transformer.wte") },
+            norm: NormConfig::before(NormKind::Layer, self.layer_norm_epsilon, "ln_1", "ln_2"),
             attention: AttentionConfig {
-                path: "attn.attention",
-                heads: self.num_heads,
-                kv_heads: self.num_heads,
-                head_dim: DecoderConfig::head_dim(self.hidden_size, self.num_heads)?,
-                input: Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" },
-                output: "out_proj",
-                input_bias: false,
                 output_bias: true,
-                transposed: false,
-                qk_norm: None,
-                soft_cap: None,
+                ..AttentionConfig::new("attn.attention", (self.num_heads, head_dim), input, "out_proj")
             },
-            mlp: MlpConfig {
-                path: "mlp",
-                width: self.intermediate_size.unwrap_or(4 * self.hidden_size),
-                layout: MlpLayout::Plain { up: "c_fc", down: "c_proj" },
-                act_path: "act",
-                act: activation(&self.activation_function)?,
-                bias: true,
-                transposed: false,
-            },
+            mlp: MlpConfig::plain(self.intermediate_size.unwrap_or(4 * self.hidden_size), ("c_fc", "c_proj"), act),
             parallel: false,
             final_norm: "transformer.ln_f",
             head: HeadConfig { path: "lm_head", tied: self.tie_word_embeddings, soft_cap: None },

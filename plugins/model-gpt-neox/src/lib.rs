@@ -6,7 +6,7 @@
 //! are rotated by position.
 
 use dictlearn_core::lm::decoder::{
-    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
+    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
 };
 use dictlearn_core::lm::{Decoder, DecoderConfig, DecoderFamily, ModelCx, NormKind, Rope, activation};
 use dictlearn_core::prelude::*;
@@ -76,6 +76,7 @@ impl DecoderFamily for GptNeoxConfig {
     fn decoder(self) -> Result<DecoderConfig> {
         let (d, heads) = (self.hidden_size, self.num_attention_heads);
         let head_dim = DecoderConfig::head_dim(d, heads)?;
+        let input = Projections::Interleaved("query_key_value");
         let mut rope = self.rope.clone();
         rope.partial_rotary_factor.get_or_insert(self.rotary_pct);
         let layer = LayerConfig { window: None, rotary: Some(0), scale: (head_dim as f64).powf(-0.5) };
@@ -86,37 +87,23 @@ impl DecoderFamily for GptNeoxConfig {
             layers: vec![layer; self.num_hidden_layers],
             rotary: vec![rope.rotary(head_dim, self.rotary_emb_base, self.max_position_embeddings)?],
             layers_path: "gpt_neox.layers",
-            embed: EmbedConfig { tokens: "gpt_neox.embed_in", positions: None, scale: 1.0, scale_inside: false },
-            norm: NormConfig {
-                kind: NormKind::Layer,
-                eps: self.layer_norm_eps,
-                before_attention: Some("input_layernorm"),
-                after_attention: None,
-                before_mlp: Some("post_attention_layernorm"),
-                after_mlp: None,
-            },
+            embed: EmbedConfig::tokens("gpt_neox.embed_in"),
+            norm: NormConfig::before(
+                NormKind::Layer,
+                self.layer_norm_eps,
+                "input_layernorm",
+                "post_attention_layernorm",
+            ),
             attention: AttentionConfig {
-                path: "attention",
-                heads,
-                kv_heads: heads,
-                head_dim,
-                input: Projections::Interleaved("query_key_value"),
-                output: "dense",
                 input_bias: self.attention_bias,
                 output_bias: self.attention_bias,
-                transposed: false,
-                qk_norm: None,
-                soft_cap: None,
+                ..AttentionConfig::new("attention", (heads, head_dim), input, "dense")
             },
-            mlp: MlpConfig {
-                path: "mlp",
-                width: self.intermediate_size,
-                layout: MlpLayout::Plain { up: "dense_h_to_4h", down: "dense_4h_to_h" },
-                act_path: "act",
-                act: activation(&self.hidden_act)?,
-                bias: true,
-                transposed: false,
-            },
+            mlp: MlpConfig::plain(
+                self.intermediate_size,
+                ("dense_h_to_4h", "dense_4h_to_h"),
+                activation(&self.hidden_act)?,
+            ),
             parallel: self.use_parallel_residual,
             final_norm: "gpt_neox.final_layer_norm",
             head: HeadConfig { path: "embed_out", tied: self.tie_word_embeddings, soft_cap: None },

@@ -3,7 +3,7 @@
 //! positions, layer norms before attention and MLP, weights that lie transposed.
 
 use dictlearn_core::lm::decoder::{
-    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
+    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
 };
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
@@ -46,6 +46,7 @@ pub struct Gpt2Config {
 impl DecoderFamily for Gpt2Config {
     fn decoder(self) -> Result<DecoderConfig> {
         let head_dim = DecoderConfig::head_dim(self.n_embd, self.n_head)?;
+        let act = activation(&self.activation_function)?;
         let layer = |index: usize| {
             let scale = if self.scale_attn_weights { (head_dim as f64).powf(-0.5) } else { 1.0 };
             let by_layer = if self.scale_attn_by_inverse_layer_idx { index as f64 + 1.0 } else { 1.0 };
@@ -58,41 +59,17 @@ impl DecoderFamily for Gpt2Config {
             layers: (0..self.n_layer).map(layer).collect(),
             rotary: Vec::new(),
             layers_path: "transformer.h",
-            embed: EmbedConfig {
-                tokens: "transformer.wte",
-                positions: Some("transformer.wpe"),
-                scale: 1.0,
-                scale_inside: false,
-            },
-            norm: NormConfig {
-                kind: NormKind::Layer,
-                eps: self.layer_norm_epsilon,
-                before_attention: Some("ln_1"),
-                after_attention: None,
-                before_mlp: Some("ln_2"),
-                after_mlp: None,
-            },
+            embed: EmbedConfig { positions: Some("transformer.wpe"), ..EmbedConfig::tokens("transformer.wte") },
+            norm: NormConfig::before(NormKind::Layer, self.layer_norm_epsilon, "ln_1", "ln_2"),
             attention: AttentionConfig {
-                path: "attn",
-                heads: self.n_head,
-                kv_heads: self.n_head,
-                head_dim,
-                input: Projections::Joined("c_attn"),
-                output: "c_proj",
                 input_bias: true,
                 output_bias: true,
                 transposed: true,
-                qk_norm: None,
-                soft_cap: None,
+                ..AttentionConfig::new("attn", (self.n_head, head_dim), Projections::Joined("c_attn"), "c_proj")
             },
             mlp: MlpConfig {
-                path: "mlp",
-                width: self.n_inner.unwrap_or(4 * self.n_embd),
-                layout: MlpLayout::Plain { up: "c_fc", down: "c_proj" },
-                act_path: "act",
-                act: activation(&self.activation_function)?,
-                bias: true,
                 transposed: true,
+                ..MlpConfig::plain(self.n_inner.unwrap_or(4 * self.n_embd), ("c_fc", "c_proj"), act)
             },
             parallel: false,
             final_norm: "transformer.ln_f",

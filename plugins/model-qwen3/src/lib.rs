@@ -1,30 +1,21 @@
 //! Qwen 3 (Yang et al. 2025, <https://arxiv.org/abs/2505.09388>), dense: Llama with norms over each head's query and key.
 
-use dictlearn_core::lm::config::{Usual, sliding_layers};
+use dictlearn_core::lm::config::{UpperWindow, Usual};
 use dictlearn_core::lm::decoder::QkNorm;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
 /// The fields of a Qwen 3 config.json that change what it computes, with Hugging Face's defaults.
 #[component(model "qwen3", summary = "Qwen 3 (dense)",
-    paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388",
-    example = "{use_sliding_window: true, max_window_layers: 1}")]
+    paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388", example = UpperWindow::EXAMPLE)]
 pub struct Qwen3Config {
     #[serde(flatten)]
     usual: Usual,
     /// Whether attention's projections have biases.
     #[default]
     attention_bias: bool,
-    /// Whether layers from `max_window_layers` on see only a window.
-    #[default]
-    use_sliding_window: bool,
-    /// How many positions such a layer's tokens see, each itself among them.
-    sliding_window: Option<i64>,
-    /// The first layer that sees only a window.
-    #[default(28)]
-    max_window_layers: usize,
-    /// The same by layer: `full_attention` or `sliding_attention`.
-    layer_types: Option<Vec<String>>,
+    #[serde(flatten)]
+    window: UpperWindow,
 }
 
 impl DecoderFamily for Qwen3Config {
@@ -35,12 +26,7 @@ impl DecoderFamily for Qwen3Config {
         decoder.attention.input_bias = self.attention_bias;
         decoder.attention.output_bias = self.attention_bias;
         decoder.attention.qk_norm = Some(QkNorm::Head);
-        let windowed = self.use_sliding_window.then_some(self.sliding_window).flatten();
-        let first = self.max_window_layers;
-        let sliding = sliding_layers(self.layer_types.as_deref(), decoder.layers.len(), |layer| layer >= first)?;
-        for (layer, sliding) in decoder.layers.iter_mut().zip(sliding) {
-            layer.window = windowed.filter(|_| sliding);
-        }
+        self.window.apply(&mut decoder)?;
         Ok(decoder)
     }
 }

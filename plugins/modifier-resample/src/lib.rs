@@ -18,10 +18,8 @@ pub struct ResampleConfig {
     #[schemars(range(min = 1))]
     pub every: u64,
     /// A feature is dead that has been silent for more than so many steps; half of `every` if it is null.
-    #[default]
     pub dead_after: Option<u64>,
     /// No more resampling from this step on, so that what starts anew has time to learn; null for never.
-    #[default]
     pub until: Option<u64>,
     /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (the paper).
     #[default]

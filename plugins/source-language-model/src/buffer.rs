@@ -196,9 +196,23 @@ mod tests {
         all
     }
 
+    /// A buffer of ten rows; `name` draws its order.
+    fn small(name: &str) -> Buffer {
+        Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, name))
+    }
+
+    /// The state of a buffer that has served `count` rows, the next row to fill in, and the 15 rows that it served then.
+    fn interrupted(count: usize) -> (State, i64, Vec<f32>) {
+        let mut buffer = small("buffer");
+        let mut next = 0;
+        served(&mut buffer, &mut next, count);
+        let (state, at) = (buffer.state(0).unwrap(), next);
+        (state, at, served(&mut buffer, &mut next, 15))
+    }
+
     #[test]
     fn every_row_is_served_once() {
-        let mut buffer = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, "buffer"));
+        let mut buffer = small("buffer");
         let mut next = 0;
         let mut all = served(&mut buffer, &mut next, 20);
         while let Some(rows) = buffer.take(1) {
@@ -211,13 +225,8 @@ mod tests {
 
     #[test]
     fn a_filling_that_breaks_off_is_taken_up() {
-        let mut buffer = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, "buffer"));
-        let mut next = 0;
-        served(&mut buffer, &mut next, 3);
-        let (state, at) = (buffer.state(0).unwrap(), next);
-        let expected = served(&mut buffer, &mut next, 15);
-
-        let new = || Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(7, "other"));
+        let (state, at, expected) = interrupted(3);
+        let new = || small("other");
         let mut broken = new();
         broken.restore(&state, &columns(&state)).unwrap();
         let mut next = at;
@@ -239,14 +248,9 @@ mod tests {
 
     #[test]
     fn a_restored_buffer_goes_on_bit_for_bit() {
-        let mut buffer = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, "buffer"));
-        let mut next = 0;
-        served(&mut buffer, &mut next, 2);
-        let (state, at) = (buffer.state(0).unwrap(), next);
-        let expected = served(&mut buffer, &mut next, 15);
-        let mut other = Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(7, "other"));
+        let (state, mut next, expected) = interrupted(2);
+        let mut other = small("other");
         other.restore(&state, &columns(&state)).unwrap();
-        let mut next = at;
         assert_eq!(served(&mut other, &mut next, 15), expected);
     }
 }

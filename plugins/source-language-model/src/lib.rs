@@ -21,7 +21,6 @@ mod harvested;
 mod held_out;
 mod sites;
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 
@@ -31,7 +30,6 @@ use dictlearn_core::interrupt;
 use dictlearn_core::lm::{ModelFiles, open_model};
 use dictlearn_core::machine::rng::rng;
 use dictlearn_core::prelude::*;
-use dictlearn_core::schemars::{Schema, SchemaGenerator, json_schema};
 
 use ahead::Ahead;
 use buffer::Buffer;
@@ -61,7 +59,6 @@ pub struct LanguageModelConfig {
     pub io: IoChoice,
     /// Another place, whose value is to be predicted from the submodule's: a module, of which it is the output, or a
     /// TransformerLens name.
-    #[default]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
     /// Take the mean over dimensions off every activation, as TransformerLens's `center_writing_weights` does to what is
@@ -100,7 +97,6 @@ pub struct LanguageModelConfig {
     pub add_special_tokens: bool,
     /// Begin every context with the BOS token (`true`), whatever the tokenizer does, or let the tokenizer add nothing
     /// (`false`); null to leave it to the tokenizer.
-    #[default]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prepend_bos: Option<bool>,
     /// Leave out the activations of special tokens: `true` for BOS, EOS, padding and separator as the model's files name
@@ -110,12 +106,10 @@ pub struct LanguageModelConfig {
     pub exclude_special_tokens: Exclude,
     /// Date that chat templates see as today, `YYYY-MM-DD`; null for the day on which the run begins. Some templates
     /// write it into the system message (Llama 3.1 and later, gpt-oss): set it for the same tokens on another day.
-    #[default]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_date: Option<String>,
     /// Leave out activations whose norm is more than so many times the median of their forward pass; 10 is usual. With
     /// several submodules, a token that is left out at one is left out at all.
-    #[default]
     #[schemars(range(min = 0))]
     pub max_activation_norm_multiple: Option<f64>,
     /// Draw batches at random from the buffer; false for activations in order.
@@ -138,7 +132,6 @@ pub struct LanguageModelConfig {
     #[serde(skip_serializing_if = "is_first")]
     pub held_out_seed: u64,
     /// How often the text is read at most; null for as often as the run needs.
-    #[default]
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
 }
@@ -153,17 +146,7 @@ pub enum Exclude {
     Ids(Vec<i64>),
 }
 
-impl JsonSchema for Exclude {
-    fn schema_name() -> Cow<'static, str> {
-        "Exclude".into()
-    }
-    fn inline_schema() -> bool {
-        true
-    }
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": ["boolean", "array"], "items": {"type": "integer"}})
-    }
-}
+dictlearn_core::inline_schema!(Exclude, {"type": ["boolean", "array"], "items": {"type": "integer"}});
 
 impl Default for Exclude {
     fn default() -> Self {

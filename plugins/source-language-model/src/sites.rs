@@ -1,9 +1,6 @@
 //! Which places of a model a config means: submodules, their inputs and outputs, attention heads.
 
-use std::borrow::Cow;
-
 use dictlearn_core::prelude::*;
-use dictlearn_core::schemars::{Schema, SchemaGenerator, json_schema};
 
 use crate::LanguageModelConfig;
 
@@ -37,17 +34,7 @@ impl From<Submodules> for OneOrMany {
     }
 }
 
-impl JsonSchema for Submodules {
-    fn schema_name() -> Cow<'static, str> {
-        "Submodules".into()
-    }
-    fn inline_schema() -> bool {
-        true
-    }
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": ["string", "array"], "items": {"type": "string"}, "minItems": 1})
-    }
-}
+dictlearn_core::inline_schema!(Submodules, {"type": ["string", "array"], "items": {"type": "string"}, "minItems": 1});
 
 /// Which value of a module is harvested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

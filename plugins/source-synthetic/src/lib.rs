@@ -63,10 +63,8 @@ pub struct SyntheticConfig {
     #[schemars(range(min = 1))]
     pub batch_size: i64,
     /// Seed of the activations; null for the run's. Held-out ones have another, of the same features.
-    #[default]
     pub seed: Option<u64>,
     /// Seed of the features; null for the run's.
-    #[default]
     pub features_seed: Option<u64>,
 }
 

@@ -24,7 +24,6 @@ pub struct TensorFileConfig {
     #[default("activations")]
     pub tensor: String,
     /// The tensor [N, d_out] to reconstruct, for dictionaries whose output is not their input.
-    #[default]
     pub target_tensor: Option<String>,
     /// Activations in a training batch.
     #[default(2048)]
@@ -414,14 +413,8 @@ impl ActivationSource for TensorFileSource {
 mod tests {
     use super::*;
 
-    fn source(shuffle: bool) -> (tempfile::TempDir, Box<dyn ActivationSource>) {
-        let dir = tempfile::tempdir().unwrap();
-        for (part, start) in [("a", 0), ("b", 7)] {
-            let rows = Tensor::arange_start(start * 2, start * 2 + 14, (Kind::Float, Device::Cpu)).reshape([7, 2]);
-            let path = dir.path().join(format!("{part}.safetensors"));
-            dictlearn_core::files::tensors::write(&path, &[("activations", rows)]).unwrap();
-        }
-        let config = TensorFileConfig {
+    fn config(dir: &tempfile::TempDir, shuffle: bool) -> TensorFileConfig {
+        TensorFileConfig {
             path: dir.path().join("*.safetensors").into(),
             tensor: "activations".to_owned(),
             target_tensor: None,
@@ -429,9 +422,18 @@ mod tests {
             shuffle,
             held_out: 0.0,
             held_out_seed: 0,
-        };
+        }
+    }
+
+    fn source(shuffle: bool) -> (tempfile::TempDir, Box<dyn ActivationSource>) {
+        let dir = tempfile::tempdir().unwrap();
+        for (part, start) in [("a", 0), ("b", 7)] {
+            let rows = Tensor::arange_start(start * 2, start * 2 + 14, (Kind::Float, Device::Cpu)).reshape([7, 2]);
+            let path = dir.path().join(format!("{part}.safetensors"));
+            dictlearn_core::files::tensors::write(&path, &[("activations", rows)]).unwrap();
+        }
         let cx = SourceCx { seed: 1, ..SourceCx::default() };
-        let source = config.build(&cx).unwrap();
+        let source = config(&dir, shuffle).build(&cx).unwrap();
         (dir, source)
     }
 
@@ -474,15 +476,7 @@ mod tests {
     fn held_out_rows_are_measured_on_and_never_trained_on() {
         let (dir, _) = source(false);
         let open = |shuffle, purpose, seed, held_out_seed| {
-            let config = TensorFileConfig {
-                path: dir.path().join("*.safetensors").into(),
-                tensor: "activations".to_owned(),
-                target_tensor: None,
-                batch_size: 2,
-                shuffle,
-                held_out: 0.25,
-                held_out_seed,
-            };
+            let config = TensorFileConfig { batch_size: 2, held_out: 0.25, held_out_seed, ..config(&dir, shuffle) };
             config.build(&SourceCx { seed, purpose, ..SourceCx::default() }).unwrap()
         };
         // One of each four of the 14 rows: three of them, and perhaps one of the last two.

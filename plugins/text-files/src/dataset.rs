@@ -4,7 +4,6 @@
 //! read here (a loading script, CSV) is taken from the conversion to parquet that the Hub keeps of most datasets. Lines are
 //! read as they arrive and not kept on disk; a .parquet file is fetched into the cache when the stream comes to it.
 
-use dictlearn_core::data::text::{Wanted, WrittenText};
 use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
 
@@ -27,31 +26,18 @@ pub struct HubDatasetConfig {
     pub split: String,
     /// Which subset of it (`name` of `load_dataset`), where it has several. In a dataset without `configs`, a folder
     /// (`data_dir` of `load_dataset`).
-    #[default]
     pub subset: Option<String>,
     /// The files to read, as a glob over the dataset's paths, instead of a split: `data/CC-MAIN-2024-*/*.parquet`.
-    #[default]
     pub files: Option<String>,
     /// The field or column that holds the text, the messages of a chat, or token ids (a list of integers); `translation.en`
     /// for a field within a field. Default: `text`, or where there is none `input_ids` or `tokens`.
-    #[default]
     pub column: Option<String>,
     /// What a document is in a .txt file.
     #[default]
     pub documents: Documents,
     /// `true`: end with an error at the first bad record. `false`: also skip a file that cannot be read, or the rest of it.
     /// Default: skip and count bad records, and end with an error at a file that cannot be read.
-    #[default]
     pub strict: Option<bool>,
-}
-
-inventory::submit! {
-    WrittenText {
-        config: |wanted| match wanted {
-            Wanted::Dataset(repo) => Some(serde_json::json!({"type": HubDatasetConfig::NAME, "repo": repo})),
-            _ => None,
-        },
-    }
 }
 
 impl TextConfig for HubDatasetConfig {

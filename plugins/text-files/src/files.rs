@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use dictlearn_core::data::text::{Wanted, WrittenText};
 use dictlearn_core::prelude::*;
 use glob::{MatchOptions, Pattern, glob_with};
 
@@ -19,32 +18,19 @@ pub struct TextFilesConfig {
     pub path: ConfigPath,
     /// Which split of a folder that holds a dataset, as Hugging Face's `load_dataset` divides it. Default: all files, if they
     /// are of one split.
-    #[default]
     pub split: Option<String>,
     /// Which subset of such a folder, where its README.md has several.
-    #[default]
     pub subset: Option<String>,
     /// The field of a .jsonl record, or the column of a .parquet file, that holds the text, the messages of a chat, or token
     /// ids (a list of integers); `translation.en` for a field within a field. Default: `text`, or where there is none
     /// `input_ids` or `tokens`.
-    #[default]
     pub column: Option<String>,
     /// What a document is in a .txt file.
     #[default]
     pub documents: Documents,
     /// `true`: end with an error at the first bad record. `false`: also skip a file that cannot be read, or the rest of it.
     /// Default: skip and count bad records, and end with an error at a file that cannot be read.
-    #[default]
     pub strict: Option<bool>,
-}
-
-inventory::submit! {
-    WrittenText {
-        config: |wanted| match wanted {
-            Wanted::Lines(path) => Some(serde_json::json!({"type": TextFilesConfig::NAME, "path": path})),
-            _ => None,
-        },
-    }
 }
 
 impl TextConfig for TextFilesConfig {

@@ -19,3 +19,17 @@ mod stream;
 pub use dataset::HubDatasetConfig;
 pub use files::TextFilesConfig;
 pub use stream::Documents;
+
+use dictlearn_core::data::text::{Wanted, WrittenText};
+use dictlearn_core::inventory;
+use serde_json::json;
+
+inventory::submit! {
+    WrittenText {
+        config: |wanted| match wanted {
+            Wanted::Dataset(repo) => Some(json!({"type": HubDatasetConfig::NAME, "repo": repo})),
+            Wanted::Lines(path) => Some(json!({"type": TextFilesConfig::NAME, "path": path})),
+            _ => None,
+        },
+    }
+}

@@ -427,30 +427,14 @@ impl<'a> Machine<'a> {
                 }
 
                 // PUT, BINPUT, LONG_BINPUT, MEMOIZE
-                b'p' => {
-                    let index = parsed(self.line()?)?;
-                    self.remember(index)?;
-                }
-                b'q' => {
-                    let index = self.length(1)?;
-                    self.remember(index)?;
-                }
-                b'r' => {
-                    let index = self.length(4)?;
+                b'p' | b'q' | b'r' => {
+                    let index = self.memo_index(code)?;
                     self.remember(index)?;
                 }
                 0x94 => self.remember(self.memo.len() as u64)?,
                 // GET, BINGET, LONG_BINGET
-                b'g' => {
-                    let index = parsed(self.line()?)?;
-                    self.recall(index)?;
-                }
-                b'h' => {
-                    let index = self.length(1)?;
-                    self.recall(index)?;
-                }
-                b'j' => {
-                    let index = self.length(4)?;
+                b'g' | b'h' | b'j' => {
+                    let index = self.memo_index(code)?;
                     self.recall(index)?;
                 }
 
@@ -598,6 +582,15 @@ impl<'a> Machine<'a> {
     fn push(&mut self, node: Node<'a>) {
         let item = self.node(node);
         self.stack.push(item);
+    }
+
+    /// The index in the memo that PUT or GET gives, as a line, or BINPUT, LONG_BINPUT and so on as one or four bytes.
+    fn memo_index(&mut self, code: u8) -> Result<u64> {
+        match code {
+            b'p' | b'g' => parsed(self.line()?),
+            b'q' | b'h' => self.length(1),
+            _ => self.length(4),
+        }
     }
 
     fn remember(&mut self, index: u64) -> Result<()> {
