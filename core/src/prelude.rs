@@ -23,7 +23,9 @@ pub use crate::machine::memory::{Need as MemoryNeed, check as check_memory};
 pub use crate::report::{Figures, Metric, MetricConfig, Subject, Variance, figures};
 pub use crate::report::{Logger, LoggerConfig};
 pub use crate::sae::Selection;
-pub use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Relu, Slope};
+pub use crate::sae::two_layer::{
+    ActivationFunction, Block, Derivatives, Elementwise, Input, Pointwise, Relu, Slope, relu,
+};
 pub use crate::sae::{
     Affine, Between, Code, Dictionary, DictionaryConfig, DictionaryCx, Dims, Encoder, Layout, SavedClass, SavedTensors,
     Weight, decoder_for, random_directions, scale_in_place, trained, trained_matrix,

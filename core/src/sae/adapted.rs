@@ -148,10 +148,6 @@ impl Dictionary for Adapted {
         self.inner.parameters()
     }
 
-    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
-        self.inner.buffers()
-    }
-
     fn encode(&self, x: &Tensor) -> Tensor {
         self.widen(self.inner.encode(&self.input(x)))
     }
@@ -188,6 +184,10 @@ impl Dictionary for Adapted {
 
     fn selection(&self) -> Option<&Selection> {
         self.inner.selection()
+    }
+
+    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
+        self.inner.buffers()
     }
 
     fn begin(&mut self, batch: &Batch) {

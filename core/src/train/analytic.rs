@@ -463,7 +463,8 @@ pub fn step(
             // Features here are not negative.
             block.sum_by_feature(&features.sign(), fired);
         } else if let Some(fired) = &mut fired {
-            let ([], [count]) = block.map([Input::Each(&features)], |[feature]| ([], [f32::from(feature != 0.0)]));
+            let ([], [count]) =
+                block.map([Input::Each(&features)], [], |[feature], []| ([], [f32::from(feature != 0.0)]));
             block.add_sums(&count, fired);
         }
     }
@@ -480,11 +481,12 @@ pub fn step(
     let by_sum = sum_of_rows(&by_x_hat);
     let by_x_hat = hand.operand(&by_x_hat);
     for block in blocks {
-        block.accumulate(&activation.features(&block), &by_x_hat, &mut hand.by_w_dec);
-        let penalized = || activation.penalized(&block).unwrap_or_else(|| activation.features(&block));
+        let features = activation.features(&block);
+        block.accumulate(&features, &by_x_hat, &mut hand.by_w_dec);
+        let penalized = penalty.slope(&block, || activation.penalized(&block).unwrap_or(features));
         let by = Derivatives {
             features: block.products(&by_x_hat, &hand.w_dec),
-            penalized: penalty.slope(&block, &penalized),
+            penalized,
             auxiliary: by_auxiliary.as_ref().map(|by_auxiliary| block.products(by_auxiliary, &hand.w_dec)),
         };
         let by_z = activation.backward(&block, &by);

@@ -64,15 +64,22 @@ impl ResidualError {
     }
 }
 
-type Function<'a> = Option<Box<dyn Fn(&Tensor) -> Tensor + 'a>>;
+type Function<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
 
-/// A sparsity penalty λ T(mean_b r(Σ_i h(a_bi))) on activations a, none of them negative. libtorch differentiates h, r and T.
+/// h(a) and h'(a), which is 0 where it is left out.
+struct Each<'a> {
+    value: Function<'a>,
+    slope: Option<Function<'a>>,
+}
+
+/// A sparsity penalty λ T(mean_b r(Σ_i h(a_bi))) on activations a, none of them negative. h comes with its derivative; libtorch
+/// differentiates r and T.
 pub struct Penalty<'a> {
     name: &'static str,
     weight: f64,
-    each: Function<'a>,
-    row: Function<'a>,
-    batch: Function<'a>,
+    each: Option<Each<'a>>,
+    row: Option<Function<'a>>,
+    batch: Option<Function<'a>>,
 }
 
 impl<'a> Penalty<'a> {
@@ -81,9 +88,17 @@ impl<'a> Penalty<'a> {
         Penalty { name: "sparsity_loss", weight, each: None, row: None, batch: None }
     }
 
-    /// λ mean Σ h(a): `each` takes float32 activations of any shape and gives one number for each.
-    pub fn of(weight: f64, each: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
-        Penalty { each: Some(Box::new(each)), ..Penalty::l1(weight) }
+    /// λ mean ‖a‖₀, the number of activations above 0. It has no gradient.
+    pub fn l0(weight: f64) -> Self {
+        let value = Box::new(|activations: &Tensor| activations.gt(0.0).to_kind(Kind::Float));
+        Penalty { each: Some(Each { value, slope: None }), ..Penalty::l1(weight) }
+    }
+
+    /// λ mean Σ h(a): `value` and `slope` take float32 activations of any shape and give h and its derivative h' of each. Autograd
+    /// differentiates `value`; the analytic step takes `slope`, and the contract test compares them.
+    pub fn of(weight: f64, value: impl Fn(&Tensor) -> Tensor + 'a, slope: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
+        let each = Each { value: Box::new(value), slope: Some(Box::new(slope)) };
+        Penalty { each: Some(each), ..Penalty::l1(weight) }
     }
 
     /// Gives the term another name.
@@ -109,7 +124,7 @@ impl<'a> Penalty<'a> {
         match &self.each {
             None => self.of_sums(&activations.sum_dim_intlist(-1, false, activations.kind())),
             Some(each) => {
-                let values = each(activations);
+                let values = (each.value)(activations);
                 self.of_sums(&values.sum_dim_intlist(-1, false, values.kind()))
             }
         }
@@ -175,7 +190,7 @@ impl<'a> Sums<'a> {
     pub(super) fn see(&mut self, block: &Block, activations: &Tensor) {
         self.sums += match &self.penalty.each {
             None => block.sum_by_row(activations),
-            Some(each) => block.sum_by_row(&each(&activations.to_kind(Kind::Float))),
+            Some(each) => block.sum_by_row(&(each.value)(&activations.to_kind(Kind::Float))),
         };
     }
 
@@ -189,23 +204,19 @@ impl<'a> Sums<'a> {
         self.by_sums = Some(self.penalty.by_sums(&self.sums));
     }
 
-    /// The derivative of the weighted penalty by a block's activations.
-    pub(super) fn slope(&self, block: &Block, activations: &dyn Fn() -> Tensor) -> Slope {
-        let same = |slope: &f64| Slope::Same(*slope);
-        match (&self.penalty.each, &self.by_sums) {
-            (_, None) => Slope::Same(0.0),
-            (None, Some(BySums::Same(slope))) => same(slope),
-            (None, Some(BySums::Each(slopes))) => Slope::Each(block.z.zeros_like() + block.of_rows(slopes)),
-            (Some(each), Some(by_sums)) => {
-                let activations = activations().to_kind(Kind::Float).detach().set_requires_grad(true);
-                let value = tch::with_grad(|| {
-                    let values = each(&activations);
-                    match by_sums {
-                        BySums::Same(slope) => values.sum(Kind::Float) * *slope,
-                        BySums::Each(slopes) => (values * block.of_rows(slopes)).sum(Kind::Float),
-                    }
-                });
-                derivative(&value, &activations).map_or(Slope::Same(0.0), Slope::Each)
+    /// The derivative of the weighted penalty by a block's activations, which are asked for where it depends on them.
+    pub(super) fn slope(&self, block: &Block, activations: impl FnOnce() -> Tensor) -> Slope {
+        let Some(by_sums) = &self.by_sums else { return Slope::Same(0.0) };
+        match (&self.penalty.each, by_sums) {
+            (None, BySums::Same(by_sum)) => Slope::Same(*by_sum),
+            (None, BySums::Each(by_sums)) => Slope::Each(block.z.zeros_like() + block.of_rows(by_sums)),
+            (Some(Each { slope: None, .. }), _) => Slope::Same(0.0),
+            (Some(Each { slope: Some(slope), .. }), by_sums) => {
+                let slope = slope(&activations().to_kind(Kind::Float));
+                Slope::Each(match by_sums {
+                    BySums::Same(by_sum) => slope * *by_sum,
+                    BySums::Each(by_sums) => slope * block.of_rows(by_sums),
+                })
             }
         }
     }

@@ -46,6 +46,8 @@ impl Trainer for TanhConfig {
         Constraints { unit_norm_decoder: true, clip_gradients: None }
     }
     fn objective(&self, _step: u64) -> Option<Objective<'_>> {
-        Some(Objective::squared_error(Penalty::of(self.sparsity_penalty, |f| (f / self.scale).tanh())))
+        let s = self.scale;
+        let slope = move |f: &Tensor| (1.0 - (f / s).tanh().square()) / s;
+        Some(Objective::squared_error(Penalty::of(self.sparsity_penalty, move |f| (f / s).tanh(), slope)))
     }
 }

@@ -117,15 +117,9 @@ impl Dictionary for Gated {
     }
 
     fn between(&self) -> Option<Between<'_>> {
-        let zeros = |tensor: &Tensor| tensor.detach().zeros_like();
-        Some(Between::Elementwise(Box::new(Gates {
-            gate_bias: self.gate_bias.detach(),
-            mag_bias: self.mag_bias.detach(),
-            scale: self.r_mag.detach().exp(),
-            by_gate_bias: zeros(&self.gate_bias),
-            by_mag_bias: zeros(&self.mag_bias),
-            by_r_mag: zeros(&self.r_mag),
-        })))
+        let of_features = [&self.gate_bias, &self.r_mag.exp(), &self.mag_bias];
+        let parameters = [("gate_bias", &self.gate_bias), ("r_mag", &self.r_mag), ("mag_bias", &self.mag_bias)];
+        Some(Between::Elementwise(Box::new(Elementwise::new(Gate, of_features, parameters))))
     }
 
     fn scale_biases(&mut self, scale: f64) {
@@ -134,79 +128,32 @@ impl Dictionary for Gated {
     }
 }
 
-/// ReLU, which lets pass what is no number.
-fn relu(value: f32) -> f32 {
-    if value <= 0.0 { 0.0 } else { value }
-}
+/// f and ReLU(π) of one number of z, for analytic steps.
+struct Gate;
 
-/// φ: magnitudes behind gates, for analytic steps.
-struct Gates {
-    gate_bias: Tensor,
-    mag_bias: Tensor,
-    /// e^r
-    scale: Tensor,
-    by_gate_bias: Tensor,
-    by_mag_bias: Tensor,
-    by_r_mag: Tensor,
-}
+impl Pointwise<3, 3> for Gate {
+    const PENALIZED: bool = true;
+    const AUXILIARY: bool = true;
 
-impl ActivationFunction for Gates {
     /// π > 0.
-    fn bounds(&self) -> Option<Tensor> {
-        Some(-&self.gate_bias)
+    fn bounds(&self, [gate_bias, ..]: [&Tensor; 3]) -> Option<Tensor> {
+        Some(-gate_bias)
     }
 
-    fn features(&self, block: &Block) -> Tensor {
-        let vectors = [&self.gate_bias, &self.scale, &self.mag_bias].map(Input::Feature);
-        let [gate_bias, scale, mag_bias] = vectors;
-        let ([features], []) = block
-            .map([Input::Each(&block.z), gate_bias, scale, mag_bias], |[z, gate_bias, scale, bias]| {
-                ([if z + gate_bias > 0.0 { relu(z * scale + bias) } else { 0.0 }], [])
-            });
-        features
+    fn feature(&self, z: f32, [gate_bias, exp_r, mag_bias]: [f32; 3]) -> f32 {
+        if z + gate_bias > 0.0 { relu(z * exp_r + mag_bias) } else { 0.0 }
     }
 
-    fn penalized(&self, block: &Block) -> Option<Tensor> {
-        let inputs = [Input::Each(&block.z), Input::Feature(&self.gate_bias)];
-        let ([gate], []) = block.map(inputs, |[z, gate_bias]| ([relu(z + gate_bias)], []));
-        Some(gate)
+    fn penalized(&self, z: f32, [gate_bias, ..]: [f32; 3]) -> f32 {
+        relu(z + gate_bias)
     }
 
-    fn auxiliary(&self) -> bool {
-        true
-    }
-
-    /// The gate is a step to the features, and passes nothing of theirs on.
-    fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
-        let inputs = [
-            Input::Each(&block.z),
-            Input::Each(&by.features),
-            by.auxiliary.as_ref().map_or(Input::Same(0.0), Input::Each),
-            by.penalized.input(),
-            Input::Feature(&self.gate_bias),
-            Input::Feature(&self.scale),
-            Input::Feature(&self.mag_bias),
-        ];
-        let ([by_z], [by_gate, by_magnitude, by_r_mag]) =
-            block.map(inputs, |[z, by_feature, by_auxiliary, slope, gate_bias, scale, mag_bias]| {
-                let open = z + gate_bias > 0.0;
-                let by_magnitude = if open && z * scale + mag_bias > 0.0 { by_feature } else { 0.0 };
-                let by_gate = if open { by_auxiliary + slope } else { 0.0 };
-                let by_scaled = by_magnitude * scale;
-                ([by_scaled + by_gate], [by_gate, by_magnitude, by_scaled * z])
-            });
-        block.add_sums(&by_gate, &self.by_gate_bias);
-        block.add_sums(&by_magnitude, &self.by_mag_bias);
-        block.add_sums(&by_r_mag, &self.by_r_mag);
-        by_z
-    }
-
-    fn gradients(&mut self) -> Vec<(&'static str, Tensor)> {
-        vec![
-            ("gate_bias", self.by_gate_bias.shallow_clone()),
-            ("mag_bias", self.by_mag_bias.shallow_clone()),
-            ("r_mag", self.by_r_mag.shallow_clone()),
-        ]
+    /// The step from the gate to the features has no gradient.
+    fn backward(&self, z: f32, [gate_bias, exp_r, mag_bias]: [f32; 3], by_f: f32, by_relu: f32) -> (f32, [f32; 3]) {
+        let open = z + gate_bias > 0.0;
+        let by_gate = if open { by_relu } else { 0.0 };
+        let by_magnitude = if open && z * exp_r + mag_bias > 0.0 { by_f } else { 0.0 };
+        (by_magnitude * exp_r + by_gate, [by_gate, by_magnitude * exp_r * z, by_magnitude])
     }
 }
 
@@ -266,49 +213,5 @@ impl Trainer for GatedTrainer {
 
     fn objective(&self, step: u64) -> Option<Objective<'_>> {
         Some(Objective::squared_error(Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(step))))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
-
-    /// Three features for activations of that width.
-    fn zeros(d: i64) -> Gated {
-        let dims = Dims { input: d, features: 3, output: d };
-        let affine = Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32);
-        Gated::new(affine, || trained(Tensor::zeros([3], CPU)))
-    }
-
-    #[test]
-    fn a_closed_gate_hides_a_magnitude_and_the_penalty_sees_the_gate() {
-        let mut dictionary = zeros(1);
-        dictionary.affine.set_directions(&Tensor::from_slice2(&[[1.0f32, 1.0, -1.0]]), &Tensor::zeros([1, 3], CPU));
-        tch::no_grad(|| {
-            dictionary.gate_bias.copy_(&Tensor::from_slice(&[0.5f32, -3.0, 4.0]));
-            dictionary.mag_bias.copy_(&Tensor::from_slice(&[1.0f32, 1.0, 1.0]));
-            dictionary.r_mag.copy_(&Tensor::from_slice(&[2.0f32.ln(), 0.0, 0.0]));
-        });
-        // z = 2, 2, −2; π = 2.5, −1, 2; magnitudes 2·2 + 1, 2 + 1, ReLU(−2 + 1).
-        let code = tch::no_grad(|| dictionary.forward(&Tensor::from_slice2(&[[2.0f32]])));
-        assert_eq!(Vec::<f32>::try_from(code.features.get(0)).unwrap(), [5.0, 0.0, 0.0]);
-        assert_eq!(Vec::<f32>::try_from(code.penalized().get(0)).unwrap(), [2.5, 0.0, 2.0]);
-    }
-
-    #[test]
-    fn the_auxiliary_loss_moves_the_gate_and_not_the_decoder() {
-        let mut dictionary = zeros(2);
-        dictionary.affine.set_directions(&Tensor::randn([2, 3], CPU), &Tensor::randn([2, 3], CPU));
-        let _ = tch::no_grad(|| dictionary.gate_bias.fill_(5.0));
-        let batch = Batch::of(Tensor::from_slice2(&[[1.0f32, -1.0], [0.5, 0.5]]));
-        let code = dictionary.forward(&batch.x);
-        let (name, loss) = dictionary.auxiliary_loss(&batch, &code).unwrap();
-        loss.backward();
-        assert_eq!(name, "aux_loss");
-        assert!(!dictionary.affine.decoder().tensor.grad().defined());
-        assert!(!dictionary.mag_bias.grad().defined());
-        assert!(dictionary.gate_bias.grad().abs().min().double_value(&[]) > 0.0);
     }
 }

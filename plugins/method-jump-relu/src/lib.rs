@@ -102,7 +102,7 @@ impl Dictionary for JumpRelu {
     }
 
     fn between(&self) -> Option<Between<'_>> {
-        Some(Between::Elementwise(Box::new(Jump { threshold: self.threshold.detach() })))
+        Some(Between::Elementwise(Box::new(Elementwise::new(Jump, [&self.threshold], []))))
     }
 
     fn fold_norms(&mut self) -> bool {
@@ -118,53 +118,38 @@ impl Dictionary for JumpRelu {
     }
 }
 
-/// f = π ⊙ H(π − θ) for analytic steps, without a gradient to the thresholds.
-struct Jump {
-    threshold: Tensor,
-}
+/// f = π ⊙ H(π − θ) of one number, for analytic steps, without a gradient to θ.
+struct Jump;
 
-impl ActivationFunction for Jump {
-    fn bounds(&self) -> Option<Tensor> {
-        Some(self.threshold.clamp_min(0.0))
+impl Pointwise<1, 0> for Jump {
+    fn bounds(&self, [threshold]: [&Tensor; 1]) -> Option<Tensor> {
+        Some(threshold.clamp_min(0.0))
     }
 
-    fn features(&self, block: &Block) -> Tensor {
-        let ([features], []) = block
-            .map([Input::Each(&block.z), Input::Feature(&self.threshold)], |[z, threshold]| ([jump(z, threshold)], []));
-        features
+    fn feature(&self, z: f32, [threshold]: [f32; 1]) -> f32 {
+        if z <= threshold || z <= 0.0 { 0.0 } else { z }
     }
 
-    fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
-        let threshold = Input::Feature(&self.threshold);
-        let inputs = [Input::Each(&block.z), threshold, Input::Each(&by.features), by.penalized.input()];
-        let ([by_z], []) = block.map(inputs, |[z, threshold, by_feature, slope]| {
-            ([if jump(z, threshold) > 0.0 { by_feature + slope } else { 0.0 }], [])
-        });
-        by_z
+    fn backward(&self, z: f32, of_feature: [f32; 1], by_feature: f32, _: f32) -> (f32, [f32; 0]) {
+        (if self.feature(z, of_feature) > 0.0 { by_feature } else { 0.0 }, [])
     }
 }
 
-/// The feature of a pre-activation.
-fn jump(z: f32, threshold: f32) -> f32 {
-    if z <= threshold || z <= 0.0 { 0.0 } else { z }
-}
-
-/// The same with estimates of the thresholds' gradients. What a penalty falls on is which features are active.
+/// The same with the straight-through estimators, where a penalty falls on H(π − θ).
 struct StraightThrough {
-    jump: Jump,
     bandwidth: f64,
     ste_on: SteOn,
-    by_threshold: Tensor,
 }
 
-impl ActivationFunction for StraightThrough {
-    /// The window reaches below the threshold. And if the features are looked at, whose window reaches 0, all that are 0
+impl Pointwise<1, 1> for StraightThrough {
+    const PENALIZED: bool = true;
+
+    /// The window reaches below the threshold. If L0's estimator looks at the features and its window reaches 0, all that are 0
     /// lie in it.
-    fn bounds(&self) -> Option<Tensor> {
-        let threshold = &self.jump.threshold;
+    fn bounds(&self, [threshold]: [&Tensor; 1]) -> Option<Tensor> {
         // Half its width, and what is lost in rounding.
         let reach = 0.51 * self.bandwidth;
-        let bounds = self.jump.bounds()?.minimum(&(threshold - reach));
+        let bounds = threshold.clamp_min(0.0).minimum(&(threshold - reach));
         // Below 0 even what is no feature is above the threshold.
         let all = match self.ste_on {
             SteOn::PreActivation => threshold.lt(0.0),
@@ -173,36 +158,21 @@ impl ActivationFunction for StraightThrough {
         Some(bounds.masked_fill(&all, f64::NEG_INFINITY))
     }
 
-    fn features(&self, block: &Block) -> Tensor {
-        self.jump.features(block)
+    fn feature(&self, z: f32, threshold: [f32; 1]) -> f32 {
+        Jump.feature(z, threshold)
     }
 
-    fn penalized(&self, block: &Block) -> Option<Tensor> {
-        let inputs = [Input::Each(&block.z), Input::Feature(&self.jump.threshold)];
-        let ([active], []) = block.map(inputs, |[z, threshold]| ([f32::from(jump(z, threshold) > threshold)], []));
-        Some(active)
+    fn penalized(&self, z: f32, [threshold]: [f32; 1]) -> f32 {
+        f32::from(Jump.feature(z, [threshold]) > threshold)
     }
 
-    fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor {
-        let threshold = Input::Feature(&self.jump.threshold);
-        let inputs = [Input::Each(&block.z), threshold, Input::Each(&by.features), by.penalized.input()];
-        let (bandwidth, on_features) = (self.bandwidth as f32, self.ste_on == SteOn::PostJump);
+    fn backward(&self, z: f32, [threshold]: [f32; 1], by_feature: f32, by_active: f32) -> (f32, [f32; 1]) {
+        let (feature, bandwidth) = (Jump.feature(z, [threshold]), self.bandwidth as f32);
         // −K((z − θ)/ε)/ε
-        let window = move |z: f32, threshold: f32| {
-            if ((z - threshold) / bandwidth).abs() < 0.5 { -1.0 / bandwidth } else { 0.0 }
-        };
-        let ([by_z], [by_threshold]) = block.map(inputs, |[z, threshold, by_feature, by_active]| {
-            let feature = jump(z, threshold);
-            let seen = if on_features { feature } else { z };
-            let by_threshold = by_feature * threshold * window(z, threshold) + by_active * window(seen, threshold);
-            ([if feature > 0.0 { by_feature } else { 0.0 }], [by_threshold])
-        });
-        block.add_sums(&by_threshold, &self.by_threshold);
-        by_z
-    }
-
-    fn gradients(&mut self) -> Vec<(&'static str, Tensor)> {
-        vec![("threshold", self.by_threshold.shallow_clone())]
+        let window = |z: f32| if ((z - threshold) / bandwidth).abs() < 0.5 { -1.0 / bandwidth } else { 0.0 };
+        let seen = if self.ste_on == SteOn::PostJump { feature } else { z };
+        let by_threshold = by_feature * threshold * window(z) + by_active * window(seen);
+        (if feature > 0.0 { by_feature } else { 0.0 }, [by_threshold])
     }
 }
 
@@ -339,10 +309,9 @@ impl Trainer for JumpReluTrainer {
     }
 
     fn activation_function<'a>(&self, dictionary: &'a dyn Dictionary) -> Option<Box<dyn ActivationFunction + 'a>> {
-        let threshold = dictionary.downcast::<JumpRelu>()?.threshold.detach();
-        let by_threshold = threshold.zeros_like();
-        let (bandwidth, ste_on) = (self.bandwidth, self.ste_on);
-        Some(Box::new(StraightThrough { jump: Jump { threshold }, bandwidth, ste_on, by_threshold }))
+        let threshold = &dictionary.downcast::<JumpRelu>()?.threshold;
+        let function = StraightThrough { bandwidth: self.bandwidth, ste_on: self.ste_on };
+        Some(Box::new(Elementwise::new(function, [threshold], [("threshold", threshold)])))
     }
 
     fn counts_firing(&self) -> bool {
@@ -374,59 +343,5 @@ impl Trainer for JumpReluTrainer {
 
     fn restore(&mut self, state: &State) -> Result<()> {
         self.fired.restore(state)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// One feature whose pre-activation is the activation, with threshold 1.
-    fn one() -> JumpRelu {
-        let dims = Dims { input: 1, features: 1, output: 1 };
-        let affine = Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32);
-        let one = Tensor::ones([1, 1], (Kind::Float, Device::Cpu));
-        affine.set_directions(&one, &one);
-        JumpRelu { affine, threshold: trained(one.reshape([1])) }
-    }
-
-    /// The threshold's gradient of the loss on these activations, in steps with λ = 1, L0* = 2, ε = 0.5.
-    fn gradient(ste_on: SteOn, x: &[[f32; 1]]) -> f64 {
-        let dictionary = one();
-        let config = JumpReluConfig {
-            bandwidth: 0.5,
-            target_l0: 2.0,
-            warmup_steps: 0,
-            sparsity_warmup_steps: None,
-            ste_on,
-            ..JumpReluConfig::default()
-        };
-        let mut trainer = config.build(&TrainerCx { dictionary: &dictionary, steps: 10, seed: 0 }).unwrap();
-        let batch = Batch::of(Tensor::from_slice2(x));
-        let pass = Pass::forward(&*trainer, &dictionary, &batch, 1, false);
-        let mut terms = Terms::new();
-        trainer.loss(&pass, &mut terms).unwrap();
-        terms.total().unwrap().backward();
-        dictionary.threshold.grad().double_value(&[0])
-    }
-
-    #[test]
-    fn features_jump_at_the_threshold() {
-        let x = Tensor::from_slice2(&[[0.9f32], [1.0], [1.1], [-2.0]]);
-        let features = Vec::<f32>::try_from(tch::no_grad(|| one().encode(&x)).reshape([-1])).unwrap();
-        assert_eq!(features, [0.0, 0.0, 1.1, 0.0]);
-    }
-
-    #[test]
-    fn both_sides_of_a_threshold_move_it_where_the_paper_says_so() {
-        // 0.9 lies in the window of width 0.5 around 1, below. Its residual is 0.9, so that the reconstruction asks for
-        // −2 · 0.9 · (−1/0.5) = 3.6 of it; L0 is 0, so that the penalty asks for 2 (0/2 − 1) (1/2) · (−1/0.5) = 2.
-        assert!((gradient(SteOn::PreActivation, &[[0.9]]) - 5.6).abs() < 1e-5);
-        assert!((gradient(SteOn::PostJump, &[[0.9]]) - 3.6).abs() < 1e-5);
-        // 1.1, above, is reconstructed; L0 is 1: 2 (1/2 − 1) (1/2) · (−1/0.5) = 1 either way.
-        assert!((gradient(SteOn::PreActivation, &[[1.1]]) - 1.0).abs() < 1e-5);
-        assert!((gradient(SteOn::PostJump, &[[1.1]]) - 1.0).abs() < 1e-5);
-        // Outside the window nothing is asked.
-        assert_eq!(gradient(SteOn::PreActivation, &[[1.3]]), 0.0);
     }
 }

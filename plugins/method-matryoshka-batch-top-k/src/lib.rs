@@ -125,14 +125,6 @@ impl Dictionary for Matryoshka {
         Some(&self.affine)
     }
 
-    fn code(&self, pre_activations: Tensor) -> Code {
-        self.selection.of_batch(pre_activations)
-    }
-
-    fn between(&self) -> Option<Between<'_>> {
-        Some(Between::Selection(&self.selection))
-    }
-
     fn selection(&self) -> Option<&Selection> {
         Some(&self.selection)
     }
@@ -148,6 +140,14 @@ impl Dictionary for Matryoshka {
         if let Ok(groups) = Vec::<i64>::try_from(&self.group_sizes) {
             self.groups = groups;
         }
+    }
+
+    fn code(&self, pre_activations: Tensor) -> Code {
+        self.selection.of_batch(pre_activations)
+    }
+
+    fn between(&self) -> Option<Between<'_>> {
+        Some(Between::Selection(&self.selection))
     }
 }
 

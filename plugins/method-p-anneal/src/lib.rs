@@ -347,9 +347,9 @@ fn lp<'a>(weight: f64, p: f64, function: SparsityFunction) -> Penalty<'a> {
         return Penalty::l1(weight).named("lp_loss");
     }
     if p == 0.0 {
-        return Penalty::of(weight, |a| a.gt(0.0).to_kind(Kind::Float)).named("lp_loss");
+        return Penalty::l0(weight).named("lp_loss");
     }
-    let powers = Penalty::of(weight, move |a| power(a, p)).named("lp_loss");
+    let powers = Penalty::of(weight, move |a| power(a, p), move |a| power(a, p - 1.0) * p).named("lp_loss");
     match function {
         SparsityFunction::LpToTheP => powers,
         SparsityFunction::Lp => powers.of_rows(move |sums| power(sums, 1.0 / p)),
@@ -368,19 +368,8 @@ impl PAnneal {
         self.state.coefficient * self.schedule.sparsity_factor(step)
     }
 
-    /// Queues what the loss noted, and updates p and λ if it is time.
+    /// Queues the penalties of the step that was taken, and updates p and λ for the next steps if it is time.
     fn keep(&mut self, step: u64) {
-        if let Some(seen) = self.seen.take() {
-            self.state.queue.push_back(seen);
-            if self.state.queue.len() > self.queue_length {
-                self.state.queue.pop_front();
-            }
-        }
-        self.update(step);
-    }
-
-    /// p and λ for the steps to come, if it is time for the next ones.
-    fn update(&mut self, step: u64) {
         if let Some(seen) = self.seen.take() {
             self.state.queue.push_back(seen);
             if self.state.queue.len() > self.queue_length {

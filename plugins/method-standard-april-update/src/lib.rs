@@ -129,9 +129,9 @@ impl TrainerConfig for AprilUpdateConfig {
 
 /// The reference's `StandardTrainerAprilUpdate`.
 struct AprilUpdate {
+    norm_weight: NormWeight,
     l1_penalty: f64,
     schedule: Schedule,
-    norm_weight: NormWeight,
 }
 
 impl Trainer for AprilUpdate {
@@ -143,22 +143,26 @@ impl Trainer for AprilUpdate {
         Constraints { unit_norm_decoder: false, clip_gradients: Some(1.0) }
     }
 
-    fn has_sparsity_term(&self) -> bool {
-        true
+    fn objective(&self, step: u64) -> Option<Objective<'_>> {
+        let penalty = Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(step));
+        Some(Objective::squared_error(penalty).log_other_error())
     }
 
-    fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
+    /// fᵢ ‖dᵢ‖, or fᵢ ‖dᵢ‖² ([`NormWeight`]).
+    fn penalized(&self, pass: &Pass) -> Result<Tensor> {
         let activations = match self.norm_weight {
             NormWeight::Reference => pass.code.penalized(),
             NormWeight::Paper => &pass.code.features,
         };
-        let weighted = match pass.dictionary.decoder() {
+        Ok(match pass.dictionary.decoder() {
             Some(decoder) => activations * decoder.norms(),
             None => activations.shallow_clone(),
-        };
-        let penalty = Penalty::l1(self.l1_penalty * self.schedule.sparsity_factor(pass.step));
-        Objective::squared_error(penalty).log_other_error().add(&pass.residual(), &weighted, pass.logging, terms);
-        Ok(())
+        })
+    }
+
+    /// The norms have a gradient, which is left to autograd.
+    fn activation_function<'a>(&self, _: &'a dyn Dictionary) -> Option<Box<dyn ActivationFunction + 'a>> {
+        None
     }
 }
 

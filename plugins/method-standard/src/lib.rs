@@ -225,16 +225,6 @@ mod tests {
     }
 
     #[test]
-    fn without_resampling_they_stay_dead() {
-        let (mut training, batches) = half_dead("null");
-        for (step, batch) in batches.iter().enumerate() {
-            training.step(step as u64, batch, false).unwrap();
-        }
-        let features = training.dictionary.encode(&batches[0].x).narrow(1, 0, 4);
-        assert_eq!(features.abs().max().double_value(&[]), 0.0);
-    }
-
-    #[test]
     fn a_run_that_resamples_resumes_bit_for_bit() {
         let (mut whole, batches) = half_dead("10");
         let (mut resumed, _) = half_dead("10");

@@ -27,41 +27,42 @@
 use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
 
-/// A transcoder.
-#[component(dictionary "transcoder", summary = "Predicts a module's output from its input",
-    paper = "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, \
-        https://arxiv.org/abs/2406.11944", example = "{type: transcoder, expansion_factor: 8}",
-    fields(width = "the input's width"))]
-pub struct TranscoderConfig {
-    /// How many features each activation keeps; null for all that are positive.
-    #[default]
-    #[schemars(range(min = 1))]
-    pub k: Option<i64>,
+/// The two architectures' configs: the same fields.
+macro_rules! config {
+    ($(#[$about:meta])* $name:ident, skip: $skip:expr) => {
+        $(#[$about])*
+        pub struct $name {
+            /// How many features each activation keeps; null for all that are positive.
+            #[default]
+            #[schemars(range(min = 1))]
+            pub k: Option<i64>,
+        }
+
+        impl DictionaryConfig for $name {
+            fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+                Ok(Box::new(Transcoder::new(self.features(cx)?, self.k, $skip, cx)?))
+            }
+        }
+    };
 }
 
-/// A transcoder with a skip connection.
-#[component(dictionary "skip_transcoder",
-    summary = "Predicts a module's output from its input, with a linear map beside the features",
-    paper = "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
-        https://arxiv.org/abs/2501.18823", example = "{type: skip_transcoder, expansion_factor: 8}",
-    fields(width = "the input's width"))]
-pub struct SkipTranscoderConfig {
-    /// How many features each activation keeps; null for all that are positive.
-    #[default]
-    #[schemars(range(min = 1))]
-    pub k: Option<i64>,
+config! {
+    /// A transcoder.
+    #[component(dictionary "transcoder", summary = "Predicts a module's output from its input",
+        paper = "Dunefsky et al. 2024, Transcoders Find Interpretable LLM Feature Circuits, \
+            https://arxiv.org/abs/2406.11944", example = "{type: transcoder, expansion_factor: 8}",
+        fields(width = "the input's width"))]
+    TranscoderConfig, skip: false
 }
 
-impl DictionaryConfig for TranscoderConfig {
-    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        Ok(Box::new(Transcoder::new(self.features(cx)?, self.k, false, cx)?))
-    }
-}
-
-impl DictionaryConfig for SkipTranscoderConfig {
-    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
-        Ok(Box::new(Transcoder::new(self.features(cx)?, self.k, true, cx)?))
-    }
+config! {
+    /// A transcoder with a skip connection.
+    #[component(dictionary "skip_transcoder",
+        summary = "Predicts a module's output from its input, with a linear map beside the features",
+        paper = "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
+            https://arxiv.org/abs/2501.18823", example = "{type: skip_transcoder, expansion_factor: 8}",
+        fields(width = "the input's width"))]
+    SkipTranscoderConfig, skip: true
 }
 
 /// A transcoder, with or without a skip connection.

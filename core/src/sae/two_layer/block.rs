@@ -26,8 +26,6 @@ pub struct Block {
 pub enum Input<'a> {
     /// Its own: a tensor as z.
     Each(&'a Tensor),
-    /// Its feature's: of a vector `[F]`.
-    Feature(&'a Tensor),
     /// The same for all.
     Same(f64),
 }
@@ -94,29 +92,31 @@ impl Block {
         of_all.narrow(0, self.features.start, self.width())
     }
 
-    /// Calculates for each entry O numbers, as z but of the kind of the products' operands, and S numbers of which each feature's sum is taken, `[n]`, in one pass
-    /// over memory. The block must be on a CPU.
-    pub fn map<const I: usize, const O: usize, const S: usize>(
+    /// Calculates O numbers for each entry, as z but of the kind of the products' operands, and the sums of S more over each feature's
+    /// entries, `[n]`, in one pass over memory. `function` gets an entry's inputs and its feature's numbers, of vectors `[F]`.
+    /// The block must be on a CPU.
+    pub fn map<const I: usize, const P: usize, const O: usize, const S: usize>(
         &self,
         inputs: [Input; I],
-        function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
+        of_features: [&Tensor; P],
+        function: impl Fn([f32; I], [f32; P]) -> ([f32; O], [f32; S]) + Sync,
     ) -> ([Tensor; O], [Tensor; S]) {
         assert!(on_host(self.z.device()), "only a CPU's blocks are mapped");
-        let owned = inputs.map(|input| match (input, &self.entries) {
-            (Input::Each(tensor), _) => {
+        let each = inputs.map(|input| match input {
+            Input::Each(tensor) => {
                 assert!(tensor.size() == self.z.size(), "{:?} is not as z, {:?}", tensor.size(), self.z.size());
                 map::Row::of_each(tensor)
             }
-            (Input::Feature(vector), None) => map::Row::repeated(&self.own(vector)),
-            (Input::Feature(vector), Some(entries)) => {
-                map::Row::of_each(&self.own(vector).index_select(0, &entries.indices(self.width()).0))
-            }
-            (Input::Same(value), _) => map::Row::same(value as f32),
+            Input::Same(value) => map::Row::same(value as f32),
+        });
+        let of_features = of_features.map(|vector| match &self.entries {
+            None => map::Row::repeated(&self.own(vector)),
+            Some(entries) => map::Row::of_each(&self.own(vector).index_select(0, &entries.indices(self.width()).0)),
         });
         match &self.entries {
-            None => map::tile(&self.z.size(), self.precision.kind(), owned, function),
+            None => map::tile(&self.z.size(), self.precision.kind(), each, of_features, function),
             Some(entries) => {
-                let (outputs, summed) = map::list(self.z.size()[0], owned, function);
+                let (outputs, summed) = map::list(self.z.size()[0], each, of_features, function);
                 let sums = summed.map(|values| {
                     let mut sums = Tensor::zeros([self.width()], (Kind::Float, values.device()));
                     self.add_by_feature(entries, &values, &mut sums);

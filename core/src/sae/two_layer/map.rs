@@ -94,17 +94,59 @@ const WIDTH: usize = 64;
 /// Shares of the rows that add up by themselves, so that sums do not depend on the number of threads.
 const SHARES: usize = 64;
 
+/// The inputs of a calculation: those of each entry, and those of its feature.
+struct Inputs<'a, const I: usize, const P: usize> {
+    each: [Numbers<'a>; I],
+    of_features: [Numbers<'a>; P],
+    /// Entries of a row.
+    width: usize,
+}
+
+impl<'a, const I: usize, const P: usize> Inputs<'a, I, P> {
+    fn new(each: &'a [Row; I], of_features: &'a [Row; P], width: usize) -> Self {
+        Inputs { each: each.each_ref().map(Row::numbers), of_features: of_features.each_ref().map(Row::numbers), width }
+    }
+
+    /// Calculates `count` entries of a row from `start` on, through arrays of its own, which a compiler can see do not overlap.
+    #[inline(always)]
+    fn map<const O: usize, const S: usize>(
+        &self,
+        row: usize,
+        start: usize,
+        count: usize,
+        function: &impl Fn([f32; I], [f32; P]) -> ([f32; O], [f32; S]),
+    ) -> ([[f32; WIDTH]; O], [[f32; WIDTH]; S]) {
+        let (mut x, mut of_features) = ([[0.0_f32; WIDTH]; I], [[0.0_f32; WIDTH]; P]);
+        for (x, input) in x.iter_mut().zip(&self.each).chain(of_features.iter_mut().zip(&self.of_features)) {
+            input.copy(row, self.width, start, &mut x[..count]);
+        }
+        let (mut out, mut summed) = ([[0.0_f32; WIDTH]; O], [[0.0_f32; WIDTH]; S]);
+        for lane in 0..WIDTH {
+            let (found, sums) =
+                function(std::array::from_fn(|i| x[i][lane]), std::array::from_fn(|i| of_features[i][lane]));
+            for (out, found) in out.iter_mut().zip(found) {
+                out[lane] = found;
+            }
+            for (summed, sum) in summed.iter_mut().zip(sums) {
+                summed[lane] = sum;
+            }
+        }
+        (out, summed)
+    }
+}
+
 /// Of tiles of that size, [B, n]: outputs of that size, and sums over rows, `[n]`.
-pub(super) fn tile<const I: usize, const O: usize, const S: usize>(
+pub(super) fn tile<const I: usize, const P: usize, const O: usize, const S: usize>(
     size: &[i64],
     kind: Kind,
-    inputs: [Row; I],
-    function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
+    each: [Row; I],
+    of_features: [Row; P],
+    function: impl Fn([f32; I], [f32; P]) -> ([f32; O], [f32; S]) + Sync,
 ) -> ([Tensor; O], [Tensor; S]) {
     let (rows, width) = (size[0] as usize, size[1] as usize);
     let mut outputs: [Tensor; O] = std::array::from_fn(|_| Tensor::empty(size, (kind, Device::Cpu)));
     let out = outputs.each_mut().map(Results::of);
-    let inputs = inputs.each_ref().map(Row::numbers);
+    let inputs = Inputs::new(&each, &of_features, width);
     let share = rows.div_ceil(SHARES).max(1);
     let mut sums = vec![0.0_f32; SHARES * S * width];
     let all_sums = Output::over(&mut sums);
@@ -114,7 +156,7 @@ pub(super) fn tile<const I: usize, const O: usize, const S: usize>(
         let sums = unsafe { all_sums.part(index..index + S * width) };
         for row in range {
             // SAFETY: ranges of rows do not overlap.
-            unsafe { map_row(row, width, &inputs, &out, sums, &function) };
+            unsafe { map_row(&inputs, row, &out, sums, &function) };
         }
     });
     let sums = std::array::from_fn(|index| {
@@ -128,20 +170,21 @@ pub(super) fn tile<const I: usize, const O: usize, const S: usize>(
 }
 
 /// Of lists of that length: outputs of that length, and what is to be summed.
-pub(super) fn list<const I: usize, const O: usize, const S: usize>(
+pub(super) fn list<const I: usize, const P: usize, const O: usize, const S: usize>(
     length: i64,
-    inputs: [Row; I],
-    function: impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync,
+    each: [Row; I],
+    of_features: [Row; P],
+    function: impl Fn([f32; I], [f32; P]) -> ([f32; O], [f32; S]) + Sync,
 ) -> ([Tensor; O], [Tensor; S]) {
     let options = (Kind::Float, Device::Cpu);
     let mut outputs: [Tensor; O] = std::array::from_fn(|_| Tensor::empty([length], options));
     let mut summed: [Tensor; S] = std::array::from_fn(|_| Tensor::empty([length], options));
     let (out, sums) = (outputs.each_mut().map(Output::of), summed.each_mut().map(Output::of));
-    let inputs = inputs.each_ref().map(Row::numbers);
+    let inputs = Inputs::new(&each, &of_features, length as usize);
     share_in(length as usize, 1 << 14, |range| {
         for start in range.clone().step_by(WIDTH) {
             let count = WIDTH.min(range.end - start);
-            let found = map_part(&inputs, 0, length as usize, start, count, &function);
+            let found = map_part(&inputs, start, count, &function);
             for (out, found) in out.iter().zip(&found.0).chain(sums.iter().zip(&found.1)) {
                 // SAFETY: ranges do not overlap.
                 unsafe { out.part(start..start + count) }.copy_from_slice(&found[..count]);
@@ -154,17 +197,17 @@ pub(super) fn list<const I: usize, const O: usize, const S: usize>(
 /// # Safety
 /// No two threads may ask for the same row.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
-unsafe fn map_row<const I: usize, const O: usize, const S: usize>(
+unsafe fn map_row<const I: usize, const P: usize, const O: usize, const S: usize>(
+    inputs: &Inputs<I, P>,
     row: usize,
-    width: usize,
-    inputs: &[Numbers; I],
     out: &[Results; O],
     sums: &mut [f32],
-    function: &(impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync),
+    function: &(impl Fn([f32; I], [f32; P]) -> ([f32; O], [f32; S]) + Sync),
 ) {
+    let width = inputs.width;
     for start in (0..width).step_by(WIDTH) {
         let count = WIDTH.min(width - start);
-        let (found, summed) = map_lanes(inputs, row, width, start, count, function);
+        let (found, summed) = inputs.map(row, start, count, function);
         for (out, found) in out.iter().zip(&found) {
             // SAFETY: the row is this thread's.
             unsafe { out.write(row * width + start, &found[..count]) };
@@ -177,42 +220,13 @@ unsafe fn map_row<const I: usize, const O: usize, const S: usize>(
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
-fn map_part<const I: usize, const O: usize, const S: usize>(
-    inputs: &[Numbers; I],
-    row: usize,
-    width: usize,
+fn map_part<const I: usize, const P: usize, const O: usize, const S: usize>(
+    inputs: &Inputs<I, P>,
     start: usize,
     count: usize,
-    function: &(impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync),
+    function: &(impl Fn([f32; I], [f32; P]) -> ([f32; O], [f32; S]) + Sync),
 ) -> ([[f32; WIDTH]; O], [[f32; WIDTH]; S]) {
-    map_lanes(inputs, row, width, start, count, function)
-}
-
-/// Through arrays of its own, which a compiler can see do not overlap.
-#[inline(always)]
-fn map_lanes<const I: usize, const O: usize, const S: usize>(
-    inputs: &[Numbers; I],
-    row: usize,
-    width: usize,
-    start: usize,
-    count: usize,
-    function: &(impl Fn([f32; I]) -> ([f32; O], [f32; S]) + Sync),
-) -> ([[f32; WIDTH]; O], [[f32; WIDTH]; S]) {
-    let mut x = [[0.0_f32; WIDTH]; I];
-    for (x, input) in x.iter_mut().zip(inputs) {
-        input.copy(row, width, start, &mut x[..count]);
-    }
-    let (mut out, mut summed) = ([[0.0_f32; WIDTH]; O], [[0.0_f32; WIDTH]; S]);
-    for lane in 0..WIDTH {
-        let (found, sums) = function(std::array::from_fn(|i| x[i][lane]));
-        for (out, found) in out.iter_mut().zip(found) {
-            out[lane] = found;
-        }
-        for (summed, sum) in summed.iter_mut().zip(sums) {
-            summed[lane] = sum;
-        }
-    }
-    (out, summed)
+    inputs.map(0, start, count, function)
 }
 
 #[cfg(test)]
@@ -224,10 +238,10 @@ mod tests {
         let options = (Kind::Float, Device::Cpu);
         for size in [[1, 1], [3, 64], [50, 100], [200, 513]] {
             let (a, b) = (Tensor::randn(size, options), Tensor::randn([size[1]], options));
-            let rows = || [Row::of_each(&a), Row::repeated(&b), Row::same(2.0)];
-            let function = |[a, b, c]: [f32; 3]| ([a * b + c, a.max(0.0)], [a - b, c]);
+            let each = [Row::of_each(&a), Row::same(2.0)];
+            let function = |[a, c]: [f32; 2], [b]: [f32; 1]| ([a * b + c, a.max(0.0)], [a - b, c]);
             let close = |found: &Tensor, expected: &Tensor| assert!(found.allclose(expected, 1e-4, 1e-4, false));
-            let ([product, relu], [difference, count]) = tile(&size, Kind::Float, rows(), function);
+            let ([product, relu], [difference, count]) = tile(&size, Kind::Float, each, [Row::repeated(&b)], function);
             close(&product, &(&a * &b + 2.0));
             close(&relu, &a.relu());
             let sum = |tensor: &Tensor| tensor.sum_dim_intlist([0].as_slice(), false, Kind::Float);
@@ -235,14 +249,14 @@ mod tests {
             close(&count, &(a.ones_like() * 2.0).sum_dim_intlist([0].as_slice(), false, Kind::Float));
             // Of bfloat16 and to it.
             let halves = [Row::of_each(&a.to_kind(Kind::BFloat16)), Row::same(1.0)];
-            let ([more], []) = tile(&size, Kind::BFloat16, halves, |[a, b]| ([a + b], []));
+            let ([more], []) = tile(&size, Kind::BFloat16, halves, [], |[a, b], []| ([a + b], []));
             assert_eq!(
                 more,
                 a.to_kind(Kind::BFloat16).to_kind(Kind::Float).f_add_scalar(1.0).unwrap().to_kind(Kind::BFloat16)
             );
             let flat = a.reshape([-1]);
             let ([doubled], [same]) =
-                list(a.numel() as i64, [Row::of_each(&flat), Row::same(2.0)], |[a, c]| ([a * c], [a]));
+                list(a.numel() as i64, [Row::of_each(&flat), Row::same(2.0)], [], |[a, c], []| ([a * c], [a]));
             close(&doubled, &(&flat * 2.0));
             close(&same, &flat);
         }
