@@ -193,8 +193,7 @@ fn without_the_hub_and_without_the_cache() {
 
 /// A config that harvests the bundled model, reading this text.
 fn reading(text: &str) -> Desk {
-    let desk = Desk::with_config(&reading_config("embedded:austen", text));
-    desk
+    Desk::with_config(&reading_config("embedded:austen", text))
 }
 
 fn reading_config(model: &str, text: &str) -> String {
@@ -306,10 +305,7 @@ fn rows_of_token_ids_are_read_from_a_dataset() {
     let table = fs::read(fixture("text/pretokenized.parquet")).unwrap();
     let dataset = "datasets/someone/pretokenized";
     server.put(dataset, "data/train-00000-of-00001.parquet", table).put(dataset, "sae_lens.json", "{}");
-    let read = |text: &str| {
-        let desk = Desk::with_config(&reading_config(fixture("models/gpt_neox").to_str().unwrap(), text));
-        desk
-    };
+    let read = |text: &str| Desk::with_config(&reading_config(fixture("models/gpt_neox").to_str().unwrap(), text));
     let desk = read("{type: hub_dataset, repo: someone/pretokenized}");
     harvested(&server, &desk, "out");
     let local = read(&format!("{{type: text_files, path: {:?}}}", fixture("text/pretokenized.parquet")));
