@@ -172,8 +172,7 @@ impl Trainer for Standard {
 mod tests {
     use super::*;
     use dictlearn_core::files::from_yaml;
-    use dictlearn_core::train::SaeConfig;
-    use dictlearn_core::train::{Training, TrainingCx};
+    use dictlearn_core::train::{SaeConfig, Training, TrainingCx};
 
     /// A dictionary of 16 features for activations of width 8, the first four of them dead, and batches.
     fn half_dead(resample_steps: &str) -> (Training, Vec<Batch>) {
@@ -210,6 +209,9 @@ mod tests {
         assert_eq!(fires(&training), 0);
         let living = parameter(&training, "encoder.weight").narrow(0, 4, 12).norm_scalaropt_dim(2.0, [1], false);
         training.step(10, &batches[10], false).unwrap();
+        let mut without = half_dead("null").0;
+        (0..11).for_each(|step| drop(without.step(step as u64, &batches[step], false).unwrap()));
+        assert_eq!(fires(&without), 0);
         // Each has the direction of an activation, read by a row of a fifth of the living rows' norm.
         assert!(fires(&training) > 0);
         let norms = training.dictionary.decoder().unwrap().norms();
