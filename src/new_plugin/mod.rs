@@ -111,7 +111,7 @@ fn refuse_the_workspace(out: &Path, dictlearn: &Path) -> Result<()> {
 
 /// Where the source of this dictlearn was when it was built.
 pub fn own_source() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// A name in a config is also that of a crate.
