@@ -68,7 +68,7 @@ impl Dictionary for ExampleName {
     }
 
     fn decoder(&self) -> Option<Weight> {
-        Some(Weight { name: "weight", weight: self.weight.shallow_clone(), feature_dim: 0 })
+        Some(Weight { name: "weight", tensor: self.weight.shallow_clone(), feature_dim: 0 })
     }
 
     fn scale_biases(&mut self, scale: f64) {
