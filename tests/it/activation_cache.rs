@@ -6,7 +6,7 @@ use dictlearn as _;
 use dictlearn_core::files::from_yaml;
 use dictlearn_core::prelude::*;
 
-use crate::common::{Desk, fixture};
+use crate::common::{Desk, drain, fixture};
 
 /// The bundled model's activations, in batches of 96.
 const MODEL: &str = "{type: language_model, model: 'embedded:austen', submodule: [gpt_neox.layers.1, \

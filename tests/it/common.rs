@@ -5,7 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use dictlearn_core::data::ActivationSource;
 use serde_json::Value;
+use tch::Tensor;
 use tempfile::TempDir;
 
 /// A path below `tests/fixtures`.

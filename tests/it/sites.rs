@@ -13,7 +13,7 @@ use dictlearn_core::report::TaggedMetric;
 use dictlearn_core::sae::TaggedDictionary;
 use serde_json::json;
 
-use crate::common::{Desk, fixture};
+use crate::common::{Desk, drain, fixture};
 
 fn source(yaml: &str) -> Box<dyn ActivationSource> {
     let config: Box<dyn TaggedSource> = from_yaml(yaml).unwrap();
