@@ -11,7 +11,7 @@ use super::files::ModelFiles;
 use super::weight_file::WeightFile;
 use crate::error::InputError;
 use crate::machine::device::Precision;
-use crate::machine::rng::{rng, seeded};
+use crate::machine::rng::rng;
 use crate::suggest::nearest;
 
 /// What a model is loaded for.
@@ -260,8 +260,11 @@ impl Weights {
 
 /// A tensor of a model with random weights: always the same for a name and a shape.
 fn drawn(name: &str, shape: &[i64]) -> Tensor {
-    let seed = rng(0, name).next_u64();
-    let numbers = seeded(seed, || Tensor::randn(shape, (Kind::Float, Device::Cpu))) * 0.2;
+    // Not libtorch's generator, which other threads draw from too.
+    let mut rng = rng(0, name);
+    let mut number = || (rng.next_u32() as f32 / u32::MAX as f32 - 0.5) * 0.7;
+    let numbers: Vec<f32> = (0..shape.iter().product()).map(|_: i64| number()).collect();
+    let numbers = Tensor::from_slice(&numbers).reshape(shape);
     // Norms multiply by their weights.
     if shape.len() == 1 { numbers + 1.0 } else { numbers }
 }
