@@ -5,7 +5,7 @@ use dictlearn_core::files::from_yaml;
 
 use crate::Result;
 
-/// The batches of a source, endless where the source can be read over and over.
+/// Iterates over the batches of a source. Sources that can be rewound start over at the end.
 ///
 /// ```
 /// use dictlearn::Batches;

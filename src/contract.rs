@@ -1540,7 +1540,7 @@ fn lists_the_modules_that_it_meets(component: &Component) {
 fn goes_on_with_what_hooks_make_of_it(component: &Component) {
     let (who, (model, tokens)) = (who(component), small_model(component));
     let whole = logits(&who, &*model, &tokens, Hooks::none());
-    // The same each time, and not from libtorch's generator, which other threads draw from too.
+    // Deterministic: libtorch's global generator is shared by all threads.
     let noise = |x: &Tensor| x + Tensor::arange(x.numel() as i64, (x.kind(), x.device())).sin().reshape(x.size());
     for point in model
         .modules()
@@ -1610,7 +1610,7 @@ fn ignores_no_arithmetic(component: &Component) {
             _ => vec![rope],
         };
         let matters = values.iter().any(|value| match outcome(field, value) {
-            // How products are rounded may depend on where their numbers lie in memory.
+            // Rounding may depend on memory alignment.
             Ok(found) => known.is_some() && greatest(&(found - &expected)) > 1e-4,
             Err(error) => InputError::take(error).is_ok_and(|error| error.message().contains(field)),
         });

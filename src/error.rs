@@ -1,30 +1,30 @@
-//! What can go wrong, for callers that match on it.
+//! The library's error type.
 
 use dictlearn_core::error::InputError;
 use dictlearn_core::hub::HubError;
 use dictlearn_core::interrupt::Interrupted;
 use dictlearn_core::train::NotFinite;
 
-/// An error of this library. [`std::fmt::Display`] gives the whole message, with place and help where they are known.
+/// An error of this library. [`std::fmt::Display`] prints the full message, with file, line, column and advice where known.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The caller's to mend: a config, an argument, a file's content, a tensor's shape.
+    /// Invalid input: a config, an argument, the content of a file or the shape of a tensor.
     #[error(transparent)]
     Input(InputError),
     /// A file cannot be read or written.
     #[error("{0:#}")]
     Io(anyhow::Error),
-    /// The Hugging Face Hub cannot be reached, or does not give what was asked for.
+    /// The Hugging Face Hub cannot be reached, or a request to it failed.
     #[error("{0:#}")]
     Hub(anyhow::Error),
     /// A loss, a gradient or an activation is not finite.
     #[error("{0:#}")]
     Diverged(anyhow::Error),
-    /// The process was asked to end, and the work broke off where it can be saved.
+    /// The process was asked to end, and the operation stopped in a state that can be saved.
     #[error("interrupted")]
     Interrupted,
-    /// Anything else: libtorch, a plugin, or a fault of this library.
+    /// Any other error: from libtorch, from a plugin, or a bug in this library.
     #[error("{0:#}")]
     Other(anyhow::Error),
 }
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_told_apart_by_what_caused_them() {
+    fn the_kind_of_an_error_follows_from_its_cause() {
         let kind = |error: anyhow::Error| Error::from(error.context("outer"));
         assert!(matches!(kind(InputError::new("x").into()), Error::Input(input) if input.message() == "outer: x"));
         assert!(matches!(kind(Interrupted.into()), Error::Interrupted));

@@ -1,6 +1,6 @@
 //! Train and use sparse autoencoders (SAEs) on the activations of language models.
 //!
-//! Use a published SAE. Features are tensors of [tch](https://docs.rs/tch); nothing is recorded for autograd.
+//! Use a published SAE. Features are [tch](https://docs.rs/tch) tensors; no autograd graph is built.
 //!
 //! ```no_run
 //! let sae = dictlearn::Sae::load("sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre")?;
@@ -10,7 +10,7 @@
 //! # Ok::<(), dictlearn::Error>(())
 //! ```
 //!
-//! Train one on batches of your own, by the config structs that YAML names:
+//! Train an SAE on batches of your own, with the config structs that YAML names:
 //!
 //! ```
 //! use dictlearn::plugins::method_top_k::{TopKConfig, TopKDictionaryConfig};
@@ -37,7 +37,7 @@
 //! | [`Batches`] | the batches of a source of activations |
 //! | [`Run`] | an experiment from YAML: `dictlearn train` |
 //! | [`evaluate`] | the metrics of trained SAEs |
-//! | [`Error`] | what can go wrong, to match on |
+//! | [`Error`] | errors, by kind |
 //! | [`config`] | the YAML of a run: its layers, checks and schema |
 //! | [`plugins`] | every bundled plugin, with its config structs |
 //! | [`contract`](mod@contract) | what every component must keep, as a test |
@@ -45,8 +45,8 @@
 //!
 //! What plugins build on, the traits and the tools, is the crate [`dictlearn_core`].
 //!
-//! Messages and progress are events: [`tracing`](https://docs.rs/tracing) events of targets that begin with `dictlearn`, and
-//! [`progress::show_with`](dictlearn_core::progress::show_with). The library prints nothing.
+//! The library prints nothing. Messages are [`tracing`](https://docs.rs/tracing) events whose targets begin with `dictlearn`; a
+//! program displays progress through [`progress::show_with`](dictlearn_core::progress::show_with).
 
 mod batches;
 pub mod cli;

@@ -15,8 +15,8 @@ use crate::Result;
 
 /// A trained SAE.
 ///
-/// Tensors go in and come out on any device and of any floating-point type; they are moved to the SAE's. Nothing is recorded
-/// for autograd.
+/// Inputs may be on any device and of any floating-point type; they are converted to float32 on the SAE's device, where results
+/// stay. No autograd graph is built.
 pub struct Sae {
     saved: Saved,
 }
@@ -26,12 +26,12 @@ impl Sae {
     /// name is what `dictlearn import` takes: a folder, `owner/name/path` on the Hugging Face Hub, or a release's SAE
     /// (`sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre`). What is in the Hub's cache needs no network.
     ///
-    /// It lies on the first GPU where there is one, otherwise on the CPU.
+    /// Weights are placed on the first GPU, or on the CPU if there is none.
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) where there is no such SAE or it is damaged, [`Error::Hub`](crate::Error::Hub) where the
-    /// Hub cannot be reached.
+    /// [`Error::Input`](crate::Error::Input) if the SAE does not exist or is damaged, [`Error::Hub`](crate::Error::Hub) if the Hub
+    /// cannot be reached.
     pub fn load(place: impl AsRef<str>) -> Result<Self> {
         Sae::load_on(place, dictlearn_core::machine::device::best())
     }
@@ -58,7 +58,7 @@ impl Sae {
         Sae { saved: Saved { dir: PathBuf::from(name), dictionary, normalization: None, config } }
     }
 
-    /// Features [.., F] of activations [.., d], never recorded for autograd.
+    /// Returns the features [.., F] of activations [.., d].
     ///
     /// # Errors
     ///
@@ -68,10 +68,9 @@ impl Sae {
         Ok(tch::no_grad(|| self.dictionary().encode(&x)))
     }
 
-    /// What features [.., F] decode to, [.., d_out].
+    /// Decodes features [.., F] to [.., d_out].
     ///
-    /// An SAE that normalises each activation, or passes it on beside the features, needs the activation too:
-    /// [`Sae::reconstruct`].
+    /// For SAEs with input normalisation or a skip connection use [`Sae::reconstruct`], which knows the activation.
     ///
     /// # Errors
     ///
@@ -81,7 +80,7 @@ impl Sae {
         Ok(tch::no_grad(|| self.dictionary().decode(&features)))
     }
 
-    /// The reconstruction [.., d_out] of activations [.., d].
+    /// Returns the reconstruction [.., d_out] of activations [.., d].
     ///
     /// # Errors
     ///
@@ -96,7 +95,7 @@ impl Sae {
         self.dictionary().dims()
     }
 
-    /// What each feature adds to the reconstruction, [F, d_out]: the directions to steer a model with.
+    /// Decoder directions [F, d_out], in units of the output: add a multiple of a row to steer a model.
     pub fn directions(&self) -> Option<Tensor> {
         tch::no_grad(|| self.dictionary().directions().map(|directions| directions.detach()))
     }

@@ -51,37 +51,37 @@ pub struct TrainerBuilder {
 }
 
 impl TrainerBuilder {
-    /// The steps that schedules are laid out for; 10,000 by default.
+    /// Number of steps that schedules span; default 10,000.
     pub fn steps(mut self, steps: u64) -> Self {
         self.steps = steps;
         self
     }
 
-    /// The seed of initial weights and random choices; 42 by default.
+    /// Seed of initial weights and random choices; default 42.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// What is changed about the trainer, in the order of the calls.
+    /// Adds a modifier. Modifiers apply in the order in which they are added.
     pub fn modifier(mut self, modifier: impl TaggedModifier + 'static) -> Self {
         self.config.modifiers.push(Box::new(modifier));
         self
     }
 
-    /// The width of what is reconstructed, where it is not the activations': for transcoders.
+    /// Width of the output if it differs from the input's, as in transcoders.
     pub fn output_dim(mut self, width: i64) -> Self {
         self.output_dim = Some(width);
         self
     }
 
-    /// Where it trains; by default on the first GPU where there is one.
+    /// Device to train on; default: the first GPU, or the CPU if there is none.
     pub fn device(mut self, device: DeviceChoice) -> Self {
         self.device = device;
         self
     }
 
-    /// The type of the matrix products; float32 by default. Weights, moments and losses are float32 in any case.
+    /// Type of the matrix products; default float32. Weights, moments and losses are always float32.
     pub fn precision(mut self, precision: Precision) -> Self {
         self.precision = precision;
         self
@@ -114,8 +114,8 @@ impl TrainerBuilder {
 }
 
 impl Trainer {
-    /// Begins to describe a trainer by the same config structs that YAML names: a dictionary's and a trainer's. Fields that
-    /// are left at their defaults adapt to the number of steps, as a config's do.
+    /// Starts a builder from the config structs of a dictionary and a trainer, the ones that YAML names. Fields left at their
+    /// defaults adapt to the number of steps, as in a config.
     pub fn builder(
         dictionary: impl TaggedDictionary + 'static,
         trainer: impl TaggedTrainer + 'static,
@@ -139,13 +139,13 @@ impl Trainer {
         }
     }
 
-    /// One step on activations [B, d].
+    /// Takes one step on activations [B, d].
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) for a batch of another shape, [`Error::Diverged`](crate::Error::Diverged) where the loss or a
-    /// gradient is not finite: then nothing has changed, but on a GPU, where that is found by [`Trainer::finish`] and
-    /// [`Trainer::save`].
+    /// [`Error::Input`](crate::Error::Input) for a batch of another shape, [`Error::Diverged`](crate::Error::Diverged) if the loss or a
+    /// gradient is not finite. On a CPU the failed step changes nothing; on a GPU the error is reported by [`Trainer::save`] and
+    /// [`Trainer::finish`].
     pub fn step(&mut self, x: &Tensor) -> Result<()> {
         self.take(Batch::of(self.own(x, self.cx.widths.0)?), false)
     }
@@ -164,7 +164,7 @@ impl Trainer {
         self.take(Batch { x, target }, false)
     }
 
-    /// [`Trainer::step`] with the figures of the step, from its own forward pass. It takes a little longer.
+    /// Takes a step as [`Trainer::step`] and returns its figures, which come from the same forward pass. Slightly slower.
     pub fn step_with_stats(&mut self, x: &Tensor) -> Result<&StepStats> {
         self.take(Batch::of(self.own(x, self.cx.widths.0)?), true)?;
         Ok(self.stats.get_or_insert_default())
@@ -199,7 +199,7 @@ impl Trainer {
         Ok(Sae::with_config(&self.config.name, self.training.folded(1.0)?, config))
     }
 
-    /// The dictionary, the trainer and the optimiser's step, for what this interface does not offer.
+    /// Access to the underlying dictionary, trainer and optimiser.
     pub fn training(&mut self) -> &mut Training {
         &mut self.training
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::InputError;
 
-/// The error of a request that the Hub did not answer as hoped, with what to do.
+/// The error of a failed request to the Hub, with advice.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
 pub struct HubError(pub String);

@@ -1,17 +1,17 @@
-//! Interruption: the first request lets long work end in good order, the second ends the process.
+//! Interruption: the first request stops long work after its current step, the second ends the process.
 //!
-//! Long operations must poll [`check`]. Who listens to signals is the program's business (`dictlearn::cli`).
+//! Long operations must poll [`check`]. Signal handlers are installed by the program (`dictlearn::cli`).
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use anyhow::{Result, bail};
 
-/// The error of work that broke off because the process was asked to end.
+/// The error of an operation that stopped because the process was asked to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("interrupted")]
 pub struct Interrupted;
 
-/// The signal that has come to this process, 0 for none; for long work that has no run to ask.
+/// The last signal that this process received, 0 for none. For long operations outside a run.
 static ASKED: AtomicU8 = AtomicU8::new(0);
 
 /// Whether this process was asked to end.
@@ -19,7 +19,7 @@ pub fn asked() -> bool {
     ASKED.load(Ordering::Relaxed) != 0
 }
 
-/// Fails if this process was asked to end. Callers must be in a state that can be saved: a run saves itself then.
+/// Fails with [`Interrupted`] if this process was asked to end. Call it only where the state can be saved.
 pub fn check() -> Result<()> {
     if asked() {
         bail!(Interrupted);
@@ -27,14 +27,14 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// What a request to end calls for.
+/// How the program responds to a request to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Response {
-    /// The work ends after its current step.
+    /// Let the run stop after its current step.
     AfterThisStep,
-    /// Everything is saved: the process may end now.
+    /// End the process: everything is saved.
     NothingToLose,
-    /// It was asked again: the process ends now.
+    /// End the process: this is the second request.
     AtOnce,
 }
 
@@ -59,7 +59,7 @@ impl Interrupt {
 
     /// Whether it was asked to end.
     pub fn asked(&self) -> bool {
-        // In one order with `nothing_to_lose`: a signal is seen by who calls both, or ends the process.
+        // Sequentially consistent with `nothing_to_lose`: a caller of both sees the signal, or the signal ends the process.
         self.asked.load(Ordering::SeqCst) != 0
     }
 
@@ -68,7 +68,7 @@ impl Interrupt {
         status(self.asked.load(Ordering::Relaxed))
     }
 
-    /// From now on all is saved, and the first signal may end the process.
+    /// Declares that everything is saved, so that the first signal may end the process.
     pub fn nothing_to_lose(&self) {
         self.at_once.store(true, Ordering::SeqCst);
     }

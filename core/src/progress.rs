@@ -1,5 +1,4 @@
-//! How far long work is. The library shows nothing: whoever has a user, such as the command line, sets what shows it with
-//! [`show_with`].
+//! Progress of long operations. The library displays nothing; a program installs a display with [`show_with`].
 
 use std::sync::OnceLock;
 use std::time::Instant;
@@ -19,21 +18,21 @@ pub struct Task {
     pub bytes: bool,
 }
 
-/// Shows how far a task is.
+/// Displays the progress of one task.
 pub trait Meter: Send {
-    /// So many are done; `message` is what else to show, empty or beginning with `, `.
+    /// `done` items are finished. `message` is empty or begins with `, `; display it after the count.
     fn update(&mut self, done: u64, message: &str);
 
     /// The task has ended.
     fn finish(&self) {}
 }
 
-/// What makes a [`Meter`] of a task.
+/// Creates the [`Meter`] of a task.
 pub type ShowWith = fn(&Task) -> Box<dyn Meter>;
 
 static SHOW_WITH: OnceLock<ShowWith> = OnceLock::new();
 
-/// Shows every task of this process from now on. The first call counts.
+/// Installs the display for every later task of this process. Only the first call has an effect.
 pub fn show_with(meter: ShowWith) {
     let _ = SHOW_WITH.set(meter);
 }
@@ -87,7 +86,7 @@ impl Progress {
         }
     }
 
-    /// So many are done; `activations` were worked on since the last call.
+    /// Reports that `done` items are finished, and that `activations` were processed since the last call.
     pub fn step(&mut self, done: u64, activations: i64) {
         self.activations += activations;
         let Some(meter) = &mut self.meter else { return };

@@ -4,6 +4,7 @@ use super::output::say;
 use crate::config;
 use crate::config::{RunConfig, Sources};
 use anyhow::Result;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use dictlearn_core::data::manifest::Dtype;
 use dictlearn_core::error::printable;
@@ -79,7 +80,7 @@ pub(super) enum Command {
         #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(i64).range(1..))]
         limit: Option<i64>,
         /// The type to write them in: `float32`, or `bfloat16` or `float16` at half the size.
-        #[arg(long, default_value_t, value_parser = dtype)]
+        #[arg(long, default_value_t, value_parser = dtypes())]
         dtype: Dtype,
     },
     /// Features and reconstructions of activations in a file, or the features of each token of a text.
@@ -249,8 +250,9 @@ pub(super) fn load_from(sources: &Sources) -> Result<RunConfig> {
     Ok(config)
 }
 
-/// A type of activations on disk, by its name.
-pub(super) fn dtype(name: &str) -> Result<Dtype, String> {
-    let known = Dtype::ALL.map(|dtype| dtype.to_string()).join(", ");
-    Dtype::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or(format!("known: {known}"))
+/// The types of activations on disk, by their names.
+fn dtypes() -> impl TypedValueParser<Value = Dtype> {
+    let names = Dtype::ALL.map(Dtype::name);
+    PossibleValuesParser::new(names)
+        .try_map(|name| Dtype::ALL.into_iter().find(|dtype| dtype.name() == name).ok_or("unknown type"))
 }

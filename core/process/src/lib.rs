@@ -1,5 +1,5 @@
-//! Settings of a whole process that make training fast. Link it into a program, never into a library: it replaces the process's
-//! `malloc`, answers a question of MKL's, and starts the program again with another environment.
+//! Process-wide settings that make training fast. Link this crate into a program, never into a library: it replaces `malloc`,
+//! overrides the function by which MKL recognises Intel CPUs, and restarts the program to set an OpenMP variable.
 //!
 //! ```ignore
 //! use dictlearn_process as _;
@@ -15,9 +15,9 @@
 mod allocator {
     use tikv_jemallocator as _;
 
-    /// jemalloc's settings, read by it under this name: freed memory is kept, large blocks are not treated apart, and small ones
-    /// are cut from free ones of any size (2³⁰ times as large). By default they are not if a free one is more than 2⁶ times as
-    /// large; then they lie on fresh pages, step after step, and a run of `top_k` takes 2 MB more with each.
+    /// jemalloc reads its settings under this name. It keeps freed memory, has no separate arena for large blocks, and cuts small
+    /// blocks from free ones of any size (up to 2³⁰ times as large). The default limit of 2⁶ makes it map fresh pages instead:
+    /// a run of `top_k` then grows by 2 MB a step.
     #[used]
     #[unsafe(export_name = "malloc_conf")]
     static SETTINGS: Option<&'static u8> =

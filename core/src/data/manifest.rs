@@ -35,6 +35,15 @@ impl Dtype {
     /// Every type.
     pub const ALL: [Dtype; 3] = [Dtype::Float32, Dtype::BFloat16, Dtype::Float16];
 
+    /// The name in a manifest and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::Float32 => "float32",
+            Dtype::BFloat16 => "bfloat16",
+            Dtype::Float16 => "float16",
+        }
+    }
+
     /// As libtorch's.
     pub fn kind(self) -> Kind {
         match self {
@@ -47,11 +56,7 @@ impl Dtype {
 
 impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Dtype::Float32 => "float32",
-            Dtype::BFloat16 => "bfloat16",
-            Dtype::Float16 => "float16",
-        })
+        f.write_str(self.name())
     }
 }
 

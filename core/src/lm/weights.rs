@@ -260,7 +260,7 @@ impl Weights {
 
 /// A tensor of a model with random weights: always the same for a name and a shape.
 fn drawn(name: &str, shape: &[i64]) -> Tensor {
-    // Not libtorch's generator, which other threads draw from too.
+    // libtorch's global generator is shared by all threads, so equal seeds would not give equal numbers.
     let mut rng = rng(0, name);
     let mut number = || (rng.next_u32() as f32 / u32::MAX as f32 - 0.5) * 0.7;
     let numbers: Vec<f32> = (0..shape.iter().product()).map(|_: i64| number()).collect();

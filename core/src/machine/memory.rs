@@ -154,8 +154,8 @@ pub fn free() -> u64 {
     free.min(system.cgroup_limits().map_or(u64::MAX, |limits| left_within(&limits)))
 }
 
-/// What processes of a cgroup may still take. Pages of files that were read count as the cgroup's, and are given up when memory is
-/// wanted. A limit that is none is a very large number.
+/// Bytes that a cgroup's processes can still allocate. The kernel charges the page cache to the cgroup and reclaims it under
+/// pressure, so it counts as free. An unlimited cgroup reports a very large limit.
 fn left_within(limits: &CGroupLimits) -> u64 {
     limits.total_memory.saturating_sub(limits.rss).saturating_add(limits.free_swap)
 }
