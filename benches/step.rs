@@ -11,7 +11,7 @@ use criterion::{BenchmarkId, Criterion};
 use dictlearn_core::data::Batch;
 use dictlearn_core::files::from_yaml;
 use dictlearn_core::machine::device::Precision;
-use dictlearn_core::registry::{Component, Kind as Slot, component, components};
+use dictlearn_core::registry::{Component, ComponentKind, components, find};
 use dictlearn_core::train::Adam;
 use dictlearn_core::train::Constraints;
 use dictlearn_core::train::Gradients;
@@ -34,7 +34,7 @@ const STEPS: u64 = 1_000_000;
 
 fn main() {
     let mut criterion = Criterion::default().sample_size(10).configure_from_args();
-    for trainer in components(Slot::Trainer) {
+    for trainer in components(ComponentKind::Trainer) {
         steps(&mut criterion, trainer);
     }
     parts(&mut criterion);
@@ -54,7 +54,7 @@ fn example(component: &Component, fields: &[(&str, i64)]) -> String {
 }
 
 fn training(trainer: &Component) -> Option<Training> {
-    let usual = component(Slot::Dictionary, trainer.usual_dictionary?)?;
+    let usual = find(ComponentKind::Dictionary, trainer.usual_dictionary?)?;
     let dictionary = example(usual, &[("dict_size", FEATURES), ("k", K)]);
     // What is annealed stays as it begins.
     let still =
@@ -100,7 +100,7 @@ fn parts(criterion: &mut Criterion) {
     let batches = batches();
     let Some(batch) = batches.first() else { return };
     for name in ["top_k", "batch_top_k"] {
-        let Some(training) = component(Slot::Trainer, name).and_then(training) else { continue };
+        let Some(training) = find(ComponentKind::Trainer, name).and_then(training) else { continue };
         let dictionary = &*training.dictionary;
         let gradients = Gradients::new(dictionary.parameters());
         let pass = AnalyticPass { step: 1, batch, dictionary, gradients: &gradients, logging: false };
@@ -121,7 +121,7 @@ fn parts(criterion: &mut Criterion) {
             });
         }
     }
-    let Some(training) = component(Slot::Trainer, "standard").and_then(training) else { return };
+    let Some(training) = find(ComponentKind::Trainer, "standard").and_then(training) else { return };
     let dictionary = &*training.dictionary;
     let gradients = Gradients::new(dictionary.parameters());
     let pass = AnalyticPass { step: 1, batch, dictionary, gradients: &gradients, logging: false };

@@ -37,7 +37,7 @@ use dictlearn_core::lm::{ModelCx, Visit};
 use dictlearn_core::machine::device;
 use dictlearn_core::machine::rng::{rng, seeded};
 use dictlearn_core::prelude::*;
-use dictlearn_core::registry::{Component, Kind as Slot, component, components};
+use dictlearn_core::registry::{Component, ComponentKind, components, find};
 use dictlearn_core::report::{TaggedLogger, TaggedMetric};
 use dictlearn_core::sae::{Selection, TaggedDictionary, saved};
 use dictlearn_core::train::{
@@ -49,12 +49,12 @@ use dictlearn_core::{formats, hub, lm, registry};
 ///
 /// # Panics
 /// Where it breaks the contract, saying how.
-pub fn keep(kind: Slot, name: &str) {
-    let Some(component) = component(kind, name) else {
+pub fn keep(kind: ComponentKind, name: &str) {
+    let Some(component) = find(kind, name) else {
         panic!("no {kind} `{name}` is registered: link its crate in the test (`use my_plugin as _;`)");
     };
     let checks: &[(Check, &Promise)] = match kind {
-        Slot::Dictionary => &[
+        ComponentKind::Dictionary => &[
             (encodes_and_decodes, &SHAPES),
             (has_what_penalties_need, &PENALIZED),
             (has_what_selecting_trainers_need, &SELECTS),
@@ -63,7 +63,7 @@ pub fn keep(kind: Slot, name: &str) {
             (scaled_biases_take_scaled_activations, &SCALES),
             (is_trained_or_refused, &PAIR),
         ],
-        Slot::Trainer => &[
+        ComponentKind::Trainer => &[
             (learns_logs_and_resumes, &LEARNS),
             (trains_as_on_a_gpu, &AS_ON_A_GPU),
             (refuses_what_is_not_finite, &NOT_FINITE),
@@ -75,15 +75,15 @@ pub fn keep(kind: Slot, name: &str) {
             (resampling_revives_the_dead, &RESAMPLES),
             (trains_or_refuses, &PAIR),
         ],
-        Slot::Modifier => &[(composes_with_trainers, &COMPOSES)],
-        Slot::Source => &[(delivers_resumes_and_rewinds, &DELIVERS)],
-        Slot::Text => &[(says_the_same_from_any_position, &SEEKS)],
-        Slot::Metric => &[(measures_each_dictionary, &MEASURES)],
-        Slot::Logger => &[(writes_and_goes_on, &WRITES)],
-        Slot::Format => {
+        ComponentKind::Modifier => &[(composes_with_trainers, &COMPOSES)],
+        ComponentKind::Source => &[(delivers_resumes_and_rewinds, &DELIVERS)],
+        ComponentKind::Text => &[(says_the_same_from_any_position, &SEEKS)],
+        ComponentKind::Metric => &[(measures_each_dictionary, &MEASURES)],
+        ComponentKind::Logger => &[(writes_and_goes_on, &WRITES)],
+        ComponentKind::Format => {
             &[(refuses_a_folder_with_nothing_in_it, &REFUSES_NOTHING), (reads_what_it_writes, &WRITES_AND_READS)]
         }
-        Slot::Model => &[
+        ComponentKind::Model => &[
             (predicts_tokens_from_those_before, &LOGITS),
             (lists_the_modules_that_it_meets, &MODULES),
             (goes_on_with_what_hooks_make_of_it, &EDITS),
@@ -381,15 +381,15 @@ fn round_trip(component: &Component) -> (Value, Value) {
         }};
     }
     match component.kind {
-        Slot::Dictionary => as_config!(dyn TaggedDictionary),
-        Slot::Trainer => as_config!(dyn TaggedTrainer),
-        Slot::Modifier => as_config!(dyn TaggedModifier),
-        Slot::Source => as_config!(dyn TaggedSource),
-        Slot::Text => as_config!(dyn TaggedText),
-        Slot::Metric => as_config!(dyn TaggedMetric),
-        Slot::Logger => as_config!(dyn TaggedLogger),
+        ComponentKind::Dictionary => as_config!(dyn TaggedDictionary),
+        ComponentKind::Trainer => as_config!(dyn TaggedTrainer),
+        ComponentKind::Modifier => as_config!(dyn TaggedModifier),
+        ComponentKind::Source => as_config!(dyn TaggedSource),
+        ComponentKind::Text => as_config!(dyn TaggedText),
+        ComponentKind::Metric => as_config!(dyn TaggedMetric),
+        ComponentKind::Logger => as_config!(dyn TaggedLogger),
         // Named by files, not by configs.
-        Slot::Model | Slot::Format => (Value::Null, Value::Null),
+        ComponentKind::Model | ComponentKind::Format => (Value::Null, Value::Null),
     }
 }
 
@@ -401,7 +401,7 @@ fn is_described(component: &Component) {
     NAMED.check(&who, plain, || format!("`{name}`"));
     let short = !summary.is_empty() && summary.len() <= 90 && !summary.contains('\n');
     SUMMARIZED.check(&who, short, || format!("{summary:?}, {} characters", summary.len()));
-    if matches!(kind, Slot::Model | Slot::Format) {
+    if matches!(kind, ComponentKind::Model | ComponentKind::Format) {
         return;
     }
     let schema = (component.schema)().to_value();
@@ -415,7 +415,7 @@ fn is_described(component: &Component) {
 
 /// What `dictlearn describe` shows runs as it stands.
 fn example_trains(component: &Component) {
-    if matches!(component.kind, Slot::Model | Slot::Format) {
+    if matches!(component.kind, ComponentKind::Model | ComponentKind::Format) {
         return;
     }
     let Some(example) = config::example(component, examples_folder()) else {
@@ -613,7 +613,7 @@ fn sae(trainer: &Component) -> SaeConfig {
         Some(name) => format!("no dictionary `{name}` is registered"),
         None => "it names none".to_owned(),
     };
-    let dictionary = trainer.usual_dictionary.and_then(|name| component(Slot::Dictionary, name));
+    let dictionary = trainer.usual_dictionary.and_then(|name| find(ComponentKind::Dictionary, name));
     let dictionary = dictionary.unwrap_or_else(|| TRAINS_BY_DEFAULT.broken(&who(trainer), found()));
     SaeConfig {
         name: trainer.name.to_owned(),
@@ -1002,7 +1002,7 @@ enum AnalyticCase {
 
 /// If it has an analytic step at all, on every dictionary that it trains.
 fn analytic_steps_are_autograds(trainer: &Component) {
-    for dictionary in components(Slot::Dictionary) {
+    for dictionary in components(ComponentKind::Dictionary) {
         use AnalyticCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, OnGpuBFloat16, Usual};
         for case in [Usual, FewFeatures, DeadFeatures, BFloat16, OnGpu, OnGpuBFloat16] {
             analytic_step_is_autograds(trainer, dictionary, case);
@@ -1200,11 +1200,11 @@ fn refusal(promise: &Promise, who: &str, error: anyhow::Error) -> String {
 }
 
 fn is_trained_or_refused(dictionary: &Component) {
-    components(Slot::Trainer).into_iter().for_each(|trainer| learns_or_is_refused(trainer, dictionary));
+    components(ComponentKind::Trainer).into_iter().for_each(|trainer| learns_or_is_refused(trainer, dictionary));
 }
 
 fn trains_or_refuses(trainer: &Component) {
-    components(Slot::Dictionary).into_iter().for_each(|dictionary| learns_or_is_refused(trainer, dictionary));
+    components(ComponentKind::Dictionary).into_iter().for_each(|dictionary| learns_or_is_refused(trainer, dictionary));
 }
 
 fn learns_or_is_refused(trainer: &Component, dictionary: &Component) {
@@ -1263,7 +1263,7 @@ fn goes_on_with_dead_features(who: &str, trainer: &Component, sae: &SaeConfig, b
 fn composes_with_trainers(modifier: &Component) {
     let batches = batches();
     let mut composed = 0;
-    for trainer in components(Slot::Trainer) {
+    for trainer in components(ComponentKind::Trainer) {
         let who = format!("{} with {}", who(modifier), who(trainer));
         let new = || {
             let modifiers = vec![example(modifier)];
@@ -1370,7 +1370,7 @@ fn measures_each_dictionary(component: &Component) {
     let metric: Box<dyn TaggedMetric> = example(component);
     let who = who(component);
     let mut measured = false;
-    for source in components(Slot::Source) {
+    for source in components(ComponentKind::Source) {
         let config: Box<dyn TaggedSource> = example(source);
         let mut source = config.build(&cx).unwrap();
         if MEASURES.of(&who, metric.build()).refuses(&mut *source).is_some() {
@@ -1379,14 +1379,14 @@ fn measures_each_dictionary(component: &Component) {
         let (activation_dim, output_dim) = source.sites()[0].widths();
         let dictionary_cx = DictionaryCx { activation_dim, output_dim, ..dictionary_cx() };
         let build = |component| example::<Box<dyn TaggedDictionary>>(component).build(&dictionary_cx).unwrap();
-        let both: Vec<Box<dyn Dictionary>> = components(Slot::Dictionary).into_iter().take(2).map(build).collect();
+        let both: Vec<Box<dyn Dictionary>> =
+            components(ComponentKind::Dictionary).into_iter().take(2).map(build).collect();
         let both: Vec<Subject> = both.iter().map(|dictionary| Subject { dictionary: &**dictionary, site: 0 }).collect();
         let measuring = evaluate::Measuring {
             key: "source",
             origin: Map::new(),
             from_the_beginning: true,
             overlap_is_known: false,
-            say: &|_| (),
         };
         let found = evaluate::evaluate(std::slice::from_ref(&metric), &both, &mut *source, &measuring);
         let found = MEASURES.of(&who, found);
@@ -1640,7 +1640,7 @@ fn reads_what_it_writes(component: &Component) {
     }
     let x = activations(50);
     let mut written = 0;
-    for other in components(Slot::Dictionary) {
+    for other in components(ComponentKind::Dictionary) {
         let who = format!("{} with {}", who(component), who(other));
         let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
         let config: Box<dyn TaggedDictionary> = example(other);

@@ -21,7 +21,7 @@ use dictlearn_core::machine::device::Precision;
 use dictlearn_core::machine::device::PrecisionChoice;
 use dictlearn_core::machine::memory;
 use dictlearn_core::machine::memory::Size;
-use dictlearn_core::registry::{Component, Kind as Slot, component, components};
+use dictlearn_core::registry::{Component, ComponentKind, components, find};
 use dictlearn_core::sae::DictionaryCx;
 use dictlearn_core::train::Modifier;
 use dictlearn_core::train::SaeConfig;
@@ -439,7 +439,7 @@ fn training(best: Device, problems: &mut Vec<Problem>) -> Vec<Check> {
     let batches = batches();
     let devices = [Device::Cpu, best];
     let mut checks = Vec::new();
-    for trainer in components(Slot::Trainer) {
+    for trainer in components(ComponentKind::Trainer) {
         let Some(sae) = sae(trainer) else { continue };
         let reference = caught(|| losses(&sae, Device::Cpu, &batches, true));
         for device in &devices[..if best == Device::Cpu { 1 } else { 2 }] {
@@ -474,7 +474,7 @@ fn training(best: Device, problems: &mut Vec<Problem>) -> Vec<Check> {
 
 /// A trainer on its default dictionary, if they take activations of one site.
 fn sae(trainer: &Component) -> Option<SaeConfig> {
-    let dictionary = component(Slot::Dictionary, trainer.usual_dictionary?)?;
+    let dictionary = find(ComponentKind::Dictionary, trainer.usual_dictionary?)?;
     let (name, trainer, dictionary) = (trainer.name, trainer.example, dictionary.example);
     let sae = format!("{{name: {name}, trainer: {trainer}, dictionary: {dictionary}}}");
     let sae: SaeConfig = from_yaml(&sae).ok()?;

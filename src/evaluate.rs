@@ -87,7 +87,6 @@ pub(crate) fn measure(sae_dirs: &[&Path], config: &RunConfig) -> anyhow::Result<
         origin: measuring::origin(measured.source)?,
         from_the_beginning: true,
         overlap_is_known: false,
-        say: &|message| tracing::warn!("{}", message.trim_start_matches("warning: ")),
     };
     measuring::evaluate(metrics, &subjects, &mut *source, &measuring)
 }

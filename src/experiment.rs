@@ -6,6 +6,7 @@ use dictlearn_core::interrupt::Interrupt;
 use serde_json::{Map, Value};
 
 use crate::config::{self, RunConfig, Sources};
+use crate::notes;
 use crate::run::{self, Ending};
 use crate::{Error, Result, Sae};
 
@@ -73,7 +74,9 @@ impl Run {
             builds_rest: true,
             ..Sources::default()
         };
-        Ok(Run { config: config::load(&sources)?, output_dir: None, resume: false })
+        let config = config::load(&sources)?;
+        config.written.notes().iter().for_each(|note| notes::emit(note));
+        Ok(Run { config, output_dir: None, resume: false })
     }
 
     /// Its config, to be looked at or changed before it trains.

@@ -57,6 +57,7 @@ mod error;
 mod evaluate;
 mod experiment;
 pub mod new_plugin;
+mod notes;
 mod publish;
 pub mod run;
 mod sae;

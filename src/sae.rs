@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use dictlearn_core::error::InputError;
 use dictlearn_core::formats::{self, Request};
 use dictlearn_core::machine::device::Precision;
-use dictlearn_core::registry::{self, Kind as Component};
+use dictlearn_core::registry::{self, ComponentKind};
 use dictlearn_core::sae::saved::{self, Saved};
 use dictlearn_core::sae::{Dictionary, Dims};
 use serde_json::Value;
@@ -43,10 +43,9 @@ impl Sae {
         if dir.is_dir() {
             return Ok(Sae { saved: saved::read(dir, device, Precision::Float32)? });
         }
-        let named =
-            place.split_once(':').filter(|(format, _)| registry::component(Component::Format, format).is_some());
+        let named = place.split_once(':').filter(|(format, _)| registry::find(ComponentKind::Format, format).is_some());
         let Some((format, name)) = named else {
-            let known = registry::names(Component::Format).join(", ");
+            let known = registry::names(ComponentKind::Format).join(", ");
             return Err(InputError::new(format!("`{place}` is neither a folder nor `FORMAT:NAME`"))
                 .help(format!("the formats are {known}"))
                 .into());

@@ -51,7 +51,7 @@ pub mod __component {
     pub use crate::formats::TaggedFormat;
     pub use crate::lm::config::read;
     pub use crate::lm::{ModelConfig, ModelFamily};
-    pub use crate::registry::{Component, Kind, ShortRun};
+    pub use crate::registry::{Component, ComponentKind, ShortRun};
     pub use crate::report::{TaggedLogger, TaggedMetric};
     pub use crate::sae::{DictionaryCx, TaggedDictionary, dict_size};
     pub use crate::train::top_k::TopKSettings;

@@ -19,7 +19,7 @@ pub use crate::files::state::State;
 pub use crate::files::{ConfigPath, PathOrName};
 pub use crate::lm::{HookPoint, Hooks, Io, LanguageModel, Stop, Tokens};
 pub use crate::machine::device::Precision;
-pub use crate::machine::memory::{Need as MemoryNeed, check as check_memory};
+pub use crate::machine::memory::{MemoryNeed, check as check_memory};
 pub use crate::report::{Figures, Metric, MetricConfig, Subject, Variance, figures};
 pub use crate::report::{Logger, LoggerConfig};
 pub use crate::sae::Selection;
@@ -39,7 +39,7 @@ pub use crate::train::{Adam, AdamConfig};
 pub use crate::train::{
     AfterStep, Pass, Role, Terms, Trainer, TrainerConfig, TrainerCx, cannot_train, mean_of_sums, penalizable,
 };
-pub use crate::train::{Modifier, ModifierConfig, ModifierCx, Need};
+pub use crate::train::{Modifier, ModifierConfig, ModifierCx, Requirement};
 pub use crate::train::{Objective, Penalty, ResidualError, Seen};
 pub use crate::train::{ResampleWeight, Resampling};
 pub use crate::train::{RunLength, Schedule};

@@ -101,14 +101,6 @@ impl Progress {
         meter.update(done, &message);
     }
 
-    /// Emits a message as an event: a warning where it begins with `warning: `.
-    pub fn say(&self, message: &str) {
-        match message.strip_prefix("warning: ") {
-            Some(warning) => tracing::warn!("{warning}"),
-            None => tracing::info!("{message}"),
-        }
-    }
-
     /// Ends the task and returns its summary.
     pub fn finish(&self) -> String {
         if let Some(meter) = &self.meter {

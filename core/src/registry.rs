@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// What a component is, and so which slot of a config names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum ComponentKind {
     /// Encodes activations to features and decodes them again.
     Dictionary,
     /// Trains a dictionary: its loss, schedules and constraints.
@@ -33,57 +33,57 @@ pub enum Kind {
     Format,
 }
 
-impl Kind {
+impl ComponentKind {
     /// Every kind, in the order in which `dictlearn list` shows them.
-    pub const ALL: [Kind; 9] = [
-        Kind::Dictionary,
-        Kind::Trainer,
-        Kind::Modifier,
-        Kind::Source,
-        Kind::Text,
-        Kind::Model,
-        Kind::Metric,
-        Kind::Logger,
-        Kind::Format,
+    pub const ALL: [ComponentKind; 9] = [
+        ComponentKind::Dictionary,
+        ComponentKind::Trainer,
+        ComponentKind::Modifier,
+        ComponentKind::Source,
+        ComponentKind::Text,
+        ComponentKind::Model,
+        ComponentKind::Metric,
+        ComponentKind::Logger,
+        ComponentKind::Format,
     ];
 
     /// The name in a command (`dictlearn describe trainer top_k`) and in messages.
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Dictionary => "dictionary",
-            Kind::Trainer => "trainer",
-            Kind::Modifier => "modifier",
-            Kind::Source => "source",
-            Kind::Text => "text",
-            Kind::Model => "model",
-            Kind::Metric => "metric",
-            Kind::Logger => "logger",
-            Kind::Format => "format",
+            ComponentKind::Dictionary => "dictionary",
+            ComponentKind::Trainer => "trainer",
+            ComponentKind::Modifier => "modifier",
+            ComponentKind::Source => "source",
+            ComponentKind::Text => "text",
+            ComponentKind::Model => "model",
+            ComponentKind::Metric => "metric",
+            ComponentKind::Logger => "logger",
+            ComponentKind::Format => "format",
         }
     }
 
     /// The plural (`dictlearn list trainers`).
     pub fn plural(self) -> &'static str {
         match self {
-            Kind::Dictionary => "dictionaries",
-            Kind::Trainer => "trainers",
-            Kind::Modifier => "modifiers",
-            Kind::Source => "sources",
-            Kind::Text => "texts",
-            Kind::Model => "models",
-            Kind::Metric => "metrics",
-            Kind::Logger => "loggers",
-            Kind::Format => "formats",
+            ComponentKind::Dictionary => "dictionaries",
+            ComponentKind::Trainer => "trainers",
+            ComponentKind::Modifier => "modifiers",
+            ComponentKind::Source => "sources",
+            ComponentKind::Text => "texts",
+            ComponentKind::Model => "models",
+            ComponentKind::Metric => "metrics",
+            ComponentKind::Logger => "loggers",
+            ComponentKind::Format => "formats",
         }
     }
 
     /// The kind that a user means by `trainer` or `trainers`.
-    pub fn parse(name: &str) -> Option<Kind> {
-        Kind::ALL.into_iter().find(|kind| name == kind.name() || name == kind.plural())
+    pub fn parse(name: &str) -> Option<ComponentKind> {
+        ComponentKind::ALL.into_iter().find(|kind| name == kind.name() || name == kind.plural())
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for ComponentKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
@@ -92,7 +92,7 @@ impl fmt::Display for Kind {
 /// One registered component, as [`component`](macro@crate::component) declares it.
 pub struct Component {
     /// What it is.
-    pub kind: Kind,
+    pub kind: ComponentKind,
     /// Its name in a config: the value of `type`.
     pub name: &'static str,
     /// One line for `dictlearn list`.
@@ -133,7 +133,7 @@ impl ShortRun {
 }
 
 /// The components of one kind, sorted by name.
-pub fn components(kind: Kind) -> Vec<&'static Component> {
+pub fn components(kind: ComponentKind) -> Vec<&'static Component> {
     let mut found: Vec<_> =
         inventory::iter::<Component>.into_iter().filter(|component| component.kind == kind).collect();
     found.sort_by_key(|component| component.name);
@@ -141,17 +141,17 @@ pub fn components(kind: Kind) -> Vec<&'static Component> {
 }
 
 /// The component of that kind and name.
-pub fn component(kind: Kind, name: &str) -> Option<&'static Component> {
+pub fn find(kind: ComponentKind, name: &str) -> Option<&'static Component> {
     inventory::iter::<Component>.into_iter().find(|component| component.kind == kind && component.name == name)
 }
 
 /// The names of a kind, sorted.
-pub fn names(kind: Kind) -> Vec<&'static str> {
+pub fn names(kind: ComponentKind) -> Vec<&'static str> {
     components(kind).into_iter().map(|component| component.name).collect()
 }
 
 /// The names of a kind that a config gets which names none.
-pub fn usual(kind: Kind) -> impl Iterator<Item = &'static str> {
+pub fn usual(kind: ComponentKind) -> impl Iterator<Item = &'static str> {
     components(kind).into_iter().filter(|component| component.usual).map(|component| component.name)
 }
 
@@ -178,7 +178,7 @@ mod tests {
 
     const fn named(name: &'static str) -> Component {
         Component {
-            kind: Kind::Format,
+            kind: ComponentKind::Format,
             name,
             summary: "",
             paper: "",

@@ -9,12 +9,12 @@ use std::cell::RefCell;
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde_json::{Map, Value, json};
 
-use crate::registry::{Kind, components};
+use crate::registry::{ComponentKind, components};
 
 /// One of the components of a kind, told apart by `type`.
-pub(crate) fn one_of(kind: Kind, generator: &mut SchemaGenerator) -> Schema {
+pub(crate) fn one_of(kind: ComponentKind, generator: &mut SchemaGenerator) -> Schema {
     thread_local! {
-        static OPEN: RefCell<Vec<Kind>> = const { RefCell::new(Vec::new()) };
+        static OPEN: RefCell<Vec<ComponentKind>> = const { RefCell::new(Vec::new()) };
     }
     // A component may hold others of its kind. What stands here then is a reference to the definition that is being made.
     if OPEN.with_borrow(|open| open.contains(&kind)) {
@@ -26,7 +26,7 @@ pub(crate) fn one_of(kind: Kind, generator: &mut SchemaGenerator) -> Schema {
     schema
 }
 
-fn variants(kind: Kind, generator: &mut SchemaGenerator) -> Schema {
+fn variants(kind: ComponentKind, generator: &mut SchemaGenerator) -> Schema {
     let mut variants = Vec::new();
     for component in components(kind) {
         let mut schema: Map<String, Value> = (component.schema)().to_value().as_object().cloned().unwrap_or_default();
@@ -71,10 +71,10 @@ macro_rules! tagged {
 
         impl schemars::JsonSchema for dyn $tagged {
             fn schema_name() -> std::borrow::Cow<'static, str> {
-                $crate::registry::Kind::$kind.name().into()
+                $crate::registry::ComponentKind::$kind.name().into()
             }
             fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
-                $crate::tagged::one_of($crate::registry::Kind::$kind, generator)
+                $crate::tagged::one_of($crate::registry::ComponentKind::$kind, generator)
             }
         }
     };

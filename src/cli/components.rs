@@ -13,7 +13,7 @@ use dictlearn_core::error::{InputError, Under};
 use dictlearn_core::files::tensors;
 use dictlearn_core::formats;
 use dictlearn_core::registry;
-use dictlearn_core::registry::{Component, Kind, component, components};
+use dictlearn_core::registry::{Component, ComponentKind, components, find};
 use dictlearn_core::suggest::nearest;
 use std::path::Path;
 use std::process::ExitCode;
@@ -42,7 +42,7 @@ pub(super) fn import(
 
 pub(super) fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dtype: Dtype) -> Result<ExitCode> {
     let mut config = args.load()?;
-    let source = component(Kind::Source, config.source.typetag_name()).map(|source| (source.schema)());
+    let source = find(ComponentKind::Source, config.source.typetag_name()).map(|source| (source.schema)());
     if source.is_some_and(|schema| schema.pointer("/properties/shuffle").is_some()) {
         // "In order" is what the command promises, whatever the config's training wants.
         let in_order = args.set.iter().cloned().chain(["source.shuffle=false".to_owned()]).collect();
@@ -60,9 +60,9 @@ pub(super) fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dty
     Ok(ExitCode::from(if manifest.complete { 0 } else { interrupt.status() }))
 }
 
-pub(super) fn kind(name: &str) -> Result<Kind> {
-    Kind::parse(name).ok_or_else(|| {
-        let known: Vec<&str> = Kind::ALL.into_iter().map(Kind::plural).collect();
+pub(super) fn kind(name: &str) -> Result<ComponentKind> {
+    ComponentKind::parse(name).ok_or_else(|| {
+        let known: Vec<&str> = ComponentKind::ALL.into_iter().map(ComponentKind::plural).collect();
         let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
         InputError::new(format!("unknown kind `{name}`"))
             .help(format!("{}known: {}", near.unwrap_or_default(), known.join(", ")))
@@ -73,7 +73,7 @@ pub(super) fn kind(name: &str) -> Result<Kind> {
 pub(super) fn list(name: Option<&str>) -> Result<ExitCode> {
     let kinds = match name {
         Some(name) => vec![kind(name)?],
-        None => Kind::ALL.to_vec(),
+        None => ComponentKind::ALL.to_vec(),
     };
     let width = kinds.iter().flat_map(|kind| registry::names(*kind)).map(str::len).max().unwrap_or(0);
     let mut text = String::new();
@@ -95,7 +95,7 @@ pub(super) fn list(name: Option<&str>) -> Result<ExitCode> {
 
 pub(super) fn describe(kind_name: &str, name: &str) -> Result<ExitCode> {
     let kind = kind(kind_name)?;
-    let Some(component) = component(kind, name) else {
+    let Some(component) = find(kind, name) else {
         let known = registry::names(kind);
         let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
         bail!(InputError::new(format!("unknown {kind} `{name}`")).help(format!(

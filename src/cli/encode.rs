@@ -13,7 +13,7 @@ use dictlearn_core::files::numpy;
 use dictlearn_core::files::tensors;
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::machine::device;
-use dictlearn_core::registry::{Kind, component};
+use dictlearn_core::registry::{ComponentKind, find};
 use dictlearn_core::sae::saved;
 use dictlearn_core::sae::saved::Saved;
 use dictlearn_core::suggest::nearest;
@@ -173,7 +173,7 @@ pub(super) fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
 pub(super) fn without_model(config: &Path, args: &EncodeArgs) -> Option<anyhow::Error> {
     let source = load(config, None, args.set.clone()).ok()?.source;
     let name = source.typetag_name();
-    let schema = (component(Kind::Source, name)?.schema)();
+    let schema = (find(ComponentKind::Source, name)?.schema)();
     if schema.pointer("/properties/text").is_some() {
         return None;
     }

@@ -7,8 +7,8 @@ use serde_json::{Map, Value};
 
 use crate::config;
 use dictlearn_core::formats;
-use dictlearn_core::registry::{Component, Kind, ShortRun, components};
-use dictlearn_core::train::Need;
+use dictlearn_core::registry::{Component, ComponentKind, ShortRun, components};
+use dictlearn_core::train::Requirement;
 use dictlearn_core::train::TaggedModifier;
 
 /// A field of a component's config.
@@ -51,12 +51,12 @@ fn paragraphs(component: &Component, schema: &Value) -> Vec<String> {
 
 /// What a modifier cannot do without, in words; empty for one that needs nothing, and for other components.
 fn needs(component: &Component) -> String {
-    if component.kind != Kind::Modifier {
+    if component.kind != ComponentKind::Modifier {
         return String::new();
     }
     let config: Option<Box<dyn TaggedModifier>> = dictlearn_core::files::from_yaml(component.example).ok();
     let needs = config.map(|config| config.needs()).unwrap_or_default();
-    needs.into_iter().map(Need::words).collect::<Vec<_>>().join(", ")
+    needs.into_iter().map(Requirement::words).collect::<Vec<_>>().join(", ")
 }
 
 /// For a terminal: `dictlearn describe KIND NAME`. The example finds its files in `folder`.
@@ -125,7 +125,7 @@ fn short_run(component: &Component) -> Option<Short> {
 
 /// The commands in which a format is named; none for other components.
 fn commands(component: &Component) -> Vec<String> {
-    if component.kind != Kind::Format {
+    if component.kind != ComponentKind::Format {
         return Vec::new();
     }
     let mut commands = vec![component.example.to_owned()];
@@ -142,7 +142,7 @@ pub fn pages() -> Vec<(PathBuf, String)> {
         "# Reference\n\nEvery component that a config can name, made of the registry by `cargo xtask docs`.\n"
             .to_owned();
     let mut pages = Vec::new();
-    for kind in Kind::ALL {
+    for kind in ComponentKind::ALL {
         let components = components(kind);
         if components.is_empty() {
             continue;

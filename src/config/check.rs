@@ -15,7 +15,7 @@ use dictlearn_core::data::TaggedSource;
 use dictlearn_core::data::text::TaggedText;
 use dictlearn_core::error::{InputError, Mistakes, Origin};
 use dictlearn_core::files::{Node, float, integer};
-use dictlearn_core::registry::{Component, Kind, component, names, usual};
+use dictlearn_core::registry::{Component, ComponentKind, find, names, usual};
 use dictlearn_core::report::TaggedLogger;
 use dictlearn_core::report::TaggedMetric;
 use dictlearn_core::sae::TaggedDictionary;
@@ -130,7 +130,7 @@ impl<'a> Check<'a> {
 
     fn value(&self, value: &Value, schema: &Json, path: &str) {
         if let Some(name) = schema.get("$ref").and_then(Json::as_str).and_then(|name| name.strip_prefix("#/$defs/")) {
-            if let Some(kind) = Kind::parse(name) {
+            if let Some(kind) = ComponentKind::parse(name) {
                 return self.component(value, kind, path);
             }
             let definition = self.defs.get(name).cloned().unwrap_or(Json::Null);
@@ -236,7 +236,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    fn component(&self, value: &Value, kind: Kind, path: &str) {
+    fn component(&self, value: &Value, kind: ComponentKind, path: &str) {
         let known = names(kind);
         let listed = match known.is_empty() {
             true => format!("no {} are linked in", kind.plural()),
@@ -258,7 +258,7 @@ impl<'a> Check<'a> {
             let error = InputError::new(format!("`{shown}` does not say its `type`")).help(listed);
             return self.add(self.error(value, path, true, error));
         };
-        let found = name.as_str().and_then(|name| component(kind, name));
+        let found = name.as_str().and_then(|name| find(kind, name));
         let Some(found) = found else {
             let text = name.as_str().map_or_else(|| show(name), str::to_owned);
             let near = nearest(&text, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
@@ -274,22 +274,22 @@ impl<'a> Check<'a> {
     }
 
     /// Adds what serde finds wrong with a component that its schema allows.
-    fn deserialises(&self, value: &Value, kind: Kind, path: &str) {
+    fn deserialises(&self, value: &Value, kind: ComponentKind, path: &str) {
         fn tried<T: DeserializeOwned>(node: Node) -> Option<(String, String)> {
             let error = serde_path_to_error::deserialize::<_, T>(node).err()?;
             Some((error.path().to_string(), error.inner().to_string()))
         }
         let node = Node::new(value, self.merged);
         let found = match kind {
-            Kind::Dictionary => tried::<Box<dyn TaggedDictionary>>(node),
-            Kind::Trainer => tried::<Box<dyn TaggedTrainer>>(node),
-            Kind::Modifier => tried::<Box<dyn TaggedModifier>>(node),
-            Kind::Source => tried::<Box<dyn TaggedSource>>(node),
-            Kind::Text => tried::<Box<dyn TaggedText>>(node),
-            Kind::Metric => tried::<Box<dyn TaggedMetric>>(node),
-            Kind::Logger => tried::<Box<dyn TaggedLogger>>(node),
+            ComponentKind::Dictionary => tried::<Box<dyn TaggedDictionary>>(node),
+            ComponentKind::Trainer => tried::<Box<dyn TaggedTrainer>>(node),
+            ComponentKind::Modifier => tried::<Box<dyn TaggedModifier>>(node),
+            ComponentKind::Source => tried::<Box<dyn TaggedSource>>(node),
+            ComponentKind::Text => tried::<Box<dyn TaggedText>>(node),
+            ComponentKind::Metric => tried::<Box<dyn TaggedMetric>>(node),
+            ComponentKind::Logger => tried::<Box<dyn TaggedLogger>>(node),
             // Named by files, not by configs.
-            Kind::Model | Kind::Format => None,
+            ComponentKind::Model | ComponentKind::Format => None,
         };
         let Some((inner, message)) = found else { return };
         let inner = if inner == "." { String::new() } else { inner };
@@ -363,19 +363,23 @@ impl<'a> Check<'a> {
         let has = |component: &Component| {
             (component.schema)().get("properties").is_some_and(|fields| fields.get(key).is_some())
         };
-        let elsewhere = |kind: Kind| names(kind).into_iter().filter_map(|name| component(kind, name)).any(has);
+        let elsewhere = |kind: ComponentKind| names(kind).into_iter().filter_map(|name| find(kind, name)).any(has);
         let error = InputError::new(format!("unknown field `{key}`{}", owner.of()));
         let kind = if let Owner::Component(component) = owner { Some(component.kind) } else { None };
         let comma = self.decimal_comma(key, field, properties, path);
         let hint = match kind {
             _ if comma.is_some() => comma,
             _ if key == "dict_class" => Some("it follows from the dictionary's `type`;".to_owned()),
-            Some(Kind::Trainer) if elsewhere(Kind::Dictionary) => Some(format!("`{key}` belongs to `dictionary`;")),
-            Some(Kind::Dictionary) if elsewhere(Kind::Trainer) => Some(format!("`{key}` belongs to `trainer`;")),
-            None if matches!(owner, Owner::Sae) && elsewhere(Kind::Trainer) => {
+            Some(ComponentKind::Trainer) if elsewhere(ComponentKind::Dictionary) => {
+                Some(format!("`{key}` belongs to `dictionary`;"))
+            }
+            Some(ComponentKind::Dictionary) if elsewhere(ComponentKind::Trainer) => {
                 Some(format!("`{key}` belongs to `trainer`;"))
             }
-            None if matches!(owner, Owner::Sae) && elsewhere(Kind::Dictionary) => {
+            None if matches!(owner, Owner::Sae) && elsewhere(ComponentKind::Trainer) => {
+                Some(format!("`{key}` belongs to `trainer`;"))
+            }
+            None if matches!(owner, Owner::Sae) && elsewhere(ComponentKind::Dictionary) => {
                 Some(format!("`{key}` belongs to `dictionary`;"))
             }
             _ => None,

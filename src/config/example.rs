@@ -7,7 +7,7 @@ use serde_yaml::{Mapping, Value};
 
 use dictlearn_core::data::{SourceCx, TaggedSource};
 use dictlearn_core::files::from_yaml_in;
-use dictlearn_core::registry::{Component, Kind, component, components, usual};
+use dictlearn_core::registry::{Component, ComponentKind, components, find, usual};
 use dictlearn_core::report::TaggedMetric;
 
 /// A whole config, to stand in `folder`, with the component's example in its slot and usual ones around it; `None` for what
@@ -15,47 +15,47 @@ use dictlearn_core::report::TaggedMetric;
 pub fn example(shown: &Component, folder: &Path) -> Option<String> {
     let parsed = |component: &Component| serde_yaml::from_str::<Value>(component.example).ok();
     // The one shown where it is of that kind, otherwise a usual one.
-    let of = |kind: Kind| {
-        let usual = usual(kind).next().and_then(|name| component(kind, name));
+    let of = |kind: ComponentKind| {
+        let usual = usual(kind).next().and_then(|name| find(kind, name));
         let other = usual.or_else(|| components(kind).into_iter().next());
         parsed(if shown.kind == kind { shown } else { other? })
     };
     // A dictionary is shown with the trainer that usually trains it.
     let trainer = match shown.kind {
-        Kind::Trainer => shown,
+        ComponentKind::Trainer => shown,
         _ => {
-            let trainers = components(Kind::Trainer);
+            let trainers = components(ComponentKind::Trainer);
             let own = trainers.iter().copied().find(|trainer| trainer.usual_dictionary == Some(shown.name));
             own.or_else(|| trainers.into_iter().find(|trainer| trainer.usual))?
         }
     };
     let dictionary = match shown.kind {
-        Kind::Dictionary => shown,
-        _ => component(Kind::Dictionary, trainer.usual_dictionary?)?,
+        ComponentKind::Dictionary => shown,
+        _ => find(ComponentKind::Dictionary, trainer.usual_dictionary?)?,
     };
     let mut source = match shown.kind {
-        Kind::Metric => suiting(shown, folder)?,
-        _ => of(Kind::Source)?,
+        ComponentKind::Metric => suiting(shown, folder)?,
+        _ => of(ComponentKind::Source)?,
     };
     let mut sae =
         Mapping::from_iter([("dictionary".into(), parsed(dictionary)?), ("trainer".into(), parsed(trainer)?)]);
     let mut config = Mapping::from_iter([("steps".into(), 100.into())]);
     let list = |component: &Component| Some(Value::Sequence(vec![parsed(component)?]));
     match shown.kind {
-        Kind::Text => {
+        ComponentKind::Text => {
             source.as_mapping_mut()?.insert("text".into(), parsed(shown)?);
         }
-        Kind::Modifier => {
+        ComponentKind::Modifier => {
             sae.insert("modifiers".into(), list(shown)?);
         }
-        Kind::Metric => {
+        ComponentKind::Metric => {
             config.insert("metrics".into(), list(shown)?);
         }
-        Kind::Logger => {
+        ComponentKind::Logger => {
             config.insert("loggers".into(), list(shown)?);
         }
-        Kind::Model | Kind::Format => return None,
-        Kind::Dictionary | Kind::Trainer | Kind::Source => {}
+        ComponentKind::Model | ComponentKind::Format => return None,
+        ComponentKind::Dictionary | ComponentKind::Trainer | ComponentKind::Source => {}
     }
     config.insert("source".into(), source);
     config.insert("saes".into(), Value::Sequence(vec![sae.into()]));
@@ -66,7 +66,7 @@ pub fn example(shown: &Component, folder: &Path) -> Option<String> {
 fn suiting(metric: &Component, folder: &Path) -> Option<Value> {
     let metric: Box<dyn TaggedMetric> = from_yaml_in(folder, metric.example).ok()?;
     let cx = SourceCx { seed: 0, ..SourceCx::default() };
-    let mut sources = components(Kind::Source);
+    let mut sources = components(ComponentKind::Source);
     sources.sort_by_key(|source| !source.usual);
     let suits = |source: &Component| -> Result<bool> {
         let config: Box<dyn TaggedSource> = from_yaml_in(folder, source.example)?;

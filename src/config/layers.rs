@@ -17,7 +17,7 @@ use super::RunConfig;
 use dictlearn_core::error::{InputError, Mistakes, Origin};
 use dictlearn_core::files;
 use dictlearn_core::files::{Origins, yaml};
-use dictlearn_core::registry::{Kind, usual};
+use dictlearn_core::registry::{ComponentKind, usual};
 use dictlearn_core::suggest::nearest;
 
 /// What a config is loaded from.
@@ -306,8 +306,8 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
         (root.contains_key(steps[0]), steps.get(1).filter(|step| step.parse::<usize>().is_ok()))
     {
         let item = match steps[0] {
-            "metrics" => example(Kind::Metric),
-            "loggers" => example(Kind::Logger),
+            "metrics" => example(ComponentKind::Metric),
+            "loggers" => example(ComponentKind::Logger),
             _ => "...".to_owned(),
         };
         return Err(refused(
@@ -350,7 +350,7 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
 }
 
 /// A component of a kind as a config names it.
-pub(super) fn example(kind: Kind) -> String {
+pub(super) fn example(kind: ComponentKind) -> String {
     usual(kind).next().map_or_else(|| "...".to_owned(), |name| format!("{{type: {name}}}"))
 }
 

@@ -17,7 +17,7 @@ use dictlearn_core::data::TaggedSource;
 use dictlearn_core::error::{InputError, Mistakes, Under};
 use dictlearn_core::files::{Node, float, integer};
 use dictlearn_core::hub;
-use dictlearn_core::registry::{Kind, component, usual};
+use dictlearn_core::registry::{ComponentKind, find, usual};
 use dictlearn_core::suggest::nearest;
 use dictlearn_core::train::SaeConfig;
 
@@ -190,7 +190,7 @@ fn overlay_eval_source(root: &mut Dict) {
 
 fn usual_loggers() -> Value {
     let logger = |name| Value::from(Dict::from([("type".to_owned(), Value::from(name))]));
-    Value::from(usual(Kind::Logger).map(logger).collect::<Vec<_>>())
+    Value::from(usual(ComponentKind::Logger).map(logger).collect::<Vec<_>>())
 }
 
 fn overlaid(mut below: Dict, above: Dict) -> Dict {
@@ -246,7 +246,7 @@ fn fill(sae: &mut Dict) {
     let Some(name) = trainer.as_str().map(str::to_owned) else { return };
     let tag = trainer.tag();
     sae.entry("name".to_owned()).or_insert(trainer);
-    let usual = component(Kind::Trainer, &name).and_then(|trainer| trainer.usual_dictionary);
+    let usual = find(ComponentKind::Trainer, &name).and_then(|trainer| trainer.usual_dictionary);
     // What is missing from the dictionary is missing where the trainer was written, unless the dictionary was written too.
     let dictionary = sae.entry("dictionary".to_owned()).or_insert_with(|| Value::Dict(tag, Dict::new()));
     if let (Value::Dict(own, dictionary), Some(usual)) = (dictionary, usual) {
@@ -385,7 +385,7 @@ fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
         let Some(name) = sae.find_ref("name") else { continue };
         // The default of the name is the trainer's type, and what is wrong with that is said there.
         let trainer = sae.find_ref("trainer.type").and_then(Value::as_str);
-        if trainer == name.as_str() && trainer.is_some_and(|trainer| component(Kind::Trainer, trainer).is_none()) {
+        if trainer == name.as_str() && trainer.is_some_and(|trainer| find(ComponentKind::Trainer, trainer).is_none()) {
             continue;
         }
         let Ok(text) = <String as serde::Deserialize>::deserialize(Node::new(name, &Path::new(""))) else {
@@ -500,7 +500,7 @@ fn forgive(schema: &mut Json, field: &str) {
 /// A schema with parts of components in the place of components.
 fn in_parts(schema: &Json) -> Json {
     let mut text = schema.to_string();
-    for kind in Kind::ALL {
+    for kind in ComponentKind::ALL {
         text = text.replace(&format!("#/$defs/{}\"", kind.name()), &format!("#/$defs/{}_part\"", kind.name()));
     }
     text.parse().unwrap_or_default()
@@ -509,7 +509,7 @@ fn in_parts(schema: &Json) -> Json {
 /// For each kind of component a definition of a part of one: fields of a type that it names, or any fields.
 fn add_parts(schema: &mut Json) {
     let Some(defs) = schema.get_mut("$defs").and_then(Json::as_object_mut) else { return };
-    for kind in Kind::ALL {
+    for kind in ComponentKind::ALL {
         let Some(whole) = defs.get(kind.name()) else { continue };
         let mut named = in_parts(whole);
         for variant in named.get_mut("oneOf").and_then(Json::as_array_mut).into_iter().flatten() {

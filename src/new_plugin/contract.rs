@@ -2,10 +2,10 @@
 
 use dictlearn as _;
 use dictlearn::contract::keep;
-use dictlearn_core::registry::Kind;
+use dictlearn_core::registry::ComponentKind;
 use example_name as _;
 
 #[test]
 fn it_keeps_the_contract() {
-    keep(Kind::EXAMPLE_KIND, "example_name");
+    keep(ComponentKind::EXAMPLE_KIND, "example_name");
 }

@@ -6,34 +6,34 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use dictlearn_core::error::InputError;
-use dictlearn_core::registry::{Kind, component};
+use dictlearn_core::registry::{ComponentKind, find};
 
 /// What the crate of each kind begins as. Templates are Rust with the names `example_name` and `ExampleName`.
-fn template(kind: Kind) -> &'static str {
+fn template(kind: ComponentKind) -> &'static str {
     match kind {
-        Kind::Dictionary | Kind::Trainer => include_str!("dictionary.rs"),
-        Kind::Modifier => include_str!("modifier.rs"),
-        Kind::Source => include_str!("source.rs"),
-        Kind::Text => include_str!("text.rs"),
-        Kind::Metric => include_str!("metric.rs"),
-        Kind::Logger => include_str!("logger.rs"),
-        Kind::Model => include_str!("model.rs"),
-        Kind::Format => include_str!("format.rs"),
+        ComponentKind::Dictionary | ComponentKind::Trainer => include_str!("dictionary.rs"),
+        ComponentKind::Modifier => include_str!("modifier.rs"),
+        ComponentKind::Source => include_str!("source.rs"),
+        ComponentKind::Text => include_str!("text.rs"),
+        ComponentKind::Metric => include_str!("metric.rs"),
+        ComponentKind::Logger => include_str!("logger.rs"),
+        ComponentKind::Model => include_str!("model.rs"),
+        ComponentKind::Format => include_str!("format.rs"),
     }
 }
 
 /// The kinds, each with a crate of its own; one for a dictionary holds its trainer too.
-pub fn kinds() -> impl Iterator<Item = Kind> {
-    Kind::ALL.into_iter()
+pub fn kinds() -> impl Iterator<Item = ComponentKind> {
+    ComponentKind::ALL.into_iter()
 }
 
 /// Writes the crate of a component `name` into the folder `out`, which must not hold anything yet. It depends on the
 /// dictlearn whose source lies in `dictlearn`.
-pub fn write(kind: Kind, name: &str, out: &Path, dictlearn: &Path) -> Result<()> {
+pub fn write(kind: ComponentKind, name: &str, out: &Path, dictlearn: &Path) -> Result<()> {
     let template = template(kind);
     check_name(name)?;
-    let both = if kind == Kind::Trainer { [Kind::Dictionary, kind] } else { [kind, kind] };
-    if let Some(taken) = both.into_iter().find(|kind| component(*kind, name).is_some()) {
+    let both = if kind == ComponentKind::Trainer { [ComponentKind::Dictionary, kind] } else { [kind, kind] };
+    if let Some(taken) = both.into_iter().find(|kind| find(*kind, name).is_some()) {
         bail!(InputError::new(format!("there is a {taken} `{name}` already")).help("choose another name"));
     }
     if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file() {

@@ -239,7 +239,7 @@ impl About {
             // What `eval` and `encode` refuse is no use to anybody else.
             sae = Some(saved::read(dir, Device::Cpu, Precision::Float32)?);
         }
-        let named = registry::names(registry::Kind::Format).into_iter();
+        let named = registry::names(registry::ComponentKind::Format).into_iter();
         let named = named.filter_map(|name| Some((name, formats::named(name).ok()?)));
         let own: Vec<_> = named.filter(|(_, format)| format.is_in(dir)).collect();
         let python = own.iter().filter_map(|(_, format)| format.python(sae.as_ref())).collect();

@@ -61,12 +61,7 @@ impl Batches {
 
     /// A step's activations as SAEs take them, one batch for each site; `None` for a batch that is skipped because it is not
     /// finite.
-    pub(super) fn checked(
-        &mut self,
-        step: u64,
-        activations: Activations,
-        say: &dyn Fn(&str),
-    ) -> Result<Option<Vec<Batch>>> {
+    pub(super) fn checked(&mut self, step: u64, activations: Activations) -> Result<Option<Vec<Batch>>> {
         let found = self.not_finite(step, &activations)?;
         if !ranks::vote(found.is_some()) {
             self.skipped.taken();
@@ -79,7 +74,7 @@ impl Batches {
             bail!(error);
         }
         if self.skipped.count == 1 {
-            say(&format!("warning: {}; the batch is left out", error.message()));
+            tracing::warn!("{}; the batch is left out", error.message());
         }
         Ok(None)
     }

@@ -8,7 +8,7 @@ use crate::run::batches::Batches;
 use crate::run::checkpoint::Machine;
 use crate::run::evaluate::{self, Measured, eval_site};
 use crate::run::memory;
-use crate::run::train_loop::Run;
+use crate::run::train_loop::TrainLoop;
 use crate::run::trainees::{Trainee, Trainees};
 use dictlearn_core::data::{ActivationSource, Site};
 use dictlearn_core::error::{InputError, Mistakes, Under};
@@ -22,7 +22,7 @@ use dictlearn_core::train::{RunLength, SaeConfig, Training, TrainingCx};
 
 /// Builds what a config names; `begun` is the config.yaml of the run that is resumed. An error has every mistake that building
 /// shows.
-pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Run> {
+pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<TrainLoop> {
     let mut mistakes = Mistakes::new();
     if config.saes.is_empty() {
         mistakes.add(
@@ -100,7 +100,7 @@ pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Run> 
     }
     let machine = Machine::here(device, precision);
     let batches = Batches::new(source, sites, config.on_nonfinite);
-    Ok(Run { device, batches, trainees: Trainees(saes), machine, memory: plan, wrote_weights: false })
+    Ok(TrainLoop { device, batches, trainees: Trainees(saes), machine, memory: plan, wrote_weights: false })
 }
 
 /// Adapts the defaults of trainers that nobody wrote to the length of the run, or takes them from the config of the run that is

@@ -16,9 +16,9 @@ use dictlearn_core::files::from_yaml;
 use dictlearn_core::files::state::State;
 use dictlearn_core::files::tensors::write_file;
 use dictlearn_core::lm::{LanguageModel, Tokens};
-use dictlearn_core::machine::memory::Need;
+use dictlearn_core::machine::memory::MemoryNeed;
 use dictlearn_core::registry;
-use dictlearn_core::registry::component;
+use dictlearn_core::registry::find;
 use dictlearn_core::report::Subject;
 use dictlearn_core::report::TaggedMetric;
 
@@ -106,7 +106,7 @@ pub(crate) fn memory(
     source: &mut dyn ActivationSource,
     features: i64,
     own: u64,
-) -> Result<Option<Need>> {
+) -> Result<Option<MemoryNeed>> {
     if metrics.is_empty() {
         return Ok(None);
     }
@@ -116,13 +116,13 @@ pub(crate) fn memory(
     for metric in metrics {
         most = most.max(metric.build()?.memory(source));
     }
-    Ok(Some(Need::passing("the metrics", own + most, "the batch sizes, or leave metrics out")))
+    Ok(Some(MemoryNeed::passing("the metrics", own + most, "the batch sizes, or leave metrics out")))
 }
 
 /// The usual metrics that can be computed on a source, with their defaults: for configs that name none.
 pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
-    for name in registry::usual(registry::Kind::Metric) {
+    for name in registry::usual(registry::ComponentKind::Metric) {
         let metric: Box<dyn TaggedMetric> = from_yaml(&format!("{{type: {name}}}"))?;
         if metric.build()?.refuses(source).is_none() {
             metrics.push(metric);
@@ -132,7 +132,7 @@ pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn TaggedMetr
 }
 
 /// How dictionaries are measured, beside the metrics.
-pub struct Measuring<'a> {
+pub struct Measuring {
     /// The config's key of the source: `source` or `eval_source`.
     pub key: &'static str,
     /// What [`origin`] says of the source.
@@ -141,8 +141,6 @@ pub struct Measuring<'a> {
     pub from_the_beginning: bool,
     /// Whether the user knows already that the dictionaries are measured on what they were trained on.
     pub overlap_is_known: bool,
-    /// Gets a warning where there is too little data for a figure.
-    pub say: &'a dyn Fn(&str),
 }
 
 /// Measures dictionaries, each on its site and all on the same data. One object of figures for each, in their order, with
@@ -153,7 +151,7 @@ pub fn evaluate(
     source: &mut dyn ActivationSource,
     measuring: &Measuring,
 ) -> Result<Vec<Map<String, Value>>> {
-    let Measuring { key, origin, from_the_beginning, overlap_is_known, say } = measuring;
+    let Measuring { key, origin, from_the_beginning, overlap_is_known } = measuring;
     let mut overlap_is_known = *overlap_is_known;
     let mut results = vec![Map::new(); subjects.len()];
     let mut counts: Vec<(&str, Count)> = Vec::new();
@@ -191,7 +189,7 @@ pub fn evaluate(
             counts.push((metric.typetag_name(), count));
         }
     }
-    warn(&counts, &results, subjects, say);
+    warn(&counts, &results, subjects);
     if let Some(most) = counts.iter().map(|(_, count)| *count).max_by_key(|count| count.tokens) {
         let mut measured = origin.clone();
         measured.extend(most.json());
@@ -214,15 +212,15 @@ pub const MEASURED: &str = "measured";
 const FEW_TOKENS: u64 = 1000;
 
 /// Says which figures have too little data under them.
-fn warn(counts: &[(&str, Count)], results: &[Map<String, Value>], subjects: &[Subject], say: &dyn Fn(&str)) {
+fn warn(counts: &[(&str, Count)], results: &[Map<String, Value>], subjects: &[Subject]) {
     let few = counts.iter().filter(|(_, count)| count.tokens < FEW_TOKENS);
     let few: Vec<String> = few.map(|(name, count)| format!("{} tokens ({name})", count.tokens)).collect();
     if !few.is_empty() {
-        say(&format!(
-            "warning: the figures rest on {}: below {FEW_TOKENS} tokens they are mostly chance; give more data, or raise the \
+        tracing::warn!(
+            "the figures rest on {}: below {FEW_TOKENS} tokens they are mostly chance; give more data, or raise the \
              metric's `n_batches`",
             few.join(" and ")
-        ));
+        );
         return;
     }
     // A feature counts as alive once it fires. Where all features could fire but a few times, many that live did not.
@@ -234,10 +232,10 @@ fn warn(counts: &[(&str, Count)], results: &[Map<String, Value>], subjects: &[Su
         (alive < 1.0 && (tokens as f64) < needed).then_some(needed)
     };
     if let Some(needed) = results.iter().zip(subjects).filter_map(short).max_by(f64::total_cmp) {
-        say(&format!(
-            "warning: frac_alive is too low: in {tokens} tokens many living features do not fire once; measure {needed:.0} \
+        tracing::warn!(
+            "frac_alive is too low: in {tokens} tokens many living features do not fire once; measure {needed:.0} \
              tokens or more (the metric's `n_batches`)"
-        ));
+        );
     }
 }
 
@@ -332,7 +330,7 @@ impl ActivationSource for Counted<'_> {
         self.source.true_features()
     }
 
-    fn memory(&self) -> Vec<Need> {
+    fn memory(&self) -> Vec<MemoryNeed> {
         self.source.memory()
     }
 
@@ -432,7 +430,8 @@ fn measured_line(measured: &Value) -> String {
     let each = |value: &Value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
     let text = |text: &Value| -> String {
         let name = text["type"].as_str().unwrap_or_default();
-        let schema = component(registry::Kind::Text, name).map(|text| (text.schema)().to_value()).unwrap_or_default();
+        let schema =
+            find(registry::ComponentKind::Text, name).map(|text| (text.schema)().to_value()).unwrap_or_default();
         // What the user chose: the fields that are texts, unless they are as by default.
         let chosen = text.as_object().into_iter().flatten().filter(|(key, value)| {
             *key != "type" && value.is_string() && schema["properties"][*key]["default"] != **value

@@ -138,7 +138,7 @@ impl Writer {
             bail!(InputError::new("the source gave not one activation").help(help));
         }
         for note in notes {
-            tracing::info!("{note}");
+            crate::notes::emit(&note);
         }
         let sites = self.sites.iter().zip(&self.tensors);
         let manifest = Manifest {

@@ -2,12 +2,12 @@
 
 use dictlearn_core::files::tensors::bytes;
 use dictlearn_core::machine::device;
-use dictlearn_core::machine::memory::Need;
+use dictlearn_core::machine::memory::MemoryNeed;
 use dictlearn_core::sae::{Between, Selection};
 use dictlearn_core::train::Training;
 
 /// What an SAE in training takes memory for, with batches of so many activations.
-pub(super) fn of_training(training: &Training, batch_size: i64) -> Vec<Need> {
+pub(super) fn of_training(training: &Training, batch_size: i64) -> Vec<MemoryNeed> {
     let dictionary = &training.dictionary;
     let dims = dictionary.dims();
     let weights = dictionary.parameters().iter().map(|(_, tensor)| bytes(tensor) as u64).sum::<u64>();
@@ -32,10 +32,10 @@ pub(super) fn of_training(training: &Training, batch_size: i64) -> Vec<Need> {
     let name = &training.name;
     let knob = "its `dict_size`, or how many SAEs train at once";
     vec![
-        Need::lasting(format!("SAE `{name}` with gradients and moments"), 4 * weights, knob),
-        Need::lasting(format!("SAE `{name}` in a checkpoint"), 3 * weights, knob).on_host(),
-        Need::passing(format!("a step of SAE `{name}`"), step, "the source's batch size"),
+        MemoryNeed::lasting(format!("SAE `{name}` with gradients and moments"), 4 * weights, knob),
+        MemoryNeed::lasting(format!("SAE `{name}` in a checkpoint"), 3 * weights, knob).on_host(),
+        MemoryNeed::passing(format!("a step of SAE `{name}`"), step, "the source's batch size"),
         // Folded, and packed for Python.
-        Need::passing(format!("SAE `{name}` as it is saved"), 3 * weights, knob).on_host(),
+        MemoryNeed::passing(format!("SAE `{name}` as it is saved"), 3 * weights, knob).on_host(),
     ]
 }

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::config::RunConfig;
+use crate::notes;
 use crate::run::checkpoint::Checkpoints;
 use crate::run::saver::{Saver, patiently};
 use dictlearn_core::error::Under;
@@ -71,11 +72,6 @@ impl<'a> Outputs<'a> {
         })
     }
 
-    /// Tells the user something.
-    pub(super) fn say(&self, message: &str) {
-        self.progress.say(message);
-    }
-
     pub(super) fn last(&self) -> u64 {
         self.last
     }
@@ -117,7 +113,7 @@ impl<'a> Outputs<'a> {
         let log = |logger: &mut Box<dyn Logger>| rows.iter().filter_map(|row| logger.log(row).err()).last();
         let failed = self.loggers.iter_mut().filter_map(log).last();
         if let Some(error) = failed.as_ref().filter(|_| !self.log_fails) {
-            self.say(&format!("warning: {error:#}; training goes on, and it will be tried again"));
+            tracing::warn!("{error:#}; training goes on, and it will be tried again");
         }
         self.log_fails = failed.is_some();
     }
@@ -135,19 +131,16 @@ impl<'a> Outputs<'a> {
         // Those before the first step are no loss.
         self.wrote_weights |= step > 0;
         let path = self.run_dir.join(name).join(format!("checkpoints/ae_{step}.safetensors"));
-        let progress = &self.progress;
-        self.saver.weights(path, tensors, self.interrupt, &|message| progress.say(message))
+        self.saver.weights(path, tensors, self.interrupt)
     }
 
     /// Writes a checkpoint beside the training. Without the log up to it a checkpoint is of no use.
     pub(super) fn checkpoint(&mut self, step: u64, state: impl FnOnce() -> Result<State>) -> Result<()> {
         let flushed = flush(&mut self.loggers);
-        let progress = &self.progress;
-        let say = |message: &str| progress.say(message);
         match flushed {
-            Ok(()) => self.saver.checkpoint(step, state()?, &say),
+            Ok(()) => self.saver.checkpoint(step, state()?),
             Err(error) => {
-                self.saver.not_ready(&error, &say);
+                self.saver.not_ready(&error);
                 Ok(())
             }
         }
@@ -155,20 +148,18 @@ impl<'a> Outputs<'a> {
 
     /// Tells of what could not be written, and tries again.
     pub(super) fn look(&mut self) -> Result<()> {
-        let progress = &self.progress;
-        self.saver.look(&|message| progress.say(message))
+        self.saver.look()
     }
 
     /// Waits until everything is written.
     pub(super) fn finish_writing(&mut self) -> Result<()> {
-        let progress = &self.progress;
-        self.saver.finish(self.interrupt, &|message| progress.say(message))
+        self.saver.finish(self.interrupt)
     }
 
     /// Ends the progress of training.
     pub(super) fn finish_progress(&self, notes: impl IntoIterator<Item = String>) {
-        self.say(&self.progress.finish());
-        notes.into_iter().for_each(|note| self.say(&note));
+        tracing::info!("{}", self.progress.finish());
+        notes.into_iter().for_each(|note| notes::emit(&note));
     }
 
     /// Writes the log, a checkpoint if there is a state, and the SAEs (`save`). SAEs are also written where there is no room
@@ -179,10 +170,9 @@ impl<'a> Outputs<'a> {
         save: impl Fn() -> Result<()>,
     ) -> Result<Option<anyhow::Error>> {
         self.wrote_weights = true;
-        let Outputs { checkpoints, progress, interrupt, loggers, .. } = self;
-        let say = |message: &str| progress.say(message);
+        let Outputs { checkpoints, interrupt, loggers, .. } = self;
         let mut saved = false;
-        let others = patiently(interrupt, &say, || {
+        let others = patiently(interrupt, || {
             let mut write = || {
                 flush(loggers)?;
                 state.as_ref().map_or(Ok(()), |(step, state)| checkpoints.save(*step, state))
@@ -195,14 +185,14 @@ impl<'a> Outputs<'a> {
             others
         });
         if !saved {
-            patiently(interrupt, &say, &save)?;
+            patiently(interrupt, &save)?;
         }
         Ok(others.err())
     }
 
     /// Writes a file that the run cannot do without, again and again where it fails.
     pub(super) fn patiently(&self, write: impl FnMut() -> Result<()>) -> Result<()> {
-        patiently(self.interrupt, &|message| self.say(message), write)
+        patiently(self.interrupt, write)
     }
 }
 

@@ -108,39 +108,33 @@ impl Saver {
     }
 
     /// Writes a checkpoint that [`Saver::wants_checkpoint`], after the weights that it has been given so far.
-    pub fn checkpoint(&mut self, step: u64, state: State, say: &dyn Fn(&str)) -> Result<()> {
-        self.written(say)?;
+    pub fn checkpoint(&mut self, step: u64, state: State) -> Result<()> {
+        self.written()?;
         self.due = false;
         let before = std::mem::take(&mut self.waiting);
         self.start(Job::Checkpoint(step, state, before))
     }
 
     /// What could not be made ready for a checkpoint: it is tried again later.
-    pub fn not_ready(&mut self, error: &anyhow::Error, say: &dyn Fn(&str)) {
-        self.failed(error, say);
+    pub fn not_ready(&mut self, error: &anyhow::Error) {
+        self.failed(error);
         self.due = true;
     }
 
     /// Writes weights to a file, as soon as it can. Waits while too many cannot be written.
-    pub fn weights(
-        &mut self,
-        path: PathBuf,
-        tensors: Vec<(String, Tensor)>,
-        interrupt: &Interrupt,
-        say: &dyn Fn(&str),
-    ) -> Result<()> {
+    pub fn weights(&mut self, path: PathBuf, tensors: Vec<(String, Tensor)>, interrupt: &Interrupt) -> Result<()> {
         self.waiting.push_back(Weights { path, tensors });
-        self.look(say)?;
+        self.look()?;
         if self.waiting.len() > WAITING {
-            self.finish(interrupt, say)?;
+            self.finish(interrupt)?;
         }
         Ok(())
     }
 
     /// Sees what was written, and goes on writing. Takes no time.
-    pub fn look(&mut self, say: &dyn Fn(&str)) -> Result<()> {
+    pub fn look(&mut self) -> Result<()> {
         if self.writing.as_ref().is_some_and(JoinHandle::is_finished) {
-            self.written(say)?;
+            self.written()?;
         }
         let patient = self.trouble.as_ref().is_none_or(|trouble| Instant::now() >= trouble.again);
         if self.writing.is_none()
@@ -153,13 +147,13 @@ impl Saver {
     }
 
     /// Waits until all that was given is written, if it can be.
-    pub fn finish(&mut self, interrupt: &Interrupt, say: &dyn Fn(&str)) -> Result<()> {
+    pub fn finish(&mut self, interrupt: &Interrupt) -> Result<()> {
         // A checkpoint that fails now is not tried again: who waits here writes a later one, or needs none.
-        self.written(say)?;
+        self.written()?;
         let checkpoints = self.checkpoints.clone();
         while let Some(weights) = self.waiting.pop_front() {
             let mut job = Job::Weights(weights);
-            patiently(interrupt, say, || job.write(&checkpoints))?;
+            patiently(interrupt, || job.write(&checkpoints))?;
         }
         Ok(())
     }
@@ -176,17 +170,17 @@ impl Saver {
     }
 
     /// Waits for what is being written.
-    fn written(&mut self, say: &dyn Fn(&str)) -> Result<()> {
+    fn written(&mut self) -> Result<()> {
         let Some(writing) = self.writing.take() else { return Ok(()) };
         let (job, result) = writing.join().map_err(|_| anyhow!("what was to be saved could not be written"))?;
         match result {
             Ok(()) => {
                 if self.trouble.take().is_some() {
-                    say("writing succeeds again");
+                    tracing::info!("writing succeeds again");
                 }
             }
             Err(error) => {
-                self.failed(&error, say);
+                self.failed(&error);
                 match job {
                     // A later state is worth more.
                     Job::Checkpoint(_, _, mut before) => {
@@ -201,9 +195,9 @@ impl Saver {
         Ok(())
     }
 
-    fn failed(&mut self, error: &anyhow::Error, say: &dyn Fn(&str)) {
+    fn failed(&mut self, error: &anyhow::Error) {
         if self.trouble.is_none() {
-            say(&format!("warning: {error:#}; training goes on, and it will be tried again"));
+            tracing::warn!("{error:#}; training goes on, and it will be tried again");
         }
         self.trouble = Some(Trouble::after(self.trouble.take()));
     }
@@ -219,25 +213,21 @@ impl Drop for Saver {
 }
 
 /// Writes what the run cannot go on without, again and again until it succeeds or patience ends.
-pub(crate) fn patiently<T>(
-    interrupt: &Interrupt,
-    say: &dyn Fn(&str),
-    mut write: impl FnMut() -> Result<T>,
-) -> Result<T> {
+pub(crate) fn patiently<T>(interrupt: &Interrupt, mut write: impl FnMut() -> Result<T>) -> Result<T> {
     let started = Instant::now();
     let mut trouble: Option<Trouble> = None;
     loop {
         let error = match write() {
             Ok(done) => {
                 if trouble.is_some() {
-                    say("writing succeeds again");
+                    tracing::info!("writing succeeds again");
                 }
                 return Ok(done);
             }
             Err(error) => error,
         };
         if trouble.is_none() {
-            say(&format!("warning: {error:#}; it will be tried again"));
+            tracing::warn!("{error:#}; it will be tried again");
         }
         let now = Trouble::after(trouble);
         while Instant::now() < now.again {

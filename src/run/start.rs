@@ -11,7 +11,7 @@ use crate::run::build::{adapt, build};
 use crate::run::checkpoint::{self, Checkpoints};
 use crate::run::output_dir::{entries, lock, refuse_other_run};
 use crate::run::outputs::last_step;
-use crate::run::train_loop::{Ending, Run};
+use crate::run::train_loop::{Ending, TrainLoop};
 use dictlearn_core::error::InputError;
 use dictlearn_core::files;
 use dictlearn_core::files::tensors::write_file;
@@ -104,7 +104,7 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
 }
 
 /// What an earlier process has found, if it has done all that there is to do.
-fn already_done(run: &Run, config: &RunConfig, run_dir: &Path, step: u64) -> Result<Option<Ending>> {
+fn already_done(run: &TrainLoop, config: &RunConfig, run_dir: &Path, step: u64) -> Result<Option<Ending>> {
     if step < last_step(config) {
         return Ok(None);
     }
@@ -125,7 +125,7 @@ fn already_done(run: &Run, config: &RunConfig, run_dir: &Path, step: u64) -> Res
 
 /// Refuses to lay a run out for another number of steps than the one that its steps so far were taken for, if they depend
 /// on it.
-fn check_steps(run: &Run, config: &RunConfig, done: u64, run_dir: &Path) -> Result<()> {
+fn check_steps(run: &TrainLoop, config: &RunConfig, done: u64, run_dir: &Path) -> Result<()> {
     if config.steps < done {
         let message = format!("`steps` is {}, and the run has taken {done} already", config.steps);
         bail!(

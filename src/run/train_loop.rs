@@ -41,7 +41,7 @@ pub enum Ending {
 }
 
 /// What is built from a config: where batches come from, and who trains on them.
-pub(super) struct Run {
+pub(super) struct TrainLoop {
     pub(super) device: Device,
     pub(super) batches: Batches,
     pub(super) trainees: Trainees,
@@ -51,7 +51,7 @@ pub(super) struct Run {
     pub(super) wrote_weights: bool,
 }
 
-impl Run {
+impl TrainLoop {
     /// Trains from a step on, which is the step of a checkpoint if the run `resumes`.
     pub(super) fn train(
         &mut self,
@@ -95,11 +95,11 @@ impl Run {
                 activations => activations.with_context(|| format!("step {step}"))?,
             };
             let Some(activations) = activations else {
-                outputs.say(&format!("the data ended after {step} of {last} steps"));
+                tracing::info!("the data ended after {step} of {last} steps");
                 break;
             };
             let (count, logging) = (activations.len(), outputs.logs(step));
-            let rows = match self.batches.checked(step, activations, &|message| outputs.say(message))? {
+            let rows = match self.batches.checked(step, activations)? {
                 Some(batches) => self.trainees.train_on(step, &batches, logging, outputs)?,
                 None => Vec::new(),
             };
@@ -231,14 +231,12 @@ impl Run {
         for ((_, site), dictionary) in names_and_sites.iter().zip(&folded) {
             subjects.push(Subject { dictionary: &**dictionary, site: eval_site(source, &self.batches.sites[*site])? });
         }
-        let say = |message: &str| outputs.say(message);
         let place = measured.unwrap_or_else(|| Measured::of(config));
         let measuring = evaluate::Measuring {
             key: place.key,
             origin: evaluate::origin(place.source)?,
             from_the_beginning: measured.is_some(),
             overlap_is_known,
-            say: &say,
         };
         let results = evaluate::evaluate(&config.metrics, &subjects, source, &measuring)?;
         let names = names_and_sites.into_iter().map(|(name, _)| name);

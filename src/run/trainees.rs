@@ -102,7 +102,7 @@ impl Trainees {
             let skips = sae.training.on_nonfinite == OnNonfinite::SkipBatch;
             if skips && !sae.skipped.add(&error) {
                 if sae.skipped.count == 1 {
-                    outputs.say(&format!("warning: {error}; the batch is left out"));
+                    tracing::warn!("{error}; the batch is left out");
                 }
                 continue;
             }
@@ -149,9 +149,9 @@ impl Trainees {
         if others || outputs.wrote_weights() || outputs.checkpoints().exist() {
             let goes_on = if others { "; the others go on" } else { "" };
             let name = self.0[index].name();
-            outputs.say(&format!(
-                "warning: {why}: SAE `{name}` stops, and its weights of step {step} are kept in {name}/checkpoints{goes_on}"
-            ));
+            tracing::warn!(
+                "{why}: SAE `{name}` stops, and its weights of step {step} are kept in {name}/checkpoints{goes_on}"
+            );
             write_weights(&self.0[index], step, outputs)?;
         }
         if others {

@@ -11,16 +11,16 @@ use dictlearn::contract::keep;
 use dictlearn_core::lm;
 use dictlearn_core::lm::{Hidden, Visit};
 use dictlearn_core::prelude::*;
-use dictlearn_core::registry::Kind as Slot;
+use dictlearn_core::registry::ComponentKind;
 use dictlearn_process as _;
 
 /// The message with which the contract refuses a component.
-fn refusal(kind: Slot, name: &'static str) -> String {
+fn refusal(kind: ComponentKind, name: &'static str) -> String {
     let panic = catch_unwind(|| keep(kind, name)).expect_err("the contract accepts it");
     panic.downcast_ref::<String>().expect("a message").clone()
 }
 
-fn says(kind: Slot, name: &'static str, parts: &[&str]) {
+fn says(kind: ComponentKind, name: &'static str, parts: &[&str]) {
     let said = refusal(kind, name);
     let start = format!("{kind} `{name}`");
     assert!(said.starts_with(&start), "{said}");
@@ -34,7 +34,7 @@ macro_rules! named {
     ($($test:ident: $slot:ident $name:literal [$($part:literal),+];)+) => {
         $(#[test]
         fn $test() {
-            says(Slot::$slot, $name, &[$($part),+]);
+            says(ComponentKind::$slot, $name, &[$($part),+]);
         })+
     };
 }
@@ -231,7 +231,7 @@ dictionary!(two_dimensions_only, "two_dimensions_only", {
 
 #[test]
 fn a_dictionary_without_a_fault_is_accepted() {
-    keep(Slot::Dictionary, "faultless");
+    keep(ComponentKind::Dictionary, "faultless");
 }
 
 named! {
@@ -405,7 +405,7 @@ logger!(echo, "echo", resumes: false, keeps: |_| true);
 
 #[test]
 fn a_logger_without_a_fault_is_accepted() {
-    keep(Slot::Logger, "lines");
+    keep(ComponentKind::Logger, "lines");
 }
 
 named! {

@@ -6,11 +6,11 @@ use dictlearn::config::{RunConfig, to_yaml};
 use dictlearn::contract;
 use dictlearn::contract::example_files;
 use dictlearn_core::files::from_yaml;
-use dictlearn_core::registry::{Kind as Slot, ShortRun, component, components};
+use dictlearn_core::registry::{ComponentKind, ShortRun, components, find};
 
 use crate::common::Desk;
 
-fn keep(kind: Slot) {
+fn keep(kind: ComponentKind) {
     let components = components(kind);
     assert!(!components.is_empty(), "no {kind} is registered");
     components.into_iter().for_each(|component| contract::keep(kind, component.name));
@@ -20,7 +20,7 @@ macro_rules! keep {
     ($($name:ident: $kind:ident)*) => {
         $(#[test]
         fn $name() {
-            keep(Slot::$kind);
+            keep(ComponentKind::$kind);
         })*
     };
 }
@@ -42,7 +42,7 @@ fn every_component_is_listed_and_described() {
     let desk = Desk::new();
     example_files(desk.dir.path());
     let listed = desk.ok(&["list"]);
-    for kind in Slot::ALL {
+    for kind in ComponentKind::ALL {
         let all = components(kind);
         assert!(!all.is_empty(), "no {kind} is registered");
         for (index, component) in all.into_iter().enumerate() {
@@ -62,7 +62,7 @@ fn every_component_is_listed_and_described() {
             );
             assert!(described.contains(component.paper), "{described}");
             let Some((_, example)) = described.split_once("as it stands:\n\n") else {
-                assert!(matches!(kind, Slot::Model | Slot::Format), "{described}");
+                assert!(matches!(kind, ComponentKind::Model | ComponentKind::Format), "{described}");
                 continue;
             };
             assert!(example.contains(&format!("type: {}\n", component.name)), "{example}");
@@ -79,9 +79,9 @@ fn every_component_is_listed_and_described() {
 fn a_config_of_examples_trains() {
     let desk = Desk::new();
     example_files(desk.dir.path());
-    let source = component(Slot::Source, "tensor_file").unwrap().example;
-    for trainer in components(Slot::Trainer) {
-        let dictionary = component(Slot::Dictionary, trainer.usual_dictionary.unwrap()).unwrap().example;
+    let source = find(ComponentKind::Source, "tensor_file").unwrap().example;
+    for trainer in components(ComponentKind::Trainer) {
+        let dictionary = find(ComponentKind::Dictionary, trainer.usual_dictionary.unwrap()).unwrap().example;
         let config = format!(
             "steps: 60\noutput_dir: {name}\nsource: {source}\nsaes:\n- trainer: {}\n  dictionary: {dictionary}\n",
             trainer.example,
@@ -105,7 +105,7 @@ fn the_short_runs_that_describe_shows_are_a_config() {
     assert_eq!(config["source"]["out_batch_size"], ShortRun::BATCH);
     let saes = config["saes"].as_sequence().unwrap();
     let mut found = 0;
-    for trainer in components(Slot::Trainer) {
+    for trainer in components(ComponentKind::Trainer) {
         let Some(short) = trainer.short_run else {
             // Crosscoders read several sites: configs/crosscoder.yaml.
             assert!(trainer.usual_dictionary.unwrap().contains("crosscoder"), "{} has no short run", trainer.name);

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use dictlearn_core::files::tensors;
-use dictlearn_core::registry::{Kind, components};
+use dictlearn_core::registry::{ComponentKind, components};
 use serde_json::Value;
 use tch::{Device, Kind as Type, Tensor};
 
@@ -27,10 +27,10 @@ const MODIFIERS: &str = "- name: modified\n  trainer: {type: standard, lr: 1e-2,
 fn runs(desk: &Desk) -> Vec<String> {
     let mut single = MODIFIERS.to_owned();
     let mut joined = String::new();
-    for trainer in components(Kind::Trainer) {
+    for trainer in components(ComponentKind::Trainer) {
         let crosses = trainer.name.contains("crosscoder");
         let saes = if crosses { &mut joined } else { &mut single };
-        let dictionary = components(Kind::Dictionary).into_iter();
+        let dictionary = components(ComponentKind::Dictionary).into_iter();
         let dictionary = dictionary.into_iter().find(|other| Some(other.name) == trainer.usual_dictionary).unwrap();
         *saes += &format!("- {{trainer: {}, dictionary: {}}}\n", trainer.example, dictionary.example);
     }

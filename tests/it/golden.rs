@@ -7,7 +7,7 @@ use dictlearn_core::files::from_yaml;
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::inventory;
 use dictlearn_core::machine::device::Precision;
-use dictlearn_core::registry::{Component, Kind as Slot, components};
+use dictlearn_core::registry::{Component, ComponentKind, components};
 use dictlearn_core::sae::{SavedClass, saved};
 use dictlearn_core::train::TaggedTrainer;
 use serde_json::Value;
@@ -23,7 +23,7 @@ fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
 /// The name in a config of a component that the reference knows by its class.
 fn trainer_name(class: &str) -> &'static str {
     let of = |component: &Component| from_yaml::<Box<dyn TaggedTrainer>>(component.example).unwrap().class();
-    let found = components(Slot::Trainer).into_iter().find(|component| of(component) == class);
+    let found = components(ComponentKind::Trainer).into_iter().find(|component| of(component) == class);
     found.unwrap_or_else(|| panic!("no trainer is the reference's {class}")).name
 }
 

@@ -150,7 +150,7 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
 
             #core::inventory::submit! {
                 #core::Component {
-                    kind: #core::Kind::#kind,
+                    kind: #core::ComponentKind::#kind,
                     name: #ident::NAME,
                     summary: #summary,
                     paper: #paper,

@@ -13,7 +13,7 @@ use crate::error::InputError;
 use crate::files::state::State;
 use crate::lm::{HookPoint, LanguageModel, Tokens};
 use crate::machine::device::Precision;
-use crate::machine::memory::Need;
+use crate::machine::memory::MemoryNeed;
 
 /// What a source is built for.
 #[derive(Debug, Clone, Copy)]
@@ -321,7 +321,7 @@ pub trait ActivationSource: Send {
     }
 
     /// What it takes memory for: a model, activations that it holds, a copy of them in a checkpoint.
-    fn memory(&self) -> Vec<Need> {
+    fn memory(&self) -> Vec<MemoryNeed> {
         Vec::new()
     }
 

@@ -14,7 +14,7 @@ use super::place::{Place, Request};
 use super::published::Published;
 use crate::error::InputError;
 use crate::files::from_yaml;
-use crate::registry::{self, Kind};
+use crate::registry::{self, ComponentKind};
 use crate::sae::saved::Saved;
 use crate::suggest::nearest;
 
@@ -89,12 +89,15 @@ pub struct Python {
 
 /// The names of the formats that can be exported to.
 pub fn writers() -> Vec<&'static str> {
-    registry::names(Kind::Format).into_iter().filter(|name| named(name).is_ok_and(|format| format.writes())).collect()
+    registry::names(ComponentKind::Format)
+        .into_iter()
+        .filter(|name| named(name).is_ok_and(|format| format.writes()))
+        .collect()
 }
 
 /// The format of that name.
 pub fn named(name: &str) -> Result<Box<dyn TaggedFormat>> {
-    let known = registry::names(Kind::Format);
+    let known = registry::names(ComponentKind::Format);
     if !known.contains(&name) {
         let near = nearest(name, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
         bail!(InputError::new(format!("unknown format `{name}`")).help(format!(

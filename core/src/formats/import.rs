@@ -14,7 +14,7 @@ use super::site::WrittenSource;
 use crate::error::{InputError, printable};
 use crate::files::tensors::{self, write_file};
 use crate::machine::device::Precision;
-use crate::registry::{self, Kind};
+use crate::registry::{self, ComponentKind};
 use crate::sae::saved::{self, Saved};
 use crate::sae::{Dictionary, SavedTensors};
 
@@ -221,7 +221,8 @@ fn with_other_format(error: anyhow::Error, asked: &dyn TaggedFormat, place: &Pla
     if has(asked) {
         return input.into();
     }
-    let other = registry::names(Kind::Format).into_iter().find(|name| named(name).is_ok_and(|format| has(&*format)));
+    let other =
+        registry::names(ComponentKind::Format).into_iter().find(|name| named(name).is_ok_and(|format| has(&*format)));
     match other {
         Some(other) => {
             input.and_help(&format!("the files are those of `{other}`: `dictlearn import {other} ...`")).into()

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::error::InputError;
-use crate::registry::{Kind, component};
+use crate::registry::{ComponentKind, find};
 
 /// Fields of any family's config.json that change what a model computes. A family that has one of them among its own
 /// fields implements it; in the config of another family it must say that nothing is changed.
@@ -43,7 +43,7 @@ pub const ARITHMETIC: &[&str] = &[
 
 /// Refuses a config with a field that changes the arithmetic and that its family does not implement.
 pub(super) fn refuse_unknown_arithmetic(config: &Value, family: &str) -> Result<()> {
-    let fields = component(Kind::Model, family).map(|component| (component.schema)()).unwrap_or_default();
+    let fields = find(ComponentKind::Model, family).map(|component| (component.schema)()).unwrap_or_default();
     let neutral = |value: &Value| match value {
         Value::Null | Value::Bool(false) => true,
         Value::Number(number) => number.as_f64() == Some(1.0),

@@ -10,7 +10,7 @@ use crate::error::InputError;
 
 /// Something that takes memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Need {
+pub struct MemoryNeed {
     /// What it is: `the buffer`.
     pub what: String,
     /// Bytes, at most.
@@ -23,20 +23,20 @@ pub struct Need {
     pub on_host: bool,
 }
 
-impl Need {
+impl MemoryNeed {
     /// On the run's device as long as the run.
     pub fn lasting(what: impl Into<String>, bytes: u64, knob: impl Into<String>) -> Self {
-        Need { what: what.into(), bytes, knob: knob.into(), passing: false, on_host: false }
+        MemoryNeed { what: what.into(), bytes, knob: knob.into(), passing: false, on_host: false }
     }
 
     /// On the run's device, and let go of.
     pub fn passing(what: impl Into<String>, bytes: u64, knob: impl Into<String>) -> Self {
-        Need { passing: true, ..Need::lasting(what, bytes, knob) }
+        MemoryNeed { passing: true, ..MemoryNeed::lasting(what, bytes, knob) }
     }
 
     /// The same in the computer's memory.
     pub fn on_host(self) -> Self {
-        Need { on_host: true, ..self }
+        MemoryNeed { on_host: true, ..self }
     }
 }
 
@@ -54,28 +54,28 @@ pub struct Plan {
     free: u64,
     /// Of the GPU's, if it says so.
     free_on_gpu: Option<u64>,
-    needs: Vec<Need>,
+    needs: Vec<MemoryNeed>,
 }
 
 impl Plan {
     /// Of a run on a device, of which nothing is there yet.
     pub fn new(device: Device) -> Self {
-        let mut needs = vec![Need::lasting("the program", PROGRAM, "").on_host()];
+        let mut needs = vec![MemoryNeed::lasting("the program", PROGRAM, "").on_host()];
         if device.is_cuda() {
-            needs.push(Need::lasting("CUDA", CUDA, ""));
+            needs.push(MemoryNeed::lasting("CUDA", CUDA, ""));
         }
         Plan { device, free: free(), free_on_gpu: free_on_gpu(device), needs }
     }
 
     /// Adds needs and refuses what cannot fit.
-    pub fn add(&mut self, needs: impl IntoIterator<Item = Need>) -> Result<(), InputError> {
+    pub fn add(&mut self, needs: impl IntoIterator<Item = MemoryNeed>) -> Result<(), InputError> {
         self.needs.extend(needs);
         for (device, free) in [(Device::Cpu, Some(self.free)), (self.device, self.free_on_gpu)] {
             let (Some(free), peak) = (free, self.peak(device)) else { continue };
             if peak <= free || (device != Device::Cpu && !device.is_cuda()) {
                 continue;
             }
-            let mut own: Vec<&Need> = self.needs.iter().filter(|need| self.lies_on(need, device)).collect();
+            let mut own: Vec<&MemoryNeed> = self.needs.iter().filter(|need| self.lies_on(need, device)).collect();
             own.sort_by_key(|need| std::cmp::Reverse(need.bytes));
             let most = own.iter().find(|need| !need.knob.is_empty());
             let help = most.map_or_else(String::new, |most| {
@@ -92,7 +92,7 @@ impl Plan {
         Ok(())
     }
 
-    fn lies_on(&self, need: &Need, device: Device) -> bool {
+    fn lies_on(&self, need: &MemoryNeed, device: Device) -> bool {
         device == if need.on_host { Device::Cpu } else { self.device }
     }
 
@@ -117,7 +117,7 @@ impl Plan {
 
     /// What it is made of, a line each.
     pub fn parts(&self) -> Vec<String> {
-        let part = |need: &Need| {
+        let part = |need: &MemoryNeed| {
             let passing = if need.passing { ", for a while" } else { "" };
             let place = if need.on_host { Device::Cpu } else { self.device };
             format!("  {}: {} ({}{passing})", need.what, Size(need.bytes), device::name(place))
@@ -137,7 +137,7 @@ impl fmt::Display for Size {
 }
 
 /// Refuses what by itself takes more memory than there is, before it is made. The knob is a field of who needs it.
-pub fn check(need: &Need) -> Result<(), InputError> {
+pub fn check(need: &MemoryNeed) -> Result<(), InputError> {
     let free = free();
     if need.bytes <= free {
         return Ok(());
@@ -215,15 +215,15 @@ mod tests {
     fn what_passes_counts_once_and_what_does_not_fit_is_refused() {
         let mut plan = Plan { device: Device::Cuda(0), free: 1000, free_on_gpu: Some(2000), needs: Vec::new() };
         let add = |plan: &mut Plan, need| plan.add([need]).map_err(|error| error.to_string());
-        add(&mut plan, Need::lasting("the buffer", 900, "`n_ctxs`")).unwrap();
-        add(&mut plan, Need::passing("a step", 800, "the batch")).unwrap();
-        add(&mut plan, Need::passing("another step", 1000, "the batch")).unwrap();
-        add(&mut plan, Need::lasting("a copy", 950, "`checkpoint_every`").on_host()).unwrap();
+        add(&mut plan, MemoryNeed::lasting("the buffer", 900, "`n_ctxs`")).unwrap();
+        add(&mut plan, MemoryNeed::passing("a step", 800, "the batch")).unwrap();
+        add(&mut plan, MemoryNeed::passing("another step", 1000, "the batch")).unwrap();
+        add(&mut plan, MemoryNeed::lasting("a copy", 950, "`checkpoint_every`").on_host()).unwrap();
         assert_eq!((plan.peak(Device::Cuda(0)), plan.peak(Device::Cpu)), (1900, 950));
-        let said = add(&mut plan, Need::lasting("an SAE", 200, "`dict_size`")).unwrap_err();
+        let said = add(&mut plan, MemoryNeed::lasting("an SAE", 200, "`dict_size`")).unwrap_err();
         assert!(said.contains("(cuda:0)") && said.contains("is another step: change the batch"), "{said}");
         plan.needs.pop();
-        let said = add(&mut plan, Need::lasting("one more", 100, "").on_host()).unwrap_err();
+        let said = add(&mut plan, MemoryNeed::lasting("one more", 100, "").on_host()).unwrap_err();
         assert!(said.contains("(cpu)") && said.contains("a copy: change `checkpoint_every`"), "{said}");
     }
 
@@ -252,8 +252,8 @@ mod tests {
 
     #[test]
     fn what_is_larger_than_memory_is_refused_with_its_field() {
-        assert!(check(&Need::lasting("a tensor", 1, "`dict_size`")).is_ok());
-        let error = check(&Need::lasting("a tensor", u64::MAX, "`dict_size`")).unwrap_err();
+        assert!(check(&MemoryNeed::lasting("a tensor", 1, "`dict_size`")).is_ok());
+        let error = check(&MemoryNeed::lasting("a tensor", u64::MAX, "`dict_size`")).unwrap_err();
         assert_eq!(error.key(), "dict_size");
         assert!(error.message().starts_with("a tensor would take 18446744073.7 GB of memory, and "), "{error}");
     }

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::data::SitePart;
 use crate::error::InputError;
 use crate::machine::device::Precision;
-use crate::machine::memory::{self, Need};
+use crate::machine::memory::{self, MemoryNeed};
 
 /// The widths of a dictionary's input, features and output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +73,7 @@ pub fn dict_size(dict_size: Option<i64>, expansion_factor: Option<f64>, activati
     // Two matrices and what they are made from: what it takes to be there at all, long before it is trained.
     let bytes = (size as u64).saturating_mul(activation_dim.max(1) as u64).saturating_mul(4 * 4);
     let field = if dict_size.is_some() { "dict_size" } else { "expansion_factor" };
-    memory::check(&Need::lasting(format!("{size} features of width {activation_dim}"), bytes, field))?;
+    memory::check(&MemoryNeed::lasting(format!("{size} features of width {activation_dim}"), bytes, field))?;
     Ok(size)
 }
 

@@ -16,7 +16,7 @@ use crate::sae::Dictionary;
 /// The config of a modifier.
 pub trait ModifierConfig: Debug + Send + Sync {
     /// What it cannot do without. Where that is missing the config is refused before anything is built.
-    fn needs(&self) -> Vec<Need> {
+    fn needs(&self) -> Vec<Requirement> {
         Vec::new()
     }
 
@@ -39,7 +39,7 @@ pub struct ModifierCx<'a> {
 
 /// What a modifier cannot do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Need {
+pub enum Requirement {
     /// `pre_activations` [B, F] in the code: what decides whether features fire, before the nonlinearity.
     PreActivations,
     /// A decoder.
@@ -50,14 +50,14 @@ pub enum Need {
     Resampling,
 }
 
-impl Need {
+impl Requirement {
     /// What is needed, in words.
     pub fn words(self) -> &'static str {
         match self {
-            Need::PreActivations => "pre-activations",
-            Need::Decoder => "a decoder",
-            Need::SparsityTerm => "a sparsity term in the trainer's loss",
-            Need::Resampling => "features that can be resampled, by a trainer that does not",
+            Requirement::PreActivations => "pre-activations",
+            Requirement::Decoder => "a decoder",
+            Requirement::SparsityTerm => "a sparsity term in the trainer's loss",
+            Requirement::Resampling => "features that can be resampled, by a trainer that does not",
         }
     }
 
@@ -65,20 +65,20 @@ impl Need {
     pub fn check(self, name: &str, cx: &ModifierCx) -> Result<()> {
         let class = cx.dictionary.class();
         let (met, why) = match self {
-            Need::PreActivations => {
+            Requirement::PreActivations => {
                 (exposes_pre_activations(cx), format!("pre-activations, which the class {class} does not expose"))
             }
-            Need::Decoder => {
+            Requirement::Decoder => {
                 (cx.dictionary.decoder().is_some(), format!("a decoder, which the class {class} does not have"))
             }
-            Need::SparsityTerm => (
+            Requirement::SparsityTerm => (
                 cx.trainer.has_sparsity_term(),
                 "a sparsity term to take the place of, and this trainer's loss has none".to_owned(),
             ),
-            Need::Resampling if cx.trainer.resamples() => {
+            Requirement::Resampling if cx.trainer.resamples() => {
                 (false, "a trainer that does not resample, and this one does (`resample_steps`)".to_owned())
             }
-            Need::Resampling => (
+            Requirement::Resampling => (
                 can_resample(cx.dictionary),
                 format!("features that can be resampled, and those of the class {class} cannot"),
             ),

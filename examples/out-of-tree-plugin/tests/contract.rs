@@ -2,10 +2,10 @@
 
 use dictlearn as _;
 use dictlearn::contract::keep;
-use dictlearn_core::registry::Kind;
+use dictlearn_core::registry::ComponentKind;
 use out_of_tree_plugin as _;
 
 #[test]
 fn it_keeps_the_contract() {
-    keep(Kind::Trainer, "tanh");
+    keep(ComponentKind::Trainer, "tanh");
 }

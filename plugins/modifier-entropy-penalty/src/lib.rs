@@ -35,8 +35,8 @@ pub struct EntropyPenaltyConfig {
 }
 
 impl ModifierConfig for EntropyPenaltyConfig {
-    fn needs(&self) -> Vec<Need> {
-        if self.replace_sparsity { vec![Need::SparsityTerm] } else { Vec::new() }
+    fn needs(&self) -> Vec<Requirement> {
+        if self.replace_sparsity { vec![Requirement::SparsityTerm] } else { Vec::new() }
     }
 
     fn build(&self, _: &ModifierCx) -> Result<Box<dyn Modifier>> {

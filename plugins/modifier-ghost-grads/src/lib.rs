@@ -47,8 +47,8 @@ pub enum Unit {
 }
 
 impl ModifierConfig for GhostGradsConfig {
-    fn needs(&self) -> Vec<Need> {
-        vec![Need::PreActivations, Need::Decoder]
+    fn needs(&self) -> Vec<Requirement> {
+        vec![Requirement::PreActivations, Requirement::Decoder]
     }
 
     fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>> {

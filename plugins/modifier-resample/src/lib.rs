@@ -27,8 +27,8 @@ pub struct ResampleConfig {
 }
 
 impl ModifierConfig for ResampleConfig {
-    fn needs(&self) -> Vec<Need> {
-        vec![Need::Resampling]
+    fn needs(&self) -> Vec<Requirement> {
+        vec![Requirement::Resampling]
     }
 
     fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>> {
