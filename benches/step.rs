@@ -54,7 +54,7 @@ fn example(component: &Component, fields: &[(&str, i64)]) -> String {
 }
 
 fn training(trainer: &Component) -> Option<Training> {
-    let usual = find(ComponentKind::Dictionary, trainer.usual_dictionary?)?;
+    let usual = find(ComponentKind::Dictionary, trainer.default_dictionary?)?;
     let dictionary = example(usual, &[("dict_size", FEATURES), ("k", K)]);
     // What is annealed stays as it begins.
     let still =

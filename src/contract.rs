@@ -203,7 +203,7 @@ promises! {
 // Of trainers, and of their pairs with dictionaries.
 promises! {
     TRAINS_BY_DEFAULT: "a trainer names the dictionary that it trains by default",
-        "add `usual_dictionary` to its `#[component(...)]`, and link the crate of that dictionary in the test";
+        "add `default_dictionary` to its `#[component(...)]`, and link the crate of that dictionary in the test";
     STEPS_SUCCEED: "a step of training succeeds",
         "read the error; for a tensor that the code lacks, `Code::get` instead of `extra`, or refuse the dictionary in `build`";
     LEARNS: "with its example, a trainer explains over 30% of the variance after 200 steps, and half of what it did not at first",
@@ -609,11 +609,11 @@ fn scaled_biases_take_scaled_activations(component: &Component) {
 }
 
 fn sae(trainer: &Component) -> SaeConfig {
-    let found = || match trainer.usual_dictionary {
+    let found = || match trainer.default_dictionary {
         Some(name) => format!("no dictionary `{name}` is registered"),
         None => "it names none".to_owned(),
     };
-    let dictionary = trainer.usual_dictionary.and_then(|name| find(ComponentKind::Dictionary, name));
+    let dictionary = trainer.default_dictionary.and_then(|name| find(ComponentKind::Dictionary, name));
     let dictionary = dictionary.unwrap_or_else(|| TRAINS_BY_DEFAULT.broken(&who(trainer), found()));
     SaeConfig {
         name: trainer.name.to_owned(),
@@ -757,19 +757,19 @@ fn trains_as_on_a_gpu(trainer: &Component) {
         }
         training
     };
-    let usual = train();
+    let default = train();
     device::as_a_gpu(|| {
         let mut training = train();
         AS_ON_A_GPU.of(&who, training.settle());
         for ((parameter, found), (_, expected)) in
-            training.dictionary.parameters().into_iter().zip(usual.dictionary.parameters())
+            training.dictionary.parameters().into_iter().zip(default.dictionary.parameters())
         {
             let off = (found - &expected).norm().double_value(&[]) / expected.norm().double_value(&[]).max(1e-6);
             AS_ON_A_GPU.check(&who, off < 1e-3, || format!("`{parameter}` is off by {:.1}%", 100.0 * off));
         }
         // Begun on a CPU, and gone on with on a GPU.
         let mut moved = new_training(trainer, &training_cx());
-        let state = RESUMES.of(&who, usual.state());
+        let state = RESUMES.of(&who, default.state());
         RESUMES.of(&who, moved.restore(&state));
         let again = RESUMES.of(&who, moved.state());
         RESUMES.check(&who, again == state, || "restored as on a GPU, it gives another state".to_owned());
@@ -1220,7 +1220,7 @@ fn learns_or_is_refused(trainer: &Component, dictionary: &Component) {
         Ok(training) => training,
         Err(error) => {
             let message = refusal(&PAIR, &who, error);
-            let own = trainer.usual_dictionary == Some(dictionary.name);
+            let own = trainer.default_dictionary == Some(dictionary.name);
             PAIR.check(&who, !own, || format!("it refuses the dictionary that it trains by default: {message}"));
             return;
         }

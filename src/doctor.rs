@@ -474,7 +474,7 @@ fn training(best: Device, problems: &mut Vec<Problem>) -> Vec<Check> {
 
 /// A trainer on its default dictionary, if they take activations of one site.
 fn sae(trainer: &Component) -> Option<SaeConfig> {
-    let dictionary = find(ComponentKind::Dictionary, trainer.usual_dictionary?)?;
+    let dictionary = find(ComponentKind::Dictionary, trainer.default_dictionary?)?;
     let (name, trainer, dictionary) = (trainer.name, trainer.example, dictionary.example);
     let sae = format!("{{name: {name}, trainer: {trainer}, dictionary: {dictionary}}}");
     let sae: SaeConfig = from_yaml(&sae).ok()?;

@@ -70,10 +70,10 @@ pub(crate) fn measure(sae_dirs: &[&Path], config: &RunConfig) -> anyhow::Result<
         }
         subjects.push(Subject { dictionary: &*saved.dictionary, site });
     }
-    let usual;
+    let default;
     let metrics = if config.metrics.is_empty() {
-        usual = measuring::usual(&mut *source)?;
-        &usual
+        default = measuring::default_metrics(&mut *source)?;
+        &default
     } else {
         &config.metrics
     };

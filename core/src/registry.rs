@@ -103,10 +103,10 @@ pub struct Component {
     /// of a model, the fields of a small config.json that Llama's does not have (empty where there are none).
     pub example: &'static str,
     /// For a trainer: the name of the dictionary that it trains unless told otherwise.
-    pub usual_dictionary: Option<&'static str>,
+    pub default_dictionary: Option<&'static str>,
     /// Whether a config that names no component of its kind gets this one, with its defaults (loggers; metrics, in
     /// `dictlearn eval`), and whether it stands in the examples of others (sources, trainers).
-    pub usual: bool,
+    pub default: bool,
     /// For a trainer: settings for a short run; its defaults are the reference's, for long ones.
     pub short_run: Option<ShortRun>,
     /// JSON Schema of its config, without `type`.
@@ -151,8 +151,8 @@ pub fn names(kind: ComponentKind) -> Vec<&'static str> {
 }
 
 /// The names of a kind that a config gets which names none.
-pub fn usual(kind: ComponentKind) -> impl Iterator<Item = &'static str> {
-    components(kind).into_iter().filter(|component| component.usual).map(|component| component.name)
+pub fn defaults(kind: ComponentKind) -> impl Iterator<Item = &'static str> {
+    components(kind).into_iter().filter(|component| component.default).map(|component| component.name)
 }
 
 /// Refuses to start when two plugins registered the same name: which one a config means would depend on link order.
@@ -183,8 +183,8 @@ mod tests {
             summary: "",
             paper: "",
             example: "",
-            usual_dictionary: None,
-            usual: false,
+            default_dictionary: None,
+            default: false,
             short_run: None,
             schema: schemars::Schema::default,
         }

@@ -61,13 +61,13 @@ fn needs(component: &Component) -> String {
 
 /// For a terminal: `dictlearn describe KIND NAME`. The example finds its files in `folder`.
 pub fn text(component: &Component, folder: &Path) -> String {
-    let Component { kind, name, summary, paper, usual_dictionary, schema, .. } = component;
+    let Component { kind, name, summary, paper, default_dictionary, schema, .. } = component;
     let mut text = format!("{kind} {name}\n{summary}\n\n");
     if !paper.is_empty() {
         text += &format!("Paper: {paper}\n\n");
     }
-    if let Some(usual) = usual_dictionary {
-        text += &format!("Trains the dictionary `{usual}` unless told otherwise.\n\n");
+    if let Some(default) = default_dictionary {
+        text += &format!("Trains the dictionary `{default}` unless told otherwise.\n\n");
     }
     let schema = schema().to_value();
     for paragraph in paragraphs(component, &schema) {
@@ -160,13 +160,13 @@ pub fn pages() -> Vec<(PathBuf, String)> {
 
 /// The page of a component.
 fn page(component: &Component) -> String {
-    let Component { kind, name, summary, paper, usual_dictionary, schema, .. } = component;
+    let Component { kind, name, summary, paper, default_dictionary, schema, .. } = component;
     let mut page = format!("# `{name}`\n\n{} · {summary}.\n", capital(kind.name()));
     if let Some((what, address)) = paper.rsplit_once(", http") {
         page += &format!("\nFrom [{what}](http{address}).\n");
     }
-    if let Some(usual) = usual_dictionary {
-        page += &format!("\nTrains [`{usual}`](../dictionaries/{usual}.md) unless told otherwise.\n");
+    if let Some(default) = default_dictionary {
+        page += &format!("\nTrains [`{default}`](../dictionaries/{default}.md) unless told otherwise.\n");
     }
     let schema = schema().to_value();
     for paragraph in paragraphs(component, &schema) {

@@ -15,7 +15,7 @@ use dictlearn_core::data::TaggedSource;
 use dictlearn_core::data::text::TaggedText;
 use dictlearn_core::error::{InputError, Mistakes, Origin};
 use dictlearn_core::files::{Node, float, integer};
-use dictlearn_core::registry::{Component, ComponentKind, find, names, usual};
+use dictlearn_core::registry::{Component, ComponentKind, defaults, find, names};
 use dictlearn_core::report::TaggedLogger;
 use dictlearn_core::report::TaggedMetric;
 use dictlearn_core::sae::TaggedDictionary;
@@ -245,7 +245,7 @@ impl<'a> Check<'a> {
         let shown = self.as_written(path);
         let Value::Dict(_, dict) = value else {
             let meant = value.as_str().and_then(|text| nearest(text, known.iter().copied()));
-            let help = match (meant, usual(kind).next().or(known.first().copied())) {
+            let help = match (meant, defaults(kind).next().or(known.first().copied())) {
                 (Some(name), _) => format!("write `{{type: {name}}}`; {listed}"),
                 (None, Some(name)) => {
                     format!("it must be a map with a `type`, for example `{{type: {name}}}`; {listed}")

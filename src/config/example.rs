@@ -7,17 +7,17 @@ use serde_yaml::{Mapping, Value};
 
 use dictlearn_core::data::{SourceCx, TaggedSource};
 use dictlearn_core::files::from_yaml_in;
-use dictlearn_core::registry::{Component, ComponentKind, components, find, usual};
+use dictlearn_core::registry::{Component, ComponentKind, components, defaults, find};
 use dictlearn_core::report::TaggedMetric;
 
-/// A whole config, to stand in `folder`, with the component's example in its slot and usual ones around it; `None` for what
+/// A whole config, to stand in `folder`, with the component's example in its slot and default ones around it; `None` for what
 /// no config names, and for a metric that no source's example suits.
 pub fn example(shown: &Component, folder: &Path) -> Option<String> {
     let parsed = |component: &Component| serde_yaml::from_str::<Value>(component.example).ok();
-    // The one shown where it is of that kind, otherwise a usual one.
+    // The one shown where it is of that kind, otherwise a default one.
     let of = |kind: ComponentKind| {
-        let usual = usual(kind).next().and_then(|name| find(kind, name));
-        let other = usual.or_else(|| components(kind).into_iter().next());
+        let default = defaults(kind).next().and_then(|name| find(kind, name));
+        let other = default.or_else(|| components(kind).into_iter().next());
         parsed(if shown.kind == kind { shown } else { other? })
     };
     // A dictionary is shown with the trainer that usually trains it.
@@ -25,13 +25,13 @@ pub fn example(shown: &Component, folder: &Path) -> Option<String> {
         ComponentKind::Trainer => shown,
         _ => {
             let trainers = components(ComponentKind::Trainer);
-            let own = trainers.iter().copied().find(|trainer| trainer.usual_dictionary == Some(shown.name));
-            own.or_else(|| trainers.into_iter().find(|trainer| trainer.usual))?
+            let own = trainers.iter().copied().find(|trainer| trainer.default_dictionary == Some(shown.name));
+            own.or_else(|| trainers.into_iter().find(|trainer| trainer.default))?
         }
     };
     let dictionary = match shown.kind {
         ComponentKind::Dictionary => shown,
-        _ => find(ComponentKind::Dictionary, trainer.usual_dictionary?)?,
+        _ => find(ComponentKind::Dictionary, trainer.default_dictionary?)?,
     };
     let mut source = match shown.kind {
         ComponentKind::Metric => suiting(shown, folder)?,
@@ -62,12 +62,12 @@ pub fn example(shown: &Component, folder: &Path) -> Option<String> {
     serde_yaml::to_string(&config).ok()
 }
 
-/// The example of a source that a metric can be computed on, a usual one if possible.
+/// The example of a source that a metric can be computed on, a default one if possible.
 fn suiting(metric: &Component, folder: &Path) -> Option<Value> {
     let metric: Box<dyn TaggedMetric> = from_yaml_in(folder, metric.example).ok()?;
     let cx = SourceCx { seed: 0, ..SourceCx::default() };
     let mut sources = components(ComponentKind::Source);
-    sources.sort_by_key(|source| !source.usual);
+    sources.sort_by_key(|source| !source.default);
     let suits = |source: &Component| -> Result<bool> {
         let config: Box<dyn TaggedSource> = from_yaml_in(folder, source.example)?;
         Ok(metric.build()?.refuses(&mut *config.build(&cx)?).is_none())

@@ -17,7 +17,7 @@ use super::RunConfig;
 use dictlearn_core::error::{InputError, Mistakes, Origin};
 use dictlearn_core::files;
 use dictlearn_core::files::{Origins, yaml};
-use dictlearn_core::registry::{ComponentKind, usual};
+use dictlearn_core::registry::{ComponentKind, defaults};
 use dictlearn_core::suggest::nearest;
 
 /// What a config is loaded from.
@@ -351,7 +351,7 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
 
 /// A component of a kind as a config names it.
 pub(super) fn example(kind: ComponentKind) -> String {
-    usual(kind).next().map_or_else(|| "...".to_owned(), |name| format!("{{type: {name}}}"))
+    defaults(kind).next().map_or_else(|| "...".to_owned(), |name| format!("{{type: {name}}}"))
 }
 
 /// The files of a config and their layers.

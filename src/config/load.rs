@@ -17,7 +17,7 @@ use dictlearn_core::data::TaggedSource;
 use dictlearn_core::error::{InputError, Mistakes, Under};
 use dictlearn_core::files::{Node, float, integer};
 use dictlearn_core::hub;
-use dictlearn_core::registry::{ComponentKind, find, usual};
+use dictlearn_core::registry::{ComponentKind, defaults, find};
 use dictlearn_core::suggest::nearest;
 use dictlearn_core::train::SaeConfig;
 
@@ -32,7 +32,7 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
     let mut written = Vec::new();
     if let Value::Dict(_, root) = &mut root {
         overlay_eval_source(root);
-        root.entry("loggers".to_owned()).or_insert_with(usual_loggers);
+        root.entry("loggers".to_owned()).or_insert_with(default_loggers);
         written = expand_saes(root, &merged, &mut mistakes);
     }
     let schema = schema_for!(RunConfig);
@@ -188,9 +188,9 @@ fn overlay_eval_source(root: &mut Dict) {
     root.insert("eval_source".to_owned(), Value::Dict(tag, merged));
 }
 
-fn usual_loggers() -> Value {
+fn default_loggers() -> Value {
     let logger = |name| Value::from(Dict::from([("type".to_owned(), Value::from(name))]));
-    Value::from(usual(ComponentKind::Logger).map(logger).collect::<Vec<_>>())
+    Value::from(defaults(ComponentKind::Logger).map(logger).collect::<Vec<_>>())
 }
 
 fn overlaid(mut below: Dict, above: Dict) -> Dict {
@@ -246,12 +246,12 @@ fn fill(sae: &mut Dict) {
     let Some(name) = trainer.as_str().map(str::to_owned) else { return };
     let tag = trainer.tag();
     sae.entry("name".to_owned()).or_insert(trainer);
-    let usual = find(ComponentKind::Trainer, &name).and_then(|trainer| trainer.usual_dictionary);
+    let default = find(ComponentKind::Trainer, &name).and_then(|trainer| trainer.default_dictionary);
     // What is missing from the dictionary is missing where the trainer was written, unless the dictionary was written too.
     let dictionary = sae.entry("dictionary".to_owned()).or_insert_with(|| Value::Dict(tag, Dict::new()));
-    if let (Value::Dict(own, dictionary), Some(usual)) = (dictionary, usual) {
+    if let (Value::Dict(own, dictionary), Some(default)) = (dictionary, default) {
         let tag = *own;
-        dictionary.entry("type".to_owned()).or_insert_with(|| Value::String(tag, usual.to_owned()));
+        dictionary.entry("type".to_owned()).or_insert_with(|| Value::String(tag, default.to_owned()));
     }
 }
 
@@ -440,7 +440,7 @@ pub fn json_schema() -> Json {
     if let Some(sae) = schema.pointer_mut("/$defs/SaeConfig").and_then(Json::as_object_mut) {
         sae.insert("required".to_owned(), serde_json::json!(["trainer"]));
     }
-    // A dictionary without a type is the trainer's usual one.
+    // A dictionary without a type is the trainer's default one.
     if let Some(dictionary) = schema.pointer_mut("/$defs/SaeConfig/properties/dictionary") {
         let named = std::mem::take(dictionary);
         let description = named.get("description").cloned().unwrap_or_default();

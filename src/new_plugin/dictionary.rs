@@ -79,7 +79,7 @@ impl Dictionary for ExampleName {
 /// Squared error with an L1 penalty, rows of norm 1.
 #[component(trainer "example_name", summary = "Squared error with an L1 penalty for tied autoencoders",
     paper = "Cunningham et al. 2023, https://arxiv.org/abs/2309.08600",
-    example = "{type: example_name, lr: 1e-3, l1_penalty: 0.02}", usual_dictionary = ExampleNameConfig::NAME,
+    example = "{type: example_name, lr: 1e-3, l1_penalty: 0.02}", default_dictionary = ExampleNameConfig::NAME,
     fields(lr = 1e-3, ..))]
 pub struct ExampleNameTrainer {
     /// Weight α of the L1 penalty.

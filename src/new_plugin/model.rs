@@ -4,19 +4,19 @@
 //! which norms stand where, how projections are named, what attention sees (`dictlearn_core::lm::decoder`).
 
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
-use dictlearn_core::lm::config::Usual;
+use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::prelude::*;
 
 /// The fields of a config.json that change what the model computes.
 #[component(model "example_name", summary = "Llama by another name")]
 pub struct ExampleNameConfig {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
 }
 
 impl DecoderFamily for ExampleNameConfig {
     fn decoder(self) -> Result<DecoderConfig> {
-        self.usual.decoder()
+        self.common.decoder()
     }
 }
 

@@ -86,7 +86,7 @@ pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Train
     mistakes.keep(evaluate::check(&config.metrics, measured))?;
     mistakes.into_result()?;
     if !config.written.says("metrics") {
-        config.metrics = usual_metrics(measured, |metrics, source| {
+        config.metrics = default_metrics(measured, |metrics, source| {
             Ok(plan.clone().add(evaluate::memory(metrics, source, features, own)?))
         })?;
     }
@@ -157,12 +157,12 @@ fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<(
 }
 
 /// The default metrics that a source allows and for which there is memory.
-fn usual_metrics(
+fn default_metrics(
     source: &mut dyn ActivationSource,
     fits: impl Fn(&[Box<dyn TaggedMetric>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
 ) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
-    for metric in evaluate::usual(source)? {
+    for metric in evaluate::default_metrics(source)? {
         let metric = [metric];
         match fits(&metric, source)? {
             Ok(()) => metrics.extend(metric),

@@ -120,9 +120,9 @@ pub(crate) fn memory(
 }
 
 /// The usual metrics that can be computed on a source, with their defaults: for configs that name none.
-pub fn usual(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn TaggedMetric>>> {
+pub fn default_metrics(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
-    for name in registry::usual(registry::ComponentKind::Metric) {
+    for name in registry::defaults(registry::ComponentKind::Metric) {
         let metric: Box<dyn TaggedMetric> = from_yaml(&format!("{{type: {name}}}"))?;
         if metric.build()?.refuses(source).is_none() {
             metrics.push(metric);

@@ -275,7 +275,7 @@ macro_rules! trainer {
             const EXAMPLE: &str = concat!("{type: ", $name, "}");
 
             /// A trainer with a fault.
-            #[component(trainer $name, summary = "Faulty", example = EXAMPLE, usual_dictionary = "auto_encoder")]
+            #[component(trainer $name, summary = "Faulty", example = EXAMPLE, default_dictionary = "auto_encoder")]
             pub struct Config {
                 /// How many steps were taken.
                 #[serde(skip)]
@@ -480,7 +480,7 @@ macro_rules! model {
             #[component(model $name, summary = "A model with a fault")]
             pub struct Config {
                 #[serde(flatten)]
-                usual: lm::config::Usual,
+                common: lm::config::CommonFields,
                 /// A bound of the scores, which nothing here reads.
                 #[allow(dead_code)]
                 attn_logit_softcapping: Option<f64>,
@@ -494,7 +494,7 @@ macro_rules! model {
 
             impl lm::ModelConfig for Config {
                 fn load(self, weights: lm::Weights, cx: &lm::ModelCx) -> Result<Box<dyn LanguageModel>> {
-                    let model = lm::Decoder::open(self.usual.decoder()?, weights, cx)?;
+                    let model = lm::Decoder::open(self.common.decoder()?, weights, cx)?;
                     Ok(Box::new(Faulty::<ThisFault> { model, fault: PhantomData }))
                 }
             }

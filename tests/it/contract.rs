@@ -81,7 +81,7 @@ fn a_config_of_examples_trains() {
     example_files(desk.dir.path());
     let source = find(ComponentKind::Source, "tensor_file").unwrap().example;
     for trainer in components(ComponentKind::Trainer) {
-        let dictionary = find(ComponentKind::Dictionary, trainer.usual_dictionary.unwrap()).unwrap().example;
+        let dictionary = find(ComponentKind::Dictionary, trainer.default_dictionary.unwrap()).unwrap().example;
         let config = format!(
             "steps: 60\noutput_dir: {name}\nsource: {source}\nsaes:\n- trainer: {}\n  dictionary: {dictionary}\n",
             trainer.example,
@@ -108,7 +108,7 @@ fn the_short_runs_that_describe_shows_are_a_config() {
     for trainer in components(ComponentKind::Trainer) {
         let Some(short) = trainer.short_run else {
             // Crosscoders read several sites: configs/crosscoder.yaml.
-            assert!(trainer.usual_dictionary.unwrap().contains("crosscoder"), "{} has no short run", trainer.name);
+            assert!(trainer.default_dictionary.unwrap().contains("crosscoder"), "{} has no short run", trainer.name);
             continue;
         };
         let sae = saes.iter().find(|sae| sae["name"] == trainer.name).expect(trainer.name);

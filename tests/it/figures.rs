@@ -31,7 +31,7 @@ fn runs(desk: &Desk) -> Vec<String> {
         let crosses = trainer.name.contains("crosscoder");
         let saes = if crosses { &mut joined } else { &mut single };
         let dictionary = components(ComponentKind::Dictionary).into_iter();
-        let dictionary = dictionary.into_iter().find(|other| Some(other.name) == trainer.usual_dictionary).unwrap();
+        let dictionary = dictionary.into_iter().find(|other| Some(other.name) == trainer.default_dictionary).unwrap();
         *saes += &format!("- {{trainer: {}, dictionary: {}}}\n", trainer.example, dictionary.example);
     }
     let x = |n: i64| Tensor::randn([640, 16], (Type::Float, Device::Cpu)) * n;

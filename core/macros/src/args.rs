@@ -16,8 +16,8 @@ pub struct Args {
     pub summary: Expr,
     pub paper: Option<Expr>,
     pub example: Option<Expr>,
-    pub usual_dictionary: Option<Expr>,
-    pub usual: bool,
+    pub default_dictionary: Option<Expr>,
+    pub default: bool,
     pub short_run: Option<(Expr, Expr)>,
     pub fields: Vec<Listed>,
 }
@@ -46,10 +46,10 @@ impl Parse for Args {
                 return Err(Error::new(argument.span(), format!("`{argument}` is given twice")));
             }
             let value = match argument.to_string().as_str() {
-                "summary" | "paper" | "example" | "usual_dictionary" | "short_run" | "measured" => {
+                "summary" | "paper" | "example" | "default_dictionary" | "short_run" | "measured" => {
                     Some(value(input, &argument)?)
                 }
-                "usual" => None,
+                "default" => None,
                 "fields" => {
                     if !input.peek(syn::token::Paren) {
                         return Err(Error::new(argument.span(), "`fields` takes a list: `fields(width)`"));
@@ -64,7 +64,7 @@ impl Parse for Args {
                         argument.span(),
                         format!(
                             "unknown argument `{argument}`: use `summary`, `paper`, `example`, \
-                             `usual_dictionary`, `usual`, `short_run` with `measured`, or `fields`"
+                             `default_dictionary`, `default`, `short_run` with `measured`, or `fields`"
                         ),
                     ));
                 }
@@ -83,7 +83,7 @@ impl Args {
         fields: Vec<Listed>,
     ) -> Result<Self> {
         let span = |name: &str| given.iter().find(|(known, _)| known == name).map(|(ident, _)| ident.span());
-        for argument in ["usual_dictionary", "short_run"] {
+        for argument in ["default_dictionary", "short_run"] {
             if let Some(span) = span(argument).filter(|_| kind != "trainer") {
                 return Err(Error::new(span, format!("`{argument}` belongs to a trainer, and this is a {kind}")));
             }
@@ -95,7 +95,7 @@ impl Args {
             }
             (short_run, _) => short_run.is_some(),
         };
-        let usual = span("usual").is_some();
+        let default = span("default").is_some();
         let mut take = |name: &str| {
             let index = given.iter().position(|(known, _)| known == name)?;
             given.swap_remove(index).1
@@ -118,8 +118,8 @@ impl Args {
                 summary,
                 example,
                 paper: take("paper"),
-                usual_dictionary: take("usual_dictionary"),
-                usual,
+                default_dictionary: take("default_dictionary"),
+                default,
                 short_run: if short_run { take("short_run").zip(take("measured")) } else { None },
                 fields,
                 kind,

@@ -114,8 +114,8 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
     });
     let kind = format_ident!("{}", capital(&kind.to_string()));
     let text = |text: &Option<Expr>| text.as_ref().map_or(quote!(""), |text| quote!(#text));
-    let (paper, example, usual) = (text(&args.paper), text(&args.example), args.usual);
-    let usual_dictionary = option(args.usual_dictionary.as_ref().map(|name| quote!(#name)));
+    let (paper, example, is_default) = (text(&args.paper), text(&args.example), args.default);
+    let default_dictionary = option(args.default_dictionary.as_ref().map(|name| quote!(#name)));
     let short_run = option(
         args.short_run
             .as_ref()
@@ -155,8 +155,8 @@ pub fn component(args: TokenStream, item: TokenStream) -> Result<TokenStream> {
                     summary: #summary,
                     paper: #paper,
                     example: #example,
-                    usual_dictionary: #usual_dictionary,
-                    usual: #usual,
+                    default_dictionary: #default_dictionary,
+                    default: #is_default,
                     short_run: #short_run,
                     schema: || #core::schemars::schema_for!(#ident),
                 }

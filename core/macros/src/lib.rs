@@ -13,7 +13,7 @@ use proc_macro::TokenStream;
 /// #[component(trainer "my_method", summary = "Squared error with an L1 penalty",
 ///     paper = "Author et al. 2024, https://arxiv.org/abs/...",
 ///     example = "{type: my_method, lr: 1e-3, l1_penalty: 0.05}",
-///     usual_dictionary = "auto_encoder", fields(lr = 1e-3, .., schedule))]
+///     default_dictionary = "auto_encoder", fields(lr = 1e-3, .., schedule))]
 /// pub struct MyConfig {
 ///     /// Weight λ of the penalty.
 ///     #[default(0.1)]
@@ -34,7 +34,7 @@ use proc_macro::TokenStream;
 /// | `summary = "..."` | one line for `dictlearn list` |
 /// | `paper = "..."` | authors, year and address; left out where there is none |
 /// | `example = "..."` | YAML of the component that runs as it stands; for a format, a command; models have none |
-/// | `usual_dictionary = "..."` | for a trainer, the dictionary that it trains by default |
+/// | `default_dictionary = "..."` | for a trainer, the dictionary that it trains by default |
 /// | `usual` | used where a config names no component of the kind (see `Component::usual`) |
 /// | `short_run = "...", measured = "..."` | for a trainer, settings for a short run and what they gave |
 /// | `fields(...)` | shared fields to write into the struct |

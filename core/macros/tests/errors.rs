@@ -60,8 +60,8 @@ fn an_error_names_the_place_and_what_to_write() {
             "2:32 `paper` is given twice",
         ),
         (
-            format!("#[component(text {GOOD},\n usual_dictionary = \"b\")]\nstruct Config {{}}"),
-            "3:2 `usual_dictionary` belongs to a trainer, and this is a text",
+            format!("#[component(text {GOOD},\n default_dictionary = \"b\")]\nstruct Config {{}}"),
+            "3:2 `default_dictionary` belongs to a trainer, and this is a text",
         ),
         (with(",\n short_run = \"{}\"", ""), "3:2 give `measured` too: what the short run reached"),
         (

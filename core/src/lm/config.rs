@@ -43,7 +43,7 @@ pub fn read<T: DeserializeOwned + JsonSchema>(config: &Value) -> Result<T> {
 
 /// The fields that the config.json of every family since Llama has.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
-pub struct Usual {
+pub struct CommonFields {
     /// Number of token ids.
     pub vocab_size: i64,
     /// Width of the residual stream.
@@ -71,7 +71,7 @@ pub struct Usual {
     pub rope: Rope,
 }
 
-impl Usual {
+impl CommonFields {
     /// Width of a head.
     pub fn head_dim(&self) -> Result<i64> {
         match self.head_dim {
@@ -221,14 +221,14 @@ impl UpperWindow {
     }
 }
 
-/// Which layers see only a window: as `layer_types` says where it is given, otherwise as `usual` does by the layer's
+/// Which layers see only a window: as `layer_types` says where it is given, otherwise as `default` does by the layer's
 /// number.
 pub fn sliding_layers(
     layer_types: Option<&[String]>,
     n_layers: usize,
-    usual: impl Fn(usize) -> bool,
+    default: impl Fn(usize) -> bool,
 ) -> Result<Vec<bool>> {
-    let Some(types) = layer_types else { return Ok((0..n_layers).map(usual).collect()) };
+    let Some(types) = layer_types else { return Ok((0..n_layers).map(default).collect()) };
     if types.len() != n_layers {
         bail!(InputError::new(format!("config.json: `layer_types` has {} entries for {n_layers} layers", types.len())));
     }

@@ -226,8 +226,8 @@ impl Rope {
                     Some(_) => positive("factor")?,
                     None => max_positions as f64 / original,
                 };
-                let usual = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
-                let magnitude = spelled.number("attention_factor")?.unwrap_or(usual);
+                let default = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+                let magnitude = spelled.number("attention_factor")?.unwrap_or(default);
                 Scaling::Long {
                     short: list("short_factor")?,
                     long: list("long_factor")?,

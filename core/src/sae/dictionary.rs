@@ -210,11 +210,11 @@ impl dyn Dictionary + '_ {
     }
 
     /// The trainers that usually train it, for messages: "the trainer `a` or `b`".
-    pub fn usual_trainers(&self) -> String {
+    pub fn default_trainers(&self) -> String {
         let own = inventory::iter::<SavedClass>.into_iter().find(|saved| saved.class == self.class());
         let trainers = registry::components(registry::ComponentKind::Trainer).into_iter();
         let names: Vec<_> = trainers
-            .filter(|trainer| own.is_some() && trainer.usual_dictionary == own.map(|saved| saved.name))
+            .filter(|trainer| own.is_some() && trainer.default_dictionary == own.map(|saved| saved.name))
             .map(|trainer| format!("`{}`", trainer.name))
             .collect();
         if names.is_empty() { "another trainer".to_owned() } else { format!("the trainer {}", names.join(" or ")) }

@@ -104,7 +104,7 @@ impl<'a> Pass<'a> {
 /// The error of a trainer that cannot train a dictionary, for a reason; `or` is what else to use than the trainers that can.
 pub fn cannot_train(trainer: &str, dictionary: &dyn Dictionary, why: &str, or: &str) -> InputError {
     InputError::incompatible(format!("the trainer `{trainer}` cannot train the class {}: {why}", dictionary.class()))
-        .help(format!("use {}, or {or}", dictionary.usual_trainers()))
+        .help(format!("use {}, or {or}", dictionary.default_trainers()))
 }
 
 /// Refuses a dictionary that a penalty cannot train: one that encodes by a threshold which only its own trainers keep.

@@ -15,7 +15,7 @@ use dictlearn_core::prelude::*;
 #[component(trainer "tanh", summary = "Squared error with a penalty that saturates",
     paper = "Jermyn et al. 2024, Tanh Penalty in Dictionary Learning, \
         https://transformer-circuits.pub/2024/feb-update/index.html#dict-learning-tanh",
-    example = "{type: tanh, lr: 2e-3, sparsity_penalty: 0.02}", usual_dictionary = "auto_encoder",
+    example = "{type: tanh, lr: 2e-3, sparsity_penalty: 0.02}", default_dictionary = "auto_encoder",
     fields(lr = 1e-3, ..))]
 pub struct TanhConfig {
     /// Weight λ of the penalty: what an active feature costs.

@@ -253,7 +253,7 @@ fn first_site(words: &str) -> Option<ModelSite> {
             _ => return None,
         }
     };
-    Some(ModelSite { model, submodule, target, ..usual() })
+    Some(ModelSite { model, submodule, target, ..any_site() })
 }
 
 /// Whether a config.json says that it predicts something else than it reads.
@@ -311,14 +311,14 @@ fn second_site(said: &Value, words: &str, transcodes: bool) -> Result<Option<Mod
     };
     let reads = text("hf_hook_point_in").unwrap_or(reads);
     let writes = writes.map(|writes| text("hf_hook_point_out").unwrap_or(writes));
-    let mut site = ModelSite { model, ..usual() };
+    let mut site = ModelSite { model, ..any_site() };
     site.at(&reads);
     site.target = writes.map(|writes| writes.trim_end_matches(".output").to_owned());
     Ok(Some(site))
 }
 
 /// What holds of all of them.
-fn usual() -> ModelSite {
+fn any_site() -> ModelSite {
     ModelSite {
         prepend_bos: Some(true),
         ctx_len: Some(1024),

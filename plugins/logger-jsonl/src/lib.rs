@@ -9,7 +9,7 @@ use dictlearn_core::prelude::*;
 
 /// Figures as lines of JSON.
 #[component(logger "jsonl", summary = "metrics.jsonl: one JSON object per SAE and logged step",
-    example = "{type: jsonl}", usual)]
+    example = "{type: jsonl}", default)]
 pub struct JsonlConfig {
     /// The file's name in the run's folder.
     #[default("metrics.jsonl")]

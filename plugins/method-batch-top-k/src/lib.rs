@@ -92,7 +92,7 @@ impl Dictionary for BatchTopK {
     summary = "Squared error of a batch's largest features, with an auxiliary loss for dead ones",
     paper = "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
     example = "{type: batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
-    usual_dictionary = BatchTopKDictionaryConfig::NAME,
+    default_dictionary = BatchTopKDictionaryConfig::NAME,
     short_run = "{dictionary: {type: batch_top_k, expansion_factor: 4, k: 32}, trainer: {type: batch_top_k, lr: \
         2e-3, warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000, threshold_start_step: 300, \
         threshold_beta: 0.99}}",

@@ -246,7 +246,7 @@ impl Dictionary for Crosscoder {
 #[component(trainer "crosscoder",
     summary = "Squared error of every part, L1 penalty weighted by the norms of all decoders", paper = PAPER,
     example = "{type: crosscoder, lr: 2e-3, l1_penalty: 0.02, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary = CrosscoderConfig::NAME, fields(lr = 1e-3, .., schedule))]
+    default_dictionary = CrosscoderConfig::NAME, fields(lr = 1e-3, .., schedule))]
 pub struct CrosscoderTrainerConfig {
     /// Weight λ of the penalty.
     #[default(4e-2)]
@@ -305,7 +305,7 @@ impl Trainer for CrosscoderTrainer {
 #[component(trainer "batch_top_k_crosscoder",
     summary = "Squared error of every part, the k largest features on average over a batch", paper = TOP_K_PAPER,
     example = "{type: batch_top_k_crosscoder, lr: 1e-3, warmup_steps: 20, threshold_start_step: 50}",
-    usual_dictionary = BatchTopKCrosscoderDictionaryConfig::NAME, fields(top_k))]
+    default_dictionary = BatchTopKCrosscoderDictionaryConfig::NAME, fields(top_k))]
 pub struct BatchTopKCrosscoderConfig {}
 
 impl TrainerConfig for BatchTopKCrosscoderConfig {

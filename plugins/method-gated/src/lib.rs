@@ -165,7 +165,7 @@ impl Pointwise<3, 3> for Gate {
     paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, \
         https://arxiv.org/abs/2404.16014",
     example = "{type: gated, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary = GatedDictionaryConfig::NAME,
+    default_dictionary = GatedDictionaryConfig::NAME,
     short_run = "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated, lr: 2e-3, l1_penalty: 0.2, \
         warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
     measured = "81.5% of the variance explained with L0 24, 99.2% of the cross entropy recovered",

@@ -195,7 +195,7 @@ pub enum SteOn {
 #[component(trainer "jump_relu", summary = "Squared error and the distance of L0 from a target, thresholds learnt",
     paper = PAPER,
     example = "{type: jump_relu, lr: 1e-3, bandwidth: 0.05, target_l0: 16, warmup_steps: 20, sparsity_warmup_steps: \
-        40}", usual_dictionary = JumpReluDictionaryConfig::NAME,
+        40}", default_dictionary = JumpReluDictionaryConfig::NAME,
     short_run = "{dictionary: {type: jump_relu, expansion_factor: 4}, trainer: {type: jump_relu, lr: 2e-3, \
         bandwidth: 0.01, target_l0: 32, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
     measured = "89.5% of the variance explained with L0 35, 99.6% of the cross entropy recovered",

@@ -161,7 +161,7 @@ impl Dictionary for Matryoshka {
     paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, \
         https://arxiv.org/abs/2503.17547",
     example = "{type: matryoshka_batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
-    usual_dictionary = MatryoshkaDictionaryConfig::NAME,
+    default_dictionary = MatryoshkaDictionaryConfig::NAME,
     short_run = "{dictionary: {type: matryoshka_batch_top_k, expansion_factor: 4, k: 32, group_fractions: [0.125, \
         0.125, 0.25, 0.5]}, trainer: {type: matryoshka_batch_top_k, lr: 2e-3, warmup_steps: 100, decay_start: 1200, \
         dead_feature_threshold: 200_000, threshold_start_step: 300, threshold_beta: 0.99}}",

@@ -193,7 +193,7 @@ config! {
     #[component(trainer "p_anneal", summary = "Squared error with an Lp penalty whose p falls from 1", paper = PAPER,
         example = "{type: p_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
             sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
-        usual_dictionary = "auto_encoder",
+        default_dictionary = "auto_encoder",
         short_run = "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: p_anneal, lr: 2e-3, \
             initial_sparsity_penalty: 0.04, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
             anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",
@@ -212,7 +212,7 @@ config! {
         paper = PAPER,
         example = "{type: gated_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
             sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
-        usual_dictionary = "gated",
+        default_dictionary = "gated",
         short_run = "{dictionary: {type: gated, expansion_factor: 4}, trainer: {type: gated_anneal, lr: 2e-3, \
             initial_sparsity_penalty: 0.13, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200, \
             anneal_start: 500, anneal_end: 1200, p_end: 0.5}}",

@@ -95,7 +95,7 @@ pub enum NormWeight {
 #[component(trainer "standard_april_update",
     summary = "Squared error with an L1 penalty weighted by free decoder norms", paper = PAPER,
     example = "{type: standard_april_update, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary = AutoEncoderNewConfig::NAME,
+    default_dictionary = AutoEncoderNewConfig::NAME,
     short_run = "{dictionary: {type: auto_encoder_new, expansion_factor: 4}, trainer: {type: standard_april_update, \
         lr: 2e-3, l1_penalty: 0.1, norm_weight: paper, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: \
         1200}}", measured = "84.1% of the variance explained with L0 31, 99.0% of the cross entropy recovered",

@@ -85,7 +85,7 @@ impl Dictionary for AutoEncoder {
     paper = "Bricken et al. 2023, Towards Monosemanticity, \
         https://transformer-circuits.pub/2023/monosemantic-features",
     example = "{type: standard, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
-    usual_dictionary = AutoEncoderConfig::NAME, usual,
+    default_dictionary = AutoEncoderConfig::NAME, default,
     short_run = "{dictionary: {type: auto_encoder, expansion_factor: 4}, trainer: {type: standard, lr: 2e-3, \
         l1_penalty: 0.1, warmup_steps: 100, sparsity_warmup_steps: 300, decay_start: 1200}}",
     measured = "84.2% of the variance explained with L0 38, 99.1% of the cross entropy recovered",

@@ -92,7 +92,7 @@ impl Dictionary for TopK {
 /// of the error that is left, divided by that error's variance.
 #[component(trainer "top_k", summary = "Squared error of the k largest features, with an auxiliary loss for dead ones",
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
-    example = "{type: top_k, lr: 1e-3, warmup_steps: 20}", usual_dictionary = TopKDictionaryConfig::NAME,
+    example = "{type: top_k, lr: 1e-3, warmup_steps: 20}", default_dictionary = TopKDictionaryConfig::NAME,
     short_run = "{dictionary: {type: top_k, expansion_factor: 4, k: 32}, trainer: {type: top_k, lr: 2e-3, \
         warmup_steps: 100, decay_start: 1200, dead_feature_threshold: 200_000}}",
     measured = "89.7% of the variance explained with L0 32, 99.6% of the cross entropy recovered", fields(top_k))]

@@ -16,7 +16,7 @@ use dictlearn_core::prelude::*;
 #[component(metric "crosscoder",
     summary = "Variance explained of each part of a joined site, and which parts share a feature",
     paper = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing, \
-        https://transformer-circuits.pub/2024/crosscoders/index.html", example = "{type: crosscoder}", usual)]
+        https://transformer-circuits.pub/2024/crosscoders/index.html", example = "{type: crosscoder}", default)]
 pub struct CrosscoderMetricConfig {
     /// Batches of activations to measure on.
     #[default(10)]

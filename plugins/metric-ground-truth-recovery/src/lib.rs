@@ -18,7 +18,7 @@ use pathfinding::prelude::{Matrix, kuhn_munkres};
 #[component(metric "ground_truth_recovery",
     summary = "Part of a synthetic source's true features that the decoder has found",
     paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
-        https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj", example = "{type: ground_truth_recovery}", usual)]
+        https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj", example = "{type: ground_truth_recovery}", default)]
 pub struct RecoveryConfig {
     /// The cosine from which on a feature counts as found.
     #[default(0.9)]

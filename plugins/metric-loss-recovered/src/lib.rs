@@ -19,7 +19,7 @@ use dictlearn_core::prelude::*;
 
 /// The language model's loss with activations reconstructed.
 #[component(metric "loss_recovered", summary = "Cross entropy with activations reconstructed, zeroed and as they are",
-    example = "{type: loss_recovered, n_batches: 10, batch_size: 32}", usual)]
+    example = "{type: loss_recovered, n_batches: 10, batch_size: 32}", default)]
 pub struct LossRecoveredConfig {
     /// Batches of text to measure on.
     #[default(10)]

@@ -23,7 +23,7 @@ const FEATURES_AT_A_TIME: i64 = 1 << 25;
 
 /// How well activations are reconstructed.
 #[component(metric "reconstruction", summary = "Variance explained, L0, L1, L2, cosine, bias, living features",
-    example = "{type: reconstruction, n_batches: 10}", usual)]
+    example = "{type: reconstruction, n_batches: 10}", default)]
 pub struct ReconstructionConfig {
     /// Batches of the source to measure on.
     #[default(10)]

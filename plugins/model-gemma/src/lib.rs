@@ -1,7 +1,7 @@
 //! Gemma (Gemma team 2024, <https://arxiv.org/abs/2403.08295>): Llama with a gated GELU, embeddings multiplied by √d, and
 //! norms that scale by 1 + weight.
 
-use dictlearn_core::lm::config::Usual;
+use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
@@ -9,7 +9,7 @@ use dictlearn_core::prelude::*;
 #[component(model "gemma", summary = "Gemma 1", paper = "Gemma team 2024, Gemma, https://arxiv.org/abs/2403.08295")]
 pub struct GemmaConfig {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     /// An older name of `hidden_act`.
     hidden_activation: Option<String>,
     /// Whether attention's projections have biases.
@@ -19,10 +19,10 @@ pub struct GemmaConfig {
 
 impl DecoderFamily for GemmaConfig {
     fn decoder(mut self) -> Result<DecoderConfig> {
-        self.usual.head_dim.get_or_insert(256);
-        let mut decoder = self.usual.decoder()?;
+        self.common.head_dim.get_or_insert(256);
+        let mut decoder = self.common.decoder()?;
         // The first files say `gelu` and mean its tanh form.
-        let act = match self.usual.hidden_act.as_deref() {
+        let act = match self.common.hidden_act.as_deref() {
             None | Some("gelu") => self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"),
             Some(other) => other,
         };
@@ -31,7 +31,7 @@ impl DecoderFamily for GemmaConfig {
         decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
         decoder.attention.input_bias = self.attention_bias;
         decoder.attention.output_bias = self.attention_bias;
-        decoder.head.tied = self.usual.tie_word_embeddings.unwrap_or(true);
+        decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
         Ok(decoder)
     }
 }

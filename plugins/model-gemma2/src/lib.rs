@@ -1,7 +1,7 @@
 //! Gemma 2 (Gemma team 2024, <https://arxiv.org/abs/2408.00118>): norms before and after attention and MLP, scores and
 //! logits bounded by tanh, and every other layer with attention over a sliding window.
 
-use dictlearn_core::lm::config::{Sandwich, Usual};
+use dictlearn_core::lm::config::{CommonFields, Sandwich};
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
@@ -9,7 +9,7 @@ use dictlearn_core::prelude::*;
 #[component(model "gemma2", summary = "Gemma 2", paper = "Gemma team 2024, Gemma 2, https://arxiv.org/abs/2408.00118")]
 pub struct Gemma2Config {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     #[serde(flatten)]
     sandwich: Sandwich,
     /// Scores are bounded to ± this.
@@ -22,10 +22,10 @@ pub struct Gemma2Config {
 
 impl DecoderFamily for Gemma2Config {
     fn decoder(mut self) -> Result<DecoderConfig> {
-        self.usual.head_dim.get_or_insert(256);
-        let mut decoder = self.usual.decoder()?;
+        self.common.head_dim.get_or_insert(256);
+        let mut decoder = self.common.decoder()?;
         self.sandwich.apply(&mut decoder, |layer| layer % 2 == 0)?;
-        decoder.head.tied = self.usual.tie_word_embeddings.unwrap_or(true);
+        decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
         decoder.attention.soft_cap = self.attn_logit_softcapping;
         decoder.head.soft_cap = self.final_logit_softcapping;
         Ok(decoder)

@@ -1,7 +1,7 @@
 //! Gemma 3, text only (Gemma team 2025, <https://arxiv.org/abs/2503.19786>): Gemma 2 with norms over each head's query and
 //! key instead of bounded scores, and another rotary base in the layers whose attention slides.
 
-use dictlearn_core::lm::config::{Sandwich, Usual};
+use dictlearn_core::lm::config::{CommonFields, Sandwich};
 use dictlearn_core::lm::decoder::QkNorm;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, Rotary};
 use dictlearn_core::prelude::*;
@@ -11,7 +11,7 @@ use dictlearn_core::prelude::*;
     paper = "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786", example = "{sliding_window_pattern: 2}")]
 pub struct Gemma3Config {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     #[serde(flatten)]
     sandwich: Sandwich,
     /// Scores are bounded to ± this.
@@ -30,9 +30,9 @@ pub struct Gemma3Config {
 
 impl DecoderFamily for Gemma3Config {
     fn decoder(mut self) -> Result<DecoderConfig> {
-        let head_dim = *self.usual.head_dim.get_or_insert(256);
-        let rope = &self.usual.rope;
-        let longest = self.usual.max_position_embeddings;
+        let head_dim = *self.common.head_dim.get_or_insert(256);
+        let rope = &self.common.rope;
+        let longest = self.common.max_position_embeddings;
         let (theta, local) = (rope.rope_theta.unwrap_or(1e6), self.rope_local_base_freq);
         // What is not said by type of layers is said of the full ones.
         let full = match rope.rotary_of("full_attention", head_dim, theta, longest)? {
@@ -43,8 +43,8 @@ impl DecoderFamily for Gemma3Config {
             Some(rotary) => rotary,
             None => Rotary::new(head_dim, local)?,
         };
-        let mut decoder = self.usual.decoder_with(vec![full, local])?;
-        decoder.head.tied = self.usual.tie_word_embeddings.unwrap_or(true);
+        let mut decoder = self.common.decoder_with(vec![full, local])?;
+        decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
         // Its embedding module multiplies by itself.
         decoder.embed.scale_inside = true;
         decoder.attention.qk_norm = Some(QkNorm::Head);

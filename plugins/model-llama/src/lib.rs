@@ -1,7 +1,7 @@
 //! Llama (Touvron et al. 2023, <https://arxiv.org/abs/2307.09288>; Llama 3, <https://arxiv.org/abs/2407.21783>), and the
 //! many models of its family: TinyLlama, SmolLM, Vicuna, DeepSeek's distillations.
 
-use dictlearn_core::lm::config::Usual;
+use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
@@ -10,7 +10,7 @@ use dictlearn_core::prelude::*;
     paper = "Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288")]
 pub struct LlamaConfig {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     /// Whether attention's projections have biases.
     #[default]
     attention_bias: bool,
@@ -21,8 +21,8 @@ pub struct LlamaConfig {
 
 impl DecoderFamily for LlamaConfig {
     fn decoder(self) -> Result<DecoderConfig> {
-        let LlamaConfig { usual, attention_bias, mlp_bias, .. } = self;
-        let mut decoder = usual.decoder()?;
+        let LlamaConfig { common, attention_bias, mlp_bias, .. } = self;
+        let mut decoder = common.decoder()?;
         decoder.attention.input_bias = attention_bias;
         decoder.attention.output_bias = attention_bias;
         decoder.mlp.bias = mlp_bias;

@@ -1,6 +1,6 @@
 //! Mistral (Jiang et al. 2023, <https://arxiv.org/abs/2310.06825>): Llama with attention over a sliding window.
 
-use dictlearn_core::lm::config::Usual;
+use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
@@ -9,7 +9,7 @@ use dictlearn_core::prelude::*;
     paper = "Jiang et al. 2023, Mistral 7B, https://arxiv.org/abs/2310.06825")]
 pub struct MistralConfig {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     /// How many positions a token sees, itself among them; null for all before it.
     #[default(Some(4096))]
     sliding_window: Option<i64>,
@@ -17,8 +17,8 @@ pub struct MistralConfig {
 
 impl DecoderFamily for MistralConfig {
     fn decoder(self) -> Result<DecoderConfig> {
-        let MistralConfig { usual, sliding_window, .. } = self;
-        let mut decoder = usual.decoder()?;
+        let MistralConfig { common, sliding_window, .. } = self;
+        let mut decoder = common.decoder()?;
         for layer in &mut decoder.layers {
             layer.window = sliding_window;
         }

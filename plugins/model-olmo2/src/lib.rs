@@ -1,7 +1,7 @@
 //! OLMo 2 (OLMo team 2025, <https://arxiv.org/abs/2501.00656>): Llama with norms after attention and MLP instead of before
 //! them, and over all queries and all keys.
 
-use dictlearn_core::lm::config::Usual;
+use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::decoder::QkNorm;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
@@ -11,7 +11,7 @@ use dictlearn_core::prelude::*;
     paper = "OLMo team 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656")]
 pub struct Olmo2Config {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     /// Whether attention's projections have biases.
     #[default]
     attention_bias: bool,
@@ -19,9 +19,9 @@ pub struct Olmo2Config {
 
 impl DecoderFamily for Olmo2Config {
     fn decoder(self) -> Result<DecoderConfig> {
-        let Olmo2Config { mut usual, attention_bias, .. } = self;
-        usual.rms_norm_eps.get_or_insert(1e-5);
-        let mut decoder = usual.decoder()?;
+        let Olmo2Config { mut common, attention_bias, .. } = self;
+        common.rms_norm_eps.get_or_insert(1e-5);
+        let mut decoder = common.decoder()?;
         decoder.norm.before_attention = None;
         decoder.norm.after_attention = Some("post_attention_layernorm");
         decoder.norm.before_mlp = None;

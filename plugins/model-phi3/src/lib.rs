@@ -1,7 +1,7 @@
 //! Phi-3 (Abdin et al. 2024, <https://arxiv.org/abs/2404.14219>) and Phi-4: Llama with queries, keys and values from one
 //! projection, and gate and up from another.
 
-use dictlearn_core::lm::config::Usual;
+use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::decoder::{MlpLayout, Projections};
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
@@ -11,18 +11,18 @@ use dictlearn_core::prelude::*;
     paper = "Abdin et al. 2024, Phi-3, https://arxiv.org/abs/2404.14219")]
 pub struct Phi3Config {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     /// How many positions a token sees, itself among them; null for all before it.
     sliding_window: Option<i64>,
 }
 
 impl DecoderFamily for Phi3Config {
     fn decoder(self) -> Result<DecoderConfig> {
-        let Phi3Config { mut usual, sliding_window, .. } = self;
-        usual.rms_norm_eps.get_or_insert(1e-5);
+        let Phi3Config { mut common, sliding_window, .. } = self;
+        common.rms_norm_eps.get_or_insert(1e-5);
         // Both 4 and 5 take this one before the one in `rope_parameters`, even where the file does not have it.
-        usual.rope.original_max_position_embeddings.get_or_insert(4096.0);
-        let mut decoder = usual.decoder()?;
+        common.rope.original_max_position_embeddings.get_or_insert(4096.0);
+        let mut decoder = common.decoder()?;
         for layer in &mut decoder.layers {
             layer.window = sliding_window;
         }

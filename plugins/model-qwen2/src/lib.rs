@@ -1,6 +1,6 @@
 //! Qwen 2 (Yang et al. 2024, <https://arxiv.org/abs/2407.10671>) and 2.5: Llama with biases on queries, keys and values.
 
-use dictlearn_core::lm::config::{UpperWindow, Usual};
+use dictlearn_core::lm::config::{CommonFields, UpperWindow};
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
@@ -9,14 +9,14 @@ use dictlearn_core::prelude::*;
     paper = "Yang et al. 2024, Qwen2, https://arxiv.org/abs/2407.10671", example = UpperWindow::EXAMPLE)]
 pub struct Qwen2Config {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     #[serde(flatten)]
     window: UpperWindow,
 }
 
 impl DecoderFamily for Qwen2Config {
     fn decoder(self) -> Result<DecoderConfig> {
-        let mut decoder = self.usual.decoder()?;
+        let mut decoder = self.common.decoder()?;
         decoder.attention.input_bias = true;
         self.window.apply(&mut decoder)?;
         Ok(decoder)

@@ -1,6 +1,6 @@
 //! Qwen 3 (Yang et al. 2025, <https://arxiv.org/abs/2505.09388>), dense: Llama with norms over each head's query and key.
 
-use dictlearn_core::lm::config::{UpperWindow, Usual};
+use dictlearn_core::lm::config::{CommonFields, UpperWindow};
 use dictlearn_core::lm::decoder::QkNorm;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
@@ -10,7 +10,7 @@ use dictlearn_core::prelude::*;
     paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388", example = UpperWindow::EXAMPLE)]
 pub struct Qwen3Config {
     #[serde(flatten)]
-    usual: Usual,
+    common: CommonFields,
     /// Whether attention's projections have biases.
     #[default]
     attention_bias: bool,
@@ -21,8 +21,8 @@ pub struct Qwen3Config {
 impl DecoderFamily for Qwen3Config {
     fn decoder(mut self) -> Result<DecoderConfig> {
         // Unlike in the other families a head's width does not follow from the stream's.
-        self.usual.head_dim.get_or_insert(128);
-        let mut decoder = self.usual.decoder()?;
+        self.common.head_dim.get_or_insert(128);
+        let mut decoder = self.common.decoder()?;
         decoder.attention.input_bias = self.attention_bias;
         decoder.attention.output_bias = self.attention_bias;
         decoder.attention.qk_norm = Some(QkNorm::Head);

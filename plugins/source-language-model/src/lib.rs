@@ -46,7 +46,7 @@ const AT_ONCE: usize = 1024;
 /// Activations of a language model.
 #[component(source "language_model", summary = "Activations of a language model, through a shuffling buffer",
     example = "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, text: {type: \
-        embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}", usual)]
+        embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}", default)]
 pub struct LanguageModelConfig {
     /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`. Weights
     /// are read from `model.safetensors`, or else from `pytorch_model.bin`; either may be sharded.
