@@ -75,3 +75,12 @@ pub use trainer::{StepStats, Trainer, TrainerBuilder};
 pub mod plugins {
     include!(concat!(env!("OUT_DIR"), "/plugins.rs"));
 }
+
+/// The Rust of the pages compiles, and runs where it can.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/library.md")]
+    struct Library;
+}

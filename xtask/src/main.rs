@@ -1,5 +1,6 @@
 //! Set-up and checks, as `cargo xtask COMMAND`. Knows nothing of libtorch but how to find and fetch it.
 
+mod book;
 mod layers;
 mod libtorch;
 mod reuse;
@@ -47,7 +48,7 @@ enum Task {
         #[arg(long, default_value_t = 10)]
         seconds: u64,
     },
-    /// Write the reference pages, docs/reference, anew.
+    /// Write the reference pages, check the book's links and commands, and build it where mdBook is installed.
     Docs,
 }
 
@@ -80,6 +81,7 @@ fn run(cli: &Cli) -> Result<()> {
         Task::Ci => {
             cargo(&root, &["fmt", "--all", "--check"], &[])?;
             layers::check(&root, &metadata(&root)?)?;
+            book::check(&root)?;
             cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], &[])?;
             // `RUSTDOCFLAGS` would replace the flags of libtorch.toml; doc lints are denied by the manifests instead.
             cargo(&root, &["doc", "--workspace", "--no-deps"], &[])?;
@@ -90,7 +92,12 @@ fn run(cli: &Cli) -> Result<()> {
             plugins(&root)
         }
         Task::Fuzz { seconds } => fuzz(&root, *seconds),
-        Task::Docs => cargo(&root, &["run", "--quiet", "--", "docs", "--out", "docs/reference"], &[]),
+        Task::Docs => {
+            cargo(&root, &["run", "--quiet", "--", "docs", "--out", "docs/reference"], &[])?;
+            book::write_summary(&root)?;
+            book::check(&root)?;
+            book::build(&root)
+        }
     }
 }
 
