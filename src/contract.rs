@@ -167,7 +167,7 @@ promises! {
     ROUND_TRIP: "its config reads back as it was written: a run saves it in config.yaml",
         "check serde's attributes (`skip_serializing_if`, `rename`): what is not written must be the default";
     EXAMPLE_TRAINS: "its example trains as `dictlearn describe` prints it",
-        "train the config of `cargo run -- describe KIND NAME`, and correct `example:` or the component";
+        "train the config of `cargo run -- describe KIND NAME`, and correct `example` or the component";
 }
 
 // Of dictionaries.
@@ -229,7 +229,7 @@ promises! {
     ANALYTIC: "`analytic` finds the terms, gradients and counts of autograd",
         "correct the derivative in `analytic`, or return `None` there where it does not hold";
     RESAMPLES: "a trainer with `resample_steps` revives features that never fire",
-        "call `Resampling` in `loss` and `after_step` as plugins/method-standard does";
+        "call `Resampling` in `see` and `after_step` as plugins/method-standard does";
     PAIR: "each trainer learns on each dictionary (a fifth of what is left unexplained in 60 steps), or refuses it in `build`",
         "refuse with `InputError::incompatible`, as `penalizable` does, or correct the loss";
     DEAD: "training goes on where features are dead: trainers with `dead_feature_threshold` reconstruct from them",
@@ -243,7 +243,7 @@ promises! {
         "declare in `needs` what it cannot do without, or refuse with `InputError::incompatible`; give in `state` what it \
          counts";
     DELIVERS: "a source delivers float32 batches of its sites' widths, resumes where it was, and rewinds",
-        "give in `state` everything that the next batch depends on, and draw random numbers from `dictlearn_core::rng`";
+        "give in `state` everything that the next batch depends on, and draw random numbers from `dictlearn_core::machine::rng`";
     SEEKS: "a text gives the same records again from any position",
         "count records in `position`, and find the same one in `seek`";
     MEASURES: "a metric gives figures of each dictionary, on some source",

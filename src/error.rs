@@ -18,7 +18,7 @@ pub enum Error {
     /// The Hugging Face Hub cannot be reached, or a request to it failed.
     #[error("{0:#}")]
     Hub(anyhow::Error),
-    /// A loss, a gradient or an activation is not finite.
+    /// A loss or a gradient is not finite, of a [`Trainer`](crate::Trainer) or of every SAE of a run.
     #[error("{0:#}")]
     Diverged(anyhow::Error),
     /// The process was asked to end, and the operation stopped in a state that can be saved.

@@ -8,7 +8,7 @@ use dictlearn_core::error::{InputError, Under};
 use dictlearn_core::machine::device::Precision;
 use dictlearn_core::report::Subject;
 use dictlearn_core::sae::saved::{self, Saved};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::config::{self, RunConfig, Sources};
 use crate::run::evaluate::{self as measuring, Measured};
@@ -20,14 +20,46 @@ use crate::run::evaluate::{self as measuring, Measured};
 ///
 /// [`Error::Input`](crate::Error::Input) where a folder is no SAE, nothing says what it reads, or the config is wrong.
 pub fn evaluate(saes: &[impl AsRef<Path>], config: Option<&Path>) -> crate::Result<Vec<Map<String, Value>>> {
-    let mut results = Vec::new();
-    for sae in saes {
-        let file = own_config(sae.as_ref(), config.map(Path::to_owned))?;
-        let config = config::load(&Sources { file, eval_follows: true, ..Sources::default() })?;
-        let found = measure(&[sae.as_ref()], &config).map_err(|error| config.written.locate(error))?;
-        results.extend(found);
+    let dirs: Vec<PathBuf> = saes.iter().map(|sae| sae.as_ref().to_owned()).collect();
+    let load =
+        |file: &Path| Ok(config::load(&Sources { file: file.to_owned(), eval_follows: true, ..Sources::default() })?);
+    let mut results = vec![Map::new(); dirs.len()];
+    for (config, members) in measured_alike(&dirs, config, load)? {
+        let own: Vec<&Path> = members.iter().map(|index| dirs[*index].as_path()).collect();
+        let found = measure(&own, &config).map_err(|error| config.written.locate(error))?;
+        members.into_iter().zip(found).for_each(|(index, figures)| results[index] = figures);
     }
     Ok(results)
+}
+
+/// Groups SAEs, by index, that are measured alike: one pass over the source serves a group.
+pub(crate) fn measured_alike(
+    dirs: &[PathBuf],
+    named: Option<&Path>,
+    load: impl Fn(&Path) -> anyhow::Result<RunConfig>,
+) -> anyhow::Result<Vec<(RunConfig, Vec<usize>)>> {
+    let mut groups: Vec<(PathBuf, Value, RunConfig, Vec<usize>)> = Vec::new();
+    for (index, dir) in dirs.iter().enumerate() {
+        let file = own_config(dir, named.map(Path::to_owned))?;
+        if let Some((.., members)) = groups.iter_mut().find(|(other, ..)| *other == file) {
+            members.push(index);
+            continue;
+        }
+        let config = load(&file)?;
+        let alike = json!([
+            config.seed,
+            config.device,
+            config.precision,
+            config.on_nonfinite,
+            config.eval_source.as_ref().unwrap_or(&config.source),
+            config.metrics,
+        ]);
+        match groups.iter_mut().find(|(_, other, ..)| *other == alike) {
+            Some((.., members)) => members.push(index),
+            None => groups.push((file, alike, config, vec![index])),
+        }
+    }
+    Ok(groups.into_iter().map(|(_, _, config, members)| (config, members)).collect())
 }
 
 /// The config that says where an SAE reads: the one that the user names, an imported SAE's own, or its run's.

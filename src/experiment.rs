@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use dictlearn_core::interrupt::Interrupt;
+use dictlearn_core::interrupt::{self, Interrupt};
 use serde_json::{Map, Value};
 
 use crate::config::{self, RunConfig, Sources};
@@ -106,18 +106,37 @@ impl Run {
         self.train_until(&Interrupt::default())
     }
 
-    /// [`Run::train`] that ends, saved, after the step in which `interrupt` is asked to.
+    /// [`Run::train`] that ends, saved, after the step in which `interrupt` is asked to. The process can start other runs then.
+    ///
+    /// ```standalone_crate
+    /// use dictlearn::{Error, Run};
+    /// use dictlearn_core::interrupt::Interrupt;
+    ///
+    /// let dir = tempfile::tempdir().unwrap();
+    /// let config = dir.path().join("config.yaml");
+    /// let source = "{type: synthetic, activation_dim: 16, n_features: 32, batch_size: 64}";
+    /// let saes = "[{dictionary: {type: top_k, dict_size: 32, k: 4}, trainer: {type: top_k}}]";
+    /// std::fs::write(&config, format!("steps: 5\nsource: {source}\nsaes: {saes}\noutput_dir: run\n")).unwrap();
+    /// let interrupt = Interrupt::default();
+    /// interrupt.ask(2); // a handler of signals does this
+    /// assert!(matches!(Run::from_yaml(&config)?.train_until(&interrupt), Err(Error::Interrupted)));
+    /// assert_eq!(Run::from_yaml(&config)?.train()?.saes.len(), 1);
+    /// # Ok::<(), dictlearn::Error>(())
+    /// ```
     pub fn train_until(mut self, interrupt: &Interrupt) -> Result<Outcome> {
         let configured = self.config.output_dir.as_ref().map(|dir| dir.as_path().to_owned());
         let dir = self.output_dir.or(configured).unwrap_or_else(|| PathBuf::from("run"));
-        match run::train(&mut self.config, &dir, self.resume, interrupt)
-            .map_err(|error| self.config.written.locate(error))?
-        {
+        let ending = run::train(&mut self.config, &dir, self.resume, interrupt);
+        if interrupt.asked() {
+            interrupt::forget();
+        }
+        match ending.map_err(|error| self.config.written.locate(error))? {
             Ending::Done { results, stopped, .. } => {
                 let saes =
                     results.into_iter().map(|(name, figures)| TrainedSae { dir: dir.join(&name), name, figures });
                 Ok(Outcome { saes: saes.collect(), stopped, dir })
             }
+            Ending::Diverged(stops) => Err(Error::Diverged(run::stopped_error(stops).into())),
             Ending::Interrupted(_) | Ending::NotBegun => Err(Error::Interrupted),
         }
     }

@@ -56,9 +56,11 @@ mod doctor;
 mod error;
 mod evaluate;
 mod experiment;
-pub mod new_plugin;
+mod new_plugin;
 mod notes;
 mod publish;
+// Public for tests; use `Run`.
+#[doc(hidden)]
 pub mod run;
 mod sae;
 mod trainer;

@@ -1,8 +1,8 @@
 //! Training one SAE in code, without YAML.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use dictlearn_core::data::Batch;
+use dictlearn_core::data::{Batch, SitePart};
 use dictlearn_core::error::InputError;
 use dictlearn_core::files::from_yaml;
 use dictlearn_core::machine::device::{DeviceChoice, Precision};
@@ -46,6 +46,7 @@ pub struct TrainerBuilder {
     steps: u64,
     seed: u64,
     output_dim: Option<i64>,
+    parts: Vec<SitePart>,
     device: DeviceChoice,
     precision: Precision,
 }
@@ -72,6 +73,18 @@ impl TrainerBuilder {
     /// Width of the output if it differs from the input's, as in transcoders.
     pub fn output_dim(mut self, width: i64) -> Self {
         self.output_dim = Some(width);
+        self
+    }
+
+    /// Names and widths of the parts of an activation, side by side in this order, as crosscoders read them.
+    pub fn parts(mut self, parts: Vec<SitePart>) -> Self {
+        self.parts = parts;
+        self
+    }
+
+    /// Starts from the weights in an SAE's folder instead of random ones.
+    pub fn init_from(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.config.init_from = Some(dir.into().into());
         self
     }
 
@@ -103,7 +116,7 @@ impl TrainerBuilder {
         self.config.trainer.adapt_defaults(&mut RunLength::new(self.steps, None, &written, None));
         let cx = TrainingCx {
             widths: (activation_dim, self.output_dim.unwrap_or(activation_dim)),
-            parts: Vec::new(),
+            parts: self.parts,
             steps: self.steps,
             seed: self.seed,
             device: self.device.device()?,
@@ -134,6 +147,7 @@ impl Trainer {
             steps: 10_000,
             seed: 42,
             output_dim: None,
+            parts: Vec::new(),
             device: DeviceChoice::default(),
             precision: Precision::Float32,
         }

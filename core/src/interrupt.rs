@@ -27,6 +27,11 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
+/// Forgets the request, for a process that continues after the run that was asked to end.
+pub fn forget() {
+    ASKED.store(0, Ordering::Relaxed);
+}
+
 /// How the program responds to a request to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Response {

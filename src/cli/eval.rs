@@ -4,13 +4,13 @@ use super::args::load_from;
 use super::output::{print, program, say};
 use crate::config;
 use crate::config::{RunConfig, Sources};
-use crate::evaluate::{measure, own_config};
+use crate::evaluate::{measure, measured_alike};
 use crate::run::compare::Comparison;
 use crate::run::evaluate;
 use anyhow::{Result, bail};
 use dictlearn_core::error::InputError;
 use dictlearn_core::sae::saved;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -30,32 +30,11 @@ pub(super) fn eval(
             }
         }
     }
-    // Those that are measured alike are measured together, in one pass over the source.
-    let mut groups: Vec<(PathBuf, Value, RunConfig, Vec<usize>)> = Vec::new();
-    for (index, dir) in dirs.iter().enumerate() {
-        let file = own_config(dir, config.clone())?;
-        if let Some((.., members)) = groups.iter_mut().find(|(other, ..)| *other == file) {
-            members.push(index);
-            continue;
-        }
-        let config = load_to_measure(&file, set)?;
-        let alike = json!([
-            config.seed,
-            config.device,
-            config.precision,
-            config.on_nonfinite,
-            config.eval_source.as_ref().unwrap_or(&config.source),
-            config.metrics,
-        ]);
-        match groups.iter_mut().find(|(_, other, ..)| *other == alike) {
-            Some((.., members)) => members.push(index),
-            None => groups.push((file, alike, config, vec![index])),
-        }
-    }
+    let groups = measured_alike(&dirs, config.as_deref(), |file| load_to_measure(file, set))?;
     let mut results: Vec<Option<Map<String, Value>>> = vec![None; dirs.len()];
     // What can be measured is measured and shown, whatever is wrong with the others.
     let mut failed = None;
-    for (_, _, config, members) in &groups {
+    for (config, members) in &groups {
         let mut measured = |members: &[usize]| {
             let own: Vec<&Path> = members.iter().map(|index| dirs[*index].as_path()).collect();
             let found = measure(&own, config)?;

@@ -45,6 +45,7 @@ pub(super) fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool
             }
             Ok(ExitCode::SUCCESS)
         }
+        Ending::Diverged(stops) => bail!(run::stopped_error(stops)),
         Ending::Interrupted(step) => {
             say!("stopped after {step} steps; everything is saved, `--resume` goes on");
             Ok(ExitCode::from(interrupt.status()))

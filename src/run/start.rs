@@ -90,8 +90,8 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
     }
 
     let result = run.train(config, run_dir, &checkpoints, interrupt, (first, resume));
-    let not_begun = matches!(result, Ok(Ending::NotBegun));
-    if (result.is_err() || not_begun) && !run.wrote_weights && !checkpoints.exist() {
+    let useless = !matches!(result, Ok(Ending::Done { .. } | Ending::Interrupted(_)));
+    if useless && !run.wrote_weights && !checkpoints.exist() {
         // Nothing of it is of use, and a directory that holds half a run would only refuse the next one.
         for path in entries(run_dir).difference(&before) {
             let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };

@@ -11,7 +11,7 @@ use crate::run::batches::Batches;
 use crate::run::checkpoint::{self, Checkpoints, Machine, make_dir};
 use crate::run::evaluate::{self, ALL_READ, Measured, eval_site};
 use crate::run::outputs::Outputs;
-use crate::run::trainees::{Trainee, Trainees};
+use crate::run::trainees::{NoneLeft, Trainee, Trainees};
 use dictlearn_core::data::{ActivationSource, describe_site};
 use dictlearn_core::files::state::State;
 use dictlearn_core::hub;
@@ -34,6 +34,8 @@ pub enum Ending {
         /// Whether the activations are those of a language model that can be given a text.
         reads_text: bool,
     },
+    /// Every SAE stopped, because its loss or gradients were not finite: why, for each.
+    Diverged(Vec<String>),
     /// A signal stopped it before this step; everything is saved, and `--resume` goes on.
     Interrupted(u64),
     /// A signal stopped it before anything was trained; nothing was left behind.
@@ -70,7 +72,10 @@ impl TrainLoop {
         let mut outputs = Outputs::open(config, run_dir, checkpoints, interrupt, first, resumes)?;
         let ending = self.take_steps(config, first, &mut outputs);
         self.wrote_weights = outputs.wrote_weights();
-        ending
+        match ending {
+            Err(error) if error.is::<NoneLeft>() => Ok(Ending::Diverged(self.trainees.stops())),
+            ending => ending,
+        }
     }
 
     fn normalize(&mut self, config: &RunConfig) -> Result<()> {

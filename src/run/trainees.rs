@@ -158,7 +158,7 @@ impl Trainees {
             return Ok(());
         }
         outputs.finish_writing()?;
-        Err(stopped_error(self.stops()).into())
+        Err(NoneLeft.into())
     }
 
     /// Writes the weights of every SAE that has not stopped, beside the final ones.
@@ -200,6 +200,11 @@ fn write_weights(sae: &Trainee, step: u64, outputs: &mut Outputs) -> Result<()> 
     let tensors = sae.folded()?.state_dict().into_iter().map(copy).collect();
     outputs.weights(sae.name(), step, tensors)
 }
+
+/// The error of a step after which every SAE has stopped.
+#[derive(Debug, thiserror::Error)]
+#[error("no SAE is left to train")]
+pub(super) struct NoneLeft;
 
 /// The error of SAEs that stopped.
 pub fn stopped_error(stops: Vec<String>) -> InputError {

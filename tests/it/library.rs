@@ -71,6 +71,9 @@ fn an_sae_encodes_without_a_graph_and_checks_shapes() {
     assert_eq!(features, sae.encode(&x()).unwrap());
     assert_eq!(read.reconstruct(&x()).unwrap(), read.decode(&features).unwrap());
     assert_eq!(read.directions().unwrap().size(), [32, 16]);
+    let again =
+        Trainer::builder(dictionary(), TopKConfig::default()).init_from(dir.path().join("sae")).build(16).unwrap();
+    assert_eq!(again.finish().unwrap().encode(&x()).unwrap(), features);
     assert_eq!(read.config()["trainer"]["dict_class"], "AutoEncoderTopK");
     let message = refused(read.encode(&Tensor::zeros([2, 15], (Kind::Float, Device::Cpu))));
     assert_eq!(message, "activations have shape [2, 15] and type Float; this SAE takes floats [.., 16]");
@@ -108,6 +111,13 @@ fn errors_say_whose_they_are_to_mend() {
         other => panic!("a batch that is not a number: {other:?}"),
     }
     trainer.step(&x()).unwrap();
+    let source = "{type: synthetic, activation_dim: 16, n_features: 32, batch_size: 64}";
+    let sae = "{trainer: {type: standard, lr: 1e38, warmup_steps: 0}, dictionary: {dict_size: 32}}";
+    std::fs::write(&config, format!("steps: 20\nsource: {source}\nsaes: [{sae}]\n")).unwrap();
+    match Run::from_yaml(&config).unwrap().output_dir(dir.path().join("run")).train() {
+        Err(Error::Diverged(_)) => {}
+        other => panic!("a run whose weights are infinite: {other:?}"),
+    }
     let k = TopKDictionaryConfig { k: 33, dict_size: Some(32), expansion_factor: None };
     assert!(refused(Trainer::builder(k, TopKConfig::default()).build(16)).contains("`k` is 33"));
 }

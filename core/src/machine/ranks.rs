@@ -1,16 +1,21 @@
 //! Where numbers of several ranks meet. A rank is one of the processes that train together, each on its share of a batch.
 //!
-//! There is one rank today, so every function here returns what it is given. Each marks a place at which replicas would
-//! otherwise drift apart, and is called with what a collective operation needs:
+//! There is one rank today, so every function here returns its argument. Each call marks a place at which replicas would
+//! otherwise drift apart, and passes what a collective operation needs:
 //!
-//! | | | called by |
+//! | what | function | called by |
 //! | --- | --- | --- |
 //! | gradients | [`mean_in_place`] | a step, before modifiers and clipping |
-//! | which features fired | [`any`] | `Firing::after` |
+//! | which features fired, and in how many activations | [`any`], [`gather_rows`], [`total`] | `Firing` |
+//! | penalties that a schedule or a target reads (p-annealing, JumpReLU's L0) | [`mean_of`] | `Penalty` |
 //! | what moves the threshold | [`gather_rows`] | `TopKTrainer` |
+//! | activations that resampling draws from | [`gather_rows`] | `Resampling` |
 //! | the first batch | [`gather_rows`] | a step, before weights are initialised from it |
-//! | losses that are logged, norms of activations | [`mean`] | a logged step, the start of a run |
+//! | logged losses, norms of activations | [`mean`] | a logged step, the start of a run |
 //! | stop, end of the data, not finite | [`vote`] | the loop of a run |
+//!
+//! Two places are not marked yet: the selection of BatchTopK over the whole batch, and the variance in the auxiliary loss of the
+//! TopK family.
 //!
 //! What is reduced is decided by the same rule on every rank, or one of them would wait for ever: no call may depend on a
 //! rank's own numbers.
@@ -25,6 +30,16 @@ pub fn mean_in_place(tensors: &[Tensor]) {
 /// Averages a number over ranks.
 pub fn mean(number: f64) -> f64 {
     number
+}
+
+/// The mean over ranks of a scalar tensor. Its gradient concerns this rank's own rows.
+pub fn mean_of(scalar: &Tensor) -> Tensor {
+    scalar.shallow_clone()
+}
+
+/// Sums a count over ranks.
+pub fn total(count: i64) -> i64 {
+    count
 }
 
 /// For each element of a bool tensor whether it is true on any rank.

@@ -25,7 +25,7 @@ impl Firing {
     #[must_use]
     pub fn after(&self, fired: &Tensor, amount: i64) -> Firing {
         let mut after = self.after_silence(amount);
-        after.reset(&ranks::any(fired));
+        after.reset(fired);
         after
     }
 
@@ -38,12 +38,13 @@ impl Firing {
     }
 
     fn after_silence(&self, amount: i64) -> Firing {
+        let amount = ranks::total(amount);
         Firing { since: &self.since + amount, most: self.most.saturating_add(amount) }
     }
 
     /// Sets the counters of some features by their indices, int64 of any shape, to 0.
     pub fn reset_indices(&mut self, indices: &Tensor) {
-        let _ = self.since.index_fill_(0, &indices.reshape([-1]), 0);
+        let _ = self.since.index_fill_(0, &ranks::gather_rows(&indices.reshape([-1])), 0);
     }
 
     /// Which features have been silent for at least so long, bool `[F]`.
@@ -72,7 +73,7 @@ impl Firing {
 
     /// Sets the counters of some features, bool `[F]`, to 0.
     pub fn reset(&mut self, features: &Tensor) {
-        let _ = self.since.masked_fill_(features, 0);
+        let _ = self.since.masked_fill_(&ranks::any(features), 0);
     }
 
     /// What must survive a restart.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::terms::{Terms, mean_of_sums};
+use crate::machine::ranks;
 use crate::sae::two_layer::{Block, Slope};
 
 /// What is minimised of the residuals [B, d], in the mean over the batch.
@@ -131,13 +132,13 @@ impl<'a> Penalty<'a> {
     }
 
     fn of_sums(&self, sums: &Tensor) -> Tensor {
-        let mean = match &self.row {
+        let mean = ranks::mean_of(&match &self.row {
             None => sums.mean(sums.kind()),
             Some(row) => {
                 let rows = row(sums);
                 rows.mean(rows.kind())
             }
-        };
+        });
         match &self.batch {
             None => mean,
             Some(batch) => batch(&mean),
@@ -153,7 +154,7 @@ impl<'a> Penalty<'a> {
             return BySums::Each(derivative(&value, &sums).unwrap_or_else(|| sums.zeros_like()));
         }
         let Some(batch) = &self.batch else { return BySums::Same(self.weight / count) };
-        let mean = sums.mean(Kind::Float).set_requires_grad(true);
+        let mean = ranks::mean_of(&sums.mean(Kind::Float)).set_requires_grad(true);
         let value = tch::with_grad(|| batch(&mean));
         let slope = derivative(&value, &mean).map_or(0.0, |slope| slope.double_value(&[]));
         BySums::Same(slope * self.weight / count)

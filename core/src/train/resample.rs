@@ -12,6 +12,7 @@ use super::firing::Firing;
 use super::trainer::AfterStep;
 use crate::error::InputError;
 use crate::files::state::State;
+use crate::machine::ranks;
 use crate::sae::{Dictionary, Encoder};
 
 /// How likely an activation is to be drawn for a dead feature.
@@ -127,15 +128,16 @@ fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result
         let Encoder { weight: encoder, biases } = cx.dictionary.encoder().ok_or_else(missing)?;
         let decoder = cx.dictionary.decoder().ok_or_else(missing)?;
 
-        let (x_hat, _) = cx.dictionary.reconstruct(&cx.batch.x);
-        let loss = (&cx.batch.target - x_hat).norm_scalaropt_dim(2.0, [-1], false).to_kind(Kind::Double);
+        let (x, target) = (ranks::gather_rows(&cx.batch.x), ranks::gather_rows(&cx.batch.target));
+        let (x_hat, _) = cx.dictionary.reconstruct(&x);
+        let loss = (&target - x_hat).norm_scalaropt_dim(2.0, [-1], false).to_kind(Kind::Double);
         let loss = if weight == ResampleWeight::LossSquared { loss.square() } else { loss };
         let drawn = draw(&Vec::<f64>::try_from(loss)?, dead_indices.len(), cx.rng);
         let count = drawn.len();
         let device = dead.device();
         let features = Tensor::from_slice(&dead_indices[..count]).to_device(device);
         let drawn = Tensor::from_slice(&drawn).to_device(device);
-        let (inputs, targets) = (cx.batch.x.index_select(0, &drawn), cx.batch.target.index_select(0, &drawn));
+        let (inputs, targets) = (x.index_select(0, &drawn), target.index_select(0, &drawn));
 
         let parameter = |name: &str| {
             let found = cx.dictionary.parameters().into_iter().find(|(known, _)| *known == name);

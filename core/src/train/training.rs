@@ -69,7 +69,7 @@ pub struct Training {
 struct Loss {
     terms: Terms,
     /// The gradients of an analytic step; others are autograd's.
-    found: Option<Vec<(&'static str, Tensor)>>,
+    gradients: Option<Vec<(&'static str, Tensor)>>,
     /// If the step is logged.
     figures: Option<Reconstruction>,
 }
@@ -219,14 +219,14 @@ impl Training {
 
     /// [`Training::step`]. Nothing changes before the loss and the gradients are known to be finite, where that is looked at.
     fn step_on(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
-        let Loss { mut terms, found, figures } = self.loss(step, batch, logging)?;
-        let loss = self.finite(step, &terms)?;
+        let Loss { mut terms, gradients, figures } = self.loss(step, batch, logging)?;
+        let loss = self.finite_total(step, &terms)?;
         // The graph of terms outside the loss is not needed.
         terms.detach();
         // A baseline, which runs beside the others to be measured with them, has no parameters.
         if !self.dictionary.parameters().is_empty() {
-            match found {
-                Some(found) => self.gradients.take(found)?,
+            match gradients {
+                Some(gradients) => self.gradients.take(gradients)?,
                 None => self.gradients.backward(&loss)?,
             }
             ranks::mean_in_place(&self.gradients.tensors());
@@ -279,7 +279,7 @@ impl Training {
                         "the trainer took an analytic step and does not say which features fired, or how far off it was"
                     ),
                 };
-                return Ok(Loss { terms, found: Some(analytic.gradients), figures });
+                return Ok(Loss { terms, gradients: Some(analytic.gradients), figures });
             }
         }
         let pass = Pass::forward(&*self.trainer, &*self.dictionary, batch, step, logging);
@@ -294,11 +294,11 @@ impl Training {
             let active = pass.code.features.detach().not_equal(0.0).sum(Kind::Double);
             Reconstruction { active, residual: pass.residual().detach() }
         });
-        Ok(Loss { terms, found: None, figures })
+        Ok(Loss { terms, gradients: None, figures })
     }
 
     /// The sum of a loss's terms, which must be finite.
-    fn finite(&mut self, step: u64, terms: &Terms) -> Result<Tensor> {
+    fn finite_total(&mut self, step: u64, terms: &Terms) -> Result<Tensor> {
         let loss = terms.total().context("the trainer gave no loss")?;
         if !self.looks() {
             let terms = terms.iter().filter(|term| term.weight != 0.0).map(|term| (term.name, &term.value));
