@@ -22,11 +22,6 @@ fn template(kind: ComponentKind) -> &'static str {
     }
 }
 
-/// The kinds, each with a crate of its own; one for a dictionary holds its trainer too.
-pub fn kinds() -> impl Iterator<Item = ComponentKind> {
-    ComponentKind::ALL.into_iter()
-}
-
 /// Writes the crate of a component `name` into the folder `out`, which must not hold anything yet. It depends on the
 /// dictlearn whose source lies in `dictlearn`.
 pub fn write(kind: ComponentKind, name: &str, out: &Path, dictlearn: &Path) -> Result<()> {
