@@ -287,7 +287,7 @@ fn encode_refuses_what_does_not_fit() {
     write("activations", Tensor::zeros([4, 32], (Kind::Float, Device::Cpu)));
     assert!(desk.refused(&args).contains("it has: activations"));
     fs::write(desk.path("x.safetensors"), "no tensors").unwrap();
-    assert!(desk.refused(&args).contains("not a whole safetensors file"));
+    assert!(desk.refused(&args).contains("not a complete safetensors file"));
     write("x", Tensor::from_slice(&[0.0, f32::NAN]).repeat([3, 16]));
     assert!(desk.refused(&args).contains("row 0 of tensor `x`"));
     assert!(
@@ -309,7 +309,7 @@ fn damaged_saes_are_refused() {
     let args = ["encode", "top_k", "--input", "x.safetensors", "--output", "y.safetensors"];
     let whole = fs::read(dir.join("ae.safetensors")).unwrap();
     fs::write(dir.join("ae.safetensors"), &whole[..whole.len() / 2]).unwrap();
-    assert!(desk.refused(&args).contains("ae.safetensors: not a whole safetensors file"));
+    assert!(desk.refused(&args).contains("ae.safetensors: not a complete safetensors file"));
     fs::write(dir.join("ae.safetensors"), &whole).unwrap();
     let config = fs::read_to_string(dir.join("config.json")).unwrap();
     fs::write(dir.join("config.json"), config.replace("AutoEncoderTopK", "AutoEncoderTopk")).unwrap();

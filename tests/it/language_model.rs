@@ -304,7 +304,7 @@ fn damaged_models_are_refused() {
         assert!(said.contains("config.yaml:1:") && said.contains("source.model"), "{said}");
         said
     };
-    assert!(with(&config, &whole[..whole.len() - 100]).contains("not a whole safetensors file"));
+    assert!(with(&config, &whole[..whole.len() - 100]).contains("not a complete safetensors file"));
     assert!(with(&config, b"").contains("model.safetensors"));
     assert!(with("{", &whole).contains("is not JSON"));
     assert!(with(&config.replace("\"hidden_size\": 32", "\"hidden_size\": 64"), &whole).contains("has shape"));

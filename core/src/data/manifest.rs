@@ -1,4 +1,4 @@
-//! The manifest of a cache of activations.
+//! The manifest of an activation cache.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,27 +15,27 @@ use super::source::Site;
 use crate::error::InputError;
 use crate::files;
 
-/// The names of a shard's tensors that say of which token a row is.
+/// Names of the tensors in a shard that identify each row's token.
 pub const TOKENS: [&str; 3] = ["token_ids", "contexts", "positions"];
 
-/// The type of activations on disk.
+/// The dtype of activations on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// As they are.
+    /// Lossless.
     #[default]
     Float32,
-    /// Half the size, of the same range.
+    /// Half the size, with the range of float32.
     BFloat16,
-    /// Half the size, to 65504.
+    /// Half the size, up to 65504.
     Float16,
 }
 
 impl Dtype {
-    /// Every type.
+    /// Every dtype.
     pub const ALL: [Dtype; 3] = [Dtype::Float32, Dtype::BFloat16, Dtype::Float16];
 
-    /// The name in a manifest and on the command line.
+    /// Returns the name in a manifest and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Dtype::Float32 => "float32",
@@ -44,7 +44,7 @@ impl Dtype {
         }
     }
 
-    /// As libtorch's.
+    /// Returns libtorch's dtype.
     pub fn kind(self) -> Kind {
         match self {
             Dtype::Float32 => Kind::Float,
@@ -60,24 +60,24 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// What a folder of activations holds: its `meta.json`.
+/// The contents of an activation cache: its `meta.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// Rows in all shards.
+    /// Number of rows in all shards.
     pub activations: u64,
-    /// Whether they are all that was asked for; a signal may have ended it early.
+    /// True if these are all the requested activations; an interrupt may have ended harvesting early.
     pub complete: bool,
-    /// Their type.
+    /// Dtype of the activations.
     pub dtype: Dtype,
-    /// The places in the model that they are from.
+    /// Sites of the activations.
     pub sites: Vec<CachedSite>,
-    /// Whether shards say of which token each row is.
+    /// True if the shards identify each row's token.
     pub tokens: bool,
-    /// What the source says of itself: model, text and so on.
+    /// The source's own description: model, text and so on.
     pub source: Value,
     /// The files, in order.
     pub shards: Vec<Shard>,
-    /// Of the shards' hashes, a line each.
+    /// SHA-256 of the shards' hashes, one per line.
     pub sha256: String,
 }
 
@@ -87,46 +87,49 @@ pub struct CachedSite {
     /// The site.
     #[serde(flatten)]
     pub site: Site,
-    /// What dictionaries read and what they reconstruct, or one tensor for both.
+    /// Names of the tensors that dictionaries read and reconstruct, or of one tensor for both.
     pub tensors: Vec<String>,
 }
 
 /// One file of activations.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shard {
-    /// Its name in the folder.
+    /// File name in the folder.
     pub file: String,
-    /// Its rows.
+    /// Number of rows.
     pub activations: u64,
-    /// Its length.
+    /// Length in bytes.
     pub bytes: u64,
-    /// The hash of its bytes, in hexadecimal.
+    /// SHA-256 of the file, in hexadecimal.
     pub sha256: String,
 }
 
 impl Manifest {
-    /// Reads the manifest of a folder and sees that it agrees with itself.
+    /// Reads the manifest of a folder and checks that it is consistent.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("meta.json");
         if !path.exists() {
-            let what = if dir.is_dir() { "holds no meta.json" } else { "is no folder of activations" };
+            let what = if dir.is_dir() { "holds no meta.json" } else { "is not a folder of activations" };
             bail!(
                 InputError::new(format!("{} {what}", dir.display()))
-                    .help("`dictlearn activations CONFIG.yaml --out DIR` writes such a folder, its meta.json last")
+                    .help("`dictlearn activations CONFIG.yaml --out DIR` writes such a folder, with meta.json last")
             );
         }
         let refused = |why: String| {
             InputError::new(format!("{}: {why}", path.display()))
-                .help("the folder is not one that `dictlearn activations` wrote, or it was changed since")
+                .help("`dictlearn activations` did not write this folder, or it was changed since")
         };
         let manifest: Manifest =
             serde_json::from_value(files::read_json(&path)?).map_err(|error| refused(error.to_string()))?;
         let rows = manifest.shards.iter().fold(0_u64, |rows, shard| rows.saturating_add(shard.activations));
         if rows != manifest.activations {
-            bail!(refused(format!("its shards have {rows} activations, but it says {}", manifest.activations)));
+            bail!(refused(format!(
+                "its shards have {rows} activations, but `activations` is {}",
+                manifest.activations
+            )));
         }
         if manifest.sha256 != hash_of_all(&manifest.shards) {
-            bail!(refused("its `sha256` is not that of its shards' hashes".to_owned()));
+            bail!(refused("its `sha256` does not match its shards' hashes".to_owned()));
         }
         let sound = |cached: &CachedSite| {
             let Site { activation_dim, output_dim, .. } = cached.site;
@@ -135,28 +138,27 @@ impl Manifest {
         };
         if manifest.sites.is_empty() || !manifest.sites.iter().all(sound) {
             bail!(refused(
-                "its sites need a width and a tensor each, or two for what is read and what is reconstructed"
-                    .to_owned()
+                "each of its sites needs a width and one tensor, or two tensors if input and target differ".to_owned()
             ));
         }
-        // Each has its place in memory, so that one tensor under many names would fill it.
+        // Each is loaded separately, so one tensor listed many times could fill the memory.
         let mut seen = BTreeSet::new();
         if !manifest.sites.iter().flat_map(|cached| &cached.tensors).all(|name| seen.insert(name)) {
             bail!(refused("two of its sites have the same tensor".to_owned()));
         }
         if let Some(cached) = manifest.sites.iter().find(|cached| !is_joined_of_its_parts(&cached.site)) {
-            bail!(refused(format!("the parts of site `{}` are not what it is joined of", cached.site.name)));
+            bail!(refused(format!("the widths of the parts of site `{}` do not add up to its own", cached.site.name)));
         }
         if let Some(shard) =
             manifest.shards.iter().find(|shard| Path::new(&shard.file).file_name() != Some(shard.file.as_ref()))
         {
-            bail!(refused(format!("`{}` is not the name of a file", shard.file)));
+            bail!(refused(format!("`{}` is not a plain file name", shard.file)));
         }
         Ok(manifest)
     }
 }
 
-/// Whether the widths of a site's parts, if it has any, make up its own.
+/// True if a site has no parts, or if their widths add up to its own.
 fn is_joined_of_its_parts(site: &Site) -> bool {
     let joined = site.parts.iter().try_fold((0_i64, 0_i64), |(input, output), part| {
         let wide = part.activation_dim > 0 && part.output_dim > 0;
@@ -165,7 +167,7 @@ fn is_joined_of_its_parts(site: &Site) -> bool {
     site.parts.is_empty() || joined == Some(site.widths())
 }
 
-/// The hash of a file's bytes, in hexadecimal.
+/// Returns the SHA-256 of a file, in hexadecimal.
 pub fn hash_of_file(path: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     let read = |hash: &mut Sha256| std::io::copy(&mut File::open(path)?, hash);
@@ -173,13 +175,13 @@ pub fn hash_of_file(path: &Path) -> Result<String> {
     Ok(format!("{:x}", hash.finalize()))
 }
 
-/// The hash of the hashes of shards, a line each.
+/// Returns the SHA-256 of the shards' hashes, one per line.
 pub fn hash_of_all(shards: &[Shard]) -> String {
     let lines: String = shards.iter().map(|shard| format!("{}\n", shard.sha256)).collect();
     format!("{:x}", Sha256::digest(lines))
 }
 
-/// The files in a folder that are named as shards are.
+/// Returns the sorted names of the files in a folder that are named like shards.
 pub fn shards_in(dir: &Path) -> Vec<String> {
     let names = fs::read_dir(dir).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let mut shards: Vec<String> =

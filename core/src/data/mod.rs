@@ -1,4 +1,4 @@
-//! Where training batches come from: sources of activations, texts, and the manifest of a cache of activations.
+//! Where training batches come from: sources of activations, texts, and the manifest of an activation cache.
 
 pub mod manifest;
 mod source;

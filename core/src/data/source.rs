@@ -15,30 +15,30 @@ use crate::lm::{HookPoint, LanguageModel, Tokens};
 use crate::machine::device::Precision;
 use crate::machine::memory::MemoryNeed;
 
-/// What a source is built for.
+/// The context in which a source is built.
 #[derive(Debug, Clone, Copy)]
 pub struct SourceCx {
-    /// Seed of the shuffling.
+    /// Seed for shuffling.
     pub seed: u64,
-    /// Where the batches are wanted.
+    /// Device of the batches.
     pub device: Device,
-    /// The type of a model's matrix products.
+    /// Precision of a model's matrix products.
     pub precision: Precision,
-    /// What [`ActivationSource::state`] has of a buffer of activations that a model made.
+    /// What [`ActivationSource::state`] saves of a buffer of harvested activations.
     pub checkpoint_buffer: CheckpointBuffer,
-    /// Whether activations that are not finite end the run or are left out.
+    /// Whether non-finite activations end the run or are skipped.
     pub on_nonfinite: OnNonfinite,
-    /// What its activations are for, where it holds some back from training ([`SourceConfig::held_out`]).
+    /// Purpose of its activations, if it holds some out from training ([`SourceConfig::held_out`]).
     pub purpose: Purpose,
 }
 
-/// What a source's activations are for.
+/// The purpose of a source's activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Purpose {
-    /// Training: the rows that are not held out.
+    /// Training, on the rows that are not held out.
     #[default]
     Training,
-    /// Metrics: the rows that are held out; all of them where none are.
+    /// Metrics, on the held-out rows, or on all rows if none are held out.
     Evaluation,
 }
 
@@ -56,15 +56,15 @@ impl Default for SourceCx {
     }
 }
 
-/// What a checkpoint has of a buffer of activations.
+/// What a checkpoint saves of a buffer of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CheckpointBuffer {
-    /// All of it: as much disk as the buffer takes memory, and resuming takes no longer than reading it.
+    /// The activations: as much disk as the buffer takes memory. Resuming only reads them.
     #[default]
     Contents,
-    /// Which tokens its activations are of: 28 bytes each, whatever the model's width. On resuming the model is run over
-    /// their contexts again.
+    /// The tokens of its activations: 28 bytes each, whatever the model's width. Resuming runs the model over their
+    /// contexts again.
     Replay,
 }
 
@@ -73,8 +73,8 @@ pub trait SourceConfig: Debug + Send + Sync {
     /// Opens the source: reads headers, loads the model.
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>>;
 
-    /// The rows that it holds back from training for the metrics, if any. Such a source is opened a second time, with
-    /// [`Purpose::Evaluation`], and then gives these rows alone.
+    /// Returns the rows that it holds out from training for metrics, if any. Such a source is opened a second time with
+    /// [`Purpose::Evaluation`], and then returns only these rows.
     fn held_out(&self) -> Option<HeldOut> {
         None
     }
@@ -85,10 +85,10 @@ crate::tagged::tagged! {
     TaggedSource: SourceConfig => Source {}
 }
 
-/// Rows held back from training, for metrics.
+/// Rows held out from training, for metrics.
 ///
-/// The rows are divided into strata of `1 / fraction` consecutive rows, and one row of each is held out, drawn by the seed.
-/// So the part is exact, evenly spread, and found without a list of all rows.
+/// The rows are divided into strata of `1 / fraction` consecutive rows, and the seed draws one row of each. The
+/// held-out fraction is therefore exact, evenly spread, and found without a list of all rows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HeldOut {
     fraction: f64,
@@ -96,12 +96,12 @@ pub struct HeldOut {
 }
 
 impl HeldOut {
-    /// What a source's fields `held_out` and `held_out_seed` ask for; `None` where the fraction is 0.
+    /// Creates the rows for a source's fields `held_out` and `held_out_seed`; `None` if the fraction is 0.
     pub fn new(fraction: f64, seed: u64) -> Option<Self> {
         (fraction > 0.0).then_some(HeldOut { fraction, seed })
     }
 
-    /// The rows of a range that are wanted for a purpose, as ranges of consecutive rows, in order.
+    /// Returns the rows of a range that serve a purpose, as ranges of consecutive rows, in order.
     pub fn wanted(self, rows: Range<u64>, purpose: Purpose) -> Vec<Range<u64>> {
         let held = self.held(&rows);
         if purpose == Purpose::Evaluation {
@@ -112,16 +112,16 @@ impl HeldOut {
         starts.zip(ends).map(|(start, end)| start..end).filter(|range| !range.is_empty()).collect()
     }
 
-    /// Whether a row is wanted for a purpose.
+    /// True if a row serves a purpose.
     pub fn wants(self, row: u64, purpose: Purpose) -> bool {
         !self.wanted(row..row + 1, purpose).is_empty()
     }
 
-    /// The rows of a range that are held out, in order.
+    /// Returns the held-out rows of a range, in order.
     fn held(self, rows: &Range<u64>) -> Vec<u64> {
         let stratum = |row: u64| (row as f64 * self.fraction) as u64;
         let start = |stratum: u64| (stratum as f64 / self.fraction).ceil() as u64;
-        // One stratum more at both ends, where rounding may have put the row.
+        // Include one more stratum at each end, since rounding can move its row into the range.
         (stratum(rows.start).saturating_sub(1)..stratum(rows.end) + 2)
             .map(|stratum| {
                 let (first, next) = (start(stratum), start(stratum + 1));
@@ -131,16 +131,16 @@ impl HeldOut {
             .collect()
     }
 
-    /// Refuses a part of so many rows that leaves none for the purpose.
+    /// Fails if none of `rows` rows is left for the purpose.
     pub fn check(self, rows: u64, purpose: Purpose) -> Result<()> {
         if self.fraction >= 1.0 {
             bail!(
                 InputError::new("nothing is left to train on")
                     .field("held_out")
-                    .help("`held_out` is the part of the rows kept for the metrics, such as 0.1")
+                    .help("`held_out` is the fraction of the rows kept for metrics, such as 0.1")
             );
         }
-        // Whether there is one at all shows in the first two strata.
+        // The first two strata show whether there is any row.
         let first = rows.min((2.0 / self.fraction.min(1.0 - self.fraction)).ceil() as u64);
         if self.wanted(0..first, purpose).is_empty() {
             let (held, left) = match purpose {
@@ -157,7 +157,7 @@ impl HeldOut {
     }
 }
 
-/// A number drawn for each pair of numbers (SplitMix64).
+/// Returns a pseudo-random number for each pair of numbers (SplitMix64).
 fn mixed(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -165,46 +165,46 @@ fn mixed(seed: u64, index: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// A place whose activations a source gives: a module's value, one attention head's, a tensor of a file.
+/// A place of a source at which dictionaries train: a module's value, an attention head's, or a tensor in a file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Site {
-    /// Its name, by which an SAE of the config chooses it.
+    /// The name by which an SAE in the config selects it.
     pub name: String,
     /// Width of an activation, d.
     pub activation_dim: i64,
-    /// Width of what is to be reconstructed.
+    /// Width of a target, d_out.
     pub output_dim: i64,
-    /// What an SAE's config.json says of the site, beside what [`ActivationSource::describe`] says of the source.
+    /// Entries about the site in an SAE's config.json, added to those of [`ActivationSource::describe`].
     #[serde(default)]
     pub settings: Map<String, Value>,
-    /// What its activations are joined of, side by side, where they are: the same token at several places.
+    /// The parts of a joined site: the same token's activations at several places, side by side. Otherwise empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<SitePart>,
 }
 
-/// A part of a site whose activations are joined.
+/// A part of a joined site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SitePart {
     /// Its name.
     pub name: String,
-    /// How many columns of the activations it has.
+    /// Number of its columns in an activation.
     pub activation_dim: i64,
-    /// How many columns of what is to be reconstructed.
+    /// Number of its columns in a target.
     pub output_dim: i64,
 }
 
 impl Site {
-    /// A site of which there is no more to say.
+    /// Creates a site without settings or parts, with widths (d, d_out).
     pub fn new(name: impl Into<String>, (activation_dim, output_dim): (i64, i64)) -> Self {
         Site { name: name.into(), activation_dim, output_dim, settings: Map::new(), parts: Vec::new() }
     }
 
-    /// Width of an activation, and of what is to be reconstructed.
+    /// Returns the widths of activations and targets, (d, d_out).
     pub fn widths(&self) -> (i64, i64) {
         (self.activation_dim, self.output_dim)
     }
 
-    /// The number of the site of that name; where there is only one it is that one, whatever its name.
+    /// Returns the index of the site with this name. A source's only site matches any name.
     pub fn find(sites: &[Site], name: &str) -> Option<usize> {
         sites.iter().position(|site| site.name == name).or((sites.len() == 1).then_some(0))
     }
@@ -213,10 +213,9 @@ impl Site {
 /// Activations of the same tokens at every site of a source.
 #[derive(Debug)]
 pub struct Activations {
-    /// A batch for each site, in the order of [`ActivationSource::sites`]. A row is the same token in all of them.
+    /// One batch per site, in the order of [`ActivationSource::sites`]. A row is the same token in all of them.
     pub sites: Vec<Batch>,
-    /// Where each row is from, if that is known: token id, number of the context in the pass, position in the context;
-    /// [B, 3], int64.
+    /// Origin of each row, [B, 3] in int64, if known: token id, index of its context in the pass, position in it.
     pub tokens: Option<Tensor>,
 }
 
@@ -228,12 +227,12 @@ impl From<Batch> for Activations {
 }
 
 impl Activations {
-    /// Number of rows.
+    /// Returns the number of rows.
     pub fn len(&self) -> i64 {
         self.sites.first().map_or(0, Batch::len)
     }
 
-    /// Whether there are none.
+    /// True if there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -242,34 +241,34 @@ impl Activations {
 /// A batch of activations at one site.
 #[derive(Debug)]
 pub struct Batch {
-    /// What the dictionary reads, [B, d], float32.
+    /// Input of the dictionary, [B, d], float32.
     pub x: Tensor,
-    /// What it is to reconstruct, [B, d_out]; the same tensor as `x` unless the source has pairs.
+    /// Target of the reconstruction, [B, d_out]; the same tensor as `x` unless the source has pairs.
     pub target: Tensor,
 }
 
 impl Batch {
-    /// A batch whose target is its input.
+    /// Creates a batch whose target is its input.
     pub fn of(x: Tensor) -> Self {
         Batch { target: x.shallow_clone(), x }
     }
 
-    /// Number of activations.
+    /// Returns the number of activations.
     pub fn len(&self) -> i64 {
         self.x.size()[0]
     }
 
-    /// Whether there are none.
+    /// True if there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether the target is the input.
+    /// True if the target is the input.
     pub fn is_autoencoding(&self) -> bool {
         self.x.data_ptr() == self.target.data_ptr()
     }
 
-    /// The batch with every value multiplied.
+    /// Returns the batch with every value multiplied by `factor`.
     pub fn scaled(&self, factor: f64) -> Batch {
         let x = &self.x * factor;
         if self.is_autoencoding() {
@@ -281,91 +280,90 @@ impl Batch {
 
 /// A stream of activations.
 pub trait ActivationSource: Send {
-    /// The places whose activations it gives, at least one. Most sources have one: `vec![Site::new(name, widths)]`.
+    /// Returns its sites, at least one. Most sources have one: `vec![Site::new(name, widths)]`.
     fn sites(&self) -> Vec<Site>;
 
-    /// The next batch of each site (`Batch::of(x).into()` where there is one), or `None` at the end of the data. The last
-    /// batch of a pass may be smaller. After the end, [`ActivationSource::rewind`] starts another pass.
+    /// Returns the next batch of each site (`Batch::of(x).into()` for a single site), or `None` at the end of the data.
+    /// The last batch of a pass may be smaller. After the end, [`ActivationSource::rewind`] starts another pass.
     fn next_batch(&mut self) -> Result<Option<Activations>>;
 
-    /// Goes back to the beginning of the data. What a shuffle draws next is not what it drew the first time.
+    /// Returns to the beginning of the data. Shuffling then draws a different order.
     fn rewind(&mut self) -> Result<()>;
 
-    /// How many passes over the data training may take; `None` for as many as it needs.
+    /// Returns how many passes over the data training may make; `None` for no limit.
     fn passes(&self) -> Option<u64> {
         None
     }
 
-    /// Whether a pass has no end.
+    /// True if a pass has no end.
     fn is_endless(&self) -> bool {
         false
     }
 
-    /// Mean over activations of the squared norm, ‖x‖², at each site, from a sample at the beginning of the stream. No
-    /// activation is lost to training by it.
+    /// Returns the mean squared norm of activations, ‖x‖², at each site, from a sample at the beginning of the stream.
+    /// Training still gets the sampled activations.
     fn mean_squared_norms(&mut self) -> Result<Vec<f64>>;
 
-    /// The language model behind the activations, for metrics that change what it computes.
+    /// Returns the language model behind the activations, for metrics that intervene in its forward pass.
     fn language_model(&mut self) -> Option<&mut dyn ModelSource> {
         None
     }
 
-    /// The same, to be looked at.
+    /// Returns the same by shared reference.
     fn model_source(&self) -> Option<&dyn ModelSource> {
         None
     }
 
-    /// The directions that activations are made of, [n, d], where they are known: for metrics that look for them.
+    /// Returns the true directions in the activations, [n, d], if known, for metrics that compare features with them.
     fn true_features(&self) -> Option<Tensor> {
         None
     }
 
-    /// What it takes memory for: a model, activations that it holds, a copy of them in a checkpoint.
+    /// Returns its memory needs: a model, the activations that it holds, a copy of them in a checkpoint.
     fn memory(&self) -> Vec<MemoryNeed> {
         Vec::new()
     }
 
-    /// Activations in a batch, at most, where that is known beforehand.
+    /// Returns the maximum number of activations in a batch, if known in advance.
     fn batch_size(&self) -> Option<i64> {
         None
     }
 
-    /// What an SAE's config.json says of it, under `buffer`.
+    /// Returns its description for the `buffer` section of an SAE's config.json.
     fn describe(&self) -> Value;
 
-    /// True if the source itself refuses or leaves out activations that are not finite, so that batches need not be checked.
+    /// True if the source itself refuses or skips non-finite activations, so that batches need no check.
     fn gives_finite(&self) -> bool {
         false
     }
 
-    /// Where a row of the batch that was given last is from, for messages, if the row's token does not say it: a file and the
-    /// row there.
+    /// Returns the origin of a row of the last batch, for messages: a file and its row. `None` if the row's token
+    /// identifies it.
     fn origin(&self, row: i64) -> Option<String> {
         let _ = row;
         None
     }
 
-    /// What of its data is also in that of a source that described itself so ([`ActivationSource::describe`]) and was trained
-    /// on, and what would keep the two apart; for a warning when it is measured on. `None` where nothing is, or nobody can
-    /// tell.
+    /// Returns a warning for evaluation if its data overlaps that of a source used in training, and how to avoid that.
+    /// `trained` is that source's [`ActivationSource::describe`]. `None` if there is no overlap or it is unknown.
     fn overlap(&self, trained: &Value) -> Option<String> {
         let _ = trained;
         None
     }
 
-    /// Where the stream stands.
+    /// Returns the state of the stream.
     fn state(&self) -> Result<State>;
 
-    /// Takes the stream to where [`ActivationSource::state`] was called.
+    /// Restores a state from [`ActivationSource::state`].
     fn restore(&mut self, state: &State) -> Result<()>;
 
-    /// What the user should know at the end: records skipped, activations dropped.
+    /// Returns notes for the end of a run: records skipped, activations dropped.
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }
 }
 
-/// [`ActivationSource::mean_squared_norms`] of the first 100 batches, which the source then goes back over.
+/// Computes [`ActivationSource::mean_squared_norms`] over the next 100 batches, then restores the source.
 pub fn sampled_mean_squared_norms(source: &mut dyn ActivationSource) -> Result<Vec<f64>> {
     let before = source.state()?;
     let mut sums = vec![0.0; source.sites().len()];
@@ -381,7 +379,7 @@ pub fn sampled_mean_squared_norms(source: &mut dyn ActivationSource) -> Result<V
     Ok(sums.into_iter().map(|sum| sum / f64::from(count.max(1))).collect())
 }
 
-/// What an SAE's config.json says, under `buffer`, of a source at one of its sites.
+/// Returns the `buffer` section of an SAE's config.json for a source at one of its sites.
 pub fn describe_site(source: &dyn ActivationSource, site: usize) -> Value {
     let mut described = source.describe();
     let sites = source.sites();
@@ -394,7 +392,7 @@ pub fn describe_site(source: &dyn ActivationSource, site: usize) -> Value {
     described
 }
 
-/// A source read over and over, as often as it allows.
+/// A source read in repeated passes, as many as it allows.
 pub struct Stream {
     source: Box<dyn ActivationSource>,
     pass: u64,
@@ -402,27 +400,27 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The stream at its beginning.
+    /// Creates a stream at the source's beginning.
     pub fn new(source: Box<dyn ActivationSource>) -> Self {
         Stream { source, pass: 0, batches_in_pass: 0 }
     }
 
-    /// The source.
+    /// Returns the source.
     pub fn source(&mut self) -> &mut dyn ActivationSource {
         &mut *self.source
     }
 
-    /// The source, to be looked at.
+    /// Returns the source by shared reference.
     pub fn source_ref(&self) -> &dyn ActivationSource {
         &*self.source
     }
 
-    /// How many passes over the source were begun.
+    /// Returns the number of passes begun.
     pub fn passes(&self) -> u64 {
         self.pass + 1
     }
 
-    /// The next batch; `None` when the source allows no further pass.
+    /// Returns the next batch, or `None` if the source allows no further pass. Fails if a whole pass has no batch.
     pub fn next_batch(&mut self) -> Result<Option<Activations>> {
         loop {
             if let Some(activations) = self.source.next_batch()? {
@@ -433,7 +431,7 @@ impl Stream {
                 let notes = self.source.notes().join("; ");
                 let notes = if notes.is_empty() { notes } else { format!(" ({notes})") };
                 bail!(
-                    InputError::new(format!("the source gave not one batch of activations{notes}"))
+                    InputError::new(format!("the source returned no batch of activations{notes}"))
                         .help("its data is shorter than one batch: add data, or make the batches smaller")
                 );
             }
@@ -446,7 +444,7 @@ impl Stream {
         }
     }
 
-    /// Where the stream stands.
+    /// Returns the state of the stream.
     pub fn state(&self) -> Result<State> {
         let mut state = State::new();
         state.put("pass", self.pass)?;
@@ -455,7 +453,7 @@ impl Stream {
         Ok(state)
     }
 
-    /// Takes the stream to where [`Stream::state`] was called.
+    /// Restores a state from [`Stream::state`].
     pub fn restore(&mut self, state: &State) -> Result<()> {
         self.pass = state.get("pass")?;
         self.batches_in_pass = state.get("batches_in_pass")?;
@@ -465,49 +463,49 @@ impl Stream {
 
 /// A source that harvests a language model.
 pub trait ModelSource {
-    /// The model.
+    /// Returns the model.
     fn model(&self) -> &dyn LanguageModel;
 
-    /// The place in it whose value a dictionary on this site reads.
+    /// Returns the part of the model that a dictionary at this site reads.
     fn reads(&self, site: usize) -> &Part;
 
-    /// The place in it whose value a dictionary on this site reconstructs; the same unless the source has pairs.
+    /// Returns the part that a dictionary at this site reconstructs; the same unless the source has pairs.
     fn writes(&self, site: usize) -> &Part;
 
-    /// Positions of its longest contexts.
+    /// Returns the maximum length of a context, in tokens.
     fn context_length(&self) -> i64;
 
-    /// The next `rows` contexts of the text (fewer at its end), or `None` where there are no more.
+    /// Returns the next `rows` contexts of the text (fewer at its end), or `None` if there are no more.
     fn next_tokens(&mut self, rows: i64) -> Result<Option<Tokens>>;
 
-    /// The text of each of these tokens; their numbers where there is no tokenizer.
+    /// Returns the text of each token, or its id if there is no tokenizer.
     fn token_texts(&self, ids: &[i64]) -> Result<Vec<String>> {
         Ok(ids.iter().map(i64::to_string).collect())
     }
 }
 
-/// The value at a place in a language model, or some of its columns: those of one attention head.
+/// The value at a hook point, or some of its columns, such as those of one attention head.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part {
-    /// The place.
+    /// The hook point.
     pub point: HookPoint,
     /// Width of the whole value.
     pub whole: i64,
-    /// The first of its columns.
+    /// Index of the first column.
     pub start: i64,
-    /// How many columns.
+    /// Number of columns.
     pub width: i64,
-    /// Whether the mean over its columns is taken off.
+    /// True if the mean over its columns is subtracted.
     pub center: bool,
 }
 
 impl Part {
-    /// A whole value.
+    /// Creates the part that is a whole value.
     pub fn whole(point: HookPoint, width: i64) -> Self {
         Part { point, whole: width, start: 0, width, center: false }
     }
 
-    /// Its columns of the value, [.., width].
+    /// Returns this part of a value, [.., width].
     pub fn of(&self, value: &Tensor) -> Tensor {
         let columns = self.columns(value);
         match self.center {
@@ -516,7 +514,7 @@ impl Part {
         }
     }
 
-    /// The value with its columns replaced.
+    /// Returns the value with this part replaced.
     pub fn replaced(&self, value: &Tensor, by: &Tensor) -> Tensor {
         let by = match self.center {
             true => by + mean(&self.columns(value)),
@@ -539,19 +537,19 @@ impl Part {
     }
 }
 
-/// The mean over the last dimension, which is kept.
+/// Returns the mean over the last dimension, which is kept.
 fn mean(value: &Tensor) -> Tensor {
     value.mean_dim([-1].as_slice(), true, value.kind())
 }
 
-/// What is done with an SAE whose loss or gradient is not finite, and with activations that are not.
+/// What happens when a loss, a gradient or an activation is not finite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnNonfinite {
-    /// The SAE stops as it was before that step, and the others go on.
+    /// The SAE stops in its state before that step, and the others continue.
     #[default]
     Stop,
-    /// The SAE goes on with the next batch as if that one had not been.
+    /// The SAE skips the batch and continues with the next one.
     SkipBatch,
 }
 
@@ -576,7 +574,7 @@ mod tests {
             let mut all = [held.clone(), trained].concat();
             all.sort_unstable();
             assert!(all.into_iter().eq(0..count), "{fraction} of {count}");
-            // The rows are the same whichever ranges they are asked for in.
+            // The rows do not depend on the requested ranges.
             let parts = (0..count).step_by(13).map(|start| start..(start + 13).min(count));
             let parts: Vec<u64> = parts.flat_map(|part| held_out.wanted(part, Purpose::Evaluation)).flatten().collect();
             assert_eq!(parts, held, "{fraction} of {count}");
@@ -595,7 +593,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_leaves_nothing_is_refused() {
+    fn held_out_fraction_that_leaves_no_rows_is_refused() {
         assert_eq!(HeldOut::new(0.0, 0), None);
         let refused = |fraction, rows, purpose| HeldOut::new(fraction, 0).unwrap().check(rows, purpose).is_err();
         assert!(refused(1.0, 100, Purpose::Training) && refused(1e-3, 3, Purpose::Evaluation));

@@ -26,16 +26,16 @@ crate::tagged::tagged! {
 pub enum Record {
     /// A document, to be tokenised.
     Text(Document),
-    /// A chat, to be put into the model's own form of chats and tokenised.
+    /// A chat, to be formatted by the model's chat template and tokenised.
     Chat(Chat),
-    /// A row of token ids with its attention mask: a context as it stands, if the stream is tokenized, and otherwise a
+    /// A row of token ids with its attention mask. If the stream is tokenized it is a whole context, otherwise a
     /// document that needs no tokenizer.
     Tokens {
-        /// Token ids, one a position.
+        /// Token ids, one per position.
         ids: Vec<i64>,
-        /// Which positions are text (true) and which are padding.
+        /// True for text positions, false for padding.
         mask: Vec<bool>,
-        /// Where it is from, for messages: `tokens.parquet:120`.
+        /// Its origin, for messages: `tokens.parquet:120`.
         origin: String,
     },
 }
@@ -45,7 +45,7 @@ pub enum Record {
 pub struct Document {
     /// The text.
     pub text: String,
-    /// Where it is from, for messages: `emma.txt:120`.
+    /// Its origin, for messages: `emma.txt:120`.
     pub origin: String,
 }
 
@@ -54,7 +54,7 @@ pub struct Document {
 pub struct Chat {
     /// Its messages, objects with `role` and `content`.
     pub messages: Vec<Value>,
-    /// Where it is from, for messages: `chats.jsonl:120`.
+    /// Its origin, for messages: `chats.jsonl:120`.
     pub origin: String,
 }
 
@@ -62,7 +62,7 @@ pub struct Chat {
 pub struct EmbeddedText {
     /// Its name.
     pub name: &'static str,
-    /// Which part of it: `train` or `held_out`.
+    /// Its split: `train` or `held_out`.
     pub split: &'static str,
     /// The text.
     pub text: &'static str,
@@ -70,68 +70,69 @@ pub struct EmbeddedText {
 
 inventory::collect!(EmbeddedText);
 
-/// A text that is wanted where no user has written one into a config.
+/// A text for which the user has written no config.
 #[derive(Debug, Clone, Copy)]
 pub enum Wanted<'a> {
     /// A dataset, by its repository on the Hub.
     Dataset(&'a str),
-    /// A file of lines of JSON with the documents under `text`.
+    /// A JSON Lines file with the documents under `text`.
     Lines(&'a Path),
-    /// Whatever ships with the program.
+    /// The text that ships with the program.
     Bundled,
 }
 
-/// How such a text is written in a config. Submitted by the plugin that reads it.
+/// Writes such a text into a config. Submitted by the plugin that reads it.
 pub struct WrittenText {
-    /// The config under `text`; `None` for what this plugin does not read.
+    /// Returns the config under `text`, or `None` if this plugin does not read the text.
     pub config: fn(Wanted) -> Option<Value>,
 }
 
 inventory::collect!(WrittenText);
 
-/// The config of a text that is wanted, if a plugin reads it.
+/// Returns the config of a wanted text, if a plugin reads it.
 pub fn written(wanted: Wanted) -> Option<Value> {
     inventory::iter::<WrittenText>.into_iter().find_map(|text| (text.config)(wanted))
 }
 
 /// A stream of documents, or of rows of tokens.
 pub trait TextStream: Send {
-    /// The next item, or `None` at the end.
+    /// Returns the next item, or `None` at the end.
     fn next_record(&mut self) -> Result<Option<Record>>;
 
-    /// Whether the items are rows of tokens, which are contexts as they stand.
+    /// True if the items are rows of tokens, each a whole context.
     fn is_tokenized(&self) -> bool {
         false
     }
 
-    /// Positions of the longest row of tokens, where that is known beforehand.
+    /// Returns the length of the longest row of tokens, if known in advance.
     fn longest_row(&self) -> Option<i64> {
         None
     }
 
-    /// The files of this machine that it reads, with the lengths that they had when it was built: by them a resumed run sees
-    /// whether its text is as it was.
+    /// Returns the local files that it reads, with their lengths when it was built. A resumed run uses them to detect
+    /// whether its text has changed.
     fn files(&self) -> BTreeMap<String, u64> {
         BTreeMap::new()
     }
 
-    /// How many items were delivered since the beginning.
+    /// Returns the number of items delivered since the beginning.
     fn position(&self) -> u64;
 
-    /// Goes to the beginning and skips `position` items.
+    /// Returns to the beginning and skips `position` items.
     fn seek(&mut self, position: u64) -> Result<()>;
 
-    /// A record that was delivered turns out to be bad, for this reason: it is counted as skipped, or ends the run.
+    /// Reports that a delivered record is bad, and why. The stream counts it as skipped or returns an error, which ends
+    /// the run.
     fn refuse(&mut self, origin: &str, why: &str) -> Result<()> {
         bail!(InputError::new(format!("{origin}: {why}")));
     }
 
-    /// How many bad records were skipped, with the place and reason of the first.
+    /// Returns the number of bad records skipped, with the origin and reason of the first.
     fn skipped(&self) -> (u64, Option<String>) {
         (0, None)
     }
 
-    /// How many files were skipped, wholly or from where they break off, with the place and reason of the first.
+    /// Returns the number of files skipped, wholly or from where they break off, with place and reason of the first.
     fn skipped_files(&self) -> (u64, Option<String>) {
         (0, None)
     }

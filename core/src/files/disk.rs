@@ -1,4 +1,4 @@
-//! Files of this machine, opened in one place, so that a Git LFS pointer is recognised whatever was expected instead.
+//! Opens local files in one place, so that a Git LFS pointer is recognised whatever the expected format.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Seek};
@@ -11,21 +11,21 @@ use serde_json::Value;
 
 use crate::error::InputError;
 
-/// Git LFS writes no longer pointers.
+/// Maximum size of a Git LFS pointer, in bytes.
 const LONGEST_POINTER: u64 = 1024;
 
 /// Opens a file for reading.
 ///
 /// # Errors
 ///
-/// There is no such file, it cannot be read, or it is a Git LFS pointer.
+/// Fails if the file does not exist, cannot be read, or is a Git LFS pointer.
 pub fn open(path: &Path) -> Result<File, InputError> {
     let refused = |error: std::io::Error| match error.kind() {
         ErrorKind::NotFound => InputError::no_file(path),
         _ => InputError::new(format!("cannot read {}: {error}", path.display())),
     };
     let mut file = File::open(path).map_err(refused)?;
-    // A pipe must not be read ahead.
+    // Reading ahead would consume a pipe.
     if file.metadata().is_ok_and(|file| file.is_file() && file.len() <= LONGEST_POINTER) {
         let mut start = Vec::new();
         file.by_ref().take(LONGEST_POINTER).read_to_end(&mut start).map_err(refused)?;
@@ -34,14 +34,14 @@ pub fn open(path: &Path) -> Result<File, InputError> {
                 "{}: this is a Git LFS pointer, not the file that it stands for",
                 path.display()
             ))
-            .help("run `git lfs pull` in its repository, or download the file itself"));
+            .help("run `git lfs pull` in its repository, or download the file"));
         }
         file.rewind().map_err(refused)?;
     }
     Ok(file)
 }
 
-/// A file's bytes. Fails as [`open`] does.
+/// Returns a file's bytes. Fails as [`open`] does.
 pub fn read(path: &Path) -> Result<Vec<u8>, InputError> {
     let mut bytes = Vec::new();
     let read = open(path)?.read_to_end(&mut bytes);
@@ -49,12 +49,12 @@ pub fn read(path: &Path) -> Result<Vec<u8>, InputError> {
     Ok(bytes)
 }
 
-/// A file's text. Fails as [`open`] does, and where it is not UTF-8.
+/// Returns a file's text. Fails as [`open`] does, or if the file is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String, InputError> {
-    String::from_utf8(read(path)?).map_err(|_| InputError::new(format!("{} is not text in UTF-8", path.display())))
+    String::from_utf8(read(path)?).map_err(|_| InputError::new(format!("{} is not UTF-8 text", path.display())))
 }
 
-/// JSON as Python's library writes it: `NaN`, `Infinity` and `-Infinity`, which JSON does not have, are read as null.
+/// Parses JSON as Python writes it: `NaN`, `Infinity` and `-Infinity`, which JSON lacks, become null.
 pub fn parse_json(bytes: &[u8]) -> serde_json::Result<Value> {
     let strict = serde_json::from_slice(bytes);
     if strict.is_ok() {
@@ -72,7 +72,7 @@ pub fn parse_json(bytes: &[u8]) -> serde_json::Result<Value> {
         rest = after;
         match (first, rest) {
             (b'"', _) => in_text = !in_text,
-            // What is escaped ends no text.
+            // An escaped quote does not end the string.
             (b'\\', [escaped, after @ ..]) => {
                 plain.push(*escaped);
                 rest = after;
@@ -80,31 +80,31 @@ pub fn parse_json(bytes: &[u8]) -> serde_json::Result<Value> {
             _ => {}
         }
     }
-    // Where that is no JSON either, the first error is the one whose place is in the file.
+    // If this fails too, report the first error: its position refers to the original file.
     serde_json::from_slice(&plain).or(strict)
 }
 
-/// A file, mapped into memory. Fails as [`open`] does.
+/// Maps a file into memory. Fails as [`open`] does.
 pub fn map(path: &Path) -> Result<Mmap, InputError> {
     let file = open(path)?;
-    // SAFETY: the map is read-only; a file that another process shortens meanwhile would raise SIGBUS, which any reader
-    // of mapped weights accepts.
+    // SAFETY: the map is read-only. If another process truncates the file, reads raise SIGBUS, as for any reader of
+    // mapped weights.
     let map = unsafe { Mmap::map(&file) };
     map.map_err(|error| InputError::new(format!("cannot read {}: {error}", path.display())))
 }
 
-/// Lets the system take back the memory that reading part of a map brought in. Reading it again reads the file again.
+/// Lets the OS reclaim the pages of part of a map. Reading that part again reads the file again.
 pub(crate) fn forget(map: &Mmap, part: Range<usize>) {
-    // Whole pages only: those at the ends may hold parts of other tensors, which is harmless.
+    // This drops whole pages. Those at the ends may hold parts of other tensors, which is harmless.
     #[cfg(unix)]
-    // SAFETY: the map is of a file and read-only, so pages that are dropped come back as they were.
+    // SAFETY: the map is file-backed and read-only, so dropped pages are read back unchanged.
     let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, part.start, part.len()) };
     #[cfg(not(unix))]
     let _ = (map, part);
 }
 
-/// Whether these bytes are what Git LFS leaves in a file's place
-/// (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>); its first releases named another site.
+/// True if these bytes are a Git LFS pointer (<https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md>), also one of
+/// its first releases, which name another site.
 pub fn is_pointer(bytes: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(bytes) else { return false };
     let mut lines = text.lines();
@@ -125,7 +125,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn numbers_that_json_does_not_have_are_null() {
+    fn non_finite_json_numbers_become_null() {
         let python = r#"{"limit": [0.0, Infinity, -Infinity], "NaN": NaN, "text": "NaN \" Infinity \\"}"#;
         let expected = json!({"limit": [0.0, null, null], "NaN": null, "text": "NaN \" Infinity \\"});
         assert_eq!(parse_json(python.as_bytes()).unwrap(), expected);
@@ -154,7 +154,7 @@ mod tests {
                 assert!(said.contains("weights.bin"), "{said}");
             }
         }
-        // A text about pointers is none.
+        // Text about pointers is not a pointer.
         let about = "version https://git-lfs.github.com/spec/v1 is how a pointer begins";
         let long = POINTER.to_owned() + &"x".repeat(1024);
         for text in ["", "short", about, &long] {

@@ -1,7 +1,7 @@
-//! Bytes on disk, read safely and written whole or not at all.
+//! Files on disk, read safely and written atomically.
 //!
-//! Every file is opened by [`open`], which recognises a Git LFS pointer, and lengths that a file claims are compared with its own
-//! size before anything is allocated.
+//! [`open`] opens every file and recognises Git LFS pointers. Lengths that a file claims are checked against its size
+//! before anything is allocated.
 
 mod disk;
 mod node;

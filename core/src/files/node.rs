@@ -1,8 +1,8 @@
-//! The merged config as serde reads it.
+//! The merged config as a serde deserializer.
 //!
-//! A map gives its `type` first, so that typetag streams the rest to the component instead of buffering it, which would
-//! lose key paths and the widths of numbers. Values become what is asked for: `1e4` and `10_000` a whole number, `1` a
-//! float, `1e-3` (text in YAML) a float, and paths absolute.
+//! A map yields its `type` first, so that typetag streams the other keys to the component. Buffering them would lose
+//! key paths and integer widths. Values convert to the requested type: `1e4` and `10_000` to an integer, `1` and `1e-3`
+//! (a string in YAML) to a float. Paths become absolute.
 
 use std::path::{Path, PathBuf};
 
@@ -15,20 +15,20 @@ use super::path::{PATH, PATH_OR_NAME};
 use super::yaml;
 use crate::error::InputError;
 
-/// Tells which file a value was written in, so that its relative paths start from that file's folder.
+/// Finds the file that a value was written in: relative paths start from its folder.
 pub trait Origins {
-    /// The folder of the file that the value of a tag stands in.
+    /// Returns the folder of the file that contains the value with this tag.
     fn folder(&self, tag: Tag) -> PathBuf;
 }
 
-/// Everything stands in files of one folder.
+/// Resolves all paths against one folder.
 impl Origins for &Path {
     fn folder(&self, _: Tag) -> PathBuf {
         self.to_path_buf()
     }
 }
 
-/// A value of a config, with the files that its parts were merged from.
+/// A config value, with the files that its parts were merged from.
 #[derive(Clone, Copy)]
 pub struct Node<'a> {
     value: &'a Value,
@@ -36,7 +36,7 @@ pub struct Node<'a> {
 }
 
 impl<'a> Node<'a> {
-    /// A value with the places that its parts were written in.
+    /// Pairs a value with the files that its parts were written in.
     pub fn new(value: &'a Value, origins: &'a dyn Origins) -> Self {
         Node { value, origins }
     }
@@ -45,7 +45,7 @@ impl<'a> Node<'a> {
         Node { value, ..self }
     }
 
-    /// A path made absolute from the folder of the file that it stands in.
+    /// Expands `~/` and resolves the path against the folder of its config file.
     fn path(self, text: &str) -> PathBuf {
         let text = match (text.strip_prefix("~/"), std::env::var_os("HOME")) {
             (Some(rest), Some(home)) => Path::new(&home).join(rest),
@@ -57,7 +57,7 @@ impl<'a> Node<'a> {
     }
 }
 
-/// A path without `.` and `..`.
+/// Removes `.` and `..` from a path.
 fn normal(path: &Path) -> PathBuf {
     use std::path::Component;
     path.components().fold(PathBuf::new(), |mut path, component| {
@@ -72,7 +72,7 @@ fn normal(path: &Path) -> PathBuf {
     })
 }
 
-/// A whole number as a config may write it.
+/// Reads an integer in any form that a config may use: `10000`, `10_000` or `1e4`.
 pub fn integer(value: &Value) -> Option<i128> {
     match value {
         Value::Num(_, number) => match number {
@@ -89,7 +89,7 @@ pub fn integer(value: &Value) -> Option<i128> {
     }
 }
 
-/// A number as a config may write it.
+/// Reads a number in any form that a config may use: `1`, `0.001` or `1e-3`.
 pub fn float(value: &Value) -> Option<f64> {
     match value {
         Value::Num(_, Num::F64(float)) => Some(*float),
@@ -176,7 +176,7 @@ impl<'de> Deserializer<'de> for Node<'de> {
 
     fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         match self.value {
-            // `name: 1` is a name.
+            // In `name: 1`, the value is a string.
             Value::Num(..) => match (integer(self.value), float(self.value)) {
                 (Some(number), _) => visitor.visit_string(number.to_string()),
                 (_, Some(number)) => visitor.visit_string(number.to_string()),
@@ -234,12 +234,12 @@ impl<'de> Deserializer<'de> for Node<'de> {
     }
 }
 
-/// Reads a value from YAML as a config would: for a component's example. Relative paths are the current folder's.
+/// Parses YAML as a config would. Relative paths start from the current folder.
 pub fn from_yaml<T: DeserializeOwned>(yaml: &str) -> Result<T, InputError> {
     from_yaml_in(Path::new(""), yaml)
 }
 
-/// Reads a value from YAML as a config in `folder` would.
+/// Parses YAML as a config file in `folder` would.
 pub fn from_yaml_in<T: DeserializeOwned>(folder: &Path, yaml: &str) -> Result<T, InputError> {
     let parsed: Value = yaml::parse::<serde_yaml::Value>(yaml)
         .map_err(|error| InputError::new(format!("not YAML: {error}")))

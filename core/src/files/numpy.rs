@@ -1,4 +1,4 @@
-//! NumPy's files: arrays of floating-point numbers in .npy and .npz.
+//! Reads NumPy files: floating-point arrays in .npy and .npz.
 
 use std::collections::BTreeMap;
 use std::io::{Cursor, Read};
@@ -12,30 +12,31 @@ use zip::ZipArchive;
 use crate::error::InputError;
 use crate::files;
 
-/// How many times its length a file may unfold to: weights hardly compress, and a file that does is made to fill memory.
+/// Maximum ratio of decompressed size to file size. Weights hardly compress; a file beyond this aims to fill memory.
 const UNFOLDS: u64 = 64;
-/// What any file may unfold to, in bytes.
+/// Decompressed size, in bytes, that any file may reach.
 const SMALL: u64 = 1 << 26;
 
 fn refused(path: &Path, why: impl std::fmt::Display) -> InputError {
     InputError::new(format!("cannot read {}: {why}", path.display()))
 }
 
-/// The array of an .npy file, of floating-point numbers of any width, byte order and layout, as float32.
+/// Reads the array of an .npy file as float32. The file may hold float16, float32 or float64, in any byte order and
+/// layout.
 pub fn read_npy(path: &Path) -> Result<Tensor> {
     Ok(array(files::read(path)?).map_err(|why| refused(path, why))?)
 }
 
-/// An .npz file, opened.
+/// An open .npz file.
 pub struct Npz {
     path: std::path::PathBuf,
     archive: ZipArchive<Cursor<memmap2::Mmap>>,
-    /// Bytes that its arrays may unfold to.
+    /// Bytes that its arrays may still decompress to.
     budget: u64,
 }
 
 impl Npz {
-    /// Opens a file and reads what arrays there are.
+    /// Opens a file and reads its list of arrays.
     pub fn open(path: &Path) -> Result<Self> {
         let map = files::map(path)?;
         let budget = (map.len() as u64 * UNFOLDS).max(SMALL);
@@ -43,12 +44,12 @@ impl Npz {
         Ok(Npz { path: path.to_owned(), archive, budget })
     }
 
-    /// The names of the arrays.
+    /// Returns the names of the arrays.
     pub fn names(&self) -> Vec<String> {
         self.archive.file_names().flatten().filter_map(|name| name.strip_suffix(".npy").map(str::to_owned)).collect()
     }
 
-    /// One array, as float32.
+    /// Reads one array as float32.
     pub fn array(&mut self, name: &str) -> Result<Tensor> {
         let names = self.names();
         let entry = match self.archive.by_name(&format!("{name}.npy")) {
@@ -65,22 +66,22 @@ impl Npz {
         let read = entry.take(self.budget + 1).read_to_end(&mut bytes);
         read.map_err(|error| refused(&self.path, format!("array `{name}`: {error}")))?;
         if bytes.len() as u64 > self.budget {
-            bail!(refused(&self.path, format!("array `{name}` unfolds to more than {UNFOLDS} times the file")));
+            bail!(refused(&self.path, format!("array `{name}` expands to more than {UNFOLDS} times the file")));
         }
         self.budget -= bytes.len() as u64;
         Ok(array(bytes).map_err(|why| refused(&self.path, format!("array `{name}`: {why}")))?)
     }
 
-    /// Every array, as float32.
+    /// Reads every array as float32.
     pub fn arrays(&mut self) -> Result<BTreeMap<String, Tensor>> {
         self.names().into_iter().map(|name| Ok((name.clone(), self.array(&name)?))).collect()
     }
 }
 
-/// An array from the bytes of its file.
+/// Parses the bytes of an .npy file.
 fn array(bytes: Vec<u8>) -> Result<Tensor, String> {
     let text = |error: std::io::Error| error.to_string();
-    // What the header claims of its own length is not taken on trust.
+    // Check the header length that the file claims.
     let header = match bytes.get(..12) {
         Some([0x93, b'N', b'U', b'M', b'P', b'Y', 1, _, low, high, ..]) => {
             10 + u64::from(u16::from_le_bytes([*low, *high]))
@@ -88,24 +89,24 @@ fn array(bytes: Vec<u8>) -> Result<Tensor, String> {
         Some([0x93, b'N', b'U', b'M', b'P', b'Y', 2 | 3, _, a, b, c, d]) => {
             12 + u64::from(u32::from_le_bytes([*a, *b, *c, *d]))
         }
-        _ => return Err("it is no NumPy file".to_owned()),
+        _ => return Err("it is not a NumPy file".to_owned()),
     };
     if header > bytes.len() as u64 {
-        return Err("it is cut short".to_owned());
+        return Err("it is truncated".to_owned());
     }
     let header = header as usize;
-    // Nor what it says of the shape, which the crate multiplies without a look.
+    // Check the shape as well: npyz multiplies it without a check.
     let written = String::from_utf8_lossy(&bytes[..header]).into_owned();
     let claimed = written.split_once("'shape'").map_or("", |(_, rest)| rest.split(')').next().unwrap_or_default());
-    // What lies in itself the crate reads in a time that doubles with each level, and numbers in all of Python's ways. A
-    // plain header has a dict and a shape in digits.
+    // npyz takes time exponential in the header's nesting, and accepts every number syntax of Python. A plain header
+    // has one dict, and a shape in decimal digits.
     let plain = |c: char| c.is_ascii_digit() || " :(,L".contains(c);
     if written.matches(['(', '[', '{']).count() > 2 || claimed.is_empty() || !claimed.chars().all(plain) {
-        return Err("its header is not a plain array's, of float16, float32 or float64".to_owned());
+        return Err("its header does not describe a plain array of float16, float32 or float64".to_owned());
     }
     let numbers = claimed.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
     let numbers: Option<Vec<u64>> = numbers.map(|part| part.parse().ok()).collect();
-    // A 0 makes an array of no numbers, but the crate multiplies the others for its strides all the same.
+    // A size of 0 makes an array empty, but npyz still multiplies the other sizes for its strides.
     let count = numbers.and_then(|numbers| {
         let others = numbers.iter().try_fold(1_u64, |all, n| all.checked_mul((*n).max(1)))?;
         Some(if numbers.contains(&0) { 0 } else { others })
@@ -124,9 +125,9 @@ fn array(bytes: Vec<u8>) -> Result<Tensor, String> {
     }
     let kind = file.dtype().descr();
     if kind == "'<f4'" && order == Order::C {
-        // As almost every file is: without a copy between.
+        // Almost every file is like this: skip the intermediate copy.
         let count = file.len() as usize;
-        let data = bytes.get(header..header + count * 4).ok_or("it is cut short")?;
+        let data = bytes.get(header..header + count * 4).ok_or("it is truncated")?;
         return Tensor::f_from_data_size(data, &shape, Kind::Float).map_err(|error| error.to_string());
     }
     let file = match file.try_data::<f32>() {
@@ -139,7 +140,7 @@ fn array(bytes: Vec<u8>) -> Result<Tensor, String> {
     };
     match file.try_data::<half::f16>() {
         Ok(data) => shaped(data.map(|value| value.map(half::f16::to_f32)), shape, order),
-        Err(_) => Err(format!("its type is {kind}; float16, float32 and float64 are read")),
+        Err(_) => Err(format!("its dtype is {kind}; supported are float16, float32 and float64")),
     }
 }
 
@@ -161,7 +162,7 @@ fn shaped(values: impl Iterator<Item = std::io::Result<f32>>, shape: Vec<i64>, o
 mod tests {
     use super::*;
 
-    /// An .npy file of 3 rows of 2, counted up in the order in which they are stored.
+    /// Returns an .npy file of shape [3, 2] whose values count up in storage order.
     fn npy(order: Order, wide: bool) -> Vec<u8> {
         use npyz::WriterBuilder;
         let mut bytes = Vec::new();
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn types_and_layouts() {
+    fn dtypes_and_layouts_are_read_as_float32() {
         for wide in [false, true] {
             let by_rows = Vec::<Vec<f32>>::try_from(array(npy(Order::C, wide)).unwrap()).unwrap();
             assert_eq!(by_rows, [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]);
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_cut_anywhere_are_refused() {
+    fn truncated_files_are_refused() {
         let whole = npy(Order::C, true);
         for length in 0..whole.len() {
             assert!(array(whole[..length].to_vec()).is_err(), "{length} of {} bytes", whole.len());
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_the_file_cannot_hold_are_refused() {
+    fn shapes_larger_than_the_file_are_refused() {
         let whole = npy(Order::C, true);
         let at = whole.windows(7).position(|bytes| bytes == b"'shape'").unwrap();
         let end = whole.len() - 48;
@@ -210,7 +211,7 @@ mod tests {
             "(3, 9)",
             "(0, 4611686018427387904, 4611686018427387904)",
         ] {
-            // The header keeps its length: what is left of it is spaces, and a line end.
+            // Keep the header's length: pad with spaces up to the line end.
             let mut changed = whole.clone();
             let text = format!("'shape': {shape}, }}");
             changed[at..end - 1].fill(b' ');

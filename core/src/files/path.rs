@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// The newtype name by which the config's deserializer knows a path and makes it absolute, from the folder of the
-/// file that it stands in. See `load`.
+/// Newtype name that marks a path for the config deserializer (`node.rs`), which resolves it against the config file's
+/// folder.
 pub(crate) const PATH: &str = "dictlearn::ConfigPath";
-/// The same for a value that may be a path or a name: it is a path if something exists there, or if it looks like one.
+/// Marks a value that is a path or a name. It is a path if it exists or starts with `/`, `~` or `.`.
 pub(crate) const PATH_OR_NAME: &str = "dictlearn::PathOrName";
 
 /// Reads a path's text from the newtype.
@@ -37,7 +37,7 @@ macro_rules! path_value {
         pub struct $name(pub String);
 
         impl $name {
-            /// As a path.
+            /// Returns the value as a path.
             pub fn as_path(&self) -> &Path {
                 Path::new(&self.0)
             }
@@ -78,11 +78,11 @@ macro_rules! path_value {
 }
 
 path_value! {
-    /// A path in a config: relative to the folder of the file that says it, absolute once the config is loaded.
+    /// A path in a config: relative to the config file's folder, absolute once the config is loaded.
     ConfigPath, PATH
 }
 
 path_value! {
-    /// A path in a config or a name (`embedded:austen`, `EleutherAI/pythia-70m`): absolute if it is a path.
+    /// A path or a name (`embedded:austen`, `EleutherAI/pythia-70m`) in a config. Loading makes a path absolute.
     PathOrName, PATH_OR_NAME
 }

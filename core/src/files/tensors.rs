@@ -1,4 +1,4 @@
-//! Tensor files: safetensors read and written, files written whole or not at all.
+//! Reads and writes safetensors files, and writes any file atomically.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -13,14 +13,14 @@ use tch::{Device, Kind, Tensor};
 use crate::error::InputError;
 use crate::files;
 
-/// Writes a file whole or not at all: beside its place, synced, then renamed over it, the directory synced.
+/// Writes a file atomically: writes beside it, syncs, renames over it, then syncs the directory.
 ///
-/// On Linux it has no name until it is whole, so that a killed program leaves nothing behind.
+/// On Linux the new file has no name until it is complete, so that a killed program leaves nothing behind.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     write_pieces(path, &[bytes])
 }
 
-/// [`write_file`] of bytes that lie in several places.
+/// [`write_file`] for bytes in several pieces.
 fn write_pieces(path: &Path, pieces: &[&[u8]]) -> Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
@@ -34,7 +34,7 @@ fn write_pieces(path: &Path, pieces: &[&[u8]]) -> Result<()> {
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
-            // A temporary file is private; a result is as readable as anything else the user writes.
+            // Temporary files are private; the result should be readable like any other file.
             file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
         }
         file.persist(path)?;
@@ -43,10 +43,10 @@ fn write_pieces(path: &Path, pieces: &[&[u8]]) -> Result<()> {
     write().with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// How the names begin that a file may have for a moment before it has its own.
+/// Prefix of the temporary names of unfinished files.
 const PARTIAL: &str = ".partial-";
 
-/// Removes from a folder what a killed program may have left of a file that it was about to put into its place.
+/// Removes the unfinished files that a killed program may have left in a folder.
 pub fn remove_partial(dir: &Path) {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
@@ -55,7 +55,7 @@ pub fn remove_partial(dir: &Path) {
     }
 }
 
-/// `false` where the file system has no files without a name, or there is no way to name one.
+/// Writes through an unnamed file (`O_TMPFILE`). Returns `false` if the file system has none, or cannot name it.
 #[cfg(target_os = "linux")]
 fn write_unnamed(dir: &Path, path: &Path, pieces: &[&[u8]]) -> std::io::Result<bool> {
     use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
@@ -71,7 +71,7 @@ fn write_unnamed(dir: &Path, path: &Path, pieces: &[&[u8]]) -> std::io::Result<b
     match name(path) {
         Ok(()) => Ok(true),
         Err(rustix::io::Errno::EXIST) => {
-            // A link cannot replace a file, a rename can; what has this name for a moment is whole.
+            // A link cannot replace a file, but a rename can. The file under the temporary name is complete.
             let own = path.file_name().unwrap_or_default().to_string_lossy();
             let beside = dir.join(format!("{PARTIAL}{}-{own}", std::process::id()));
             let _ = fs::remove_file(&beside);
@@ -95,7 +95,7 @@ fn dtype(kind: Kind) -> Result<Dtype> {
         Kind::Int8 => Dtype::I8,
         Kind::Uint8 => Dtype::U8,
         Kind::Bool => Dtype::BOOL,
-        other => bail!("safetensors cannot hold a tensor of type {other:?}"),
+        other => bail!("safetensors cannot store a tensor of dtype {other:?}"),
     })
 }
 
@@ -115,12 +115,12 @@ fn kind(dtype: Dtype) -> Option<Kind> {
     })
 }
 
-/// Writes tensors as a safetensors file, whole or not at all.
+/// Writes tensors to a safetensors file atomically.
 pub fn write<S: AsRef<str>>(path: &Path, tensors: &[(S, Tensor)]) -> Result<()> {
     write_with_metadata(path, tensors, &[])
 }
 
-/// [`write()`], with entries for the file's metadata.
+/// [`write()`] with entries for the file's metadata.
 pub fn write_with_metadata<S: AsRef<str>>(
     path: &Path,
     tensors: &[(S, Tensor)],
@@ -130,15 +130,15 @@ pub fn write_with_metadata<S: AsRef<str>>(
     write_pieces(path, &layout.pieces())
 }
 
-/// The bytes of a safetensors file.
+/// Returns the bytes of a safetensors file.
 pub fn serialize<S: AsRef<str>>(tensors: &[(S, Tensor)], metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
     Ok(Layout::new(tensors, metadata)?.pieces().concat())
 }
 
-/// A safetensors file that is to be written, its tensors where they are: a checkpoint is too large to be copied for it.
+/// A safetensors file to write. It does not copy the tensors: a checkpoint is too large for that.
 struct Layout {
     header: Vec<u8>,
-    /// In the order of the file.
+    /// In file order.
     tensors: Vec<Tensor>,
 }
 
@@ -148,7 +148,7 @@ impl Layout {
             .iter()
             .map(|(name, tensor)| Ok((dtype(tensor.kind())?, name.as_ref(), tensor)))
             .collect::<Result<Vec<_>>>()?;
-        // Widest numbers first, so that each tensor lies at a multiple of its own.
+        // Widest dtype first, so that each tensor is aligned to its element size.
         named.sort_by(|(a, a_name, _), (b, b_name, _)| b.cmp(a).then(a_name.cmp(b_name)));
         let mut end = 0;
         let infos = named.iter().map(|(dtype, name, tensor)| {
@@ -172,25 +172,25 @@ impl Layout {
     }
 }
 
-/// The bytes of a contiguous tensor on the CPU.
+/// Returns the bytes of a contiguous CPU tensor. Panics for any other tensor.
 pub fn bytes_of(tensor: &Tensor) -> &[u8] {
     assert!(
         tensor.device() == Device::Cpu && tensor.is_contiguous(),
-        "the bytes of such a tensor are not in one piece"
+        "only a contiguous CPU tensor has its bytes in one piece"
     );
     if tensor.numel() == 0 {
-        // libtorch gives it no memory.
+        // libtorch allocates no memory for it.
         return &[];
     }
-    // SAFETY: a contiguous CPU tensor has that many bytes from `data_ptr` on, for as long as it is borrowed.
+    // SAFETY: a contiguous CPU tensor has that many bytes at `data_ptr`, valid while it is borrowed.
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), crate::files::tensors::bytes(tensor)) }
 }
 
-/// The header of a safetensors file, checked against the file's length, and where the tensors' bytes begin.
+/// Reads a safetensors header and checks it against the file's length. Returns it with the offset of the tensor data.
 fn header(bytes: &[u8]) -> std::result::Result<(Metadata, usize), SafeTensorError> {
     SafeTensors::deserialize(bytes)?;
     let (length, header) = SafeTensors::read_metadata(bytes)?;
-    // A size of 0 makes a tensor of no bytes, whatever the others are; libtorch multiplies them all the same.
+    // A size of 0 makes a tensor empty, but libtorch still multiplies its other sizes.
     let reach = |info: &&TensorInfo| {
         let mut sizes = info.shape.iter().map(|size| (*size).max(1));
         sizes.try_fold(8_usize, |all, size| all.checked_mul(size)).is_none_or(|bytes| isize::try_from(bytes).is_err())
@@ -201,12 +201,12 @@ fn header(bytes: &[u8]) -> std::result::Result<(Metadata, usize), SafeTensorErro
     Ok((header, length + 8))
 }
 
-/// A safetensors file: its header checked when opened, tensors read when asked for.
+/// A safetensors file. Opening it checks the header; tensors are read on demand.
 pub struct TensorFile {
     path: PathBuf,
     bytes: Bytes,
     header: Metadata,
-    /// Where the tensors' bytes begin.
+    /// Offset of the tensor data.
     start: usize,
 }
 
@@ -220,19 +220,19 @@ impl TensorFile {
     pub fn open(path: &Path) -> Result<Self> {
         let map = files::map(path)?;
         let (header, start) = header(&map).map_err(|error| {
-            InputError::new(format!("cannot read {}: not a whole safetensors file", path.display()))
-                .help(format!("the header says: {error}"))
+            InputError::new(format!("cannot read {}: not a complete safetensors file", path.display()))
+                .help(format!("safetensors reports: {error}"))
         })?;
         Ok(TensorFile { path: path.to_owned(), bytes: Bytes::Mapped(map), header, start })
     }
 
-    /// A file that is part of the program; `name` is for messages.
+    /// Opens a file embedded in the program. Messages call it `name`.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<Self> {
         let (header, start) = header(bytes).map_err(|error| anyhow!("{name} is not a safetensors file: {error}"))?;
         Ok(TensorFile { path: name.into(), bytes: Bytes::Static(bytes), header, start })
     }
 
-    /// Where it was read from.
+    /// Returns the file's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -261,37 +261,37 @@ impl TensorFile {
         })
     }
 
-    /// The names of the tensors, sorted.
+    /// Returns the sorted tensor names.
     pub fn names(&self) -> Vec<String> {
         let mut names = self.header.offset_keys();
         names.sort();
         names
     }
 
-    /// Whether there is a tensor of that name.
+    /// True if the file has a tensor with this name.
     pub fn has(&self, name: &str) -> bool {
         self.header.info(name).is_some()
     }
 
-    /// The shape of a tensor, without reading it.
+    /// Returns a tensor's shape without reading the tensor.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
         Some(self.header.info(name)?.shape.iter().map(|n| *n as i64).collect())
     }
 
-    /// The type of a tensor in the file, without reading it.
+    /// Returns a tensor's dtype without reading the tensor. Fails if the dtype is not supported.
     pub fn kind(&self, name: &str) -> Result<Kind> {
         let dtype = self.info(name)?.dtype;
         kind(dtype).ok_or_else(|| {
             InputError::new(format!(
-                "{}: tensor `{name}` has the type {dtype:?}, which is not supported",
+                "{}: tensor `{name}` has the dtype {dtype:?}, which is not supported",
                 self.path.display()
             ))
-            .help("supported are F64, F32, F16, BF16, I64, I32, I16, I8, U8 and BOOL")
+            .help("supported dtypes: F64, F32, F16, BF16, I64, I32, I16, I8, U8 and BOOL")
             .into()
         })
     }
 
-    /// Lets the system take back the memory that reading a tensor brought in. Reading it again reads the file again.
+    /// Lets the OS reclaim a tensor's pages. Reading the tensor again reads the file again.
     pub fn forget(&self, name: &str) {
         if let (Bytes::Mapped(map), Some(info)) = (&self.bytes, self.header.info(name)) {
             let (from, to) = info.data_offsets;
@@ -299,24 +299,24 @@ impl TensorFile {
         }
     }
 
-    /// The bytes of a tensor.
+    /// Returns a tensor's bytes.
     pub fn bytes_of(&self, name: &str) -> Option<&[u8]> {
         self.header.info(name).map(|info| self.data(info))
     }
 
-    /// An entry of the file's metadata.
+    /// Returns an entry of the file's metadata.
     pub fn metadata(&self, key: &str) -> Option<String> {
         self.header.metadata().as_ref()?.get(key).cloned()
     }
 
-    /// Reads one tensor to the CPU, in the type that the file has.
+    /// Reads one tensor to the CPU, in the file's dtype.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let info = self.info(name)?;
         let shape: Vec<i64> = info.shape.iter().map(|n| *n as i64).collect();
         Ok(Tensor::f_from_data_size(self.data(info), &shape, self.kind(name)?)?)
     }
 
-    /// Reads rows of a two-dimensional tensor, in the order asked for, without reading the others.
+    /// Reads only the given rows of a two-dimensional tensor, in the given order.
     pub fn rows(&self, name: &str, rows: impl ExactSizeIterator<Item = usize>) -> Result<Tensor> {
         let (info, kind) = (self.info(name)?, self.kind(name)?);
         let data = self.data(info);
@@ -326,7 +326,7 @@ impl TensorFile {
         let mut bytes = Vec::with_capacity(count * row_bytes);
         for row in rows {
             let row = data.get(row * row_bytes..(row + 1) * row_bytes);
-            bytes.extend_from_slice(row.ok_or_else(|| anyhow!("tensor `{name}` has fewer rows than asked for"))?);
+            bytes.extend_from_slice(row.ok_or_else(|| anyhow!("tensor `{name}` has fewer rows than requested"))?);
         }
         Ok(Tensor::f_from_data_size(&bytes, &[count as i64, width as i64], kind)?)
     }
@@ -337,12 +337,12 @@ impl TensorFile {
     }
 }
 
-/// How many bytes a tensor holds.
+/// Returns the number of bytes of a tensor's elements.
 pub fn bytes(tensor: &Tensor) -> usize {
     tensor.numel() * kind_size(tensor.kind())
 }
 
-/// Bytes of one element.
+/// Returns the number of bytes of one element.
 pub fn kind_size(kind: Kind) -> usize {
     kind.elt_size_in_bytes()
 }

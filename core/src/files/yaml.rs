@@ -1,21 +1,21 @@
-//! YAML whose aliases are counted before they are followed.
+//! Parses YAML with limits on alias expansion and on brackets.
 //!
-//! An alias is a few bytes that stand for as many as one likes, aliases among them: some lines can unfold to more than any
-//! memory holds. serde_yaml bounds how often aliases are followed, but not what lies behind them. It also refuses what is
-//! nested deeply, but only after its parser has taken a time that is quadratic in the depth of brackets.
+//! An alias can stand for a value that contains aliases itself, so a few lines can expand to more than memory holds.
+//! serde_yaml limits how often aliases are followed, but not the size of their expansion. It also refuses deep nesting,
+//! but its parser first takes time quadratic in the depth of brackets.
 
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess};
 use serde::de::{SeqAccess, VariantAccess, Visitor};
 
-/// How many times its length a text may unfold to.
+/// Maximum ratio of expanded size to text length.
 const UNFOLDS: usize = 16;
-/// What any text may unfold to, in bytes.
+/// Expanded size, in bytes, that any text may reach.
 const SMALL: usize = 1 << 16;
 
-/// How many lists and mappings may be in brackets, which is also how deep they may be: the parser takes 0.2 s for so many.
+/// Maximum number of lists and mappings in brackets, and so of their depth. The parser takes 0.2 s at this depth.
 const BRACKETS: usize = 10_000;
 
-/// A value of a text, unless its aliases unfold to far more than the text, or its brackets may be nested far too deeply.
+/// Parses a text. Fails if its aliases expand to far more than the text, or if it has too many brackets.
 pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde_yaml::Error> {
     if text.bytes().filter(|byte| matches!(byte, b'{' | b'[')).count() > BRACKETS {
         return Err(serde_yaml::Error::custom(format!("it has more than {BRACKETS} lists and mappings in brackets")));
@@ -25,14 +25,14 @@ pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, serde_yaml::Error> {
     serde_yaml::from_str(text)
 }
 
-/// A value that is counted and not kept: how many bytes there may still be.
+/// Counts a value without keeping it. Holds the number of bytes still allowed.
 struct Counted<'a>(&'a mut usize);
 
 impl Counted<'_> {
-    /// Counts a value, as it might be written at the shortest.
+    /// Counts a value at the shortest length that YAML could give it.
     fn count<E: Error>(self, length: usize) -> Result<(), E> {
         let left = self.0.checked_sub(length + 1);
-        *self.0 = left.ok_or_else(|| E::custom(format!("aliases unfold to more than {UNFOLDS} times the text")))?;
+        *self.0 = left.ok_or_else(|| E::custom(format!("aliases expand to more than {UNFOLDS} times the text")))?;
         Ok(())
     }
 }
@@ -68,7 +68,7 @@ impl<'de> Visitor<'de> for Counted<'_> {
         self.count(0)
     }
 
-    /// An empty text.
+    /// An empty document.
     fn visit_none<E: Error>(self) -> Result<(), E> {
         self.count(0)
     }
@@ -93,7 +93,7 @@ impl<'de> Visitor<'de> for Counted<'_> {
         self.count(0)
     }
 
-    /// What has a tag.
+    /// A tagged value.
     fn visit_enum<A: EnumAccess<'de>>(self, tagged: A) -> Result<(), A::Error> {
         let ((), value) = tagged.variant_seed(Counted(self.0))?;
         value.newtype_variant_seed(self)
@@ -106,20 +106,20 @@ mod tests {
     use serde_yaml::Value;
 
     #[test]
-    fn aliases_are_counted() {
+    fn excessive_alias_expansion_is_refused() {
         let value: Value = parse("a: &a [1, null, -1.5, true, !tag x]\nb: [*a, *a]\n").unwrap();
         assert_eq!(value["b"][1], value["a"]);
         assert!(parse::<Value>("").unwrap().is_null());
         let many = |times: usize| format!("a: &a [{}]\nb: [{}]\n", "1,".repeat(times), "*a,".repeat(times));
         assert!(parse::<Value>(&many(100)).is_ok());
         let error = parse::<Value>(&many(1000)).unwrap_err().to_string();
-        assert!(error.contains("aliases unfold to more than 16 times the text"), "{error}");
+        assert!(error.contains("aliases expand to more than 16 times the text"), "{error}");
         let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(1000), "*a,".repeat(1000));
         assert!(parse::<Value>(&long).is_err());
     }
 
     #[test]
-    fn brackets_are_counted() {
+    fn excessive_brackets_are_refused() {
         assert!(parse::<Value>(&format!("[{}]", "[1],{a: 2},".repeat(1000))).is_ok());
         for deep in ["{a: ", "[", r#"{"}": "#] {
             let error = parse::<Value>(&deep.repeat(BRACKETS + 1)).unwrap_err().to_string();

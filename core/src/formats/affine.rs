@@ -8,7 +8,7 @@ use tch::{Device, Tensor};
 use crate::error::InputError;
 use crate::sae::Layout;
 
-/// An SAE as most formats have it: x̂ = σ((x [− b_dec]) W_enc + b_enc) W_dec + b_dec.
+/// An SAE in the form of most formats: x̂ = σ((x [− b_dec]) W_enc + b_enc) W_dec + b_dec.
 #[derive(Debug)]
 pub struct AffineSae {
     /// [d, F].
@@ -21,38 +21,38 @@ pub struct AffineSae {
     pub b_dec: Tensor,
     /// [d_out, d], of a skip connection.
     pub w_skip: Option<Tensor>,
-    /// Whether b_dec is subtracted from an activation first.
+    /// True if b_dec is subtracted from each activation before encoding.
     pub subtract_b_dec: bool,
-    /// Whether it predicts something else than it reads.
+    /// True for a transcoder, which predicts something other than its input.
     pub transcodes: bool,
-    /// σ.
+    /// The activation function σ.
     pub activation: SaeActivation,
 }
 
 /// How pre-activations become features.
 #[derive(Debug)]
 pub enum SaeActivation {
-    /// The positive ones.
+    /// Keeps the positive pre-activations.
     Relu,
-    /// The k largest of the positive ones.
+    /// Keeps the k largest of the positive pre-activations.
     TopK(i64),
-    /// Those above a threshold, `[F]`, and above 0.
+    /// Keeps the pre-activations above both 0 and a threshold, `[F]`.
     Jump(Tensor),
 }
 
-/// The shape of a tensor that must have N dimensions.
+/// Returns the shape of a tensor that must have N dimensions and not be empty.
 fn shape<const N: usize>(name: &str, tensor: &Tensor) -> Result<[i64; N]> {
     let size = tensor.size();
     let wrong = || InputError::new(format!("`{name}` has shape {size:?}, which does not have {N} dimensions"));
     let shape: [i64; N] = size.as_slice().try_into().map_err(|_| wrong())?;
     if shape.contains(&0) {
-        bail!(InputError::new(format!("`{name}` has shape {size:?}: there is nothing in it")));
+        bail!(InputError::new(format!("`{name}` has shape {size:?}: it is empty")));
     }
     Ok(shape)
 }
 
 impl AffineSae {
-    /// Checks that the tensors fit each other; gives d, F, d_out.
+    /// Checks that the tensors' shapes agree. Returns (d, F, d_out).
     pub fn check(&self) -> Result<(i64, i64, i64)> {
         let [d, features] = shape("W_enc", &self.w_enc)?;
         let [rows, d_out] = shape("W_dec", &self.w_dec)?;
@@ -80,14 +80,14 @@ impl AffineSae {
         match &self.activation {
             SaeActivation::Jump(threshold) => fits("threshold", threshold, &[features])?,
             SaeActivation::TopK(k) if !(1..=features).contains(k) => {
-                bail!(InputError::new(format!("`k` is {k}, and there are {features} features")))
+                bail!(InputError::new(format!("`k` is {k}, but there are {features} features")))
             }
             _ => {}
         }
         if !self.transcodes && d != d_out {
             bail!(
-                InputError::new(format!("it reads activations of width {d} and reconstructs width {d_out}"))
-                    .help("only a transcoder does, and this is not said to be one")
+                InputError::new(format!("its input has width {d}, but its reconstruction has width {d_out}"))
+                    .help("only a transcoder may do that, and this SAE is not marked as one")
             );
         }
         if self.transcodes && self.subtract_b_dec && d != d_out {
@@ -96,12 +96,12 @@ impl AffineSae {
         Ok((d, features, d_out))
     }
 
-    /// The class that does exactly this, and its tensors, in float32: what a class has in its input is moved from or to the
-    /// encoder's bias, where it is elsewhere here.
+    /// Returns the class that computes exactly this, and its tensors in float32. If only one of the two subtracts b_dec
+    /// from activations, the encoder's bias makes up for it.
     pub fn into_class(mut self) -> Result<(&'static str, BTreeMap<String, Tensor>)> {
         self.check()?;
         let Some(class) = inventory::iter::<PublishedClass>.into_iter().find(|class| (class.holds)(&self)) else {
-            bail!(InputError::new(format!("no dictionary that is linked in does this: {}", self.words())));
+            bail!(InputError::new(format!("no linked plugin has a dictionary for this: {}", self.words())));
         };
         let float = |tensor: &Tensor| tensor.to_device(Device::Cpu).to_kind(tch::Kind::Float).contiguous();
         self.w_enc = float(&self.w_enc);
@@ -137,7 +137,7 @@ impl AffineSae {
 }
 
 impl SaeActivation {
-    /// The tensors of it that a class saves: `k` and an unknown `threshold`, or the thresholds.
+    /// Returns the tensors that a class saves for it: `k` and an unknown `threshold` (-1), or the thresholds `[F]`.
     pub fn tensors(self) -> Vec<(&'static str, Tensor)> {
         match self {
             SaeActivation::Relu => Vec::new(),
@@ -147,15 +147,16 @@ impl SaeActivation {
     }
 }
 
-/// A class that some [`AffineSae`] SAEs are. Submitted by the plugin that owns the class.
+/// A class that can hold certain [`AffineSae`]s. Submitted by the plugin that owns the class.
 pub struct PublishedClass {
-    /// Its tensors, which with those of the activation are all that it has.
+    /// Layout of its tensors. Its only other tensors are those of the activation and a skip connection.
     pub layout: Layout,
-    /// Whether it does what this one does, wherever the bias is; of two classes no SAE is both.
+    /// True if the class computes what this SAE does, whether or not either subtracts b_dec. At most one class holds an
+    /// SAE.
     pub holds: fn(&AffineSae) -> bool,
 }
 
-/// b W, `[F]`, of a vector `[d]` and an encoder [d, F], added up in double precision.
+/// Returns b W, `[F]`, for a vector b `[d]` and an encoder W [d, F], summed in double precision.
 pub fn through(vector: &Tensor, encoder: &Tensor) -> Tensor {
     // A copy of the whole encoder in double precision may not fit into memory.
     let row = vector.to_kind(tch::Kind::Double).unsqueeze(0);

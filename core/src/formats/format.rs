@@ -1,8 +1,7 @@
-//! Formats: dictionaries that others published, read; ours, written for others.
+//! Formats: read dictionaries that others published, and write ours for other libraries.
 //!
-//! A format is a component of its own: it says which files make an SAE, and turns them into one of the registered
-//! classes, exactly, or refuses by name what it cannot. Where the files lie, a folder here or a repository of the Hub, is
-//! no concern of it.
+//! A format is a component. It knows which files make up an SAE and converts them exactly to a registered class, or
+//! names what it cannot convert. It does not know whether the files lie in a local folder or on the Hub.
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -20,7 +19,7 @@ use crate::suggest::nearest;
 
 /// A format of dictionaries on disk.
 pub trait Format: Debug + Send + Sync {
-    /// The SAEs that a request means, at least one; none of them is read yet.
+    /// Returns the places of the SAEs that a request names, at least one, without reading them.
     fn find(&self, request: &Request) -> Result<Vec<Place>> {
         Ok(vec![Place::parse(request.named()?)?])
     }
@@ -28,43 +27,40 @@ pub trait Format: Debug + Send + Sync {
     /// Reads the SAE at a place.
     fn read(&self, place: &Place) -> Result<Published>;
 
-    /// What can be had by name, for `--list`: names that [`Format::find`] takes, and a word on each.
+    /// Returns the names that [`Format::find`] takes, each with a short description, for `--list`.
     fn offers(&self, request: &Request) -> Result<Vec<(String, String)>> {
         let _ = request;
-        bail!(
-            InputError::new("this format has no table of what was published")
-                .help("name the folder or the Hub repository that you know of")
-        )
+        bail!(InputError::new("this format has no list of published SAEs").help("name a folder or a Hub repository"))
     }
 
-    /// Writes an SAE into a folder, which is there and empty, as the format's own readers take it.
+    /// Writes an SAE into an existing, empty folder, in the form that the format's own readers expect.
     fn write(&self, sae: &Saved, dir: &Path) -> Result<()> {
         let _ = (sae, dir);
         let able: Vec<&str> = writers();
         bail!(
-            InputError::new("this format can be imported, and not exported")
-                .help(format!("those that can be: {}", able.join(", ")))
+            InputError::new("this format can be imported but not exported")
+                .help(format!("formats that can be exported: {}", able.join(", ")))
         )
     }
 
-    /// Whether [`Format::write`] can write anything.
+    /// True if the format can be exported ([`Format::write`]).
     fn writes(&self) -> bool {
         false
     }
 
-    /// Files that an SAE of this format has, any of them and no other format's: for a hint where another format was asked.
+    /// Returns files that occur only in SAEs of this format, for a hint when the user requested another format.
     fn marks(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// Whether a folder here holds an SAE of this format, for the card of one that is uploaded.
+    /// True if a local folder holds an SAE of this format, for the card of an upload.
     fn is_in(&self, dir: &Path) -> bool {
         let _ = dir;
         false
     }
 
-    /// Python that loads the SAE in such a folder with the same features, where the format's library does; the variable
-    /// `folder` is where it lies. `sae` is the SAE as we read it, if we do.
+    /// Returns Python that loads an SAE of this format from the variable `folder`, if the format's library computes the
+    /// same features. `sae` is the SAE if dictlearn can read it.
     fn python(&self, sae: Option<&Saved>) -> Option<Python> {
         let _ = sae;
         None
@@ -76,18 +72,18 @@ crate::tagged::tagged! {
     TaggedFormat: Format => Format {}
 }
 
-/// Python that loads an SAE: [`Format::python`].
+/// Python that loads an SAE (see [`Format::python`]).
 #[derive(Debug, Clone, Copy)]
 pub struct Python {
     /// The library, as a link in Markdown.
     pub library: &'static str,
-    /// What is imported of it: a line.
+    /// The line that imports it.
     pub import: &'static str,
-    /// What loads the SAE in `folder`: a line.
+    /// The line that loads the SAE in `folder`.
     pub load: &'static str,
 }
 
-/// The names of the formats that can be exported to.
+/// Returns the names of the formats that can be exported.
 pub fn writers() -> Vec<&'static str> {
     registry::names(ComponentKind::Format)
         .into_iter()
@@ -95,7 +91,7 @@ pub fn writers() -> Vec<&'static str> {
         .collect()
 }
 
-/// The format of that name.
+/// Returns the format with this name.
 pub fn named(name: &str) -> Result<Box<dyn TaggedFormat>> {
     let known = registry::names(ComponentKind::Format);
     if !known.contains(&name) {
@@ -109,11 +105,10 @@ pub fn named(name: &str) -> Result<Box<dyn TaggedFormat>> {
     Ok(from_yaml(&format!("{{type: {name}}}"))?)
 }
 
-/// Sees that nothing in a published config changes what the SAE computes without being honoured.
+/// Refuses a published config that changes what the SAE computes in a way that no dictionary supports.
 ///
-/// The keys `off` would, in ways that no dictionary here does: any value but null, false, 0, "none" or an empty one is
-/// refused by name. `known` are the keys that the reader takes, and those that say only how the SAE was trained. The note
-/// that it returns names the keys that are neither, which are ignored.
+/// The keys in `off` do so unless their value is null, false, 0, "none" or empty. `known` are the keys that the reader
+/// handles, and those that only describe the training. Other keys are ignored; the returned note names them.
 pub fn check_keys(config: &Value, file: &str, off: &[&str], known: &[&str]) -> Result<Option<String>> {
     let Some(config) = config.as_object() else {
         bail!(InputError::new(format!("{file} is not a JSON object")));
@@ -122,7 +117,7 @@ pub fn check_keys(config: &Value, file: &str, off: &[&str], known: &[&str]) -> R
         Value::Null | Value::Bool(false) => true,
         Value::Bool(true) => false,
         Value::Number(number) => number.as_f64() == Some(0.0),
-        // Python's enums may not call a member None.
+        // Python enums cannot name a member `None`, so some have `None_`.
         Value::String(text) => text.is_empty() || text.trim_end_matches('_').eq_ignore_ascii_case("none"),
         Value::Array(items) => items.is_empty(),
         Value::Object(entries) => entries.is_empty(),
@@ -131,7 +126,7 @@ pub fn check_keys(config: &Value, file: &str, off: &[&str], known: &[&str]) -> R
         if let Some(value) = config.get(*key).filter(|value| !is_off(value)) {
             bail!(
                 InputError::new(format!("{file}: `{key}: {value}` is not supported"))
-                    .help("it changes what the SAE computes, in a way that no dictionary here does")
+                    .help("it changes what the SAE computes in a way that no dictionary supports")
             );
         }
     }
@@ -150,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_that_changes_what_is_computed_is_refused_and_an_unknown_one_is_named() {
+    fn unsupported_keys_are_refused_and_unknown_keys_are_named() {
         let check = |config: Value| check_keys(&config, "cfg.json", &["tied", "n_sources"], &["k"]);
         let fine = json!({"k": 3, "tied": false, "n_sources": 0});
         assert_eq!(check(fine).unwrap(), None);

@@ -1,4 +1,4 @@
-//! Importing published SAEs and exporting ours.
+//! Imports published SAEs and exports ours.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::registry::{self, ComponentKind};
 use crate::sae::saved::{self, Saved};
 use crate::sae::{Dictionary, SavedTensors};
 
-/// Imports what a request means into folders, each whole or not at all, and gives their paths.
+/// Imports the SAEs that a request names, each into a folder written atomically. Returns the folders' paths.
 ///
 /// One SAE becomes the folder `out`; several become folders in it, by name. Without `out` they go to `saes/<name>`.
 pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Result<Vec<PathBuf>> {
@@ -36,8 +36,8 @@ pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Resul
             None => Path::new("saes").join(folder(&place.name)),
         };
         let cannot = || format!("cannot import {place}");
-        // Before hours of fetching; but a folder of our naming may hold other SAEs of a place that is none itself, and then
-        // the place is what is wrong.
+        // With `out`, check before hours of downloading. Without it, read first: if the place is not an SAE but holds
+        // some, its folder may exist because they were imported, and the error should be about the place.
         if out.is_some() {
             refuse_other(&dir)?;
         }
@@ -55,7 +55,7 @@ pub fn import(format_name: &str, request: &Request, out: Option<&Path>) -> Resul
     Ok(written)
 }
 
-/// A name as the path of a folder below another: no part of it leads anywhere else.
+/// Converts a name to a relative path that cannot leave its parent folder.
 fn folder(name: &str) -> PathBuf {
     let part = |part: &str| -> String {
         part.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.=".contains(c) { c } else { '_' }).collect()
@@ -63,11 +63,11 @@ fn folder(name: &str) -> PathBuf {
     name.split(['/', ':']).filter(|part| !["", ".", ".."].contains(part)).map(part).collect()
 }
 
-/// Refuses to write over something else.
+/// Fails if `dir` exists, unless it is an empty folder.
 fn refuse_other(dir: &Path) -> Result<()> {
     if dir.is_symlink() && !dir.exists() {
         bail!(
-            InputError::new(format!("{} is a link that leads nowhere", dir.display()))
+            InputError::new(format!("{} is a dangling symlink", dir.display()))
                 .help("give another folder with `--out`")
         );
     }
@@ -80,16 +80,16 @@ fn refuse_other(dir: &Path) -> Result<()> {
     };
     if !empty {
         bail!(
-            InputError::new(format!("{} is there already", dir.display()))
+            InputError::new(format!("{} already exists", dir.display()))
                 .help("give another folder with `--out`, or remove it first")
         );
     }
     Ok(())
 }
 
-/// Makes a folder that is whole or not there: filled beside its place, then renamed.
+/// Creates a folder atomically: fills a temporary folder beside it, then renames that.
 pub fn whole_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    // Where a link leads, not the link.
+    // Replace the target of a symlink, not the symlink.
     let dir = fs::canonicalize(dir).or_else(|_| std::path::absolute(dir))?;
     let above = dir.parent().unwrap_or(Path::new("/"));
     let cannot = || format!("cannot write {}", dir.display());
@@ -99,22 +99,22 @@ pub fn whole_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resul
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // A temporary folder is private; a result is as readable as anything else the user writes.
+        // Temporary folders are private; the result should be readable like any other folder.
         fs::set_permissions(beside.path(), fs::Permissions::from_mode(0o755)).with_context(cannot)?;
     }
-    // A rename replaces an empty folder, and nothing else.
+    // A rename replaces only an empty folder.
     fs::rename(beside.path(), &dir).with_context(cannot)?;
     let _ = beside.keep();
     Ok(())
 }
 
-/// The dictionary that a published SAE is, and what config.json says of it under `trainer`.
+/// Returns the dictionary of a published SAE, and the `trainer` section of its config.json.
 pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictionary>, Map<String, Value>)> {
     for (name, tensor) in &published.tensors {
         if tensor.is_floating_point() && tensor.isnan().any().int64_value(&[]) != 0 {
             bail!(
-                InputError::new(format!("tensor `{name}` has values that are not numbers"))
-                    .help("the file is damaged, or was saved after training had failed")
+                InputError::new(format!("tensor `{name}` has NaN values"))
+                    .help("the file is damaged, or was saved after training failed")
             );
         }
     }
@@ -158,16 +158,17 @@ pub fn dictionary(published: &Published, origin: &str) -> Result<(Box<dyn Dictio
     Ok((dictionary, trainer))
 }
 
-/// Loads a published SAE without writing anything: from its folder, the Hub's cache or the Hub.
+/// Loads a published SAE from its folder, the Hub's cache or the Hub, without writing an SAE folder.
 ///
-/// `place` is what `dictlearn import` takes: a folder, `owner/name/path`, for `sae_lens` also `release:sae_id`.
+/// `place` has the form that `dictlearn import` takes: a folder, `owner/name/path`, or for `sae_lens` also
+/// `release:sae_id`.
 pub fn load(format_name: &str, place: &str, device: Device) -> Result<Saved> {
     let format = named(format_name)?;
     let places = format.find(&Request { place: Some(place.to_owned()), ..Request::default() })?;
     let [place] = &places[..] else {
         let names: Vec<&str> = places.iter().map(|place| place.name.as_str()).collect();
         bail!(
-            InputError::new(format!("`{place}` means {} SAEs", places.len()))
+            InputError::new(format!("`{place}` names {} SAEs", places.len()))
                 .help(format!("name one of them: {}", names.join(", ")))
         );
     };
@@ -185,12 +186,12 @@ pub fn load(format_name: &str, place: &str, device: Device) -> Result<Saved> {
     })
 }
 
-/// Where an SAE is from, for its config.json.
+/// Returns the origin of an SAE, for its config.json.
 fn origin(format_name: &str, place: &Place) -> Value {
     json!({"format": place.format.as_deref().unwrap_or(format_name), "from": place.to_string(), "name": place.name})
 }
 
-/// The dictionary that a published SAE is, with its config.json.
+/// Returns the dictionary of a published SAE, with its config.json.
 fn read_with_config(published: &Published, origin: &Value) -> Result<(Box<dyn Dictionary>, Value)> {
     let (dictionary, trainer) = dictionary(published, origin["from"].as_str().unwrap_or_default())?;
     let mut config = json!({"trainer": trainer});
@@ -210,7 +211,7 @@ fn read(format: &dyn TaggedFormat, place: &Place) -> Result<Published> {
     read.with_context(|| format!("cannot import {place}"))
 }
 
-/// The error, with the format that the files are of, where another was asked.
+/// Adds a hint to an error if the files belong to another format than the requested one.
 fn with_other_format(error: anyhow::Error, asked: &dyn TaggedFormat, place: &Place) -> anyhow::Error {
     let input = match InputError::take(error) {
         Ok(input) => input,
@@ -225,13 +226,13 @@ fn with_other_format(error: anyhow::Error, asked: &dyn TaggedFormat, place: &Pla
         registry::names(ComponentKind::Format).into_iter().find(|name| named(name).is_ok_and(|format| has(&*format)));
     match other {
         Some(other) => {
-            input.and_help(&format!("the files are those of `{other}`: `dictlearn import {other} ...`")).into()
+            input.and_help(&format!("the files are in the format `{other}`: use `dictlearn import {other} ...`")).into()
         }
         None => input.into(),
     }
 }
 
-/// Writes an imported SAE's folder: weights, config.json, and the config.yaml that says where it reads.
+/// Writes an imported SAE's folder: weights, config.json, and a config.yaml with its site.
 fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
     let (dictionary, config) = read_with_config(published, origin)?;
     saved::write(dir, &*dictionary, &config)?;
@@ -241,13 +242,13 @@ fn write(dir: &Path, published: &Published, origin: &Value) -> Result<()> {
     let source = inventory::iter::<WrittenSource>.into_iter().next();
     if let (Some(site), Some(source)) = (&published.site, source) {
         let yaml = serde_yaml::to_string(&json!({"source": (source.config)(site, site.text())}))?;
-        let yaml = format!("# Where this SAE reads, for `dictlearn eval` and `dictlearn encode --text`.\n{yaml}");
+        let yaml = format!("# The site of this SAE, for `dictlearn eval` and `dictlearn encode --text`.\n{yaml}");
         write_file(&dir.join("config.yaml"), yaml.as_bytes())?;
     }
     Ok(())
 }
 
-/// Exports an SAE into a folder, whole or not at all.
+/// Exports an SAE to a folder atomically.
 pub fn export(sae: &Saved, format_name: &str, out: &Path) -> Result<()> {
     let format = named(format_name)?;
     refuse_other(out)?;

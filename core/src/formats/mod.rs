@@ -1,4 +1,4 @@
-//! Reading what others published, and writing what they read.
+//! Imports published SAEs and exports ours in the formats of other libraries.
 
 mod affine;
 mod format;

@@ -1,4 +1,4 @@
-//! Where a published SAE's files lie: in a folder, or in a repository of the Hub.
+//! The place of a published SAE's files: a local folder or a Hub repository.
 
 use std::fmt;
 use std::fs;
@@ -11,45 +11,44 @@ use crate::error::InputError;
 use crate::files;
 use crate::hub::{Repo, RepoKind, hub};
 
-/// What a user asks a format for.
+/// A user's request to a format.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
     /// A folder, a file, `owner/name/path` on the Hub, or a name that the format knows.
     pub place: Option<String>,
     /// A name, or a glob of names, in the format's own set of published SAEs.
     pub pretrained: Option<String>,
-    /// The file of sae_lens's table of releases.
+    /// Path of sae_lens's table of releases.
     pub releases: Option<String>,
 }
 
 impl Request {
-    /// The place, which most formats need.
+    /// Returns the place, which most formats need.
     pub fn named(&self) -> Result<&str> {
         match (&self.place, &self.pretrained) {
             (Some(place), None) => Ok(place),
             (_, Some(_)) => bail!(
                 InputError::new("this format has no set of published SAEs for `--pretrained`")
-                    .help("name the folder or the Hub repository that you know of")
+                    .help("name a folder or a Hub repository")
             ),
             (None, None) => bail!(
-                InputError::new("nothing is named that could be imported")
-                    .help("give a folder, or `owner/name/path` of a repository on the Hub")
+                InputError::new("there is nothing to import").help("give a folder, or `owner/name/path` on the Hub")
             ),
         }
     }
 }
 
-/// Where an SAE's files lie: in a folder here, or in a repository of the Hub, below some path.
+/// The place of an SAE's files: a path in a local folder or in a Hub repository.
 #[derive(Debug, Clone)]
 pub struct Place {
-    /// What to call the SAE: its path, or the name by which it was asked for.
+    /// Name of the SAE: its path, or the name in the request.
     pub name: String,
     root: Root,
-    /// Below the root, of parts joined by `/`; empty for the root itself.
+    /// Path below the root, its parts joined by `/`; empty for the root itself.
     path: String,
-    /// What a table of releases says of it beside that.
+    /// Further entries for it in a table of releases.
     pub table: Map<String, Value>,
-    /// The format whose files they are, where a table names another than the one that was asked.
+    /// Format of the files, if a table names another than the requested one.
     pub format: Option<String>,
 }
 
@@ -71,16 +70,16 @@ impl fmt::Display for Place {
 }
 
 impl Place {
-    /// A folder or file that is there, or `owner/name[@revision][/path]` on the Hub.
+    /// Parses the path of an existing folder or file, or `owner/name[@revision][/path]` on the Hub.
     pub fn parse(text: &str) -> Result<Self> {
         let local = Path::new(text);
         if local.exists() {
             return Place::local(local);
         }
         let parts: Vec<&str> = text.split('/').collect();
-        // Who names a folder that is there means what is in it.
+        // A text that starts with an existing folder means a local path.
         if parts.len() > 1 && !parts[0].is_empty() && Path::new(parts[0]).is_dir() || text.starts_with('/') {
-            bail!(InputError::new(format!("there is no {text}")).help("look at the path"));
+            bail!(InputError::new(format!("{text} does not exist")).help("check the path"));
         }
         if !local.is_absolute()
             && parts.len() >= 2
@@ -90,12 +89,12 @@ impl Place {
             return Ok(Place::on_hub(repo, &parts[2..].join("/")));
         }
         bail!(
-            InputError::new(format!("`{text}` is no folder here, and cannot be a repository of the Hub"))
-                .help("give a folder, or `owner/name[@revision]/path` of a repository on the Hub")
+            InputError::new(format!("`{text}` is not a local folder and cannot be a Hub repository"))
+                .help("give a folder, or `owner/name[@revision]/path` on the Hub")
         )
     }
 
-    /// A folder or file here.
+    /// Returns the place of a local folder or file.
     pub fn local(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path)?;
         let last = || path.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -115,13 +114,13 @@ impl Place {
         Ok(new(folder, file.clone(), file))
     }
 
-    /// A path in a repository; empty for the repository itself.
+    /// Returns the place at a path in a Hub repository. An empty path is the repository itself.
     pub fn on_hub(repo: Repo, path: &str) -> Self {
         let name = if path.is_empty() { repo.id.clone() } else { format!("{}/{path}", repo.id) };
         Place { name, root: Root::Hub(repo), path: path.to_owned(), table: Map::new(), format: None }
     }
 
-    /// A place further below.
+    /// Returns the place at a path below this one.
     pub fn below(&self, path: &str) -> Self {
         let path = if self.path.is_empty() { path.to_owned() } else { format!("{}/{path}", self.path) };
         let name = match &self.root {
@@ -131,7 +130,7 @@ impl Place {
         Place { name, root: self.root.clone(), path, ..self.clone() }
     }
 
-    /// The place that this one lies in; none for a root.
+    /// Returns the place that contains this one, or `None` for a whole repository.
     pub fn above(&self) -> Option<Self> {
         if self.path.is_empty() {
             let Root::Folder(folder) = &self.root else { return None };
@@ -141,7 +140,7 @@ impl Place {
         Some(Place { path, ..self.clone() })
     }
 
-    /// The repository, if it is on the Hub.
+    /// Returns the repository, if the place is on the Hub.
     pub fn repo(&self) -> Option<&Repo> {
         match &self.root {
             Root::Hub(repo) => Some(repo),
@@ -149,8 +148,8 @@ impl Place {
         }
     }
 
-    /// Everything that its path says, from the repository's name or the file system's root down: formats read layers and
-    /// widths from it.
+    /// Returns the full path, from the repository's name or the file system's root. Formats read layers and widths from
+    /// it.
     pub fn words(&self) -> String {
         match &self.root {
             Root::Hub(repo) => format!("{}/{}", repo.id, self.path),
@@ -158,11 +157,12 @@ impl Place {
         }
     }
 
-    /// A file below it (or the place itself, if `name` is empty), fetched if need be; `None` where there is none.
+    /// Returns a file below the place (the place itself if `name` is empty), downloaded if necessary. `None` if there
+    /// is no such file.
     pub fn file(&self, name: &str) -> Result<Option<PathBuf>> {
         let path = [self.path.as_str(), name].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
         match &self.root {
-            // Who names one of an SAE's files means the others beside it.
+            // A place that is one of an SAE's files stands for its folder.
             Root::Folder(folder) if !name.is_empty() && folder.join(&self.path).is_file() => {
                 let beside = folder.join(&self.path).with_file_name(name);
                 Ok(Some(beside).filter(|path| path.is_file()))
@@ -172,7 +172,7 @@ impl Place {
         }
     }
 
-    /// A file below it that must be there.
+    /// Returns a file below the place, or an error that suggests where it is.
     pub fn need(&self, name: &str) -> Result<PathBuf> {
         if let Some(file) = self.file(name)? {
             return Ok(file);
@@ -184,22 +184,22 @@ impl Place {
         bail!(if folders.is_empty() {
             let shown: Vec<&str> = files.iter().take(8).map(String::as_str).collect();
             error.help(match shown.is_empty() {
-                true => "there is nothing; look at the name".to_owned(),
-                false => format!("there are: {}{}", shown.join(", "), if files.len() > 8 { ", ..." } else { "" }),
+                true => "it has no files; check the name".to_owned(),
+                false => format!("it has: {}{}", shown.join(", "), if files.len() > 8 { ", ..." } else { "" }),
             })
         } else {
             let more = if folders.len() > 12 { ", ..." } else { "" };
             folders.truncate(12);
-            error.help(format!("name one of its folders that have one: {}{more}", folders.join(", ")))
+            error.help(format!("name one of its folders that has one: {}{more}", folders.join(", ")))
         })
     }
 
-    /// A JSON file below it that must be there.
+    /// Reads a JSON file below the place. Fails as [`Place::need`] does.
     pub fn json(&self, name: &str) -> Result<Value> {
         files::read_json(&self.need(name)?)
     }
 
-    /// The files below it, by their paths from it, sorted.
+    /// Returns the sorted paths of all files below the place, relative to it.
     pub fn files(&self) -> Result<Vec<String>> {
         let prefix = if self.path.is_empty() { String::new() } else { format!("{}/", self.path) };
         match &self.root {
@@ -217,9 +217,9 @@ impl Place {
     }
 }
 
-/// Files of a folder and of those in it.
+/// Collects the files of a folder and its subfolders.
 fn collect(folder: &Path, prefix: &str, depth: usize, found: &mut Vec<String>) {
-    /// Published sets have layer, width and sparsity at most, and no user wants his home searched.
+    /// Published sets nest layer, width and sparsity at most. A limit keeps a home folder from being searched.
     const DEEPEST: usize = 6;
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -234,7 +234,7 @@ fn collect(folder: &Path, prefix: &str, depth: usize, found: &mut Vec<String>) {
     }
 }
 
-/// A glob of names, in which `*` stands for `/` too.
+/// Parses a glob of names in which `*` also matches `/`.
 pub fn glob(text: &str) -> Result<glob::Pattern> {
-    glob::Pattern::new(text).map_err(|error| InputError::new(format!("`{text}` is no glob: {error}")).into())
+    glob::Pattern::new(text).map_err(|error| InputError::new(format!("`{text}` is not a valid glob: {error}")).into())
 }

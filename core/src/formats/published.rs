@@ -1,4 +1,4 @@
-//! A published SAE, read.
+//! A published SAE in memory.
 
 use std::collections::BTreeMap;
 
@@ -10,43 +10,43 @@ use super::site::ModelSite;
 use crate::error::InputError;
 use crate::sae::Normalization;
 
-/// A published SAE, read.
+/// A published SAE in memory.
 #[derive(Debug, Default)]
 pub struct Published {
-    /// Which of the registered classes it is: `JumpReluAutoEncoder`.
+    /// Name of its registered class, such as `JumpReluAutoEncoder`.
     pub class: String,
     /// The class's tensors.
     pub tensors: BTreeMap<String, Tensor>,
-    /// What is done to an activation before all that.
+    /// Normalisation of each activation before encoding.
     pub normalization: Option<Normalization>,
-    /// `bfloat16` or `float16`, where its publishers compute in these.
+    /// `bfloat16` or `float16`, if its publishers compute in that dtype.
     pub dtype: Option<&'static str>,
-    /// Where it reads, as far as that is known.
+    /// Its site in a language model, as far as known.
     pub site: Option<ModelSite>,
-    /// What else config.json is to say under `trainer`.
+    /// Further entries for the `trainer` section of config.json.
     pub trainer: Map<String, Value>,
-    /// log10 of how often each feature fires, `[F]`, where it was published.
+    /// log10 of each feature's firing frequency, `[F]`, if published.
     pub sparsity: Option<Tensor>,
-    /// What biases and thresholds are still to be multiplied with, in backups of a training on scaled activations.
+    /// Factor that biases and thresholds still need, in backups of training on scaled activations.
     pub scale: Option<f64>,
-    /// Whether it is a file of the reference's, to which its `from_pretrained` does what it does.
+    /// True for a file of the reference, whose `from_pretrained` changes some weights on loading.
     pub pretrained: bool,
-    /// What the user should know.
+    /// Warnings for the user.
     pub notes: Vec<String>,
 }
 
-/// Refuses tensors that are left when all that an SAE has were taken: they would change it, and nobody knows how.
+/// Fails if any tensors were not read: they would change the SAE in an unknown way.
 pub fn nothing_left(tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     if tensors.is_empty() {
         return Ok(());
     }
     bail!(InputError::new(format!(
-        "the weights have tensors that such an SAE does not: {}",
+        "the weights have tensors that this kind of SAE does not have: {}",
         tensors.keys().cloned().collect::<Vec<_>>().join(", ")
     )))
 }
 
-/// A tensor of a file of weights, or an error that lists what there is.
+/// Takes a tensor from a file's weights. The error lists the remaining tensors.
 pub fn take(tensors: &mut BTreeMap<String, Tensor>, name: &str) -> Result<Tensor> {
     match tensors.remove(name) {
         Some(tensor) => Ok(tensor),
@@ -55,8 +55,8 @@ pub fn take(tensors: &mut BTreeMap<String, Tensor>, name: &str) -> Result<Tensor
             let more = if others.len() > 12 { ", ..." } else { "" };
             others.truncate(12);
             Err(anyhow!(InputError::new(format!("tensor `{name}` is missing")).help(match others.is_empty() {
-                true => "beside those that were read there are none".to_owned(),
-                false => format!("beside those that were read there are: {}{more}", others.join(", ")),
+                true => "there are no other unread tensors".to_owned(),
+                false => format!("unread tensors: {}{more}", others.join(", ")),
             })))
         }
     }

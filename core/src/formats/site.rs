@@ -1,34 +1,34 @@
-//! The place in a language model that a published SAE reads.
+//! The site of a published SAE in a language model.
 
 use serde_json::{Map, Value};
 
 use crate::data::text::{self, Wanted};
 
-/// A place in a language model that a published SAE reads.
+/// The site of a published SAE in a language model.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModelSite {
     /// The model's repository on the Hub.
     pub model: String,
     /// A TransformerLens name or a module path.
     pub submodule: String,
-    /// `in` or `out`, where the name leaves it open.
+    /// `in` or `out`, if the name does not determine it.
     pub io: Option<&'static str>,
-    /// For transcoders: the place whose value is predicted.
+    /// For transcoders: the hook point whose value is predicted.
     pub target: Option<String>,
-    /// For an SAE on one attention head: its number.
+    /// For an SAE on one attention head: the head's index.
     pub head: Option<i64>,
-    /// Whether each context begins with the BOS token.
+    /// True if each context begins with the BOS token.
     pub prepend_bos: Option<bool>,
-    /// Tokens in a context.
+    /// Number of tokens in a context.
     pub ctx_len: Option<i64>,
     /// The dataset's repository on the Hub.
     pub dataset: Option<String>,
-    /// Whether the mean over dimensions is taken off each activation, as TransformerLens does.
+    /// True if the mean over dimensions is subtracted from each activation, as TransformerLens does.
     pub center: bool,
 }
 
 impl ModelSite {
-    /// Takes a module path with the value's end, `model.layers.3.output`, as some formats write it.
+    /// Sets `submodule` and `io` from a module path that ends in `input` or `output`: `model.layers.3.output`.
     pub fn at(&mut self, hook: &str) {
         (self.submodule, self.io) = match hook.rsplit_once('.') {
             Some((module, "input")) => (module.to_owned(), Some("in")),
@@ -37,7 +37,7 @@ impl ModelSite {
         };
     }
 
-    /// What config.json says of it under `buffer`.
+    /// Returns the `buffer` section of config.json.
     pub(super) fn buffer(&self) -> Value {
         let mut buffer = Map::new();
         let mut add = |name: &str, value: Value| {
@@ -59,21 +59,21 @@ impl ModelSite {
         Value::Object(buffer)
     }
 
-    /// The text that it is to be read on: its own dataset, or what there is.
+    /// Returns the text to run the model on: its own dataset, or the bundled text.
     pub(super) fn text(&self) -> Value {
         let own = self.dataset.as_deref().and_then(|dataset| text::written(Wanted::Dataset(dataset)));
         own.or_else(|| text::written(Wanted::Bundled)).unwrap_or(Value::Null)
     }
 
-    /// The number of the layer, if the name has one.
+    /// Returns the layer's index, if the name has one.
     pub(super) fn layer(&self) -> Option<u64> {
         self.submodule.split('.').find_map(|part| part.parse().ok())
     }
 }
 
-/// How a place in a model is written as the `source` of a config. Submitted by the plugin that has the source.
+/// Writes a site as the `source` of a config. Submitted by the plugin that owns the source.
 pub struct WrittenSource {
-    /// The config of a source that gives the place's activations on a text.
+    /// Returns the config of a source of the site's activations on a text.
     pub config: fn(&ModelSite, Value) -> Value,
 }
 

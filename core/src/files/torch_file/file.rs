@@ -1,4 +1,4 @@
-//! A state dict whose tensors are read one by one.
+//! A state dict whose tensors are read on demand.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,8 +12,8 @@ use super::pickle::{self, Fault, Item, Layout, Node, Pickle, View};
 use super::read::{self, Budget, TENSOR_OVERHEAD, contiguous, dims};
 use crate::files;
 
-/// A state dict in a file of `torch.save`, as models are published in `pytorch_model.bin`: the file is checked when it is
-/// opened, and each tensor is copied from the mapped file when it is asked for.
+/// A state dict in a file of `torch.save`, such as a model's `pytorch_model.bin`. Opening it checks the file; each
+/// tensor is copied from the mapped file on demand.
 pub struct StateDictFile {
     path: PathBuf,
     map: Mmap,
@@ -22,18 +22,18 @@ pub struct StateDictFile {
 
 /// A tensor in the file.
 struct Stored {
-    /// Where its storage lies.
+    /// Byte range of its storage in the file.
     place: Range<usize>,
     kind: Kind,
     view: View,
 }
 
 impl StateDictFile {
-    /// Opens a file and finds its tensors; other values of its dict are left out.
+    /// Opens a file and finds its tensors. Other values of its dict are ignored.
     ///
     /// # Errors
     ///
-    /// Those of [`read()`](super::read()), and that it holds no tensors by name.
+    /// Fails as [`read()`](super::read()) does, or if the file is not a dict with tensors.
     pub fn open(path: &Path) -> Result<Self> {
         let map = files::map(path)?;
         let tensors = tensors(&map).map_err(|fault| fault.of(&path.display().to_string()))?;
@@ -41,29 +41,29 @@ impl StateDictFile {
         Ok(StateDictFile { path: path.to_owned(), map, tensors })
     }
 
-    /// The names of the tensors, sorted.
+    /// Returns the sorted tensor names.
     pub fn names(&self) -> Vec<String> {
         self.tensors.keys().cloned().collect()
     }
 
-    /// The shape of a tensor, without reading it.
+    /// Returns a tensor's shape without reading the tensor.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
         Some(self.tensors.get(name)?.view.sizes.clone())
     }
 
-    /// The type of a tensor, without reading it.
+    /// Returns a tensor's dtype without reading the tensor.
     pub fn kind(&self, name: &str) -> Result<Kind> {
         Ok(self.stored(name)?.kind)
     }
 
-    /// Reads one tensor to the CPU, contiguous, in the type that the file has.
+    /// Reads one tensor to the CPU, contiguous, in the file's dtype.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let Stored { place, kind, view } = self.stored(name)?;
         Ok(read::elements(*kind, view, &self.map[place.clone()])
             .map_err(|fault| fault.of(&self.path.display().to_string()))?)
     }
 
-    /// The bytes of a tensor, where they lie in one piece in its order.
+    /// Returns a tensor's bytes if it is contiguous in the file and not empty.
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {
         let Stored { place, kind, view: View { offset, sizes, strides } } = self.tensors.get(name)?;
         let order: Vec<usize> = (0..sizes.len()).collect();
@@ -75,7 +75,7 @@ impl StateDictFile {
         self.map.get(start..start + count * element)
     }
 
-    /// Lets the system take back the memory that reading a tensor brought in.
+    /// Lets the OS reclaim the pages of a tensor's storage.
     pub fn forget(&self, name: &str) {
         if let Some(stored) = self.tensors.get(name) {
             files::forget(&self.map, stored.place.clone());
@@ -87,9 +87,9 @@ impl StateDictFile {
     }
 }
 
-/// The tensors of the dict that a file holds.
+/// Finds the tensors of a file's state dict.
 fn tensors(bytes: &[u8]) -> std::result::Result<BTreeMap<String, Stored>, Fault> {
-    let none = || Fault::new("holds no state dict, which is a dict of tensors").help(pickle::SAVE_STATE_DICT);
+    let none = || Fault::new("holds no state dict (a dict of tensors)").help(pickle::SAVE_STATE_DICT);
     let mut archive = read::open(bytes)?;
     let pickle = archive.pickle()?;
     let Pickle { root, nodes } = pickle::load(&pickle)?;

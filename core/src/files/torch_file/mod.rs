@@ -1,8 +1,8 @@
-//! `.pt` files: a state dict written as `torch.save` writes it, and what `torch.save` wrote read without Python.
+//! `.pt` files: writes state dicts as `torch.save` does, and reads files of `torch.save` without Python.
 //!
-//! A pickle is a program, and loading one in Python runs it. The reader here knows the few calls that make up tensors,
-//! dicts and numbers, makes the values itself, and refuses a file that names anything else. What a file claims (sizes,
-//! strides, places) is checked before it is used, and what is made of it is bounded by the file's length.
+//! A pickle is a program, and loading one in Python runs it. This reader knows the few calls that build tensors, dicts
+//! and numbers, builds the values itself, and refuses a file that names anything else. It checks claimed sizes, strides
+//! and offsets before use, and bounds the memory of the values by the file's length.
 
 mod file;
 mod pickle;
@@ -19,7 +19,7 @@ pub use file::StateDictFile;
 pub use read::{read, read_bytes};
 pub use write::write;
 
-/// The storage classes of module `torch` whose tensors are written and read.
+/// Supported storage classes of module `torch`, with their dtypes.
 const STORAGES: [(&str, Kind); 10] = [
     ("FloatStorage", Kind::Float),
     ("DoubleStorage", Kind::Double),
@@ -48,23 +48,23 @@ pub enum Value {
     Text(String),
     /// Bytes.
     Bytes(Vec<u8>),
-    /// A tensor or parameter: contiguous, on the CPU, of the shape and type that were saved.
+    /// A tensor or parameter: contiguous, on the CPU, with the saved shape and dtype.
     Tensor(Tensor),
     /// A list, a tuple, a set or a `torch.Size`.
     List(Vec<Value>),
-    /// A dict, in the order of the file. A key may come twice; the later one counts.
+    /// A dict, in file order. If a key occurs twice, the later entry counts.
     Dict(Vec<(Value, Value)>),
-    /// Something that is only a name: a type (`torch.float32`), a device (`cuda:0`).
+    /// The name of a dtype (`torch.float32`), a device (`cuda:0`) or a class.
     Name(String),
 }
 
 impl Value {
-    /// The entry of a dict with that text as its key.
+    /// Returns the dict entry with this string as its key.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.as_dict()?.iter().rev().find(|(name, _)| name.as_str() == Some(key)).map(|(_, value)| value)
     }
 
-    /// The entries of a dict.
+    /// Returns the entries of a dict.
     pub fn as_dict(&self) -> Option<&[(Value, Value)]> {
         match self {
             Value::Dict(entries) => Some(entries),
@@ -72,7 +72,7 @@ impl Value {
         }
     }
 
-    /// The values of a list, tuple or set.
+    /// Returns the values of a list, tuple or set.
     pub fn as_list(&self) -> Option<&[Value]> {
         match self {
             Value::List(values) => Some(values),
@@ -80,7 +80,7 @@ impl Value {
         }
     }
 
-    /// A string. A name is none.
+    /// Returns a string. A [`Value::Name`] is not a string.
     pub fn as_str(&self) -> Option<&str> {
         match self {
             Value::Text(text) => Some(text),
@@ -88,7 +88,7 @@ impl Value {
         }
     }
 
-    /// `True` or `False`, also as a tensor of one boolean.
+    /// Returns a boolean, or the element of a one-element boolean tensor.
     pub fn as_bool(&self) -> Option<bool> {
         match self {
             Value::Bool(value) => Some(*value),
@@ -97,9 +97,9 @@ impl Value {
         }
     }
 
-    /// A whole number: an integer, or a float or tensor of one element whose value is whole, as Adam's `step` is.
+    /// Returns an integer. A float or one-element tensor counts if its value is integral, as Adam's `step` is.
     pub fn as_i64(&self) -> Option<i64> {
-        // Up to here a float holds every whole number.
+        // Up to this value, an f64 represents every integer.
         const EXACT: f64 = (1_u64 << 53) as f64;
         match self {
             Value::Int(value) => Some(*value),
@@ -110,7 +110,7 @@ impl Value {
         }
     }
 
-    /// A number: a float, an integer, or a tensor of one element that is not a boolean.
+    /// Returns a float, an integer, or the element of a one-element tensor that is not boolean.
     pub fn as_f64(&self) -> Option<f64> {
         match self {
             Value::Float(value) => Some(*value),
@@ -120,7 +120,7 @@ impl Value {
         }
     }
 
-    /// A tensor, of any shape.
+    /// Returns a tensor of any shape.
     pub fn as_tensor(&self) -> Option<&Tensor> {
         match self {
             Value::Tensor(tensor) => Some(tensor),
@@ -128,8 +128,8 @@ impl Value {
         }
     }
 
-    /// The tensors of a state dict, which is a dict of text to tensors; `None` when it is not one. They share their
-    /// memory with the tensors here.
+    /// Returns the tensors of a state dict, a dict from strings to tensors; `None` for any other value. The tensors
+    /// share memory with this value.
     pub fn state_dict(&self) -> Option<BTreeMap<String, Tensor>> {
         let entry =
             |(key, value): &(Value, Value)| Some((key.as_str()?.to_owned(), value.as_tensor()?.shallow_clone()));
@@ -137,7 +137,7 @@ impl Value {
     }
 }
 
-/// The element of a tensor that has only one.
+/// Returns the element of a one-element tensor.
 fn one(tensor: &Tensor) -> Option<f64> {
     (tensor.numel() == 1).then(|| tensor.f_double_value(&vec![0; tensor.dim()]).ok()).flatten()
 }

@@ -1,7 +1,7 @@
-//! The stack machine of a pickle, which makes values and calls nothing.
+//! Pickle's stack machine, which builds values and calls nothing.
 //!
-//! It goes through the instructions once. Values that hold others lie in one list and refer to each other by index, so
-//! that what a pickle shares stays shared, and neither a cycle nor a deep nest costs more than its instructions.
+//! It runs through the instructions once. Containers lie in one list and refer to each other by index. Shared values
+//! therefore stay shared, and neither a cycle nor deep nesting costs more than its instructions.
 
 use std::collections::HashMap;
 
@@ -10,14 +10,14 @@ use tch::Kind;
 use super::STORAGES;
 use crate::error::InputError;
 
-/// How many instructions and copied values a pickle may have. A tensor of a state dict takes about forty.
+/// Maximum number of instructions and copied values. A tensor of a state dict takes about forty.
 const MAX_WORK: usize = 4 << 20;
-/// As many dimensions as libtorch's own loops take.
+/// Maximum number of dimensions, the limit of libtorch's own loops.
 const MAX_DIMS: usize = 64;
 
 pub(super) const SAVE_STATE_DICT: &str = "save the state dict alone: torch.save(model.state_dict(), path)";
 
-/// Why a file is refused: what it does or is, to be read after its name.
+/// Why a file is refused. The message starts with the file's name, followed by `what`.
 #[derive(Debug)]
 pub(super) struct Fault {
     pub(super) what: String,
@@ -33,7 +33,7 @@ impl Fault {
         Fault { help: Some(help), ..self }
     }
 
-    /// The error that it is, in a file of that name.
+    /// Returns the error for a file with this name.
     pub(super) fn of(self, name: &str) -> InputError {
         let error = InputError::new(format!("{name} {}", self.what));
         match self.help {
@@ -42,12 +42,12 @@ impl Fault {
         }
     }
 
-    /// The bytes are not what a pickle can be.
+    /// The file is malformed.
     pub(super) fn damaged(why: impl AsRef<str>) -> Self {
         Fault::new(format!("is damaged: {}", why.as_ref()))
     }
 
-    /// It is a pickle, of something that is not read.
+    /// The file is valid but has something that is not supported.
     fn unsupported(what: impl AsRef<str>) -> Self {
         Fault::new(format!("has {}, which is not supported", what.as_ref())).help(SAVE_STATE_DICT)
     }
@@ -55,7 +55,7 @@ impl Fault {
 
 type Result<T> = std::result::Result<T, Fault>;
 
-/// A file's text as it may stand in a message: neither long nor able to move the terminal's cursor.
+/// Shortens a file's text for a message and escapes its control characters.
 pub(super) fn quoted(text: &str) -> String {
     let mut short: String = text.chars().take(80).flat_map(char::escape_debug).collect();
     if text.chars().nth(80).is_some() {
@@ -74,7 +74,7 @@ pub(super) enum Item<'a> {
     Text(&'a str),
     Bytes(&'a [u8]),
     Global(&'static Global),
-    /// What lies at that index of [`Pickle::nodes`].
+    /// An index into [`Pickle::nodes`].
     Node(usize),
 }
 
@@ -89,27 +89,27 @@ pub(super) enum Node<'a> {
     Device(String),
     NumpyType(NumpyType),
     Storage(Storage<'a>),
-    /// In a box, because it is larger than the others, and a hostile pickle has millions of those.
+    /// Boxed, because it is larger than the other variants, and a hostile pickle has millions of those.
     Tensor(Box<Layout<'a>>),
 }
 
-/// What a tensor's elements are part of: an entry of the archive.
+/// The archive entry that holds a tensor's elements.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Storage<'a> {
     pub(super) key: &'a str,
     pub(super) kind: Kind,
-    /// How many elements the pickle says it has.
+    /// Number of elements that the pickle claims.
     pub(super) elements: i64,
 }
 
-/// A tensor: its storage, and where in it.
+/// A tensor: a view of a storage.
 #[derive(Debug)]
 pub(super) struct Layout<'a> {
     pub(super) storage: Storage<'a>,
     pub(super) view: View,
 }
 
-/// Where in its storage a tensor is, counted in elements. Nothing is negative, and there are as many strides as sizes.
+/// A tensor's place in its storage, in elements. No number is negative, and there are as many strides as sizes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct View {
     pub(super) offset: i64,
@@ -117,7 +117,7 @@ pub(super) struct View {
     pub(super) strides: Vec<i64>,
 }
 
-/// A type of numpy's, of those that a scalar may have.
+/// The dtype of a NumPy scalar.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NumpyType {
     /// `f`, `i`, `u` or `b`.
@@ -139,11 +139,11 @@ pub(super) struct Global {
     call: Call,
 }
 
-/// What calling a global makes.
+/// What calling a global returns.
 #[derive(Debug, Clone, Copy)]
 enum Call {
     Dict,
-    /// A dict whose first argument makes absent values, which nothing here asks for.
+    /// A dict. Its first argument, the factory of missing values, is ignored.
     DefaultDict,
     List,
     Tuple,
@@ -158,9 +158,9 @@ enum Call {
     Device,
     NumpyType,
     NumpyScalar,
-    /// Not to be called: the class of a persistent id's storage.
+    /// Not callable: the storage class in a persistent id.
     Storage(Kind),
-    /// Not to be called.
+    /// Not callable.
     Name,
 }
 
@@ -189,12 +189,12 @@ static GLOBALS: [Global; 35] = [
     global("builtins", "set", Call::Set),
     global("builtins", "frozenset", Call::Set),
     global("builtins", "int", Call::Int),
-    // What protocol 2 calls `int`.
+    // The name of `int` in protocol 2.
     global("builtins", "long", Call::Int),
     global("builtins", "float", Call::Float),
     global("builtins", "bool", Call::Bool),
     global("builtins", "bytes", Call::Bytes),
-    // What PyTorch calls its types.
+    // PyTorch's dtypes.
     global("torch", "float32", Call::Name),
     global("torch", "float64", Call::Name),
     global("torch", "float16", Call::Name),
@@ -220,9 +220,9 @@ static STORAGE_GLOBALS: [Global; STORAGES.len()] = {
     globals
 };
 
-/// Finds a global by its name, or says why it is refused.
+/// Finds a global by its name. The error states why it is refused.
 fn find(module: &str, name: &str) -> Result<&'static Global> {
-    // Python 2 called it so, and protocol 2 still does.
+    // Its name in Python 2, and still in protocol 2.
     let module = if module == "__builtin__" { "builtins" } else { module };
     if let Some(known) =
         GLOBALS.iter().chain(&STORAGE_GLOBALS).find(|global| global.module == module && global.name == name)
@@ -233,21 +233,21 @@ fn find(module: &str, name: &str) -> Result<&'static Global> {
         return Err(Fault::unsupported(format!("a tensor in a `{}`", quoted(name))));
     }
     if module == "torch._utils" && name == "_rebuild_tensor_v3" {
-        // PyTorch calls it for these only.
-        return Err(Fault::unsupported("a tensor of one of the types that have no storage class (float8, uint16)"));
+        // PyTorch uses it for these dtypes only.
+        return Err(Fault::unsupported("a tensor of a dtype without a storage class (float8, uint16)"));
     }
     let name = quoted(&format!("{module}.{name}"));
-    Err(Fault::new(format!("wants to call `{name}`, which a file of weights has no need of; nothing of it was run"))
+    Err(Fault::new(format!("wants to call `{name}`, which a weights file does not need; none of its code was run"))
         .help(SAVE_STATE_DICT))
 }
 
-/// What a pickle comes to.
+/// The result of a pickle.
 pub(super) struct Pickle<'a> {
     pub(super) root: Item<'a>,
     pub(super) nodes: Vec<Node<'a>>,
 }
 
-/// Goes through a pickle of protocol 0 to 5.
+/// Interprets a pickle of protocol 0 to 5.
 pub(super) fn load(bytes: &[u8]) -> Result<Pickle<'_>> {
     let mut machine = Machine {
         bytes,
@@ -266,7 +266,7 @@ struct Machine<'a> {
     bytes: &'a [u8],
     at: usize,
     stack: Vec<Item<'a>>,
-    /// The heights of the stack at which marks stand. Nothing below the last one is taken before it is.
+    /// Stack heights of the marks. Nothing below the last mark is popped before the mark itself.
     marks: Vec<usize>,
     memo: HashMap<u64, Item<'a>>,
     nodes: Vec<Node<'a>>,
@@ -286,13 +286,13 @@ impl<'a> Machine<'a> {
                         return Err(Fault::unsupported(format!("a pickle of protocol {protocol}")));
                     }
                 }
-                // FRAME: says how much to read ahead
+                // FRAME: a hint for reading ahead
                 0x95 => drop(self.take(8)?),
                 // STOP
                 b'.' => return self.pop(),
 
                 b'(' => self.marks.push(self.stack.len()),
-                // POP, which takes a mark as well
+                // POP, which also pops a mark
                 b'0' if self.marks.last() == Some(&self.stack.len()) => drop(self.marks.pop()),
                 b'0' => drop(self.pop()?),
                 // POP_MARK
@@ -355,7 +355,7 @@ impl<'a> Machine<'a> {
                 0x8c => self.text(1)?,
                 b'X' => self.text(4)?,
                 0x8d => self.text(8)?,
-                // UNICODE, STRING: on a line
+                // UNICODE, STRING: one line
                 b'V' => {
                     let text = plain(self.line()?)?;
                     self.stack.push(Item::Text(text));
@@ -363,10 +363,10 @@ impl<'a> Machine<'a> {
                 b'S' => {
                     let line = self.line()?;
                     let inner = ['\'', '"'].iter().find_map(|quote| line.strip_prefix(*quote)?.strip_suffix(*quote));
-                    let text = plain(inner.ok_or_else(|| Fault::damaged("a string of its pickle has no quotes"))?)?;
+                    let text = plain(inner.ok_or_else(|| Fault::damaged("a string in its pickle has no quotes"))?)?;
                     self.stack.push(Item::Text(text));
                 }
-                // SHORT_BINSTRING, BINSTRING: Python 2's, which may be either
+                // SHORT_BINSTRING, BINSTRING: strings of Python 2, which may be text or bytes
                 b'U' | b'T' => {
                     let bytes = self.counted(if code == b'U' { 1 } else { 4 })?;
                     self.stack.push(std::str::from_utf8(bytes).map_or(Item::Bytes(bytes), Item::Text));
@@ -389,7 +389,7 @@ impl<'a> Machine<'a> {
                     }
                     self.push(Node::Tuple(items));
                 }
-                // TUPLE, LIST, FROZENSET, DICT: of what is above the mark
+                // TUPLE, LIST, FROZENSET, DICT: of the items above the mark
                 b't' => {
                     let items = self.pop_mark()?;
                     self.push(Node::Tuple(items));
@@ -446,7 +446,7 @@ impl<'a> Machine<'a> {
                 0x93 => {
                     let (name, module) = (self.pop()?, self.pop()?);
                     let (Item::Text(module), Item::Text(name)) = (module, name) else {
-                        return Err(Fault::damaged("its pickle names a global by something that is not text"));
+                        return Err(Fault::damaged("its pickle names a global by something that is not a string"));
                     };
                     self.stack.push(Item::Global(find(module, name)?));
                 }
@@ -456,7 +456,7 @@ impl<'a> Machine<'a> {
                     let made = self.call(callee, arguments)?;
                     self.stack.push(made);
                 }
-                // INST: the same on lines
+                // INST: the same, with the name on two lines
                 b'i' => {
                     let (module, name) = (self.line()?, self.line()?);
                     let callee = Item::Global(find(module, name)?);
@@ -483,12 +483,12 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Counts work, so that a few bytes cannot ask for much of it.
+    /// Counts work, so that a few bytes cannot cause much of it.
     fn charge(&mut self, work: usize) -> Result<()> {
         self.work = self.work.saturating_add(work);
         match self.work <= MAX_WORK {
             true => Ok(()),
-            false => Err(Fault::new("has a pickle that is longer than one of weights can be").help(SAVE_STATE_DICT)),
+            false => Err(Fault::new("has a pickle that is too long for a weights file").help(SAVE_STATE_DICT)),
         }
     }
 
@@ -509,14 +509,14 @@ impl<'a> Machine<'a> {
         Ok(array)
     }
 
-    /// A number without a sign, of that many bytes, of which there are at most eight.
+    /// Reads an unsigned integer of `bytes` bytes, at most eight.
     fn length(&mut self, bytes: usize) -> Result<u64> {
         let mut word = [0; 8];
         word[..bytes].copy_from_slice(self.take(bytes)?);
         Ok(u64::from_le_bytes(word))
     }
 
-    /// Bytes after their number.
+    /// Reads bytes that follow their length, an integer of `bytes` bytes.
     fn counted(&mut self, bytes: usize) -> Result<&'a [u8]> {
         let length = self.length(bytes)?;
         self.take(usize::try_from(length).unwrap_or(usize::MAX))
@@ -546,7 +546,7 @@ impl<'a> Machine<'a> {
             return Err(Fault::unsupported("an integer of more than 64 bits"));
         }
         let bytes = self.take(length as usize)?;
-        // The last byte has the sign.
+        // The last byte holds the sign.
         let sign = bytes.last().is_some_and(|byte| *byte >= 0x80);
         let mut word = [if sign { 0xff } else { 0 }; 8];
         word[..bytes.len()].copy_from_slice(bytes);
@@ -558,7 +558,7 @@ impl<'a> Machine<'a> {
         let fence = self.marks.last().copied().unwrap_or(0);
         match self.stack.last() {
             Some(item) if self.stack.len() > fence => Ok(*item),
-            _ => Err(Fault::damaged("its pickle takes more than there is")),
+            _ => Err(Fault::damaged("its pickle pops more values than it pushes")),
         }
     }
 
@@ -569,8 +569,7 @@ impl<'a> Machine<'a> {
     }
 
     fn pop_mark(&mut self) -> Result<Vec<Item<'a>>> {
-        let mark =
-            self.marks.pop().ok_or_else(|| Fault::damaged("its pickle goes back to a mark that is not there"))?;
+        let mark = self.marks.pop().ok_or_else(|| Fault::damaged("its pickle pops a mark that it did not push"))?;
         Ok(self.stack.split_off(mark))
     }
 
@@ -584,7 +583,7 @@ impl<'a> Machine<'a> {
         self.stack.push(item);
     }
 
-    /// The index in the memo that PUT or GET gives, as a line, or BINPUT, LONG_BINPUT and so on as one or four bytes.
+    /// Reads a memo index: a line for PUT and GET, one byte for BINPUT and BINGET, four for their LONG forms.
     fn memo_index(&mut self, code: u8) -> Result<u64> {
         match code {
             b'p' | b'g' => parsed(self.line()?),
@@ -601,7 +600,7 @@ impl<'a> Machine<'a> {
 
     fn recall(&mut self, index: u64) -> Result<()> {
         let item = self.memo.get(&index).copied();
-        self.stack.push(item.ok_or_else(|| Fault::damaged("its pickle recalls what it has not made"))?);
+        self.stack.push(item.ok_or_else(|| Fault::damaged("its pickle reads a memo entry that it never wrote"))?);
         Ok(())
     }
 
@@ -609,7 +608,7 @@ impl<'a> Machine<'a> {
         let top = self.top()?;
         match self.held_mut(top) {
             Some(Node::List(held) | Node::Set(held)) => held.extend_from_slice(items),
-            _ => return Err(Fault::damaged("its pickle appends to what is no list")),
+            _ => return Err(Fault::damaged("its pickle appends to something that is not a list")),
         }
         Ok(())
     }
@@ -618,7 +617,7 @@ impl<'a> Machine<'a> {
         let (top, items) = (self.top()?, pairs(items)?);
         match self.held_mut(top) {
             Some(Node::Dict(held)) => held.extend(items),
-            _ => return Err(Fault::damaged("its pickle sets a key of what is no dict")),
+            _ => return Err(Fault::damaged("its pickle sets a key of something that is not a dict")),
         }
         Ok(())
     }
@@ -637,17 +636,17 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// A copy of what a list, tuple or set holds.
+    /// Copies the items of a list, tuple or set.
     fn items(&mut self, item: Item<'a>) -> Result<Vec<Item<'a>>> {
         let items = match self.held(item) {
             Some(Node::List(items) | Node::Tuple(items) | Node::Set(items)) => items.clone(),
-            _ => return Err(Fault::damaged("its pickle takes for a list what is none")),
+            _ => return Err(Fault::damaged("its pickle uses something as a list that is not one")),
         };
         self.charge(items.len())?;
         Ok(items)
     }
 
-    /// A copy of a dict, or of a list of pairs.
+    /// Copies the entries of a dict, or of a list of pairs.
     fn entries(&mut self, item: Item<'a>) -> Result<Vec<(Item<'a>, Item<'a>)>> {
         if let Some(Node::Dict(entries)) = self.held(item) {
             let entries = entries.clone();
@@ -657,15 +656,15 @@ impl<'a> Machine<'a> {
         let pairs = self.items(item)?;
         let entry = |pair| match self.items(pair)?[..] {
             [key, value] => Ok((key, value)),
-            _ => Err(Fault::damaged("its pickle makes a dict of what are no pairs")),
+            _ => Err(Fault::damaged("its pickle makes a dict of items that are not pairs")),
         };
         pairs.into_iter().map(entry).collect()
     }
 
-    /// Makes what a known function or class makes of its arguments.
+    /// Builds what a known function or class returns for its arguments.
     fn call(&mut self, callee: Item<'a>, arguments: Item<'a>) -> Result<Item<'a>> {
         let Item::Global(global) = callee else {
-            return Err(Fault::damaged("its pickle calls what is no function"));
+            return Err(Fault::damaged("its pickle calls something that is not a function"));
         };
         let arguments = self.items(arguments)?;
         let node = match (global.call, &arguments[..]) {
@@ -687,13 +686,13 @@ impl<'a> Machine<'a> {
             (Call::Bool, [item @ Item::Bool(_)]) => return Ok(*item),
             (Call::Bool, [Item::Int(value)]) => return Ok(Item::Bool(*value != 0)),
             (Call::Bytes, []) => return Ok(Item::Bytes(&[])),
-            // How protocol 2, which has no bytes, says them.
+            // Protocol 2 has no bytes and writes them as encoded text.
             (Call::Encode, [Item::Text(text), Item::Text("latin1" | "latin-1")]) => {
                 self.charge(text.len())?;
                 let bytes: Option<Vec<u8>> = text.chars().map(|char| u8::try_from(char).ok()).collect();
-                Node::Bytes(bytes.ok_or_else(|| Fault::damaged("bytes of its pickle are no bytes"))?)
+                Node::Bytes(bytes.ok_or_else(|| Fault::damaged("bytes in its pickle have values above 255"))?)
             }
-            // What follows says of gradients and hooks, which a loaded tensor has none of.
+            // The remaining arguments are about gradients and hooks, which a loaded tensor does not have.
             (Call::Tensor, [storage, offset, sizes, strides, ..]) => {
                 Node::Tensor(Box::new(self.layout(*storage, *offset, *sizes, *strides)?))
             }
@@ -712,7 +711,7 @@ impl<'a> Machine<'a> {
             (Call::NumpyScalar, [kind, bytes]) => return self.numpy_scalar(*kind, *bytes),
             _ => {
                 let Global { module, name, .. } = global;
-                return Err(Fault::damaged(format!("its pickle gives `{module}.{name}` what it does not take")));
+                return Err(Fault::damaged(format!("its pickle calls `{module}.{name}` with wrong arguments")));
             }
         };
         Ok(self.node(node))
@@ -726,36 +725,36 @@ impl<'a> Machine<'a> {
         strides: Item<'a>,
     ) -> Result<Layout<'a>> {
         let Some(Node::Storage(storage)) = self.held(storage) else {
-            return Err(Fault::damaged("a tensor of its pickle has no storage"));
+            return Err(Fault::damaged("a tensor in its pickle has no storage"));
         };
         let storage = *storage;
         let count = |item: &Item| match item {
             Item::Int(count) if *count >= 0 => Ok(*count),
-            _ => Err(Fault::damaged("a tensor of its pickle has a size, stride or offset that is none")),
+            _ => Err(Fault::damaged("a tensor in its pickle has an invalid size, stride or offset")),
         };
         let offset = count(&offset)?;
         let sizes: Vec<i64> = self.items(sizes)?.iter().map(count).collect::<Result<_>>()?;
         let strides: Vec<i64> = self.items(strides)?.iter().map(count).collect::<Result<_>>()?;
         if sizes.len() != strides.len() || sizes.len() > MAX_DIMS {
             let (sizes, strides) = (sizes.len(), strides.len());
-            return Err(Fault::damaged(format!("a tensor of its pickle has {sizes} sizes and {strides} strides")));
+            return Err(Fault::damaged(format!("a tensor in its pickle has {sizes} sizes and {strides} strides")));
         }
         Ok(Layout { storage, view: View { offset, sizes, strides } })
     }
 
     fn numpy_scalar(&self, kind: Item<'a>, bytes: Item<'a>) -> Result<Item<'a>> {
         let Some(Node::NumpyType(kind)) = self.held(kind) else {
-            return Err(Fault::damaged("a numpy scalar of its pickle has no type"));
+            return Err(Fault::damaged("a numpy scalar in its pickle has no dtype"));
         };
         let bytes = match (bytes, self.held(bytes)) {
             (Item::Bytes(bytes), _) => bytes,
             (_, Some(Node::Bytes(bytes))) => bytes,
-            _ => return Err(Fault::damaged("a numpy scalar of its pickle has no bytes")),
+            _ => return Err(Fault::damaged("a numpy scalar in its pickle has no bytes")),
         };
         if bytes.len() != kind.bytes {
-            return Err(Fault::damaged("a numpy scalar of its pickle has not the bytes of its type"));
+            return Err(Fault::damaged("a numpy scalar in its pickle has the wrong length for its dtype"));
         }
-        // The value is as wide as its type says, and read as the widest of its class.
+        // Extend the value to the widest dtype of its class.
         let signed = kind.class == b'i' && bytes.last().is_some_and(|byte| *byte >= 0x80);
         let mut word = [if signed { 0xff } else { 0 }; 8];
         word[..bytes.len()].copy_from_slice(bytes);
@@ -767,7 +766,8 @@ impl<'a> Machine<'a> {
         })
     }
 
-    /// Gives the value on top its state. A dict's is attributes such as `_metadata`, which weights do without.
+    /// Sets the state of the value on top of the stack. A dict's state is attributes such as `_metadata`, which weights
+    /// do not need.
     fn build(&mut self, state: Item<'a>) -> Result<()> {
         let top = self.top()?;
         match self.held(top) {
@@ -776,17 +776,17 @@ impl<'a> Machine<'a> {
                 let kind = *kind;
                 match self.items(state)?.get(1) {
                     Some(Item::Text(">")) => {
-                        Err(Fault::unsupported(format!("a numpy scalar of type >{}", kind.name())))
+                        Err(Fault::unsupported(format!("a numpy scalar of dtype >{}", kind.name())))
                     }
                     Some(Item::Text("<" | "=" | "|")) => Ok(()),
-                    _ => Err(Fault::damaged("a numpy type of its pickle has no byte order")),
+                    _ => Err(Fault::damaged("a numpy dtype in its pickle has no byte order")),
                 }
             }
-            _ => Err(Fault::damaged("its pickle gives a state to what has none")),
+            _ => Err(Fault::damaged("its pickle sets the state of something that has none")),
         }
     }
 
-    /// The storage of a persistent id: `("storage", class, key, device, number of elements)`.
+    /// Reads the storage of a persistent id: `("storage", class, key, device, number of elements)`.
     fn storage(&mut self, id: Item<'a>) -> Result<Storage<'a>> {
         match self.items(id)?[..] {
             [Item::Text("storage"), Item::Global(class), Item::Text(key), _, Item::Int(elements), ..]
@@ -794,15 +794,15 @@ impl<'a> Machine<'a> {
             {
                 match class.call {
                     Call::Storage(kind) => Ok(Storage { key, kind, elements }),
-                    _ => Err(Fault::damaged(format!("its pickle takes `{}` for a storage", class.name))),
+                    _ => Err(Fault::damaged(format!("its pickle uses `{}` as a storage class", class.name))),
                 }
             }
-            _ => Err(Fault::damaged("its pickle refers to something outside that is no storage")),
+            _ => Err(Fault::damaged("its pickle has a persistent id that is not a storage")),
         }
     }
 }
 
-/// Keys and values, which take turns.
+/// Pairs up alternating keys and values.
 fn pairs<'a>(items: &[Item<'a>]) -> Result<Vec<(Item<'a>, Item<'a>)>> {
     let (pairs, rest) = items.as_chunks::<2>();
     match rest {
@@ -823,23 +823,23 @@ fn numpy_type(name: &str) -> Result<NumpyType> {
         "u1" => (b'u', 1),
         "u2" => (b'u', 2),
         "u4" => (b'u', 4),
-        _ => return Err(Fault::unsupported(format!("a numpy scalar of type {}", quoted(name)))),
+        _ => return Err(Fault::unsupported(format!("a numpy scalar of dtype {}", quoted(name)))),
     };
     Ok(NumpyType { class, bytes })
 }
 
 fn utf8(bytes: &[u8]) -> Result<&str> {
-    std::str::from_utf8(bytes).map_err(|_| Fault::damaged("a text of its pickle is not UTF-8"))
+    std::str::from_utf8(bytes).map_err(|_| Fault::damaged("a string in its pickle is not UTF-8"))
 }
 
-/// A text of protocol 0, whose escapes are not read.
+/// Returns a string of protocol 0. Fails if it has escapes or is not ASCII.
 fn plain(text: &str) -> Result<&str> {
     match text.is_ascii() && !text.contains('\\') {
         true => Ok(text),
-        false => Err(Fault::unsupported("a text with escapes in a pickle of protocol 0")),
+        false => Err(Fault::unsupported("a string with escapes in a pickle of protocol 0")),
     }
 }
 
 fn parsed<T: std::str::FromStr>(digits: &str) -> Result<T> {
-    digits.parse().map_err(|_| Fault::damaged(format!("`{}` in its pickle is no number", quoted(digits))))
+    digits.parse().map_err(|_| Fault::damaged(format!("`{}` in its pickle is not a number", quoted(digits))))
 }

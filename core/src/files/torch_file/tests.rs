@@ -13,7 +13,7 @@ use super::write::serialize;
 use super::{Value, read, read_bytes};
 use crate::error::InputError;
 
-/// What Python wrote: see make.py there.
+/// Files that Python wrote; see make.py in their folder.
 const FIXTURES: [(&str, &[u8]); 7] = [
     ("state_dict.pt", include_bytes!("../../../../tests/fixtures/torch_file/state_dict.pt")),
     ("backup.pt", include_bytes!("../../../../tests/fixtures/torch_file/backup.pt")),
@@ -28,7 +28,7 @@ fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/torch_file").join(name)
 }
 
-/// The message and help of what must be an input error.
+/// Returns message and help of an error, which must be an input error.
 fn refusal(read: anyhow::Result<Value>) -> String {
     read.unwrap_err().downcast::<InputError>().expect("an input error").to_string()
 }
@@ -40,10 +40,10 @@ fn assert_tensor(tensor: &Tensor, expected: &Tensor) {
     assert!(tensor.equal(expected), "{tensor} {expected}");
 }
 
-// What is written is read.
+// Round trip.
 
 #[test]
-fn what_is_written_is_read() {
+fn written_tensors_are_read_back() {
     let kinds = [
         Kind::Float,
         Kind::Double,
@@ -74,10 +74,10 @@ fn what_is_written_is_read() {
     read.iter().for_each(|(name, tensor)| assert_tensor(tensor, &tensors[name]));
 }
 
-// What Python writes is read.
+// Files from Python.
 
 #[test]
-fn a_state_dict_of_python_is_read() {
+fn python_state_dict_is_read() {
     let read = read(&path("state_dict.pt")).unwrap();
     let order: Vec<&str> = read.as_dict().unwrap().iter().map(|(key, _)| key.as_str().unwrap()).collect();
     assert_eq!(order[..3], ["transposed", "permuted", "front"]);
@@ -103,7 +103,7 @@ fn a_state_dict_of_python_is_read() {
 }
 
 #[test]
-fn a_training_backup_of_python_is_read() {
+fn python_training_backup_is_read() {
     for name in ["backup.pt", "backup_protocol_5.pt"] {
         let backup = read(&path(name)).unwrap();
         let at = |keys: &[&str]| keys.iter().fold(&backup, |value, key| value.get(key).unwrap());
@@ -155,19 +155,19 @@ fn a_training_backup_of_python_is_read() {
 }
 
 #[test]
-fn a_file_without_checksums_is_read() {
+fn file_without_checksums_is_read() {
     let state = read(&path("no_checksums.pt")).unwrap().state_dict().unwrap();
     assert_tensor(&state["weight"], &Tensor::from_slice(&[1.0f32, 1.0]));
 }
 
-// What is not a file of weights is refused by name.
+// Files that are not weights.
 
 #[test]
-fn what_would_run_code_is_refused() {
+fn pickle_that_calls_code_is_refused() {
     let message = refusal(read(&path("hostile.pt")));
     assert!(
         message.contains(
-            "hostile.pt wants to call `posix.system`, which a file of weights has no need of; nothing of it was run\n\
+            "hostile.pt wants to call `posix.system`, which a weights file does not need; none of its code was run\n\
              help: save the state dict alone: torch.save(model.state_dict(), path)"
         ),
         "{message}"
@@ -176,7 +176,7 @@ fn what_would_run_code_is_refused() {
     let message = refusal(read(&path("module.pt")));
     assert!(message.contains("module.pt wants to call `torch.nn.modules.linear.Linear`"), "{message}");
     assert!(message.contains("save the state dict alone"), "{message}");
-    // The same in the other ways that pickles have of saying it.
+    // The other pickle instructions that name a global.
     for pickle in [
         b"(S'true'\niposix\nsystem\n.".as_slice(),
         b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.",
@@ -191,7 +191,7 @@ fn what_would_run_code_is_refused() {
 }
 
 #[test]
-fn a_name_does_not_reach_the_terminal_as_it_is() {
+fn control_characters_in_names_are_escaped() {
     let message = refusal(unpickle(format!("cevil\n\x1b[2J{}\n.", "x".repeat(1000)).as_bytes(), &[]));
     assert!(message.contains("`evil.\\u{1b}[2Jxxx"), "{message}");
     assert!(message.len() < 400, "{message}");
@@ -200,15 +200,17 @@ fn a_name_does_not_reach_the_terminal_as_it_is() {
 #[test]
 fn other_formats_are_refused_by_name() {
     let message = refusal(read(&path("legacy.pt")));
-    assert!(message.contains("legacy.pt is in the format of PyTorch before 1.6, which is not read\nhelp: load it and"));
+    assert!(
+        message.contains("legacy.pt is in the format of PyTorch before 1.6, which is not supported\nhelp: load it and")
+    );
     let mut tar = vec![0; 1024];
     tar[257..262].copy_from_slice(b"ustar");
     assert!(refusal(read_bytes("a.pt", &tar)).contains("a.pt is in the tar format"));
     for bytes in [b"".as_slice(), b"PK", b"{}", b"\x80\x02}."] {
-        assert_eq!(refusal(read_bytes("a.pt", bytes)), "a.pt is not a file of torch.save: it is not a zip archive");
+        assert_eq!(refusal(read_bytes("a.pt", bytes)), "a.pt is not a torch.save file: it is not a zip archive");
     }
     let message = refusal(read_bytes("a.pt", &archive(&[("a/weights.npy", b"")])));
-    assert_eq!(message, "a.pt is not a file of torch.save: it has no `data.pkl`");
+    assert_eq!(message, "a.pt is not a torch.save file: it has no `data.pkl`");
     let message = refusal(read_bytes("a.pt", &archive(&[("a/data.pkl", b"N."), ("a/byteorder", b"big")])));
     assert!(message.contains("big-endian"), "{message}");
     assert!(refusal(unpickle(b"ctorch\nComplexFloatStorage\n.", &[])).contains("ComplexFloatStorage"));
@@ -218,12 +220,12 @@ fn other_formats_are_refused_by_name() {
     assert!(refusal(read(dir.path())).contains("is a folder"));
     assert!(refusal(read(&dir.path().join("absent.pt"))).contains("there is no file"));
     std::fs::write(dir.path().join("empty.pt"), b"").unwrap();
-    assert!(refusal(read(&dir.path().join("empty.pt"))).contains("is not a file of torch.save"));
+    assert!(refusal(read(&dir.path().join("empty.pt"))).contains("is not a torch.save file"));
 }
 
-// What a hostile file says of itself is not believed.
+// Hostile files.
 
-/// An archive as `torch.save` makes it.
+/// Returns an archive like one of `torch.save`.
 fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
     let mut archive = ZipWriter::new(Cursor::new(Vec::new()));
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
@@ -246,7 +248,7 @@ fn long(value: i64) -> Vec<u8> {
     [b"\x8a\x08".as_slice(), &value.to_le_bytes()].concat()
 }
 
-/// A pickle of one tensor in storage 0.
+/// Returns a pickle of one tensor in storage 0.
 fn tensor(class: &str, elements: i64, offset: i64, sizes: &[i64], strides: &[i64]) -> Vec<u8> {
     let mut out = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\n".to_vec();
     out.extend(format!("{class}\nX\x01\0\0\x000X\x03\0\0\0cpu").bytes());
@@ -263,7 +265,7 @@ fn tensor(class: &str, elements: i64, offset: i64, sizes: &[i64], strides: &[i64
 }
 
 #[test]
-fn a_tensor_lies_within_its_storage() {
+fn tensor_outside_its_storage_is_refused() {
     const MAX: i64 = i64::MAX;
     let data: Vec<u8> = (0..4_u8).flat_map(|value| f32::from(value).to_le_bytes()).collect();
     let read = |elements, offset, sizes: &[i64], strides: &[i64]| {
@@ -307,7 +309,7 @@ fn a_tensor_lies_within_its_storage() {
         (4, 0, &[3, 3], &[MAX / 2, MAX / 2]),
         (4, 0, &[2, 2], &[1]),
         (4, 0, &[1; 65], &[1; 65]),
-        // More than the file can be worth: 64 MiB.
+        // More memory than a small file may take: 64 MiB.
         (4, 0, &[1 << 12, (1 << 12) + 1], &[0, 0]),
     ] {
         let message = refusal(read(elements, offset, sizes, strides));
@@ -319,14 +321,14 @@ fn a_tensor_lies_within_its_storage() {
 }
 
 #[test]
-fn a_boolean_is_0_or_1() {
+fn boolean_bytes_are_normalised_to_0_or_1() {
     let value = unpickle(&tensor("BoolStorage", 3, 0, &[3], &[1]), &[&[0, 1, 7]]).unwrap();
     assert_tensor(value.as_tensor().unwrap(), &Tensor::from_slice(&[false, true, true]));
 }
 
 #[test]
-fn values_that_grow_without_end_are_refused() {
-    // Lists of ten times the list before, thirty deep.
+fn values_that_expand_without_bound_are_refused() {
+    // Thirty levels of lists, each of ten times the previous list.
     let mut laughs = b"\x80\x02]q\0".to_vec();
     for level in 0..30_u8 {
         laughs.extend([b'0', b']', b'q', level + 1, b'(']);
@@ -336,11 +338,11 @@ fn values_that_grow_without_end_are_refused() {
     laughs.push(b'.');
     assert!(refusal(unpickle(&laughs, &[])).contains("far more memory"));
 
-    // A list in itself, once and many times.
+    // A container in itself, once and many times.
     assert!(refusal(unpickle(b"]q\0h\0a.", &[])).contains("in themselves"));
     assert!(refusal(unpickle(b"]q\0(h\0h\0h\0h\0e.", &[])).contains("in themselves"));
     assert!(refusal(unpickle(b"}q\0K\x01h\0s.", &[])).contains("in themselves"));
-    // A million lists, each in the next: as list, tuple and dict.
+    // A million nested lists, tuples and dicts.
     for (before, after) in [("]", "a"), ("", "\u{85}"), ("}K\x01", "s")] {
         let byte = |text: &str| text.chars().map(|char| char as u8).collect::<Vec<_>>().repeat(1 << 20);
         let nest = [byte(before), b"N".to_vec(), byte(after), b".".to_vec()].concat();
@@ -348,7 +350,7 @@ fn values_that_grow_without_end_are_refused() {
         assert!(message.contains("in themselves"), "{message}");
     }
 
-    // One long text many times, one tensor many times, one list copied many times.
+    // A long string and a tensor repeated many times, and a list copied many times.
     let text = [b"X\0\0\x10\0".as_slice(), &[b'a'; 1 << 20], b"q\x000](", &b"h\0".repeat(1 << 10), b"e."].concat();
     assert!(refusal(unpickle(&text, &[])).contains("far more memory"));
     let mut tensors = tensor("FloatStorage", 1, 0, &[1], &[1]);
@@ -357,10 +359,10 @@ fn values_that_grow_without_end_are_refused() {
     assert!(refusal(unpickle(&tensors, &[&[0; 4]])).contains("far more memory"));
     let copies =
         [b"(".as_slice(), &[b'N'; 1 << 20], b"lq\x00cbuiltins\nlist\nq\x01", &b"h\x01h\0\x85R".repeat(1000), b"."];
-    assert!(refusal(unpickle(&copies.concat(), &[])).contains("longer than one of weights can be"));
-    assert!(refusal(unpickle(&b"N".repeat(9 << 20), &[])).contains("longer than one of weights can be"));
+    assert!(refusal(unpickle(&copies.concat(), &[])).contains("too long for a weights file"));
+    assert!(refusal(unpickle(&b"N".repeat(9 << 20), &[])).contains("too long for a weights file"));
 
-    // Lengths that are not there.
+    // Lengths beyond the end of the pickle.
     for length in [
         b"X\xff\xff\xff\xff".as_slice(),
         b"\x8d\xff\xff\xff\xff\xff\xff\xff\xff",
@@ -373,7 +375,7 @@ fn values_that_grow_without_end_are_refused() {
 }
 
 #[test]
-fn an_entry_is_what_the_archive_says() {
+fn entry_that_contradicts_the_directory_is_refused() {
     let good = archive(&[("a/data.pkl", b"X\x05\0\0\0hello.")]);
     assert_eq!(read_bytes("a.pt", &good).unwrap().as_str(), Some("hello"));
     let place = good.windows(5).position(|window| window == b"hello").unwrap();
@@ -382,7 +384,7 @@ fn an_entry_is_what_the_archive_says() {
     assert!(refusal(read_bytes("a.pt", &other)).contains("checksum"));
 
     let directory = good.windows(4).position(|window| window == b"PK\x01\x02").unwrap();
-    // Sizes in the directory: compressed at 20, as it is at 24; the method at 10.
+    // Fields of the directory: compressed size at 20, uncompressed size at 24, method at 10.
     for (at, bytes) in [(20, [0xfe; 4]), (24, [0xfe; 4]), (10, [8, 0, 0, 0])] {
         let mut other = good.clone();
         other[directory + at..directory + at + bytes.len()].copy_from_slice(&bytes);
@@ -394,8 +396,8 @@ fn an_entry_is_what_the_archive_says() {
 }
 
 #[test]
-fn entries_do_not_lie_over_each_other() {
-    // Ten storages, all of which the directory says are the first.
+fn overlapping_entries_are_refused() {
+    // Ten storages that the directory places where the first one is.
     let data = vec![0; 4096];
     let names: Vec<String> = (0..10).map(|index| format!("a/data/{index}")).collect();
     let one = tensor("FloatStorage", 1, 0, &[], &[]);
@@ -414,7 +416,7 @@ fn entries_do_not_lie_over_each_other() {
         headers[2..].iter().for_each(|at| bytes[at + part.start..at + part.end].copy_from_slice(&first));
     }
     let message = refusal(read_bytes("a.pt", &bytes));
-    assert!(message.contains("is part of another"), "{message}");
+    assert!(message.contains("overlaps another"), "{message}");
 }
 
 #[test]
@@ -427,14 +429,14 @@ fn protocol_0_is_read() {
 }
 
 #[test]
-fn of_two_equal_keys_the_later_counts() {
+fn later_of_two_equal_keys_counts() {
     let value = unpickle(b"}(X\x01\0\0\0aK\x01X\x01\0\0\0aK\x02u.", &[]).unwrap();
     assert_eq!(value.get("a").unwrap().as_i64(), Some(2));
 }
 
-// Whatever is changed, nothing panics.
+// Damaged files must not panic.
 
-/// Reads bytes that may be anything; what comes of it is whole, or an input error with the file's name.
+/// Reads arbitrary bytes. True for a value; otherwise the result must be an input error that names the file.
 fn survives(what: &str, bytes: &[u8]) -> bool {
     match catch_unwind(|| read_bytes("a.pt", bytes)) {
         Ok(Ok(value)) => {
@@ -451,7 +453,7 @@ fn survives(what: &str, bytes: &[u8]) -> bool {
 }
 
 #[test]
-fn every_truncation_and_every_changed_byte_is_survived() {
+fn truncations_and_changed_bytes_do_not_panic() {
     for (name, bytes) in FIXTURES {
         for length in 0..bytes.len() {
             assert!(!survives(&format!("{name} of {length} bytes"), &bytes[..length]));
@@ -467,7 +469,7 @@ fn every_truncation_and_every_changed_byte_is_survived() {
     }
 }
 
-/// The entries of a fixture.
+/// Returns the entries of a fixture.
 fn entries(bytes: &[u8]) -> Vec<(String, Vec<u8>)> {
     let mut zip = ZipArchive::new(Cursor::new(bytes)).unwrap();
     let count = zip.len();
@@ -481,7 +483,7 @@ fn entries(bytes: &[u8]) -> Vec<(String, Vec<u8>)> {
 }
 
 #[test]
-fn every_changed_byte_of_a_pickle_is_survived() {
+fn changed_pickle_bytes_do_not_panic() {
     let state = serialize(&[("bias", Tensor::from_slice(&[1.0f32])), ("steps", Tensor::from(3_i64))]).unwrap();
     for (name, bytes) in [("written.pt", state.as_slice()), FIXTURES[6]] {
         let mut entries = entries(bytes);
@@ -500,8 +502,8 @@ fn every_changed_byte_of_a_pickle_is_survived() {
 }
 
 #[test]
-fn random_changes_of_a_pickle_are_survived() {
-    // Instructions, and lengths and numbers at their ends.
+fn random_pickle_changes_do_not_panic() {
+    // Instructions, and extreme lengths and numbers.
     const BYTES: &[u8] = b"\x80\x81\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8f\x90\x91\x93\x94\x95\0\x01\xff\x7f\n\
         ().0123NIJKMLFGXVSUTCB]}tldaesupqrghjcRibQ";
     let mut rng = ChaCha8Rng::seed_from_u64(0);
@@ -536,7 +538,7 @@ fn random_changes_of_a_pickle_are_survived() {
             .collect();
         read += usize::from(survives(&format!("round {round}"), &archive(&list)));
     }
-    // Or nothing was tried but the first instructions.
+    // Otherwise only the first instructions were exercised.
     assert!(read > ROUNDS / 100, "{read}");
 }
 

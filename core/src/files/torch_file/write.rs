@@ -1,6 +1,6 @@
-//! A state dict as `torch.save` writes it, so that `torch.load(path, weights_only=True)` reads it.
+//! Writes a state dict as `torch.save` does, so that `torch.load(path, weights_only=True)` reads it.
 //!
-//! The file is a zip archive of `archive/data.pkl`, a pickle that rebuilds an `OrderedDict` of tensors, and of one
+//! The file is a zip archive of `archive/data.pkl`, a pickle that rebuilds an `OrderedDict` of tensors, and one
 //! uncompressed entry for each tensor's storage (PyTorch's serialization notes,
 //! <https://pytorch.org/docs/stable/notes/serialization.html>).
 
@@ -15,14 +15,14 @@ use zip::{CompressionMethod, ZipWriter};
 use super::STORAGES;
 use crate::files::tensors::write_file;
 
-/// Writes a state dict, whole or not at all.
+/// Writes a state dict atomically.
 pub fn write(path: &Path, tensors: &[(&str, Tensor)]) -> Result<()> {
     write_file(path, &serialize(tensors)?)
 }
 
 pub(super) fn serialize(tensors: &[(&str, Tensor)]) -> Result<Vec<u8>> {
     let mut archive = ZipWriter::new(Cursor::new(Vec::new()));
-    // PyTorch maps storages where they lie, so they are stored as they are and aligned as it aligns them.
+    // PyTorch can map storages in place, so they are stored uncompressed and with its alignment.
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored).with_alignment(64);
     let mut entry = |name: &str, bytes: &[u8]| -> Result<()> {
         archive.start_file(format!("archive/{name}"), options)?;
@@ -43,7 +43,7 @@ pub(super) fn serialize(tensors: &[(&str, Tensor)]) -> Result<Vec<u8>> {
     Ok(archive.finish()?.into_inner())
 }
 
-/// The pickle, protocol 2: `OrderedDict` filled with `_rebuild_tensor_v2(storage, 0, size, stride, False, {})`.
+/// Returns a pickle (protocol 2) of an `OrderedDict` of `_rebuild_tensor_v2(storage, 0, size, stride, False, {})`.
 fn pickle(tensors: &[(&str, Tensor)]) -> Result<Vec<u8>> {
     const ORDERED_DICT: &[u8] = b"ccollections\nOrderedDict\n)R";
     let mut out = b"\x80\x02".to_vec();
@@ -103,6 +103,6 @@ fn tuple(out: &mut Vec<u8>, values: &[i64]) {
 fn storage_class(kind: Kind) -> Result<&'static str> {
     match STORAGES.iter().find(|(_, known)| *known == kind) {
         Some((class, _)) => Ok(class),
-        None => bail!("a .pt file of type {kind:?} is not written"),
+        None => bail!("a .pt file cannot store a tensor of dtype {kind:?}"),
     }
 }
