@@ -44,7 +44,7 @@ pub const FILES: [&str; 3] = ["ae.safetensors", "ae.pt", "config.json"];
 
 /// Saves a dictionary to a folder, creating it if needed. Each file is written atomically, config.json last.
 pub fn write(dir: &Path, dictionary: &dyn Dictionary, config: &Value) -> Result<()> {
-    fs::create_dir_all(dir).map_err(|error| anyhow!("cannot create {}: {error}", dir.display()))?;
+    fs::create_dir_all(dir).map_err(|error| anyhow!("cannot make {}: {error}", dir.display()))?;
     let tensors = dictionary.state_dict();
     let [weights, for_python, settings] = FILES.map(|file| dir.join(file));
     tensors::write(&weights, &tensors)?;

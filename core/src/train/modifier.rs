@@ -57,7 +57,7 @@ impl Requirement {
             Requirement::PreActivations => "pre-activations",
             Requirement::Decoder => "a decoder",
             Requirement::SparsityTerm => "a sparsity term in the trainer's loss",
-            Requirement::Resampling => "features that can be resampled, by a trainer that does not",
+            Requirement::Resampling => "features that can be resampled, and a trainer that does not resample them",
         }
     }
 
@@ -73,14 +73,14 @@ impl Requirement {
             }
             Requirement::SparsityTerm => (
                 cx.trainer.has_sparsity_term(),
-                "a sparsity term to take the place of, and this trainer's loss has none".to_owned(),
+                "a sparsity term to replace, but this trainer's loss has none".to_owned(),
             ),
             Requirement::Resampling if cx.trainer.resamples() => {
-                (false, "a trainer that does not resample, and this one does (`resample_steps`)".to_owned())
+                (false, "a trainer that does not resample, but this one does (`resample_steps`)".to_owned())
             }
             Requirement::Resampling => (
                 can_resample(cx.dictionary),
-                format!("features that can be resampled, and those of the class {class} cannot"),
+                format!("features that can be resampled, but those of the class {class} cannot"),
             ),
         };
         if !met {

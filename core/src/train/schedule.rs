@@ -58,7 +58,7 @@ impl Schedule {
         {
             refused(
                 "resample_steps",
-                format!("`resample_steps` is {every}, and the run has {steps} steps"),
+                format!("`resample_steps` is {every}, but the run has {steps} steps"),
                 "`resample_steps` must be above 0 and less than `steps`",
             );
         }
@@ -67,7 +67,7 @@ impl Schedule {
                 refused(
                     "decay_start",
                     "both `decay_start` and `resample_steps` are given".to_owned(),
-                    "resampling starts the warm-up again and again: leave one of them out",
+                    "each resampling restarts the warm-up: leave one of them out",
                 );
             }
             // A warm-up that does not end is a mistake of its own.

@@ -112,7 +112,7 @@ pub fn cannot_train(trainer: &str, dictionary: &dyn Dictionary, why: &str, or: &
 /// `trainer` is the name of the one that asks.
 pub fn penalizable(dictionary: &dyn Dictionary, trainer: &str) -> Result<()> {
     if dictionary.selection().is_some_and(Selection::by_threshold) {
-        let why = "it encodes by a threshold that the trainer must keep, and a penalty keeps none";
+        let why = "it encodes by a threshold, which a trainer with a penalty does not update";
         bail!(cannot_train(trainer, dictionary, why, "another dictionary"));
     }
     Ok(())
