@@ -187,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn draws_without_replacement_and_never_what_weighs_nothing() {
+    fn draws_are_without_replacement_and_skip_zero_weights() {
         let mut rng = crate::machine::rng::rng(1, "test");
         let mut drawn = draw(&[1.0, 0.0, 2.0, 3.0], 10, &mut rng);
         drawn.sort_unstable();
