@@ -13,7 +13,7 @@
 //! ∂L/∂b_e = Σ s     ∂L/∂b = Σ r − (Σ s) W_e
 //! ```
 //!
-//! The last line sums over the batch before it multiplies, unlike autograd, which leaves five of six products of B·d·F
+//! The last line sums over the batch before it multiplies, unlike autograd. This leaves five of six products of B·d·F
 //! multiplications. They are computed in tiles of features ([`Block`]), so that intermediate values stay in the caches.
 //! Few features fire after the first steps of training; then only the first product is dense. A sparse tile becomes a
 //! list of entries, and the other four products use only these.

@@ -21,7 +21,7 @@ pub struct Schedule {
     pub warmup_steps: u64,
     /// Step from which the learning rate falls linearly, reaching 0 at `steps`.
     pub decay_start: Option<u64>,
-    /// With resampling: the warm-up restarts after this many steps.
+    /// With resampling: interval in steps at which the warm-up restarts.
     pub resample_steps: Option<u64>,
     /// Steps over which the sparsity penalty rises to its full weight.
     pub sparsity_warmup_steps: Option<u64>,
