@@ -222,7 +222,7 @@ pub trait Trainer: Send {
 
     /// Adds the terms of the loss and returns their analytic gradients. Default: those of [`Trainer::objective`].
     /// `None` leaves the step to [`Trainer::loss`] and autograd. Not called for an SAE with modifiers, which need
-    /// autograd. Runs with gradients off. The contract test compares both paths.
+    /// autograd. Called with autograd off. The contract test compares both paths.
     fn analytic(&mut self, pass: &AnalyticPass, terms: &mut Terms) -> Result<Option<AnalyticStep>> {
         let Some(objective) = self.objective(pass.step) else { return Ok(None) };
         let Some(mut activation) = self.activation_function(pass.dictionary) else { return Ok(None) };

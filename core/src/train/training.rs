@@ -394,7 +394,7 @@ impl Training {
             Some(_) => {
                 bail!(
                     InputError::new(
-                        "the SAE of `init_from` normalises its input but not its targets, which must then not be scaled"
+                        "the SAE of `init_from` normalises its input but not its targets, so these must not be scaled"
                     )
                     .field("normalize_activations")
                     .help("set it to false")
