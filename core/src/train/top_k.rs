@@ -97,7 +97,7 @@ impl TopKTrainer {
     /// Builds the trainer; `name` is for error messages.
     pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx) -> Result<Self> {
         let Some(selection) = cx.dictionary.selection() else {
-            let why = "it has no `k` that keeps its features sparse";
+            let why = "it has no `k` to keep its features sparse";
             bail!(cannot_train(name, cx.dictionary, why, "a dictionary with `k`"));
         };
         let dims = cx.dictionary.dims();
