@@ -1,4 +1,4 @@
-//! Metrics: how good a trained dictionary is.
+//! Metrics: measure trained dictionaries.
 
 use std::fmt::Debug;
 
@@ -9,9 +9,9 @@ use tch::{Kind, Tensor};
 use crate::data::ActivationSource;
 use crate::sae::Dictionary;
 
-/// The config of a metric. A config that implements [`Metric`] itself is its own metric and needs no implementation.
+/// The config of a metric. Any type that implements [`Metric`] is its own config.
 pub trait MetricConfig: Debug + Send + Sync {
-    /// The metric.
+    /// Builds the metric.
     fn build(&self) -> Result<Box<dyn Metric>>;
 }
 
@@ -22,14 +22,14 @@ impl<M: Metric + Debug + Clone + Send + Sync + 'static> MetricConfig for M {
 }
 
 crate::tagged::tagged! {
-    /// A metric's config, by `type`.
+    /// A metric's config, tagged by `type`.
     TaggedMetric: MetricConfig => Metric {}
 }
 
-/// What a metric found of one dictionary, by name: numbers, or lists and maps of them.
+/// Figures of one dictionary by name: numbers, or lists and maps of numbers.
 pub type Figures = Map<String, Value>;
 
-/// Figures that are numbers. One that is not finite becomes null, as JSON has it.
+/// Makes figures from numbers. A number that is not finite becomes null, since JSON cannot represent it.
 pub fn figures<const N: usize>(found: [(&str, f64); N]) -> Figures {
     found.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect()
 }
@@ -39,33 +39,33 @@ pub fn figures<const N: usize>(found: [(&str, f64); N]) -> Figures {
 pub struct Subject<'a> {
     /// The dictionary.
     pub dictionary: &'a dyn Dictionary,
-    /// Which of the source's sites it is for, by number.
+    /// Index of the source's site that the dictionary belongs to.
     pub site: usize,
 }
 
 /// A metric. All dictionaries of a run are measured on the same data.
 pub trait Metric {
-    /// Measures each dictionary on its site; one map of name and figure for each, in their order.
+    /// Measures each dictionary on its site. Returns one map of figures per dictionary, in order.
     ///
-    /// Names are the reference's. Dictionaries come as saved: they take activations as the model makes them. `None`
-    /// where the source had nothing left to measure on; the metric is then asked again from the beginning of the data.
+    /// Figures have the reference's names. Dictionaries are as saved: they take activations as the model makes them.
+    /// Returns `None` if the source has no data left; the metric is then called again from the start of the data.
     fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>>;
 
-    /// Bytes that measuring takes beside the dictionary's own step, at most.
+    /// Returns an upper bound of the memory that measuring needs beyond the dictionary's own step, in bytes.
     fn memory(&self, source: &mut dyn ActivationSource) -> u64 {
         let _ = source;
         0
     }
 
-    /// Why the metric cannot be computed on this source, if it cannot.
+    /// Returns why the metric cannot be computed on this source; `None` if it can.
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {
         let _ = source;
         None
     }
 }
 
-/// Variance of vectors, dimension by dimension, over several batches. It is merged from each batch's mean and squared
-/// deviations (Chan et al. 1983), so that neither a large mean nor a long run loses digits.
+/// Variance of vectors, per dimension, over several batches. Merges each batch's mean and squared deviations (Chan et
+/// al. 1983), which is accurate for large means and long runs.
 #[derive(Debug, Default)]
 pub struct Variance {
     count: f64,
@@ -74,7 +74,7 @@ pub struct Variance {
 }
 
 impl Variance {
-    /// Adds a batch, [B, d].
+    /// Adds a batch `[B, d]`.
     pub fn add(&mut self, x: &Tensor) {
         let x = x.to_kind(Kind::Double);
         let count = x.size()[0] as f64;
@@ -93,7 +93,7 @@ impl Variance {
         self.count = all;
     }
 
-    /// Sum over dimensions, up to a factor that all have in common.
+    /// Returns the sum over dimensions, up to a constant factor.
     pub fn total(&self) -> f64 {
         self.squared_deviations
     }
@@ -105,7 +105,7 @@ mod tests {
     use tch::Device;
 
     #[test]
-    fn variance_in_parts_is_variance_of_the_whole() {
+    fn variance_of_parts_matches_variance_of_the_whole() {
         let x = Tensor::randn([100, 3], (Kind::Float, Device::Cpu)) + 1000.0;
         let mut parts = Variance::default();
         for part in x.split(7, 0) {

@@ -1,4 +1,4 @@
-//! What stands between activations and a dictionary: a normalisation of each by itself, and the numbers it computes in.
+//! Preprocessing around a dictionary: per-activation normalisation and reduced-precision arithmetic.
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -11,36 +11,37 @@ use super::selection::Selection;
 use super::weight::{Encoder, Weight};
 use crate::data::Batch;
 
-/// What is done to an activation before a dictionary reads it, and undone in its reconstruction.
+/// Normalisation of each activation before a dictionary reads it, undone on its reconstruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Normalization {
-    /// What is done.
+    /// Type of normalisation.
     #[serde(rename = "type")]
     pub kind: NormalizationKind,
-    /// Leave the reconstruction as it is: of what a transcoder predicts the input's norm says nothing.
+    /// Do not undo it on the reconstruction. For transcoders, whose targets do not share the input's norm.
     #[serde(default)]
     pub input_only: bool,
 }
 
-/// The ways to normalise an activation by itself.
+/// Types of per-activation normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NormalizationKind {
-    /// (x − μ) / (σ + 1e-5), with the mean and the unbiased standard deviation over the d values (openai's and
-    /// sae_lens's `layer_norm`).
+    /// (x − μ) / (σ + 1e-5), with the mean and unbiased standard deviation over the d values (`layer_norm` of openai
+    /// and sae_lens).
     LayerNorm,
-    /// x √d / ‖x‖ (sae_lens's `constant_norm_rescale`).
+    /// x √d / ‖x‖ (`constant_norm_rescale` of sae_lens).
     ConstantNormRescale,
 }
 
 impl Normalization {
-    /// An activation [.., d] normalised.
+    /// Normalises activations `[.., d]`.
     pub fn apply(self, x: &Tensor) -> Tensor {
         self.apply_as(x, x)
     }
 
-    /// A reconstruction [.., d_out] of the normalised activation `x` [.., d], as one of the activation itself.
+    /// Maps the reconstruction `[.., d_out]` of a normalised activation back to the scale of the activation `x` `[..,
+    /// d]`.
     pub fn undo(self, x_hat: Tensor, x: &Tensor) -> Tensor {
         if self.input_only {
             return x_hat;
@@ -56,7 +57,7 @@ impl Normalization {
 }
 
 impl Normalization {
-    /// A batch as the dictionary inside trains on it.
+    /// Returns the batch on the scale that the inner dictionary trains on.
     pub fn batch(self, batch: &Batch) -> Batch {
         let x = self.apply(&batch.x);
         if batch.is_autoencoding() {
@@ -67,7 +68,7 @@ impl Normalization {
         Batch { x, target }
     }
 
-    /// What is to be reconstructed, on the scale of the activation `x` normalised: what [`Normalization::undo`] undoes.
+    /// Maps a target to the scale of the normalised activation `x`; the inverse of [`Normalization::undo`].
     fn apply_as(self, target: &Tensor, x: &Tensor) -> Tensor {
         match self.kind {
             NormalizationKind::LayerNorm => {
@@ -79,22 +80,22 @@ impl Normalization {
     }
 }
 
-/// Mean and unbiased standard deviation over the last dimension, [.., 1].
+/// Mean and unbiased standard deviation over the last dimension, both `[.., 1]`.
 fn moments(x: &Tensor) -> (Tensor, Tensor) {
     let mean = x.mean_dim([-1].as_slice(), true, x.kind());
     let deviation = (x - &mean).std_dim([-1].as_slice(), true, true);
     (mean, deviation)
 }
 
-/// √d / ‖x‖, [.., 1].
+/// √d / ‖x‖, `[.., 1]`.
 fn coefficient(x: &Tensor) -> Tensor {
     let width = x.size().last().copied().unwrap_or(1) as f64;
-    // An activation of nothing but zeros stays one.
+    // Avoids division by zero for an all-zero activation.
     let norm = x.norm_scalaropt_dim(2.0, [-1], true).clamp_min(1e-30);
     norm.reciprocal() * width.sqrt()
 }
 
-/// A dictionary, and what stands before it.
+/// A dictionary with its preprocessing.
 pub struct Adapted {
     inner: Box<dyn Dictionary>,
     normalization: Option<Normalization>,
@@ -102,9 +103,9 @@ pub struct Adapted {
 }
 
 impl Adapted {
-    /// The dictionary as one that normalises what it reads, if it is to, and computes in numbers of half the width, as
-    /// its publishers did, if it is to: near a threshold, rounding decides which features fire. What goes in and comes out
-    /// is float32.
+    /// Wraps a dictionary so that it normalises its input, if `normalization` is given, and computes in the dtype
+    /// `kind`, if given. Features near a threshold depend on rounding, so the publisher's half precision must be kept.
+    /// Inputs and outputs stay float32.
     pub fn new(inner: Box<dyn Dictionary>, normalization: Option<Normalization>, kind: Option<Kind>) -> Self {
         if let Some(kind) = kind {
             for (_, mut tensor) in inner.state_dict() {
@@ -194,7 +195,7 @@ impl Dictionary for Adapted {
         self.inner.begin(batch);
     }
 
-    /// Normalised activations have no scale: then there is nothing to do.
+    /// A normalised input has no scale, so there is nothing to rescale.
     fn scale_biases(&mut self, scale: f64) {
         if self.normalization.is_none() {
             self.inner.scale_biases(scale);

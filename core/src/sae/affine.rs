@@ -1,5 +1,5 @@
-//! The two affine maps that nearly every dictionary is made of. Names, axes, shapes and products stand here alone:
-//! parameters, saving, loading, import and export follow from a class's [`Layout`].
+//! The two affine maps of nearly every dictionary. Names, axes, shapes and products are defined only here: parameters,
+//! saving, loading, import and export follow from a class's [`Layout`].
 //!
 //! ```text
 //! z = W_e (x − b) + b_e        x̂ = W_d f + b
@@ -16,30 +16,30 @@ use super::weight::Weight;
 use crate::error::InputError;
 use crate::machine::device::Precision;
 
-/// How a class of dictionaries saves its two affine maps: the state-dict names and axes of their tensors.
+/// How a class of dictionaries stores its two affine maps: state-dict names and axes of their tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
-    /// The class that a saved config.json names, the reference's where it has one: `AutoEncoderTopK`.
+    /// Class name in a saved config.json, the reference's if it has one: `AutoEncoderTopK`.
     pub class: &'static str,
     encoder: &'static str,
     encoder_bias: Option<&'static str>,
     decoder: &'static str,
     bias: &'static str,
-    /// Which dimension of the encoder's weight counts the features; of the decoder's it is the other one.
+    /// Dimension of the encoder's weight that indexes the features; the decoder's weight uses the other one.
     feature_dim: i64,
     centred: bool,
 }
 
 impl Layout {
-    /// The tensors of two PyTorch linear layers: `encoder.weight` [F, d], `encoder.bias` `[F]`, `decoder.weight` [d_out, F], and
-    /// `[d_out]` the decoder's bias, whose name differs from class to class.
+    /// Tensors of two PyTorch linear layers: `encoder.weight` `[F, d]`, `encoder.bias` `[F]`, `decoder.weight` `[d_out,
+    /// F]`, and the decoder's bias `[d_out]`, whose name depends on the class.
     pub const fn modules(class: &'static str, bias: &'static str) -> Self {
         let encoder_bias = Some("encoder.bias");
         let (encoder, decoder) = ("encoder.weight", "decoder.weight");
         Layout { class, encoder, encoder_bias, decoder, bias, feature_dim: 0, centred: false }
     }
 
-    /// Four matrices and vectors: `W_enc` [d, F], `b_enc` `[F]`, `W_dec` [F, d_out], `b_dec` `[d_out]`.
+    /// Two matrices and two vectors: `W_enc` `[d, F]`, `b_enc` `[F]`, `W_dec` `[F, d_out]`, `b_dec` `[d_out]`.
     pub const fn matrices(class: &'static str) -> Self {
         let encoder_bias = Some("b_enc");
         Layout {
@@ -53,32 +53,33 @@ impl Layout {
         }
     }
 
-    /// Subtracts the decoder's bias from the activations that the encoder reads, where input and output have one width.
+    /// Subtracts the decoder's bias from the encoder's input, if input and output have one width.
     #[must_use]
     pub const fn centred(mut self) -> Self {
         self.centred = true;
         self
     }
 
-    /// Leaves the encoder's bias out, for classes that add their own.
+    /// Omits the encoder's bias, for classes that add their own.
     #[must_use]
     pub const fn without_encoder_bias(mut self) -> Self {
         self.encoder_bias = None;
         self
     }
 
-    /// Whether the decoder's bias is subtracted from the activations that the encoder reads.
+    /// Whether the decoder's bias is subtracted from the encoder's input.
     pub fn is_centred(&self) -> bool {
         self.centred
     }
 
-    /// These tensors under the class's names and with its axes: W_enc [d, F], b_enc `[F]`, W_dec [F, d_out], b_dec `[d_out]`.
+    /// Names W_enc `[d, F]`, b_enc `[F]`, W_dec `[F, d_out]` and b_dec `[d_out]` as the class does, transposed to its
+    /// axes.
     pub fn named(&self, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor) -> Vec<(&'static str, Tensor)> {
         let turned = |weight: Tensor| if self.feature_dim == 1 { weight } else { weight.tr() };
         self.ordered(turned(w_enc), Some(b_enc), turned(w_dec), b_dec)
     }
 
-    /// Tensors by name, in PyTorch's order: those of the dictionary itself before those of its layers.
+    /// Returns the tensors by name in PyTorch's order: the module's own before those of its submodules.
     fn ordered(
         &self,
         encoder: Tensor,
@@ -94,7 +95,7 @@ impl Layout {
     }
 }
 
-/// The two affine maps of a dictionary, trained.
+/// The two trainable affine maps of a dictionary.
 #[derive(Debug)]
 pub struct Affine {
     layout: Layout,
@@ -106,7 +107,7 @@ pub struct Affine {
 }
 
 impl Affine {
-    /// Maps of zeros.
+    /// Makes maps of zeros.
     pub fn zeros(layout: Layout, dims: Dims, device: Device, precision: Precision) -> Self {
         let Dims { input, features, output } = dims;
         let vector = |size: i64| trained(Tensor::zeros([size], (Kind::Float, device)));
@@ -123,8 +124,8 @@ impl Affine {
         }
     }
 
-    /// Random directions of that norm, drawn from libtorch's generator, which features read and write: the encoder is the
-    /// decoder's transpose where input and output have one width. Biases are 0.
+    /// Initialises encoder and decoder with random directions of this norm, drawn from libtorch's generator. The
+    /// encoder is the decoder's transpose if input and output have one width. Biases are 0.
     pub fn random(layout: Layout, features: i64, norm: f64, cx: &DictionaryCx) -> Self {
         let affine = Affine::zeros(layout, cx.dims(features), cx.device, cx.precision);
         let read = random_directions([cx.activation_dim, features], norm, cx.device);
@@ -132,7 +133,8 @@ impl Affine {
         affine
     }
 
-    /// Replaces the directions that features read, the columns of [d, F], and write, the columns of [d_out, F].
+    /// Sets the directions that features read (columns of `read`, `[d, F]`) and write (columns of `write`, `[d_out,
+    /// F]`).
     pub fn set_directions(&self, read: &Tensor, write: &Tensor) {
         tch::no_grad(|| {
             self.encoder().rows().copy_(&read.tr());
@@ -145,60 +147,59 @@ impl Affine {
         &self.layout
     }
 
-    /// The type of the products.
+    /// Precision of the products.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// The widths.
+    /// Returns the widths d, F and d_out.
     pub fn dims(&self) -> Dims {
         let encoder = self.encoder.size();
         let (features, input) = if self.layout.feature_dim == 0 { (0, 1) } else { (1, 0) };
         Dims { input: encoder[input], features: encoder[features], output: self.bias.size()[0] }
     }
 
-    /// The trained tensors by their state-dict names, sharing memory with these.
+    /// Returns the trained tensors by state-dict name, sharing memory.
     pub fn parameters(&self) -> Vec<(&'static str, Tensor)> {
         let [encoder, decoder, bias] = [&self.encoder, &self.decoder, &self.bias].map(Tensor::shallow_clone);
         self.layout.ordered(encoder, self.encoder_bias.as_ref().map(Tensor::shallow_clone), decoder, bias)
     }
 
-    /// The same and a dictionary's own.
+    /// Returns the same with a dictionary's own parameters appended.
     pub fn parameters_and<const N: usize>(&self, own: [(&'static str, &Tensor); N]) -> Vec<(&'static str, Tensor)> {
         let own = own.into_iter().map(|(name, tensor)| (name, tensor.shallow_clone()));
         self.parameters().into_iter().chain(own).collect()
     }
 
-    /// W_e.
+    /// Encoder weight W_e.
     pub fn encoder(&self) -> Weight {
         let tensor = self.encoder.shallow_clone();
         Weight { name: self.layout.encoder, tensor, feature_dim: self.layout.feature_dim }
     }
 
-    /// W_d.
+    /// Decoder weight W_d.
     pub fn decoder(&self) -> Weight {
         let tensor = self.decoder.shallow_clone();
         Weight { name: self.layout.decoder, tensor, feature_dim: 1 - self.layout.feature_dim }
     }
 
-    /// b_e `[F]`, where the class has one, with its state-dict name.
+    /// b_e `[F]` with its state-dict name, if the class has one.
     pub fn encoder_bias(&self) -> Option<(&'static str, &Tensor)> {
         self.layout.encoder_bias.zip(self.encoder_bias.as_ref())
     }
 
-    /// b `[d_out]`, with its state-dict name.
+    /// b `[d_out]` with its state-dict name.
     pub fn bias(&self) -> (&'static str, &Tensor) {
         (self.layout.bias, &self.bias)
     }
 
-    /// Whether b is subtracted from the activations that the encoder reads. Where input and output have other widths it
-    /// cannot be.
+    /// Whether b is subtracted from the encoder's input; never if input and output widths differ.
     pub fn is_centred(&self) -> bool {
         let Dims { input, output, .. } = self.dims();
         self.layout.centred && input == output
     }
 
-    /// z = W_e (x − b) + b_e, [.., F], of activations [.., d].
+    /// Returns z = W_e (x − b) + b_e, `[.., F]`, of activations `[.., d]`.
     pub fn pre_activations(&self, x: &Tensor) -> Tensor {
         let weight = self.encoder().rows();
         match self.is_centred() {
@@ -207,23 +208,23 @@ impl Affine {
         }
     }
 
-    /// W_d f, [.., d_out], of features [.., F].
+    /// Returns W_d f, `[.., d_out]`, of features `[.., F]`.
     pub fn decode_without_bias(&self, features: &Tensor) -> Tensor {
         self.precision.linear(features, &self.decoder().columns(), None)
     }
 
-    /// x̂ = W_d f + b, [.., d_out], of features [.., F].
+    /// Returns x̂ = W_d f + b, `[.., d_out]`, of features `[.., F]`.
     pub fn decode(&self, features: &Tensor) -> Tensor {
         self.decode_without_bias(features) + &self.bias
     }
 
-    /// Multiplies the biases, as [`Dictionary::scale_biases`](super::Dictionary::scale_biases) asks.
+    /// Scales the biases, for [`Dictionary::scale_biases`](super::Dictionary::scale_biases).
     pub fn scale_biases(&self, scale: f64) {
         self.encoder_bias.iter().chain([&self.bias]).for_each(|bias| scale_in_place(bias, scale));
     }
 
-    /// Moves the norms of the features' directions from the decoder to the encoder and its bias, and gives them, `[F]`, so that
-    /// what else is proportional to a feature can follow; `None` where they are 1 already.
+    /// Moves the norms of the features' directions from the decoder to the encoder and its bias. Returns the norms
+    /// `[F]`, with which the caller scales its own per-feature parameters, or `None` if all are already 1.
     pub fn fold_norms(&self) -> Option<Tensor> {
         let norms = self.decoder().normalize()?;
         tch::no_grad(|| {
@@ -241,21 +242,22 @@ pub fn scale_in_place(parameter: &Tensor, scale: f64) {
     let _ = tch::no_grad(|| parameter.shallow_clone().g_mul_scalar_(scale));
 }
 
-/// The tensors of a saved dictionary, of which an empty one is to have the shapes.
+/// Tensors of a saved dictionary, from which an empty one takes its shapes.
 #[derive(Debug, Clone, Copy)]
 pub struct SavedTensors<'a> {
-    /// The tensors, by name.
+    /// Tensors by name.
     pub tensors: &'a BTreeMap<String, Tensor>,
-    /// The `trainer` entry of its config.json.
+    /// The `trainer` entry of config.json.
     pub trainer: &'a Value,
-    /// Where the dictionary is to live.
+    /// Device of the dictionary.
     pub device: Device,
-    /// The type of its matrix products.
+    /// Precision of the matrix products.
     pub precision: Precision,
 }
 
 impl SavedTensors<'_> {
-    /// The shape of a tensor, or an error that names it.
+    /// Returns the shape of a tensor, or an error that names it if it is missing, empty or has another number of
+    /// dimensions.
     pub fn shape<const N: usize>(&self, name: &str) -> Result<[i64; N]> {
         let Some(tensor) = self.tensors.get(name) else {
             bail!(
@@ -265,14 +267,14 @@ impl SavedTensors<'_> {
         };
         let size = tensor.size();
         if size.contains(&0) {
-            bail!(InputError::new(format!("tensor `{name}` has shape {size:?}: there is nothing in it")));
+            bail!(InputError::new(format!("tensor `{name}` is empty: its shape is {size:?}")));
         }
         size.as_slice().try_into().map_err(|_| {
-            InputError::new(format!("tensor `{name}` has shape {size:?}, which does not have {N} dimensions")).into()
+            InputError::new(format!("tensor `{name}` has shape {size:?}, but must have {N} dimensions")).into()
         })
     }
 
-    /// Maps of zeros in the shapes of a class's tensors, or an error that names the one that is missing.
+    /// Makes maps of zeros with the shapes of a class's tensors, or returns an error that names the missing one.
     pub fn affine(&self, layout: Layout) -> Result<Affine> {
         let encoder: [i64; 2] = self.shape(layout.encoder)?;
         let [output] = self.shape(layout.bias)?;
@@ -280,7 +282,7 @@ impl SavedTensors<'_> {
         Ok(Affine::zeros(layout, Dims { input, features, output }, self.device, self.precision))
     }
 
-    /// A parameter of zeros of that shape, beside the affine maps.
+    /// Makes a parameter of zeros, for classes with tensors beside the affine maps.
     pub fn zeros(&self, size: &[i64]) -> Tensor {
         trained(Tensor::zeros(size, (Kind::Float, self.device)))
     }

@@ -1,4 +1,4 @@
-//! Dictionaries: encoding activations as features, decoding them, and what is saved of them.
+//! Dictionaries: encode activations as features, decode them, and save and load their weights.
 
 mod adapted;
 mod affine;

@@ -1,4 +1,4 @@
-//! A dictionary on disk: a folder with `ae.safetensors`, `ae.pt` and `config.json`, named as the reference names them.
+//! Saved SAEs: a folder with `ae.safetensors`, `ae.pt` and `config.json`, named as in the reference.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -20,29 +20,29 @@ use crate::files::torch_file;
 use crate::machine::device::Precision;
 use crate::suggest::nearest;
 
-/// A dictionary read from its folder.
+/// A dictionary loaded from its folder.
 pub struct Saved {
-    /// The folder.
+    /// Folder it was loaded from.
     pub dir: PathBuf,
-    /// The dictionary.
+    /// The dictionary, including its normalisation.
     pub dictionary: Box<dyn Dictionary>,
-    /// What is done to an activation before it; the dictionary does it itself.
+    /// Normalisation that the dictionary applies to its input.
     pub normalization: Option<Normalization>,
-    /// The folder's config.json.
+    /// Contents of config.json.
     pub config: Value,
 }
 
 impl Saved {
-    /// What to call it in a table: the folder's name.
+    /// Returns the folder's name, for tables.
     pub fn name(&self) -> String {
         folder_name(&self.dir)
     }
 }
 
-/// The files of a dictionary's folder, in the order in which they are written.
+/// Files of a saved SAE, in the order in which they are written.
 pub const FILES: [&str; 3] = ["ae.safetensors", "ae.pt", "config.json"];
 
-/// Writes a dictionary into its folder, which is made if need be; each file whole or not at all, the config last.
+/// Saves a dictionary to a folder, creating it if needed. Each file is written atomically, config.json last.
 pub fn write(dir: &Path, dictionary: &dyn Dictionary, config: &Value) -> Result<()> {
     fs::create_dir_all(dir).map_err(|error| anyhow!("cannot make {}: {error}", dir.display()))?;
     let tensors = dictionary.state_dict();
@@ -52,13 +52,14 @@ pub fn write(dir: &Path, dictionary: &dyn Dictionary, config: &Value) -> Result<
     tensors::write_file(&settings, serde_json::to_string_pretty(config)?.as_bytes())
 }
 
-/// Reads a dictionary from its folder.
+/// Loads a dictionary from its folder.
 pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
     let weights = weights(dir)?;
     let config = files::read_json(&dir.join("config.json"))?;
-    let class = config.pointer("/trainer/dict_class").and_then(Value::as_str).ok_or_else(|| {
-        InputError::new(format!("{} does not say its `trainer.dict_class`", dir.join("config.json").display()))
-    })?;
+    let class = config
+        .pointer("/trainer/dict_class")
+        .and_then(Value::as_str)
+        .ok_or_else(|| InputError::new(format!("{} has no `trainer.dict_class`", dir.join("config.json").display())))?;
     let normalization = normalization(&config, &dir.join("config.json"))?;
     let (tensors, scale) = tensors_of(&weights)?;
     let saved = SavedTensors { tensors: &tensors, trainer: &config["trainer"], device, precision };
@@ -75,7 +76,7 @@ pub fn read(dir: &Path, device: Device, precision: Precision) -> Result<Saved> {
     Ok(Saved { dir: dir.to_owned(), dictionary, normalization, config })
 }
 
-/// The dictionary with what stands before it: a normalisation, and numbers of half the width.
+/// Wraps a dictionary with its normalisation and half-precision dtype, if it has either.
 pub fn adapted(
     dictionary: Box<dyn Dictionary>,
     normalization: Option<Normalization>,
@@ -92,7 +93,7 @@ pub fn adapted(
     Box::new(Adapted::new(dictionary, normalization, kind))
 }
 
-/// The file of an SAE's weights: ae.safetensors, or the reference's ae.pt where that is all there is.
+/// Returns the weights file of an SAE's folder: ae.safetensors, or else the reference's ae.pt.
 pub fn weights(dir: &Path) -> Result<PathBuf> {
     if !dir.is_dir() {
         let what = if dir.exists() { "is a file, not an SAE's folder" } else { "does not exist" };
@@ -116,15 +117,16 @@ pub fn weights(dir: &Path) -> Result<PathBuf> {
     bail!(match inner.is_empty() {
         true => error.help(
             "an SAE's folder holds ae.safetensors (or the reference's ae.pt) and config.json; \
-             `dictlearn import` makes one of other formats"
+             `dictlearn import` converts other formats"
         ),
         false => error.help(format!("it is a run; its SAEs are: {}", inner.join(", "))),
     });
 }
 
-/// The SAEs' folders that a path means: its own, or those of a run, or of a folder of runs; sorted, numbers by their size.
+/// Returns the SAE folders under a path: itself, those of a run, or those of a folder of runs. Sorted, numbers by
+/// value.
 pub fn folders(path: &Path) -> Result<Vec<PathBuf>> {
-    /// Folders of runs, runs, SAEs.
+    /// Folder of runs, run, SAE.
     const DEPTH: usize = 3;
     fn collect(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
         if ["ae.safetensors", "ae.pt"].iter().any(|name| dir.join(name).exists()) {
@@ -137,14 +139,14 @@ pub fn folders(path: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     collect(path, DEPTH, &mut found);
     if found.is_empty() {
-        // It says what the path is instead.
+        // Returns an error that describes the path.
         weights(path)?;
     }
     found.sort_by_cached_key(|dir| parts(&dir.to_string_lossy()));
     Ok(found)
 }
 
-/// A name in pieces that sort as people sort them: k=8 before k=16. Digits are padded to one length.
+/// Splits a name into a natural sort key: k=8 before k=16. Digits are zero-padded.
 fn parts(name: &str) -> Vec<String> {
     let mut parts: Vec<String> = Vec::new();
     for c in name.chars() {
@@ -161,7 +163,7 @@ fn parts(name: &str) -> Vec<String> {
     parts.into_iter().map(padded).collect()
 }
 
-/// What to call SAEs beside each other: by their folders' names, or by their paths where names are not their own.
+/// Returns labels for SAEs: their folder names if unique, their paths otherwise.
 pub fn labels(dirs: &[PathBuf]) -> Vec<String> {
     let names: Vec<String> = dirs.iter().map(|dir| folder_name(dir)).collect();
     let own: BTreeSet<&String> = names.iter().collect();
@@ -180,7 +182,7 @@ fn is_python(weights: &Path) -> bool {
     weights.extension().is_some_and(|extension| extension == "pt")
 }
 
-/// The tensors of a file of weights, of a .pt as [`state_dict`] has them.
+/// Reads the tensors of a weights file; see [`state_dict`] for .pt files.
 pub fn tensors_of(weights: &Path) -> Result<(BTreeMap<String, Tensor>, Option<f64>)> {
     if !is_python(weights) {
         return Ok((TensorFile::open(weights)?.tensors()?, None));
@@ -188,8 +190,8 @@ pub fn tensors_of(weights: &Path) -> Result<(BTreeMap<String, Tensor>, Option<f6
     state_dict(&torch_file::read(weights)?, &weights.display().to_string())
 }
 
-/// The tensors of a dictionary in a .pt file: the state dict that it is, or the one in a backup of a training; with a
-/// backup, what its biases are still to be multiplied with ([`Dictionary::scale_biases`]).
+/// Returns the tensors of a .pt file: its state dict, or the one inside a training backup. A backup also gives the
+/// factor that its biases are yet to be scaled by ([`Dictionary::scale_biases`]).
 pub fn state_dict(value: &torch_file::Value, name: &str) -> Result<(BTreeMap<String, Tensor>, Option<f64>)> {
     if let Some(inner) = value.get("ae").or_else(|| value.get("state_dict")).and_then(torch_file::Value::state_dict) {
         let scale = value.get("norm_factor").and_then(torch_file::Value::as_f64);
@@ -202,7 +204,7 @@ pub fn state_dict(value: &torch_file::Value, name: &str) -> Result<(BTreeMap<Str
     Ok((tensors, None))
 }
 
-/// An empty dictionary of a class, or of the one other class that has the tensors' names: the reference's trainer
+/// Makes an empty dictionary of a class, or of the only other class whose tensor names match: the reference's trainer
 /// `StandardTrainerAprilUpdate` calls an AutoEncoderNew an AutoEncoder.
 pub fn fitting(class: &str, saved: &SavedTensors) -> Result<Box<dyn Dictionary>> {
     let fits = |dictionary: &dyn Dictionary| {
@@ -219,14 +221,14 @@ pub fn fitting(class: &str, saved: &SavedTensors) -> Result<Box<dyn Dictionary>>
     match others.len() {
         1 if inventory::iter::<SavedClass>.into_iter().any(|known| known.class == class) => {
             let other = others.remove(0);
-            tracing::warn!("the class is said to be {class}, and the tensors are those of {}", other.class());
+            tracing::warn!("the config names the class {class}, but the tensors are those of {}", other.class());
             Ok(other)
         }
         _ => named,
     }
 }
 
-/// An empty dictionary of a class, of the shape that the tensors show.
+/// Makes an empty dictionary of a class with the shapes of the tensors.
 pub fn shaped(class: &str, saved: &SavedTensors) -> Result<Box<dyn Dictionary>> {
     let found = inventory::iter::<SavedClass>.into_iter().find(|known| known.class == class);
     let Some(found) = found else {
@@ -242,9 +244,9 @@ pub fn shaped(class: &str, saved: &SavedTensors) -> Result<Box<dyn Dictionary>> 
     (found.shaped)(saved)
 }
 
-/// A copy that shares no memory, its biases scaled: what is saved and measured of a dictionary that trained on activations
-/// divided by `scale`. Its products are in float32, whatever training had them in. The dictionary in training is left as
-/// it is, so that saving changes no bit of it.
+/// Returns a copy with scaled biases that shares no memory, for saving and evaluation. `scale` is the norm that
+/// training activations were divided by. Products use float32 whatever the precision of training. The original is
+/// unchanged, so that saving does not affect training.
 pub fn folded(dictionary: &dyn Dictionary, scale: f64) -> Result<Box<dyn Dictionary>> {
     let state = dictionary.state_dict();
     let device = state.first().map_or(Device::Cpu, |(_, tensor)| tensor.device());
@@ -260,15 +262,14 @@ pub fn folded(dictionary: &dyn Dictionary, scale: f64) -> Result<Box<dyn Diction
     Ok(copy)
 }
 
-/// Loads initial weights from an SAE's folder or from a .safetensors file of its tensors; gives what that SAE does to
-/// activations before it reads them.
+/// Loads initial weights from an SAE's folder or a weights file. Returns that SAE's input normalisation.
 pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<Option<Normalization>> {
     let file = if path.is_dir() { weights(path)? } else { path.to_owned() };
     if !file.exists() {
         bail!(InputError::no_file(&file));
     }
     let (mut tensors, scale) = tensors_of(&file)?;
-    // Weights alone will do: `k` and `threshold` are the config's where the file does not have them.
+    // Weights alone suffice: a missing `k` or `threshold` comes from the config.
     for (name, own) in dictionary.buffers() {
         tensors.entry(name.to_owned()).or_insert(own);
     }
@@ -286,7 +287,7 @@ pub fn load_weights(dictionary: &mut dyn Dictionary, path: &Path) -> Result<Opti
     }
 }
 
-/// What an SAE does to activations before it reads them, by its config.json.
+/// Returns the input normalisation that a config.json states.
 pub fn normalization(config: &Value, path: &Path) -> Result<Option<Normalization>> {
     match config.pointer("/trainer/normalization") {
         None | Some(Value::Null) => Ok(None),
@@ -301,14 +302,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_sort_by_the_numbers_in_them() {
+    fn names_sort_naturally() {
         let mut names = ["k=16", "k=4", "k=4-lr=0.1", "a", "k=8"];
         names.sort_by_cached_key(|name| parts(name));
         assert_eq!(names, ["a", "k=4", "k=4-lr=0.1", "k=8", "k=16"]);
     }
 
     #[test]
-    fn saes_of_a_folder_of_runs_are_found_at_any_of_its_levels() {
+    fn saes_are_found_at_every_level_of_a_folder_of_runs() {
         let dir = tempfile::tempdir().unwrap();
         for sae in ["runs/a/x", "runs/b/k=16", "runs/b/k=8", "y", "y/inside", "runs/b/checkpoints", "1/2/3/too_deep"] {
             fs::create_dir_all(dir.path().join(sae)).unwrap();

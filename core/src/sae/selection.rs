@@ -1,4 +1,4 @@
-//! How many features a dictionary of the TopK family selects, and from which value on.
+//! Number of features that a dictionary of the TopK family selects, and its inference threshold.
 
 use std::cell::Cell;
 
@@ -10,7 +10,7 @@ use super::affine::{SavedTensors, scale_in_place};
 use super::code::Code;
 use crate::error::InputError;
 
-/// How many features are selected, and from which value on.
+/// Number of selected features k, and the threshold.
 #[derive(Debug)]
 pub struct Selection {
     k: Cell<i64>,
@@ -20,8 +20,8 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// `k` features of each activation. `by_threshold` if users of the trained dictionary select by the threshold
-    /// instead, so that activations do not depend on their batch.
+    /// Selects `k` features of each activation in training. With `by_threshold`, inference selects by the threshold
+    /// instead, so that an activation's features do not depend on its batch.
     pub fn new(k: i64, by_threshold: bool, device: Device) -> Self {
         Selection {
             k: Cell::new(k),
@@ -31,7 +31,7 @@ impl Selection {
         }
     }
 
-    /// Refuses a `k` that the dictionary cannot select.
+    /// Returns an error if `k` exceeds the number of features.
     pub fn check(k: i64, features: i64) -> Result<()> {
         if k > features {
             bail!(
@@ -43,7 +43,8 @@ impl Selection {
         Ok(())
     }
 
-    /// That of a saved dictionary: its k is that of its tensor, which annealing may have changed, or that of its config.
+    /// Restores a saved dictionary's selection. k comes from the saved tensor, which annealing may have changed, or
+    /// else from the config.
     pub fn saved(saved: &SavedTensors, features: i64, by_threshold: bool) -> Result<Self> {
         let k = match saved.tensors.get("k") {
             Some(k) if k.numel() == 1 && k.is_floating_point() => k.double_value(&[]) as i64,
@@ -52,50 +53,50 @@ impl Selection {
             None => saved.trainer.get("k").and_then(Value::as_i64).unwrap_or(0),
         };
         if !(1..=features).contains(&k) {
-            bail!(InputError::new(format!("`k` is {k}, and the dictionary has {features} features")));
+            bail!(InputError::new(format!("`k` is {k}, but must be from 1 to {features}, the number of features")));
         }
         Ok(Selection::new(k, by_threshold, saved.device))
     }
 
-    /// How many features of each activation.
+    /// Number of features selected per activation.
     pub fn k(&self) -> i64 {
         self.k.get()
     }
 
-    /// Changes k.
+    /// Sets k.
     pub fn set_k(&self, k: i64) {
         self.k.set(k);
         let _ = self.k_tensor.shallow_clone().fill_(k);
     }
 
-    /// The running mean of the smallest selected feature, a float32 scalar; negative as long as it is not known.
+    /// Running mean of the smallest selected feature, a float32 scalar; negative until the first update.
     pub fn threshold(&self) -> &Tensor {
         &self.threshold
     }
 
-    /// Whether the trained dictionary selects by the threshold.
+    /// Whether inference selects by the threshold.
     pub fn by_threshold(&self) -> bool {
         self.by_threshold
     }
 
-    /// The saved tensors, `k` (int32) and `threshold`.
+    /// Returns the saved tensors, `k` (int32) and `threshold`.
     pub fn buffers(&self) -> Vec<(&'static str, Tensor)> {
         vec![("k", self.k_tensor.shallow_clone()), ("threshold", self.threshold.shallow_clone())]
     }
 
-    /// For [`Dictionary::loaded`](super::Dictionary::loaded).
+    /// Implements [`Dictionary::loaded`](super::Dictionary::loaded).
     pub fn loaded(&self) {
         self.k.set(self.k_tensor.int64_value(&[]));
     }
 
-    /// For [`Dictionary::scale_biases`](super::Dictionary::scale_biases).
+    /// Implements [`Dictionary::scale_biases`](super::Dictionary::scale_biases).
     pub fn scale(&self, scale: f64) {
         if self.threshold.double_value(&[]) >= 0.0 {
             scale_in_place(&self.threshold, scale);
         }
     }
 
-    /// Of pre-activations [.., F] after ReLU the k largest of each activation.
+    /// Applies ReLU to pre-activations `[.., F]` and keeps the k largest of each activation.
     pub fn of_each(&self, pre_activations: Tensor) -> Code {
         let post_relu = pre_activations.relu();
         let (values, indices) = post_relu.topk(self.k(), -1, true, false);
@@ -107,7 +108,8 @@ impl Selection {
             .with("top_indices", indices)
     }
 
-    /// Of `candidates` [.., F], which may be negative, for each activation the k with the greatest `scores` [.., F].
+    /// Keeps, for each activation, the k `candidates` `[.., F]` with the highest `scores` `[.., F]`. Candidates may be
+    /// negative.
     pub fn by_score(&self, candidates: Tensor, scores: &Tensor) -> Code {
         let (values, indices) = scores.topk(self.k(), -1, true, false);
         let selected = candidates.gather(-1, &indices, false);
@@ -115,7 +117,7 @@ impl Selection {
         Code::new(features).with("post_relu", candidates).with("top_values", values).with("top_indices", indices)
     }
 
-    /// Of the pre-activations [B, F] of a batch after ReLU the B·k largest, in training.
+    /// Applies ReLU to a batch's pre-activations `[B, F]` and keeps the B·k largest. Training only.
     pub fn of_batch(&self, pre_activations: Tensor) -> Code {
         let post_relu = pre_activations.relu();
         let flat = post_relu.flatten(0, -1);
@@ -128,18 +130,19 @@ impl Selection {
             .with("top_values", values.unsqueeze(0))
     }
 
-    /// Of pre-activations [.., F] after ReLU those above the threshold.
+    /// Applies ReLU to pre-activations `[.., F]` and keeps those above the threshold.
     pub fn above_threshold(&self, pre_activations: &Tensor) -> Tensor {
         let post_relu = pre_activations.relu();
         &post_relu * post_relu.gt_tensor(&self.threshold)
     }
 
-    /// θ ← β θ + (1 − β) · the mean of the smallest positive values of what was selected from together, `[rows]`.
+    /// θ ← β θ + (1 − β) · mean of `smallest`, the smallest positive value of each row or batch that was selected from.
     ///
-    /// Without any, infinity, it counts for nothing; in the reference it makes the threshold infinite for good.
+    /// Infinite entries, of rows without a positive value, are ignored; in the reference they make the threshold
+    /// infinite for good.
     pub(crate) fn update_threshold(&self, smallest: &Tensor, beta: f64) {
         tch::no_grad(|| {
-            // Without a look at any number: a GPU would have to be waited for.
+            // Reads no value, to avoid a GPU sync.
             let some = smallest.isfinite();
             let mean = smallest.masked_fill(&some.logical_not(), f64::NAN).nanmean([0].as_slice(), false, Kind::Float);
             let mut threshold = self.threshold.shallow_clone();

@@ -1,49 +1,49 @@
-//! A weight matrix, a direction for each feature.
+//! A weight matrix with one direction per feature.
 
 use tch::Tensor;
 
-/// The weight matrix of an encoder or decoder: a direction for each feature.
+/// The weight matrix of an encoder or decoder, with one direction per feature.
 #[derive(Debug)]
 pub struct Weight {
-    /// Its state-dict name.
+    /// State-dict name.
     pub name: &'static str,
-    /// Its numbers, sharing memory with the dictionary's.
+    /// Values, sharing memory with the dictionary's tensor.
     pub tensor: Tensor,
-    /// Which of the two dimensions counts the features: 0 of [F, d] (`encoder.weight`, `W_dec`), 1 of [d, F] (`decoder.weight`,
-    /// `W_enc`).
+    /// Dimension that indexes the features: 0 for `[F, d]` (`encoder.weight`, `W_dec`), 1 for `[d, F]`
+    /// (`decoder.weight`, `W_enc`).
     pub feature_dim: i64,
 }
 
 impl Weight {
-    /// The other dimension: along which a feature's direction lies.
+    /// Returns the other dimension, along which a feature's direction lies.
     pub fn direction_dim(&self) -> i64 {
         1 - self.feature_dim
     }
 
-    /// The features' directions as rows, [F, d], sharing memory with the weight.
+    /// Returns the features' directions as rows `[F, d]`, sharing memory with the weight.
     pub fn rows(&self) -> Tensor {
         self.like_rows(&self.tensor)
     }
 
-    /// Turns a tensor of this one's shape to rows, [F, d], or rows to this one's shape.
+    /// Transposes a tensor of the weight's shape to rows `[F, d]` if needed, or rows back to the weight's shape.
     pub(crate) fn like_rows(&self, tensor: &Tensor) -> Tensor {
         if self.feature_dim == 0 { tensor.shallow_clone() } else { tensor.tr() }
     }
 
-    /// The features' directions as columns, [d, F], sharing memory with the weight.
+    /// Returns the features' directions as columns `[d, F]`, sharing memory with the weight.
     pub fn columns(&self) -> Tensor {
         if self.feature_dim == 1 { self.tensor.shallow_clone() } else { self.tensor.tr() }
     }
 
-    /// Norms of the features' directions, `[F]`.
+    /// Returns the norms of the features' directions, `[F]`.
     pub fn norms(&self) -> Tensor {
         self.tensor.norm_scalaropt_dim(2.0, [self.direction_dim()], false)
     }
 }
 
 impl Weight {
-    /// Divides the features' directions by their norms, and gives these, `[F]`; `None` where they are 1 already. A
-    /// direction of zeros stays.
+    /// Divides the features' directions by their norms in place and returns the norms `[F]`, or `None` if all are
+    /// already 1. A zero direction is left unchanged.
     pub fn normalize(mut self) -> Option<Tensor> {
         tch::no_grad(|| {
             let norms = self.norms();
@@ -57,11 +57,12 @@ impl Weight {
     }
 }
 
-/// What feeds a feature: a row of the encoder's weight, and entries of vectors of length F. For resampling.
+/// The encoder's parameters of each feature: a row of its weight and entries of vectors of length F. Used for
+/// resampling.
 #[derive(Debug)]
 pub struct Encoder {
-    /// The weight.
+    /// Weight.
     pub weight: Weight,
-    /// State-dict names of the vectors `[F]` that become 0 when a feature is resampled.
+    /// State-dict names of the vectors `[F]` whose entry is set to 0 when a feature is resampled.
     pub biases: Vec<&'static str>,
 }

@@ -1,29 +1,28 @@
 //! The analytic training step for dictionaries of two affine maps.
 //!
-//! Nearly all dictionaries are two affine maps with something between them that looks at one number at a time:
+//! Nearly every dictionary is two affine maps with an elementwise activation or a selection between them:
 //!
 //! ```text
 //! z = W_e (x − b) + b_e        f = φ(z)        x̂ = W_d f + b
 //! ```
 //!
-//! For these there is no need of a graph. With r = ∂L/∂x̂ [B, d] and s = ∂L/∂z [B, F]:
+//! Their gradients have a closed form. With r = ∂L/∂x̂ `[B, d]` and s = ∂L/∂z `[B, F]`:
 //!
 //! ```text
 //! ∂L/∂f = r W_d     s = ∂L/∂f φ'(z)     ∂L/∂W_d = rᵀ f     ∂L/∂W_e = sᵀ (x − b)
 //! ∂L/∂b_e = Σ s     ∂L/∂b = Σ r − (Σ s) W_e
 //! ```
 //!
-//! The last line sums over the batch before it multiplies, which autograd does not: five products of B·d·F numbers are
-//! left of six. They are taken a tile of features at a time ([`Block`]), so that what is calculated between them stays
-//! in the caches. And where few features fire, in training after its beginning nearly always, only the first is taken in
-//! full: a tile of which little matters is kept as a list of entries, and the four other products are taken of these
-//! alone.
+//! The last line sums over the batch before it multiplies, unlike autograd. This leaves five of six products of B·d·F
+//! multiplications. They are computed in tiles of features ([`Block`]), so that intermediate values stay in the caches.
+//! Few features fire after the first steps of training; then only the first product is dense. A sparse tile becomes a
+//! list of entries, and the other four products use only these.
 //!
-//! On a GPU there is one tile, of all features, with ReLU done ([`Block`]s hold no number below 0), and libtorch's operations on it: what
-//! lies between products stays in their type, so that half as much goes through its memory.
+//! On a GPU there is one dense tile with all features, clamped at 0 by ReLU, and libtorch's operations. Intermediate
+//! values keep the dtype of products, which halves memory traffic in bfloat16.
 //!
-//! What lies between the maps is an [`ActivationFunction`], which the dictionary has; what is minimised is an [`Objective`], which
-//! the trainer has. [`step`] puts them together. Trainers of the TopK family use the parts ([`AnalyticParts`]).
+//! The dictionary provides the [`ActivationFunction`] between the maps, the trainer the [`Objective`]. [`step`]
+//! combines them. Trainers of the TopK family use [`AnalyticParts`] directly.
 
 use std::cell::{Cell, OnceCell};
 
@@ -40,8 +39,8 @@ use crate::sae::two_layer::select::{self, Kept, Selector, Tile};
 use crate::sae::two_layer::{ActivationFunction, Block, Derivatives, Input, Operand};
 use crate::sae::{Affine, Dictionary, Selection, Weight};
 
-/// Features of a tile: a tile of a usual batch's pre-activations fits into the caches, and a product of that many
-/// columns runs at full speed. Products in bfloat16 take so little time that what is done once for each tile counts.
+/// Features per tile. A tile of a typical batch's pre-activations fits into the caches, and products of this width run
+/// at full speed. Products in bfloat16 are so fast that the overhead per tile matters.
 fn tile_width(precision: Precision) -> i64 {
     if let Some(width) = TILE_WIDTH.get() {
         return width;
@@ -56,7 +55,7 @@ thread_local! {
     static TILE_WIDTH: Cell<Option<i64>> = const { Cell::new(None) };
 }
 
-/// Does something with tiles of that many features: in tests, whose dictionaries would fit into one.
+/// Runs `work` with tiles of this width, for tests, whose dictionaries would fit into one tile.
 pub fn with_tile_width<T>(width: i64, work: impl FnOnce() -> T) -> T {
     TILE_WIDTH.set(Some(width));
     let done = work();
@@ -64,9 +63,9 @@ pub fn with_tile_width<T>(width: i64, work: impl FnOnce() -> T) -> T {
     done
 }
 
-/// Below which part of a tile's entries they are listed. Steps with lists and with dense tiles took the same time, in float32, at 18%
-/// on two cores of AMD's Zen 3 (AVX2) and at 17 to 22% on Zen 4 (AVX-512); in bfloat16 at 9 to 12% there, and at 4% where
-/// bfloat16's products are four times as fast as float32's.
+/// Density below which a tile becomes a list. Steps with lists and with dense tiles take the same time at these
+/// densities: in float32 at 18% on two cores of AMD's Zen 3 (AVX2) and at 17 to 22% on Zen 4 (AVX-512); in bfloat16 at
+/// 9 to 12% there, and at 4% where bfloat16 products are four times as fast as float32.
 fn sparse(precision: Precision) -> f64 {
     match precision {
         Precision::Float32 => 0.15,
@@ -74,31 +73,31 @@ fn sparse(precision: Precision) -> f64 {
     }
 }
 
-/// What products have of a size that changes from step to step is a multiple of it. oneDNN keeps what it has prepared for products of
-/// each size, about 0.3 MB, for a thousand of them.
+/// Dimensions of products that vary from step to step are padded to a multiple of this. oneDNN caches about 0.3 MB for
+/// each distinct size, for up to a thousand sizes.
 const ROUND: i64 = 64;
 
-/// How much is lacking to a multiple of that.
+/// Returns the padding to the next multiple of [`ROUND`].
 fn lacking(count: i64) -> i64 {
     (-count).rem_euclid(ROUND)
 }
 
-/// What an analytic step starts from.
+/// Input of an analytic step.
 pub struct AnalyticPass<'a> {
     /// Step, counted from 0.
     pub step: u64,
-    /// What the dictionary reads and what it is to reconstruct.
+    /// Activations and their targets.
     pub batch: &'a Batch,
     /// The dictionary.
     pub dictionary: &'a dyn Dictionary,
-    /// The last step's gradients, whose memory the gradients of this step may be written to.
+    /// Gradients of the last step, whose memory this step may reuse.
     pub gradients: &'a Gradients,
-    /// Whether the figures of this step will be logged.
+    /// Whether this step is logged.
     pub logging: bool,
 }
 
 impl AnalyticPass<'_> {
-    /// A parameter of the dictionary, without its history.
+    /// Returns a parameter of the dictionary, detached.
     pub fn parameter(&self, name: &str) -> Result<Tensor> {
         let found = self.dictionary.parameters().into_iter().find(|(known, _)| *known == name);
         found
@@ -107,22 +106,22 @@ impl AnalyticPass<'_> {
     }
 }
 
-/// What an analytic step found.
+/// Result of an analytic step.
 pub struct AnalyticStep {
-    /// For how many activations of the batch each feature fired, `[F]`; needed if the step is logged.
+    /// Firing count of each feature, `[F]`; required if the step is logged.
     pub fired: Option<Tensor>,
-    /// How far the reconstruction is off, x̂ − target, [B, d_out]; needed if the step is logged.
+    /// Reconstruction error x̂ − target, `[B, d_out]`; required if the step is logged.
     pub error: Option<Tensor>,
-    /// The loss's gradient by each parameter that has one, by state-dict names. It may lie in the memory of
-    /// [`AnalyticPass::gradients`], which the next step writes over.
+    /// Gradient of the loss for each parameter that has one, by state-dict name. May share memory with
+    /// [`AnalyticPass::gradients`], which the next step overwrites.
     pub gradients: Vec<(&'static str, Tensor)>,
 }
 
-/// The parts of an analytic step: weights, what is encoded, and gradients as they are found.
+/// Working data of an analytic step: weights, the encoder's input, and gradients.
 pub struct AnalyticParts<'a> {
     affine: &'a Affine,
     precision: Precision,
-    /// x or x − b, [B, d].
+    /// Encoder input, x or x − b, `[B, d]`.
     x: Operand,
     w_enc: Operand,
     b_enc: Option<Tensor>,
@@ -131,12 +130,13 @@ pub struct AnalyticParts<'a> {
     /// Σ ∂L/∂z, `[F]`.
     by_z: Tensor,
     by_w_dec: Tensor,
-    /// Whether lists of entries can be used: on a CPU, with the features' weights in one piece each.
+    /// Whether lists of entries can be used: on a CPU, with each feature's weights contiguous.
     lists: bool,
 }
 
 impl<'a> AnalyticParts<'a> {
-    /// For a batch, if the dictionary is two affine maps in float32. Gradients are written to the memory of the last step's.
+    /// Prepares a step for a batch; `None` unless the dictionary is two affine maps in float32. Gradients reuse the
+    /// last step's memory.
     pub fn new(pass: &'a AnalyticPass) -> Option<Self> {
         let (affine, batch) = (pass.dictionary.affine()?, pass.batch);
         let precision = affine.precision();
@@ -161,25 +161,25 @@ impl<'a> AnalyticParts<'a> {
         })
     }
 
-    /// How many features the dictionary has.
+    /// Number of features F.
     pub fn features(&self) -> i64 {
         self.by_z.size()[0]
     }
 
-    /// Room for tiles of so many features in all.
+    /// Allocates storage for tiles with this many features in total.
     fn storage(&self, features: i64, kind: Kind) -> Tensor {
         let x = self.x.exact();
         Tensor::empty([x.size()[0] * features], (kind, x.device()))
     }
 
-    /// A tile in such a room, [B, count], so many features from its beginning.
+    /// Returns a tile `[B, count]` of such storage, which starts `at` features from its beginning.
     fn tile(&self, storage: &Tensor, at: i64, count: i64) -> Tensor {
         let rows = self.x.exact().size()[0];
         storage.narrow(0, rows * at, rows * count).view([rows, count])
     }
 
-    /// Calls `work` with the product of what is encoded with each tile of features, [B, n], the features' biases, and the
-    /// first one's number. All products lie in the same place, one after the other.
+    /// Calls `work` with the encoder's product for each tile of features `[B, n]` with the features' biases, and the
+    /// index of the tile's first feature. All products share one buffer.
     fn products(&self, mut work: impl FnMut(&Tile, i64)) {
         let bias = self.b_enc.as_ref().map_or_else(|| self.by_z.zeros_like(), Tensor::contiguous);
         let most = tile_width(self.precision);
@@ -187,7 +187,7 @@ impl<'a> AnalyticParts<'a> {
         for first in (0..self.features()).step_by(most as usize) {
             let count = most.min(self.features() - first);
             let product = self.tile(&storage, 0, count);
-            // As it is needed: all of it in another type would take room, and it is needed once.
+            // Converted per tile: each part is used once, and a whole copy would cost memory.
             let weight = self.w_enc.exact().narrow(0, first, count).to_kind(self.precision.kind());
             let _ = self.x.for_products().matmul_out(&product, &weight.tr());
             let bias = &numbers::<f32>(&bias)[first as usize..(first + count) as usize];
@@ -195,7 +195,7 @@ impl<'a> AnalyticParts<'a> {
         }
     }
 
-    /// Pre-activations of rows X, [n, F].
+    /// Returns the pre-activations `[n, F]` of rows X of the encoder's input.
     fn plainly(&self, x: &Operand) -> Tensor {
         let z = self.precision.product(x.for_products(), &self.w_enc.for_products().tr());
         match &self.b_enc {
@@ -204,11 +204,11 @@ impl<'a> AnalyticParts<'a> {
         }
     }
 
-    /// The pre-activations above `bounds` `[F]`, or above 0, and perhaps others. On a CPU.
+    /// Returns blocks with all pre-activations above `bounds` `[F]`, or above 0, and possibly others. CPU only.
     pub fn encode(&self, bounds: Option<&Tensor>) -> Vec<Block> {
         let bounds = bounds.map(Tensor::contiguous).unwrap_or_else(|| self.by_z.zeros_like());
         let precision = self.precision;
-        // In one piece: what comes and goes between pieces that stay would leave holes.
+        // Allocated once: mixing lifetimes fragments the heap.
         let storage = self.storage(self.features(), Kind::Float);
         let mut used = 0;
         let mut blocks = Vec::new();
@@ -227,8 +227,9 @@ impl<'a> AnalyticParts<'a> {
         blocks
     }
 
-    /// The pre-activations that a dictionary of the TopK family selects in training, and perhaps some that are not above
-    /// 0: no features either. With them, where they are known, the selected features' indices, those at 0 too, int64.
+    /// Returns the pre-activations that a dictionary of the TopK family selects in training, possibly with some that
+    /// are not above 0 and so give no feature. Also returns the selected features' indices, including those at 0,
+    /// int64, if known.
     pub fn select(&mut self, selection: &Selection) -> (Block, Option<Tensor>) {
         let rows = self.x.exact().size()[0];
         let k = selection.k();
@@ -244,7 +245,7 @@ impl<'a> AnalyticParts<'a> {
         (block, Some(indices))
     }
 
-    /// The k largest pre-activations above 0 of each row.
+    /// Returns the k largest positive pre-activations of each row.
     pub fn select_of_each(&mut self, k: i64) -> Block {
         if k >= self.features() {
             return Block::dense(self.plainly(&self.x).relu(), 0, self.precision);
@@ -255,8 +256,8 @@ impl<'a> AnalyticParts<'a> {
         self.of_each(k).0
     }
 
-    /// Whether k features of each row are few enough to be listed. More of them would be dearer than dense products, even
-    /// with libtorch's selection before.
+    /// Whether k features per row are few enough for lists. Above this, dense products are faster, even with libtorch's
+    /// selection.
     fn sparse(&self, k: i64) -> bool {
         4 * k <= self.features()
     }
@@ -264,18 +265,19 @@ impl<'a> AnalyticParts<'a> {
     fn list(&mut self, kept: Kept) -> Block {
         let mut selector = Selector::new(kept, self.x.exact().size()[0] as usize);
         self.products(|tile, _| selector.offer(tile));
-        // What is listed is multiplied exactly.
+        // Products of lists use exact values, so the cast copy is not needed.
         self.x.cast.take();
         Block::sparse(selector.finish(), 0, self.precision)
     }
 
-    /// All pre-activations above 0, [B, F], of the type of the products, as the encoder's bias is here.
+    /// Returns all pre-activations after ReLU, `[B, F]`, in the dtype of products. The encoder's bias is cast to it
+    /// too.
     fn whole(&self) -> Tensor {
         let bias = self.b_enc.as_ref().map(|bias| bias.to_kind(self.precision.kind()));
         self.x.for_products().linear(self.w_enc.for_products(), bias).relu_()
     }
 
-    /// The k largest pre-activations of each row as libtorch finds them, and their features.
+    /// Selects the k largest pre-activations of each row with libtorch's `topk`; also returns their features.
     fn of_each(&self, k: i64) -> (Block, Tensor) {
         let z = self.whole();
         let size @ [rows, features] = [z.size()[0], z.size()[1]];
@@ -286,7 +288,7 @@ impl<'a> AnalyticParts<'a> {
         (Block::scattered(values, at, size, rows, self.precision), indices)
     }
 
-    /// The `count` largest pre-activations of the batch as libtorch finds them.
+    /// Selects the `count` largest pre-activations of the batch with libtorch's `topk`.
     fn of_batch(&self, count: i64) -> Block {
         let z = self.whole();
         let size = [z.size()[0], z.size()[1]];
@@ -294,7 +296,7 @@ impl<'a> AnalyticParts<'a> {
         Block::scattered(values.to_kind(Kind::Float), at, size, 1, self.precision)
     }
 
-    /// A block in the groups that end at these features.
+    /// Splits a block into the groups of features that end at `ends`.
     pub fn groups(&self, block: Block, ends: &[i64]) -> Vec<Block> {
         if ends.len() == 1 {
             return vec![block];
@@ -304,16 +306,16 @@ impl<'a> AnalyticParts<'a> {
         starts.zip(ends).map(|(start, end)| block.narrow(start..*end)).collect()
     }
 
-    /// The features that the k largest of a row after ReLU have among them though they are 0, of the rows that have less
-    /// than k above: int64 of any shape. Which these are of many is libtorch's choice.
+    /// Returns features at 0 that `topk` selects in rows with fewer than k positive pre-activations: int64, of any
+    /// shape. libtorch decides which of the tied features these are.
     pub fn selected_at_zero(&self, block: &Block, k: i64) -> Tensor {
         let few = block.sum_by_row(&block.z.gt(0.0).to_kind(Kind::Float)).less(k as f64).nonzero().reshape([-1]);
         if few.size()[0] == 0 {
             return few;
         }
-        // A part at a time, for there may be many, and all features of each are computed.
+        // In parts: there may be many rows, and each needs all its features.
         let selected = few.split(4 * ROUND, 0).into_iter().map(|few| {
-            // Some row again says nothing new.
+            // Pads with a repeated row, which adds no new features.
             let again = few.narrow(0, 0, 1).expand([lacking(few.size()[0])], false);
             let rows = self.x.select(&Tensor::cat(&[few, again], 0));
             self.plainly(&rows).relu().topk(k, -1, true, false).1
@@ -321,22 +323,22 @@ impl<'a> AnalyticParts<'a> {
         Tensor::cat(&selected.collect::<Vec<_>>(), 0)
     }
 
-    /// How far a reconstruction without any features is off: b − target, [B, d].
+    /// Returns the error of a reconstruction without features: b − target, `[B, d]`.
     pub fn begin(&self, batch: &Batch) -> Tensor {
         (self.affine.bias().1.detach() - &batch.target).contiguous()
     }
 
-    /// Adds to an error [B, d] what values of a block's features, as z, decode to.
+    /// Adds the reconstruction from a block's values, in the shape of z, to an error `[B, d]`.
     pub fn decode(&self, block: &Block, values: &Tensor, error: &mut Tensor) {
         block.decode(values, &self.w_dec, error);
     }
 
-    /// ∂L/∂x̂ [B, d], to be multiplied with.
+    /// Prepares ∂L/∂x̂ `[B, d]` for products.
     fn operand(&self, by_x_hat: &Tensor) -> Operand {
         Operand::new(by_x_hat.contiguous(), self.precision)
     }
 
-    /// Takes gradients of features that pass what comes to them on to z where this is above 0, given ∂L/∂x̂ [B, d].
+    /// Accumulates gradients for f = ReLU(z), given ∂L/∂x̂ `[B, d]`.
     pub fn backward_of_selected(&mut self, block: &Block, by_x_hat: &Tensor) {
         let by_x_hat = self.operand(by_x_hat);
         block.accumulate(&block.z.relu(), &by_x_hat, &mut self.by_w_dec);
@@ -350,8 +352,8 @@ impl<'a> AnalyticParts<'a> {
         block.sum_by_feature(by_z, &mut self.by_z);
     }
 
-    /// The same step for some features alone, `[n]` int64; its gradients are added by [`AnalyticParts::add`]. Their number is rounded up by
-    /// features without weights, which are never above 0.
+    /// Returns the working data of a step on a subset of features, `[n]` int64; [`AnalyticParts::add`] adds its
+    /// gradients. The subset is padded with features of zero weights, which never fire.
     pub fn of_features(&self, features: &Tensor) -> AnalyticParts<'a> {
         let lacking = lacking(features.size()[0]);
         let count = features.size()[0] + lacking;
@@ -374,7 +376,7 @@ impl<'a> AnalyticParts<'a> {
         }
     }
 
-    /// Adds the gradients of a step for some features alone.
+    /// Adds the gradients of a step on a subset of features.
     pub fn add(&mut self, features: &Tensor, part: &AnalyticParts) {
         let own = |of_part: &Tensor| of_part.narrow(0, 0, features.size()[0]);
         let _ = self.by_w_enc.index_add_(0, features, &own(&part.by_w_enc));
@@ -382,7 +384,7 @@ impl<'a> AnalyticParts<'a> {
         let _ = self.by_w_dec.index_add_(0, features, &own(&part.by_w_dec));
     }
 
-    /// The gradients of the two layers, by state-dict names, where `by_x_hat` `[d]` is the sum of ∂L/∂x̂ over the batch.
+    /// Returns the gradients of both layers by state-dict name. `by_x_hat` `[d]` is the sum of ∂L/∂x̂ over the batch.
     pub fn gradients(self, by_x_hat: Tensor) -> Vec<(&'static str, Tensor)> {
         let affine = self.affine;
         let centred = affine.is_centred();
@@ -402,7 +404,7 @@ impl<'a> AnalyticParts<'a> {
     }
 }
 
-/// Memory for the gradient of a matrix, [F, d]: that of the last step's gradient if it lies right.
+/// Returns memory for the gradient of a matrix, as rows `[F, d]`: the last step's gradient if its layout fits.
 fn room(weight: &Weight, gradients: &Gradients) -> Tensor {
     let rows = weight.rows();
     let room = gradients.get(weight.name).map(|gradient| weight.like_rows(gradient));
@@ -410,23 +412,23 @@ fn room(weight: &Weight, gradients: &Gradients) -> Tensor {
     room.filter(fits).unwrap_or_else(|| rows.empty_like())
 }
 
-/// The sum over rows, `[d]` of [B, d].
+/// Returns the sum over rows `[d]` of a matrix `[B, d]`.
 pub fn sum_of_rows(rows: &Tensor) -> Tensor {
     rows.sum_dim_intlist([0].as_slice(), false, Kind::Float)
 }
 
-/// The mean over rows of their squared norms, a scalar of [B, d], without room for the squares.
+/// Returns the mean squared norm of the rows `[B, d]`, a scalar, without a temporary for the squares.
 pub fn mean_square(rows: &Tensor) -> Tensor {
     rows.norm_scalaropt_dim(2.0, [-1], false).square().mean(Kind::Float)
 }
 
-/// An analytic step of an objective, if the dictionary is two affine maps: terms and gradients of
+/// Runs the analytic step of an objective, if the dictionary is two affine maps. The loss is
 ///
 /// ```text
 /// L = error(x̂) + penalty + the activation function's auxiliary loss
 /// ```
 ///
-/// `count` if it is asked which features fired.
+/// `count` requests which features fired.
 pub fn step(
     pass: &AnalyticPass,
     terms: &mut Terms,
@@ -460,7 +462,7 @@ pub fn step(
             hand.decode(block, penalized, auxiliary);
         }
         if let Some(fired) = fired.as_mut().filter(|_| on_gpu) {
-            // Features here are not negative.
+            // These features are not negative.
             block.sum_by_feature(&features.sign(), fired);
         } else if let Some(fired) = &mut fired {
             let ([], [count]) =

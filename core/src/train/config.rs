@@ -9,33 +9,33 @@ use crate::data::OnNonfinite;
 use crate::files::ConfigPath;
 use crate::sae::TaggedDictionary;
 
-/// One dictionary of a run and how it is trained.
+/// One dictionary of a run, and how it is trained.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SaeConfig {
-    /// Its name and folder; the trainer's name by default.
+    /// Name of the SAE and its folder. Default: the trainer's name.
     pub name: String,
-    /// The site that it trains on, where the source has several: a name or a glob. Every one by default; those that
-    /// train on more than one are named `<name>-<site>`.
+    /// Site to train on, a name or a glob, for sources with several. Default: every site. An SAE that matches several
+    /// sites is trained on each, as `<name>-<site>`.
     #[serde(default)]
     pub site: Option<String>,
-    /// The architecture; the trainer's usual one by default.
+    /// Architecture. Default: the trainer's default dictionary.
     pub dictionary: Box<dyn TaggedDictionary>,
-    /// The loss and its schedules.
+    /// Loss and schedules.
     pub trainer: Box<dyn TaggedTrainer>,
-    /// What is changed about the trainer.
+    /// Changes to the trainer.
     #[serde(default)]
     pub modifiers: Vec<Box<dyn TaggedModifier>>,
-    /// Weights to start from: the directory of an SAE, trained or imported, that trains on as it is, or a .safetensors
-    /// file of initial weights, of which what a trainer takes from the first batch (`b_dec` of the TopK family) still is
-    /// taken from it. `k` and groups stay the dictionary's.
+    /// Weights to start from. A folder of an SAE, trained or imported, continues training that SAE. A .safetensors file
+    /// gives initial weights; values that a trainer initialises from the first batch (`b_dec` of the TopK family) are
+    /// still initialised. `k` and groups come from this config.
     #[serde(default)]
     pub init_from: Option<ConfigPath>,
-    /// Seed of this SAE's initial weights and random choices; the run's `seed` by default. The stream of activations is the
-    /// same for every SAE, so that `sweep: {seed: [0, 1]}` shows what the seed alone changes.
+    /// Seed of initial weights and random choices. Default: the run's `seed`. Every SAE sees the same activations, so
+    /// `sweep: {seed: [0, 1]}` isolates the effect of the seed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// The run's `on_nonfinite`, if it is another for this one.
+    /// Overrides the run's `on_nonfinite`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_nonfinite: Option<OnNonfinite>,
 }

@@ -1,28 +1,28 @@
-//! Constraints of a training step: the unit-norm decoder and the clipped gradient.
+//! Constraints of a training step: unit-norm decoder and gradient clipping.
 
 use tch::Tensor;
 
 use crate::sae::Weight;
 
-/// What a trainer holds the decoder and the gradients to.
+/// Constraints on decoder and gradients.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Constraints {
-    /// Each feature's direction keeps norm 1: its gradient loses the part along it, and after the step it is scaled
-    /// back (Bricken et al. 2023, appendix "Advice for training").
+    /// Keeps every decoder direction at norm 1: removes the parallel component of its gradient, and normalises it after
+    /// the step (Bricken et al. 2023, appendix "Advice for training").
     pub unit_norm_decoder: bool,
-    /// The joint norm of all gradients is at most this.
+    /// Maximum joint norm of all gradients; `None` disables clipping.
     pub clip_gradients: Option<f64>,
 }
 
-/// So small that only a direction of norm 0 is touched by it, which then stays 0 instead of becoming NaN.
+/// Lower bound of norms, small enough to affect only a zero direction, which then stays 0 instead of becoming NaN.
 pub(crate) const LEAST_NORM: f64 = 1e-30;
 
 fn norms(decoder: &Weight) -> Tensor {
     decoder.tensor.detach().norm_scalaropt_dim(2.0, [decoder.direction_dim()], true).clamp_min(LEAST_NORM)
 }
 
-/// Removes from the decoder's gradient the part along each feature's direction, which a unit-norm decoder could not
-/// follow anyway and which would only spoil Adam's moments.
+/// Removes from the decoder's gradient the component parallel to each direction. A unit-norm decoder cannot follow it,
+/// and it would distort Adam's moments.
 pub(crate) fn remove_parallel_gradient(decoder: &Weight, gradient: &Tensor) {
     tch::no_grad(|| {
         let mut gradient = gradient.shallow_clone();
@@ -32,14 +32,14 @@ pub(crate) fn remove_parallel_gradient(decoder: &Weight, gradient: &Tensor) {
     });
 }
 
-/// Scales each feature's direction to norm 1, in place.
+/// Normalises each feature's direction in place.
 pub(crate) fn normalize_decoder(decoder: &Weight) {
     tch::no_grad(|| {
         let _ = decoder.tensor.shallow_clone().g_div_(&norms(decoder));
     });
 }
 
-/// Scales gradients, whose joint norm is `norm`, so that it is at most `max_norm`, as PyTorch's `clip_grad_norm_` does.
+/// Scales gradients of joint norm `norm` down to at most `max_norm`, as PyTorch's `clip_grad_norm_` does.
 pub(crate) fn clip_gradients(gradients: &mut [Tensor], norm: &Tensor, max_norm: f64) {
     tch::no_grad(|| {
         let factor = ((norm + 1e-6).reciprocal() * max_norm).clamp_max(1.0);

@@ -1,4 +1,4 @@
-//! Which features fire: how long each has been silent.
+//! Tracks how long each feature has been silent.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -6,22 +6,23 @@ use tch::{Device, Kind, Tensor};
 use crate::files::state::State;
 use crate::machine::ranks;
 
-/// For each feature, how long since it fired, in steps or tokens, whichever the owner counts in.
+/// Time since each feature last fired, in steps or tokens, as the owner chooses.
 #[derive(Debug)]
 pub struct Firing {
     since: Tensor,
-    /// No counter is higher; known without a look at them.
+    /// Upper bound of the counters, known without reading them.
     most: i64,
 }
 
 impl Firing {
-    /// Counters at 0, on the device of the weights.
+    /// Makes counters of 0, on the device of the weights.
     pub fn new(features: i64, device: Device) -> Self {
         Firing { since: Tensor::zeros([features], (Kind::Int64, device)), most: 0 }
     }
 
-    /// The counters after a batch of `amount`, in which the features `fired`, bool `[F]`, fired. These are unchanged: a
-    /// trainer keeps the new ones once the step is taken, in [`Trainer::after_step`](super::Trainer::after_step).
+    /// Returns the counters after a batch of `amount` steps or tokens, in which the features `fired`, bool `[F]`. Does
+    /// not change `self`: a trainer stores the result in [`Trainer::after_step`](super::Trainer::after_step), once the
+    /// step is taken.
     #[must_use]
     pub fn after(&self, fired: &Tensor, amount: i64) -> Firing {
         let mut after = self.after_silence(amount);
@@ -29,7 +30,7 @@ impl Firing {
         after
     }
 
-    /// The same, for features by their indices, int64 of any shape.
+    /// Does the same for feature indices, int64 of any shape.
     #[must_use]
     pub fn after_indices(&self, fired: &Tensor, amount: i64) -> Firing {
         let mut after = self.after_silence(amount);
@@ -42,18 +43,18 @@ impl Firing {
         Firing { since: &self.since + amount, most: self.most.saturating_add(amount) }
     }
 
-    /// Sets the counters of some features by their indices, int64 of any shape, to 0.
+    /// Sets the counters of features to 0, by index, int64 of any shape.
     pub fn reset_indices(&mut self, indices: &Tensor) {
         let _ = self.since.index_fill_(0, &ranks::gather_rows(&indices.reshape([-1])), 0);
     }
 
-    /// Which features have been silent for at least so long, bool `[F]`.
+    /// Returns which features have been silent for at least this long, bool `[F]`.
     pub fn silent_for(&self, at_least: i64) -> Tensor {
         self.since.ge(at_least)
     }
 
-    /// The numbers of the features that have been silent for at least so long, int64, if there are any. A GPU is waited for
-    /// only where there may be some.
+    /// Returns the indices of features that have been silent for at least this long, int64, if there are any. Causes a
+    /// GPU sync only if there could be some.
     pub fn silent_indices(&mut self, at_least: i64) -> Option<Tensor> {
         if self.most < at_least {
             return None;
@@ -66,24 +67,24 @@ impl Firing {
         None
     }
 
-    /// The counters, int64 `[F]`.
+    /// Returns the counters, int64 `[F]`.
     pub fn since(&self) -> &Tensor {
         &self.since
     }
 
-    /// Sets the counters of some features, bool `[F]`, to 0.
+    /// Sets the counters of features, bool `[F]`, to 0.
     pub fn reset(&mut self, features: &Tensor) {
         let _ = self.since.masked_fill_(&ranks::any(features), 0);
     }
 
-    /// What must survive a restart.
+    /// Returns the state for a checkpoint.
     pub fn state(&self) -> State {
         let mut state = State::new();
         state.put_tensor("since", &self.since);
         state
     }
 
-    /// Takes back what [`Firing::state`] gave.
+    /// Restores what [`Firing::state`] returned.
     pub fn restore(&mut self, state: &State) -> Result<()> {
         state.load_tensor("since", &mut self.since)?;
         self.most = self.since.max().int64_value(&[]);

@@ -1,16 +1,16 @@
-//! The gradients of one step: from the loss to the optimiser.
+//! Gradients of one step, between the loss and the optimiser.
 
 use anyhow::{Result, bail};
 use tch::Tensor;
 
-/// The gradient of the loss by each parameter, in the order of the parameters.
+/// Gradient of the loss for each parameter, in parameter order.
 ///
-/// It is kept from step to step. An analytic step writes over the memory of the last step's gradients ([`Gradients::get`]),
-/// so that no memory is allocated; what autograd allocates is taken as it is. A parameter's own `.grad` is not used.
+/// Kept between steps: an analytic step overwrites the memory of the last step's gradients ([`Gradients::get`]), so it
+/// allocates none. Autograd's tensors are taken over without a copy. A parameter's own `.grad` is not used.
 #[derive(Debug)]
 pub struct Gradients {
     all: Vec<Gradient>,
-    /// All gradients in one tensor, whose parts the others are. On a GPU, where each operation has a cost of its own.
+    /// One tensor that holds all gradients, each a view of it. Used on a GPU, to save kernel launches.
     joined: Option<Tensor>,
 }
 
@@ -18,12 +18,12 @@ pub struct Gradients {
 struct Gradient {
     name: String,
     parameter: Tensor,
-    /// Of the parameter's shape, strides and dtype.
+    /// Same shape, strides and dtype as the parameter.
     tensor: Tensor,
 }
 
 impl Gradients {
-    /// Gradients of these parameters, by their state-dict names. Their numbers are undefined before the first step.
+    /// Allocates gradients of these parameters, by state-dict name. Their values are undefined before the first step.
     pub fn new(parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
         let gradient = |(name, parameter): (_, Tensor)| {
             // Non-contiguous parameters keep their strides.
@@ -33,24 +33,24 @@ impl Gradients {
         Gradients { all: parameters.into_iter().map(gradient).collect(), joined: None }
     }
 
-    /// The same in one tensor.
+    /// Allocates gradients as views of one tensor.
     pub(super) fn joined(parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
         let mut gradients = Gradients::new(parameters);
         gradients.joined = Some(join_in_memory(gradients.all.iter_mut().map(|gradient| &mut gradient.tensor)));
         gradients
     }
 
-    /// The gradient of a parameter, in the parameter's shape.
+    /// Returns the gradient of a parameter, in its shape.
     pub fn get(&self, name: &str) -> Option<&Tensor> {
         self.all.iter().find(|gradient| gradient.name == name).map(|gradient| &gradient.tensor)
     }
 
-    /// All gradients by the parameters' names. Their numbers may be changed in place.
+    /// Iterates over all gradients with their parameters' names. Values may be edited in place.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Tensor)> {
         self.all.iter().map(|gradient| (gradient.name.as_str(), &gradient.tensor))
     }
 
-    /// The tensors that hold the gradients: one for each parameter, or a single one for all.
+    /// Returns the tensors that hold the gradients: one per parameter, or a single one for all.
     pub fn tensors(&self) -> Vec<Tensor> {
         match &self.joined {
             Some(joined) => vec![joined.shallow_clone()],
@@ -58,7 +58,7 @@ impl Gradients {
         }
     }
 
-    /// Takes the gradients of a loss, a scalar, from autograd. The graph is freed.
+    /// Computes the gradients of a loss, a scalar, with autograd, and frees the graph.
     pub fn backward(&mut self, loss: &Tensor) -> Result<()> {
         let parameters: Vec<&Tensor> = self.all.iter().map(|gradient| &gradient.parameter).collect();
         let found = Tensor::run_backward(&[loss], &parameters, false, false);
@@ -67,10 +67,10 @@ impl Gradients {
         self.take(found.collect())
     }
 
-    /// Takes the gradients that a step found, by the parameters' names; those of other parameters are 0.
+    /// Stores the gradients of a step by parameter name; those of other parameters become 0.
     pub fn take(&mut self, found: Vec<(&str, Tensor)>) -> Result<()> {
         if let Some((unknown, _)) = found.iter().find(|(name, _)| self.get(name).is_none()) {
-            bail!("a gradient of `{unknown}`, which is no parameter of the dictionary");
+            bail!("a gradient for `{unknown}`, which is not a parameter of the dictionary");
         }
         let find = |name: &str| found.iter().find(|(known, _)| *known == name).map(|(_, gradient)| gradient);
         for Gradient { name, tensor, .. } in &self.all {
@@ -86,7 +86,7 @@ impl Gradients {
                     self.all.iter().filter(|own| !in_place(own)).for_each(|own| own.fill(find(&own.name)));
                     return;
                 }
-                // All at once: autograd's are new.
+                // One operation for all: autograd's gradients are new tensors.
                 let row = |own: &Gradient| match find(&own.name) {
                     Some(gradient) => in_memory_order(gradient, lies_turned(&own.tensor)),
                     None => own.tensor.zeros_like().reshape([-1]),
@@ -125,18 +125,17 @@ impl Gradient {
     }
 }
 
-/// True for a matrix that lies in memory column by column.
+/// Whether a matrix is stored column by column.
 fn lies_turned(tensor: &Tensor) -> bool {
     tensor.dim() == 2 && !tensor.is_contiguous() && tensor.tr().is_contiguous()
 }
 
-/// All numbers of a tensor as one row; `turned` for those of its transpose.
+/// Flattens a tensor, or its transpose if `turned`.
 fn in_memory_order(tensor: &Tensor, turned: bool) -> Tensor {
     if turned { tensor.tr().reshape([-1]) } else { tensor.reshape([-1]) }
 }
 
-/// Puts tensors one after the other, each in the order of its memory; from then on they are parts of the tensor that this
-/// returns.
+/// Copies tensors into one new tensor, each in its memory order, turns them into views of it, and returns it.
 pub(super) fn join_in_memory<'a>(tensors: impl Iterator<Item = &'a mut Tensor>) -> Tensor {
     tch::no_grad(|| {
         let tensors: Vec<&mut Tensor> = tensors.collect();
@@ -170,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parameter_without_gradient_gets_zeros() {
+    fn parameters_without_gradient_get_zeros() {
         for join in [false, true] {
             let parameters = parameters();
             let mut gradients = if join { Gradients::joined(parameters) } else { Gradients::new(parameters) };
@@ -181,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_in_place_stays_in_its_memory() {
+    fn gradients_written_in_place_keep_their_memory() {
         for join in [false, true] {
             let parameters = parameters();
             let mut gradients = if join { Gradients::joined(parameters) } else { Gradients::new(parameters) };
@@ -195,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_of_shared_memory_are_copied() {
+    fn gradients_that_share_memory_are_copied() {
         let one = Tensor::ones([3], (Kind::Float, Device::Cpu));
         let mut gradients = Gradients::new(vec![("a", one.zeros_like()), ("b", one.zeros_like())]);
         gradients.take(vec![("a", one.shallow_clone()), ("b", one.shallow_clone())]).unwrap();
@@ -204,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn autograd_and_joined_memory_agree() {
+    fn joined_gradients_match_separate_ones() {
         let parameters = parameters();
         let clone = || parameters.iter().map(|(name, parameter)| (*name, parameter.shallow_clone()));
         let (mut one, mut other) = (Gradients::new(clone()), Gradients::joined(clone()));

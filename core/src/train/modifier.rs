@@ -1,4 +1,4 @@
-//! Modifiers: features that compose with any trainer, such as penalties, edits of gradients and resampling.
+//! Modifiers: additions to any trainer, such as penalties, edits of gradients and resampling.
 
 use std::fmt::Debug;
 
@@ -15,53 +15,53 @@ use crate::sae::Dictionary;
 
 /// The config of a modifier.
 pub trait ModifierConfig: Debug + Send + Sync {
-    /// What it cannot do without. Where that is missing the config is refused before anything is built.
+    /// Returns its requirements. They are checked before the modifier is built.
     fn needs(&self) -> Vec<Requirement> {
         Vec::new()
     }
 
-    /// The modifier, or why it cannot work here.
+    /// Builds the modifier, or returns why it cannot work here.
     fn build(&self, cx: &ModifierCx) -> Result<Box<dyn Modifier>>;
 }
 
 crate::tagged::tagged! {
-    /// A modifier's config, by `type`.
+    /// A modifier's config, tagged by `type`.
     TaggedModifier: ModifierConfig => Modifier {}
 }
 
-/// What a modifier is built for.
+/// Context in which a modifier is built.
 pub struct ModifierCx<'a> {
     /// The dictionary in training.
     pub dictionary: &'a dyn Dictionary,
-    /// Its trainer.
+    /// Trainer of the dictionary.
     pub trainer: &'a dyn Trainer,
 }
 
-/// What a modifier cannot do without.
+/// Requirement of a modifier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Requirement {
-    /// `pre_activations` [B, F] in the code: what decides whether features fire, before the nonlinearity.
+    /// `pre_activations` `[B, F]` in the code: the values before the nonlinearity, which decide whether features fire.
     PreActivations,
     /// A decoder.
     Decoder,
     /// A sparsity term in the trainer's loss.
     SparsityTerm,
-    /// Features that can start anew, and a trainer that does not resample them already.
+    /// Features that can be resampled, and a trainer that does not already resample them.
     Resampling,
 }
 
 impl Requirement {
-    /// What is needed, in words.
+    /// Describes the requirement.
     pub fn words(self) -> &'static str {
         match self {
             Requirement::PreActivations => "pre-activations",
             Requirement::Decoder => "a decoder",
             Requirement::SparsityTerm => "a sparsity term in the trainer's loss",
-            Requirement::Resampling => "features that can be resampled, by a trainer that does not",
+            Requirement::Resampling => "features that can be resampled, and a trainer that does not resample them",
         }
     }
 
-    /// Refuses a modifier whose needs are not met. `name` is the modifier's.
+    /// Returns an error if the requirement is not met. `name` is the modifier's.
     pub fn check(self, name: &str, cx: &ModifierCx) -> Result<()> {
         let class = cx.dictionary.class();
         let (met, why) = match self {
@@ -73,14 +73,14 @@ impl Requirement {
             }
             Requirement::SparsityTerm => (
                 cx.trainer.has_sparsity_term(),
-                "a sparsity term to take the place of, and this trainer's loss has none".to_owned(),
+                "a sparsity term to replace, but this trainer's loss has none".to_owned(),
             ),
             Requirement::Resampling if cx.trainer.resamples() => {
-                (false, "a trainer that does not resample, and this one does (`resample_steps`)".to_owned())
+                (false, "a trainer that does not resample, but this one does (`resample_steps`)".to_owned())
             }
             Requirement::Resampling => (
                 can_resample(cx.dictionary),
-                format!("features that can be resampled, and those of the class {class} cannot"),
+                format!("features that can be resampled, but those of the class {class} cannot"),
             ),
         };
         if !met {
@@ -100,7 +100,8 @@ fn exposes_pre_activations(cx: &ModifierCx) -> bool {
 
 /// A modifier.
 pub trait Modifier: Send {
-    /// Adds to the loss, or changes its terms. As in [`Trainer::loss`], what it counts is kept by [`Modifier::after_step`].
+    /// Adds terms to the loss or changes them. As in [`Trainer::loss`], counters change only in
+    /// [`Modifier::after_step`].
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let _ = (pass, terms);
         Ok(())
@@ -112,18 +113,18 @@ pub trait Modifier: Send {
         Ok(())
     }
 
-    /// Acts after the optimiser's step.
+    /// Runs after the optimiser's step.
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
         let _ = cx;
         Ok(())
     }
 
-    /// What must survive a restart.
+    /// Returns the state for a checkpoint.
     fn state(&self) -> Result<State> {
         Ok(State::new())
     }
 
-    /// Takes back what [`Modifier::state`] gave.
+    /// Restores what [`Modifier::state`] returned.
     fn restore(&mut self, state: &State) -> Result<()> {
         let _ = state;
         Ok(())

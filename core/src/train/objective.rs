@@ -1,12 +1,12 @@
-//! The loss of a trainer that reconstructs and penalises, stated once. Autograd's loss and the analytic step both follow
-//! from it, in float32 sums over the same numbers.
+//! Reconstruction loss plus penalty, stated once. Autograd's loss and the analytic step both follow from it, with
+//! float32 sums over the same values.
 //!
 //! ```text
 //! L = mean_b ‖e_b‖² or mean_b ‖e_b‖  +  λ T(mean_b r(Σ_i h(a_bi)))
 //! ```
 //!
-//! e is the residual, a the activations that a penalty falls on, none of them negative. h, r and T are the identity
-//! unless a [`Penalty`] says otherwise: then the penalty is λ mean ‖a‖₁.
+//! e is the residual, a the penalised activations, never negative. h, r and T are the identity unless a [`Penalty`]
+//! says otherwise; the penalty is then λ mean ‖a‖₁.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,7 @@ use super::terms::{Terms, mean_of_sums};
 use crate::machine::ranks;
 use crate::sae::two_layer::{Block, Slope};
 
-/// What is minimised of the residuals [B, d], in the mean over the batch.
+/// Error of the residuals `[B, d]`, averaged over the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
@@ -43,7 +43,7 @@ impl ResidualError {
         }
     }
 
-    /// Its value, a scalar.
+    /// Returns the error, a scalar.
     fn of(self, residual: &Tensor) -> Tensor {
         match self {
             ResidualError::Mse => mean_of_sums(&residual.square()),
@@ -51,14 +51,14 @@ impl ResidualError {
         }
     }
 
-    /// Its derivative by the residuals, [B, d].
+    /// Returns its derivative with respect to the residuals, `[B, d]`.
     fn derivative(self, residual: &Tensor) -> Tensor {
         let rows = residual.size()[0] as f64;
         match self {
             ResidualError::Mse => residual * (2.0 / rows),
             ResidualError::L2Norm => {
                 let norms = residual.norm_scalaropt_dim(2.0, [-1], true);
-                // Where nothing is left, no direction is better than another.
+                // The norm has no derivative at 0; 0 is used.
                 (residual / &norms).masked_fill(&norms.le(0.0), 0.0) / rows
             }
         }
@@ -67,13 +67,13 @@ impl ResidualError {
 
 type Function<'a> = Box<dyn Fn(&Tensor) -> Tensor + 'a>;
 
-/// h(a) and h'(a), which is 0 where it is left out.
+/// h(a) and its derivative h'(a), which is 0 if omitted.
 struct Each<'a> {
     value: Function<'a>,
     slope: Option<Function<'a>>,
 }
 
-/// A sparsity penalty λ T(mean_b r(Σ_i h(a_bi))) on activations a, none of them negative. h comes with its derivative; libtorch
+/// Sparsity penalty λ T(mean_b r(Σ_i h(a_bi))) on activations a, never negative. h comes with its derivative; libtorch
 /// differentiates r and T.
 pub struct Penalty<'a> {
     name: &'static str,
@@ -84,25 +84,25 @@ pub struct Penalty<'a> {
 }
 
 impl<'a> Penalty<'a> {
-    /// λ mean ‖a‖₁, the term `sparsity_loss` of the loss.
+    /// Returns the L1 penalty λ mean ‖a‖₁, named `sparsity_loss`.
     pub fn l1(weight: f64) -> Self {
         Penalty { name: "sparsity_loss", weight, each: None, row: None, batch: None }
     }
 
-    /// λ mean ‖a‖₀, the number of activations above 0. It has no gradient.
+    /// Returns the L0 penalty λ mean ‖a‖₀, the number of activations above 0. It has no gradient.
     pub fn l0(weight: f64) -> Self {
         let value = Box::new(|activations: &Tensor| activations.gt(0.0).to_kind(Kind::Float));
         Penalty { each: Some(Each { value, slope: None }), ..Penalty::l1(weight) }
     }
 
-    /// λ mean Σ h(a): `value` and `slope` take float32 activations of any shape and give h and its derivative h' of each. Autograd
-    /// differentiates `value`; the analytic step takes `slope`, and the contract test compares them.
+    /// Returns the penalty λ mean Σ h(a). `value` and `slope` map float32 activations of any shape to h and h'.
+    /// Autograd differentiates `value`, the analytic step uses `slope`, and the contract test compares them.
     pub fn of(weight: f64, value: impl Fn(&Tensor) -> Tensor + 'a, slope: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
         let each = Each { value: Box::new(value), slope: Some(Box::new(slope)) };
         Penalty { each: Some(each), ..Penalty::l1(weight) }
     }
 
-    /// Gives the term another name.
+    /// Renames the term.
     #[must_use]
     pub fn named(self, name: &'static str) -> Self {
         Penalty { name, ..self }
@@ -114,13 +114,13 @@ impl<'a> Penalty<'a> {
         Penalty { row: Some(Box::new(row)), ..self }
     }
 
-    /// Applies T to the mean over the batch, a scalar. Its derivative is read, so on a GPU an analytic step waits for it.
+    /// Applies T to the mean over the batch, a scalar. An analytic step reads its derivative, which is a GPU sync.
     #[must_use]
     pub fn of_mean(self, batch: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
         Penalty { batch: Some(Box::new(batch)), ..self }
     }
 
-    /// The penalty of activations [B, F] before it is weighted, a scalar.
+    /// Returns the unweighted penalty of activations `[B, F]`, a scalar.
     pub fn value(&self, activations: &Tensor) -> Tensor {
         match &self.each {
             None => self.of_sums(&activations.sum_dim_intlist(-1, false, activations.kind())),
@@ -145,7 +145,7 @@ impl<'a> Penalty<'a> {
         }
     }
 
-    /// The derivative of the weighted penalty by the sums of rows.
+    /// Returns the derivative of the weighted penalty with respect to the row sums.
     fn by_sums(&self, sums: &Tensor) -> BySums {
         let count = sums.numel() as f64;
         if self.row.is_some() {
@@ -161,19 +161,19 @@ impl<'a> Penalty<'a> {
     }
 }
 
-/// The derivative of a scalar, `None` where it does not depend on the tensor.
+/// Differentiates a scalar; `None` if it does not depend on the tensor.
 fn derivative(scalar: &Tensor, by: &Tensor) -> Option<Tensor> {
     scalar.requires_grad().then(|| Tensor::run_backward(&[scalar], &[by], false, false).remove(0))
 }
 
-/// A derivative by the sums of rows.
+/// Derivative with respect to the row sums.
 enum BySums {
     Same(f64),
     /// `[B]`
     Each(Tensor),
 }
 
-/// A penalty of activations that are seen block by block.
+/// A sparsity penalty, evaluated block by block.
 pub(super) struct Sums<'a> {
     penalty: &'a Penalty<'a>,
     /// Σ h(a) of each row, `[B]`.
@@ -187,7 +187,7 @@ impl<'a> Sums<'a> {
         Sums { penalty, sums, by_sums: None }
     }
 
-    /// Adds a block's activations, as z.
+    /// Accumulates one block's penalised activations, in the shape of z.
     pub(super) fn see(&mut self, block: &Block, activations: &Tensor) {
         self.sums += match &self.penalty.each {
             None => block.sum_by_row(activations),
@@ -195,17 +195,18 @@ impl<'a> Sums<'a> {
         };
     }
 
-    /// The penalty before it is weighted, when all blocks were seen.
+    /// Returns the unweighted penalty, after all blocks were seen.
     pub(super) fn value(&self) -> Tensor {
         self.penalty.of_sums(&self.sums)
     }
 
-    /// Finds the derivative by the sums, when all blocks were seen.
+    /// Computes the derivative with respect to the row sums, after all blocks were seen.
     pub(super) fn differentiate(&mut self) {
         self.by_sums = Some(self.penalty.by_sums(&self.sums));
     }
 
-    /// The derivative of the weighted penalty by a block's activations, which are asked for where it depends on them.
+    /// Returns the derivative of the weighted penalty with respect to a block's activations. `activations` is called
+    /// only if the derivative depends on them.
     pub(super) fn slope(&self, block: &Block, activations: impl FnOnce() -> Tensor) -> Slope {
         let Some(by_sums) = &self.by_sums else { return Slope::Same(0.0) };
         match (&self.penalty.each, by_sums) {
@@ -232,30 +233,30 @@ pub struct Objective<'a> {
 }
 
 impl<'a> Objective<'a> {
-    /// The mean squared norm of the residuals, and a penalty.
+    /// Combines the mean squared norm of the residuals with a penalty.
     pub fn squared_error(penalty: Penalty<'a>) -> Self {
         Objective::new(ResidualError::Mse, penalty)
     }
 
-    /// An error of the residuals, and a penalty.
+    /// Combines an error of the residuals with a penalty.
     pub fn new(error: ResidualError, penalty: Penalty<'a>) -> Self {
         Objective { error, log_other: false, penalty, watched: None }
     }
 
-    /// Logs the other error of the residuals too.
+    /// Also logs the other error of the residuals.
     #[must_use]
     pub fn log_other_error(self) -> Self {
         Objective { log_other: true, ..self }
     }
 
-    /// Computes another penalty beside, which is no part of the loss ([`Seen::values`]).
+    /// Also computes a penalty that is not part of the loss ([`Seen::values`]).
     #[must_use]
     pub fn watch(self, penalty: Option<Penalty<'a>>) -> Self {
         Objective { watched: penalty, ..self }
     }
 
-    /// Adds the terms of residuals [B, d] and activations [B, F] that the penalty falls on; gives the values of penalty and watched
-    /// penalty.
+    /// Adds the terms for residuals `[B, d]` and penalised activations `[B, F]`. Returns the values of the penalty and
+    /// the watched penalty.
     pub fn add(&self, residual: &Tensor, penalized: &Tensor, logging: bool, terms: &mut Terms) -> Values {
         self.add_error(residual, logging, terms);
         let watched = self.watched.as_ref().map(|watched| tch::no_grad(|| watched.value(penalized)));
@@ -276,30 +277,30 @@ impl<'a> Objective<'a> {
         Values { penalty, watched }
     }
 
-    /// The derivative of the error by the residuals, [B, d].
+    /// Returns the derivative of the error with respect to the residuals, `[B, d]`.
     pub(super) fn derivative(&self, residual: &Tensor) -> Tensor {
         self.error.derivative(residual)
     }
 }
 
-/// Values of an objective's penalties before they are weighted, scalars.
+/// Unweighted penalties of an objective, scalars.
 #[derive(Debug)]
 pub struct Values {
-    /// The penalty.
+    /// Penalty in the loss.
     pub penalty: Tensor,
-    /// The watched one, if there is one.
+    /// Watched penalty, if there is one.
     pub watched: Option<Tensor>,
 }
 
-/// What a trainer with an objective may count of a step.
+/// Results of a step, for a trainer with an objective.
 #[derive(Debug)]
 pub struct Seen {
-    /// The penalties.
+    /// Unweighted penalties.
     pub values: Values,
-    /// Which features fired, bool `[F]`, for a trainer that counts them.
+    /// Which features fired, bool `[F]`, if the trainer counts them.
     pub fired: Option<Tensor>,
-    /// How many activations the batch had.
+    /// Number of activations in the batch.
     pub rows: i64,
-    /// Whether the figures of this step will be logged.
+    /// Whether this step is logged.
     pub logging: bool,
 }

@@ -1,5 +1,5 @@
-//! Resampling of dead features (Bricken et al. 2023, "Neuron resampling"): a feature that never fires starts anew from
-//! an activation that the dictionary reconstructs badly.
+//! Resampling of dead features (Bricken et al. 2023, "Neuron resampling"): a dead feature restarts from an activation
+//! that the dictionary reconstructs badly.
 
 use anyhow::{Result, anyhow, bail};
 use rand::distr::Distribution;
@@ -15,41 +15,41 @@ use crate::files::state::State;
 use crate::machine::ranks;
 use crate::sae::{Dictionary, Encoder};
 
-/// How likely an activation is to be drawn for a dead feature.
+/// Probability with which an activation is drawn for a dead feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
 pub enum ResampleWeight {
-    /// In proportion to its loss, the norm of its residual, as in the reference.
+    /// Proportional to its loss, the norm of its residual, as in the reference.
     #[default]
     Loss,
-    /// In proportion to the square of its loss, as in the paper.
+    /// Proportional to its squared loss, as in the paper.
     LossSquared,
 }
 
-/// Whether the features of a dictionary can be resampled.
+/// Whether a dictionary's features can be resampled.
 pub(crate) fn can_resample(dictionary: &dyn Dictionary) -> bool {
     dictionary.encoder().is_some() && dictionary.decoder().is_some()
 }
 
-/// Resampling at regular steps: what a trainer with a field `resample_steps` keeps.
+/// Resampling at regular steps, for trainers with a field `resample_steps`.
 #[derive(Debug)]
 pub struct Resampling {
     every: u64,
-    /// How many silent steps make a feature dead, at least.
+    /// Number of silent steps from which a feature is dead.
     dead_from: u64,
-    /// It is done at the steps that leave this remainder.
+    /// Remainder, modulo `every`, of the steps at which resampling happens.
     at: u64,
     weight: ResampleWeight,
     firing: Firing,
-    /// The counters if the step is taken.
+    /// Counters to keep if the step is taken.
     next: Option<Firing>,
 }
 
 impl Resampling {
-    /// Resampling every so many steps, at the last of each; `None` where the trainer's `resample_steps` is null.
+    /// Resamples at the last of every `every` steps; `None` if the trainer's `resample_steps` is null.
     ///
-    /// A feature is dead when it was silent for more than half of the steps between.
+    /// A feature is dead after more than `every / 2` silent steps.
     pub fn new(every: Option<u64>, weight: ResampleWeight, dictionary: &dyn Dictionary) -> Result<Option<Self>> {
         let Some(every) = every else { return Ok(None) };
         if !can_resample(dictionary) {
@@ -62,22 +62,22 @@ impl Resampling {
         Ok(Some(Resampling::every(every, None, weight, dictionary)))
     }
 
-    /// Resampling every so many steps, at the last of each, of the features that were silent for more than `dead_after`
-    /// steps; for more than half of the steps between where that is `None`.
+    /// Resamples at the last of every `every` steps. A feature is dead after more than `dead_after` silent steps;
+    /// `None` means `every / 2`.
     pub fn every(every: u64, dead_after: Option<u64>, weight: ResampleWeight, dictionary: &dyn Dictionary) -> Self {
         let firing = Firing::new(dictionary.dims().features, dictionary.device());
         let dead_from = dead_after.unwrap_or(every / 2).saturating_add(1);
         Resampling { every, dead_from, at: every.saturating_sub(1), weight, firing, next: None }
     }
 
-    /// The same at the first step of each.
+    /// Resamples at the first of every `every` steps instead.
     #[must_use]
     pub fn at_multiples(mut self) -> Self {
         self.at = 0;
         self
     }
 
-    /// Sees which features of a batch fired, bool `[F]`; [`Resampling::after_step`] counts them.
+    /// Notes which features of a batch fired, bool `[F]`; [`Resampling::after_step`] counts them.
     pub fn see(&mut self, fired: &Tensor) {
         self.next = Some(self.firing.after(fired, 1));
     }
@@ -89,35 +89,34 @@ impl Resampling {
         }
     }
 
-    /// Counts the features that fired in the step and, if it is time, restarts dead features. Returns how many.
+    /// Counts the features that fired in the step and resamples dead ones when due. Returns the number resampled.
     pub fn after_step(&mut self, cx: &mut AfterStep) -> Result<i64> {
         self.count();
         let mut count = 0;
         if cx.step % self.every == self.at {
             let dead = self.firing.silent_for(self.dead_from.try_into().unwrap_or(i64::MAX));
             count = resample(cx, &dead, self.weight)?;
-            // What starts anew is given its time.
+            // Resampled features get time to fire.
             self.firing.reset(&dead);
         }
         Ok(count)
     }
 
-    /// What must survive a restart.
+    /// Returns the state for a checkpoint.
     pub fn state(&self) -> State {
         self.firing.state()
     }
 
-    /// Takes back what [`Resampling::state`] gave.
+    /// Restores what [`Resampling::state`] returned.
     pub fn restore(&mut self, state: &State) -> Result<()> {
         self.firing.restore(state)
     }
 }
 
-/// Starts dead features, bool `[F]`, anew; at most as many as the batch has activations. Returns how many.
+/// Resamples dead features, bool `[F]`, at most one per activation of the batch. Returns the number resampled.
 ///
-/// Each draws an activation of the batch without replacement. Its decoder direction becomes the activation's
-/// direction, its encoder row the activation times 0.2 times the mean norm of the living rows, its biases 0, its
-/// moments 0.
+/// Each draws an activation without replacement. Its decoder direction becomes that of the activation's target. Its
+/// encoder row becomes the activation times 0.2 times the mean norm of the live rows. Its biases and moments become 0.
 fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result<i64> {
     tch::no_grad(|| {
         let dead_indices = Vec::<i64>::try_from(dead.nonzero().reshape([-1]))?;
@@ -169,14 +168,15 @@ fn resample(cx: &mut AfterStep, dead: &Tensor, weight: ResampleWeight) -> Result
     })
 }
 
-/// Draws up to `count` indices without replacement, each in proportion to its weight; those of weight 0 never.
+/// Draws up to `count` indices without replacement, in proportion to their weights. Indices of weight 0 are never
+/// drawn.
 fn draw(weights: &[f64], count: usize, rng: &mut crate::machine::rng::Rng) -> Vec<i64> {
     let mut drawn = Vec::with_capacity(count);
     let Ok(mut index) = WeightedIndex::new(weights) else { return drawn };
     while drawn.len() < count {
         let next = index.sample(rng);
         drawn.push(next as i64);
-        // An error means that nothing of positive weight is left.
+        // An error means that no positive weight is left.
         if index.update_weights(&[(next, &0.0)]).is_err() {
             break;
         }
@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn draws_without_replacement_and_never_what_weighs_nothing() {
+    fn draws_are_without_replacement_and_skip_zero_weights() {
         let mut rng = crate::machine::rng::rng(1, "test");
         let mut drawn = draw(&[1.0, 0.0, 2.0, 3.0], 10, &mut rng);
         drawn.sort_unstable();

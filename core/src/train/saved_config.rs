@@ -8,7 +8,7 @@ use crate::machine::device;
 use crate::train::config::SaeConfig;
 use crate::train::training::{Training, TrainingCx};
 
-/// An SAE's config.json, with the keys of the reference's trainer and buffer.
+/// Returns an SAE's config.json, with the keys of the reference's trainer and buffer.
 pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, buffer: &Value) -> Result<Value> {
     let dims = training.dictionary.dims();
     let mut trainer = Map::new();
@@ -30,7 +30,7 @@ pub fn saved_config(config: &SaeConfig, training: &Training, cx: &TrainingCx, bu
         }
     }
     training.trainer.settings(&mut trainer);
-    // What annealing has made of them by now.
+    // Values after annealing.
     for (name, tensor) in training.dictionary.buffers() {
         if trainer.contains_key(name) && tensor.numel() == 1 && tensor.kind() == Kind::Int {
             trainer.insert(name.to_owned(), tensor.int64_value(&[]).into());

@@ -1,4 +1,4 @@
-//! Schedules: learning-rate warm-up and decay, sparsity warm-up. Those of the reference, step for step.
+//! Schedules, step for step as in the reference: learning-rate warm-up and decay, and sparsity warm-up.
 
 use std::fmt::Display;
 
@@ -8,32 +8,32 @@ use serde_yaml::Value;
 
 use crate::error::{InputError, Mistakes};
 
-/// The schedule of a learning rate and of a sparsity penalty.
+/// Schedule of a learning rate and of a sparsity penalty.
 ///
-/// Both are linear from 0 at step 0, so the very first step moves no weight, as in the reference.
+/// Both warm up linearly from 0 at step 0, so the first step changes no weight, as in the reference.
 #[derive(Debug, Clone, Copy)]
 pub struct Schedule {
-    /// The learning rate at its full value.
+    /// Peak learning rate.
     pub lr: f64,
-    /// Steps that the run is laid out for.
+    /// Total steps that the schedule is planned for.
     pub steps: u64,
-    /// Steps over which the learning rate rises to its full value.
+    /// Steps over which the learning rate rises to its peak.
     pub warmup_steps: u64,
-    /// Step from which the learning rate falls linearly, to reach 0 at `steps`.
+    /// Step from which the learning rate falls linearly, reaching 0 at `steps`.
     pub decay_start: Option<u64>,
-    /// With resampling: the warm-up starts again every so many steps.
+    /// With resampling: interval in steps at which the warm-up restarts.
     pub resample_steps: Option<u64>,
-    /// Steps over which the sparsity penalty rises to its full value.
+    /// Steps over which the sparsity penalty rises to its full weight.
     pub sparsity_warmup_steps: Option<u64>,
 }
 
 impl Schedule {
-    /// The same learning rate and penalty at every step.
+    /// Returns a schedule with a constant learning rate and penalty.
     pub fn constant(lr: f64) -> Self {
         Schedule { lr, steps: 0, warmup_steps: 0, decay_start: None, resample_steps: None, sparsity_warmup_steps: None }
     }
 
-    /// The schedule, if its parts fit each other and the length of the run; otherwise every part that does not.
+    /// Checks that the parts fit each other and the length of the run. The error lists every part that does not.
     pub fn check(self) -> Result<Self> {
         let Schedule { steps, warmup_steps, decay_start, resample_steps, sparsity_warmup_steps, lr: _ } = self;
         let mut mistakes = Mistakes::new();
@@ -58,7 +58,7 @@ impl Schedule {
         {
             refused(
                 "resample_steps",
-                format!("`resample_steps` is {every}, and the run has {steps} steps"),
+                format!("`resample_steps` is {every}, but the run has {steps} steps"),
                 "`resample_steps` must be above 0 and less than `steps`",
             );
         }
@@ -67,10 +67,10 @@ impl Schedule {
                 refused(
                     "decay_start",
                     "both `decay_start` and `resample_steps` are given".to_owned(),
-                    "resampling starts the warm-up again and again: leave one of them out",
+                    "each resampling restarts the warm-up: leave one of them out",
                 );
             }
-            // A warm-up that does not end is a mistake of its own.
+            // A warm-up that does not end is reported above.
             let ends = |warmup: &u64| *warmup < steps;
             let warm =
                 [Some(warmup_steps), sparsity_warmup_steps].into_iter().flatten().filter(ends).max().unwrap_or(0);
@@ -95,12 +95,12 @@ impl Schedule {
         Ok(self)
     }
 
-    /// The learning rate at a step.
+    /// Returns the learning rate at a step.
     pub fn lr(&self, step: u64) -> f64 {
         self.lr * self.lr_factor(step)
     }
 
-    /// The factor of the learning rate at a step, between 0 and 1.
+    /// Returns the factor of the learning rate at a step, between 0 and 1.
     pub fn lr_factor(&self, step: u64) -> f64 {
         let warmup = self.warmup_steps as f64;
         if let Some(every) = self.resample_steps {
@@ -118,12 +118,12 @@ impl Schedule {
         }
     }
 
-    /// Whether any of it depends on how many steps the run is laid out for.
+    /// Whether the schedule depends on the planned number of steps.
     pub fn depends_on_steps(&self) -> bool {
         self.decay_start.is_some()
     }
 
-    /// The factor of the sparsity penalty at a step, between 0 and 1.
+    /// Returns the factor of the sparsity penalty at a step, between 0 and 1.
     pub fn sparsity_factor(&self, step: u64) -> f64 {
         match self.sparsity_warmup_steps {
             None | Some(0) => 1.0,
@@ -132,13 +132,13 @@ impl Schedule {
     }
 }
 
-/// Steps of a run that defaults in steps are laid out for. In a shorter one they shrink in proportion.
+/// Run length that defaults in steps are planned for. They shrink in proportion in shorter runs.
 pub const FULL_LENGTH: u64 = 10_000;
 
-/// The length of a run, to which defaults are adapted that the config leaves out ([`TrainerConfig::adapt`]).
+/// Length of a run, to which omitted fields adapt their defaults ([`TrainerConfig::adapt`]).
 ///
-/// A run of [`FULL_LENGTH`] steps or more keeps every default that is possible at all. A resumed run keeps what its defaults were
-/// when it began, also where it is made longer.
+/// A run of [`FULL_LENGTH`] steps or more keeps every default that is valid. A resumed run keeps the defaults of its
+/// first start, even if it is extended.
 ///
 /// [`TrainerConfig::adapt`]: crate::train::trainer::TrainerConfig::adapt
 pub struct RunLength<'a> {
@@ -150,8 +150,8 @@ pub struct RunLength<'a> {
 }
 
 impl<'a> RunLength<'a> {
-    /// A run of so many steps, on batches of so many activations if that is known. `written` says whether the config has a
-    /// field of the trainer; `begun` is the trainer's config in the run that is resumed.
+    /// Describes a run of this many steps, with batches of this many activations if known. `written` tells whether the
+    /// config sets a field of the trainer. `begun` is the trainer's config in the run being resumed.
     pub fn new(
         steps: u64,
         batch_size: Option<u64>,
@@ -166,22 +166,22 @@ impl<'a> RunLength<'a> {
         self.steps
     }
 
-    /// Number of activations that an SAE trains on, if that is known.
+    /// Number of activations that an SAE trains on, if known.
     pub fn tokens(&self) -> Option<u64> {
         Some(self.steps.saturating_mul(self.batch_size?))
     }
 
-    /// True if defaults in steps are too long for this run.
+    /// Whether defaults in steps must shrink for this run.
     pub fn is_short(&self) -> bool {
         self.steps < FULL_LENGTH
     }
 
-    /// What was adapted: `warmup_steps 1000 -> 10`.
+    /// Returns the changes: `warmup_steps 1000 -> 10`.
     pub fn into_adapted(self) -> Vec<String> {
         self.adapted
     }
 
-    /// Limits the default of a field.
+    /// Limits a field's default.
     pub fn at_most<T: Copy + PartialOrd + Display + DeserializeOwned>(&mut self, field: &str, value: &mut T, most: T) {
         if (self.written)(field) {
             return;
@@ -194,13 +194,13 @@ impl<'a> RunLength<'a> {
         }
     }
 
-    /// Shrinks the default of a count of steps in proportion, in a run that is shorter than [`FULL_LENGTH`].
+    /// Shrinks a default number of steps in proportion, in a run shorter than [`FULL_LENGTH`].
     pub fn shrink(&mut self, field: &str, value: &mut u64) {
         let most = self.in_proportion(*value);
         self.at_most(field, value, most);
     }
 
-    /// The same for warm-ups, which also must end before the learning rate decays.
+    /// Shrinks the defaults of warm-ups likewise; they also must end before the learning rate decays.
     pub fn shrink_warm_ups(&mut self, warmup: &mut u64, sparsity_warmup: &mut Option<u64>, decay_start: Option<u64>) {
         let before = decay_start.map_or(u64::MAX, |start| start.saturating_sub(1));
         let most = self.in_proportion(*warmup).min(before);
@@ -211,7 +211,7 @@ impl<'a> RunLength<'a> {
         }
     }
 
-    /// Limits the default of the tokens after which a feature is dead to a fifth of a short run's.
+    /// In a short run, limits the default of `dead_feature_threshold` to a fifth of the run's tokens.
     pub fn shrink_dead_feature_threshold(&mut self, threshold: &mut i64) {
         let fifth = self.tokens().filter(|_| self.is_short()).map(|tokens| (tokens / 5).max(1));
         let most = fifth.and_then(|fifth| i64::try_from(fifth).ok()).unwrap_or(i64::MAX);
@@ -220,7 +220,7 @@ impl<'a> RunLength<'a> {
 
     fn in_proportion(&self, count: u64) -> u64 {
         if self.is_short() {
-            // The product of two counts below 2⁶⁴ has room in 128 bits, and the quotient is no more than `count`.
+            // The product of two u64 fits into u128, and the quotient is at most `count`.
             (u128::from(count) * u128::from(self.steps) / u128::from(FULL_LENGTH)) as u64
         } else {
             count
@@ -242,7 +242,7 @@ mod tests {
     };
 
     #[test]
-    fn warms_up_and_decays() {
+    fn learning_rate_warms_up_and_decays() {
         let schedule = Schedule { decay_start: Some(80), ..PLAIN }.check().unwrap();
         assert_eq!(schedule.lr_factor(0), 0.0);
         assert_eq!(schedule.lr_factor(5), 0.5);
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn warms_up_again_after_resampling() {
+    fn warm_up_restarts_after_resampling() {
         let schedule = Schedule { resample_steps: Some(50), ..PLAIN }.check().unwrap();
         assert_eq!(schedule.lr_factor(49), 1.0);
         assert_eq!(schedule.lr_factor(50), 0.0);
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn sparsity_rises() {
+    fn sparsity_warms_up() {
         let schedule = Schedule { sparsity_warmup_steps: Some(20), ..PLAIN };
         assert_eq!(schedule.sparsity_factor(5), 0.25);
         assert_eq!(schedule.sparsity_factor(40), 1.0);
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_does_not_fit() {
+    fn inconsistent_schedules_are_errors() {
         for wrong in [
             Schedule { warmup_steps: 100, ..PLAIN },
             Schedule { sparsity_warmup_steps: Some(100), ..PLAIN },

@@ -1,14 +1,15 @@
-//! What the methods of the TopK family share: how many features are selected, the threshold that stands for it, and a
-//! trainer with the auxiliary loss for dead features (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*,
+//! Shared parts of the TopK family: selecting features, the inference threshold, and a trainer with the auxiliary loss
+//! for dead features (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*,
 //! <https://arxiv.org/abs/2406.04093>).
 //!
-//! A dictionary of the family has a [`Selection`], which makes its [`Code`](crate::sae::Code). The trainer reads of the code:
+//! A dictionary of the family has a [`Selection`], which makes its [`Code`](crate::sae::Code). The trainer reads from
+//! the code:
 //!
 //! | | | |
 //! | --- | --- | --- |
-//! | `post_relu` | [B, F] | the features before the selection, from which the auxiliary loss selects among the dead |
-//! | `top_values` | [rows, k] | the magnitudes of the selected features, whose smallest positive ones move the threshold; a row for what was selected from together, an activation or a batch |
-//! | `top_indices` | [rows, k] | which features count as fired; optional, without it those that are not 0 |
+//! | `post_relu` | [B, F] | features before the selection, from which the auxiliary loss selects among the dead |
+//! | `top_values` | [rows, k] | magnitudes of the selected features, one row per activation or batch; the smallest positive ones update the threshold |
+//! | `top_indices` | [rows, k] | features that count as fired (optional; default: those that are not 0) |
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
@@ -26,13 +27,13 @@ use crate::files::state::State;
 use crate::machine::ranks;
 use crate::sae::{Between, Dictionary, Selection};
 
-/// Of values [rows, k] each row's smallest above 0, `[rows]`: infinite where there is none.
+/// Returns the smallest positive value of each row of `[rows, k]`, `[rows]`, or infinity if there is none.
 fn smallest_positive(values: &Tensor) -> Tensor {
     values.masked_fill(&values.le(0.0), f64::INFINITY).amin([1], false)
 }
 
-/// The settings that the trainers of the family share: `fields(top_k)` of [`component`](macro@crate::component), where
-/// their docs and defaults stand.
+/// Settings shared by the trainers of the family. `fields(top_k)` of [`component`](macro@crate::component) documents
+/// them and sets their defaults.
 #[derive(Debug, Clone)]
 #[allow(missing_docs)]
 pub struct TopKSettings {
@@ -46,46 +47,46 @@ pub struct TopKSettings {
     pub dead_feature_threshold: i64,
 }
 
-/// What a trainer of the family asks of prefixes of the features beside the whole.
+/// Prefixes of the features that are also trained to reconstruct on their own.
 pub struct Prefixes {
-    /// How many features each has, rising; the last has all.
+    /// End of each prefix, in ascending order; the last one is the number of features.
     pub ends: Vec<i64>,
-    /// The weight of each one's squared error; the loss is their mean.
+    /// Weight of each prefix's squared error. The loss is the mean of the weighted errors.
     pub weights: Vec<f64>,
-    /// What each leaves to reconstruct, [B, d]. In an analytic step it is the difference, so where it is another a dictionary must not
-    /// say that it has two layers.
+    /// Returns the residual of each prefix, `[B, d]`. Analytic steps always use target − reconstruction: a
+    /// dictionary with other residuals must leave its steps to autograd.
     pub residuals: fn(&Pass) -> Result<Vec<Tensor>>,
 }
 
-/// A trainer of the family. The loss is the squared error of the reconstruction, or the mean of those of some prefixes
-/// of the features, and the auxiliary loss.
+/// Trainer of the family. The loss is the squared error of the reconstruction, or the mean of those of several
+/// prefixes, plus the auxiliary loss for dead features.
 ///
-/// The parameter `b_dec` starts at the geometric median of the first batch; the threshold's mean is kept from the step
-/// after `threshold_start_step` on; k is annealed; dead features get the auxiliary loss. The decoder keeps norm 1,
-/// gradients are clipped to norm 1.
+/// Initialises `b_dec` to the geometric median of the first batch. Updates the threshold after step
+/// `threshold_start_step`, and anneals k. The decoder is kept at norm 1 and gradients are clipped to norm 1.
 pub struct TopKTrainer {
     settings: TopKSettings,
     schedule: Schedule,
-    /// The k that annealing ends at.
+    /// Final k of the annealing.
     k: i64,
     top_k_aux: i64,
     fired: Firing,
     figures: Log,
-    /// What is kept of a step once it is taken.
+    /// Results that [`Trainer::after_step`] keeps.
     seen: Option<Seen>,
     added: Map<String, Value>,
     prefixes: Prefixes,
 }
 
-/// What a loss saw.
+/// Results of computing a loss.
 struct Seen {
-    /// The counters after the batch.
+    /// Counters after the batch.
     fired: Firing,
-    /// The smallest positive value of what was selected from together, `[rows]`, where it moves the threshold.
+    /// Smallest positive value of each row or batch that was selected from, `[rows]`, if this step updates the
+    /// threshold.
     smallest: Option<Tensor>,
 }
 
-/// What the reference's trainers log beside their losses.
+/// Figures that the reference's trainers log beside their losses.
 #[derive(Default)]
 struct Log {
     effective_l0: i64,
@@ -93,11 +94,11 @@ struct Log {
 }
 
 impl TopKTrainer {
-    /// The trainer called `name`.
+    /// Builds the trainer; `name` is for error messages.
     pub fn new(name: &str, settings: TopKSettings, cx: &TrainerCx) -> Result<Self> {
         let Some(selection) = cx.dictionary.selection() else {
-            let why = "it has no k, and so nothing keeps its features sparse";
-            bail!(cannot_train(name, cx.dictionary, why, "a dictionary that has `k`"));
+            let why = "it has no `k` to keep its features sparse";
+            bail!(cannot_train(name, cx.dictionary, why, "a dictionary with `k`"));
         };
         let dims = cx.dictionary.dims();
         let mut mistakes = Mistakes::new();
@@ -121,7 +122,7 @@ impl TopKTrainer {
             if selection.k() >= dims.input {
                 mistakes.add(
                     InputError::new(format!(
-                        "k cannot fall from the activations' width, {}, to {}",
+                        "k is annealed down from the activations' width, {}, but `k` is {}",
                         dims.input,
                         selection.k()
                     ))
@@ -133,8 +134,8 @@ impl TopKTrainer {
         mistakes.into_result()?;
         if selection.by_threshold() && settings.threshold_start_step + 1 >= cx.steps {
             tracing::warn!(
-                "`threshold_start_step` is {}, and the run has {} steps: the threshold by which the class {} \
-                 encodes will not be known, and every positive feature will pass",
+                "`threshold_start_step` is {}, but the run has only {} steps: the threshold by which the class {} \
+                 encodes will not be set, and every positive feature will fire",
                 settings.threshold_start_step,
                 cx.steps,
                 cx.dictionary.class()
@@ -143,7 +144,7 @@ impl TopKTrainer {
         Ok(TopKTrainer {
             schedule,
             k: selection.k(),
-            // Half the activations' width, a heuristic of the paper's.
+            // Half the activation width, a heuristic from the paper.
             top_k_aux: dims.input / 2,
             fired: Firing::new(dims.features, cx.dictionary.device()),
             figures: Log::default(),
@@ -158,27 +159,27 @@ impl TopKTrainer {
         })
     }
 
-    /// Adds to what config.json says of the trainer.
+    /// Adds a setting to config.json.
     #[must_use]
     pub fn with_setting(mut self, name: &str, value: Value) -> Self {
         self.added.insert(name.to_owned(), value);
         self
     }
 
-    /// Lets prefixes of the features reconstruct by themselves too.
+    /// Trains prefixes of the features too.
     #[must_use]
     pub fn with_prefixes(mut self, prefixes: Prefixes) -> Self {
         self.prefixes = prefixes;
         self
     }
 
-    /// The smallest positive value of what was selected from together, `[rows]`, at steps that move the threshold.
+    /// Records k for the log and returns `smallest` at steps that update the threshold.
     fn selected(&mut self, step: u64, selection: &Selection, smallest: impl FnOnce() -> Tensor) -> Option<Tensor> {
         self.figures = Log { effective_l0: selection.k(), ..Log::default() };
         (step > self.settings.threshold_start_step).then(smallest)
     }
 
-    /// The loss of the squared errors that prefixes leave.
+    /// Adds the reconstruction loss: the weighted mean of the prefixes' squared errors.
     fn reconstruction(&self, losses: &[Tensor], logging: bool, terms: &mut Terms) {
         let losses: Vec<Tensor> =
             losses.iter().zip(&self.prefixes.weights).map(|(loss, weight)| loss * *weight).collect();
@@ -191,9 +192,10 @@ impl TopKTrainer {
         terms.add_reconstruction(if groups { "group_loss" } else { "mse_loss" }, losses.mean(losses.kind()));
     }
 
-    /// The mean of the squared norms of e − ê, over the variance of e, and that; the mean alone is logged.
+    /// Returns mean ‖e − ê‖² / Var(e), and Var(e). The undivided mean is logged.
     ///
-    /// Of one activation, or of equal ones, the variance counts as infinite: dividing by 0 would make every gradient NaN.
+    /// A zero variance (a single activation, or equal ones) counts as infinite, because dividing by 0 would make every
+    /// gradient NaN.
     fn over_variance(&mut self, residual: &Tensor, off: &Tensor) -> (Tensor, Tensor) {
         let loss = mean_of_sums(&off.square());
         self.figures.pre_norm_auxk_loss = Some(loss.detach());
@@ -203,14 +205,14 @@ impl TopKTrainer {
         (loss / &variance, variance)
     }
 
-    /// ‖e − ê‖² / Var(e) for the dead features' best reconstruction ê of the residual e, [B, d], which takes no
+    /// Returns ‖e − ê‖² / Var(e), where the dead features reconstruct ê from the residual e `[B, d]`, which takes no
     /// gradient.
     fn auxk_loss(&mut self, pass: &Pass, fired: &mut Firing, residual: &Tensor) -> Result<Tensor> {
         let dead = fired.silent_indices(self.settings.dead_feature_threshold);
         let Some((dead, directions)) = dead.zip(pass.dictionary.directions()) else {
             return Ok(Tensor::zeros([0_i64; 0], (residual.kind(), residual.device())));
         };
-        // Only the dead columns take part, so only they are sorted and decoded.
+        // Only dead features take part, so only they are sorted and decoded.
         let features = pass.code.extra("post_relu")?.index_select(1, &dead);
         let (_, indices) = features.detach().abs().topk(self.top_k_aux.min(dead.size()[0]), -1, true, false);
         let kept = features.zeros_like().scatter(-1, &indices, &features.gather(-1, &indices, false));
@@ -218,7 +220,8 @@ impl TopKTrainer {
         Ok(self.over_variance(residual, &off).0)
     }
 
-    /// The analytic version, of the error x̂ − x = −e: the loss, and a step for the dead features alone, if there are any.
+    /// Returns the analytic auxiliary loss for the error x̂ − x = −e, and the step on the dead features, if there are
+    /// any.
     fn auxk_analytic<'a>(
         &mut self,
         hand: &AnalyticParts<'a>,
@@ -316,8 +319,9 @@ impl Trainer for TopKTrainer {
             revived = part;
         }
         let logged = pass.logging.then(|| error.copy());
-        // A group's features are in the reconstruction of its prefix and of all that are longer. From the longest on the errors are
-        // found anew, in one place, which the derivative takes where there is but one: all of them would take much room.
+        // A group's features contribute to its own prefix and to all longer ones. The errors are recomputed in place
+        // from the longest prefix down, to avoid keeping them all. With a single prefix, the derivative reuses that
+        // memory.
         let scale = 2.0 / (groups.len() as f64 * pass.batch.len() as f64);
         let mut of_longer: Option<Tensor> = None;
         for (index, (group, weight)) in groups.iter().zip(&self.prefixes.weights).enumerate().rev() {
@@ -333,7 +337,7 @@ impl Trainer for TopKTrainer {
             }
             of_longer = Some(by_x_hat);
         }
-        let by_sum = sum_of_rows(&of_longer.context("there is no prefix")?);
+        let by_sum = sum_of_rows(&of_longer.context("there are no prefixes")?);
         if let Some((dead, part)) = revived {
             hand.add(&dead, &part);
         }
@@ -362,7 +366,7 @@ impl Trainer for TopKTrainer {
         row.insert("effective_l0".to_owned(), self.figures.effective_l0.into());
         let dead = self.fired.silent_for(self.settings.dead_feature_threshold).sum(Kind::Int64).int64_value(&[]);
         row.insert("dead_features".to_owned(), dead.into());
-        // −1 where there is none, as the reference logs it.
+        // −1 if there is none, as in the reference.
         let pre_norm = self.figures.pre_norm_auxk_loss.as_ref().map_or(Value::from(-1), number);
         row.insert("pre_norm_auxk_loss".to_owned(), pre_norm);
     }
@@ -376,13 +380,13 @@ impl Trainer for TopKTrainer {
     }
 }
 
-/// The point `[d]` with the least sum of distances to the points [N, d], by Weiszfeld's iteration from their mean.
+/// Returns the geometric median `[d]` of points `[N, d]`, by Weiszfeld's iteration from their mean.
 ///
-/// A point on the guess, which in the reference makes everything NaN, is defined: it has a very large weight.
+/// A point at the current estimate has a very large weight; in the reference it makes everything NaN.
 pub fn geometric_median(points: &Tensor) -> Tensor {
     let mut guess = points.mean_dim([0].as_slice(), false, Kind::Float);
     for _ in 0..100 {
-        // A point on the guess would weigh infinitely; within rounding of it, its weight is merely very large.
+        // A point at the estimate would have infinite weight.
         let distances = (points - &guess).norm_scalaropt_dim(2.0, [1], false).clamp_min(1e-12);
         let weights = distances.reciprocal();
         let weights = &weights / weights.sum(Kind::Float);
@@ -404,7 +408,7 @@ mod tests {
 
     #[test]
     fn geometric_median_of_a_constant_batch_is_the_point() {
-        // The mean is the point itself: every distance is 0, and 0/0 must not come of it.
+        // The mean is the point itself: every distance is 0, and 0/0 must not occur.
         let points = Tensor::from_slice2(&[[1.0f32, 2.0], [1.0, 2.0], [1.0, 2.0]]);
         let apart = (geometric_median(&points) - points.get(0)).abs().max().double_value(&[]);
         assert!(apart < 1e-6, "{apart}");
@@ -412,7 +416,7 @@ mod tests {
 
     #[test]
     fn geometric_median_of_a_line_is_its_middle_point() {
-        // On a line it is the median, 1, where the mean is 34.
+        // In one dimension it is the median, 1; the mean is 34.
         let points = Tensor::from_slice2(&[[0.0f32, 0.0], [1.0, 0.0], [101.0, 0.0]]);
         let median = Vec::<f32>::try_from(geometric_median(&points)).unwrap();
         assert!((median[0] - 1.0).abs() < 0.05 && median[1] == 0.0, "{median:?}");

@@ -1,7 +1,7 @@
 //! Trainers: how a dictionary learns.
 //!
-//! A trainer gives a loss, and autograd does the rest; or it finds the analytic gradients too. The order of a step is the same for all and stands in
-//! [`Training::step`](crate::train::training::Training::step).
+//! A trainer returns a loss, which autograd differentiates, or also computes analytic gradients. The order of a step is
+//! the same for all: see [`Training::step`](crate::train::training::Training::step).
 
 use std::fmt::Debug;
 
@@ -23,11 +23,11 @@ use crate::sae::Selection;
 use crate::sae::two_layer::ActivationFunction;
 use crate::sae::{Between, Code, Dictionary};
 
-/// What a trainer is built for.
+/// Context in which a trainer is built.
 pub struct TrainerCx<'a> {
-    /// The dictionary that it will train, to be refused here if it cannot.
+    /// The dictionary to train; a trainer that cannot train it returns an error.
     pub dictionary: &'a dyn Dictionary,
-    /// How many steps the schedules are laid out for.
+    /// Number of steps that the schedules are planned for.
     pub steps: u64,
     /// Seed of the trainer's random choices.
     pub seed: u64,
@@ -35,20 +35,20 @@ pub struct TrainerCx<'a> {
 
 /// The config of a trainer.
 pub trait TrainerConfig: Debug + Send + Sync {
-    /// The trainer, or why it cannot train this dictionary with these settings.
+    /// Builds the trainer, or returns why it cannot train this dictionary with these settings.
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>>;
 
-    /// The reference's class (`StandardTrainer`).
+    /// Returns the reference's class (`StandardTrainer`).
     fn class(&self) -> &'static str;
 
-    /// Adapts defaults to the length of the run: those in steps or tokens that would not fit a short one.
+    /// Adapts defaults in steps or tokens to the length of the run, if it is too short for them.
     fn adapt(&mut self, length: &mut RunLength) {
         let _ = length;
     }
 }
 
 crate::tagged::tagged! {
-    /// A trainer's config, by `type`.
+    /// A trainer's config, tagged by `type`.
     TaggedTrainer: TrainerConfig => Trainer {
         /// Adapts the defaults of the shared fields to the length of the run.
         #[doc(hidden)]
@@ -57,7 +57,7 @@ crate::tagged::tagged! {
 }
 
 impl dyn TaggedTrainer {
-    /// Adapts the defaults to the length of the run: those of the shared fields, then the trainer's own
+    /// Adapts defaults to the length of the run: those of the shared fields, then the trainer's own
     /// ([`TrainerConfig::adapt`]).
     pub fn adapt_defaults(&mut self, length: &mut RunLength) {
         self.adapt_shared(length);
@@ -65,24 +65,24 @@ impl dyn TaggedTrainer {
     }
 }
 
-/// The forward pass of one step.
+/// Forward pass of one step.
 pub struct Pass<'a> {
     /// Step, counted from 0.
     pub step: u64,
-    /// What the dictionary read and what it is to reconstruct.
+    /// Activations and their targets.
     pub batch: &'a Batch,
     /// The dictionary.
     pub dictionary: &'a dyn Dictionary,
-    /// What it encoded.
+    /// Code of the batch.
     pub code: Code,
-    /// What it reconstructed, [B, d_out].
+    /// Reconstruction, `[B, d_out]`.
     pub x_hat: Tensor,
-    /// Whether the figures of this step will be logged.
+    /// Whether this step is logged.
     pub logging: bool,
 }
 
 impl<'a> Pass<'a> {
-    /// Encodes, as the trainer does, and decodes a batch.
+    /// Encodes a batch with the trainer's [`Trainer::encode`] and decodes it.
     pub fn forward(
         trainer: &dyn Trainer,
         dictionary: &'a dyn Dictionary,
@@ -95,96 +95,98 @@ impl<'a> Pass<'a> {
         Pass { step, batch, dictionary, code, x_hat, logging }
     }
 
-    /// What was not reconstructed, target − x̂, [B, d_out].
+    /// Returns the residual target − x̂, `[B, d_out]`.
     pub fn residual(&self) -> Tensor {
         &self.batch.target - &self.x_hat
     }
 }
 
-/// The error of a trainer that cannot train a dictionary, for a reason; `or` is what else to use than the trainers that can.
+/// Makes the error of a trainer that cannot train a dictionary. `why` is the reason; `or` is an alternative to the
+/// dictionary's default trainers.
 pub fn cannot_train(trainer: &str, dictionary: &dyn Dictionary, why: &str, or: &str) -> InputError {
     InputError::incompatible(format!("the trainer `{trainer}` cannot train the class {}: {why}", dictionary.class()))
         .help(format!("use {}, or {or}", dictionary.default_trainers()))
 }
 
-/// Refuses a dictionary that a penalty cannot train: one that encodes by a threshold which only its own trainers keep.
+/// Returns an error if no trainer with a penalty can train this dictionary, because it encodes by a threshold that only
+/// its own trainers update.
 ///
-/// `trainer` is the name of the one that asks.
+/// `trainer` is the name of the calling trainer.
 pub fn penalizable(dictionary: &dyn Dictionary, trainer: &str) -> Result<()> {
     if dictionary.selection().is_some_and(Selection::by_threshold) {
-        let why = "it encodes by a threshold that the trainer must keep, and a penalty keeps none";
+        let why = "it encodes by a threshold, which a trainer with a penalty does not update";
         bail!(cannot_train(trainer, dictionary, why, "another dictionary"));
     }
     Ok(())
 }
 
-/// What a trainer and its modifiers may change after the optimiser's step.
+/// State that a trainer and its modifiers may change after the optimiser's step.
 pub struct AfterStep<'a> {
     /// Step, counted from 0.
     pub step: u64,
-    /// What was trained on.
+    /// Batch of the step.
     pub batch: &'a Batch,
     /// The dictionary.
     pub dictionary: &'a mut dyn Dictionary,
-    /// The optimiser, for its moments.
+    /// The optimiser, for access to its moments.
     pub optimizer: &'a mut Adam,
-    /// The SAE's own random numbers.
+    /// Random number generator of this SAE.
     pub rng: &'a mut Rng,
 }
 
 /// A trainer.
 pub trait Trainer: Send {
-    /// The learning rate and how it and the penalty change over a run.
+    /// Returns the schedule of the learning rate and the penalty.
     fn schedule(&self) -> Schedule;
 
-    /// The optimiser's settings.
+    /// Returns the optimiser's settings.
     fn adam(&self) -> AdamConfig {
         AdamConfig::default()
     }
 
-    /// Whether anything that it does at a step depends on how many steps the run is laid out for ([`TrainerCx::steps`]). If so
-    /// a run cannot be made longer when it is resumed.
+    /// Whether any step depends on the planned length of the run ([`TrainerCx::steps`]). If so, a resumed run cannot be
+    /// extended.
     fn depends_on_steps(&self) -> bool {
         self.schedule().depends_on_steps()
     }
 
-    /// Settings as the trainer resolved them, for config.json where that says more than the config (`lr: null`).
+    /// Adds resolved settings to config.json where the config leaves them open (`lr: null`).
     fn settings(&self, settings: &mut Map<String, Value>) {
         let _ = settings;
     }
 
-    /// Called with the first batch, before anything is computed, for what is initialised from data.
+    /// Initialises data-dependent parameters from the first batch, before anything is computed.
     fn begin(&mut self, dictionary: &mut dyn Dictionary, batch: &Batch) -> Result<()> {
         let _ = (dictionary, batch);
         Ok(())
     }
 
-    /// What holds of the decoder and the gradients at every step; nothing unless the trainer says so.
+    /// Returns the constraints on decoder and gradients. None by default.
     fn constraints(&self) -> Constraints {
         Constraints::default()
     }
 
-    /// The code of a batch, [B, d]: the dictionary's own, unless training needs gradients of another kind
+    /// Encodes a batch `[B, d]`. Default: the dictionary's own code. Override it if training needs other gradients
     /// (straight-through estimators).
     fn encode(&self, dictionary: &dyn Dictionary, x: &Tensor) -> Code {
         dictionary.forward(x)
     }
 
-    /// What is minimised at a step, where that is an error of the reconstruction and a penalty on features. The loss and the
-    /// analytic step follow from it. `None` where the trainer implements [`Trainer::loss`].
+    /// Returns the objective of a step, if the loss is a reconstruction error plus a penalty. Loss and analytic step
+    /// follow from it. A trainer that returns `None` must implement [`Trainer::loss`].
     fn objective(&self, step: u64) -> Option<Objective<'_>> {
         let _ = step;
         None
     }
 
-    /// The activations that the penalty of [`Trainer::objective`] falls on, [B, F]: the code's, unless training needs gradients of
-    /// another kind. In an analytic step they are [`ActivationFunction::penalized`].
+    /// Returns the activations that the penalty of [`Trainer::objective`] falls on, `[B, F]`. Default: the code's.
+    /// Override it if training needs other gradients. An analytic step uses [`ActivationFunction::penalized`].
     fn penalized(&self, pass: &Pass) -> Result<Tensor> {
         Ok(pass.code.penalized().shallow_clone())
     }
 
-    /// What lies between the dictionary's two affine maps, for the analytic step of [`Trainer::objective`]: the dictionary's own,
-    /// unless training needs gradients of another kind.
+    /// Returns the activation function for the analytic step of [`Trainer::objective`]. Default: the dictionary's own.
+    /// Override it if training needs other gradients.
     fn activation_function<'a>(&self, dictionary: &'a dyn Dictionary) -> Option<Box<dyn ActivationFunction + 'a>> {
         match dictionary.between() {
             Some(Between::Elementwise(activation)) => Some(activation),
@@ -192,21 +194,21 @@ pub trait Trainer: Send {
         }
     }
 
-    /// Whether [`Trainer::see`] is told which features fired.
+    /// Whether [`Trainer::see`] needs to know which features fired.
     fn counts_firing(&self) -> bool {
         false
     }
 
-    /// Notes what [`Trainer::after_step`] keeps of a step of [`Trainer::objective`]; may log figures.
+    /// Notes results of a step of [`Trainer::objective`] for [`Trainer::after_step`]. May log figures.
     fn see(&mut self, seen: Seen, terms: &mut Terms) {
         let _ = (seen, terms);
     }
 
-    /// The terms of the loss, those of [`Trainer::objective`] by default. A term of the dictionary's own
+    /// Adds the terms of the loss. Default: those of [`Trainer::objective`]. The dictionary's own term
     /// ([`Dictionary::auxiliary_loss`]) is added after them.
     ///
-    /// It changes nothing that [`Trainer::state`] saves, since a loss that is not finite refuses the step: what the loss
-    /// counts is noted here and kept by [`Trainer::after_step`]. Avoid reading numbers from a GPU, which waits for it.
+    /// Must not change what [`Trainer::state`] saves, because a step whose loss is not finite is refused. Note counts
+    /// here and store them in [`Trainer::after_step`]. Avoid reading values from a GPU, which causes a sync.
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
         let Some(objective) = self.objective(pass.step) else {
             bail!("a trainer without `objective` must implement `loss`");
@@ -218,9 +220,9 @@ pub trait Trainer: Send {
         Ok(())
     }
 
-    /// The terms of the loss and their analytic gradients, where the trainer has them. `None` leaves the step to
-    /// [`Trainer::loss`] and autograd; so does an SAE with modifiers, which need what autograd differentiates. Called with
-    /// gradients off. By default that of [`Trainer::objective`]. The contract test holds both to the same numbers.
+    /// Adds the terms of the loss and returns their analytic gradients. Default: those of [`Trainer::objective`].
+    /// `None` leaves the step to [`Trainer::loss`] and autograd. Not called for an SAE with modifiers, which need
+    /// autograd. Called with autograd off. The contract test compares both paths.
     fn analytic(&mut self, pass: &AnalyticPass, terms: &mut Terms) -> Result<Option<AnalyticStep>> {
         let Some(objective) = self.objective(pass.step) else { return Ok(None) };
         let Some(mut activation) = self.activation_function(pass.dictionary) else { return Ok(None) };
@@ -243,24 +245,24 @@ pub trait Trainer: Send {
         false
     }
 
-    /// Acts after the optimiser's step and the constraints on weights: keeps what the loss counted, anneals, resamples. Not
-    /// called for a step that was refused.
+    /// Runs after the optimiser's step and the constraints on weights: stores what the loss counted, anneals,
+    /// resamples. Not called for a step that was refused.
     fn after_step(&mut self, cx: &mut AfterStep) -> Result<()> {
         let _ = cx;
         Ok(())
     }
 
-    /// Figures of the trainer's own for the log, after [`Trainer::after_step`].
+    /// Adds the trainer's own figures to the log, after [`Trainer::after_step`].
     fn log(&self, row: &mut Map<String, Value>) {
         let _ = row;
     }
 
-    /// What must survive a restart, beside the dictionary and the optimiser.
+    /// Returns the state for a checkpoint, other than that of dictionary and optimiser.
     fn state(&self) -> Result<State> {
         Ok(State::new())
     }
 
-    /// Takes back what [`Trainer::state`] gave.
+    /// Restores what [`Trainer::state`] returned.
     fn restore(&mut self, state: &State) -> Result<()> {
         let _ = state;
         Ok(())

@@ -1,4 +1,4 @@
-//! One dictionary in training: the order of a step, the same for every method.
+//! One dictionary in training. The order of a step is the same for every method.
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
@@ -22,30 +22,30 @@ use crate::train::terms::{Terms, float};
 use crate::train::trainer::{AfterStep, Pass, Trainer, TrainerCx};
 use crate::train::watch::Watch;
 
-/// What a dictionary in training is built for.
+/// Context in which a dictionary in training is built.
 #[derive(Debug, Clone)]
 pub struct TrainingCx {
-    /// Width of the activations, and of what is to be reconstructed.
+    /// Widths of the activations and of their targets.
     pub widths: (i64, i64),
-    /// What the activations are joined of; empty where they are of one place.
+    /// Parts that are concatenated into one activation; empty if the site has only one.
     pub parts: Vec<SitePart>,
-    /// How many steps the schedules are laid out for.
+    /// Number of steps that the schedules are planned for.
     pub steps: u64,
     /// Seed of initial weights and random choices.
     pub seed: u64,
-    /// Where it trains.
+    /// Device on which it trains.
     pub device: Device,
-    /// The type of its matrix products.
+    /// Precision of its matrix products.
     pub precision: Precision,
 }
 
 /// One dictionary in training.
 pub struct Training {
-    /// Its name in the run.
+    /// Name of the SAE in the run.
     pub name: String,
     /// The dictionary.
     pub dictionary: Box<dyn Dictionary>,
-    /// Its trainer.
+    /// Trainer of the dictionary.
     pub trainer: Box<dyn Trainer>,
     modifiers: Vec<Box<dyn Modifier>>,
     optimizer: Adam,
@@ -53,39 +53,39 @@ pub struct Training {
     rng: Rng,
     /// Whether the dictionary starts from random weights.
     fresh: bool,
-    /// Whether it is an SAE that trains on, so that nothing is initialised from data.
+    /// Whether an existing SAE is trained further, so that nothing is initialised from data.
     goes_on: bool,
-    /// What is done after a step that is not finite; with `skip_batch` a GPU is waited for at each step.
+    /// Response to a step that is not finite. `skip_batch` causes a GPU sync at each step.
     pub on_nonfinite: OnNonfinite,
-    /// The loss's terms, on a GPU.
+    /// Terms of the loss, on a GPU.
     watch: Watch,
-    /// The gradients' norm, on a GPU.
+    /// Norm of the gradients, on a GPU.
     norm_watch: Watch,
-    /// What is done to each activation by itself; the dictionary is trained on what comes of it.
+    /// Normalisation of each activation before the dictionary trains on it.
     normalization: Option<Normalization>,
 }
 
-/// What a forward pass found; nothing has changed by it.
+/// Result of a forward pass, which changes nothing.
 struct Loss {
     terms: Terms,
-    /// The gradients of an analytic step; others are autograd's.
+    /// Gradients of an analytic step; `None` leaves them to autograd.
     gradients: Option<Vec<(&'static str, Tensor)>>,
-    /// If the step is logged.
+    /// Present if the step is logged.
     figures: Option<Reconstruction>,
 }
 
-/// What the figures of a step are made of.
+/// Tensors from which the figures of a step are computed.
 struct Reconstruction {
-    /// The number of active features of the whole batch, a scalar.
+    /// Number of active features in the whole batch, a scalar.
     active: Tensor,
-    /// What was not reconstructed, [B, d_out].
+    /// Residual of the batch, `[B, d_out]`.
     residual: Tensor,
 }
 
 impl Training {
     /// Builds the dictionary, its trainer and its modifiers, and loads initial weights.
     pub fn new(config: &SaeConfig, cx: &TrainingCx) -> Result<Self> {
-        // Every SAE starts from the run's seed or its own, as in the reference, so that neighbours do not change its weights.
+        // Each SAE is seeded separately, as in the reference, so that other SAEs of the run do not affect its weights.
         let dictionary_cx = DictionaryCx {
             activation_dim: cx.widths.0,
             output_dim: cx.widths.1,
@@ -103,14 +103,12 @@ impl Training {
                     cx.widths.1
                 ))
                 .field("dictionary")
-                .help(
-                    "choose one that predicts vectors of another width, a transcoder (`dictlearn list dictionaries`)"
-                )
+                .help("choose a transcoder, which predicts vectors of another width (`dictlearn list dictionaries`)")
             );
         }
         let mut normalization = None;
         if let Some(path) = &config.init_from {
-            // Counts are the config's (groups, and k: annealing may have been on its way when the file was saved).
+            // Counts come from the config: groups, and k, which annealing may have changed before the file was saved.
             let counts = |dictionary: &dyn Dictionary| {
                 let buffers = dictionary.buffers().into_iter();
                 buffers.map(|(_, tensor)| tensor).filter(|tensor| tensor.kind() != Kind::Float)
@@ -126,15 +124,16 @@ impl Training {
         let trainer = config.trainer.build(&trainer_cx).under("trainer")?;
         let goes_on = config.init_from.as_ref().is_some_and(|path| path.as_path().is_dir());
         if goes_on && trainer.constraints().unit_norm_decoder {
-            // Its first step would cut the norms off, and what was learnt with them.
+            // The first step would discard the norms and change what the SAE has learnt, so they are folded into the
+            // encoder.
             let far = |dictionary: &dyn Dictionary| {
                 let norms = dictionary.decoder().map(|decoder| decoder.norms().detach());
                 norms.is_some_and(|norms| !norms.allclose(&norms.ones_like(), 1e-3, 1e-3, false))
             };
             if far(&*dictionary) && !dictionary.fold_norms() {
                 tracing::warn!(
-                    "SAE `{}`: the trainer keeps the norms of the decoder at 1, and those of init_from's are others: \
-                     it will not be what it was",
+                    "SAE `{}`: the trainer keeps decoder norms at 1, but those of `init_from` differ: \
+                     normalising the decoder will change this SAE's outputs",
                     config.name
                 );
             }
@@ -170,37 +169,35 @@ impl Training {
         })
     }
 
-    /// Adds a modifier that no config names: for tests.
+    /// Adds a modifier that is not in the config, for tests.
     pub fn modify(&mut self, modifier: Box<dyn Modifier>) {
         self.modifiers.push(modifier);
     }
 
-    /// One step on a batch, in the order of the reference. With `logging` it returns the figures of the step, computed
-    /// from its own forward pass.
+    /// Takes one step on a batch, in the order of the reference. With `logging`, returns the figures of the step,
+    /// computed from its own forward pass.
     ///
-    /// On a CPU a loss or a gradient that is not finite is refused at once ([`NotFinite`]), and nothing has changed. A GPU
-    /// is not waited for: the next [`Training::settle`] refuses it.
+    /// On a CPU, a loss or gradient that is not finite is an error ([`NotFinite`]) and changes nothing. On a GPU, the
+    /// next [`Training::settle`] returns the error, to avoid a sync.
     pub fn step(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
         let normalized = self.normalization.map(|normalization| normalization.batch(batch));
         let batch = normalized.as_ref().unwrap_or(batch);
         if step > 0 {
             return self.step_on(step, batch, logging);
         }
-        // The first batch initialises weights, which must not stay if its loss is refused.
+        // The first batch initialises weights, which must be undone if its loss is not finite.
         let before = self.looks().then(|| self.weights_and_counters()).transpose()?;
         let result = self.begin(batch).and_then(|()| self.step_on(step, batch, logging));
         match (result, before) {
             (Err(error), Some(before)) => Err(match self.set_back(&before) {
                 Ok(()) => error,
-                Err(other) => {
-                    error.context(format!("and what the first batch initialised cannot be undone: {other:#}"))
-                }
+                Err(other) => error.context(format!("cannot undo the initialisation from the first batch: {other:#}")),
             }),
             (result, _) => result,
         }
     }
 
-    /// Initialises from the first batch.
+    /// Initialises parameters from the first batch.
     fn begin(&mut self, batch: &Batch) -> Result<()> {
         let batch = &Batch { x: ranks::gather_rows(&batch.x), target: ranks::gather_rows(&batch.target) };
         if self.fresh {
@@ -212,18 +209,19 @@ impl Training {
         Ok(())
     }
 
-    /// Whether numbers are looked at in each step.
+    /// Whether loss and gradients are read at every step, to check that they are finite.
     fn looks(&self) -> bool {
         device::on_host(self.dictionary.device()) || self.on_nonfinite == OnNonfinite::SkipBatch
     }
 
-    /// [`Training::step`]. Nothing changes before the loss and the gradients are known to be finite, where that is looked at.
+    /// Implements [`Training::step`]. If values are checked, nothing changes before loss and gradients are known to be
+    /// finite.
     fn step_on(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Option<Map<String, Value>>> {
         let Loss { mut terms, gradients, figures } = self.loss(step, batch, logging)?;
         let loss = self.finite_total(step, &terms)?;
-        // The graph of terms outside the loss is not needed.
+        // Frees the graph of terms outside the loss.
         terms.detach();
-        // A baseline, which runs beside the others to be measured with them, has no parameters.
+        // A baseline, included for comparison, has no parameters.
         if !self.dictionary.parameters().is_empty() {
             match gradients {
                 Some(gradients) => self.gradients.take(gradients)?,
@@ -249,7 +247,7 @@ impl Training {
         Ok(figures.map(|figures| self.row(step, batch, &figures, &terms)))
     }
 
-    /// The optimiser's step within the trainer's constraints, if the gradients are finite.
+    /// Takes the optimiser's step within the trainer's constraints, if the gradients are finite.
     fn optimize(&mut self, step: u64) -> Result<()> {
         let (lr, constraints, looks) = (self.trainer.schedule().lr(step), self.trainer.constraints(), self.looks());
         match self.optimizer.step_within(lr, &constraints, &*self.dictionary, &self.gradients, looks) {
@@ -259,12 +257,12 @@ impl Training {
         }
     }
 
-    /// True if modifiers change the loss or the gradients, which they do in autograd's graph.
+    /// Whether there are modifiers. They change the loss or the gradients, which requires autograd.
     pub fn is_modified(&self) -> bool {
         !self.modifiers.is_empty()
     }
 
-    /// The terms of a step's loss, the gradients where they are analytic, and what figures are made of.
+    /// Returns the terms of a step's loss, the gradients if they are analytic, and the tensors for its figures.
     fn loss(&mut self, step: u64, batch: &Batch, logging: bool) -> Result<Loss> {
         let mut terms = Terms::new();
         if self.modifiers.is_empty() {
@@ -275,9 +273,7 @@ impl Training {
                     (true, Some(fired), Some(residual)) => {
                         Some(Reconstruction { active: fired.sum(Kind::Double), residual })
                     }
-                    _ => bail!(
-                        "the trainer took an analytic step and does not say which features fired, or how far off it was"
-                    ),
+                    _ => bail!("the trainer's analytic step lacks `fired` or `error`, which a logged step needs"),
                 };
                 return Ok(Loss { terms, gradients: Some(analytic.gradients), figures });
             }
@@ -297,9 +293,9 @@ impl Training {
         Ok(Loss { terms, gradients: None, figures })
     }
 
-    /// The sum of a loss's terms, which must be finite.
+    /// Returns the sum of a loss's terms, or an error if it is not finite.
     fn finite_total(&mut self, step: u64, terms: &Terms) -> Result<Tensor> {
-        let loss = terms.total().context("the trainer gave no loss")?;
+        let loss = terms.total().context("the trainer's loss has no terms")?;
         if !self.looks() {
             let terms = terms.iter().filter(|term| term.weight != 0.0).map(|term| (term.name, &term.value));
             self.watch.see(step, terms)?;
@@ -319,17 +315,17 @@ impl Training {
     }
 
     fn bad_gradient(&self, step: u64, parameter: &str, norm: f64) -> NotFinite {
-        let of = if parameter.is_empty() { String::new() } else { format!(" by `{parameter}`") };
+        let of = if parameter.is_empty() { String::new() } else { format!(" with respect to `{parameter}`") };
         let message = format!("step {step}: the gradient of the loss of SAE `{}`{of} has norm {norm}", self.name);
         NotFinite { step, quantity: Quantity::Gradient, message }
     }
 
-    /// Waits for the steps that were taken, and refuses what came of a loss or a gradient that was not finite
-    /// ([`NotFinite`]). To be called before anything is kept.
+    /// Waits for the GPU and returns an error if any step so far had a loss or gradient that is not finite
+    /// ([`NotFinite`]). Call it before anything is logged or saved.
     pub fn settle(&self) -> Result<()> {
         let loss = self.watch.found()?.map(|found| self.bad_loss(found.step, found.name, found.value));
         let gradient = self.norm_watch.found()?.map(|found| self.bad_gradient(found.step, "", found.value));
-        // A loss that is not finite makes gradients so, and not the other way round.
+        // A loss that is not finite makes its gradients so too, but not the reverse.
         match loss.into_iter().chain(gradient).min_by_key(|found| found.step) {
             None => Ok(()),
             Some(found) => bail!(found),
@@ -353,7 +349,7 @@ impl Training {
         self.restore_counters(before)
     }
 
-    /// The figures of a step as a row of the log.
+    /// Returns the figures of a step as a log row.
     fn row(&self, step: u64, batch: &Batch, figures: &Reconstruction, terms: &Terms) -> Map<String, Value> {
         tch::no_grad(|| {
             let mut row = Map::from_iter([
@@ -372,12 +368,12 @@ impl Training {
         })
     }
 
-    /// The dictionary as it is saved: for activations as the model makes them, though it trains on activations divided
-    /// by `norm`.
+    /// Returns the dictionary for saving: it takes activations as the model makes them, although it trains on
+    /// activations divided by `norm`.
     pub fn folded(&self, norm: f64) -> Result<Box<dyn Dictionary>> {
         match self.normalization {
             None => saved::folded(&*self.dictionary, norm),
-            // What each activation is divided by has no say in what comes of it.
+            // Normalisation cancels a common factor of the activations.
             Some(_) => {
                 let dictionary = saved::folded(&*self.dictionary, 1.0)?;
                 Ok(Box::new(Adapted::new(dictionary, self.normalization, None)))
@@ -385,28 +381,30 @@ impl Training {
         }
     }
 
-    /// What is done to each activation by itself before the dictionary reads it.
+    /// Normalisation of each activation before the dictionary reads it.
     pub fn normalization(&self) -> Option<Normalization> {
         self.normalization
     }
 
-    /// Lets what was loaded take activations divided by `norm`.
+    /// Rescales loaded weights to take activations divided by `norm`.
     pub fn takes_divided(&mut self, norm: f64) -> Result<()> {
         match self.normalization {
             None => self.dictionary.scale_biases(1.0 / norm),
             Some(Normalization { input_only: false, .. }) => {}
             Some(_) => {
                 bail!(
-                    InputError::new("it normalises what it reads and not what it predicts, which is scaled here")
-                        .field("normalize_activations")
-                        .help("set it to false")
+                    InputError::new(
+                        "the SAE of `init_from` normalises its input but not its targets, so these must not be scaled"
+                    )
+                    .field("normalize_activations")
+                    .help("set it to false")
                 )
             }
         }
         Ok(())
     }
 
-    /// Everything that a resumed run needs.
+    /// Returns everything that a resumed run needs.
     pub fn state(&self) -> Result<State> {
         let mut state = self.weights_and_counters()?;
         state.put_all("optimizer", self.optimizer.state()?);
@@ -414,7 +412,7 @@ impl Training {
         Ok(state)
     }
 
-    /// Takes back what [`Training::state`] gave.
+    /// Restores what [`Training::state`] returned.
     pub fn restore(&mut self, state: &State) -> Result<()> {
         for (name, mut tensor) in self.dictionary.state_dict() {
             state.load_tensor(&format!("dictionary/{name}"), &mut tensor)?;
@@ -426,7 +424,7 @@ impl Training {
         Ok(())
     }
 
-    /// The state of the trainer and of the modifiers.
+    /// Returns the state of the trainer and the modifiers.
     fn counters(&self) -> Result<State> {
         let mut state = State::new();
         state.put_all("trainer", self.trainer.state()?);
@@ -445,28 +443,28 @@ impl Training {
     }
 }
 
-/// What is not finite in a step.
+/// Quantity that is not finite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quantity {
-    /// The loss, or a term of it.
+    /// The loss, or one of its terms.
     Loss,
-    /// The gradient, of a loss that is finite.
+    /// The gradient of a loss that is finite.
     Gradient,
 }
 
-/// The error of a step whose loss or gradient is not finite.
+/// Error of a step whose loss or gradient is not finite.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
 pub struct NotFinite {
-    /// The step.
+    /// Step, counted from 0.
     pub step: u64,
-    /// What is not finite.
+    /// Quantity that is not finite.
     pub quantity: Quantity,
-    /// Step, SAE, term or parameter, and value.
+    /// Message with step, SAE, term or parameter, and value.
     pub message: String,
 }
 
-/// True if every number of a tensor is finite.
+/// Whether every value of a tensor is finite.
 pub fn is_finite(tensor: &Tensor) -> Result<bool> {
     Ok(bool::try_from(tensor.isfinite().all())?)
 }

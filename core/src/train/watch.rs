@@ -1,38 +1,38 @@
-//! Numbers that must be finite, watched without waiting for a GPU.
+//! Detects values that are not finite without a GPU sync at every step.
 
 use std::cell::Cell;
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
-/// Remembers some numbers of each step until it is asked whether they were finite.
+/// Records scalars of each step on the device, until asked whether they are finite.
 ///
-/// Nothing is read while it looks: a GPU would have to be waited for, and would stand still until it got its next work.
+/// Recording reads no value, because a sync would leave the GPU idle until its next work arrives.
 #[derive(Debug, Default)]
 pub struct Watch {
     names: Vec<&'static str>,
-    /// Of the steps since it was asked, [STEPS, n].
+    /// Values of the steps since the last check, `[STEPS, n]`.
     seen: Option<Tensor>,
     steps: Vec<u64>,
     found: Cell<Option<Found>>,
 }
 
-/// A number that was not finite.
+/// A value that is not finite.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Found {
     /// Step, counted from 0.
     pub step: u64,
-    /// Its name: that of a term of the loss, say.
+    /// Name of the value, for example a term of the loss.
     pub name: &'static str,
-    /// The number.
+    /// The value.
     pub value: f64,
 }
 
-/// How many steps are remembered; then it asks itself.
+/// Steps recorded between checks.
 const STEPS: i64 = 1024;
 
 impl Watch {
-    /// Looks at the numbers of a step by their names, scalars.
+    /// Records a step's scalars by name.
     pub fn see<'a>(&mut self, step: u64, numbers: impl IntoIterator<Item = (&'static str, &'a Tensor)>) -> Result<()> {
         let (names, values): (Vec<_>, Vec<Tensor>) =
             numbers.into_iter().map(|(name, number)| (name, number.to_kind(Kind::Float))).unzip();
@@ -50,7 +50,7 @@ impl Watch {
         Ok(())
     }
 
-    /// The first number that was not finite. Waits for the GPU.
+    /// Returns the first value that was not finite. Waits for the GPU.
     pub fn found(&self) -> Result<Option<Found>> {
         if let (None, Some(seen)) = (self.found.get(), &self.seen) {
             let seen = seen.narrow(0, 0, self.steps.len() as i64).reshape([-1]);
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_is_remembered() {
+    fn first_nonfinite_value_is_kept() {
         let mut watch = Watch::default();
         assert_eq!(watch.found().unwrap(), None);
         let found = Some(Found { step: 4, name: "b", value: f64::INFINITY });
@@ -80,7 +80,7 @@ mod tests {
             watch.see(step, [("one", &one), ("a", &a), ("b", &b)]).unwrap();
             assert_eq!(watch.found().unwrap(), if step == 3 { None } else { found });
         }
-        // Other numbers, and more steps than have room.
+        // Different names, and more steps than the buffer holds.
         for step in 6..3000 {
             watch.see(step, [("other", &Tensor::from(1.0_f32))]).unwrap();
         }

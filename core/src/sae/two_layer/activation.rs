@@ -1,43 +1,45 @@
-//! What lies between the two affine maps.
+//! Activation functions between the two affine maps.
 
 use tch::Tensor;
 
 use super::block::{Block, Input};
 use crate::machine::device::on_host;
 
-/// What a dictionary of two layers makes of its pre-activations, one by one. [`Elementwise`] implements it for a function of one
-/// number, [`Pointwise`].
+/// Elementwise activation function of a two-layer dictionary. [`Elementwise`] implements it for any [`Pointwise`]
+/// function.
 pub trait ActivationFunction {
-    /// Whether it can be calculated where there is no [`Block::map`], on a GPU, of pre-activations that were raised to 0. Otherwise a
-    /// step there is autograd's.
+    /// Whether it works on a GPU, without [`Block::map`], on pre-activations already clamped at 0. Otherwise a GPU step
+    /// uses autograd.
     fn on_gpu(&self) -> bool {
         false
     }
 
-    /// Up to where pre-activations are no features, and take no gradient: `[F]`; none if that is 0 for all.
+    /// Returns the bounds `[F]` up to which a pre-activation gives no feature and takes no gradient; `None` if all are
+    /// 0.
     fn bounds(&self) -> Option<Tensor> {
         None
     }
 
-    /// Features of a block, as z.
+    /// Returns a block's features, in the shape of z.
     fn features(&self, block: &Block) -> Tensor;
 
-    /// What a penalty falls on, as z and never negative, where that is not the features.
+    /// Returns the penalised activations, in the shape of z and never negative; `None` if they are the features.
     fn penalized(&self, block: &Block) -> Option<Tensor> {
         let _ = block;
         None
     }
 
-    /// Whether the loss has a term `aux_loss`, the squared error of what the penalised activations decode to, which the
-    /// decoder takes no gradient of.
+    /// Whether the loss has a term `aux_loss`: the squared error of the penalised activations' reconstruction, without
+    /// a gradient to the decoder.
     fn auxiliary(&self) -> bool {
         false
     }
 
-    /// ∂L/∂z, as z, for the derivatives of the loss. It adds the gradients of parameters of its own.
+    /// Returns ∂L/∂z, in the shape of z, given the derivatives of the loss. Accumulates the gradients of its own
+    /// parameters.
     fn backward(&mut self, block: &Block, by: &Derivatives) -> Tensor;
 
-    /// The gradients of parameters of its own, by state-dict names.
+    /// Returns the gradients of its own parameters by state-dict name.
     fn gradients(&mut self) -> Vec<(&'static str, Tensor)> {
         Vec::new()
     }
@@ -46,25 +48,25 @@ pub trait ActivationFunction {
 /// Derivatives of the loss.
 #[derive(Debug)]
 pub struct Derivatives {
-    /// Of the reconstruction, by the features, as z.
+    /// ∂(reconstruction error)/∂(features), in the shape of z.
     pub features: Tensor,
-    /// Of the penalty, by what it falls on.
+    /// ∂(penalty)/∂(penalised activations).
     pub penalized: Slope,
-    /// Of the auxiliary loss, by the penalised activations, as z.
+    /// ∂(auxiliary loss)/∂(penalised activations), in the shape of z.
     pub auxiliary: Option<Tensor>,
 }
 
-/// A penalty's derivative by what it falls on.
+/// Derivative of a penalty with respect to the penalised activations.
 #[derive(Debug)]
 pub enum Slope {
-    /// The same everywhere.
+    /// One value for all entries.
     Same(f64),
-    /// One number each, as z.
+    /// One value per entry, in the shape of z.
     Each(Tensor),
 }
 
 impl Slope {
-    /// To calculate with.
+    /// Returns the slope as an input of [`Block::map`].
     pub fn input(&self) -> Input<'_> {
         match self {
             Slope::Same(value) => Input::Same(*value),
@@ -73,31 +75,32 @@ impl Slope {
     }
 }
 
-/// A function of one pre-activation z and of `P` numbers of its feature (thresholds, biases), with its derivative.
+/// Function of one pre-activation z and of `P` parameters of its feature (thresholds, biases), with its derivative.
 pub trait Pointwise<const P: usize, const G: usize>: Sync {
     /// Whether a sparsity penalty falls on [`Pointwise::penalized`] instead of the feature.
     const PENALIZED: bool = false;
 
-    /// [`ActivationFunction::auxiliary`].
+    /// See [`ActivationFunction::auxiliary`].
     const AUXILIARY: bool = false;
 
-    /// [`ActivationFunction::bounds`], of the vectors `[F]` of the features' numbers.
+    /// See [`ActivationFunction::bounds`]; takes the features' parameters as vectors `[F]`.
     fn bounds(&self, of_features: [&Tensor; P]) -> Option<Tensor>;
 
-    /// The feature, never negative.
+    /// Returns the feature, never negative.
     fn feature(&self, z: f32, of_feature: [f32; P]) -> f32;
 
-    /// What a sparsity penalty falls on, never negative.
+    /// Returns the activation that a sparsity penalty falls on, never negative.
     fn penalized(&self, z: f32, of_feature: [f32; P]) -> f32 {
         self.feature(z, of_feature)
     }
 
-    /// ∂L/∂z and what this pre-activation adds to the gradients of the feature's `G` parameters, given ∂L/∂f by the feature
-    /// (with a penalty on it) and the loss's derivative by [`Pointwise::penalized`], 0 where the penalty falls on the feature.
+    /// Returns ∂L/∂z, and this entry's contribution to the gradients of the feature's `G` parameters. `by_feature` is
+    /// ∂L/∂f, including a penalty on the feature. `by_penalized` is the derivative by [`Pointwise::penalized`], or 0 if
+    /// the penalty falls on the feature.
     fn backward(&self, z: f32, of_feature: [f32; P], by_feature: f32, by_penalized: f32) -> (f32, [f32; G]);
 }
 
-/// A [`Pointwise`] function over the blocks of a batch, in one pass each, on a CPU.
+/// Applies a [`Pointwise`] function to a batch's blocks on a CPU, in one pass over each.
 #[derive(Debug)]
 pub struct Elementwise<T, const P: usize, const G: usize> {
     function: T,
@@ -106,8 +109,8 @@ pub struct Elementwise<T, const P: usize, const G: usize> {
 }
 
 impl<T: Pointwise<P, G>, const P: usize, const G: usize> Elementwise<T, P, G> {
-    /// The function with the vectors `[F]` that it reads, and the state-dict names of the parameters `[F]` of which
-    /// [`Pointwise::backward`] gives gradients.
+    /// Combines the function with the vectors `[F]` that it reads, and the parameters `[F]`, by state-dict name, whose
+    /// gradients [`Pointwise::backward`] returns.
     pub fn new(function: T, of_features: [&Tensor; P], parameters: [(&'static str, &Tensor); G]) -> Self {
         let gradients = parameters.map(|(name, parameter)| (name, parameter.detach().zeros_like()));
         Elementwise { function, of_features: of_features.map(Tensor::detach), gradients }
@@ -194,7 +197,7 @@ impl ActivationFunction for Relu {
             return block.z.threshold_backward(&by_feature.to_kind(block.z.kind()), 0);
         }
         let inputs = [Input::Each(&block.z), Input::Each(&by.features), by.penalized.input()];
-        // At 0 ReLU passes nothing on, in libtorch either.
+        // At 0 the gradient is 0, as in libtorch.
         let ([by_z], []) =
             block.map(inputs, [], |[z, by_feature, slope], []| ([if z > 0.0 { by_feature + slope } else { 0.0 }], []));
         by_z

@@ -1,4 +1,4 @@
-//! A part of a batch's pre-activations, with the products that an analytic step takes of it.
+//! A tile of a batch's pre-activations, with the products that an analytic step needs.
 
 use std::cell::OnceCell;
 use std::ops::Range;
@@ -10,47 +10,47 @@ use super::operand::Operand;
 use super::pattern::Pattern;
 use crate::machine::device::{Precision, on_host};
 
-/// Pre-activations z of some of the features, for all B rows of a batch: either all of them, [B, n], or only those that
-/// matter, `[entries]`. Where it says "as z", a tensor has z's shape, and belongs to it number by number.
+/// Pre-activations z of a range of features for all B rows: all of them `[B, n]`, or only the relevant ones
+/// `[entries]`. A tensor "in the shape of z" has the same shape and element order as z.
 #[derive(Debug)]
 pub struct Block {
-    /// The pre-activations.
+    /// Pre-activations.
     pub z: Tensor,
     features: Range<i64>,
     precision: Precision,
     entries: Option<Entries>,
 }
 
-/// One number for each entry of a block, to calculate with.
+/// Input of [`Block::map`]: one value for each entry of a block.
 #[derive(Debug)]
 pub enum Input<'a> {
-    /// Its own: a tensor as z.
+    /// One value per entry: a tensor in the shape of z.
     Each(&'a Tensor),
-    /// The same for all.
+    /// The same value for all.
     Same(f64),
 }
 
-/// Of a block that holds some entries alone: where they are.
+/// Positions of the entries in a sparse block.
 #[derive(Debug)]
 enum Entries {
-    /// On a CPU, in an order of which products can be taken.
+    /// On a CPU: a pattern that supports sparse products.
     Listed {
         pattern: Pattern,
-        /// Each entry's feature, counted from the block's first, and row, where they are asked for.
+        /// Each entry's feature, relative to the block's first, and row. Computed on first use.
         indices: OnceCell<(Tensor, Tensor)>,
     },
-    /// Where libtorch found them; products are taken of a matrix in which all others are 0.
+    /// As libtorch's `topk` returned them. Products use a dense matrix that is 0 elsewhere.
     Scattered {
-        /// Each entry's row times the number of features, plus its feature, int64 `[entries]`.
+        /// Flat index of each entry, row · number of features + feature, int64 `[entries]`.
         at: Tensor,
         rows: i64,
-        /// How many selections there were, one for each row or one of the batch, of equally many entries.
+        /// Number of selections, each of the same size: one per row, or one for the batch.
         selections: i64,
     },
 }
 
 impl Entries {
-    /// Each entry's feature and row.
+    /// Returns each entry's feature and row.
     fn indices(&self, features: i64) -> (Tensor, Tensor) {
         match self {
             Entries::Listed { pattern, indices } => {
@@ -73,7 +73,7 @@ impl Block {
         Block { z, features, precision, entries: Some(Entries::Listed { pattern, indices: OnceCell::new() }) }
     }
 
-    /// The `selections` times k entries of all features that libtorch found at places `at` of the [rows, features] there are.
+    /// Makes a block of the `selections` · k entries at flat indices `at` of a matrix `[rows, features]`.
     pub(crate) fn scattered(
         z: Tensor,
         at: Tensor,
@@ -92,19 +92,26 @@ impl Block {
         of_all.narrow(0, self.features.start, self.width())
     }
 
-    /// Calculates O numbers for each entry, as z but of the kind of the products' operands, and the sums of S more over each feature's
-    /// entries, `[n]`, in one pass over memory. `function` gets an entry's inputs and its feature's numbers, of vectors `[F]`.
-    /// The block must be on a CPU.
+    /// Evaluates `function` on each entry in one pass over memory. Returns O outputs in the shape of z, in the
+    /// precision's dtype, and S sums over each feature's entries, `[n]`. `function` receives an entry's inputs and its
+    /// feature's elements of the vectors `[F]`.
+    ///
+    /// Panics if the block is not on a CPU.
     pub fn map<const I: usize, const P: usize, const O: usize, const S: usize>(
         &self,
         inputs: [Input; I],
         of_features: [&Tensor; P],
         function: impl Fn([f32; I], [f32; P]) -> ([f32; O], [f32; S]) + Sync,
     ) -> ([Tensor; O], [Tensor; S]) {
-        assert!(on_host(self.z.device()), "only a CPU's blocks are mapped");
+        assert!(on_host(self.z.device()), "`Block::map` needs a block on a CPU");
         let each = inputs.map(|input| match input {
             Input::Each(tensor) => {
-                assert!(tensor.size() == self.z.size(), "{:?} is not as z, {:?}", tensor.size(), self.z.size());
+                assert!(
+                    tensor.size() == self.z.size(),
+                    "shape {:?} is not that of z, {:?}",
+                    tensor.size(),
+                    self.z.size()
+                );
                 map::Row::of_each(tensor)
             }
             Input::Same(value) => map::Row::same(value as f32),
@@ -127,13 +134,13 @@ impl Block {
         }
     }
 
-    /// Adds to each feature of `sums` `[F]` what [`Block::map`] found for the block's.
+    /// Adds per-feature sums `[n]` from [`Block::map`] to the block's features in `sums` `[F]`.
     pub fn add_sums(&self, found: &Tensor, sums: &Tensor) {
         let mut own = self.own(sums);
         own += found;
     }
 
-    /// Of a vector `[B]` each entry's number: what can be calculated with z.
+    /// Expands a vector `[B]` so that it broadcasts with z.
     pub fn of_rows(&self, vector: &Tensor) -> Tensor {
         match &self.entries {
             None => vector.unsqueeze(1),
@@ -141,7 +148,7 @@ impl Block {
         }
     }
 
-    /// Adds to each feature of `sums` `[F]` the sum of its values, which are as z.
+    /// Adds the sum of each feature's values, given in the shape of z, to `sums` `[F]`.
     pub fn sum_by_feature(&self, values: &Tensor, sums: &mut Tensor) {
         let mut own = self.own(sums);
         match &self.entries {
@@ -157,7 +164,7 @@ impl Block {
         }
     }
 
-    /// For each row the sum of its values, which are as z: `[B]`.
+    /// Returns the sum of each row's values `[B]`, given in the shape of z.
     pub fn sum_by_row(&self, values: &Tensor) -> Tensor {
         match &self.entries {
             None => values.sum_dim_intlist([1].as_slice(), false, Kind::Float),
@@ -171,8 +178,8 @@ impl Block {
         }
     }
 
-    /// For each selection, of a row or of the batch, its smallest pre-activation above 0, infinite where there is none. Of lists
-    /// for each row.
+    /// Returns the smallest positive pre-activation of each selection (row or batch), or infinity if there is none.
+    /// Listed entries give one value per row either way.
     pub fn smallest_positive(&self) -> Tensor {
         let z = self.z.masked_fill(&self.z.le(0.0), f64::INFINITY);
         match &self.entries {
@@ -182,7 +189,7 @@ impl Block {
         }
     }
 
-    /// The same with a matrix instead of scattered entries.
+    /// Turns scattered entries into a dense block.
     pub(crate) fn matrix(self) -> Block {
         match &self.entries {
             Some(Entries::Scattered { .. }) => {
@@ -192,12 +199,12 @@ impl Block {
         }
     }
 
-    /// The features `range` of the block, counted from its first, which is no block of scattered entries.
+    /// Returns the features in `range`, relative to the block's first. The block must not have scattered entries.
     pub(crate) fn narrow(&self, range: Range<i64>) -> Block {
         let first = self.features.start + range.start;
         match &self.entries {
             None => Block::dense(self.z.narrow(1, range.start, range.end - range.start), first, self.precision),
-            Some(Entries::Scattered { .. }) => unreachable!("groups are made of a matrix"),
+            Some(Entries::Scattered { .. }) => unreachable!("`matrix` makes scattered blocks dense"),
             Some(Entries::Listed { pattern, .. }) => {
                 let (pattern, own) = pattern.narrow(range.start as usize..range.end as usize);
                 let z = self.z.narrow(0, own.start as i64, own.len() as i64);
@@ -206,7 +213,7 @@ impl Block {
         }
     }
 
-    /// out [B, d] += V W: what features of these values, as z, decode to by directions W [F, d].
+    /// out `[B, d]` += V W, for values V in the shape of z and directions W `[F, d]`.
     pub(crate) fn decode(&self, values: &Tensor, weight: &Operand, out: &mut Tensor) {
         match &self.entries {
             None | Some(Entries::Scattered { .. }) => {
@@ -222,8 +229,7 @@ impl Block {
         }
     }
 
-    /// As z, but of the kind of the products' operands, each entry's product of its row of X [B, d] and its feature's row of
-    /// W [F, d].
+    /// Returns the entries of X Wᵀ in the shape of z, in the precision's dtype, for X `[B, d]` and W `[F, d]`.
     pub(crate) fn products(&self, vectors: &Operand, weight: &Operand) -> Tensor {
         match &self.entries {
             None => vectors.for_products().matmul(&self.own(weight.for_products()).tr()),
@@ -234,7 +240,7 @@ impl Block {
         }
     }
 
-    /// out [F, d] = Vᵀ X, in the block's rows, for values as z and X [B, d].
+    /// out `[F, d]` = Vᵀ X in the block's rows, for values V in the shape of z and X `[B, d]`.
     pub(crate) fn accumulate(&self, values: &Tensor, vectors: &Operand, out: &mut Tensor) {
         let mut own = self.own(out);
         match &self.entries {
@@ -251,7 +257,7 @@ impl Block {
         }
     }
 
-    /// To take products of: a matrix.
+    /// Returns values as a matrix in the dtype of products.
     fn cast(&self, values: &Tensor) -> Tensor {
         match self.entries {
             Some(Entries::Scattered { .. }) => self.full(values, self.precision.kind()),
@@ -259,7 +265,7 @@ impl Block {
         }
     }
 
-    /// [B, n] of values as z; the others are 0.
+    /// Returns values as a matrix `[B, n]` that is 0 elsewhere.
     fn full(&self, values: &Tensor, kind: Kind) -> Tensor {
         match &self.entries {
             Some(Entries::Scattered { at, rows, .. }) => {

@@ -1,11 +1,11 @@
-//! One number after the other: what is calculated between products, in one pass over memory.
+//! Elementwise calculations between products, in one pass over memory.
 
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
 use crate::machine::parallel::{Bf16, Number, Output, numbers, share_in};
 
-/// An input of a calculation: a matrix, a row that is repeated, or a number.
+/// Input of a calculation: a matrix, a repeated row, or one value.
 pub(super) enum Row {
     Each(Tensor),
     Repeated(Tensor),
@@ -35,7 +35,7 @@ impl Row {
     }
 }
 
-/// The same, to be shared by threads.
+/// Borrowed view of a [`Row`] that threads can share.
 enum Numbers<'a> {
     Each(&'a [f32]),
     EachBf16(&'a [Bf16]),
@@ -44,7 +44,7 @@ enum Numbers<'a> {
 }
 
 impl Numbers<'_> {
-    /// Copies the numbers for entries from `start` on of a row of this width.
+    /// Copies the values of `out.len()` entries, starting at `start`, of a row of this width.
     #[inline(always)]
     fn copy(&self, row: usize, width: usize, start: usize, out: &mut [f32]) {
         match self {
@@ -58,7 +58,7 @@ impl Numbers<'_> {
     }
 }
 
-/// Where outputs go.
+/// Destination of outputs.
 enum Results {
     Float(Output<f32>),
     BFloat16(Output<Bf16>),
@@ -88,17 +88,17 @@ impl Results {
     }
 }
 
-/// Entries that are calculated side by side.
+/// Entries that are calculated together.
 const WIDTH: usize = 64;
 
-/// Shares of the rows that add up by themselves, so that sums do not depend on the number of threads.
+/// Number of row groups with their own partial sums, fixed so that results do not depend on the number of threads.
 const SHARES: usize = 64;
 
-/// The inputs of a calculation: those of each entry, and those of its feature.
+/// Inputs of a calculation: per entry and per feature.
 struct Inputs<'a, const I: usize, const P: usize> {
     each: [Numbers<'a>; I],
     of_features: [Numbers<'a>; P],
-    /// Entries of a row.
+    /// Entries per row.
     width: usize,
 }
 
@@ -107,7 +107,7 @@ impl<'a, const I: usize, const P: usize> Inputs<'a, I, P> {
         Inputs { each: each.each_ref().map(Row::numbers), of_features: of_features.each_ref().map(Row::numbers), width }
     }
 
-    /// Calculates `count` entries of a row from `start` on, through arrays of its own, which a compiler can see do not overlap.
+    /// Calculates `count` entries of a row from `start`, through local arrays that the compiler knows not to overlap.
     #[inline(always)]
     fn map<const O: usize, const S: usize>(
         &self,
@@ -135,7 +135,7 @@ impl<'a, const I: usize, const P: usize> Inputs<'a, I, P> {
     }
 }
 
-/// Of tiles of that size, [B, n]: outputs of that size, and sums over rows, `[n]`.
+/// Maps tiles of this size `[B, n]` to outputs of the same size and sums over rows `[n]`.
 pub(super) fn tile<const I: usize, const P: usize, const O: usize, const S: usize>(
     size: &[i64],
     kind: Kind,
@@ -169,7 +169,7 @@ pub(super) fn tile<const I: usize, const P: usize, const O: usize, const S: usiz
     (outputs, sums)
 }
 
-/// Of lists of that length: outputs of that length, and what is to be summed.
+/// Maps lists of this length to outputs of the same length and values that the caller sums.
 pub(super) fn list<const I: usize, const P: usize, const O: usize, const S: usize>(
     length: i64,
     each: [Row; I],
@@ -234,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_libtorch_calculates() {
+    fn results_match_libtorch() {
         let options = (Kind::Float, Device::Cpu);
         for size in [[1, 1], [3, 64], [50, 100], [200, 513]] {
             let (a, b) = (Tensor::randn(size, options), Tensor::randn([size[1]], options));
@@ -247,7 +247,7 @@ mod tests {
             let sum = |tensor: &Tensor| tensor.sum_dim_intlist([0].as_slice(), false, Kind::Float);
             close(&difference, &sum(&(&a - &b)));
             close(&count, &(a.ones_like() * 2.0).sum_dim_intlist([0].as_slice(), false, Kind::Float));
-            // Of bfloat16 and to it.
+            // From bfloat16 and back.
             let halves = [Row::of_each(&a.to_kind(Kind::BFloat16)), Row::same(1.0)];
             let ([more], []) = tile(&size, Kind::BFloat16, halves, [], |[a, b], []| ([a + b], []));
             assert_eq!(

@@ -1,5 +1,5 @@
-//! Two affine maps with something between them that looks at one number at a time: the weights, what lies between, tiles of
-//! pre-activations and lists of entries. The step that is made of them is in [`crate::train`].
+//! Dictionaries of two affine maps with an elementwise activation or a selection between them: tiles of pre-activations
+//! and lists of entries. The analytic step built on them is in [`crate::train`].
 
 mod activation;
 mod block;

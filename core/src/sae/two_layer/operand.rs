@@ -1,4 +1,4 @@
-//! Factors of products.
+//! Factors of matrix products.
 
 use std::cell::OnceCell;
 
@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use crate::machine::device::Precision;
 
-/// A factor of products: its numbers, and these in the type that products are computed in.
+/// A factor of matrix products: its exact values, and a lazy copy in the dtype of products.
 #[derive(Debug)]
 pub(crate) struct Operand {
     pub(crate) exact: Tensor,
@@ -30,12 +30,12 @@ impl Operand {
         }
     }
 
-    /// Some rows.
+    /// Selects rows.
     pub(crate) fn select(&self, rows: &Tensor) -> Self {
         Operand::new(self.exact.index_select(0, rows), self.precision)
     }
 
-    /// With so many rows of zeros more.
+    /// Appends this many rows of zeros.
     pub(crate) fn and_zeros(self, rows: i64) -> Self {
         Operand::new(self.exact.constant_pad_nd([0, 0, 0, rows]), self.precision)
     }

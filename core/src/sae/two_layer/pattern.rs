@@ -1,4 +1,4 @@
-//! Entries of a matrix [B, n] of which most are of no account, and the products that only need these.
+//! Sparse entries of a matrix `[B, n]`, and the products that need only these.
 
 use std::ops::Range;
 
@@ -7,8 +7,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::machine::parallel::{Output, numbers, share, share_in};
 
-/// One entry of a row: its value's bits, and below them its feature, inverted. Of values above 0 the larger is the larger
-/// integer, what is no number before all, and of equal ones that of the lower feature.
+/// One entry of a row: the bits of its value, then its inverted feature index. A larger integer means a larger positive
+/// value (NaN is the largest) or, among equal values, a lower feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Entry(u64);
 
@@ -29,24 +29,24 @@ impl Entry {
     }
 }
 
-/// Where the entries are. They lie one after the other by features, those of a feature by rows. A vector of numbers, one
-/// for each entry in this order, is a matrix that is 0 elsewhere.
+/// Positions of the entries, ordered by feature and then by row. A vector with one value per entry in this order
+/// represents a matrix that is 0 elsewhere.
 #[derive(Debug)]
 pub(crate) struct Pattern {
-    /// Where each feature's entries begin, [n + 1].
+    /// Offset of each feature's first entry, `[n + 1]`.
     of_feature: Vec<u32>,
-    /// Each entry's feature.
+    /// Feature of each entry.
     feature: Vec<u32>,
-    /// Each entry's row.
+    /// Row of each entry.
     row: Vec<u32>,
-    /// Where each row's places in `by_row` begin, [B + 1].
+    /// Offset of each row's part of `by_row`, `[B + 1]`.
     of_row: Vec<u32>,
-    /// Row after row, which entries are its own, by features.
+    /// Indices of the entries, ordered by row and then by feature.
     by_row: Vec<u32>,
 }
 
 impl Pattern {
-    /// Of rows of entries, each by rising features, of `features`: the pattern, and the entries' values.
+    /// Builds the pattern and the entries' values from rows of entries in ascending feature order.
     pub fn new(rows: &[Vec<Entry>], features: usize) -> (Self, Tensor) {
         let count: usize = rows.iter().map(Vec::len).sum();
         assert!(u32::try_from(count).is_ok(), "{count} entries are too many for a list");
@@ -94,7 +94,7 @@ impl Pattern {
         &self.by_row[self.of_row[row] as usize..self.of_row[row + 1] as usize]
     }
 
-    /// The entries of some features alone, and which of all entries they are.
+    /// Returns the pattern of a range of features, and the range of its entries.
     pub fn narrow(&self, features: Range<usize>) -> (Self, Range<usize>) {
         let entries = self.of_feature[features.start] as usize..self.of_feature[features.end] as usize;
         let first = entries.start as u32;
@@ -114,18 +114,18 @@ impl Pattern {
         (narrowed, entries)
     }
 
-    /// Each entry's feature and row, int32.
+    /// Returns each entry's feature and row, int32.
     pub fn indices(&self) -> (Tensor, Tensor) {
         let tensor = |indices: &[u32]| Tensor::from_slice(&indices.iter().map(|i| *i as i32).collect::<Vec<_>>());
         (tensor(&self.feature), tensor(&self.row))
     }
 
-    /// How many numbers of a matrix of that width are worth a thread's while, in rows of this many entries each.
+    /// Returns the work per row or feature, in multiplications, if the entries are divided among `count` of them.
     fn load(&self, count: usize, width: usize) -> usize {
         (self.len() * width / count.max(1)).max(1)
     }
 
-    /// out [B, d] += V W for the matrix of `values` and W [n, d].
+    /// out `[B, d]` += V W, for the matrix V of `values` and W `[n, d]`.
     pub fn decode(&self, values: &Tensor, weight: &Tensor, out: &mut Tensor) {
         let width = self.check(values, weight, self.features());
         assert!(out.size() == [self.rows() as i64, width as i64]);
@@ -143,7 +143,7 @@ impl Pattern {
         });
     }
 
-    /// out [n, d] = Vᵀ X for the matrix of `values` and X [B, d].
+    /// out `[n, d]` = Vᵀ X, for the matrix V of `values` and X `[B, d]`.
     pub fn accumulate(&self, values: &Tensor, vectors: &Tensor, out: &mut Tensor) {
         let width = self.check(values, vectors, self.rows());
         assert!(out.size() == [self.features() as i64, width as i64]);
@@ -161,7 +161,7 @@ impl Pattern {
         });
     }
 
-    /// The entries of X Wᵀ for X [B, d] and W [n, d].
+    /// Returns the entries of X Wᵀ, for X `[B, d]` and W `[n, d]`.
     pub fn products(&self, vectors: &Tensor, weight: &Tensor) -> Tensor {
         let width = weight.size()[1] as usize;
         assert!(vectors.size() == [self.rows() as i64, width as i64] && weight.size()[0] == self.features() as i64);
@@ -191,7 +191,7 @@ impl Pattern {
         });
     }
 
-    /// For each row a fold over its values, `[B]`.
+    /// Folds each row's values, `[B]`.
     pub fn fold_rows(&self, values: &Tensor, start: f32, fold: impl Fn(f32, f32) -> f32) -> Tensor {
         assert!(values.size() == [self.len() as i64]);
         let values = numbers::<f32>(values);
@@ -199,7 +199,7 @@ impl Pattern {
         Tensor::from_slice(&(0..self.rows()).map(of).collect::<Vec<f32>>())
     }
 
-    /// Refuses what does not fit together, before anything is read without looking.
+    /// Asserts that the shapes fit, and returns the width of `matrix`.
     fn check(&self, values: &Tensor, matrix: &Tensor, rows: usize) -> usize {
         let size = matrix.size();
         assert!(values.size() == [self.len() as i64] && size[0] == rows as i64);
@@ -207,7 +207,7 @@ impl Pattern {
     }
 }
 
-/// out += Σ value · row of the matrix, for `count` pairs of a value and a row's number.
+/// out += Σ value · matrix row, over `count` pairs of a value and a row index.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
 fn add_rows(out: &mut [f32], matrix: &[f32], count: usize, pair: impl Fn(usize) -> (f32, usize)) {
     let width = out.len();
@@ -228,10 +228,10 @@ fn add_rows(out: &mut [f32], matrix: &[f32], count: usize, pair: impl Fn(usize) 
     }
 }
 
-/// Sums that a processor adds side by side.
+/// Partial sums that vector instructions accumulate in parallel.
 const LANES: usize = 32;
 
-/// out[i] = weight · the matrix's row rows[i].
+/// out[i] = weight · row `rows[i]` of the matrix.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
 fn dots(out: &mut [f32], weight: &[f32], matrix: &[f32], rows: &[u32]) {
     let width = weight.len();
@@ -254,7 +254,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn products_are_those_of_the_whole_matrices() {
+    fn sparse_products_match_dense_ones() {
         let options = (Kind::Float, Device::Cpu);
         for (rows, features, width, part) in [(1, 1, 1, 1.0), (5, 7, 33, 0.4), (64, 100, 96, 0.1), (9, 40, 512, 0.0)] {
             let dense = Tensor::randn([rows, features], options) * Tensor::rand([rows, features], options).less(part);
@@ -284,7 +284,7 @@ mod tests {
             let (feature, row) = pattern.indices();
             let expected = x.matmul(&w.tr()).index(&[Some(row), Some(feature)]);
             close(&pattern.products(&x, &w), &expected);
-            // And of some of its features.
+            // Same for a range of features.
             let half = features / 2..features;
             let (narrowed, entries) = pattern.narrow(half.start as usize..half.end as usize);
             let (first, count) = (half.start, half.end - half.start);

@@ -1,7 +1,7 @@
-//! Finding the entries that matter in pre-activations [B, F] that come a tile of features at a time, so that there is
-//! never more of them than a tile.
+//! Selects the relevant entries of pre-activations `[B, F]` that arrive tile by tile, so that only one tile is ever in
+//! memory.
 
-// What is no number is above every bound: that is what the negated comparisons are for.
+// Negated comparisons treat NaN as above every bound.
 #![allow(clippy::neg_cmp_op_on_partial_ord)]
 
 use std::ops::Range;
@@ -12,34 +12,34 @@ use tch::{Kind, Tensor};
 use super::pattern::{Entry, Pattern};
 use crate::machine::parallel::{Bf16, Number, Output, numbers, share_in};
 
-/// The pre-activations above 0 that are kept. What is no number counts as the largest, so that it is not overlooked.
+/// Which positive pre-activations are kept. NaN counts as the largest value, so that it propagates.
 pub(crate) enum Kept {
-    /// The k largest of each row; of equal ones the first.
+    /// The k largest of each row. Ties keep the lower features.
     OfEach(usize),
-    /// The n largest of all rows together; of equal ones the first, row after row.
+    /// The n largest of all rows together. Ties keep the earlier rows, then the lower features.
     OfBatch(usize),
 }
 
-/// Finds them.
+/// Collects the kept entries of successive tiles.
 pub(crate) struct Selector {
     kept: Kept,
-    /// What is kept so far, and some more.
+    /// Candidates so far, a superset of the kept entries.
     rows: Vec<Vec<Entry>>,
-    /// Only what is above it can be among the kept: of each row, or of all.
+    /// Lower bounds on kept values: one per row, or one for the batch.
     bounds: Vec<f32>,
-    /// Of all rows together: how many entries fall into each bucket.
+    /// For the batch: number of entries in each bucket.
     histogram: Vec<u32>,
     features: usize,
 }
 
-/// An entry's bucket: its value's exponent and five bits of the mantissa.
+/// Bucket of an entry: its value's exponent and five bits of the mantissa.
 fn bucket(entry: Entry) -> usize {
     ((entry.value().to_bits() & 0x7fff_ffff) >> 18) as usize
 }
 
 const BUCKETS: usize = 1 << 13;
 
-/// Features that are looked at together when none were seen: each has many entries above 0.
+/// Features in the first part of a batch, which has no bound yet: all their positive entries are candidates.
 const FEW: usize = 128;
 
 impl Selector {
@@ -52,7 +52,7 @@ impl Selector {
         Selector { kept, rows, bounds, histogram, features: 0 }
     }
 
-    /// Takes the next features of all rows, without their biases.
+    /// Adds the next features of all rows. `tile` is a product without biases.
     pub fn offer(&mut self, tile: &Tile) {
         let count = self.rows.len();
         assert!(tile.rows() == count);
@@ -75,7 +75,7 @@ impl Selector {
             Kept::OfBatch(n) => {
                 let mut from = 0;
                 while from < tile.width() {
-                    // No more than were seen so far: then about as many come in as are to be kept.
+                    // At most as many as were seen so far, so that about n new candidates come in.
                     let to = tile.width().min(from + FEW.max(first as usize + from));
                     self.offer_to_batch(tile, from..to, first, n);
                     from = to;
@@ -84,12 +84,12 @@ impl Selector {
         }
     }
 
-    /// Takes some columns of a tile whose first feature is `first` for the n largest of all rows.
+    /// Adds some columns of a tile, whose first feature is `first`, to the candidates for the n largest of all rows.
     fn offer_to_batch(&mut self, tile: &Tile, columns: Range<usize>, first: u32, n: usize) {
         let count = self.rows.len();
         let rows = Output::over(&mut self.rows);
         let bound = self.bounds[0];
-        // A histogram for each share of the rows, added up in order.
+        // One histogram per group of rows, summed in order.
         let shares = 32.min(count.max(1));
         let share = count.div_ceil(shares);
         let mut histograms = vec![0_u32; shares * BUCKETS];
@@ -115,11 +115,11 @@ impl Selector {
             }
         }
         if let Some((bucket, _)) = self.last_bucket(n) {
-            // Just below the bucket's least number: all of it is still taken.
+            // Just below the bucket's smallest value, so that all of the bucket still passes.
             let least = f32::from_bits((bucket as u32) << 18);
             let bound = bound.max(least.next_down().max(0.0));
             self.bounds[0] = bound;
-            // What was kept under a lower bound goes, so that the lists stay short.
+            // Drops candidates at or below the new bound, to keep the lists short.
             share_in(count, share, |range| {
                 // SAFETY: ranges of rows do not overlap.
                 for found in unsafe { rows.part(range) } {
@@ -129,7 +129,8 @@ impl Selector {
         }
     }
 
-    /// The bucket in which the n-th largest lies, and how many lie above it; none if there are not that many.
+    /// Returns the bucket of the n-th largest entry, and the number of entries above it; `None` if there are fewer than
+    /// n.
     fn last_bucket(&self, n: usize) -> Option<(usize, usize)> {
         let mut above = 0;
         for (bucket, count) in self.histogram.iter().enumerate().rev() {
@@ -141,7 +142,7 @@ impl Selector {
         None
     }
 
-    /// The kept entries, and their values.
+    /// Returns the kept entries and their values.
     pub fn finish(mut self) -> (Pattern, Tensor) {
         match self.kept {
             Kept::OfEach(k) => {
@@ -165,7 +166,7 @@ impl Selector {
                         .filter(|entry| bucket(**entry) == last)
                         .map(|entry| entry.value())
                         .collect();
-                    // There are at least so many, and at least one. Bits are in the order of values above 0.
+                    // The bucket has at least `nth` values. The bits of positive values are ordered like the values.
                     let nth = n - above;
                     let (more, least, _) =
                         values.select_nth_unstable_by_key(nth.max(1) - 1, |value| std::cmp::Reverse(value.to_bits()));
@@ -188,7 +189,7 @@ impl Selector {
     }
 }
 
-/// Keeps the k largest of more, in any order, and gives the least of them.
+/// Keeps the k largest entries, in any order, and returns the smallest of these values.
 fn trim(found: &mut Vec<Entry>, k: usize) -> f32 {
     let less = found.len() - k;
     let least = found.select_nth_unstable(less).1.value();
@@ -196,16 +197,16 @@ fn trim(found: &mut Vec<Entry>, k: usize) -> f32 {
     least
 }
 
-/// An entry of a value above 0; what is no number loses its sign.
+/// Makes an entry of a positive value or NaN; clears the sign of NaN.
 #[inline(always)]
 fn kept(feature: u32, value: f32) -> Entry {
     Entry::new(feature, f32::from_bits(value.to_bits() & 0x7fff_ffff))
 }
 
-/// Numbers that are looked at together, to be passed over if none is above the bound.
+/// Values that are tested together and skipped if none is above the bound.
 const GROUP: usize = 16;
 
-/// From how many entries on a row is trimmed to k: with room for as many again, that costs little.
+/// Length at which a row is trimmed to k: twice k, to amortise the cost.
 fn full(k: usize) -> usize {
     2 * k + GROUP
 }
@@ -226,13 +227,13 @@ fn scan_each(row: &[f32], first: u32, found: &mut Vec<Entry>, bound: &mut f32, k
         }
         if found.len() >= full {
             let least = trim(found, k);
-            // Never below what it was: what is no number bounds nothing.
+            // `max` ignores NaN, which bounds nothing.
             *bound = bound.max(least);
         }
     }
 }
 
-/// Adds the entries of a row that are above a bound of at least 0.
+/// Adds the entries of a row above a bound, which is at least 0.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
 fn scan(row: &[f32], bound: f32, first: u32, found: &mut Vec<Entry>) {
     for (group, values) in row.chunks(GROUP).enumerate() {
@@ -247,7 +248,7 @@ fn scan(row: &[f32], bound: f32, first: u32, found: &mut Vec<Entry>) {
     }
 }
 
-/// A product of some features' columns, [B, n], float32 or bfloat16, and the features' biases.
+/// Product of a tile of features `[B, n]`, float32 or bfloat16, and the features' biases.
 pub(crate) struct Tile<'a> {
     numbers: Numbers<'a>,
     bias: &'a [f32],
@@ -279,7 +280,7 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// A part of a row with the biases, from a column on.
+    /// Writes the part of a row that starts at column `from`, with the biases added, to `out`.
     fn row(&self, row: usize, from: usize, out: &mut [f32]) {
         let start = row * self.width() + from;
         let (part, bias) = (start..start + out.len(), &self.bias[from..from + out.len()]);
@@ -289,7 +290,7 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// Writes all of it with the biases to z [B, n]; how many entries are above their feature's bound, `[n]`.
+    /// Writes the tile with biases to z `[B, n]`. Returns the number of entries above their feature's bound `[n]`.
     pub fn finish(&self, bounds: &[f32], z: &mut Tensor) -> usize {
         let (rows, width) = (self.rows(), self.width());
         assert!(z.size() == [rows as i64, width as i64] && bounds.len() == width);
@@ -323,7 +324,7 @@ fn count_row(row: &[f32], bounds: &[f32]) -> u32 {
     row.iter().zip(bounds).map(|(value, bound)| u32::from(!(value <= bound))).sum()
 }
 
-/// The entries of a tile [B, n] above their feature's bound, `[n]`, and their values.
+/// Returns the entries of a tile `[B, n]` above their feature's bound `[n]`, and their values.
 pub(crate) fn above(tile: &Tensor, bounds: &[f32]) -> (Pattern, Tensor) {
     let (rows, width) = (tile.size()[0] as usize, bounds.len());
     let tile = numbers::<f32>(tile);
@@ -363,7 +364,6 @@ mod tests {
         let mut selector = Selector::new(kept, size[0] as usize);
         for first in (0..size[1]).step_by(tile as usize) {
             let count = tile.min(size[1] - first);
-            // What the bias adds, the tile lacks.
             let product = (rows.narrow(1, first, count) - 0.0).contiguous();
             selector.offer(&Tile::new(&product, &vec![0.0; count as usize]));
         }
@@ -373,7 +373,7 @@ mod tests {
         selected.index_put(&[Some(row.to_kind(Kind::Int64)), Some(feature.to_kind(Kind::Int64))], &values, false)
     }
 
-    /// What libtorch selects.
+    /// Selects with libtorch's `topk`.
     fn plainly(k: i64, rows: &Tensor) -> Tensor {
         let (values, indices) = rows.relu().topk(k.min(rows.size()[1]), -1, true, false);
         rows.zeros_like().scatter(-1, &indices, &values)
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn as_libtorch_selects() {
+    fn selection_matches_libtorch() {
         let options = (Kind::Float, Device::Cpu);
         for (rows, features, tile) in
             [(1, 1, 1), (1, 50, 7), (3, 17, 100), (40, 333, 64), (130, 64, 64), (20, 700, 600)]
@@ -401,20 +401,20 @@ mod tests {
     }
 
     #[test]
-    fn of_equal_ones_the_first() {
+    fn ties_keep_the_first_entries() {
         let z = Tensor::from_slice2(&[[1.0f32, 2.0, 2.0, 2.0, 0.0, -0.0], [2.0, 1.0, 1.0, 1.0, 1.0, 3.0]]);
         let each = Tensor::from_slice2(&[[0.0f32, 2.0, 2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0, 0.0, 3.0]]);
         same(&select(Kept::OfEach(2), &z, 4), &each);
         let batch = Tensor::from_slice2(&[[0.0f32, 2.0, 2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 3.0]]);
         same(&select(Kept::OfBatch(4), &z, 4), &batch);
-        // So many that they are trimmed on the way.
+        // Enough ties to trim rows before the end.
         let ones = Tensor::ones([2, 500], (Kind::Float, Device::Cpu));
         let first = Tensor::arange(500, (Kind::Int64, Device::Cpu)).less(3).to_kind(Kind::Float).expand_as(&ones);
         same(&select(Kept::OfEach(3), &ones, 64), &first);
     }
 
     #[test]
-    fn what_is_no_number_is_not_overlooked() {
+    fn nan_and_infinity_are_selected() {
         let mut z = Tensor::randn([4, 400], (Kind::Float, Device::Cpu));
         let _ = z.get(2).narrow(0, 390, 1).fill_(f64::NAN);
         let _ = z.get(1).narrow(0, 3, 1).fill_(f64::INFINITY);
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn above_bounds() {
+    fn entries_above_bounds_match_libtorch() {
         let z = Tensor::randn([37, 100], (Kind::Float, Device::Cpu));
         let bounds = Tensor::randn([100], (Kind::Float, Device::Cpu));
         let (pattern, values) = above(&z, numbers(&bounds));

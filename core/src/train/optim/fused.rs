@@ -1,5 +1,5 @@
-//! The optimiser's step on a CPU: projection of the decoder's gradient, clipping, Adam and the decoder's norms in one
-//! pass over the weights, after one over the gradients that finds their norm and whether they are finite.
+//! The optimiser's step on a CPU, in two passes. The first finds the gradients' norm and whether it is finite. The
+//! second fuses projection of the decoder's gradient, clipping, Adam and the decoder's normalisation.
 
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
@@ -11,21 +11,21 @@ use crate::sae::Weight;
 use crate::train::constraint::{Constraints, LEAST_NORM};
 use crate::train::gradients::Gradients;
 
-/// One parameter's numbers, as rows.
+/// Values of one parameter, as rows.
 struct Rows<'a> {
     parameter: Tensor,
     gradient: Tensor,
     moments: &'a mut Moments,
     transposed: bool,
     width: usize,
-    /// Whether a row is a feature's direction, which keeps norm 1.
+    /// Whether each row is a feature's direction, which keeps norm 1.
     directions: bool,
 }
 
-/// What a step does to a number.
+/// Coefficients of the update of one value.
 #[derive(Clone, Copy)]
 struct Update {
-    /// Of the gradient.
+    /// Factor of the gradient.
     scale: f32,
     /// 1 − β₁ and β₁.
     mean: (f32, f32),
@@ -38,7 +38,7 @@ struct Update {
     eps: f32,
 }
 
-/// The step, if the parameters are such that it can be taken this way and the gradients are finite.
+/// Takes the step if the gradients are finite. Returns `None` if the memory layouts do not allow it.
 pub(super) fn step(
     config: AdamConfig,
     steps: u64,
@@ -64,7 +64,7 @@ pub(super) fn step(
         }
         squared += own;
     }
-    // As PyTorch's `clip_grad_norm_` has it.
+    // As in PyTorch's `clip_grad_norm_`.
     let scale = clips.map_or(1.0, |max_norm| (max_norm / (squared.sqrt() + 1e-6)).min(1.0));
     let (beta1, beta2) = config.betas;
     let steps = steps as f64;
@@ -85,7 +85,7 @@ pub(super) fn step(
         share_in(count, (1 << 14) / width, |range| {
             for row in range {
                 let part = row * width..((row + 1) * width).min(gradient.len());
-                // SAFETY: ranges of rows do not overlap, and the three tensors neither.
+                // SAFETY: neither the ranges of rows nor the three tensors overlap.
                 let [parameter, mean, square] = parts.each_ref().map(|output| unsafe { output.part(part.clone()) });
                 adam(parameter, mean, square, &gradient[part], update, directions);
             }
@@ -94,13 +94,13 @@ pub(super) fn step(
     Some(GradientNorm::Finite)
 }
 
-/// Width of the rows of what has none; the last may be shorter.
+/// Row width of parameters other than the decoder; the last row may be shorter.
 const PIECE: usize = 1 << 10;
 
 fn rows<'a>(moments: &'a mut Moments, gradient: &Tensor, decoder: Option<&Weight>) -> Option<Rows<'a>> {
     let (parameter, gradient) = (moments.parameter.detach(), gradient.shallow_clone());
     let own_decoder = decoder.filter(|decoder| decoder.name == moments.name);
-    // Each direction in one piece, or it cannot be done by rows.
+    // Each direction must be contiguous to be processed as a row.
     let transposed = own_decoder.map_or(!parameter.is_contiguous(), |decoder| decoder.feature_dim == 1);
     if transposed && parameter.dim() != 2 {
         return None;
@@ -118,7 +118,7 @@ fn rows<'a>(moments: &'a mut Moments, gradient: &Tensor, decoder: Option<&Weight
     Some(Rows { parameter, gradient, moments, transposed, width, directions: own_decoder.is_some() })
 }
 
-/// The squared norm of a gradient, if need be without what lies along directions that keep their norm.
+/// Returns the squared norm of a gradient; with `exact`, without the components along directions that keep norm 1.
 fn squared_norm(rows: &Rows, exact: bool) -> f64 {
     let (parameter, gradient) = (numbers::<f32>(&rows.parameter), numbers::<f32>(&rows.gradient));
     let mut squares = vec![0.0_f64; gradient.len().div_ceil(rows.width)];
@@ -133,7 +133,7 @@ fn squared_norm(rows: &Rows, exact: bool) -> f64 {
             }
             let sums = products(&parameter[part.clone()], &gradient[part]);
             *square = f64::from(sums.gradient);
-            // `max` would make 0 of NaN.
+            // `max` would turn NaN into 0.
             if square.is_finite() && sums.parameter > 0.0 {
                 *square = (*square - f64::from(sums.both).powi(2) / f64::from(sums.parameter)).max(0.0);
             }
@@ -191,7 +191,8 @@ fn products(parameter: &[f32], gradient: &[f32]) -> Products {
     products_of(parameter, gradient)
 }
 
-/// Adam on a row, whose gradient loses what lies along it and which gets norm 1 if it is a direction.
+/// Applies Adam to a row. For a direction, removes the parallel component of its gradient first, and normalises it
+/// after.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
 fn adam(
     parameter: &mut [f32],

@@ -1,4 +1,4 @@
-//! Adam with moments in the open: resampling resets rows of them and a checkpoint holds them.
+//! Adam with accessible moments: resampling resets rows of them, and checkpoints save them.
 
 mod fused;
 
@@ -11,12 +11,12 @@ use crate::sae::{Dictionary, Weight};
 use crate::train::constraint::{Constraints, clip_gradients, normalize_decoder, remove_parallel_gradient};
 use crate::train::gradients::{Gradients, join_in_memory};
 
-/// Adam's settings (Kingma and Ba 2014, <https://arxiv.org/abs/1412.6980>), with PyTorch's defaults.
+/// Adam's settings (Kingma and Ba 2014, <https://arxiv.org/abs/1412.6980>). Defaults are PyTorch's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamConfig {
     /// Decay rates of the two moments.
     pub betas: (f64, f64),
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
 }
 
@@ -26,31 +26,31 @@ impl Default for AdamConfig {
     }
 }
 
-/// The two moments of one parameter, of the parameter's shape.
+/// The two moments of one parameter, in the parameter's shape.
 #[derive(Debug)]
 pub struct Moments {
-    /// The parameter's state-dict name.
+    /// State-dict name of the parameter.
     pub name: String,
     /// The parameter, sharing memory with the dictionary's.
     pub parameter: Tensor,
-    /// Mean of the gradient, m.
+    /// Running mean of the gradient, m.
     pub exp_avg: Tensor,
-    /// Mean of the squared gradient, v.
+    /// Running mean of the squared gradient, v.
     pub exp_avg_sq: Tensor,
 }
 
-/// Adam.
+/// The Adam optimiser.
 #[derive(Debug)]
 pub struct Adam {
     config: AdamConfig,
     steps: u64,
     moments: Vec<Moments>,
-    /// Parameters and their moments all in one, where they are on a GPU: there each operation has a cost of its own, which is
-    /// more than that of a bias's numbers.
+    /// All parameters and moments as one tensor each, on a GPU. There, launching an operation costs more than updating
+    /// a bias.
     joined: Option<Joined>,
 }
 
-/// Tensors that lie one after the other, whose parts the others are.
+/// Contiguous tensors that hold all parameters or moments, which are views of them.
 #[derive(Debug)]
 struct Joined {
     parameters: Tensor,
@@ -61,21 +61,21 @@ struct Joined {
 /// Whether the norm of a step's gradients is finite.
 #[derive(Debug)]
 pub enum GradientNorm {
-    /// It is, and the step is taken.
+    /// Finite: the step was taken.
     Finite,
-    /// It is not, and nothing has changed.
+    /// Not finite: nothing has changed.
     NotFinite {
-        /// The parameter whose gradient it is. Empty when parameters are joined.
+        /// Parameter with this gradient. Empty when parameters are joined.
         name: String,
-        /// The gradient's norm.
+        /// Norm of the gradient.
         norm: f64,
     },
-    /// The step is taken, and this joint norm, a scalar on a GPU, was not read.
+    /// The step was taken without reading the joint norm, a scalar on the GPU.
     Unread(Tensor),
 }
 
 impl Adam {
-    /// Adam for parameters by their state-dict names. On a GPU they move to one place in memory.
+    /// Makes an optimiser for parameters by state-dict name. On a GPU, moves the parameters into one tensor.
     pub fn new(config: AdamConfig, parameters: impl IntoIterator<Item = (impl Into<String>, Tensor)>) -> Self {
         let parameters: Vec<(String, Tensor)> =
             parameters.into_iter().map(|(name, parameter)| (name.into(), parameter)).collect();
@@ -101,24 +101,25 @@ impl Adam {
         Adam { config, steps: 0, moments, joined }
     }
 
-    /// The moments of a parameter.
+    /// Returns the moments of a parameter.
     pub fn moments(&mut self, name: &str) -> Option<&mut Moments> {
         self.moments.iter_mut().find(|moments| moments.name == name)
     }
 
-    /// The moments of all parameters.
+    /// Returns the moments of all parameters.
     pub fn all_moments(&mut self) -> impl Iterator<Item = &mut Moments> {
         self.moments.iter_mut()
     }
 
-    /// Memory for the gradients of the parameters, laid out as this optimiser takes them.
+    /// Allocates gradients in the layout that this optimiser needs.
     pub fn gradients(&self) -> Gradients {
         let parameters = self.moments.iter().map(|Moments { name, parameter, .. }| (name, parameter.shallow_clone()));
         if self.joined.is_some() { Gradients::joined(parameters) } else { Gradients::new(parameters) }
     }
 
-    /// One step within constraints, with gradients from [`Adam::gradients`], which it changes. A norm that is not finite
-    /// refuses the step, unless `look` is false: then no number is read, and a GPU is not waited for.
+    /// Takes one step within constraints, with gradients from [`Adam::gradients`], which it modifies. Refuses a step
+    /// whose gradient norm is not finite. With `look` false it reads no value, to avoid a GPU sync, and takes the step
+    /// regardless.
     pub fn step_within(
         &mut self,
         lr: f64,
@@ -173,7 +174,7 @@ impl Adam {
         if look { GradientNorm::Finite } else { GradientNorm::Unread(norm) }
     }
 
-    /// One step with gradients from [`Adam::gradients`]: θ ← θ − lr · m̂ / (√v̂ + ε).
+    /// Takes one step with gradients from [`Adam::gradients`]: θ ← θ − lr · m̂ / (√v̂ + ε).
     pub fn step(&mut self, lr: f64, gradients: &Gradients) {
         self.steps += 1;
         let AdamConfig { betas: (beta1, beta2), eps } = self.config;
@@ -205,7 +206,7 @@ impl Adam {
         });
     }
 
-    /// The number of steps taken and all moments.
+    /// Returns the number of steps taken and all moments.
     pub fn state(&self) -> Result<State> {
         let mut state = State::new();
         state.put("steps", self.steps)?;
@@ -216,7 +217,7 @@ impl Adam {
         Ok(state)
     }
 
-    /// Takes back what [`Adam::state`] gave.
+    /// Restores what [`Adam::state`] returned.
     pub fn restore(&mut self, state: &State) -> Result<()> {
         self.steps = state.get("steps")?;
         for moments in &mut self.moments {
@@ -234,7 +235,7 @@ mod tests {
     use super::*;
     use crate::sae::{Dims, trained_matrix};
 
-    /// Weights and nothing that is done with them.
+    /// Dictionary with weights only.
     struct Weights {
         encoder: Tensor,
         bias: Tensor,
@@ -267,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn one_pass_does_what_the_parts_do() {
+    fn fused_step_matches_separate_operations() {
         let options = (Kind::Float, Device::Cpu);
         for (features, d) in [(1, 1), (7, 19), (300, 64)] {
             for feature_dim in [0, 1] {
@@ -286,7 +287,7 @@ mod tests {
                             let start = Tensor::randn(one.size(), options);
                             tch::no_grad(|| [one.copy_(&start), other.copy_(&start)]);
                         }
-                        // A direction of zeros stays.
+                        // A zero direction stays zero.
                         for weights in [&one, &other] {
                             let _ = tch::no_grad(|| weights.decoder.select(feature_dim, 0).zero_());
                         }
@@ -322,16 +323,20 @@ mod tests {
                                 &constraints,
                                 decoder.as_ref(),
                             );
-                            assert!(matches!(done, Some(GradientNorm::Finite)), "it does not fit");
+                            assert!(
+                                matches!(done, Some(GradientNorm::Finite)),
+                                "the fused step refused these parameters"
+                            );
                             plain.step_by_parts(lr, &constraints, other.decoder(), &plain_gradients, false);
                             for (a, b) in fused.moments.iter().zip(&plain.moments) {
-                                // What adds up to nearly nothing is off by the rounding of what was added.
+                                // Sums near 0 differ by the rounding errors of their summands.
                                 for (a, b, added) in [
                                     (&a.parameter, &b.parameter, 1e-2),
                                     (&a.exp_avg, &b.exp_avg, 1e-2),
                                     (&a.exp_avg_sq, &b.exp_avg_sq, 1e-6),
                                 ] {
-                                    // All together: Adam makes as much of a gradient that is rounding alone as of any other.
+                                    // Compares norms: Adam takes a full step even along a gradient that is only
+                                    // rounding error.
                                     let (off, size) = ((a - b).norm(), b.norm());
                                     let off = off.double_value(&[]) / size.double_value(&[]).max(added);
                                     assert!(off < 1e-4, "{constraints:?} {betas:?}: off by {off:e}\n{a}\n{b}");
@@ -345,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gradient_that_is_not_finite_changes_nothing() {
+    fn nonfinite_gradients_change_nothing() {
         let options = (Kind::Float, Device::Cpu);
         for unit_norm_decoder in [false, true] {
             for (clip_gradients, fused) in [(None, true), (Some(1.0), true), (None, false), (Some(1.0), false)] {
@@ -362,7 +367,7 @@ mod tests {
                         for (index, (_, gradient)) in gradients.iter().enumerate() {
                             let _ = gradient.shallow_clone().fill_(1.0);
                             if let Some(bad) = bad.filter(|_| index == which) {
-                                // `flatten` would copy one that does not lie in one piece.
+                                // `flatten` would copy a tensor that is not contiguous.
                                 let mut number = gradient.shallow_clone();
                                 while number.dim() > 0 {
                                     number = number.get(-1);
@@ -394,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn first_step_is_the_learning_rate_against_the_sign() {
+    fn first_step_moves_by_the_learning_rate_against_the_sign() {
         // m̂ = g and v̂ = g² after one step, so θ moves by lr · g / (|g| + ε).
         let weight = Tensor::from_slice(&[1.0f32, -2.0, 0.5]).set_requires_grad(true);
         let mut adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
@@ -406,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_optimizer_goes_on_bit_for_bit() {
+    fn restored_optimizer_continues_bit_for_bit() {
         let run = |split: bool| {
             let weight = Tensor::from_slice(&[1.0f32, -2.0]).set_requires_grad(true);
             let mut adam = Adam::new(AdamConfig::default(), vec![("weight", weight.shallow_clone())]);
