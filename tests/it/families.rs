@@ -614,7 +614,7 @@ fn what_is_not_implemented_is_refused_by_name() {
         ("phi3", "num_hidden_layers", 4.into(), "no tensor `model.layers.3."),
         ("olmo2", "intermediate_size", 64.into(), "shape [72, 32], but config.json says [64, 32]"),
         ("gemma", "hidden_size", 0.into(), "is 0"),
-        ("gemma2", "vocab_size", "many".into(), "`vocab_size` is \"many\", and integer is expected"),
+        ("gemma2", "vocab_size", "many".into(), "`vocab_size` is \"many\", expected integer"),
     ] {
         let message = refused(case, &|config| config[key] = value.clone());
         assert!(message.contains(expected), "{case} {key}: {message}");
