@@ -1,19 +1,18 @@
-//! Where numbers of several ranks meet. A rank is one of the processes that train together, each on its share of a batch.
+//! Collective operations of ranks. A rank is one of the processes that train together, each on its share of a batch.
 //!
-//! There is one rank today, so every function here returns what it is given. Each marks a place at which replicas would
-//! otherwise drift apart, and is called with what a collective operation needs:
+//! There is one rank today, so every function returns its argument. Each call marks a place where replicas would
+//! otherwise diverge, and has the arguments of a collective operation:
 //!
-//! | | | called by |
+//! | value | operation | called by |
 //! | --- | --- | --- |
 //! | gradients | [`mean_in_place`] | a step, before modifiers and clipping |
 //! | which features fired | [`any`] | `Firing::after` |
-//! | what moves the threshold | [`gather_rows`] | `TopKTrainer` |
-//! | the first batch | [`gather_rows`] | a step, before weights are initialised from it |
-//! | losses that are logged, norms of activations | [`mean`] | a logged step, the start of a run |
-//! | stop, end of the data, not finite | [`vote`] | the loop of a run |
+//! | activations that update the threshold | [`gather_rows`] | `TopKTrainer` |
+//! | first batch | [`gather_rows`] | a step, before weights are initialised from it |
+//! | logged losses, norms of activations | [`mean`] | a logged step, the start of a run |
+//! | stop, end of data, not finite | [`vote`] | the loop of a run |
 //!
-//! What is reduced is decided by the same rule on every rank, or one of them would wait for ever: no call may depend on a
-//! rank's own numbers.
+//! Every rank must make the same calls, or the ranks deadlock: no call may depend on a rank's own numbers.
 
 use tch::Tensor;
 
@@ -27,17 +26,17 @@ pub fn mean(number: f64) -> f64 {
     number
 }
 
-/// For each element of a bool tensor whether it is true on any rank.
+/// Returns the elementwise OR of a bool tensor over ranks.
 pub fn any(flags: &Tensor) -> Tensor {
     flags.shallow_clone()
 }
 
-/// The rows of all ranks, in the order of ranks: `[Σ rows, ..]` of `[rows, ..]`.
+/// Concatenates the rows `[rows, ..]` of all ranks, in rank order: `[Σ rows, ..]`.
 pub fn gather_rows(rows: &Tensor) -> Tensor {
     rows.shallow_clone()
 }
 
-/// True if any rank says so.
+/// Returns true if `mine` is true on any rank.
 pub fn vote(mine: bool) -> bool {
     mine
 }
