@@ -315,8 +315,8 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
             return Err(Error::new(
                 name.span(),
                 format!(
-                    "there is no shared field `{name}`: name a group ({}), a field of one, `lr`, a field of this struct, \
-                     or `..` for all fields of this struct",
+                    "there is no shared field `{name}`: name a group ({}), a field of one, `lr`, a field of this \
+                     struct, or `..` for all of them",
                     groups.join(", ")
                 ),
             ));
