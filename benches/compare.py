@@ -3,8 +3,8 @@
 usage: compare.py LIBRARY TRAINER JSON
 
 LIBRARY is `dictionary_learning` or `sae_lens`. JSON has d, f, batch, k, steps, saes, autocast (true for bfloat16
-products), few (true for few firing features) and device. On a GPU, a turn is timed as a whole. Prints JSON: milliseconds
-of each step, and megabytes of memory at the peak and before anything was built.
+products), few (true for few firing features) and device. On a GPU, a turn is timed as a whole. Prints JSON:
+milliseconds of each step, and megabytes of memory at the peak and before anything was built.
 """
 import contextlib, json, sys, time
 

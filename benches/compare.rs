@@ -290,7 +290,7 @@ fn turn(command: &mut Command) -> Result<Took> {
     let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
     ensure!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout);
-    let last = text.lines().last().with_context(|| format!("{command:?} printed nothing"))?;
+    let last = text.lines().last().context("the turn printed nothing")?;
     serde_json::from_str(last).with_context(|| format!("{command:?} printed {last}"))
 }
 

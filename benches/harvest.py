@@ -3,11 +3,11 @@
     python benches/harvest.py MODEL SUBMODULE PRECISION --text plugins/embedded-austen/text/train.txt
 
 MODEL is a folder or a Hub name, SUBMODULE a path (`model.layers.9`), PRECISION float32 or bfloat16. A pass runs 64
-contexts of 128 tokens. After one warm-up pass, ten passes are timed. Prints the best and median activations per second of
-two methods:
+contexts of 128 tokens. After one warm-up pass, ten passes are timed. Prints the best and median activations per second
+of two methods:
 
-- `transformers`: tokenises text and runs the model with a forward hook that keeps the value and ends the pass. This is
-  the best that Python can do.
+- `transformers`: tokenises text and runs the model with a forward hook that keeps the value and ends the pass. This
+  is the best that Python can do.
 - `dictionary_learning`: the reference's `ActivationBuffer`, which runs the model through nnsight, stops after the
   submodule, and draws shuffled batches. One batch is the whole buffer, so each batch refills it.
 
