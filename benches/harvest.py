@@ -11,8 +11,8 @@ of two methods:
 - `dictionary_learning`: the reference's `ActivationBuffer`, which runs the model through nnsight, stops after the
   submodule, and draws shuffled batches. One batch is the whole buffer, so each batch refills it.
 
-Needs torch and transformers. The second method needs dictionary_learning and is skipped without it. Set --threads to the
-number of threads of the other side.
+Needs torch and transformers. The second method needs dictionary_learning and is skipped without it. Set --threads to
+the number of threads of the other side.
 """
 
 import argparse

@@ -194,7 +194,7 @@ fn fetch(cache: &Path, cuda: bool) -> Result<PathBuf> {
     let pip = output(Command::new(&python).args(["-m", "pip", "--version"]))?;
     ensure!(
         pip.status.success(),
-        "downloading libtorch needs pip, which {python} lacks: install it (`apt-get install python3-pip`) or set LIBTORCH"
+        "downloading libtorch needs pip, which {python} lacks: run `apt-get install python3-pip`, or set LIBTORCH"
     );
     let (size, megabytes) = if cuda { ("about 5 GB", 12_000) } else { ("about 550 MB", 1_600) };
     need_space(cache, megabytes)?;
