@@ -1,17 +1,17 @@
-//! Links in every plugin that Cargo.toml names, so that adding or removing one is one line there.
+//! Links every plugin that Cargo.toml names, so that adding or removing one takes one line there.
 //!
-//! A plugin registers itself when it is linked, but nothing calls it by name, and rustc leaves out a crate that is not
-//! used. This writes one `pub use dictlearn_… as …;` for each dependency of that name.
+//! A plugin registers itself when it is linked, but rustc drops crates that nothing uses. This script writes one
+//! `pub use dictlearn_… as …;` for each plugin among the dependencies.
 
 use std::path::Path;
 use std::{env, fs};
 
-/// Dependencies of that name that are not plugins.
+/// Dependencies named `dictlearn-…` that are not plugins.
 const OTHERS: [&str; 2] = ["dictlearn-core", "dictlearn-process"];
 
 fn main() {
     println!("cargo::rerun-if-changed=Cargo.toml");
-    // Tests that need a Python library are ignored by name where no variable names one.
+    // Tests that need a Python library are ignored if its variable is unset.
     for (cfg, variable) in
         [("has_dictionary_learning", "DICTLEARN_TEST_PYTHON"), ("has_sae_lens", "DICTLEARN_TEST_PYTHON_SAE_LENS")]
     {
@@ -26,7 +26,7 @@ fn main() {
     let mut uses = String::new();
     let mut section = "";
     for line in manifest.lines() {
-        // A line of `[dependencies]`, or a table of its own, as `cargo package` writes it.
+        // A line of `[dependencies]`, or a `[dependencies.NAME]` table as `cargo package` writes it.
         let name = match line.strip_prefix('[') {
             Some(table) => {
                 section = table.trim_end_matches(']');

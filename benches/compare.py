@@ -2,9 +2,9 @@
 
 usage: compare.py LIBRARY TRAINER JSON
 
-LIBRARY is `dictionary_learning` or `sae_lens`. JSON has d, f, batch, k, steps, saes, autocast (whether products are taken in
-bfloat16), few (whether few features fire) and device. On a GPU a turn is timed as a whole. Prints JSON: the milliseconds of each step, and megabytes at their peak, before anything was built
-and of the weights.
+LIBRARY is `dictionary_learning` or `sae_lens`. JSON has d, f, batch, k, steps, saes, autocast (true for bfloat16
+products), few (true for few firing features) and device. On a GPU, a turn is timed as a whole. Prints JSON:
+milliseconds of each step, and megabytes of memory at the peak and before anything was built.
 """
 import contextlib, json, sys, time
 
@@ -47,7 +47,7 @@ def reference(seed):
     trainer = cls(steps=1000, activation_dim=a["d"], dict_size=a["f"], layer=0, lm_name="", device=a["device"],
                   warmup_steps=10, seed=seed, **settings)
     if a["few"]:
-        # Biases so low that one feature in a hundred fires.
+        # Lower the biases until one feature in a hundred fires.
         ae = trainer.ae
         with t.no_grad():
             if name == "jump_relu":
@@ -102,7 +102,7 @@ def autocast():
 t.manual_seed(0)
 batches = [t.randn(a["batch"], a["d"], device=a["device"]) for _ in range(4)]
 build = {"dictionary_learning": reference, "sae_lens": sae_lens}[library]
-build(0)(1, batches[0][:8])  # Imports, and what a first step sets up.
+build(0)(1, batches[0][:8])  # Excludes imports and the set-up of a first step.
 before = megabytes("VmRSS")
 steps = [build(seed) for seed in range(a["saes"])]
 times = []

@@ -1,13 +1,11 @@
-//! A training step here and in Python, in turn: `cargo bench --bench compare -- --python PYTHON`.
+//! Compares a training step with Python's: `cargo bench --bench compare -- --python PYTHON`.
 //!
-//! PYTHON has the reference (`pip install dictionary-learning`); `--sae-lens` names one that has sae_lens. For each size
-//! and trainer it starts a process for each side, so that neither sees what the other left in memory, in turn and
-//! several times over, and prints medians over all steps, ratios, and how much memory a step took beyond weights,
-//! gradients and moments, as a part of one float32 tensor of a batch's features. Both sides draw the same activations
-//! from the same seed.
+//! PYTHON needs the reference (`pip install dictionary-learning`); the Python of `--sae-lens` needs sae_lens. For each
+//! size and trainer, the sides take turns for several rounds, each turn in a new process. The output is the median step
+//! time, the ratios, and the memory of a step. That memory excludes weights, gradients and moments; its unit is one
+//! float32 tensor of a batch's features. All sides draw activations from the same seed.
 //!
-//! `--grow` shows how a step grows with the dictionary, the batch and k, and `--share` how much several SAEs on one stream
-//! cost.
+//! `--grow` varies the dictionary, the batch and k. `--share` trains several SAEs on one stream.
 
 mod common;
 
@@ -37,54 +35,54 @@ const TRAINERS: [&str; 8] =
 
 #[derive(Debug, Parser)]
 struct Args {
-    /// A Python that has the reference; default `DICTLEARN_BENCH_PYTHON`.
+    /// Python with the reference installed; default `DICTLEARN_BENCH_PYTHON`.
     #[arg(long)]
     python: Option<PathBuf>,
-    /// A Python that has sae_lens; default `DICTLEARN_BENCH_PYTHON_SAE_LENS`.
+    /// Python with sae_lens installed; default `DICTLEARN_BENCH_PYTHON_SAE_LENS`.
     #[arg(long)]
     sae_lens: Option<PathBuf>,
-    /// Widths of activations and dictionaries.
+    /// Widths of activations and dictionaries, `DxF`.
     #[arg(long, value_delimiter = ',', default_value = "512x8192")]
     sizes: Vec<String>,
-    /// Activations of a batch.
+    /// Activations per batch.
     #[arg(long, default_value_t = 2048)]
     batch: i64,
     /// Active features, in the TopK family.
     #[arg(long, default_value_t = 64)]
     k: i64,
-    /// Which trainers; all that the reference has if none is named.
+    /// Trainers to measure; default: all that the reference has.
     #[arg(long, value_delimiter = ',')]
     trainers: Vec<String>,
-    /// How often both sides take their turn.
+    /// Number of turns of each side.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Steps of a turn, after two that are not counted.
+    /// Timed steps of a turn, after two warm-up steps.
     #[arg(long, default_value_t = 5)]
     steps: usize,
-    /// `cpu`, or `cuda`: there a turn is timed as a whole, for a GPU is given steps before it has taken the last ones.
+    /// `cpu` or `cuda`. On a GPU, which runs asynchronously, a turn is timed as a whole.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Also with bfloat16 products on all sides.
+    /// Also measure bfloat16 products on all sides.
     #[arg(long)]
     bfloat16: bool,
-    /// Also for growing dictionaries, batches and k.
+    /// Also vary the sizes of the dictionary and the batch, and k.
     #[arg(long)]
     grow: bool,
-    /// Also for 1, 2, 4 and 8 SAEs on one stream.
+    /// Also train 1, 2, 4 and 8 SAEs on one stream.
     #[arg(long)]
     share: bool,
-    /// Also with few features that fire, as after the beginning of training.
+    /// Also measure with one feature in a hundred firing, as later in training.
     #[arg(long)]
     trained: bool,
-    /// One turn of our side: the trainer, and the case as JSON.
+    /// Run one turn of our side: trainer, and case as JSON.
     #[arg(long, hide = true, num_args = 2)]
     turn: Option<Vec<String>>,
-    /// `cargo bench` says so.
+    /// Passed by `cargo bench`; ignored.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
-/// What is measured.
+/// Settings of one measurement.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Case {
     d: i64,
@@ -98,7 +96,7 @@ struct Case {
     device: String,
 }
 
-/// What a turn of a side took.
+/// Time and memory of one turn.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Took {
     ms: Vec<f64>,
@@ -130,7 +128,7 @@ fn main() -> Result<()> {
         device: args.device.clone(),
     };
     for size in &args.sizes {
-        let (d, f) = size.split_once('x').with_context(|| format!("`{size}` is no size; 512x8192 is one"))?;
+        let (d, f) = size.split_once('x').with_context(|| format!("`{size}` is not a size such as 512x8192"))?;
         let case = Case { d: d.parse()?, f: f.parse()?, ..case.clone() };
         let mut found = BTreeMap::new();
         for autocast in [false, true] {
@@ -145,7 +143,7 @@ fn main() -> Result<()> {
             }
             println!();
             if args.trained {
-                println!("The same, with biases so low that one feature in a hundred fires:\n");
+                println!("The same with biases lowered until one feature in a hundred fires:\n");
                 heading("trainer");
                 for trainer in trainers.iter().filter(|trainer| !trainer.contains("top_k")) {
                     let ms = row(&args, trainer, trainer, &Case { few: true, ..case.clone() })?;
@@ -159,7 +157,7 @@ fn main() -> Result<()> {
         }
         if args.grow {
             for trainer in &trainers {
-                println!("{trainer}, one thing growing, others as above, float32:\n");
+                println!("{trainer}, varying one setting at a time, float32:\n");
                 heading("");
                 for f in [case.f / 2, case.f, case.f * 2] {
                     row(&args, &format!("{f} features"), trainer, &Case { f, ..case.clone() })?;
@@ -199,15 +197,16 @@ fn machine() -> String {
 
 fn heading(what: &str) {
     println!(
-        "| {what} | dictlearn, ms | dictionary_learning, ms | sae_lens, ms | times as fast as these | memory of a step / (batch x F x 4) | theirs |"
+        "| {what} | dictlearn, ms | dictionary_learning, ms | sae_lens, ms | speed-up over these | step memory / (batch x F x 4 bytes) | theirs |"
     );
     println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: |");
 }
 
-/// How many times as fast we are as the reference: in bfloat16 as it comes, in float32, in bfloat16, and as sae_lens in bfloat16.
+/// Prints our speed-ups: bfloat16 over the reference's float32, float32 over its float32, bfloat16 over its bfloat16,
+/// and bfloat16 over sae_lens's bfloat16.
 fn ratios(found: &BTreeMap<(bool, &str, bool), [f64; 3]>) {
-    println!("Times as fast, with few features that fire or as initialised:\n");
-    println!("| trainer | features | bfloat16 against their float32 | float32 | bfloat16 | sae_lens in bfloat16 |");
+    println!("Speed-ups, with few features firing or as initialised:\n");
+    println!("| trainer | features | bfloat16 over their float32 | float32 | bfloat16 | over sae_lens in bfloat16 |");
     println!("| --- | --- | ---: | ---: | ---: | ---: |");
     for ((few, trainer, _), half) in found.iter().filter(|((_, _, autocast), _)| *autocast) {
         let float = &found[&(*few, *trainer, false)];
@@ -220,12 +219,12 @@ fn ratios(found: &BTreeMap<(bool, &str, bool), [f64; 3]>) {
     println!();
 }
 
-/// A number with so many digits; nothing of one that was not measured.
+/// Formats a number with this many decimals; empty for NaN, which stands for no measurement.
 fn shown(value: f64, digits: usize) -> String {
     if value.is_nan() { String::new() } else { format!("{value:.digits$}") }
 }
 
-/// All sides in turn, several times over: the median of each, in milliseconds.
+/// Runs all rounds, prints a row of the table and returns each side's median in milliseconds.
 fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<[f64; 3]> {
     let json = serde_json::to_string(case)?;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/compare.py");
@@ -247,11 +246,11 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<[f64; 3]> 
     }
     let ms = took.each_mut().map(|took| median(&mut took.ms));
     let ratios: Vec<String> = ms[1..].iter().map(|other| shown(other / ms[0], 1)).filter(|s| !s.is_empty()).collect();
-    // Weights, gradients and two moments stay.
+    // Weights, gradients and two moments last.
     let kept = case.saes as f64 * 4.0 * (2 * case.d * case.f) as f64 * 4.0 / 1e6;
     let one = (case.batch * case.f * 4) as f64 / 1e6;
     let digits = if ms[0] < 10.0 { 2 } else { 0 };
-    // A process does not know its GPU's peak, and making features few takes more than a step.
+    // The peak of a GPU is unknown to its process, and lowering the biases needs more memory than a step.
     let beyond = |took: &Took| {
         shown(
             if took.ms.is_empty() || case.device != "cpu" || case.few {
@@ -276,7 +275,7 @@ fn row(args: &Args, what: &str, trainer: &str, case: &Case) -> Result<[f64; 3]> 
 
 fn add(sum: &mut Took, took: Took) {
     sum.ms.extend(took.ms);
-    // The least: what else the process did is not the step's.
+    // Keep the minimum: anything above it is not due to the step.
     let less = |a: f64, b: f64| if a == 0.0 { b } else { a.min(b) };
     let beyond = less(sum.peak_mb - sum.before_mb, took.peak_mb - took.before_mb);
     (sum.peak_mb, sum.before_mb) = (beyond, 0.0);
@@ -291,17 +290,17 @@ fn turn(command: &mut Command) -> Result<Took> {
     let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
     ensure!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout);
-    let last = text.lines().last().context("nothing was printed")?;
+    let last = text.lines().last().context("the turn printed nothing")?;
     serde_json::from_str(last).with_context(|| format!("{command:?} printed {last}"))
 }
 
 fn megabytes(field: &str) -> Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status.lines().find(|line| line.starts_with(field)).context("no memory is known")?;
-    Ok(line.split_whitespace().nth(1).context("no memory is known")?.parse::<f64>()? / 1e3)
+    let line = status.lines().find(|line| line.starts_with(field)).context("/proc/self/status lacks the field")?;
+    Ok(line.split_whitespace().nth(1).context("/proc/self/status lacks the value")?.parse::<f64>()? / 1e3)
 }
 
-/// The dictionary and the trainer, as YAML.
+/// Returns the dictionary and the trainer as YAML.
 fn sae(trainer: &str, case: &Case) -> Result<String> {
     let Case { f, k, .. } = case;
     let penalty = "warmup_steps: 10, sparsity_warmup_steps: 20";
@@ -318,7 +317,7 @@ fn sae(trainer: &str, case: &Case) -> Result<String> {
             format!(", k: {k}, group_fractions: [0.03125, 0.0625, 0.125, 0.25, 0.53125]"),
             "warmup_steps: 10".to_owned(),
         ),
-        other => bail!("no trainer `{other}` is measured"),
+        other => bail!("cannot measure the trainer `{other}`"),
     };
     Ok(format!(
         "{{name: a, dictionary: {{type: {dictionary}, dict_size: {f}{dictionary_fields}}}, \
@@ -337,7 +336,7 @@ fn our_turn(trainer: &str, case: &Case) -> Result<Took> {
     tch::manual_seed(0);
     let batches: Vec<Batch> =
         (0..4).map(|_| Batch::of(Tensor::randn([case.batch, case.d], (Kind::Float, device)))).collect();
-    // What a first step sets up.
+    // Exclude the set-up of a first step.
     build(case.f.min(256.max(case.k)), 0)?.step(1, &Batch::of(batches[0].x.narrow(0, 0, 8)), false)?;
     let before_mb = megabytes("VmRSS")?;
     let mut trainings = (0..case.saes as u64).map(|seed| build(case.f, seed)).collect::<Result<Vec<_>>>()?;

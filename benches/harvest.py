@@ -1,18 +1,18 @@
-"""How fast Python harvests the activations that `cargo bench --bench harvest` harvests.
+"""Measures the speed of harvesting in Python, as `cargo bench --bench harvest` does for dictlearn.
 
     python benches/harvest.py MODEL SUBMODULE PRECISION --text plugins/embedded-austen/text/train.txt
 
-MODEL is a folder or a Hub name, SUBMODULE a path (`model.layers.9`), PRECISION float32 or bfloat16. Contexts of 128
-tokens, 64 to a forward pass; of ten passes after a first it prints the best and the median, in activations per second,
-of two ways to do it:
+MODEL is a folder or a Hub name, SUBMODULE a path (`model.layers.9`), PRECISION float32 or bfloat16. A pass runs 64
+contexts of 128 tokens. After one warm-up pass, ten passes are timed. Prints the best and median activations per second
+of two methods:
 
-- `transformers`: the model alone, tokenised text in, and a forward hook that keeps the value and ends the pass. Nothing
-  is slower by more than it must be: this is what Python can do.
+- `transformers`: tokenises text and runs the model with a forward hook that keeps the value and ends the pass. This
+  is the best that Python can do.
 - `dictionary_learning`: the reference's `ActivationBuffer`, which runs the model through nnsight, stops after the
-  submodule, and draws shuffled batches. One batch is the whole buffer, so that each fills it anew.
+  submodule, and draws shuffled batches. One batch is the whole buffer, so each batch refills it.
 
-Needs torch, transformers and, for the second, dictionary_learning; without it only the first is measured. Set the number
-of threads by --threads to what the other side uses.
+Needs torch and transformers. The second method needs dictionary_learning and is skipped without it. Set --threads to
+the number of threads of the other side.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def reference(args, dtype, texts):
 
 
 def chunks(path):
-    """Pieces of the text, somewhat longer than a context, again and again."""
+    """Yields pieces of the text, somewhat longer than a context, endlessly."""
     with open(path, encoding="utf-8") as file:
         text = file.read()
     while True:
@@ -103,7 +103,7 @@ def main():
                     rows = len(next(batches))
                     speeds.append(rows / (time.perf_counter() - start))
         except ImportError as error:
-            print(f"{name}: not measured: {error}")
+            print(f"{name}: skipped: {error}")
             continue
         speeds = sorted(speeds[1:])
         print(

@@ -1,8 +1,8 @@
-//! How fast activations of a language model are harvested: `cargo bench --bench harvest -- MODEL SUBMODULE PRECISION`.
+//! Measures the speed of harvesting: `cargo bench --bench harvest -- MODEL SUBMODULE PRECISION`.
 //!
-//! MODEL is a folder or a Hub name, PRECISION float32 or bfloat16. Contexts of 128 tokens of the embedded novels go
-//! through the model, 64 to a pass of the source; of ten passes after a first it prints the best and the median, in
-//! activations per second. `benches/harvest.py` measures the same in Python.
+//! MODEL is a folder or a Hub name, PRECISION is float32 or bfloat16. Each pass of the source runs 64 contexts of 128
+//! tokens of the embedded novels. After one warm-up pass, ten passes are timed; the output is their best and median
+//! speed in activations per second. `benches/harvest.py` measures the same in Python.
 
 use std::time::Instant;
 
@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     let precision = match precision.as_str() {
         "float32" => Precision::Float32,
         "bfloat16" => Precision::BFloat16,
-        other => bail!("no precision is called {other}"),
+        other => bail!("unknown precision {other}: use float32 or bfloat16"),
     };
     let config: Box<dyn TaggedSource> = serde_json::from_value(json!({
         "type": "language_model",

@@ -1,9 +1,8 @@
-//! One training step of every trainer, and the parts of a step: `cargo bench --bench step`.
+//! Measures one training step of every trainer, and the parts of a step: `cargo bench --bench step`.
 //!
-//! Activations of width 512, 8192 features, batches of 2048, k 64. `cargo bench --bench step -- top_k` takes those whose
-//! name has `top_k` in it. A step does what it does in training, at a learning rate of 0, so that all are the same: it is one of
-//! initial weights, where half of the features fire, or of biases so low that one in a hundred does, as after the beginning of
-//! training.
+//! Activations of width 512, 8192 features, batches of 2048, k 64. `cargo bench --bench step -- top_k` selects
+//! benchmarks by name. The learning rate is 0, so that all steps are alike. Half of the features fire at the initial
+//! weights; further benchmarks lower the biases until one in a hundred fires, as later in training.
 
 mod common;
 
@@ -41,7 +40,7 @@ fn main() {
     criterion.final_summary();
 }
 
-/// A dictionary's or trainer's example, with some fields changed, as YAML.
+/// Returns the example of a dictionary or trainer as YAML, with some fields changed.
 fn example(component: &Component, fields: &[(&str, i64)]) -> String {
     let mut example: serde_yaml::Mapping = serde_yaml::from_str(component.example).expect("an example is YAML");
     example.remove("expansion_factor");
@@ -49,14 +48,14 @@ fn example(component: &Component, fields: &[(&str, i64)]) -> String {
     for (field, value) in fields.iter().filter(|(field, _)| known(field)) {
         example.insert((*field).into(), (*value).into());
     }
-    // JSON is YAML too, and fits into a line.
+    // JSON is YAML on one line.
     serde_json::to_string(&example).expect("an example is plain")
 }
 
 fn training(trainer: &Component) -> Option<Training> {
     let usual = find(ComponentKind::Dictionary, trainer.default_dictionary?)?;
     let dictionary = example(usual, &[("dict_size", FEATURES), ("k", K)]);
-    // What is annealed stays as it begins.
+    // Annealed values keep their initial value.
     let still =
         [("lr", 0), ("anneal_start", STEPS as i64 - 2), ("anneal_end", STEPS as i64 - 1), ("n_sparsity_updates", 1)];
     let sae = format!("{{name: a, dictionary: {dictionary}, trainer: {}}}", example(trainer, &still));
@@ -68,9 +67,9 @@ fn training(trainer: &Component) -> Option<Training> {
         device: Device::Cpu,
         precision: Precision::Float32,
     };
-    // What asks for another source than this one is left out, and said.
+    // Skip trainers that need another source.
     let training = Training::new(&from_yaml(&sae).expect("a config of examples"), &cx);
-    training.inspect_err(|error| eprintln!("{} is left out: {error:#}", trainer.name)).ok()
+    training.inspect_err(|error| eprintln!("skipping {}: {error:#}", trainer.name)).ok()
 }
 
 fn batches() -> Vec<Batch> {

@@ -1,4 +1,4 @@
-//! Where libtorch is: cargo-fuzz sets flags of its own in place of those in libtorch.toml.
+//! Tells the linker where libtorch is: cargo-fuzz replaces the flags of libtorch.toml with its own.
 
 fn main() {
     if let Ok(libtorch) = std::env::var("LIBTORCH") {

@@ -1,4 +1,4 @@
-//! Errors that are the user's to mend: they end the program with status 2 and say what would do.
+//! Errors in the user's input: they end the program with status 2 and say how to fix it.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -6,19 +6,19 @@ use std::path::{Path, PathBuf};
 
 use crate::suggest::nearest;
 
-/// Something wrong with what the user gave: a config, an argument, a file's content.
+/// A mistake in the user's input: a config, an argument, a file's content.
 ///
-/// One error may hold several mistakes ([`Mistakes`]). Anything else that fails is an ordinary [`anyhow::Error`] and ends the
+/// One error may hold several mistakes ([`Mistakes`]). Any other failure is an ordinary [`anyhow::Error`] and ends the
 /// program with status 1.
 #[derive(Debug, Clone)]
 pub struct InputError {
     kind: InputKind,
     message: String,
-    /// The config's key that it concerns, from what is being built: `path`, and further out `source.path`.
+    /// Config key at fault, relative to the component being built: `path`, then `source.path` further out.
     key: String,
     place: Option<Box<Place>>,
     help: Option<String>,
-    /// Mistakes that were found beside this one.
+    /// Further mistakes.
     others: Vec<InputError>,
 }
 
@@ -26,15 +26,14 @@ pub struct InputError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum InputKind {
-    /// A value, a name or a file that is wrong by itself.
+    /// An invalid value, name or file.
     #[default]
     Invalid,
-    /// Components that are right by themselves and cannot be combined, such as a trainer with a dictionary that it cannot
-    /// train.
+    /// Valid components that cannot be combined, such as a trainer and a dictionary that it cannot train.
     Incompatible,
 }
 
-/// How many mistakes an error shows.
+/// Number of mistakes that an error shows.
 const SHOWN: usize = 20;
 
 /// Collects mistakes, so that the user sees all of them at once.
@@ -42,15 +41,15 @@ const SHOWN: usize = 20;
 pub struct Mistakes(Vec<InputError>);
 
 impl Mistakes {
-    /// None yet.
+    /// Creates an empty collection.
     pub fn new() -> Self {
         Mistakes::default()
     }
 
-    /// Adds a mistake, with those that it holds.
+    /// Adds every mistake of an error, without repetitions.
     pub fn add(&mut self, error: InputError) {
         for one in error.each() {
-            // A sweep or an `eval_source` repeats what is written once.
+            // A sweep or an `eval_source` finds one mistake of the file several times.
             let again = |other: &InputError| match (&one.place, &other.place) {
                 (Some(place), Some(known)) => place == known && one.help == other.help,
                 (None, None) => one.message == other.message && one.key == other.key,
@@ -62,12 +61,15 @@ impl Mistakes {
         }
     }
 
-    /// Each of them.
+    /// Returns the mistakes.
     pub fn each(self) -> Vec<InputError> {
         self.0
     }
 
-    /// The value of a result, or `None` after adding its mistake. Returns any error that is not the user's to mend.
+    /// Returns the value of a result, or `None` after adding its mistake.
+    ///
+    /// # Errors
+    /// Returns any error that is not an [`InputError`].
     pub fn keep<T>(&mut self, result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
         match result {
             Ok(value) => Ok(Some(value)),
@@ -78,22 +80,22 @@ impl Mistakes {
         }
     }
 
-    /// The key of each mistake whose place is known, and `None` for the others.
+    /// Returns the key of each mistake; `None` where the place is unknown.
     pub fn keys(&self) -> Vec<Option<String>> {
         self.0.iter().map(|one| one.place().map(|place| place.key.clone())).collect()
     }
 
-    /// Number of mistakes.
+    /// Returns the number of mistakes.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// True if there are none.
+    /// Returns true if there are no mistakes.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// All mistakes as one error, in the order of their places; `Ok` if there are none.
+    /// Returns all mistakes as one error, ordered by place; `Ok` if there are none.
     pub fn into_result(mut self) -> Result<(), InputError> {
         self.0.sort_by_key(|one| match one.place() {
             Some(Place { origin: Origin::File(file, at), .. }) => (0, file.clone(), *at),
@@ -108,28 +110,28 @@ impl Mistakes {
     }
 }
 
-/// Where in the input the error is.
+/// Location of an error in the input.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// The file, or what stands in for one: a variable, `--set`.
+    /// A file, a variable or `--set`.
     pub origin: Origin,
-    /// The key: `saes[1].trainer.type`.
+    /// Config key: `saes[1].trainer.type`.
     pub key: String,
 }
 
-/// What a value came from.
+/// Where a value was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// A file, with line and column counted from 1 where they are known.
+    /// A file, with line and column (from 1) if known.
     File(PathBuf, Option<(usize, usize)>),
     /// An environment variable, by name.
     Variable(String),
-    /// `--set KEY=VALUE`, as it was typed.
+    /// `--set KEY=VALUE`, as typed.
     Set(String),
 }
 
 impl InputError {
-    /// An error with its message: one line, lower case, no full stop.
+    /// Creates an error. The message is one line, in lower case, without a full stop.
     pub fn new(message: impl Into<String>) -> Self {
         InputError {
             kind: InputKind::default(),
@@ -141,12 +143,12 @@ impl InputError {
         }
     }
 
-    /// An error about components that cannot be combined, with its message as in [`InputError::new`].
+    /// Creates an error about components that cannot be combined; the message is as in [`InputError::new`].
     pub fn incompatible(message: impl Into<String>) -> Self {
         InputError { kind: InputKind::Incompatible, ..InputError::new(message) }
     }
 
-    /// There is no such file; the help offers the one beside it that is named most like it.
+    /// Creates the error for a missing file. The help suggests the file of the same folder with the nearest name.
     pub fn no_file(path: &Path) -> Self {
         if let Ok(target) = std::fs::read_link(path) {
             return InputError::new(format!("the link {} leads nowhere", path.display()))
@@ -154,7 +156,7 @@ impl InputError {
         }
         let error = InputError::new(format!("there is no file {}", path.display()));
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // Extensions are alike anyway, and would make everything alike.
+        // Compare stems only: a shared extension would make every name look near.
         let parts = |path: &Path| {
             let part = |part: Option<&OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
             (part(path.file_stem()), part(path.extension()))
@@ -176,51 +178,51 @@ impl InputError {
         }
     }
 
-    /// What would do instead.
+    /// Sets the help: how to fix the mistake.
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
         self
     }
 
-    /// What would do, beside what is said already.
+    /// Appends to the help.
     #[must_use]
     pub fn and_help(mut self, help: &str) -> Self {
         self.help = Some(self.help.map_or_else(|| help.to_owned(), |before| format!("{before}; {help}")));
         self
     }
 
-    /// Which field of the config it concerns, seen from the component that finds it: `batch_size`.
+    /// Sets the config field at fault, relative to the component that reports it: `batch_size`.
     #[must_use]
     pub fn field(mut self, key: impl Into<String>) -> Self {
         self.key = key.into();
         self
     }
 
-    /// Where in the input it is.
+    /// Sets the location.
     #[must_use]
     pub fn at(mut self, origin: Origin, key: impl Into<String>) -> Self {
         self.place = Some(Box::new(Place { origin, key: key.into() }));
         self
     }
 
-    /// What kind of mistake it is; of several, the first.
+    /// Returns the kind of the (first) mistake.
     pub fn kind(&self) -> InputKind {
         self.kind
     }
 
-    /// The message, without place and help.
+    /// Returns the message without place and help.
     pub fn message(&self) -> &str {
         &self.message
     }
 
-    /// What would do instead, if that is said.
+    /// Returns the help, if there is one.
     pub fn help_text(&self) -> Option<&str> {
         self.help.as_deref()
     }
 
-    /// The input error that an error is at its root, with what was said around it on its way up as part of the message;
-    /// or the error as it was.
+    /// Extracts the [`InputError`] at the root of an error and prefixes its message with the contexts around it.
+    /// Returns any other error unchanged.
     pub fn take(error: anyhow::Error) -> Result<Self, anyhow::Error> {
         let around: Vec<String> = error
             .chain()
@@ -232,39 +234,39 @@ impl InputError {
         Ok(input.map(&|one| InputError { message: format!("{around}{}", one.message), ..one }))
     }
 
-    /// Each of its mistakes as an error of its own.
+    /// Splits the error into one error per mistake.
     pub fn each(mut self) -> Vec<InputError> {
         let others = std::mem::take(&mut self.others);
         std::iter::once(self).chain(others).collect()
     }
 
-    /// Changes each of its mistakes.
+    /// Applies a function to each mistake.
     pub fn map(mut self, change: &dyn Fn(InputError) -> InputError) -> Self {
         let others = std::mem::take(&mut self.others);
         let others = others.into_iter().map(change).collect();
         InputError { others, ..change(self) }
     }
 
-    /// The config's key that it concerns, as far as known.
+    /// Returns the config key at fault, as far as known.
     pub fn key(&self) -> &str {
         &self.key
     }
 
-    /// Where it is, if known.
+    /// Returns the location, if known.
     pub fn place(&self) -> Option<&Place> {
         self.place.as_deref()
     }
 }
 
-/// A text for a terminal: control characters, which files may hold, as escapes.
+/// Escapes control characters, so that text from files is safe to print on a terminal.
 pub fn printable(text: &str) -> String {
     let escaped = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(escaped).collect()
 }
 
-/// Says under which key of a config something was built, so that its errors can be found there.
+/// Prefixes the keys of errors with the config key of the component that was built.
 pub trait Under<T> {
-    /// The key that leads to what was built: `source`, `saes[1]`, `text`.
+    /// Prefixes with the component's key: `source`, `saes[1]`, `text`.
     fn under(self, key: impl fmt::Display) -> anyhow::Result<T>;
 }
 
@@ -299,8 +301,8 @@ impl fmt::Display for Origin {
 }
 
 impl fmt::Display for InputError {
-    /// The message, its place and its help on a line each. Further mistakes follow as errors of their own, twenty at most, then
-    /// how many more there are.
+    /// Writes message, place and help on a line each. Further mistakes follow as separate errors, twenty in all, then
+    /// the number of those left out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
         if let Some(place) = &self.place {

@@ -1,9 +1,9 @@
-//! Flags of a thread.
+//! Thread-local flags.
 
 use std::cell::Cell;
 use std::thread::LocalKey;
 
-/// Does work while the thread's flag is set. A panic clears it too.
+/// Runs `work` with the thread's flag set. Clears the flag afterwards, also after a panic.
 pub(crate) fn during<T>(flag: &'static LocalKey<Cell<bool>>, work: impl FnOnce() -> T) -> T {
     struct Clear(&'static LocalKey<Cell<bool>>);
     impl Drop for Clear {

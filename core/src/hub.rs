@@ -1,7 +1,7 @@
-//! The Hugging Face Hub, as far as core needs it: files of repositories, by name.
+//! Interface to the Hugging Face Hub: files of repositories, by name.
 //!
-//! Core does not speak the Hub's protocol. A plugin does, and registers itself as [`HubPlugin`]; models, tokenizers,
-//! datasets and published dictionaries all come through it.
+//! Core does not implement the Hub's protocol. A plugin does, and registers itself as [`HubPlugin`]. Models,
+//! tokenizers, datasets and published dictionaries all come through it.
 
 use std::cell::Cell;
 use std::fmt;
@@ -19,10 +19,10 @@ use crate::error::InputError;
 #[error("{0}")]
 pub struct HubError(pub String);
 
-/// What a repository holds.
+/// Kind of a repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum RepoKind {
-    /// A model, or dictionaries.
+    /// A model or dictionaries.
     Model,
     /// A dataset.
     Dataset,
@@ -40,7 +40,7 @@ impl fmt::Display for RepoKind {
 /// A repository of the Hub at a revision.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Repo {
-    /// What it holds.
+    /// Model or dataset.
     pub kind: RepoKind,
     /// `owner/name`, or a bare `name` (`gpt2`).
     pub id: String,
@@ -49,7 +49,7 @@ pub struct Repo {
 }
 
 impl Repo {
-    /// The repository that `owner/name[@revision]` names, or `None` where the text cannot be such a name.
+    /// Parses `owner/name[@revision]`; `None` if the text is not of that form.
     pub fn parse(kind: RepoKind, name: &str) -> Option<Repo> {
         let (id, revision) = name.split_once('@').unwrap_or((name, "main"));
         let part = |part: &str| {
@@ -76,92 +76,95 @@ impl fmt::Display for Repo {
 pub struct Upload {
     /// Its path in the repository: `layer_3/ae.safetensors`.
     pub path: String,
-    /// What it holds.
+    /// Its content.
     pub content: Content,
 }
 
-/// What a file to upload holds.
+/// Content of a file to upload.
 #[derive(Debug, Clone)]
 pub enum Content {
-    /// These bytes.
+    /// Bytes in memory.
     Bytes(Vec<u8>),
-    /// The bytes of a file on this machine, which is read as it is sent.
+    /// A local file, read while it is sent.
     File(PathBuf),
 }
 
-/// What a commit says of itself.
+/// Message of a commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CommitMessage {
-    /// One line.
+    /// First line.
     pub summary: String,
-    /// More, or nothing.
+    /// Remaining text; may be empty.
     pub description: String,
 }
 
 impl CommitMessage {
-    /// The message that a text is: its first line, and what follows.
+    /// Splits a text into its first line and the rest.
     pub fn of(text: &str) -> Self {
         let (summary, description) = text.trim().split_once('\n').unwrap_or((text.trim(), ""));
         CommitMessage { summary: summary.trim().to_owned(), description: description.trim().to_owned() }
     }
 }
 
-/// How the Hub is used here.
+/// How this process reaches the Hub.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct About {
-    /// The folder of the cache.
+    /// Folder of the cache.
     pub cache: PathBuf,
-    /// The address that is asked.
+    /// URL of the Hub.
     pub endpoint: String,
-    /// Whether only the cache is read.
+    /// True if only the cache is read.
     pub offline: bool,
-    /// Whether there is a token. Which one is nobody's business.
+    /// True if there is a token. The token itself is not exposed.
     pub token: bool,
 }
 
-/// Files of repositories: from the cache, or fetched into it; and to them.
+/// Reads files of repositories through the cache, and uploads files.
 pub trait Hub: Send + Sync {
-    /// Its cache and address, for `dictlearn doctor`.
+    /// Returns the cache and the address, for `dictlearn doctor`.
     fn about(&self) -> About;
 
-    /// Where a file of a repository lies on this machine, by its path in the repository; fetched first if the cache
-    /// does not have it. `None` where the repository has no such file.
+    /// Returns the local path of a repository's file, downloading it if it is not cached. `None` if the repository has
+    /// no such file.
     fn file(&self, repo: &Repo, path: &str) -> Result<Option<PathBuf>>;
 
-    /// A file of a repository from its beginning to its end: from the cache if it is there, otherwise as it arrives,
-    /// and not kept. `None` where the repository has no such file.
+    /// Streams a file of a repository from the cache, or from the Hub without caching it. `None` if the repository has
+    /// no such file.
     fn stream(&self, repo: &Repo, path: &str) -> Result<Option<Box<dyn Read + Send>>>;
 
-    /// The paths of a repository's files, sorted. Offline, of those that the cache has.
+    /// Returns the paths of a repository's files, sorted; offline, only those in the cache.
     fn list(&self, repo: &Repo) -> Result<Vec<String>>;
 
-    /// The commit that the repository's revision stands for.
+    /// Resolves the repository's revision to a commit.
     fn commit(&self, repo: &Repo) -> Result<String>;
 
-    /// Every repository that was read so far, at the revision that was asked for, with the commit that it stands for.
+    /// Returns every repository read so far, at the requested revision, with the commit that it resolved to.
     fn commits(&self) -> Vec<(Repo, String)>;
 
-    /// Lets the repository's revision stand for this commit from now on, whatever the Hub says.
+    /// Resolves the repository's revision to this commit from now on, without asking the Hub.
     fn pin(&self, repo: &Repo, commit: &str);
 
-    /// Files of that name at the root of a repository in the cache, whichever.
+    /// Returns the cached files of that name at the root of any repository.
     fn cached(&self, name: &str) -> Vec<PathBuf>;
 
-    /// The paths of the files of a repository that is to be uploaded to, as the Hub has them now. `None` where there is
-    /// no such repository or branch yet; an error where nothing can be uploaded at all, without a token or offline.
+    /// Returns the paths of the files that an upload's target has on the Hub now. `None` if the repository or branch
+    /// does not exist yet.
+    ///
+    /// # Errors
+    /// Fails if uploading is impossible: offline or without a token.
     fn before_upload(&self, repo: &Repo) -> Result<Option<Vec<String>>>;
 
-    /// Uploads files in one commit, of which all become visible at once or none does; the commit's URL. Repository and
-    /// branch are made if need be, the repository `private` if that is asked; one that is there and public is then
-    /// refused. Where the repository has all of it already, no commit is made and the URL is its last one's.
+    /// Uploads files in one atomic commit and returns the commit's URL. Creates repository and branch if they are
+    /// missing. With `private`, creates a private repository and refuses an existing public one. If nothing would
+    /// change, makes no commit and returns the URL of the last one.
     fn upload(&self, repo: &Repo, files: &[Upload], message: &CommitMessage, private: bool) -> Result<String>;
 }
 
-/// The plugin that speaks the Hub's protocol.
+/// The plugin that implements the Hub's protocol.
 pub struct HubPlugin {
-    /// Opens the Hub as the environment says (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, ...).
+    /// Opens the Hub as the environment configures it (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, ...).
     pub open: fn() -> Result<Box<dyn Hub>>,
-    /// Opens a cache's folder alone, as with HF_HUB_OFFLINE.
+    /// Opens a cache folder only, as with HF_HUB_OFFLINE.
     pub open_cache: fn(&Path) -> Result<Box<dyn Hub>>,
 }
 
@@ -169,38 +172,38 @@ inventory::collect!(HubPlugin);
 
 static OPEN: OnceLock<Box<dyn Hub>> = OnceLock::new();
 
-/// What [`Hub::commits`] says, and nothing where the Hub has not been opened.
+/// Returns [`Hub::commits`], or nothing if the Hub has not been opened.
 pub fn commits() -> Vec<(Repo, String)> {
     OPEN.get().map(|hub| hub.commits()).unwrap_or_default()
 }
 
 thread_local! {
-    /// True while this thread must not read from the Hub.
+    /// True while this thread must not open the Hub.
     static CLOSED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Does work that must not wait for downloads: until it is done, this thread cannot open the Hub.
+/// Runs `work` without downloads: this thread cannot open the Hub meanwhile.
 pub fn without<T>(work: impl FnOnce() -> T) -> T {
     crate::flag::during(&CLOSED, work)
 }
 
-/// The Hub, as the environment says; opened once.
+/// Returns the Hub as the environment configures it, opened once per process.
 pub fn hub() -> Result<&'static dyn Hub> {
     if CLOSED.get() {
-        bail!("nothing is downloaded for a run that is refused");
+        bail!("downloads are disabled while a rejected config is checked");
     }
     opened(|plugin| (plugin.open)())
 }
 
-/// Makes this process read repositories from a cache's folder alone, whatever the environment says, so that tests depend
-/// on neither.
+/// Makes this process read repositories from a cache folder only, so that tests depend on neither network nor
+/// environment.
 ///
 /// # Errors
-/// Where the Hub is open already, or this program was built without access to it.
+/// Fails if the Hub is already open with another cache, or if this program was built without access to it.
 pub fn use_cache(folder: &Path) -> Result<()> {
     let hub = opened(|plugin| (plugin.open_cache)(folder))?;
     if hub.about().cache != folder {
-        bail!("the Hub is open already, with the cache {}", hub.about().cache.display());
+        bail!("the Hub is already open, with the cache {}", hub.about().cache.display());
     }
     Ok(())
 }
@@ -226,7 +229,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_of_commits() {
+    fn commit_messages_are_split_after_the_first_line() {
         let message = |summary: &str, description: &str| CommitMessage {
             summary: summary.to_owned(),
             description: description.to_owned(),
@@ -236,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_repositories() {
+    fn repository_names_are_parsed_and_malformed_ones_rejected() {
         let parse = |name| Repo::parse(RepoKind::Model, name).map(|repo| (repo.id, repo.revision));
         let repo = |id: &str, revision: &str| Some((id.to_owned(), revision.to_owned()));
         assert_eq!(parse("EleutherAI/pythia-70m-deduped"), repo("EleutherAI/pythia-70m-deduped", "main"));

@@ -6,15 +6,15 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use anyhow::{Result, bail};
 
-/// The error of an operation that stopped because the process was asked to end.
+/// Error of an operation that stopped because the process was asked to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("interrupted")]
 pub struct Interrupted;
 
-/// The last signal that this process received, 0 for none. For long operations outside a run.
+/// Last signal that this process received; 0 for none. Used by long operations outside a run.
 static ASKED: AtomicU8 = AtomicU8::new(0);
 
-/// Whether this process was asked to end.
+/// Returns true if this process was asked to end.
 pub fn asked() -> bool {
     ASKED.load(Ordering::Relaxed) != 0
 }
@@ -35,15 +35,15 @@ pub fn forget() {
 /// How the program responds to a request to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Response {
-    /// Let the run stop after its current step.
+    /// The run stops after its current step.
     AfterThisStep,
-    /// End the process: everything is saved.
+    /// The process ends: everything is saved.
     NothingToLose,
-    /// End the process: this is the second request.
+    /// The process ends: this is the second request.
     AtOnce,
 }
 
-/// Whether the user asked a run to end.
+/// A user's request to end one run.
 #[derive(Debug, Default)]
 pub struct Interrupt {
     asked: AtomicU8,
@@ -51,7 +51,7 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Asks the run to end, because of a signal of that number.
+    /// Asks the run to end because of this signal.
     pub fn ask(&self, signal: u8) -> Response {
         ASKED.store(signal, Ordering::Relaxed);
         let again = self.asked.swap(signal, Ordering::SeqCst) != 0;
@@ -62,13 +62,14 @@ impl Interrupt {
         }
     }
 
-    /// Whether it was asked to end.
+    /// Returns true if the run was asked to end.
     pub fn asked(&self) -> bool {
-        // Sequentially consistent with `nothing_to_lose`: a caller of both sees the signal, or the signal ends the process.
+        // Sequentially consistent with `nothing_to_lose`: a caller of both sees the signal, or the signal ends the
+        // process.
         self.asked.load(Ordering::SeqCst) != 0
     }
 
-    /// The exit status of a command that ended because of a signal: 128 plus its number, as in shells; 130 for SIGINT.
+    /// Returns the exit status of a command that a signal ended: 128 plus the signal, as in shells (130 for SIGINT).
     pub fn status(&self) -> u8 {
         status(self.asked.load(Ordering::Relaxed))
     }
@@ -79,7 +80,7 @@ impl Interrupt {
     }
 }
 
-/// The exit status of a process that a signal of that number ended.
+/// Returns the exit status of a process that this signal ended.
 pub fn status(signal: u8) -> u8 {
     128 + signal
 }

@@ -1,4 +1,4 @@
-//! What a plugin brings into scope: `use dictlearn_core::prelude::*;`.
+//! Everything a plugin needs in scope: `use dictlearn_core::prelude::*;`.
 
 pub use anyhow::{Context, Result, bail};
 pub use inventory;

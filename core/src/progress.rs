@@ -5,39 +5,39 @@ use std::time::Instant;
 
 use serde_json::{Map, Value};
 
-/// What is counted.
+/// A task whose progress is counted.
 #[derive(Debug, Clone)]
 pub struct Task {
-    /// What one of them is (`steps`), or the file whose bytes are counted.
+    /// Unit of the count (`steps`), or the file whose bytes are counted.
     pub unit: String,
-    /// How many are done already.
+    /// Items done at the start.
     pub first: u64,
-    /// How many there are, if that is known.
+    /// Items in total, if known.
     pub last: Option<u64>,
-    /// Whether bytes are counted.
+    /// True if bytes are counted.
     pub bytes: bool,
 }
 
 /// Displays the progress of one task.
 pub trait Meter: Send {
-    /// `done` items are finished. `message` is empty or begins with `, `; display it after the count.
+    /// Displays that `done` items are finished. `message` follows the count; it is empty or begins with `, `.
     fn update(&mut self, done: u64, message: &str);
 
-    /// The task has ended.
+    /// Ends the display.
     fn finish(&self) {}
 }
 
-/// Creates the [`Meter`] of a task.
+/// Function that creates the [`Meter`] of a task.
 pub type ShowWith = fn(&Task) -> Box<dyn Meter>;
 
 static SHOW_WITH: OnceLock<ShowWith> = OnceLock::new();
 
-/// Installs the display for every later task of this process. Only the first call has an effect.
+/// Installs the display for all later tasks of this process. Only the first call has an effect.
 pub fn show_with(meter: ShowWith) {
     let _ = SHOW_WITH.set(meter);
 }
 
-/// Progress through something that is counted.
+/// Progress of one task.
 pub struct Progress {
     meter: Option<Box<dyn Meter>>,
     started: Instant,
@@ -46,17 +46,17 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Progress of a run from one step to another.
+    /// Starts the progress of a run from step `first` to `last`.
     pub fn of_steps(first: u64, last: u64) -> Self {
         Progress::new(Task { unit: "steps".to_owned(), first, last: Some(last), bytes: false })
     }
 
-    /// Progress of fetching a file of `last` bytes, of which `first` are there already.
+    /// Starts the progress of downloading a file of `last` bytes, `first` of which are already there.
     pub fn of_bytes(file: &str, first: u64, last: u64) -> Self {
         Progress::new(Task { unit: file.to_owned(), first, last: Some(last), bytes: true })
     }
 
-    /// Progress of something that ends at `last`, if that is known.
+    /// Starts the progress of a task from 0 to `last`, if known.
     pub fn counting(unit: &'static str, last: Option<u64>) -> Self {
         Progress::new(Task { unit: unit.to_owned(), first: 0, last, bytes: false })
     }
@@ -66,7 +66,7 @@ impl Progress {
         Progress { meter, started: Instant::now(), activations: 0, figures: String::new() }
     }
 
-    /// Takes the figures of one logged step, one row for each SAE.
+    /// Sets the figures to display: those of one logged step, one row for each SAE.
     pub fn figures(&mut self, rows: &[Map<String, Value>]) {
         let one = |row: &Map<String, Value>| {
             let figure = |key: &str| row.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
@@ -78,7 +78,7 @@ impl Progress {
                 100.0 * figure("frac_variance_explained"),
             )
         };
-        // More SAEs than fit a line are in the log; the line shows the first and the number.
+        // A line has room for a few SAEs; the log has all of them.
         const SHOWN: usize = 3;
         self.figures = rows.iter().take(SHOWN).map(one).collect::<Vec<_>>().join(" | ");
         if rows.len() > SHOWN {

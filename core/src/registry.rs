@@ -1,7 +1,7 @@
 //! The registry: every component that a config can name.
 //!
-//! [`component`](macro@crate::component) submits an entry for each. `dictlearn list`, `describe` and `schema`, the "did you
-//! mean" of an error and the contract test read this entry and nothing else.
+//! [`component`](macro@crate::component) submits one entry per component. `dictlearn list`, `describe` and `schema`,
+//! the "did you mean" of errors and the contract test read only this entry.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,7 +9,7 @@ use std::fmt;
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
-/// What a component is, and so which slot of a config names it.
+/// Kind of a component, which decides where a config can name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ComponentKind {
@@ -17,17 +17,17 @@ pub enum ComponentKind {
     Dictionary,
     /// Trains a dictionary: its loss, schedules and constraints.
     Trainer,
-    /// Changes what any trainer does: penalties, edits of gradients, resampling.
+    /// Changes what a trainer does: a penalty, an edit of gradients, resampling.
     Modifier,
-    /// Where activations come from.
+    /// Provides activations.
     Source,
-    /// Where a language model's text comes from.
+    /// Provides text for a language model.
     Text,
     /// A family of language models, named by `model_type` in a model's config.json.
     Model,
     /// Measures a trained dictionary.
     Metric,
-    /// Where the figures of a run go.
+    /// Records the figures of a run.
     Logger,
     /// A file format to import from and export to.
     Format,
@@ -47,7 +47,7 @@ impl ComponentKind {
         ComponentKind::Format,
     ];
 
-    /// The name in a command (`dictlearn describe trainer top_k`) and in messages.
+    /// Returns the name used in commands (`dictlearn describe trainer top_k`) and messages.
     pub fn name(self) -> &'static str {
         match self {
             ComponentKind::Dictionary => "dictionary",
@@ -62,7 +62,7 @@ impl ComponentKind {
         }
     }
 
-    /// The plural (`dictlearn list trainers`).
+    /// Returns the plural (`dictlearn list trainers`).
     pub fn plural(self) -> &'static str {
         match self {
             ComponentKind::Dictionary => "dictionaries",
@@ -77,7 +77,7 @@ impl ComponentKind {
         }
     }
 
-    /// The kind that a user means by `trainer` or `trainers`.
+    /// Parses a name, singular or plural: `trainer` or `trainers`.
     pub fn parse(name: &str) -> Option<ComponentKind> {
         ComponentKind::ALL.into_iter().find(|kind| name == kind.name() || name == kind.plural())
     }
@@ -89,50 +89,50 @@ impl fmt::Display for ComponentKind {
     }
 }
 
-/// One registered component, as [`component`](macro@crate::component) declares it.
+/// A registered component, declared with [`component`](macro@crate::component).
 pub struct Component {
-    /// What it is.
+    /// Its kind.
     pub kind: ComponentKind,
-    /// Its name in a config: the value of `type`.
+    /// Name in a config: the value of `type`.
     pub name: &'static str,
-    /// One line for `dictlearn list`.
+    /// One-line summary for `dictlearn list`.
     pub summary: &'static str,
-    /// Where it is from: authors, year and address of the paper; empty where there is none.
+    /// Authors, year and URL of the paper; empty if there is none.
     pub paper: &'static str,
-    /// YAML of the component alone, with the fields that a first user sets, that runs as it stands; of a format, a command;
-    /// of a model, the fields of a small config.json that Llama's does not have (empty where there are none).
+    /// YAML of the component that runs unchanged, with the fields that a new user sets. For a format, a command. For a
+    /// model, the fields of a small config.json that Llama's does not have (may be empty).
     pub example: &'static str,
-    /// For a trainer: the name of the dictionary that it trains unless told otherwise.
+    /// For a trainer: the dictionary that it trains by default.
     pub default_dictionary: Option<&'static str>,
-    /// Whether a config that names no component of its kind gets this one, with its defaults (loggers; metrics, in
-    /// `dictlearn eval`), and whether it stands in the examples of others (sources, trainers).
+    /// True for a default component: used where a config names none of its kind (loggers; metrics in `dictlearn eval`),
+    /// or in the examples of other components (sources, trainers).
     pub default: bool,
-    /// For a trainer: settings for a short run; its defaults are the reference's, for long ones.
+    /// For a trainer: settings for a short run. Its defaults are the reference's, for long runs.
     pub short_run: Option<ShortRun>,
-    /// JSON Schema of its config, without `type`.
+    /// Returns the JSON Schema of its config, without `type`.
     pub schema: fn() -> schemars::Schema,
 }
 
 inventory::collect!(Component);
 
-/// Settings with which a method gives a sensible SAE in a short run: [`ShortRun::STEPS`] steps of
-/// [`ShortRun::BATCH`] activations of the bundled model. configs/short-runs.yaml trains all of them.
+/// Settings that give a sensible SAE in a short run: [`ShortRun::STEPS`] steps of [`ShortRun::BATCH`] activations of
+/// the bundled model. configs/short-runs.yaml trains all of them.
 #[derive(Debug, Clone, Copy)]
 pub struct ShortRun {
     /// YAML of an SAE's `dictionary` and `trainer`.
     pub settings: &'static str,
-    /// What they gave on text that was not trained on.
+    /// Result measured on held-out text.
     pub measured: &'static str,
 }
 
 impl ShortRun {
-    /// Steps of a short run.
+    /// Number of steps.
     pub const STEPS: u64 = 1500;
-    /// Activations in a batch of a short run.
+    /// Activations per batch.
     pub const BATCH: i64 = 1024;
 }
 
-/// The components of one kind, sorted by name.
+/// Returns the components of a kind, sorted by name.
 pub fn components(kind: ComponentKind) -> Vec<&'static Component> {
     let mut found: Vec<_> =
         inventory::iter::<Component>.into_iter().filter(|component| component.kind == kind).collect();
@@ -140,22 +140,22 @@ pub fn components(kind: ComponentKind) -> Vec<&'static Component> {
     found
 }
 
-/// The component of that kind and name.
+/// Returns the component of this kind and name.
 pub fn find(kind: ComponentKind, name: &str) -> Option<&'static Component> {
     inventory::iter::<Component>.into_iter().find(|component| component.kind == kind && component.name == name)
 }
 
-/// The names of a kind, sorted.
+/// Returns the names of a kind's components, sorted.
 pub fn names(kind: ComponentKind) -> Vec<&'static str> {
     components(kind).into_iter().map(|component| component.name).collect()
 }
 
-/// The names of a kind that a config gets which names none.
+/// Returns the names of a kind's default components ([`Component::default`]).
 pub fn defaults(kind: ComponentKind) -> impl Iterator<Item = &'static str> {
     components(kind).into_iter().filter(|component| component.default).map(|component| component.name)
 }
 
-/// Refuses to start when two plugins registered the same name: which one a config means would depend on link order.
+/// Fails if two plugins register the same name: link order would decide which one a config means.
 pub fn check() -> Result<()> {
     let mut seen = BTreeMap::new();
     for component in inventory::iter::<Component> {
@@ -194,7 +194,7 @@ mod tests {
     inventory::submit! { named("twice") }
 
     #[test]
-    fn a_name_that_two_plugins_register_is_refused_at_the_start() {
+    fn registering_a_name_twice_is_an_error() {
         let error = check().unwrap_err().to_string();
         assert!(error.contains("two plugins register the format `twice`"), "{error}");
     }

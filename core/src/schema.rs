@@ -1,6 +1,6 @@
-//! JSON Schemas of values that a config writes in forms of their own.
+//! JSON Schemas of values with a custom form in a config.
 
-/// Implements `JsonSchema` for a type by the JSON of its schema, which is written in place of the type's name.
+/// Implements `JsonSchema` for a type from literal JSON. The schema is inlined wherever the type is used.
 #[macro_export]
 macro_rules! inline_schema {
     ($of:ident, $($json:tt)+) => {

@@ -1,6 +1,6 @@
 //! Suggestions for misspelt names.
 
-/// The known name that `found` is most likely a misspelling of, if any is near.
+/// Returns the known name that is nearest to `found`; `None` if none is near. Ignores case, hyphens and underscores.
 pub fn nearest<'a>(found: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let plain = |name: &str| name.to_lowercase().replace(['-', ' '], "_");
     let squeezed = |name: &str| plain(name).replace('_', "");
@@ -21,7 +21,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_name_forgives_underscores_and_slips() {
+    fn nearest_ignores_case_and_underscores_and_tolerates_typos() {
         let known = ["top_k", "batch_top_k", "standard"];
         for (found, near) in
             [("topk", Some("top_k")), ("TopK", Some("top_k")), ("standart", Some("standard")), ("x", None)]

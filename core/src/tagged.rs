@@ -1,8 +1,7 @@
-//! What [`component`](macro@crate::component) declares: the config traits as objects that YAML names by `type`, and their
-//! JSON Schema, for which the registry is asked.
+//! Tagged traits: config traits as objects that YAML names by `type`, with a JSON Schema built from the registry.
 //!
-//! Authors implement the plain traits (`DictionaryConfig`); the attribute implements the tagged ones, which a config holds
-//! in boxes.
+//! Authors implement the plain traits (`DictionaryConfig`). [`component`](macro@crate::component) implements the tagged
+//! ones, which a config holds in boxes.
 
 use std::cell::RefCell;
 
@@ -11,12 +10,12 @@ use serde_json::{Map, Value, json};
 
 use crate::registry::{ComponentKind, components};
 
-/// One of the components of a kind, told apart by `type`.
+/// Returns the schema of any component of a kind, distinguished by `type`.
 pub(crate) fn one_of(kind: ComponentKind, generator: &mut SchemaGenerator) -> Schema {
     thread_local! {
         static OPEN: RefCell<Vec<ComponentKind>> = const { RefCell::new(Vec::new()) };
     }
-    // A component may hold others of its kind. What stands here then is a reference to the definition that is being made.
+    // A component may hold others of its kind; the generator then refers to the definition that is under way.
     if OPEN.with_borrow(|open| open.contains(&kind)) {
         return json_schema!({});
     }
@@ -32,7 +31,7 @@ fn variants(kind: ComponentKind, generator: &mut SchemaGenerator) -> Schema {
         let mut schema: Map<String, Value> = (component.schema)().to_value().as_object().cloned().unwrap_or_default();
         schema.remove("$schema");
         schema.remove("title");
-        // A component's own definitions move to the config's, where `#/$defs/` finds them.
+        // `#/$defs/` refers to the config's definitions, so a component's move there.
         if let Some(Value::Object(defs)) = schema.remove("$defs") {
             generator.definitions_mut().extend(defs);
         }
@@ -51,8 +50,8 @@ fn variants(kind: ComponentKind, generator: &mut SchemaGenerator) -> Schema {
     json_schema!({"oneOf": variants})
 }
 
-/// The tagged trait of a kind: its config trait as an object that YAML names by `type`, with the JSON Schema of one of the
-/// registered components.
+/// Defines the tagged trait of a kind: its config trait as an object that YAML names by `type`, with the JSON Schema of
+/// the registered components.
 macro_rules! tagged {
     ($(#[$doc:meta])* $tagged:ident: $config:ident => $kind:ident { $($method:tt)* }) => {
         $(#[$doc])*

@@ -5,7 +5,7 @@ use dictlearn_fuzz::{limit_memory, tokenizer};
 
 fn begin() {
     limit_memory();
-    // libFuzzer's hook ends the process at any panic, and those of the tokenizers crate are caught by the reader.
+    // libFuzzer's panic hook aborts the process, but the reader catches panics of the tokenizers crate.
     drop(std::panic::take_hook());
 }
 

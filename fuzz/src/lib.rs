@@ -1,8 +1,8 @@
-//! What is fuzzed: each reader of files as a function of a file's bytes, which says whether they were read.
+//! Fuzz targets: each file reader as a function of a file's bytes, which returns true if they were read.
 //!
-//! cargo-fuzz calls these functions from `fuzz_targets`, and `tests/it/fuzz.rs`, which includes this file, on a stable
-//! toolchain. A reader may refuse a file, as the user's mistake; it may not panic, overflow the stack, or take more memory
-//! than [`limit_memory`] leaves.
+//! cargo-fuzz calls these functions from `fuzz_targets`. `tests/it/fuzz.rs` includes this file and calls them on a
+//! stable toolchain. A reader may refuse a file with an [`InputError`]. It must not panic, overflow the stack, or take
+//! more memory than [`limit_memory`] allows.
 
 use std::fs;
 use std::io::{Cursor, Write};
@@ -23,7 +23,7 @@ use tempfile::TempDir;
 /// A reader, as a function of a file's bytes.
 pub type Target = fn(&[u8]) -> bool;
 
-/// Every target by its name, which is also that of its folder in `corpus`.
+/// Every target by name; its folder in `corpus` has the same name.
 pub const TARGETS: [(&str, Target); 7] = [
     ("config", config),
     ("safetensors", safetensors),
@@ -34,22 +34,22 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("manifest", manifest),
 ];
 
-/// A file of the fixtures' folder of activations.
+/// A file of the fixture folder of activations.
 macro_rules! shard {
     ($name:literal) => {
         ($name, include_bytes!(concat!("../../tests/fixtures/activations/", $name)))
     };
 }
 
-/// Memory that a run may take beside what it has when it begins.
+/// Bytes that a run may allocate beyond its memory at the start.
 const MEMORY: u64 = 2 << 30;
 
-/// A config, with every plugin's fields.
+/// Reads a config, with every plugin's fields.
 pub fn config(data: &[u8]) -> bool {
     read("config.yaml", data, |file| Ok(config::load(&Sources { file, ..Sources::default() })?))
 }
 
-/// A safetensors file: its header, and all that can be asked of its tensors.
+/// Reads a safetensors file: its header and its tensors, whole and by rows.
 pub fn safetensors(data: &[u8]) -> bool {
     read("tensors.safetensors", data, |file| {
         let file = TensorFile::open(&file)?;
@@ -62,17 +62,17 @@ pub fn safetensors(data: &[u8]) -> bool {
     })
 }
 
-/// One array of NumPy's.
+/// Reads a NumPy array.
 pub fn npy(data: &[u8]) -> bool {
     read("array.npy", data, |file| read_npy(&file))
 }
 
-/// A zip archive of arrays.
+/// Reads a zip archive of NumPy arrays.
 pub fn npz(data: &[u8]) -> bool {
     read("arrays.npz", data, |file| Npz::open(&file)?.arrays())
 }
 
-/// A file of `torch.save`, or the pickle of one that has a storage of 256 bytes.
+/// Reads a file of `torch.save`, or the pickle of one with a storage of 256 bytes.
 pub fn pickle(data: &[u8]) -> bool {
     if data.starts_with(b"PK") {
         return accepted(torch_file::read_bytes("weights.pt", data));
@@ -86,7 +86,7 @@ pub fn pickle(data: &[u8]) -> bool {
     accepted(torch_file::read_bytes("weights.pt", &archive))
 }
 
-/// The tokenizer.json of a model, which then reads a few words.
+/// Reads the tokenizer.json of a model and tokenises a few words.
 pub fn tokenizer(data: &[u8]) -> bool {
     const MODEL: [(&str, &[u8]); 3] = [
         ("config.json", include_bytes!("../../tests/fixtures/models/gpt_neox/config.json")),
@@ -107,13 +107,13 @@ pub fn tokenizer(data: &[u8]) -> bool {
     })
 }
 
-/// The manifest of a folder of activations, which is then read. Of the shards there are those that it names.
+/// Reads the manifest of an activation cache, then a batch. The folder has the shards that the manifest names.
 pub fn manifest(data: &[u8]) -> bool {
     const SHARDS: [(&str, &[u8]); 4] = [
         shard!("activations-00000.safetensors"),
         shard!("activations-00001.safetensors"),
         shard!("activations-00002.safetensors"),
-        // A tensor of many rows and no columns, as long as it says.
+        // A valid tensor with very many rows and no columns.
         ("endless.safetensors", include_bytes!("../corpus/safetensors/endless.safetensors")),
     ];
     let text = String::from_utf8_lossy(data);
@@ -123,7 +123,7 @@ pub fn manifest(data: &[u8]) -> bool {
     })
 }
 
-/// Lets this process have so much memory more, so that what asks for more fails here and nowhere else.
+/// Limits this process to [`MEMORY`] more bytes, so that excessive allocations fail without affecting other processes.
 pub fn limit_memory() {
     #[cfg(target_os = "linux")]
     {
@@ -136,7 +136,7 @@ pub fn limit_memory() {
     }
 }
 
-/// Writes bytes to a file of that name in a folder of its own and has it read.
+/// Writes bytes to a file of this name in a temporary folder and reads it.
 fn read<T>(name: &str, data: &[u8], reader: impl FnOnce(PathBuf) -> Result<T>) -> bool {
     let dir = TempDir::new().expect("a temporary folder");
     let file = dir.path().join(name);
@@ -144,16 +144,16 @@ fn read<T>(name: &str, data: &[u8], reader: impl FnOnce(PathBuf) -> Result<T>) -
     accepted(reader(file))
 }
 
-/// Whether a file was read. If not, then as the user's mistake.
+/// Returns true if a file was read. Panics if it was refused with anything but an [`InputError`].
 fn accepted<T>(result: Result<T>) -> bool {
     let Err(error) = result else { return true };
     if let Err(other) = InputError::take(error) {
-        panic!("refused otherwise than as the user's mistake: {other:?}");
+        panic!("refused with an error that is not an InputError: {other:?}");
     }
     false
 }
 
-/// Writes files beside another; their folder.
+/// Writes files next to `file` and returns their folder.
 fn beside<'a>(file: &Path, files: impl Iterator<Item = &'a (&'static str, &'static [u8])>) -> &Path {
     let folder = file.parent().expect("a file in a folder");
     for (name, bytes) in files {
@@ -162,7 +162,7 @@ fn beside<'a>(file: &Path, files: impl Iterator<Item = &'a (&'static str, &'stat
     folder
 }
 
-/// Builds a source and takes its first batch.
+/// Builds a source and reads its first batch.
 fn first_batch(yaml: &str) -> Result<()> {
     let config: Box<dyn TaggedSource> = dictlearn_core::files::from_yaml(yaml)?;
     let cx = SourceCx::default();

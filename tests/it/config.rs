@@ -411,7 +411,7 @@ fn wrong_configs() {
         }
         let shown = shown.replace(&fixtures.display().to_string(), "MODEL");
         // The tester's machine may have one.
-        let none = "this machine (or this libtorch) has no GPU; `device: auto` takes what there is";
+        let none = "this machine (or this libtorch) has no GPU; `device: auto` uses the best available";
         let shown = shown.replace("this machine has one GPU, cuda:0", none);
         // What an editor says beforehand, of files that are wrong by themselves.
         let seen = match serde_yaml::from_str::<serde_json::Value>(yaml) {

@@ -588,13 +588,13 @@ fn what_is_not_implemented_is_refused_by_name() {
     for (case, key, value, expected) in [
         ("llama", "rope_scaling", json!({"rope_type": "yarn", "factor": 2.0}), "yarn"),
         ("llama", "rope_parameters", json!({"rope_type": "lama3", "factor": 2.0}), "did you mean `llama3`?"),
-        ("llama", "rope_parameters", json!({"factor": 2.0}), "has `factor`, and no `rope_type`"),
+        ("llama", "rope_parameters", json!({"factor": 2.0}), "has `factor` but no `rope_type`"),
         ("llama", "rope_parameters", json!({"full_atention": {}}), "did you mean `full_attention`?"),
         (
             "llama",
             "rope_parameters",
             json!({"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 2e4}}),
-            "differs between types of layers",
+            "differs between layer types",
         ),
         ("llama", "rope_parameters", json!([1e4]), "`rope_parameters` is [10000.0], not a map"),
         ("llama", "rope_scaling", json!({"type": "linear"}), "has no number `factor`"),
@@ -610,11 +610,11 @@ fn what_is_not_implemented_is_refused_by_name() {
         ("qwen3", "layer_types", json!(["full_attention", "linear_attention", "x"]), "linear_attention"),
         ("gemma3_text", "use_bidirectional_attention", true.into(), "use_bidirectional_attention"),
         ("mistral", "rope_theta", (-1.0).into(), "not positive"),
-        ("phi3", "num_hidden_layers", 2.into(), "has no place for: `model.layers.2."),
+        ("phi3", "num_hidden_layers", 2.into(), "does not describe: `model.layers.2."),
         ("phi3", "num_hidden_layers", 4.into(), "no tensor `model.layers.3."),
         ("olmo2", "intermediate_size", 64.into(), "shape [72, 32], but config.json says [64, 32]"),
         ("gemma", "hidden_size", 0.into(), "is 0"),
-        ("gemma2", "vocab_size", "many".into(), "`vocab_size` is \"many\", and integer is expected"),
+        ("gemma2", "vocab_size", "many".into(), "`vocab_size` is \"many\", expected integer"),
     ] {
         let message = refused(case, &|config| config[key] = value.clone());
         assert!(message.contains(expected), "{case} {key}: {message}");

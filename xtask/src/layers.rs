@@ -1,5 +1,5 @@
-//! Checks what ARCHITECTURE.md promises of imports: no circle between the files of a crate, core names no plugin, a plugin depends on
-//! no other plugin, rooms of core import only from rooms below, and nothing but the command line prints.
+//! Checks the layers of ARCHITECTURE.md: no import cycle between the files of a crate, core names no plugin, no plugin
+//! depends on another, rooms of core import only from lower rooms, and only the command line prints.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -8,10 +8,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use syn::visit::Visit;
 
-/// Core's rooms, lowest first; what is not listed lies below them all.
+/// Core's rooms, lowest first; unlisted modules are below them all.
 const ROOMS: [&str; 8] = ["machine", "files", "lm", "data", "sae", "train", "report", "formats"];
 
-/// Fails where an import breaks a promise, and says which.
+/// Fails if an import breaks a layer, and lists all that do.
 pub fn check(root: &Path, metadata: &Value) -> Result<()> {
     let mut broken = dependencies(metadata)?;
     let core = Crate::read(&root.join("core/src"))?;
@@ -30,11 +30,11 @@ pub fn check(root: &Path, metadata: &Value) -> Result<()> {
             broken.extend(prints(&parsed).into_iter().map(|name| format!("{} prints: {name}!", file.display())));
         }
     }
-    ensure!(broken.is_empty(), "imports break what ARCHITECTURE.md promises:\n  {}", broken.join("\n  "));
+    ensure!(broken.is_empty(), "imports break the layers of ARCHITECTURE.md:\n  {}", broken.join("\n  "));
     Ok(())
 }
 
-/// Core depends on no plugin, and no plugin on another or on the application.
+/// Lists dependencies of core on plugins, and of plugins on other plugins or the application.
 fn dependencies(metadata: &Value) -> Result<Vec<String>> {
     let packages = metadata["packages"].as_array().context("cargo metadata lists no packages")?;
     let mut broken = Vec::new();
@@ -57,7 +57,7 @@ fn text<'a>(value: &'a Value, key: &str) -> Result<&'a str> {
     value[key].as_str().with_context(|| format!("cargo metadata has no `{key}`"))
 }
 
-/// Files of core that have a plugin's crate name in them, comments included.
+/// Lists files of core that mention a plugin's crate name, also in comments.
 fn named_plugins(root: &Path, plugins: &[PathBuf]) -> Result<Vec<String>> {
     let names: Vec<String> = plugins
         .iter()
@@ -78,7 +78,7 @@ fn parsed(path: &Path) -> Result<syn::File> {
     syn::parse_file(&std::fs::read_to_string(path)?).with_context(|| format!("cannot parse {}", path.display()))
 }
 
-/// The macros that a file prints with, outside its tests.
+/// Lists the printing macros of a file outside its tests.
 fn prints(file: &syn::File) -> Vec<String> {
     struct Prints(Vec<String>);
     impl Visit<'_> for Prints {
@@ -107,16 +107,16 @@ fn rust_files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The path of a module from its crate's root.
+/// Path of a module from its crate's root.
 type Module = Vec<String>;
 
-/// The modules of a crate, each a file, and the paths of its own that each imports.
+/// Modules of a crate (one per file), and the paths in the crate that each imports.
 #[derive(Default)]
 struct Crate {
     imports: BTreeMap<Module, BTreeSet<Vec<String>>>,
-    /// What a module offers under a name that another module of its own folder defines.
+    /// Re-exports of each module: name and defining module.
     reexports: BTreeMap<Module, BTreeMap<String, Module>>,
-    /// What each module defines.
+    /// Names that each module defines.
     items: BTreeMap<Module, BTreeSet<String>>,
 }
 
@@ -172,7 +172,7 @@ impl Crate {
         self.reexports.insert(module, reexports);
     }
 
-    /// The module that a path leads to, through re-exports.
+    /// Returns the module that defines a path, following re-exports.
     fn resolve(&self, path: &[String]) -> Option<Module> {
         let module =
             (0..=path.len()).rev().map(|length| &path[..length]).find(|part| self.items.contains_key(*part))?;
@@ -183,7 +183,7 @@ impl Crate {
         if let Some(from) = self.reexports[module].get(name).filter(|from| from.as_slice() != module) {
             return self.resolve(&[from.as_slice(), std::slice::from_ref(name)].concat());
         }
-        // A glob: one of its modules defines it.
+        // A glob import: a module that it covers defines the name.
         let globs = self.reexports[module].get("*").into_iter();
         let children = self.items.keys().filter(|child| child.len() == module.len() + 1 && child.starts_with(module));
         let mut all = globs.chain(children);
@@ -200,7 +200,7 @@ impl Crate {
         edges.collect()
     }
 
-    /// Circles between files: each as the modules on it.
+    /// Lists import cycles between files.
     fn circles(&self) -> Vec<String> {
         let edges = self.edges();
         let mut circles = BTreeSet::new();
@@ -209,10 +209,10 @@ impl Crate {
                 circles.insert(circle);
             }
         }
-        circles.into_iter().map(|circle| format!("circle of files: {circle}")).collect()
+        circles.into_iter().map(|circle| format!("import cycle: {circle}")).collect()
     }
 
-    /// Imports of core that lead from a room to one above.
+    /// Lists imports of core from a room above.
     fn upward(&self) -> Vec<String> {
         let floor = |module: &[String]| {
             module.first().and_then(|room| ROOMS.iter().position(|known| known == room)).map_or(0, |floor| floor + 1)
@@ -226,7 +226,7 @@ impl Crate {
     }
 }
 
-/// The shortest way from a module back to itself.
+/// Returns the shortest import cycle through a module; `None` unless the module is the first of the cycle.
 fn way(edges: &BTreeMap<&Module, BTreeSet<Module>>, start: &Module) -> Option<String> {
     let mut before: BTreeMap<&Module, &Module> = BTreeMap::new();
     let mut queue = std::collections::VecDeque::from([start]);
@@ -237,7 +237,7 @@ fn way(edges: &BTreeMap<&Module, BTreeSet<Module>>, start: &Module) -> Option<St
                 while let Some(earlier) = before.get(circle[circle.len() - 1]) {
                     circle.push(earlier);
                 }
-                // Each circle once, from its first module.
+                // Report each cycle once, from its first module.
                 return circle.iter().all(|module| *start <= **module).then(|| {
                     let names: Vec<String> = circle.iter().rev().map(|module| module.join("::")).collect();
                     format!("{} -> {}", names.join(" -> "), start.join("::"))
@@ -260,7 +260,7 @@ fn is_test(item: &syn::Item) -> bool {
     })
 }
 
-/// The paths of a module's own crate in its code.
+/// Collects the paths in a module's code that refer to its own crate.
 struct Imports<'a> {
     module: &'a [String],
     found: BTreeSet<Vec<String>>,
@@ -268,7 +268,7 @@ struct Imports<'a> {
 
 impl Visit<'_> for Imports<'_> {
     fn visit_item_use(&mut self, item: &syn::ItemUse) {
-        // What a module passes on from its own folder is not an import.
+        // A re-export from the module's own folder is not an import.
         let own = !matches!(item.vis, syn::Visibility::Inherited);
         for path in leaves(&item.tree) {
             if let Some(path) = absolute(self.module, path).filter(|path| !own || !path.starts_with(self.module)) {
@@ -284,7 +284,7 @@ impl Visit<'_> for Imports<'_> {
     }
 
     fn visit_macro(&mut self, call: &syn::Macro) {
-        // Tokens are not parsed: `crate :: a :: b`.
+        // Macro tokens are not parsed; a path is `crate :: a :: b`.
         let text = call.tokens.to_string().replace(' ', "");
         for part in text.split("crate::").skip(1) {
             let path: String = part.chars().take_while(|c| c.is_alphanumeric() || "_:".contains(*c)).collect();
@@ -294,7 +294,7 @@ impl Visit<'_> for Imports<'_> {
     }
 }
 
-/// A path from the crate's root, if it begins with `crate`, `super` or `self`.
+/// Returns a path from the crate's root if it begins with `crate`, `super` or `self`.
 fn absolute(module: &[String], path: Vec<String>) -> Option<Vec<String>> {
     match path.first()?.as_str() {
         "crate" => Some(path[1..].to_vec()),
@@ -307,7 +307,7 @@ fn absolute(module: &[String], path: Vec<String>) -> Option<Vec<String>> {
     }
 }
 
-/// The paths that a `use` brings in.
+/// Returns the paths that a `use` imports.
 fn leaves(tree: &syn::UseTree) -> Vec<Vec<String>> {
     let under = |name: String, below: Vec<Vec<String>>| {
         below.into_iter().map(|path| std::iter::once(name.clone()).chain(path).collect()).collect()
@@ -340,13 +340,13 @@ mod tests {
     }
 
     #[test]
-    fn a_circle_of_files_is_found_through_flat_reexports() {
+    fn an_import_cycle_is_found_through_flat_reexports() {
         let room = ("sae", "mod a; mod b; pub use a::*; pub use b::*;");
         let down = [("", ""), room, ("sae::a", "pub struct A;"), ("sae::b", "use super::a::A; pub struct B(A);")];
         assert_eq!(crate_of(&down).circles(), Vec::<String>::new());
         let circle = [("", ""), room, ("sae::a", "pub struct A(crate::sae::B);"), down[3]];
-        assert_eq!(crate_of(&circle).circles(), ["circle of files: sae::a -> sae::b -> sae::a"]);
-        // A test may use what lies above.
+        assert_eq!(crate_of(&circle).circles(), ["import cycle: sae::a -> sae::b -> sae::a"]);
+        // Tests may import from above.
         let test = [("", ""), room, ("sae::a", "pub struct A; #[cfg(test)] mod tests { use crate::sae::B; }"), down[3]];
         assert_eq!(crate_of(&test).circles(), Vec::<String>::new());
     }

@@ -1,7 +1,7 @@
-//! Finds a libtorch or fetches one, and writes `.cargo/libtorch.toml`, by which cargo finds it ever after.
+//! Finds or downloads libtorch, and writes `.cargo/libtorch.toml`, which tells cargo where it is.
 //!
-//! It comes from PyPI's torch wheel, which pip downloads and checks by its hash. Without a GPU only the parts that run
-//! on a CPU are kept. What is unpacked lies beside its place until it is whole, then it is renamed.
+//! libtorch comes from PyPI's torch wheel; pip downloads it and checks its hash. Without a GPU, only the CPU parts are
+//! kept. Files are unpacked into a temporary folder, which is renamed when it is complete.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -10,17 +10,17 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// The version that tch is made for.
+/// Version that tch requires.
 const VERSION: &str = "2.11.0";
-/// What the CPU part of that wheel links to, though it calls none of it.
+/// Libraries that the wheel's CPU part links to but never calls.
 const CUDA_STUBS: [&str; 2] = ["nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85"];
-/// Variables by which a user, or `libtorch.toml`, names a libtorch.
+/// Environment variables that choose a libtorch, set by the user or by `libtorch.toml`.
 pub const VARIABLES: [&str; 3] = ["LIBTORCH", "LIBTORCH_USE_PYTORCH", "LIBTORCH_CXX11_ABI"];
 
-/// Which libtorch is wanted.
+/// Requested kind of libtorch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
-    /// With CUDA where there is an NVIDIA GPU.
+    /// With CUDA if there is an NVIDIA GPU.
     WhatTheMachineHas,
     /// Without CUDA.
     Cpu,
@@ -28,12 +28,12 @@ pub enum Wanted {
     Cuda,
 }
 
-/// The cargo that runs this program.
+/// Returns the cargo that runs this program.
 pub fn cargo_program() -> std::ffi::OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
-/// Makes sure that there is a libtorch and that cargo knows it.
+/// Ensures that there is a libtorch and that cargo finds it.
 pub fn set_up(root: &Path, wanted: Wanted) -> Result<()> {
     need_compiler()?;
     let config = root.join(".cargo/libtorch.toml");
@@ -57,12 +57,12 @@ pub fn set_up(root: &Path, wanted: Wanted) -> Result<()> {
     let text = toml(&libtorch);
     if fs::read_to_string(&config).ok().as_deref() != Some(&text) {
         fs::write(&config, text).with_context(|| format!("cannot write {}", config.display()))?;
-        eprintln!("wrote .cargo/libtorch.toml: plain `cargo build`, `run`, `test` and `bench` find libtorch now");
+        eprintln!("wrote .cargo/libtorch.toml: plain `cargo build`, `run`, `test` and `bench` now find libtorch");
     }
     Ok(())
 }
 
-/// What `.cargo/libtorch.toml` says for a libtorch.
+/// Returns the content of `.cargo/libtorch.toml` for a libtorch.
 fn toml(libtorch: &Path) -> String {
     let libtorch = libtorch.display().to_string().replace('\\', "\\\\").replace('"', "\\\"");
     format!(
@@ -77,14 +77,14 @@ fn toml(libtorch: &Path) -> String {
     )
 }
 
-/// The libtorch that a `libtorch.toml` names.
+/// Returns the libtorch that a `libtorch.toml` names.
 fn recorded(toml: &str) -> Option<PathBuf> {
     let line = toml.lines().find_map(|line| line.strip_prefix("LIBTORCH = \""))?;
     Some(PathBuf::from(line.strip_suffix('"')?))
 }
 
-/// The libtorch that the user's environment names, if it does. cargo passes on what `libtorch.toml` says, so a variable
-/// of that value is not the user's.
+/// Returns the libtorch that the user's environment names, if any. cargo also sets `LIBTORCH` from `libtorch.toml`, so
+/// a variable with that value is not the user's.
 fn users_own(recorded: Option<&Path>) -> Result<Option<PathBuf>> {
     if std::env::var_os("LIBTORCH_USE_PYTORCH").is_some() {
         let python = python()?;
@@ -103,7 +103,7 @@ fn users_own(recorded: Option<&Path>) -> Result<Option<PathBuf>> {
     }
     ensure!(
         path.join("lib").is_dir() && path.join("include").is_dir(),
-        "LIBTORCH is {}, which is no libtorch: it has no `lib` and `include`",
+        "LIBTORCH is {}, which is not a libtorch: it lacks `lib` or `include`",
         path.display()
     );
     Ok(Some(path))
@@ -117,12 +117,12 @@ fn check_version(libtorch: &Path) -> Result<()> {
     }
     bail!(
         "the libtorch at {} is version {plain}, but {VERSION} is needed; unset LIBTORCH and LIBTORCH_USE_PYTORCH to \
-         have the right one fetched, or set LIBTORCH_BYPASS_VERSION_CHECK=1 to try it all the same",
+         download it, or set LIBTORCH_BYPASS_VERSION_CHECK=1 to try this one anyway",
         libtorch.display()
     )
 }
 
-/// The version that a libtorch says of itself.
+/// Returns the version recorded in a libtorch.
 fn version(libtorch: &Path) -> Option<String> {
     if let Ok(text) = fs::read_to_string(libtorch.join("build-version")) {
         return Some(text.trim().to_owned());
@@ -148,19 +148,19 @@ fn need_compiler() -> Result<()> {
         return Ok(());
     }
     bail!(
-        "there is no C++ compiler (looked for {}): install one, on Debian and Ubuntu `apt-get install g++`, on Fedora \
-         `dnf install gcc-c++`",
+        "there is no C++ compiler (looked for {}): install one with `apt-get install g++` (Debian, Ubuntu) or \
+         `dnf install gcc-c++` (Fedora)",
         names.join(", ")
     )
 }
 
-/// A Python with pip.
+/// Returns the name of a Python program.
 fn python() -> Result<String> {
     let runs = |name: &&str| Command::new(name).arg("--version").output().is_ok_and(|out| out.status.success());
     let Some(name) = ["python3", "python"].into_iter().find(runs) else {
         bail!(
-            "there is no Python 3, which fetches libtorch: install python3 and pip, or set LIBTORCH to the folder of a \
-             libtorch {VERSION}"
+            "downloading libtorch needs Python 3, which was not found: install python3 and pip, or set LIBTORCH to the \
+             folder of a libtorch {VERSION}"
         );
     };
     Ok(name.to_owned())
@@ -171,19 +171,19 @@ fn cache_dir() -> Result<PathBuf> {
     variable("DICTLEARN_CACHE")
         .or_else(|| variable("XDG_CACHE_HOME").map(|cache| cache.join("dictlearn")))
         .or_else(|| variable("HOME").map(|home| home.join(".cache/dictlearn")))
-        .context("there is no folder to keep libtorch in: set DICTLEARN_CACHE or HOME")
+        .context("no cache folder for libtorch: set DICTLEARN_CACHE or HOME")
 }
 
-/// The libtorch in the cache, fetched if it is not there.
+/// Returns the libtorch in the cache, downloading it if it is missing.
 fn fetch(cache: &Path, cuda: bool) -> Result<PathBuf> {
     ensure!(
         cfg!(target_os = "linux"),
-        "libtorch is fetched on Linux only; install PyTorch {VERSION} and set LIBTORCH_USE_PYTORCH=1"
+        "libtorch is downloaded on Linux only; install PyTorch {VERSION} and set LIBTORCH_USE_PYTORCH=1"
     );
     let place = cache.join(format!("libtorch-{VERSION}-{}", if cuda { "cuda" } else { "cpu" }));
-    // The CUDA wheels are installed as Python would have them; libtorch is the folder of torch in there.
+    // pip installs the CUDA wheels in Python's layout, in which libtorch is the folder `torch`.
     let libtorch = if cuda { place.join("torch") } else { place.clone() };
-    fs::create_dir_all(cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let lock = File::create(cache.join("lock")).with_context(|| format!("cannot write to {}", cache.display()))?;
     lock.lock().context("cannot lock the cache")?;
     if is_whole(&libtorch) {
@@ -194,11 +194,11 @@ fn fetch(cache: &Path, cuda: bool) -> Result<PathBuf> {
     let pip = output(Command::new(&python).args(["-m", "pip", "--version"]))?;
     ensure!(
         pip.status.success(),
-        "{python} has no pip, which fetches libtorch: on Debian and Ubuntu `apt-get install python3-pip`, or set LIBTORCH"
+        "downloading libtorch needs pip, which {python} lacks: run `apt-get install python3-pip`, or set LIBTORCH"
     );
     let (size, megabytes) = if cuda { ("about 5 GB", 12_000) } else { ("about 550 MB", 1_600) };
     need_space(cache, megabytes)?;
-    eprintln!("fetching libtorch {VERSION}, {size}, into {}", place.display());
+    eprintln!("downloading libtorch {VERSION} ({size}) to {}", place.display());
     let partial = cache.join(format!("{}.partial", place.file_name().and_then(OsStr::to_str).unwrap_or("libtorch")));
     if partial.exists() {
         fs::remove_dir_all(&partial).with_context(|| format!("cannot remove {}", partial.display()))?;
@@ -211,17 +211,17 @@ fn fetch(cache: &Path, cuda: bool) -> Result<PathBuf> {
         fetch_cpu(&python, &cache.join("downloads"), &partial)?;
     }
     let whole = if cuda { partial.join("torch") } else { partial.clone() };
-    ensure!(is_whole(&whole), "the wheel of torch {VERSION} does not hold what it should: {}", whole.display());
+    ensure!(is_whole(&whole), "the wheel of torch {VERSION} lacks libraries or headers: {}", whole.display());
     fs::rename(&partial, &place).with_context(|| format!("cannot rename {}", partial.display()))?;
     let _ = fs::remove_dir_all(cache.join("downloads"));
     Ok(libtorch)
 }
 
-/// The parts of PyPI's wheel that run on a CPU: 450 MB of libraries and the headers.
+/// Downloads the CPU parts of PyPI's wheel: 450 MB of libraries, and the headers.
 fn fetch_cpu(python: &str, downloads: &Path, partial: &Path) -> Result<()> {
     let machine = std::env::consts::ARCH;
     let mut download = Command::new(python);
-    // A wheel that is here already, whole, is not fetched again: pip looks and compares hashes.
+    // pip compares hashes and does not download a complete wheel again.
     download.args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--python-version", "3.12"]);
     for glibc in ["2_28", "2_27", "2_26", "2_25", "2_24", "2_17"] {
         download.args(["--platform", &format!("manylinux_{glibc}_{machine}")]);
@@ -239,7 +239,7 @@ fn fetch_cpu(python: &str, downloads: &Path, partial: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Unpacks what is needed of the wheels in one folder into another; zipfile checks each file's checksum.
+/// Unpacks the needed files of a folder's wheels into another folder; zipfile verifies checksums.
 const UNPACK: &str = r#"
 import os, shutil, sys, zipfile
 downloads, out = sys.argv[1:]
@@ -265,12 +265,12 @@ sys.exit("missing: " + ", ".join(missing) if missing else 0)
 "#;
 
 fn pip_call(command: &mut Command) -> Result<()> {
-    // Newer versions of pip take up a broken download where it stopped.
+    // Newer versions of pip resume interrupted downloads.
     command.env("PIP_RESUME_RETRIES", "5").env("PIP_DISABLE_PIP_VERSION_CHECK", "1");
     let output = command.output().context("cannot run pip")?;
     ensure!(
         output.status.success(),
-        "pip could not fetch libtorch; is there a network and a package index? It says:\n{}\n\
+        "pip could not download libtorch; check the network and the package index. pip's output:\n{}\n\
          Without a network, set LIBTORCH to the folder of a libtorch {VERSION}.",
         last_lines(&output.stderr, 3)
     );
@@ -283,7 +283,7 @@ fn need_space(dir: &Path, megabytes: u64) -> Result<()> {
     let free = text.lines().nth(1).and_then(|line| line.split_whitespace().nth(3)?.parse::<u64>().ok());
     match free.map(|kilobytes| kilobytes / 1024) {
         Some(free) if free < megabytes => bail!(
-            "{} has {free} MB free, but fetching libtorch needs {megabytes} MB; set DICTLEARN_CACHE to a folder with room",
+            "{} has {free} MB free, but downloading libtorch needs {megabytes} MB; set DICTLEARN_CACHE to another disk",
             dir.display()
         ),
         _ => Ok(()),
@@ -305,14 +305,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn the_path_in_libtorch_toml_is_read_back() {
         let libtorch = Path::new("/opt/libtorch");
         assert_eq!(recorded(&toml(libtorch)).as_deref(), Some(libtorch));
         assert_eq!(recorded(""), None);
     }
 
     #[test]
-    fn versions() {
+    fn a_libtorch_of_another_version_is_refused() {
         let dir = std::env::temp_dir().join(format!("xtask-version-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         assert_eq!(version(&dir), None);
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn last_lines_of_a_message() {
+    fn last_lines_skips_empty_lines() {
         assert_eq!(last_lines(b"a\n\nb\nc\n", 2), "b\nc");
         assert_eq!(last_lines(b"", 2), "");
     }

@@ -1,4 +1,4 @@
-//! Set-up and checks, as `cargo xtask COMMAND`. Knows nothing of libtorch but how to find and fetch it.
+//! Set-up and checks: `cargo xtask COMMAND`. Builds without libtorch; finds or downloads one.
 
 mod book;
 mod layers;
@@ -18,10 +18,10 @@ use libtorch::Wanted;
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask")]
 struct Cli {
-    /// Use a libtorch without CUDA, whatever the machine has.
+    /// Use a libtorch without CUDA, even if the machine has a GPU.
     #[arg(long, global = true, conflicts_with = "cuda")]
     cpu: bool,
-    /// Use a libtorch with CUDA, whatever the machine has.
+    /// Use a libtorch with CUDA, even if the machine has no GPU.
     #[arg(long, global = true)]
     cuda: bool,
     #[command(subcommand)]
@@ -30,21 +30,21 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
-    /// Find or fetch libtorch, so that plain `cargo build` works.
+    /// Find or download libtorch, so that plain `cargo build` works.
     Setup,
-    /// Set up, build, train and evaluate SAEs on the bundled language model.
+    /// Set up and build, then train and evaluate SAEs on the bundled language model.
     Quickstart,
-    /// Set up, build, run every test.
+    /// Set up, build and run every test.
     Test {
-        /// Passed to `cargo test`.
+        /// Arguments for the tests.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Format, lints, documentation, and plugins outside the workspace: what must hold before a commit beside the tests.
+    /// Run the checks that a commit must pass besides the tests: format, lints, docs, dependencies, packages, plugins.
     Ci,
-    /// Run the fuzz targets with cargo-fuzz, which needs a nightly toolchain.
+    /// Run the fuzz targets with cargo-fuzz (needs a nightly toolchain).
     Fuzz {
-        /// How long each target runs.
+        /// Seconds for each target.
         #[arg(long, default_value_t = 10)]
         seconds: u64,
     },
@@ -83,12 +83,13 @@ fn run(cli: &Cli) -> Result<()> {
             layers::check(&root, &metadata(&root)?)?;
             book::check(&root)?;
             cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"], &[])?;
-            // `RUSTDOCFLAGS` would replace the flags of libtorch.toml; doc lints are denied by the manifests instead.
+            // Manifests deny doc lints, because `RUSTDOCFLAGS` would replace the flags of libtorch.toml.
             cargo(&root, &["doc", "--workspace", "--no-deps"], &[])?;
             deny(&root)?;
             unused_dependencies(&root)?;
             package(&root)?;
-            // No cargo-fuzz: it builds all dependencies anew, which takes many minutes. `tests/it/fuzz.rs` runs its targets.
+            // Without cargo-fuzz, which rebuilds all dependencies for many minutes. `tests/it/fuzz.rs` runs its
+            // targets.
             plugins(&root)
         }
         Task::Fuzz { seconds } => fuzz(&root, *seconds),
@@ -106,33 +107,33 @@ fn test(root: &Path, args: &[String]) -> Result<()> {
     cargo(root, &["test", "--workspace"], &args)
 }
 
-/// Licences and places of dependencies. Advisories, which change while nothing here does and are fetched, are asked for by
-/// `cargo deny check`.
+/// Checks licences and sources of dependencies. Not advisories: they need a download and change without a commit here;
+/// run `cargo deny check` for them.
 fn deny(root: &Path) -> Result<()> {
     if !answers(Command::new(libtorch::cargo_program()).args(["deny", "--version"])) {
-        eprintln!("left out, since cargo-deny is not installed: cargo deny check licenses bans sources");
+        eprintln!("skipping `cargo deny check licenses bans sources`: cargo-deny is not installed");
         return Ok(());
     }
     cargo(root, &["deny", "check", "licenses", "bans", "sources"], &[])
 }
 
-/// Dependencies that nothing uses.
+/// Checks for unused dependencies.
 fn unused_dependencies(root: &Path) -> Result<()> {
     if !answers(Command::new(libtorch::cargo_program()).args(["machete", "--version"])) {
-        eprintln!("left out, since cargo-machete is not installed: cargo machete");
+        eprintln!("skipping `cargo machete`: cargo-machete is not installed");
         return Ok(());
     }
     cargo(root, &["machete"], &[])
 }
 
-/// Every crate can be published: its manifest has what a registry asks for, and its package holds what it needs.
+/// Checks that every crate can be packaged for a registry.
 fn package(root: &Path) -> Result<()> {
     let all = ["package", "--workspace", "--exclude", "xtask", "--exclude", "train_tiny_lm"];
-    // Not built from the package: that would compile everything a second time.
+    // `--no-verify`: building from the packages would compile everything a second time.
     cargo(root, &all, &["--no-verify", "--allow-dirty", "--quiet", "--offline"])
 }
 
-/// Runs each fuzz target on its corpus and what comes of it. What covers more is kept in fuzz/target/found, what fails in
+/// Runs each fuzz target from its corpus. Inputs with new coverage go to fuzz/target/found, failing ones to
 /// fuzz/artifacts.
 fn fuzz(root: &Path, seconds: u64) -> Result<()> {
     let nightly = || {
@@ -144,7 +145,7 @@ fn fuzz(root: &Path, seconds: u64) -> Result<()> {
         command
     };
     if !answers(nightly().arg("--version")) {
-        eprintln!("left out, since cargo-fuzz or a nightly toolchain is not installed: cargo fuzz run");
+        eprintln!("skipping `cargo fuzz run`: cargo-fuzz or a nightly toolchain is not installed");
         return Ok(());
     }
     let dir = root.join("fuzz");
@@ -155,8 +156,8 @@ fn fuzz(root: &Path, seconds: u64) -> Result<()> {
     targets.sort();
     for target in targets {
         let found = dir.join("target/found").join(&target);
-        std::fs::create_dir_all(&found).with_context(|| format!("cannot make {}", found.display()))?;
-        // No sanitizer: its allocator and the program's exclude each other. Memory the targets limit themselves.
+        std::fs::create_dir_all(&found).with_context(|| format!("cannot create {}", found.display()))?;
+        // No sanitizer: its allocator conflicts with the program's. The targets limit their own memory.
         let mut command = nightly();
         command.args(["run", "--sanitizer", "none", &target]).args([found, dir.join("corpus").join(&target)]);
         call(command.args(["--", "-timeout=60", "-rss_limit_mb=0", &format!("-max_total_time={seconds}")]))?;
@@ -164,17 +165,17 @@ fn fuzz(root: &Path, seconds: u64) -> Result<()> {
     Ok(())
 }
 
-/// Whether a program is there.
+/// Returns true if a program runs successfully.
 fn answers(command: &mut Command) -> bool {
     command.output().is_ok_and(|output| output.status.success())
 }
 
-/// Builds and tests plugins as others write them: the example outside the workspace, which also trains, and one of each
-/// kind as `dictlearn new-plugin` writes it.
+/// Builds and tests plugins outside the workspace: the example, which also trains, and one of each kind as created by
+/// `dictlearn new-plugin`.
 fn plugins(root: &Path) -> Result<()> {
     const KINDS: [&str; 8] = ["dictionary", "modifier", "source", "text", "metric", "logger", "model", "format"];
     let example = root.join("examples/out-of-tree-plugin");
-    // The crates that the workspace was built with, so that they need not be fetched and compiled again.
+    // The same lock file as the workspace, so that cargo reuses the compiled dependencies.
     std::fs::copy(root.join("Cargo.lock"), example.join("Cargo.lock")).context("cannot copy Cargo.lock")?;
     reuse::dependencies(root, &example)?;
     cargo(&example, &["test"], &[])?;
@@ -187,14 +188,14 @@ fn plugins(root: &Path) -> Result<()> {
         let dir_text = dir.display().to_string();
         cargo(root, &["run", "--quiet", "--", "new-plugin", kind, &name, "--out", &dir_text], &[])?;
         reuse::dependencies(root, &dir)?;
-        // The example compiled the crates of dictlearn: cargo does it once for all plugins outside the workspace.
+        // The example compiled dictlearn's crates; cargo reuses them for all plugins outside the workspace.
         reuse::everything_else(&dir, &name)?;
         cargo(&dir, &["test", "--quiet"], &[])?;
     }
     guide(root, out.path())
 }
 
-/// A crate of the guide: the commands that make it, its files, and the commands that follow.
+/// A crate of the guide: the commands that create it, its files, and the commands that follow.
 #[derive(Default)]
 struct GuideCrate<'a> {
     begin: &'a str,
@@ -202,10 +203,11 @@ struct GuideCrate<'a> {
     commands: Vec<&'a str>,
 }
 
-/// The crates of docs/writing-plugins.md. Commands with `new-plugin` begin one; the first line of a block names its file.
+/// Returns the crates of docs/writing-plugins.md. A block with `new-plugin` begins one; a block's first line names its
+/// file.
 fn guide_crates(guide: &str) -> Result<Vec<GuideCrate<'_>>> {
     let mut crates: Vec<GuideCrate> = Vec::new();
-    // Every other part stands between fences, its first line says what it is.
+    // Every other part is a fenced block, whose first line states its language and file.
     for block in guide.split("\n```").skip(1).step_by(2) {
         let (what, text) = block.split_once('\n').context("a block has a first line")?;
         if what == "text" {
@@ -226,13 +228,13 @@ fn guide_crates(guide: &str) -> Result<Vec<GuideCrate<'_>>> {
                 content.push_str(text);
                 content.push('\n');
             }
-            None => bail!("the guide has a block of `{what}` that nothing is done with"),
+            None => bail!("the guide has a block of `{what}` without a file name"),
         }
     }
     Ok(crates)
 }
 
-/// Does what docs/writing-plugins.md says: writes the files that its blocks name, piece by piece, and calls its commands.
+/// Follows docs/writing-plugins.md: writes the files of its blocks, piece by piece, and runs its commands.
 fn guide(root: &Path, dir: &Path) -> Result<()> {
     let guide = std::fs::read_to_string(root.join("docs/writing-plugins.md")).context("cannot read the guide")?;
     let crates = guide_crates(&guide)?;
@@ -248,7 +250,7 @@ fn guide(root: &Path, dir: &Path) -> Result<()> {
         }
         let script = format!("{script}\npwd > \"$PLACE\"");
         call(command.args(["-euc", &script]).current_dir(dir).env("PATH", &path).env("PLACE", &place))?;
-        // Where the commands have led.
+        // The folder in which the commands ended.
         anyhow::Ok(PathBuf::from(std::fs::read_to_string(&place)?.trim_end()))
     };
     let mut current = dir.to_owned();
@@ -256,7 +258,7 @@ fn guide(root: &Path, dir: &Path) -> Result<()> {
         current = shell(begin, &current)?;
         let name = current.file_name().context("a crate has a folder")?.to_owned();
         for (file, content) in files {
-            // The crates' files are told apart by the folder.
+            // File names may begin with the crate's folder.
             let file = Path::new(file).strip_prefix(&name).unwrap_or(Path::new(file));
             std::fs::write(current.join(file), content).with_context(|| format!("cannot write {}", file.display()))?;
         }
@@ -272,7 +274,7 @@ fn quickstart(root: &Path) -> Result<()> {
     cargo(root, &["build", "--release"], &[])?;
     eprintln!("the build took {:.0} s", started.elapsed().as_secs_f64());
     let program = target_dir(root)?.join("release/dictlearn");
-    // A second quickstart is a run of its own.
+    // Every quickstart gets its own folder.
     let free = |number: usize| {
         root.join(if number == 1 { "runs/quickstart".into() } else { format!("runs/quickstart-{number}") })
     };
@@ -285,17 +287,17 @@ fn quickstart(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The workspace's folder.
+/// Returns the workspace's folder.
 fn root() -> Result<PathBuf> {
     let own = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    Ok(own.parent().context("xtask lies in the workspace")?.to_owned())
+    Ok(own.parent().context("xtask must be in the workspace")?.to_owned())
 }
 
 fn target_dir(root: &Path) -> Result<PathBuf> {
     metadata(root)?["target_directory"].as_str().map(PathBuf::from).context("cargo metadata names no target directory")
 }
 
-/// What cargo says of the workspace's own packages.
+/// Returns cargo's metadata of the workspace's own packages.
 fn metadata(root: &Path) -> Result<serde_json::Value> {
     let output = Command::new(libtorch::cargo_program())
         .args(["metadata", "--no-deps", "--format-version", "1"])
@@ -309,14 +311,14 @@ fn metadata(root: &Path) -> Result<serde_json::Value> {
 fn cargo(root: &Path, args: &[&str], more: &[&str]) -> Result<()> {
     let mut command = Command::new(libtorch::cargo_program());
     command.args(args).args(more).current_dir(root);
-    // What libtorch.toml says now counts, not what it said when cargo started this program.
+    // Cargo started this program with the variables of an older libtorch.toml; let it read the current one.
     for name in libtorch::VARIABLES {
         command.env_remove(name);
     }
     call(&mut command)
 }
 
-/// Runs a command, showing it first.
+/// Prints a command and runs it.
 fn call(command: &mut Command) -> Result<()> {
     let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
     let program = command.get_program().to_string_lossy().into_owned();
@@ -334,7 +336,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_of_the_guide_belong_to_the_crate_before_them() {
+    fn guide_blocks_belong_to_the_crate_before_them() {
         let guide = "a\n```sh\ndictlearn new-plugin x\n```\nb\n```rust src/lib.rs\nuse a;\n```\n\n```rust src/lib.rs\nuse b;\n```\n\
                      ```text\nnothing\n```\n```sh\ncargo test\n```\n```sh\ncd ..\ndictlearn new-plugin y\n```\n";
         let crates = guide_crates(guide).unwrap();

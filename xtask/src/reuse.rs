@@ -1,8 +1,8 @@
-//! Checks that a plugin outside the workspace reuses what cargo compiled for the workspace.
+//! Checks that a plugin outside the workspace reuses the dependencies compiled for the workspace.
 //!
-//! cargo reuses a unit of compilation where its package, features, profile and dependencies are the same. It tells which
-//! they are without compiling anything (`--unit-graph`, an unstable flag that `RUSTC_BOOTSTRAP` allows). Crates with a path are
-//! different units in another workspace, since cargo identifies them relative to its root: those of dictlearn are compiled
+//! cargo reuses a compilation unit with the same package, features, profile and dependencies. `--unit-graph`, an
+//! unstable flag that `RUSTC_BOOTSTRAP` allows, lists the units without compiling anything. cargo identifies path
+//! crates relative to the workspace root, so another workspace has different units: dictlearn's crates are compiled
 //! once for all plugins.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::libtorch;
 
-/// Fails if the plugin's release build or its tests compile a dependency that the workspace's release build and tests did not.
+/// Fails if the plugin's release build or tests need a dependency that the workspace's did not compile.
 pub fn dependencies(root: &Path, plugin: &Path) -> Result<()> {
     for (ours, theirs) in
         [(&["build", "--release"][..], &["build", "--release"][..]), (&["test", "--workspace"], &["test"])]
@@ -28,9 +28,9 @@ pub fn dependencies(root: &Path, plugin: &Path) -> Result<()> {
             .collect();
         if !differing.is_empty() {
             bail!(
-                "{} would compile dependencies that dictlearn was built with, because of other profiles or features:\n{}\n\
-                 Make the profiles in its Cargo.toml those of the workspace, and switch on the features in the \
-                 workspace's [dependencies].",
+                "{} would recompile dependencies of dictlearn because profiles or features differ:\n{}\n\
+                 Copy the workspace's profiles to its Cargo.toml, and enable the features in the workspace's \
+                 [dependencies].",
                 plugin.display(),
                 differing.join("\n")
             );
@@ -39,7 +39,7 @@ pub fn dependencies(root: &Path, plugin: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds a plugin's tests, and fails if anything but its own crate was compiled.
+/// Builds a plugin's tests and fails if that compiles any other crate.
 pub fn everything_else(plugin: &Path, name: &str) -> Result<()> {
     let output = call(plugin, &["test", "--no-run", "--quiet", "--message-format=json-render-diagnostics"], &[])?;
     let mut compiled = BTreeSet::new();
@@ -59,11 +59,11 @@ pub fn everything_else(plugin: &Path, name: &str) -> Result<()> {
 
 struct Unit {
     name: String,
-    /// Whether it has a path: a crate of dictlearn or the plugin.
+    /// True for path crates: dictlearn's and the plugin's.
     own: bool,
 }
 
-/// The units of a cargo command, by all that makes cargo compile one anew.
+/// Returns the units of a cargo command by identity: everything whose change makes cargo recompile a unit.
 fn units(dir: &Path, args: &[&str]) -> Result<BTreeMap<String, Unit>> {
     let output = call(dir, args, &["--unit-graph", "-Z", "unstable-options"])?;
     let graph: Value = serde_json::from_slice(&output.stdout).context("cannot read cargo's unit graph")?;
@@ -83,14 +83,14 @@ fn identified(graph: &Value) -> Result<BTreeMap<String, Unit>> {
     Ok(found)
 }
 
-/// A unit's own settings, and a hash of its dependencies'.
+/// Returns a unit's identity: its own settings and a hash of its dependencies' identities.
 fn identify(units: &[Value], index: usize, known: &mut [Option<String>]) -> Result<String> {
     if let Some(identity) = &known[index] {
         return Ok(identity.clone());
     }
     let unit = units.get(index).context("cargo's unit graph names a unit that it does not have")?;
     let mut profile = unit["profile"].clone();
-    // `dev` and `test` are the same where their settings are.
+    // Profiles of different names are equal if their settings are.
     profile.as_object_mut().context("a unit without a profile")?.remove("name");
     let mut hash = std::hash::DefaultHasher::new();
     for dependency in unit["dependencies"].as_array().into_iter().flatten() {
@@ -110,7 +110,8 @@ fn identify(units: &[Value], index: usize, known: &mut [Option<String>]) -> Resu
     Ok(identity)
 }
 
-/// The name in a package id: `path+file:///a/b#name@0.1.0`, or `path+file:///a/name#0.1.0` if the folder has that name.
+/// Returns the name in a package id: `path+file:///a/b#name@0.1.0`, or `path+file:///a/name#0.1.0` if the folder has
+/// it.
 fn package(id: &Value) -> Result<&str> {
     let (place, version) = id.as_str().and_then(|id| id.split_once('#')).context("a package id without a version")?;
     Ok(version.split_once('@').map_or_else(|| place.rsplit('/').next().unwrap_or(place), |(name, _)| name))
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_differs_by_profile_features_and_what_it_depends_on() {
+    fn unit_identity_depends_on_profile_features_and_dependencies() {
         let names = |found: &BTreeMap<String, Unit>, other: &BTreeMap<String, Unit>| {
             let differing = found.iter().filter(|(identity, unit)| !unit.own && !other.contains_key(*identity));
             differing.map(|(_, unit)| unit.name.clone()).collect::<BTreeSet<_>>()

@@ -1,4 +1,4 @@
-//! The arguments of the attribute.
+//! Arguments of the attribute.
 
 use proc_macro2::Span;
 use syn::ext::IdentExt;
@@ -6,10 +6,10 @@ use syn::parse::{Parse, ParseStream};
 use syn::punctuated::Punctuated;
 use syn::{Error, Expr, Ident, Result, Token, parenthesized};
 
-/// The kinds of components, as they stand first in the attribute.
+/// Kinds of components; one comes first in the attribute.
 const KINDS: [&str; 9] = ["dictionary", "trainer", "modifier", "source", "text", "model", "metric", "logger", "format"];
 
-/// What stands between the attribute's parentheses.
+/// Parsed arguments of the attribute.
 pub struct Args {
     pub kind: Ident,
     pub name: Expr,
@@ -24,9 +24,9 @@ pub struct Args {
 
 /// An entry of `fields(...)`.
 pub enum Listed {
-    /// `..`, the struct's own fields.
+    /// `..`: the struct's own fields.
     Own,
-    /// A field or a group, with a value of its own, or values for fields of the group.
+    /// A field or a group, with a value, or with values for fields of the group.
     Named { name: Ident, value: Option<Box<Expr>>, values: Vec<(Ident, Expr)> },
 }
 
@@ -85,7 +85,7 @@ impl Args {
         let span = |name: &str| given.iter().find(|(known, _)| known == name).map(|(ident, _)| ident.span());
         for argument in ["default_dictionary", "short_run"] {
             if let Some(span) = span(argument).filter(|_| kind != "trainer") {
-                return Err(Error::new(span, format!("`{argument}` belongs to a trainer, and this is a {kind}")));
+                return Err(Error::new(span, format!("`{argument}` is only for trainers, but this is a {kind}")));
             }
         }
         let short_run = match (span("short_run"), span("measured")) {
@@ -102,13 +102,13 @@ impl Args {
         };
         let summary = take("summary");
         let example = take("example");
-        // All that is missing in one error, for one compilation.
+        // One error lists everything that is missing, so that one compilation shows it.
         let needed = [
-            (name.is_none(), "its name after the kind, the value of `type` in a config: `trainer \"tanh\"`"),
+            (name.is_none(), "a name after the kind, the value of `type` in a config: `trainer \"tanh\"`"),
             (summary.is_none(), "`summary = \"...\"`: one line for `dictlearn list`"),
             (
                 example.is_none() && kind != "model",
-                "`example = \"...\"`: YAML of the component that runs as it stands (of a format, a command)",
+                "`example = \"...\"`: YAML of the component that runs unchanged (for a format, a command)",
             ),
         ];
         let missing: Vec<&str> = needed.into_iter().filter(|(missing, _)| *missing).map(|(_, text)| text).collect();
@@ -136,12 +136,12 @@ fn kind(input: ParseStream) -> Result<Ident> {
     }
     let kind = input.call(Ident::parse_any).map_err(|error| Error::new(error.span(), expected()))?;
     if !KINDS.contains(&kind.to_string().as_str()) {
-        return Err(Error::new(kind.span(), format!("`{kind}` is no kind of component; {}", expected())));
+        return Err(Error::new(kind.span(), format!("`{kind}` is not a kind of component; {}", expected())));
     }
     Ok(kind)
 }
 
-/// The value after an argument.
+/// Parses the value after an argument.
 fn value(input: ParseStream, argument: &Ident) -> Result<Expr> {
     if !input.peek(Token![=]) {
         return Err(Error::new(argument.span(), format!("`{argument}` needs a value: `{argument} = \"...\"`")));

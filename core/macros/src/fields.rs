@@ -1,6 +1,6 @@
-//! The fields that components share: their docs, ranges and defaults, each stated here and nowhere else.
+//! Fields that components share, with their docs, ranges and defaults.
 //!
-//! They are written into the struct. With `#[serde(flatten)]` errors would lose their line and column.
+//! They are added to the struct itself, because `#[serde(flatten)]` would lose the line and column of errors.
 
 use proc_macro2::TokenStream;
 use quote::{format_ident, quote};
@@ -9,7 +9,7 @@ use syn::{Error, Expr, ExprLit, Field, Ident, Lit, Result, parse_quote};
 
 use crate::args::Listed;
 
-/// Each group with its fields, in order.
+/// Groups with their fields, in order.
 const GROUPS: [(&str, &[&str]); 4] = [
     ("width", &["dict_size", "expansion_factor"]),
     ("schedule", &["warmup_steps", "sparsity_warmup_steps", "decay_start"]),
@@ -29,16 +29,16 @@ const GROUPS: [(&str, &[&str]); 4] = [
     ),
 ];
 
-/// The fields of a struct, and the methods that shared ones bring.
+/// Fields of a struct, and the methods that come with shared ones.
 pub struct Fields {
-    /// In order.
+    /// All fields, in order.
     pub fields: Vec<Field>,
-    /// Names of the groups in the list and of its single fields.
+    /// Names of the listed groups and single fields.
     listed: Vec<Ident>,
 }
 
 impl Fields {
-    /// The struct's own fields with the listed ones.
+    /// Merges the struct's own fields with the listed ones.
     pub fn new(own: Vec<Field>, list: &[Listed]) -> Result<Self> {
         let mut listed = Vec::new();
         let resamples = list.iter().any(
@@ -47,7 +47,7 @@ impl Fields {
         let mut own: Vec<Option<Field>> = own.into_iter().map(Some).collect();
         let mut before: Vec<Field> = Vec::new();
         let mut after: Vec<Field> = Vec::new();
-        // Whether `..` has come.
+        // True after `..`.
         let mut passed = false;
         for entry in list {
             let (name, value, values) = match entry {
@@ -62,14 +62,14 @@ impl Fields {
             if group.is_none() && !values.is_empty() {
                 return Err(Error::new(
                     name.span(),
-                    format!("`{name}` is one field: give its default as `{name} = ...`"),
+                    format!("`{name}` is a single field: set its default as `{name} = ...`"),
                 ));
             }
             let of = match (group, value) {
                 (Some((group, _)), Some(value)) if *group != "width" => {
                     return Err(Error::new_spanned(
                         value,
-                        format!("`{group}` is a group of fields: give the default of one as `{group}(field = ...)`"),
+                        format!("`{group}` is a group of fields: set a field's default as `{group}(field = ...)`"),
                     ));
                 }
                 (Some(_), of) => of.as_deref(),
@@ -97,7 +97,7 @@ impl Fields {
                         return Err(Error::new_spanned(
                             value,
                             format!(
-                                "the struct has a field `{member}` of its own: give its default there, `#[default(...)]`"
+                                "the struct has its own field `{member}`: set its default there, `#[default(...)]`"
                             ),
                         ));
                     }
@@ -114,7 +114,7 @@ impl Fields {
         for (index, field) in fields.iter().enumerate() {
             let name = field.ident.as_ref();
             if let Some(name) = name.filter(|_| fields[..index].iter().any(|known| known.ident.as_ref() == name)) {
-                return Err(Error::new(name.span(), format!("`fields` gives the struct `{name}` twice")));
+                return Err(Error::new(name.span(), format!("`fields` adds `{name}` twice")));
             }
         }
         Ok(Fields { fields, listed })
@@ -132,13 +132,13 @@ impl Fields {
         self.lists("schedule") || self.lists("warmup_steps")
     }
 
-    /// The methods of the listed fields.
+    /// Generates the methods of the listed fields.
     pub fn methods(&self, core: &TokenStream) -> TokenStream {
         let mut methods = TokenStream::new();
         if self.lists("width") {
             methods.extend(quote! {
-                /// The number of features that `dict_size` and `expansion_factor` ask for, F. An error if both are given,
-                /// or if it needs more memory than there is.
+                /// Returns the number of features, from `dict_size` or `expansion_factor`. Fails if both are set or if
+                /// the dictionary does not fit in memory.
                 pub fn features(&self, cx: &#core::DictionaryCx) -> #core::Result<i64> {
                     #core::dict_size(self.dict_size, self.expansion_factor, cx.activation_dim)
                 }
@@ -151,7 +151,7 @@ impl Fields {
             };
             let [decay, resample, sparsity] = ["decay_start", "resample_steps", "sparsity_warmup_steps"].map(or_none);
             methods.extend(quote! {
-                /// The schedule of the learning rate and the sparsity penalty, not yet checked (`Schedule::check`).
+                /// Returns the schedule of learning rate and sparsity penalty, unchecked (see `Schedule::check`).
                 pub fn schedule(&self, cx: &#core::TrainerCx) -> #core::Schedule {
                     #core::Schedule {
                         lr: self.lr,
@@ -168,7 +168,7 @@ impl Fields {
             let members = GROUPS.iter().find(|(group, _)| *group == "top_k").map_or(&[][..], |(_, members)| members);
             let members: Vec<Ident> = members.iter().map(|member| format_ident!("{member}")).collect();
             methods.extend(quote! {
-                /// The settings that the trainers of the TopK family share.
+                /// Returns the settings that the trainers of the TopK family share.
                 pub fn settings(&self) -> #core::TopKSettings {
                     #core::TopKSettings { #(#members: self.#members,)* }
                 }
@@ -177,7 +177,7 @@ impl Fields {
         methods
     }
 
-    /// What adapts the defaults of a trainer's shared fields to the length of a run, given as `length`.
+    /// Generates the code that adapts the defaults of a trainer's shared fields to the run length `length`.
     pub fn adapt(&self) -> TokenStream {
         let mut steps = TokenStream::new();
         if self.has_schedule() || self.lists("top_k") {
@@ -204,12 +204,12 @@ fn is_called(field: Option<&Field>, name: &str) -> bool {
     field.and_then(|field| field.ident.as_ref()).is_some_and(|ident| ident == name)
 }
 
-/// The shared field `member`, listed as `name`, with this default instead of its own. `resamples` if the trainer
-/// resamples; `of` is what a width is a multiple of.
+/// Generates the shared field `member`, listed under `name`; `default` overrides its own. `resamples` is true if the
+/// trainer resamples. `of` names the width that `expansion_factor` multiplies.
 fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, of: Option<&Expr>) -> Result<Field> {
     let field: TokenStream = match member {
         "dict_size" => quote! {
-            /// Number of features; or give `expansion_factor`.
+            /// Number of features; alternatively set `expansion_factor`.
             #[default]
             #[serde(skip_serializing_if = "Option::is_none")]
             #[schemars(range(min = 1))]
@@ -222,11 +222,11 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
                 Some(other) => {
                     return Err(Error::new_spanned(
                         other,
-                        "say in words what it is a multiple of: `\"the input's width\"`",
+                        "describe the width that it multiplies, as a string: `\"the input's width\"`",
                     ));
                 }
             };
-            let doc = format!(" Number of features as a multiple of {width}; 8 if neither is given.");
+            let doc = format!(" Number of features as a multiple of {width}; 8 if neither is set.");
             quote! {
                 #[doc = #doc]
                 #[default]
@@ -243,7 +243,7 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
         },
         "lr" => {
             if default.is_none() {
-                return Err(Error::new(name.span(), "give the method's learning rate: `lr = 1e-3`"));
+                return Err(Error::new(name.span(), "set the method's learning rate: `lr = 1e-3`"));
             }
             quote! {
                 /// Learning rate.
@@ -261,22 +261,23 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
             }
         }
         "sparsity_warmup_steps" => quote! {
-            /// Steps over which λ rises from 0; null for none.
+            /// Steps over which the sparsity coefficient λ rises from 0; null for none.
             #[default(Some(2000))]
             pub sparsity_warmup_steps: Option<u64>
         },
         "decay_start" => quote! {
-            /// Step from which the learning rate falls to 0 at the last step; null for never.
+            /// Step at which the learning rate starts to fall, to 0 at the last step; null for never.
             #[default]
             pub decay_start: Option<u64>
         },
         "resample_steps" => quote! {
-            /// Resample dead features every so many steps: those silent for half of them; null for never.
+            /// Interval in steps at which features that have been silent for half of it are resampled; null for never.
             #[default]
             pub resample_steps: Option<u64>
         },
         "resample_weight" => quote! {
-            /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (the paper).
+            /// Weight with which activations are drawn for dead features: `loss` (the reference) or `loss_squared` (the
+            /// paper).
             #[default]
             pub resample_weight: ::dictlearn_core::__component::ResampleWeight
         },
@@ -287,24 +288,24 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
             pub auxk_alpha: f64
         },
         "threshold_beta" => quote! {
-            /// How slowly the threshold's running mean moves.
+            /// Decay of the threshold's running mean.
             #[default(0.999)]
             #[schemars(range(min = 0, max = 1))]
             pub threshold_beta: f64
         },
         "threshold_start_step" => quote! {
-            /// The threshold is kept from the step after this one on.
+            /// Step after which the threshold is tracked.
             #[default(1000)]
             pub threshold_start_step: u64
         },
         "k_anneal_steps" => quote! {
-            /// Steps over which k falls from the activations' width to the dictionary's `k`; null for none.
+            /// Steps over which k falls from the activation width to the dictionary's `k`; null for none.
             #[default]
             #[schemars(range(min = 1))]
             pub k_anneal_steps: Option<u64>
         },
         "dead_feature_threshold" => quote! {
-            /// A feature is dead when no activation selected it for so many tokens.
+            /// Tokens after which a feature that no activation selected counts as dead.
             #[default(10_000_000)]
             #[schemars(range(min = 1))]
             pub dead_feature_threshold: i64
@@ -314,15 +315,15 @@ fn shared(name: &Ident, member: &str, default: Option<&Expr>, resamples: bool, o
             return Err(Error::new(
                 name.span(),
                 format!(
-                    "there is no shared field `{name}`: name a group ({}), a field of one, `lr`, a field of this struct, or \
-                     `..` for the fields of this struct",
+                    "there is no shared field `{name}`: name a group ({}), a field of one, `lr`, a field of this \
+                     struct, or `..` for all of them",
                     groups.join(", ")
                 ),
             ));
         }
     };
     let mut field = Field::parse_named.parse2(field)?;
-    // So that an error about the field points at the list.
+    // Errors about the field then point at the list.
     field.ident = Some(Ident::new(member, name.span()));
     if let Some(default) = default {
         field.attrs.retain(|attribute| !attribute.path().is_ident("default"));
@@ -354,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_stand_in_the_order_of_the_list() {
+    fn fields_follow_the_order_of_the_list() {
         let own = quote!(pub a: i64, pub b: i64);
         let order = |list| names(&fields(list, own.clone()));
         assert_eq!(order(quote!(width)), ["a", "b", "dict_size", "expansion_factor"]);
@@ -363,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn a_field_of_the_struct_takes_the_place_of_the_shared_one() {
+    fn a_field_of_the_struct_replaces_the_shared_one() {
         let own = quote! {
             /// Own.
             #[default(7)]

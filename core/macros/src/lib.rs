@@ -1,4 +1,4 @@
-//! The attribute with which a dictlearn plugin declares a component. Use it as `dictlearn_core::component`.
+//! The attribute macro with which a dictlearn plugin declares a component. Use it as `dictlearn_core::component`.
 
 mod args;
 mod expand;
@@ -6,7 +6,7 @@ mod fields;
 
 use proc_macro::TokenStream;
 
-/// Declares a component: the config struct below it, under a name in YAML.
+/// Declares a component: the annotated config struct, under a name in YAML.
 ///
 /// ```ignore
 /// /// The loss is the squared error plus λ times the L1 norm of the features.
@@ -26,48 +26,49 @@ use proc_macro::TokenStream;
 ///
 /// # Arguments
 ///
-/// Kind and name stand first, `trainer "tanh"`. The kinds are `dictionary`, `trainer`, `modifier`, `source`, `text`, `model`, `metric`, `logger` or `format`.
+/// Kind and name come first: `trainer "tanh"`. The kinds are `dictionary`, `trainer`, `modifier`, `source`, `text`,
+/// `model`, `metric`, `logger` and `format`.
 ///
 /// | argument | meaning |
 /// | --- | --- |
-/// | the name | value of `type` in a config, in lowercase letters, digits and underscores; for a model, its `model_type` |
+/// | name | value of `type` in a config: lowercase letters, digits and underscores; for a model, its `model_type` |
 /// | `summary = "..."` | one line for `dictlearn list` |
-/// | `paper = "..."` | authors, year and address; left out where there is none |
-/// | `example = "..."` | YAML of the component that runs as it stands; for a format, a command; models have none |
+/// | `paper = "..."` | authors, year and URL; omitted if there is none |
+/// | `example = "..."` | YAML of the component that runs unchanged; for a format, a command; optional for a model |
 /// | `default_dictionary = "..."` | for a trainer, the dictionary that it trains by default |
-/// | `usual` | used where a config names no component of the kind (see `Component::usual`) |
-/// | `short_run = "...", measured = "..."` | for a trainer, settings for a short run and what they gave |
-/// | `fields(...)` | shared fields to write into the struct |
+/// | `default` | used where a config names no component of the kind (see `Component::default`) |
+/// | `short_run = "...", measured = "..."` | for a trainer, settings for a short run and their measured result |
+/// | `fields(...)` | shared fields to add to the struct |
 ///
-/// Values are expressions, so a constant does where two components share a text.
+/// Values are expressions, so components can share a text as a constant.
 ///
 /// # Fields
 ///
-/// `#[default(VALUE)]` gives a field its default, and `#[default]` the default of its type. An `Option` is null by default; any
-/// other field with neither must be set in the config. If every field has a default, the struct implements `Default`.
+/// `#[default(VALUE)]` sets a field's default, and `#[default]` uses the default of its type. An `Option` is null by
+/// default; a config must set any other field without a default. If every field has a default, the struct implements
+/// `Default`.
 ///
-/// `fields(...)` writes fields that several components share, with their docs, ranges and defaults. It lists them in the
-/// order in which the struct has them; `..` stands for the struct's own fields that the list does not name. Without `..`
-/// these come first.
+/// `fields(...)` adds fields that several components share, with their docs, ranges and defaults, in the listed order.
+/// `..` stands for the struct's own fields that the list does not name; without it, these come first.
 ///
 /// | in the list | fields | methods |
 /// | --- | --- | --- |
-/// | `width` | `dict_size`, `expansion_factor` | `features(&DictionaryCx)`: the number of features |
+/// | `width` | `dict_size`, `expansion_factor` | `features(&DictionaryCx)`: number of features |
 /// | `lr = VALUE` | `lr` | |
 /// | `schedule` | `warmup_steps`, `sparsity_warmup_steps`, `decay_start` | `schedule(&TrainerCx)` |
 /// | `resampling` | `resample_steps`, `resample_weight` | |
-/// | `top_k` | what the trainers of the TopK family share | `settings()` |
+/// | `top_k` | fields shared by the trainers of the TopK family | `settings()` |
 ///
-/// One field of a group can stand in the list by itself. `field = VALUE` changes a default: `fields(lr = 1e-3, ..,
-/// warmup_steps = 500)`; within a group, `schedule(warmup_steps = 500)`. `width = "the input's width"` says what
-/// `expansion_factor` is a multiple of. A field that the struct writes itself takes the place of the shared one, with its
-/// own docs and default. The defaults of a trainer's shared fields are adapted to the length of a run.
+/// The list can also name single fields of a group. `field = VALUE` changes a default: `fields(lr = 1e-3, ..,
+/// warmup_steps = 500)`; within a group, `schedule(warmup_steps = 500)`. `width = "the input's width"` names what
+/// `expansion_factor` is a multiple of. A field that the struct declares itself replaces the shared one, with its own
+/// docs and default. The defaults of a trainer's shared fields adapt to the length of a run.
 ///
-/// # What it writes
+/// # Generated code
 ///
-/// The derives `Debug`, `Clone`, `Serialize`, `Deserialize` and `JsonSchema`, `deny_unknown_fields`, `Default`, the constant
-/// `NAME`, the registry's entry, and what lets YAML name the component. A model is read from a config.json of others: it
-/// gets no `Serialize`, and other keys are ignored.
+/// The derives `Debug`, `Clone`, `Serialize`, `Deserialize` and `JsonSchema`, `deny_unknown_fields`, `Default`, the
+/// constant `NAME`, the registry entry, and the tagged trait by which YAML names the component. A model is read from a
+/// third party's config.json: it gets no `Serialize` and ignores unknown keys.
 #[proc_macro_attribute]
 pub fn component(args: TokenStream, item: TokenStream) -> TokenStream {
     expand::component(args.into(), item.into()).unwrap_or_else(syn::Error::into_compile_error).into()

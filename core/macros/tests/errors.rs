@@ -1,10 +1,10 @@
-//! The attribute's compile errors: the place, and a sentence that says what to write.
+//! Compile errors of the attribute: each points at its place and says what to write.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The attribute as cargo compiled it for this test.
+/// Returns the path of the macro library that cargo compiled for this test.
 fn library() -> PathBuf {
     let test = std::env::current_exe().expect("the path of this test");
     let deps = test.parent().expect("its folder");
@@ -18,7 +18,7 @@ fn library() -> PathBuf {
     found.max_by_key(|path| fs::metadata(path).and_then(|data| data.modified()).ok()).expect("the compiled attribute")
 }
 
-/// Where the first error is, `line:column`, and what it says.
+/// Returns the first error as `line:column message`.
 fn error_of(case: usize, source: &str) -> String {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let path = dir.join(format!("error_{case}.rs"));
@@ -37,7 +37,7 @@ fn error_of(case: usize, source: &str) -> String {
 }
 
 #[test]
-fn an_error_names_the_place_and_what_to_write() {
+fn errors_name_the_place_and_the_fix() {
     const GOOD: &str = r#""a", summary = "A", example = "{type: a}""#;
     let with = |more: &str, body: &str| format!("#[component(trainer {GOOD}{more})]\npub struct Config {{\n{body}\n}}");
     let cases = [
@@ -45,7 +45,7 @@ fn an_error_names_the_place_and_what_to_write() {
             "#[component]\nstruct Config {}".to_owned(),
             "2:1 the kind of component comes first: dictionary, trainer, modifier",
         ),
-        ("#[component(trainr)]\nstruct Config {}".to_owned(), "2:13 `trainr` is no kind of component; the kind"),
+        ("#[component(trainr)]\nstruct Config {}".to_owned(), "2:13 `trainr` is not a kind of component; the kind"),
         (
             "#[component(text \"a\")]\nstruct Config {}".to_owned(),
             "2:13 the text lacks `summary = \"...\"`: one line for `dictlearn list`, and `example = \"...\"`: YAML",
@@ -61,30 +61,30 @@ fn an_error_names_the_place_and_what_to_write() {
         ),
         (
             format!("#[component(text {GOOD},\n default_dictionary = \"b\")]\nstruct Config {{}}"),
-            "3:2 `default_dictionary` belongs to a trainer, and this is a text",
+            "3:2 `default_dictionary` is only for trainers, but this is a text",
         ),
         (with(",\n short_run = \"{}\"", ""), "3:2 give `measured` too: what the short run reached"),
         (
             with(",\n fields(witdh)", ""),
             "3:9 there is no shared field `witdh`: name a group (width, schedule, resampling",
         ),
-        (with(",\n fields(lr)", ""), "3:9 give the method's learning rate: `lr = 1e-3`"),
-        (with(",\n fields(schedule = 3)", ""), "3:20 `schedule` is a group of fields: give the default of one as"),
+        (with(",\n fields(lr)", ""), "3:9 set the method's learning rate: `lr = 1e-3`"),
+        (with(",\n fields(schedule = 3)", ""), "3:20 `schedule` is a group of fields: set a field's default as"),
         (with(",\n fields(schedule(steps = 3))", ""), "3:18 `schedule` has no field `steps`; it has warmup_steps,"),
-        (with(",\n fields(width, dict_size)", ""), "3:16 `fields` gives the struct `dict_size` twice"),
+        (with(",\n fields(width, dict_size)", ""), "3:16 `fields` adds `dict_size` twice"),
         (
             with(",\n fields(lr = 1e-3)", "#[default(1.0)] pub lr: f64"),
-            "3:14 the struct has a field `lr` of its own: give its default there, `#[default(...)]`",
+            "3:14 the struct has its own field `lr`: set its default there, `#[default(...)]`",
         ),
         (with("", "#[default = 1.0] pub lr: f64"), "4:1 write the default in parentheses: `#[default(0.1)]`"),
         (with("", "#[default] #[default] pub lr: f64"), "4:12 the field has two defaults"),
         (
             format!("#[component(text {GOOD})]\nenum Config {{}}"),
-            "3:6 a component is declared by its config, a struct with named fields",
+            "3:6 a component's config must be a struct with named fields",
         ),
         (
             format!("#[component(text {GOOD})]\nstruct Config;"),
-            "3:8 a config has named fields; without any, write `struct Config {}`",
+            "3:8 a config must have named fields; if it has none, write `struct Config {}`",
         ),
         (
             format!("#[component(text {GOOD})]\nstruct Config<T> {{ value: T }}"),

@@ -1,14 +1,13 @@
-//! Which of its kernels MKL takes. Products of float32 are its own in a libtorch for x86-64.
+//! Makes MKL use its AVX-512 kernels on AMD CPUs. On x86-64, libtorch computes float32 products with MKL.
 
 use std::ffi::c_int;
 
-/// Whether the processor is one of Intel's. MKL asks this before it takes its kernels for AVX-512, so that products on AMD's
-/// take longer than they need to: twice as long on Zen 5, a quarter longer on Zen 4. It asks a function of this name; a
-/// program's own stands before that of the library, and says yes where the instructions are there. It is what PyTorch's
-/// maintainers advise to preload on such a processor (<https://github.com/pytorch/builder/pull/1245>). A library that does not
-/// ask it is as it was.
+/// Returns 1 if the processor is Intel's or has AVX-512.
 ///
-/// Every program that links this crate has it.
+/// MKL calls a function of this name and uses its AVX-512 kernels only on Intel CPUs. Without them, products on AMD
+/// CPUs take twice as long (Zen 5) or a quarter longer (Zen 4). This definition overrides the library's in every
+/// program that links this crate. PyTorch's maintainers advise preloading such a function
+/// (<https://github.com/pytorch/builder/pull/1245>).
 #[unsafe(no_mangle)]
 extern "C" fn mkl_serv_intel_cpu_true() -> c_int {
     let vendor = std::arch::x86_64::__cpuid(0);
@@ -21,8 +20,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_stands_before_that_of_the_library() {
-        // SAFETY: the name is a string of C.
+    fn our_definition_overrides_the_librarys() {
+        // SAFETY: the name is a C string.
         let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"mkl_serv_intel_cpu_true".as_ptr()) };
         let ours: extern "C" fn() -> c_int = mkl_serv_intel_cpu_true;
         assert!(std::ptr::eq(found, ours as *mut _) || !tch::utils::has_mkl());

@@ -1,32 +1,32 @@
-//! How long libtorch's threads spin while they wait for work.
+//! Shortens the time for which libtorch's threads spin while they wait for work.
 //!
-//! libtorch computes on GNU OpenMP, whose threads spin for about 3 ms before they sleep. Beside any other busy process the
+//! libtorch runs on GNU OpenMP, whose threads spin for about 3 ms before they sleep. Next to another busy process,
 //! spinning takes the cores that the work needs: a step can take three times as long. OpenMP reads its settings when
-//! the dynamic loader initialises it, before `main`, so a program can only set them by starting itself again. The loader
-//! calls the functions in `.preinit_array` before it initialises any library, which makes the second start cost a few
+//! the dynamic loader initialises it, before `main`, so a program can only set them by restarting itself. The loader
+//! calls the functions in `.preinit_array` before it initialises any library, so the restart costs only a few
 //! milliseconds.
 
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 
-/// Spins before a waiting thread sleeps: about 10 microseconds instead of 3 milliseconds.
+/// Number of spins before a waiting thread sleeps: about 10 microseconds instead of 3 milliseconds.
 const SETTING: &CStr = c"GOMP_SPINCOUNT=1000";
-/// A variable of these names is the user's own choice and is kept.
+/// Variables by which the user chooses; they are kept.
 const CHOICES: [&[u8]; 2] = [b"GOMP_SPINCOUNT=", b"OMP_WAIT_POLICY="];
-/// Environments with more variables are left as they are.
+/// Larger environments are left unchanged.
 const MOST_VARIABLES: usize = 4096;
 
 #[used]
 #[unsafe(link_section = ".preinit_array")]
 static BEFORE_LIBRARIES: extern "C" fn(c_int, *const *const c_char, *const *const c_char) = set;
 
-/// Starts the program again with [`SETTING`], unless the user chose. Changes nothing where that fails. No library is
+/// Restarts the program with [`SETTING`], unless the user chose a setting. Changes nothing if that fails. No library is
 /// initialised yet, so this neither allocates nor uses Rust's runtime.
 extern "C" fn set(_count: c_int, arguments: *const *const c_char, environment: *const *const c_char) {
     let mut variables = [ptr::null(); MOST_VARIABLES + 2];
     // SAFETY: the loader passes arrays of C strings that end with a null pointer and live as long as the process.
     unsafe {
-        // Setuid programs, and programs started as an argument of the loader, whose /proc/self/exe is the loader.
+        // Skip setuid programs, and programs run as an argument of the loader: /proc/self/exe is then the loader.
         if libc::getauxval(libc::AT_SECURE) != 0 || libc::getauxval(libc::AT_BASE) == 0 {
             return;
         }
@@ -52,7 +52,7 @@ extern "C" fn set(_count: c_int, arguments: *const *const c_char, environment: *
 mod tests {
     use std::process::Command;
 
-    /// What this test prints when it runs with `variables`; starts its own binary, so each start goes through `set`.
+    /// Returns the output of `shows_the_setting` in a new process of this binary with `variables`, which runs `set`.
     fn seen(variables: &[(&str, &str)]) -> String {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "wait_policy::tests::shows_the_setting", "--nocapture", "--include-ignored"]);
@@ -69,12 +69,12 @@ mod tests {
     }
 
     #[test]
-    fn waiting_threads_sleep_soon() {
+    fn spin_count_is_set_by_default() {
         assert!(seen(&[]).contains("spins: Some(\"1000\")"));
     }
 
     #[test]
-    fn a_choice_of_the_user_is_kept() {
+    fn the_users_setting_is_kept() {
         assert!(seen(&[("GOMP_SPINCOUNT", "7")]).contains("spins: Some(\"7\")"));
         assert!(seen(&[("OMP_WAIT_POLICY", "active")]).contains("spins: None"));
     }

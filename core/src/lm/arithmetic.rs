@@ -1,4 +1,4 @@
-//! Keys of a model's config.json that change its arithmetic.
+//! Fields of config.json that change a model's arithmetic.
 
 use anyhow::{Result, bail};
 use serde_json::Value;
@@ -6,8 +6,8 @@ use serde_json::Value;
 use crate::error::InputError;
 use crate::registry::{ComponentKind, find};
 
-/// Fields of any family's config.json that change what a model computes. A family that has one of them among its own
-/// fields implements it; in the config of another family it must say that nothing is changed.
+/// Fields of any family's config.json that change the computation. A family implements those among its own fields. In
+/// the config of another family, a field must have a value that changes nothing.
 pub const ARITHMETIC: &[&str] = &[
     "alibi",
     "attention_bias",
@@ -41,7 +41,7 @@ pub const ARITHMETIC: &[&str] = &[
     "use_qk_norm",
 ];
 
-/// Refuses a config with a field that changes the arithmetic and that its family does not implement.
+/// Refuses a config in which a field changes the arithmetic but its family does not implement it.
 pub(super) fn refuse_unknown_arithmetic(config: &Value, family: &str) -> Result<()> {
     let fields = find(ComponentKind::Model, family).map(|component| (component.schema)()).unwrap_or_default();
     let neutral = |value: &Value| match value {
@@ -56,8 +56,8 @@ pub(super) fn refuse_unknown_arithmetic(config: &Value, family: &str) -> Result<
     for (name, value) in given.filter(|(name, _)| ARITHMETIC.contains(&name.as_str())) {
         if !known(name) && !neutral(value) {
             bail!(
-                InputError::new(format!("config.json: `{name}` is {value}, which {family} models do not have here"))
-                    .help("it changes what the model computes and is not implemented, so it is not ignored")
+                InputError::new(format!("config.json: `{name}` is {value}, which {family} models do not implement"))
+                    .help("it cannot be ignored because it changes what the model computes")
             );
         }
     }

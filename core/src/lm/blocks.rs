@@ -1,4 +1,4 @@
-//! The blocks that families are made of: attention, linear maps, norms, activations.
+//! Building blocks of all families: attention, linear maps, norms, activation functions.
 
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
@@ -9,19 +9,19 @@ use super::rotary::Rotary;
 use crate::error::InputError;
 use crate::machine::device::Precision;
 
-/// What the layers of one forward pass share.
+/// Attention masks and rotary tables that the layers of one forward pass share.
 #[derive(Debug)]
 pub struct Context {
-    /// Which key a query may see, [B, 1, L, L] or [L, L], bool, for each window that layers of the model have; `None`
-    /// where causality is all.
+    /// Mask of visible keys, [B, 1, L, L] or [L, L], bool, for each window of the model's layers; `None` if the mask is
+    /// purely causal.
     masks: Vec<(Option<i64>, Option<Tensor>)>,
     /// Cosines and sines of each rotary embedding of the model, [L, rotated width], float32.
     rotary: Vec<(Tensor, Tensor)>,
 }
 
 impl Context {
-    /// The context of a batch, for layers of these windows. Positions are counted from the row's first column, padded
-    /// or not, as Hugging Face's models do when they are given no positions.
+    /// Computes the context of a batch for layers with these windows. Positions count from the row's first column,
+    /// padded or not, as in Hugging Face models that get no `position_ids`.
     pub fn new(tokens: &Tokens, windows: &[Option<i64>], rotary: &[Rotary]) -> Self {
         let (_, length) = tokens.size();
         let device = tokens.ids.device();
@@ -38,7 +38,7 @@ impl Context {
             }
             if padded {
                 visible = tokens.mask.unsqueeze(1).unsqueeze(1).logical_and(&visible);
-                // A padded position sees nothing and would divide 0 by 0; let it see itself, nobody reads it.
+                // A padded position sees no key, and softmax would return NaN. Let it see itself: its output is unused.
                 visible = visible.logical_or(&Tensor::eye(length, (Kind::Bool, device)));
             }
             Some(visible)
@@ -57,20 +57,19 @@ impl Context {
 /// Scaled dot-product attention over heads, causal.
 #[derive(Debug, Clone)]
 pub struct Attention {
-    /// What scores are multiplied by; usually 1 / √D.
+    /// Factor on scores, usually 1 / √D.
     pub scale: f64,
-    /// How many positions a query sees, itself among them; `None` for all before it.
+    /// Number of positions that a query sees, including its own; `None` for all up to its own.
     pub window: Option<i64>,
-    /// Which of the model's rotary embeddings turns queries and keys, if one does.
+    /// Index of the model's rotary embedding to apply, if any.
     pub rotary: Option<usize>,
-    /// Scores are bounded to ± this by `cap · tanh(score / cap)`, where the family does that (Gemma 2,
-    /// <https://arxiv.org/abs/2408.00118>).
+    /// Soft cap on scores, `cap · tanh(score / cap)` (Gemma 2, <https://arxiv.org/abs/2408.00118>).
     pub soft_cap: Option<f64>,
 }
 
 impl Attention {
-    /// Every head's output side by side, [B, L, H·D], of queries [B, H, L, D] and keys and values [B, G, L, D], where
-    /// H / G neighbouring heads share a key and a value (grouped-query attention, Ainslie et al. 2023,
+    /// Returns the concatenated outputs of all heads, [B, L, H·D], for queries [B, H, L, D] and keys and values
+    /// [B, G, L, D]. H / G neighbouring heads share a key and a value (grouped-query attention, Ainslie et al. 2023,
     /// <https://arxiv.org/abs/2305.13245>).
     pub fn heads(&self, q: &Tensor, k: &Tensor, v: &Tensor, context: &Context) -> Tensor {
         let (q, k) = match self.rotary.map(|index| &context.rotary[index]) {
@@ -107,29 +106,29 @@ impl Attention {
 /// An affine map.
 #[derive(Debug)]
 pub struct Linear {
-    /// [out, in].
+    /// Weight [out, in].
     pub weight: Tensor,
-    /// `[out]`.
+    /// Bias `[out]`.
     pub bias: Option<Tensor>,
-    /// The type of its product, and of its output.
+    /// Precision of its product and output.
     pub precision: Precision,
 }
 
 impl Linear {
-    /// x [.., in] to [.., out].
+    /// Maps x [.., in] to [.., out].
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let kind = self.precision.kind();
         let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
         x.to_kind(kind).linear(&self.weight.to_kind(kind), bias)
     }
 
-    /// Width of its output.
+    /// Returns the width of its output.
     pub fn width(&self) -> i64 {
         self.weight.size()[0]
     }
 }
 
-/// What a norm does to its input before it is scaled.
+/// Kind of a norm.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum NormKind {
     /// Layer norm: mean 0 and variance 1 (Ba et al. 2016, <https://arxiv.org/abs/1607.06450>).
@@ -143,18 +142,18 @@ pub enum NormKind {
 /// A norm over the last dimension.
 #[derive(Debug)]
 pub struct Norm {
-    /// What it does.
+    /// Kind.
     pub kind: NormKind,
-    /// `[d]`.
+    /// Scale `[d]`.
     pub weight: Tensor,
-    /// `[d]`.
+    /// Shift `[d]`.
     pub bias: Option<Tensor>,
-    /// Added to the variance, or to the mean square.
+    /// Epsilon added to the variance or the mean square.
     pub eps: f64,
 }
 
 impl Norm {
-    /// x [.., d], normalised in float32, scaled and shifted, in the type `out`.
+    /// Normalises x [.., d] in float32, scales and shifts it, and returns it as dtype `out`.
     pub fn forward(&self, x: &Tensor, out: Kind) -> Tensor {
         let rms = self.kind != NormKind::Layer && matches!(out, Kind::Float | Kind::BFloat16);
         if rms && kernels::fit([x, &self.weight]) {
@@ -172,7 +171,7 @@ impl Norm {
 }
 
 impl Norm {
-    /// x [.., d], normalised in float32, before it is scaled and shifted.
+    /// Normalises x [.., d] in float32, without scale and shift.
     pub fn normalize(&self, x: &Tensor) -> Tensor {
         let (x, none) = (x.to_kind(Kind::Float), None::<&Tensor>);
         match self.kind {
@@ -181,7 +180,7 @@ impl Norm {
         }
     }
 
-    /// What [`Norm::normalize`] gave, scaled and shifted.
+    /// Scales and shifts the result of [`Norm::normalize`].
     pub fn scale(&self, normed: &Tensor) -> Tensor {
         let scaled = match self.kind {
             NormKind::RmsPlusOne => normed * (&self.weight + 1.0),
@@ -194,12 +193,12 @@ impl Norm {
     }
 }
 
-/// What an MLP does between its projections.
+/// Activation function of an MLP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// x Φ(x) (Hendrycks and Gimpel 2016, <https://arxiv.org/abs/1606.08415>).
     Gelu,
-    /// The same with Φ by a hyperbolic tangent.
+    /// GELU with the tanh approximation of Φ.
     GeluTanh,
     /// max(x, 0).
     Relu,
@@ -207,7 +206,7 @@ pub enum Activation {
     Silu,
 }
 
-/// The activation that a Hugging Face config names.
+/// Returns the activation function of a Hugging Face name.
 pub fn activation(name: &str) -> Result<Activation> {
     Ok(match name {
         "gelu" => Activation::Gelu,
@@ -216,13 +215,13 @@ pub fn activation(name: &str) -> Result<Activation> {
         "silu" | "swish" => Activation::Silu,
         other => bail!(
             InputError::new(format!("config.json: the activation `{other}` is not supported"))
-                .help("supported are gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu and silu")
+                .help("supported: gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu, silu")
         ),
     })
 }
 
 impl Activation {
-    /// Of each number of x.
+    /// Applies the function elementwise.
     pub fn forward(self, x: &Tensor) -> Tensor {
         match self {
             Activation::Gelu => x.gelu("none"),
@@ -233,7 +232,7 @@ impl Activation {
     }
 }
 
-/// x + y in float32, which the stream between layers is kept in whatever the products' type.
+/// Returns x + y in float32: the residual stream is float32 whatever the precision of products.
 pub(super) fn residual(x: &Tensor, y: &Tensor) -> Tensor {
     match kernels::fit([x, y]) && x.size() == y.size() {
         true => kernels::add(x, y),
@@ -241,7 +240,7 @@ pub(super) fn residual(x: &Tensor, y: &Tensor) -> Tensor {
     }
 }
 
-/// Zeros of a shape that take no memory, for passes that only ask for widths.
+/// Returns zeros of a shape that occupy one element, for passes that only record widths.
 pub(super) fn shape_only(shape: &[i64]) -> Tensor {
     Tensor::zeros([1], (Kind::Float, Device::Cpu)).expand(shape, false)
 }

@@ -1,4 +1,4 @@
-//! What families share in reading a Hugging Face config.json.
+//! Fields of a Hugging Face config.json that several families share.
 
 use anyhow::{Result, bail};
 use schemars::JsonSchema;
@@ -16,7 +16,7 @@ use crate::error::InputError;
 /// Reads a family's fields from a config.json.
 pub fn read<T: DeserializeOwned + JsonSchema>(config: &Value) -> Result<T> {
     T::deserialize(config).map_err(|error| {
-        // serde does not say which field it was.
+        // serde does not name the field.
         let schema = schemars::schema_for!(T);
         let fields = schema.get("properties").and_then(Value::as_object).into_iter().flatten();
         let mut wrong = fields.filter_map(|(name, field)| {
@@ -35,13 +35,13 @@ pub fn read<T: DeserializeOwned + JsonSchema>(config: &Value) -> Result<T> {
                 "null" => found.is_null(),
                 _ => true,
             });
-            (!fits).then(|| format!("`{name}` is {found}, and {} is expected", types.join(" or ")))
+            (!fits).then(|| format!("`{name}` is {found}, expected {}", types.join(" or ")))
         });
         InputError::new(format!("config.json: {}", wrong.next().unwrap_or_else(|| error.to_string()))).into()
     })
 }
 
-/// The fields that the config.json of every family since Llama has.
+/// Fields shared by the config.json of Llama and later families.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub struct CommonFields {
     /// Number of token ids.
@@ -50,29 +50,29 @@ pub struct CommonFields {
     pub hidden_size: i64,
     /// Number of layers.
     pub num_hidden_layers: usize,
-    /// Heads of a layer.
+    /// Number of attention heads per layer.
     pub num_attention_heads: i64,
-    /// Keys and values of a layer, which neighbouring heads share; one for each head where it is not given.
+    /// Number of key/value heads per layer, shared by neighbouring query heads. Default: one per query head.
     pub num_key_value_heads: Option<i64>,
-    /// Width of a head; where it is not given, the stream's width divided among the heads.
+    /// Width of a head. Default: `hidden_size / num_attention_heads`.
     pub head_dim: Option<i64>,
-    /// Width of an MLP.
+    /// Width of the MLP.
     pub intermediate_size: i64,
-    /// The longest context.
+    /// Longest context, in tokens.
     pub max_position_embeddings: i64,
-    /// Added to the mean square in norms; 1e-6 where it is not given, unless the family says otherwise.
+    /// Epsilon added to the mean square in norms. Default: 1e-6, unless the family has its own.
     pub rms_norm_eps: Option<f64>,
-    /// The MLP's activation.
+    /// Activation function of the MLP. Default: `silu`, unless the family has its own.
     pub hidden_act: Option<String>,
-    /// Whether the head is the embedding.
+    /// Whether head and token embedding share one weight.
     pub tie_word_embeddings: Option<bool>,
-    /// Rotary embeddings.
+    /// Rotary position embedding.
     #[serde(flatten)]
     pub rope: Rope,
 }
 
 impl CommonFields {
-    /// Width of a head.
+    /// Returns the width of a head.
     pub fn head_dim(&self) -> Result<i64> {
         match self.head_dim {
             Some(width) => Ok(width),
@@ -80,14 +80,14 @@ impl CommonFields {
         }
     }
 
-    /// The decoder of Llama, of which the other families change what they do otherwise: RMS norms before attention and
-    /// MLP, rotary attention without biases, a gated SiLU MLP without biases.
+    /// Returns the decoder of Llama: RMS norms before attention and MLP, rotary attention without biases, a gated SiLU
+    /// MLP without biases. Other families modify it.
     pub fn decoder(&self) -> Result<DecoderConfig> {
         let rotary = self.rope.rotary(self.head_dim()?, 10_000.0, self.max_position_embeddings)?;
         self.decoder_with(vec![rotary])
     }
 
-    /// The same with rotary embeddings that the family has made itself, of which all layers use the first.
+    /// Returns the same decoder with other rotary embeddings; all layers use the first.
     pub fn decoder_with(&self, rotary: Vec<Rotary>) -> Result<DecoderConfig> {
         let (heads, head_dim) = (self.num_attention_heads, self.head_dim()?);
         let input = Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" };
@@ -127,23 +127,23 @@ impl CommonFields {
     }
 }
 
-/// The fields of families with norms before and after attention and MLP, whose attention slides over a window in some layers.
+/// Fields of families with norms before and after attention and MLP, and sliding-window attention in some layers.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub struct Sandwich {
-    /// The MLP's activation.
+    /// Activation function of the MLP. Default: `gelu_pytorch_tanh`.
     pub hidden_activation: Option<String>,
-    /// Whether attention's projections have biases.
+    /// Whether the projections of attention have biases.
     #[serde(default)]
     pub attention_bias: bool,
-    /// Scores are divided by the root of this.
+    /// Attention scores are divided by the square root of this.
     #[serde(default = "Sandwich::query_pre_attn_scalar")]
     pub query_pre_attn_scalar: f64,
-    /// How many positions a token of a sliding layer sees, itself among them.
+    /// Window of a sliding layer in tokens, including the query's own.
     #[serde(default = "Sandwich::sliding_window")]
     pub sliding_window: i64,
-    /// Which layers slide: `sliding_attention` or `full_attention` for each.
+    /// Attention of each layer: `sliding_attention` or `full_attention`.
     pub layer_types: Option<Vec<String>>,
-    /// Must be false: dictionaries are trained on models that read from left to right.
+    /// Must be false: only causal models are supported.
     pub use_bidirectional_attention: Option<bool>,
 }
 
@@ -156,13 +156,16 @@ impl Sandwich {
         4096
     }
 
-    /// Gives a decoder of Llama the norms, activation, scale of embeddings and windows of these families; returns which
-    /// layers slide, by default those that `slides` names. An error if attention is bidirectional.
+    /// Gives a Llama decoder the norms, activation, embedding scale and windows of these families. Returns true for
+    /// each sliding layer; without `layer_types`, `slides` decides.
+    ///
+    /// # Errors
+    /// Fails if attention is bidirectional, or if `layer_types` does not fit the layers.
     pub fn apply(&self, decoder: &mut DecoderConfig, slides: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
         if self.use_bidirectional_attention == Some(true) {
             bail!(
                 InputError::new("config.json: `use_bidirectional_attention` is not supported")
-                    .help("supported are models that read from left to right")
+                    .help("only causal models are supported")
             );
         }
         decoder.mlp.act = activation(self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"))?;
@@ -186,30 +189,30 @@ impl Sandwich {
     }
 }
 
-/// The fields of families in which attention slides over a window from some layer on.
+/// Fields of families with sliding-window attention in the upper layers.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub struct UpperWindow {
-    /// Whether layers from `max_window_layers` on see only a window.
+    /// Whether layers from `max_window_layers` on use sliding-window attention.
     #[serde(default)]
     pub use_sliding_window: bool,
-    /// How many positions such a layer's tokens see, each itself among them.
+    /// Window of these layers in tokens, including the query's own.
     pub sliding_window: Option<i64>,
-    /// The first layer that sees only a window.
+    /// First layer with a window.
     #[serde(default = "UpperWindow::max_window_layers")]
     pub max_window_layers: usize,
-    /// The same by layer: `full_attention` or `sliding_attention`.
+    /// Attention of each layer, in place of `max_window_layers`: `full_attention` or `sliding_attention`.
     pub layer_types: Option<Vec<String>>,
 }
 
 impl UpperWindow {
-    /// The example of a family with these fields: a window from the second layer on.
+    /// Example for a family with these fields: a window from the second layer on.
     pub const EXAMPLE: &str = "{use_sliding_window: true, max_window_layers: 1}";
 
     fn max_window_layers() -> usize {
         28
     }
 
-    /// Gives a decoder's layers their windows.
+    /// Sets the windows of a decoder's layers.
     pub fn apply(&self, decoder: &mut DecoderConfig) -> Result<()> {
         let window = self.use_sliding_window.then_some(self.sliding_window).flatten();
         let upper = |layer| layer >= self.max_window_layers;
@@ -221,8 +224,8 @@ impl UpperWindow {
     }
 }
 
-/// Which layers see only a window: as `layer_types` says where it is given, otherwise as `default` does by the layer's
-/// number.
+/// Returns true for each layer with sliding-window attention, from `layer_types` if given, otherwise from `default` by
+/// the layer's index.
 pub fn sliding_layers(
     layer_types: Option<&[String]>,
     n_layers: usize,
@@ -237,7 +240,7 @@ pub fn sliding_layers(
         "sliding_attention" => Ok(true),
         other => bail!(
             InputError::new(format!("config.json: layers of type `{other}` are not supported"))
-                .help("supported are full_attention and sliding_attention")
+                .help("supported types: full_attention, sliding_attention")
         ),
     };
     types.iter().map(sliding).collect()

@@ -1,11 +1,10 @@
-//! The decoder-only transformer that nearly every family is a variant of.
+//! The decoder-only transformer that most families are variants of.
 //!
-//! A family says by a [`DecoderConfig`] which norms stand where, how projections are laid out and named, and what
-//! attention sees; everything else is done once, here. Modules have Hugging Face's paths, so that a hook on any of them
-//! means what it means in Python. A family that is something else implements [`LanguageModel`] itself, with the same
-//! blocks.
+//! A family's [`DecoderConfig`] states its norms, the layout and names of its projections, and its attention windows;
+//! this module does the rest. Modules have Hugging Face's paths, so that a hook means the same as in Python. Any other
+//! architecture implements [`LanguageModel`] from the same blocks.
 //!
-//! Layers are read from their file when a pass first comes to them: what lies past the last hook is never loaded.
+//! A layer is read from its file when a pass first reaches it: layers past the last hook are never loaded.
 
 use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
@@ -24,45 +23,45 @@ use crate::error::InputError;
 use crate::files::tensors::kind_size;
 use crate::machine::device::Precision;
 
-/// A decoder: widths, names of its parts, and what makes the family.
+/// Config of a decoder: widths, module names, and the choices that distinguish its family.
 #[derive(Debug, Clone)]
 pub struct DecoderConfig {
     /// Width of the residual stream.
     pub hidden_size: i64,
     /// Number of token ids.
     pub vocab_size: i64,
-    /// The longest context, where there is a limit.
+    /// Longest context, if there is a limit.
     pub max_positions: Option<i64>,
-    /// What differs between layers; one for each.
+    /// Settings of each layer.
     pub layers: Vec<LayerConfig>,
-    /// Rotary embeddings that layers may use.
+    /// Rotary embeddings that layers refer to.
     pub rotary: Vec<Rotary>,
     /// Path of the list of layers: `model.layers`.
     pub layers_path: &'static str,
-    /// Embeddings.
+    /// Token and position embeddings.
     pub embed: EmbedConfig,
-    /// The norms.
+    /// Norms of a layer.
     pub norm: NormConfig,
-    /// Attention.
+    /// Attention of a layer.
     pub attention: AttentionConfig,
-    /// The MLP.
+    /// MLP of a layer.
     pub mlp: MlpConfig,
     /// Whether attention and MLP both read the layer's input, instead of one after the other.
     pub parallel: bool,
-    /// The final norm's path.
+    /// Path of the final norm.
     pub final_norm: &'static str,
-    /// The head.
+    /// Head.
     pub head: HeadConfig,
 }
 
-/// What differs between layers.
+/// Settings that differ between layers.
 #[derive(Debug, Clone, Copy)]
 pub struct LayerConfig {
-    /// How many positions a query sees, itself among them; `None` for all before it.
+    /// Number of positions that a query sees, including its own; `None` for all up to its own.
     pub window: Option<i64>,
-    /// Which of [`DecoderConfig::rotary`] turns queries and keys, if one does.
+    /// Index into [`DecoderConfig::rotary`]; `None` without rotary embedding.
     pub rotary: Option<usize>,
-    /// What scores are multiplied by.
+    /// Factor on attention scores.
     pub scale: f64,
 }
 
@@ -71,40 +70,40 @@ pub struct LayerConfig {
 pub struct EmbedConfig {
     /// Path of the token embedding.
     pub tokens: &'static str,
-    /// Path of the learned position embedding, where there is one.
+    /// Path of the learned position embedding, if there is one.
     pub positions: Option<&'static str>,
-    /// What embeddings are multiplied by.
+    /// Factor on token embeddings.
     pub scale: f64,
-    /// Whether the token embedding's output, as a hook sees it, is multiplied already.
+    /// Whether a hook on the token embedding sees its output with this factor applied.
     pub scale_inside: bool,
 }
 
 impl EmbedConfig {
-    /// Token embeddings alone, not multiplied.
+    /// Returns token embeddings alone, without a factor.
     pub fn tokens(path: &'static str) -> Self {
         EmbedConfig { tokens: path, positions: None, scale: 1.0, scale_inside: false }
     }
 }
 
-/// The norms of a layer, by name; those that a family does not have are `None`.
+/// Norms of a layer, by name; `None` for those that a family lacks.
 #[derive(Debug, Clone)]
 pub struct NormConfig {
-    /// What they do.
+    /// Kind of all norms, including the final one.
     pub kind: NormKind,
-    /// Added to the variance, or to the mean square.
+    /// Epsilon added to the variance or the mean square.
     pub eps: f64,
-    /// Of attention's input.
+    /// Norm of attention's input.
     pub before_attention: Option<&'static str>,
-    /// Of attention's output.
+    /// Norm of attention's output.
     pub after_attention: Option<&'static str>,
-    /// Of the MLP's input.
+    /// Norm of the MLP's input.
     pub before_mlp: Option<&'static str>,
-    /// Of the MLP's output.
+    /// Norm of the MLP's output.
     pub after_mlp: Option<&'static str>,
 }
 
 impl NormConfig {
-    /// Norms of the inputs alone.
+    /// Returns norms of the inputs only.
     pub fn before(kind: NormKind, eps: f64, attention: &'static str, mlp: &'static str) -> Self {
         NormConfig {
             kind,
@@ -117,35 +116,35 @@ impl NormConfig {
     }
 }
 
-/// Attention.
+/// Attention of a layer.
 #[derive(Debug, Clone)]
 pub struct AttentionConfig {
     /// Its path in a layer.
     pub path: &'static str,
     /// Number of heads.
     pub heads: i64,
-    /// Number of keys and values, which neighbouring heads share.
+    /// Number of key/value heads, shared by neighbouring query heads.
     pub kv_heads: i64,
     /// Width of a head.
     pub head_dim: i64,
-    /// The projections to queries, keys and values.
+    /// Projections to queries, keys and values.
     pub input: Projections,
-    /// The projection of the heads' outputs.
+    /// Output projection.
     pub output: &'static str,
-    /// Whether the first have biases.
+    /// Whether the input projections have biases.
     pub input_bias: bool,
-    /// Whether the last has one.
+    /// Whether the output projection has a bias.
     pub output_bias: bool,
-    /// Whether weights lie transposed, [in, out], as GPT-2's do.
+    /// Whether weights are stored transposed, [in, out], as in GPT-2.
     pub transposed: bool,
-    /// Norms of queries and keys.
+    /// Norms of queries and keys, if any.
     pub qk_norm: Option<QkNorm>,
-    /// Scores are bounded to ± this.
+    /// Soft cap c on scores: `c · tanh(score / c)`.
     pub soft_cap: Option<f64>,
 }
 
 impl AttentionConfig {
-    /// Attention without biases and norms, with keys and values of its own for each head.
+    /// Returns multi-head attention without biases and norms.
     pub fn new(path: &'static str, (heads, head_dim): (i64, i64), input: Projections, output: &'static str) -> Self {
         AttentionConfig {
             path,
@@ -163,10 +162,10 @@ impl AttentionConfig {
     }
 }
 
-/// The projections to queries, keys and values.
+/// Projections to queries, keys and values.
 #[derive(Debug, Clone, Copy)]
 pub enum Projections {
-    /// One for each.
+    /// Three projections.
     Separate {
         /// To queries.
         q: &'static str,
@@ -175,22 +174,22 @@ pub enum Projections {
         /// To values.
         v: &'static str,
     },
-    /// One for all: queries of all heads, then keys, then values.
+    /// One projection: queries of all heads, then keys, then values.
     Joined(&'static str),
-    /// One for all, head by head.
+    /// One projection, ordered by head: query, key and value of the first head, then of the next.
     Interleaved(&'static str),
 }
 
 /// Norms of queries (`q_norm`) and keys (`k_norm`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QkNorm {
-    /// Over each head.
+    /// Normalises each head.
     Head,
-    /// Over all heads together.
+    /// Normalises all heads together.
     All,
 }
 
-/// The MLP.
+/// MLP of a layer.
 #[derive(Debug, Clone)]
 pub struct MlpConfig {
     /// Its path in a layer.
@@ -199,18 +198,18 @@ pub struct MlpConfig {
     pub width: i64,
     /// Its projections.
     pub layout: MlpLayout,
-    /// The module that is its activation.
+    /// Path of the activation function in the MLP.
     pub act_path: &'static str,
-    /// Its activation.
+    /// Activation function.
     pub act: Activation,
-    /// Whether its projections have biases.
+    /// Whether the projections have biases.
     pub bias: bool,
-    /// Whether weights lie transposed, [in, out], as GPT-2's do.
+    /// Whether weights are stored transposed, [in, out], as in GPT-2.
     pub transposed: bool,
 }
 
 impl MlpConfig {
-    /// An MLP without a gate, with biases: the module `mlp`, with its activation in `act`.
+    /// Returns an MLP with biases and without a gate: module `mlp`, activation function in `act`.
     pub fn plain(width: i64, (up, down): (&'static str, &'static str), act: Activation) -> Self {
         MlpConfig {
             path: "mlp",
@@ -224,47 +223,47 @@ impl MlpConfig {
     }
 }
 
-/// The projections of an MLP, by name.
+/// Projections of an MLP, by name.
 #[derive(Debug, Clone, Copy)]
 pub enum MlpLayout {
     /// down(act(up(x))).
     Plain {
         /// To the MLP's width.
         up: &'static str,
-        /// Back to the stream's.
+        /// Back to the residual stream's width.
         down: &'static str,
     },
     /// down(act(gate(x)) · up(x)) (Shazeer 2020, <https://arxiv.org/abs/2002.05202>).
     Gated {
-        /// What is activated.
+        /// Gate projection.
         gate: &'static str,
-        /// What it is multiplied with.
+        /// Up projection.
         up: &'static str,
-        /// Back to the stream's width.
+        /// Back to the residual stream's width.
         down: &'static str,
     },
-    /// The same with gate and up in one projection, in this order.
+    /// `Gated` with gate and up in one projection, in this order.
     GatedJoined {
-        /// Gate and up.
+        /// Gate and up projection.
         gate_up: &'static str,
-        /// Back to the stream's width.
+        /// Back to the residual stream's width.
         down: &'static str,
     },
 }
 
-/// The head: from the last hidden state to logits.
+/// Head: from the residual stream to logits.
 #[derive(Debug, Clone)]
 pub struct HeadConfig {
     /// Its path.
     pub path: &'static str,
-    /// Whether its weight is the token embedding's.
+    /// Whether it shares the token embedding's weight.
     pub tied: bool,
-    /// Logits are bounded to ± this.
+    /// Soft cap c on logits: `c · tanh(logit / c)`.
     pub soft_cap: Option<f64>,
 }
 
-/// Gives the weight of a name and shape. Matrices of products and embeddings are wanted in the type of the products,
-/// everything else in float32.
+/// Provides the weight of a name, shape and dtype. Matrices and biases of products and token embeddings have the dtype
+/// of the products, everything else float32.
 type Provide<'a> = dyn FnMut(&str, &[i64], Kind) -> Result<Tensor> + 'a;
 
 /// A decoder with its weights.
@@ -277,10 +276,10 @@ pub struct Decoder {
     layers: Vec<OnceCell<Layer>>,
     end: OnceCell<End>,
     windows: Vec<Option<i64>>,
-    /// What has been read, by name.
+    /// Weights read so far, by name.
     parameters: RefCell<Vec<(String, Tensor)>>,
     visits: Vec<Visit>,
-    /// Bytes of all weights.
+    /// Size of all weights in bytes.
     bytes: u64,
 }
 
@@ -306,7 +305,7 @@ struct End {
     head: Linear,
 }
 
-/// The parts of a model as they are asked for: the shapes follow from the config, the values come from `provide`.
+/// Builds the parts of a model. Shapes follow from the config, values come from `provide`.
 struct Builder<'a, 'b> {
     config: &'a DecoderConfig,
     precision: Precision,
@@ -419,7 +418,7 @@ impl DecoderConfig {
             ("the width", self.hidden_size),
             ("the number of token ids", self.vocab_size),
             ("the number of heads", heads),
-            ("the number of keys and values", kv_heads),
+            ("the number of key/value heads", kv_heads),
             ("the width of a head", head_dim),
             ("the width of the MLP", self.mlp.width),
         ];
@@ -428,16 +427,16 @@ impl DecoderConfig {
         }
         if heads % kv_heads != 0 {
             bail!(InputError::new(format!(
-                "config.json: {heads} heads cannot share {kv_heads} keys and values evenly"
+                "config.json: {heads} heads cannot share {kv_heads} key/value heads evenly"
             )));
         }
         Ok(())
     }
 
-    /// Width of a head where the config gives none: the stream's, divided among the heads.
+    /// Returns the default width of a head: `hidden_size / heads`.
     pub fn head_dim(hidden_size: i64, heads: i64) -> Result<i64> {
         if heads < 1 || hidden_size % heads != 0 {
-            bail!(InputError::new(format!("config.json: a width of {hidden_size} does not divide into {heads} heads")));
+            bail!(InputError::new(format!("config.json: width {hidden_size} is not divisible by {heads} heads")));
         }
         Ok(hidden_size / heads)
     }
@@ -470,8 +469,10 @@ impl DecoderConfig {
 }
 
 impl Decoder {
-    /// A decoder whose weights are read as they are needed. All of them are checked now: that they are there, that they
-    /// have the config's shapes, and that there are no others.
+    /// Creates a decoder that reads its weights lazily.
+    ///
+    /// # Errors
+    /// Fails if a weight is missing or has another shape than the config says, or if the file has other weights.
     pub fn open(mut config: DecoderConfig, mut weights: Weights, cx: &ModelCx) -> Result<Self> {
         config.check()?;
         let [embedding, head] = [config.embed.tokens, config.head.path].map(|path| format!("{path}.weight"));
@@ -480,7 +481,7 @@ impl Decoder {
         } else if !weights.has(&head) && weights.has(&embedding) {
             bail!(
                 InputError::new(format!("the model has no head: there is no tensor `{head}`"))
-                    .help("if its head is the embedding, write `\"tie_word_embeddings\": true` into its config.json")
+                    .help("if head and embedding share a weight, set `\"tie_word_embeddings\": true` in config.json")
             );
         }
         let tied = config.head.tied.then_some(head);
@@ -496,7 +497,7 @@ impl Decoder {
         Ok(Decoder { weights: Some(weights), visits, bytes, ..Self::unread(decoder.config, cx) })
     }
 
-    /// A decoder with weights of one's own, all at once: by name and shape, in float32.
+    /// Creates a decoder with weights from `provide`, by name and shape, in float32.
     pub fn with(
         config: DecoderConfig,
         cx: &ModelCx,
@@ -544,7 +545,7 @@ impl Decoder {
         Ok(decoder)
     }
 
-    /// The modules of a pass that computes no products.
+    /// Returns the modules of a recording pass, which computes no products.
     fn record(&self) -> Vec<Visit> {
         let ids = Tensor::zeros([1, 2], (Kind::Int64, Device::Cpu));
         let mask = Tensor::ones([1, 2], (Kind::Bool, Device::Cpu));
@@ -598,7 +599,7 @@ impl Decoder {
         let read = normed(hooks, norm.before_mlp, before_mlp, &middle, kind)?;
         let mlp = hooks.module(self.config.mlp.path, &read, |hooks, x| self.mlp(layer, x, hooks))?;
         let mlp = normed(hooks, norm.after_mlp, after_mlp, &mlp, Kind::Float)?;
-        // In the order in which Hugging Face adds them: rounding is the same.
+        // The order of Hugging Face, for equal rounding.
         Ok(if self.config.parallel { mlp + attention + x } else { residual(&middle, &mlp) })
     }
 
@@ -620,7 +621,7 @@ impl Decoder {
                 let mut project = |name: &str, linear: &Linear, norm_name: &str, norm: Option<&Norm>| {
                     let x = hooks.linear(name, x, linear)?;
                     let x = normed(hooks, x, norm_name, norm, QkNorm::All)?;
-                    // Norms over a head come before its dimensions are moved, as in Hugging Face's models.
+                    // Norms over a head come before the transpose, as in Hugging Face.
                     let x = x.view([rows, length, -1, head]);
                     Ok(normed(hooks, x, norm_name, norm, QkNorm::Head)?.transpose(1, 2))
                 };
@@ -653,7 +654,7 @@ impl Decoder {
         let (wide, down) = match (config.layout, &layer.gate) {
             (MlpLayout::Gated { gate, up, down }, Some(to_gate)) => {
                 let gate = hooks.linear(gate, x, to_gate)?;
-                // Nobody sees the activation by itself: no tensor is made of it.
+                // No hook reads the activation, so no tensor is made for it.
                 if config.act == Activation::Silu && !hooks.sees(config.act_path) {
                     let up = hooks.linear(up, x, &layer.up)?;
                     if kernels::fit([&gate, &up]) {
@@ -734,7 +735,7 @@ impl LanguageModel for Decoder {
         if let (Some(path), Some(table)) = (positions, &embed.positions) {
             let ids = Tensor::arange(tokens.size().1, (Kind::Int64, tokens.ids.device())).unsqueeze(0);
             let positions = hooks.module(path, &ids, |_, ids| Ok(Tensor::embedding(table, ids, -1, false, false)))?;
-            // Not in place: a hook may have read the embeddings.
+            // Not in place: a hook may hold the embeddings.
             x = &x + positions;
         }
         let context = Context::new(tokens, &self.windows, &self.config.rotary);

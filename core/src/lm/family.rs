@@ -1,4 +1,4 @@
-//! Families of language models, and opening a model by its name.
+//! Families of language models, and opening a model by name.
 
 use anyhow::{Context, Result, bail};
 use schemars::JsonSchema;
@@ -14,7 +14,7 @@ use super::weights::{ModelCx, Weights};
 use crate::error::InputError;
 use crate::machine::device::Precision;
 
-/// A family of language models: what `model_type` in a config.json names. [`component`](macro@crate::component) submits it.
+/// A family of language models, named by `model_type` in config.json. [`component`](macro@crate::component) submits it.
 pub struct ModelFamily {
     /// The `model_type`.
     pub model_type: &'static str,
@@ -24,15 +24,18 @@ pub struct ModelFamily {
 
 inventory::collect!(ModelFamily);
 
-/// The config of a family: the fields of its config.json that change what the model computes.
+/// Config of a family: the fields of its config.json that affect the computation.
 pub trait ModelConfig: DeserializeOwned + JsonSchema {
-    /// The model that the config describes, with weights.
+    /// Builds the model with its weights.
     fn load(self, weights: Weights, cx: &ModelCx) -> Result<Box<dyn LanguageModel>>;
 }
 
-/// The config of a family whose models are a [`Decoder`]: each of ours.
+/// Config of a family whose models are a [`Decoder`], as in every bundled family.
 pub trait DecoderFamily: DeserializeOwned + JsonSchema {
-    /// The decoder that the config describes, or why it cannot be computed.
+    /// Returns the config of the decoder.
+    ///
+    /// # Errors
+    /// Fails if the config has a value that is not supported.
     fn decoder(self) -> Result<DecoderConfig>;
 }
 
@@ -42,7 +45,7 @@ impl<T: DecoderFamily> ModelConfig for T {
     }
 }
 
-/// Opens a model by its name, with its files (the tokenizer is one of them).
+/// Opens a model by name. Returns the model and its files, which include the tokenizer.
 pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(Box<dyn LanguageModel>, ModelFiles)> {
     let cx = ModelCx { device, precision };
     let files = ModelFiles::find(name)?;
@@ -50,7 +53,7 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
         if let Some(adapter) = files.json("adapter_config.json")? {
             let base = adapter.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or("its base model");
             bail!(InputError::new(format!("{name} is an adapter of {base} (PEFT, LoRA), not a model")).help(
-                "merge the two in Python, `model.merge_and_unload().save_pretrained(DIR)`, and name that folder"
+                "merge them in Python with `model.merge_and_unload().save_pretrained(DIR)`, and give that folder"
             ));
         }
         bail!(
@@ -63,17 +66,17 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
     Ok((model.with_context(|| format!("cannot load the model {name}"))?, files))
 }
 
-/// A model with random weights, the same ones every time, from what a config.json holds: to try a family without its files.
+/// Builds a model with deterministic random weights from a config.json, to try a family without its files.
 pub fn random_model(config: &Value, cx: &ModelCx) -> Result<Box<dyn LanguageModel>> {
     const NAME: &str = "with random weights";
     build(family(NAME, config)?, config, || Ok(Weights::drawn(NAME, cx.device)), cx)
 }
 
-/// The family that a model's config.json names.
+/// Returns the family that a model's config.json names.
 fn family(name: &str, config: &Value) -> Result<&'static ModelFamily> {
     let Some(family) = config.get("model_type").and_then(Value::as_str) else {
         bail!(
-            InputError::new(format!("the config.json of the model {name} names no `model_type`"))
+            InputError::new(format!("the config.json of the model {name} has no `model_type`"))
                 .help("is it the config of a Hugging Face model?")
         );
     };
@@ -81,8 +84,8 @@ fn family(name: &str, config: &Value) -> Result<&'static ModelFamily> {
     known.sort_unstable();
     let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {
         bail!(
-            InputError::new(format!("the model {name} is of the family `{family}`, which is not supported"))
-                .help(format!("supported are: {} (`dictlearn list models`)", known.join(", ")))
+            InputError::new(format!("the model {name} has the unsupported family `{family}`"))
+                .help(format!("supported families: {} (`dictlearn list models`)", known.join(", ")))
         );
     };
     Ok(found)
@@ -96,12 +99,12 @@ fn build(
 ) -> Result<Box<dyn LanguageModel>> {
     for name in ["num_hidden_layers", "n_layer", "num_layers"] {
         if let Some(layers) = config.get(name).and_then(Value::as_u64).filter(|layers| *layers > MOST_LAYERS) {
-            bail!(InputError::new(format!("config.json: `{name}` is {layers}, which no model has")));
+            bail!(InputError::new(format!("config.json: `{name}` is {layers}, more than any model has")));
         }
     }
     refuse_unknown_arithmetic(config, family.model_type)?;
     (family.load)(config, weights()?, cx)
 }
 
-/// More layers than any model has: what is made for each of them would fill the memory before the first is found missing.
+/// Upper bound on layers. Allocating for a bogus number would exhaust memory before the first missing tensor is found.
 const MOST_LAYERS: u64 = 10_000;

@@ -1,4 +1,4 @@
-//! Opening a language model by its name: a folder, a model that a plugin ships, or a repository of the Hub.
+//! Files of a language model: a folder, an embedded model, or a repository of the Hub.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::files::torch_file::StateDictFile;
 use crate::hub::{Repo, RepoKind, hub};
 use crate::suggest::nearest;
 
-/// A model that a plugin ships: `model: embedded:NAME`.
+/// A model embedded in a plugin: `model: embedded:NAME`.
 pub struct EmbeddedModel {
     /// Its name.
     pub name: &'static str,
@@ -37,7 +37,7 @@ enum FilesPlace {
 }
 
 impl ModelFiles {
-    /// Finds the files of a model: `embedded:NAME`, a folder, or a repository `owner/name[@revision]` of the Hub.
+    /// Finds the files of a model: `embedded:NAME`, a folder, or a Hub repository `owner/name[@revision]`.
     pub fn find(name: &str) -> Result<Self> {
         let found = |place| Ok(ModelFiles { name: name.to_owned(), place });
         if let Some(embedded) = name.strip_prefix("embedded:") {
@@ -67,21 +67,21 @@ impl ModelFiles {
             let embedded = inventory::iter::<EmbeddedModel>.into_iter().next();
             let embedded = embedded.map_or_else(String::new, |model| format!(", or `embedded:{}`", model.name));
             bail!(
-                InputError::new(format!("the model `{name}` is not a folder, and not the name of a repository"))
-                    .help(format!("give a folder in Hugging Face's layout, a repository of the Hub{embedded}"))
+                InputError::new(format!("the model `{name}` is neither a folder nor a repository name"))
+                    .help(format!("give a folder in Hugging Face's layout, a Hub repository{embedded}"))
             );
         };
-        // Says now whether there is such a repository.
+        // Fails early if there is no such repository.
         hub()?.commit(&repo)?;
         found(FilesPlace::Hub(repo))
     }
 
-    /// The name that it was found by.
+    /// Returns the name passed to [`ModelFiles::find`].
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The commit that the files are of, where they are the Hub's.
+    /// Returns the commit of files from the Hub; `None` for others.
     pub fn commit(&self) -> Option<String> {
         match &self.place {
             FilesPlace::Hub(repo) => hub().and_then(|hub| hub.commit(repo)).ok(),
@@ -89,7 +89,7 @@ impl ModelFiles {
         }
     }
 
-    /// Where a file lies, if the model has it; fetched first if it is the Hub's.
+    /// Returns the local path of a file, downloading it if need be; `None` if the model does not have it.
     fn path(&self, file: &str) -> Result<Option<PathBuf>> {
         Ok(match &self.place {
             FilesPlace::Embedded(_) => None,
@@ -103,7 +103,7 @@ impl ModelFiles {
         model.files.iter().find(|(name, _)| *name == file).copied()
     }
 
-    /// A file's bytes, if the model has it.
+    /// Returns a file's bytes; `None` if the model does not have it.
     pub fn read(&self, file: &str) -> Result<Option<Cow<'static, [u8]>>> {
         if let Some((_, bytes)) = self.embedded(file) {
             return Ok(Some(Cow::Borrowed(bytes)));
@@ -112,7 +112,7 @@ impl ModelFiles {
         Ok(Some(Cow::Owned(files::read(&path)?)))
     }
 
-    /// A JSON file, if the model has it.
+    /// Returns a parsed JSON file; `None` if the model does not have it.
     pub fn json(&self, file: &str) -> Result<Option<Value>> {
         let Some(bytes) = self.read(file)? else { return Ok(None) };
         let parsed = files::parse_json(&bytes)
@@ -120,7 +120,7 @@ impl ModelFiles {
         Ok(Some(parsed))
     }
 
-    /// A file of weights, if the model has it.
+    /// Opens a file of weights; `None` if the model does not have it.
     pub(super) fn weights(&self, file: &str) -> Result<Option<WeightFile>> {
         if let Some((name, bytes)) = self.embedded(file) {
             return Ok(Some(WeightFile::Safetensors(TensorFile::from_static(name, bytes)?)));

@@ -1,4 +1,4 @@
-//! Where hooks read and write a language model, and the tokens that it runs on.
+//! Hook points of a language model, and the tokens that it runs on.
 
 use std::fmt;
 
@@ -10,24 +10,24 @@ use tch::{Kind, Tensor};
 pub struct Tokens {
     /// Token ids, [B, L], int64.
     pub ids: Tensor,
-    /// Which positions are text and not padding, [B, L], bool. Padding may be on either side.
+    /// True at text positions, false at padding, [B, L], bool. Padding may be on either side.
     pub mask: Tensor,
 }
 
 impl Tokens {
-    /// Rows and positions.
+    /// Returns (B, L).
     pub fn size(&self) -> (i64, i64) {
         self.ids.size2().expect("token ids have two dimensions")
     }
 
-    /// The text positions but for each row's first, [B, L], bool: whatever its id, and on whichever side the padding is.
+    /// Returns the text positions except each row's first, [B, L], bool.
     pub fn without_first(&self) -> Tensor {
         let first = self.mask.cumsum(1, Kind::Int64).eq(1).logical_and(&self.mask);
         self.mask.logical_and(&first.logical_not())
     }
 }
 
-/// Whether a module's input or its output is meant.
+/// Side of a module that a hook point refers to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Io {
@@ -35,16 +35,16 @@ pub enum Io {
     In,
     /// The output.
     Out,
-    /// The value inside a norm, normalised and not yet scaled and shifted by its weights.
+    /// The value inside a norm: normalised, before scale and shift.
     Normed,
 }
 
-/// A place in a model: a module's input or output.
+/// A value inside a model that can be read or replaced.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HookPoint {
-    /// The module's path in the Hugging Face model: `gpt_neox.layers.1.mlp`.
+    /// Module path in the Hugging Face model: `gpt_neox.layers.1.mlp`.
     pub module: String,
-    /// Input or output.
+    /// Input, output, or the normalised value inside a norm.
     pub io: Io,
 }
 

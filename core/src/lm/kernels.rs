@@ -1,9 +1,9 @@
-//! What stands between the products of a layer, in one pass over memory each.
+//! Fused CPU kernels for the operations between the products of a layer, each in one pass over memory.
 //!
-//! libtorch makes several passes of a norm, a rotation or a gate, with a tensor between each two, and on a CPU that costs
-//! a fifth (float32) to a third (bfloat16) of a model's forward pass. Every function here takes tensors that [`fit`] it
-//! and gives what the plain expression beside its caller gives, rounded once at the end. Values are computed in float32.
-//! Rows are shared among libtorch's own threads; which thread takes which row changes no result.
+//! libtorch takes several passes for a norm, a rotation or a gate, with a temporary tensor between each two. On a CPU
+//! that costs a fifth (float32) to a third (bfloat16) of a model's forward pass. Every function here takes tensors that
+//! [`fit`] and computes the plain expression beside its caller, in float32, rounded once at the end. libtorch's threads
+//! share the rows; their assignment changes no result.
 
 use std::slice;
 
@@ -12,8 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::machine::parallel::{Bf16, Number, Output, numbers, share};
 
-/// Whether all of these can be handed to the functions here: on a CPU, of float32 or bfloat16, and no gradient is to flow
-/// through them.
+/// Returns true if these kernels support all tensors: non-empty, on a CPU, float32 or bfloat16, without gradients.
 pub(super) fn fit<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
     tensors.into_iter().all(|tensor| {
         tensor.device() == Device::Cpu
@@ -23,7 +22,7 @@ pub(super) fn fit<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
     })
 }
 
-/// Calls a function with the number types of an input and an output.
+/// Calls a function with the element types of an input and an output.
 macro_rules! by_kind {
     ($function:ident, $input:expr, $output:expr, ($($argument:expr),*)) => {
         match ($input, $output) {
@@ -35,10 +34,10 @@ macro_rules! by_kind {
     };
 }
 
-/// Sums that a processor adds side by side.
+/// Number of partial sums, added in parallel by SIMD.
 const LANES: usize = 32;
 
-/// RMS norm over the last dimension of x [.., d], scaled by `weight` [d] (float32), in the type `out`.
+/// Returns the RMS norm of x [.., d] over its last dimension, scaled by `weight` [d], as dtype `out`.
 pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, out: Kind) -> Tensor {
     let x = x.contiguous();
     let mut normed = Tensor::empty(x.size(), (out, Device::Cpu));
@@ -74,7 +73,7 @@ fn rms_norm_rows<A: Number, B: Number>(x: &[A], weight: &[f32], eps: f32, out: &
     }
 }
 
-/// Fills `out` from x and y, of the same shape, part by part.
+/// Fills `out` from x and y of the same shape, split among threads.
 fn by_element<A: Number, B: Number, C: Number>(
     x: &Tensor,
     y: &Tensor,
@@ -88,7 +87,7 @@ fn by_element<A: Number, B: Number, C: Number>(
     });
 }
 
-/// SiLU(gate) · up, of the same shape and kind.
+/// Returns SiLU(gate) · up; both have the same shape and dtype.
 pub(super) fn silu_times(gate: &Tensor, up: &Tensor) -> Tensor {
     let (gate, up) = (gate.contiguous(), up.contiguous());
     let mut product = up.empty_like();
@@ -108,10 +107,11 @@ fn silu_times_part<A: Number, B: Number>(gate: &[A], up: &[A], out: &mut [B]) {
     }
 }
 
-/// e^x to two units in the last place, without a branch: x = n ln 2 + r, and a polynomial for e^r (Cephes' `expf`).
+/// Returns e^x to two units in the last place, without a branch: x = n ln 2 + r and a polynomial for e^r (Cephes
+/// `expf`).
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: added and taken away, it rounds to a whole number.
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding and subtracting it rounds to an integer.
     let x = x.clamp(-87.0, 88.0);
     let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
     let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
@@ -125,7 +125,7 @@ fn exp(x: f32) -> f32 {
     p * f32::from_bits((((n as i32) + 127) << 23) as u32)
 }
 
-/// x + y of the same shape, float32.
+/// Returns x + y as float32; both have the same shape.
 pub(super) fn add(x: &Tensor, y: &Tensor) -> Tensor {
     let (x, y) = (x.contiguous(), y.contiguous());
     let mut sum = Tensor::empty(x.size(), (Kind::Float, Device::Cpu));
@@ -144,9 +144,9 @@ fn add_part<A: Number, B: Number>(x: &[A], y: &[B], out: &mut [f32]) {
     }
 }
 
-/// Turns heads x [B, H, L, D] by tables of cosines and sines [L, width] (float32), of which the upper half repeats the
-/// lower one; what lies beyond `width` stays. The last dimension of x must be contiguous, the others may lie as they
-/// like. The result lies in memory as [B, L, H, D].
+/// Rotates heads x [B, H, L, D] by float32 cosines and sines [L, width], whose upper half repeats the lower one.
+/// Dimensions beyond `width` pass unchanged. The last dimension of x must be contiguous; the others may have any
+/// stride. The result is laid out in memory as [B, L, H, D].
 pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     let size = x.size();
     let mut turned = Tensor::empty([size[0], size[2], size[1], size[3]], (x.kind(), Device::Cpu));
@@ -161,9 +161,9 @@ fn rotate_of<A: Number, B: Number>(x: &Tensor, cos: &Tensor, sin: &Tensor, out: 
     let [of_row, of_head, of_position] = [stride[0], stride[1], stride[2]].map(|n| n as usize);
     let width = cos.size()[1] as usize;
     assert!(width <= head && width.is_multiple_of(2));
-    // From the tensor's first number to its last.
+    // Elements from the tensor's first to its last.
     let span = (0..4).map(|i| (size[i] - 1) * stride[i]).sum::<i64>() as usize + 1;
-    // SAFETY: strides of a tensor reach no further than that, and it is borrowed.
+    // SAFETY: a tensor's strides reach no further, and it is borrowed.
     let x: &[A] = unsafe { slice::from_raw_parts(x.data_ptr().cast(), span) };
     let (cos, sin, out) = (numbers::<f32>(cos), numbers::<f32>(sin), Output::<B>::of(out));
     share(size[0] as usize * length, heads * head, |rows| {
@@ -178,7 +178,7 @@ fn rotate_of<A: Number, B: Number>(x: &Tensor, cos: &Tensor, sin: &Tensor, out: 
     });
 }
 
-/// The heads of one position: each begins `stride` numbers after the one before.
+/// Rotates the heads of one position; each begins `stride` elements after the previous one.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
 fn rotate_heads<A: Number, B: Number>(x: &[A], stride: usize, cos: &[f32], sin: &[f32], out: &mut [B], head: usize) {
     let half = cos.len() / 2;
@@ -204,14 +204,14 @@ mod tests {
 
     const KINDS: [Kind; 2] = [Kind::Float, Kind::BFloat16];
 
-    /// Numbers of either sign and of every size, zeros among them.
+    /// Draws numbers of both signs and many magnitudes, including zeros.
     fn random(size: &[i64], kind: Kind) -> Tensor {
         let options = (Kind::Float, Device::Cpu);
         let large = Tensor::randn(size, options) * (Tensor::randn(size, options) * 3.0).exp();
         (large * Tensor::rand(size, options).greater(0.1)).to_kind(kind)
     }
 
-    /// Equal but for the last place or two of the type.
+    /// Asserts equality up to the last digits of the dtype.
     fn close(found: &Tensor, expected: &Tensor) {
         assert_eq!((found.size(), found.kind()), (expected.size(), expected.kind()));
         let precision = if expected.kind() == Kind::Float { 1e-5 } else { 2e-2 };
@@ -219,11 +219,11 @@ mod tests {
         assert!(found.allclose(&expected, precision, 1e-6, true), "{found}\n{expected}");
     }
 
-    /// One row and many, narrower and wider than a register, in one chunk and in several.
+    /// One row and many, narrower and wider than a SIMD register, in one chunk and in several.
     const SIZES: [[i64; 2]; 6] = [[1, 1], [1, 31], [3, 64], [7, 100], [300, 576], [41, 4097]];
 
     #[test]
-    fn norms() {
+    fn rms_norm_matches_libtorch() {
         for (size, input, output) in
             SIZES.iter().flat_map(|s| KINDS.iter().flat_map(move |a| KINDS.map(|b| (s, *a, b))))
         {
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn gates_and_sums() {
+    fn silu_times_and_add_match_libtorch() {
         for (size, kind) in SIZES.iter().flat_map(|size| KINDS.map(|kind| (size, kind))) {
             let (a, b) = (random(size, kind), random(size, kind));
             let float = |x: &Tensor| x.to_kind(Kind::Float);
@@ -244,7 +244,7 @@ mod tests {
             let x = random(size, Kind::Float);
             close(&add(&x, &b), &(x + float(&b)));
         }
-        // What a norm cannot tame: infinities, and what is no number, stay so.
+        // Infinity and NaN propagate; large magnitudes saturate correctly.
         let odd = Tensor::from_slice(&[f32::INFINITY, f32::NAN, -200.0, 200.0]);
         let gated = silu_times(&odd, &odd.ones_like());
         assert_eq!(gated.double_value(&[0]), f64::INFINITY);
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn rotations() {
+    fn rotate_matches_libtorch() {
         for (heads, head, width) in [(1, 2, 2), (3, 64, 64), (4, 20, 8)] {
             for kind in KINDS {
                 let x = random(&[2, 9, heads * head + 5], kind).narrow(2, 5, heads * head);
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_change_nothing() {
+    fn results_do_not_depend_on_the_number_of_threads() {
         let (x, weight) = (random(&[1000, 333], Kind::Float), random(&[333], Kind::Float));
         let on = |threads| {
             let before = tch::get_num_threads();

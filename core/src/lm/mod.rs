@@ -1,4 +1,4 @@
-//! What language-model families share: the decoder and its blocks, names, weights, and opening a model by its name.
+//! Language models: the shared decoder and its blocks, module names, weights, and opening a model by name.
 
 mod arithmetic;
 mod blocks;

@@ -1,7 +1,7 @@
-//! Language models: run as far as needed, read and replaced at any module.
+//! Language models with hooks on every module.
 //!
 //! A model's forward pass names its modules as Hugging Face does and hands every module's input and output to
-//! [`Hooks`], which read values, replace them, and stop the pass after the last value that was asked for.
+//! [`Hooks`]. Hooks read values, replace them, and stop the pass after the last requested value.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -12,7 +12,7 @@ use super::names::Names;
 use crate::error::InputError;
 use crate::suggest::nearest;
 
-/// The forward pass ended early: every value that was asked for has been read.
+/// The forward pass ended early because all requested values have been read.
 #[derive(Debug)]
 pub struct Stop;
 
@@ -21,7 +21,7 @@ enum Action<'a> {
     Replace(Box<dyn Fn(&Tensor) -> Tensor + 'a>),
 }
 
-/// What a forward pass does at its modules.
+/// Actions of a forward pass at its modules.
 #[derive(Default)]
 pub struct Hooks<'a> {
     actions: Vec<(HookPoint, Action<'a>)>,
@@ -31,7 +31,7 @@ pub struct Hooks<'a> {
     visits: Option<Vec<Visit>>,
 }
 
-/// One module as a forward pass met it.
+/// One module visited by a forward pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Visit {
     /// The module's path.
@@ -43,13 +43,13 @@ pub struct Visit {
 }
 
 impl<'a> Hooks<'a> {
-    /// Nothing is read or replaced.
+    /// Reads and replaces nothing.
     pub fn none() -> Self {
         Hooks::default()
     }
 
-    /// Reads the values at these points; get them with [`Hooks::take`]. The pass stops after the last of them if
-    /// `stop` is set.
+    /// Reads the values at these points; [`Hooks::take`] returns them. With `stop`, the pass ends after the last of
+    /// them.
     pub fn read(points: &[HookPoint], stop: bool) -> Self {
         Hooks {
             actions: points.iter().map(|point| (point.clone(), Action::Read(None))).collect(),
@@ -59,17 +59,17 @@ impl<'a> Hooks<'a> {
         }
     }
 
-    /// Replaces the value at a point, [B, L, width], by what the function makes of it.
+    /// Replaces the value at a point, [B, L, width], by the function's result of the same shape.
     pub fn replace(point: &HookPoint, with: impl Fn(&Tensor) -> Tensor + 'a) -> Self {
         Hooks { actions: vec![(point.clone(), Action::Replace(Box::new(with)))], ..Hooks::default() }
     }
 
-    /// Writes down every module that the pass goes through.
+    /// Records every module of the pass, without computing products of linear maps.
     pub fn record() -> Self {
         Hooks { visits: Some(Vec::new()), ..Hooks::default() }
     }
 
-    /// The value that was read at a point.
+    /// Takes the value that was read at a point.
     pub fn take(&mut self, point: &HookPoint) -> Option<Tensor> {
         self.actions.iter_mut().find_map(|(at, action)| match action {
             Action::Read(value) if at == point => value.take(),
@@ -77,13 +77,12 @@ impl<'a> Hooks<'a> {
         })
     }
 
-    /// The modules met by a recording pass, in order of their outputs.
+    /// Returns the modules visited by a recording pass, in order of their outputs.
     pub fn into_visits(self) -> Vec<Visit> {
         self.visits.unwrap_or_default()
     }
 
-    /// Calls a module by its name within the module that is being run, with its input; its input and output are read
-    /// and replaced as asked.
+    /// Runs a submodule of the current module, applying the hooks to its input and output.
     pub fn module(
         &mut self,
         name: &str,
@@ -106,7 +105,7 @@ impl<'a> Hooks<'a> {
         Ok(output)
     }
 
-    /// Calls a linear map by its name, as [`Hooks::module`]. A pass that only records computes no product.
+    /// Runs a linear map as [`Hooks::module`] does. A recording pass skips the product and returns zeros.
     pub fn linear(&mut self, name: &str, input: &Tensor, linear: &Linear) -> Result<Tensor, Stop> {
         self.module(name, input, |hooks, x| {
             if hooks.visits.is_none() {
@@ -118,7 +117,7 @@ impl<'a> Hooks<'a> {
         })
     }
 
-    /// Calls a norm by its name, as [`Hooks::module`]; what it gives is of the type `out`.
+    /// Runs a norm as [`Hooks::module`] does; the result has dtype `out`.
     pub fn norm(&mut self, name: &str, input: &Tensor, norm: &Norm, out: Kind) -> Result<Tensor, Stop> {
         self.module(name, input, |hooks, x| {
             let asked = |(point, _): &(HookPoint, Action)| point.io == Io::Normed && point.module == hooks.path;
@@ -130,7 +129,7 @@ impl<'a> Hooks<'a> {
         })
     }
 
-    /// Whether a module of this name within the one that is being run is read, replaced or recorded.
+    /// Returns true if a hook reads, replaces or records this submodule of the current module.
     pub fn sees(&self, name: &str) -> bool {
         let inner = |module: &str| module.strip_prefix(&self.path)?.strip_prefix('.').map(|rest| rest == name);
         self.visits.is_some() || self.actions.iter().any(|(point, _)| inner(&point.module) == Some(true))
@@ -158,74 +157,74 @@ impl<'a> Hooks<'a> {
     }
 }
 
-/// The stream of hidden states between two layers, with what all layers share (mask, positions, rotations).
+/// Residual stream between two layers, with the context that all layers share (masks, rotary tables).
 #[derive(Debug)]
 pub struct Hidden {
-    /// Hidden states, [B, L, d].
+    /// Residual stream, [B, L, d].
     pub x: Tensor,
-    /// What attention needs, computed once a pass.
+    /// Masks and rotary tables of attention, computed once per pass.
     pub context: std::rc::Rc<crate::lm::Context>,
 }
 
 impl Hidden {
-    /// The same stream, sharing memory: to continue from one place in more than one way.
+    /// Returns the same stream, sharing memory, so that several passes can continue from it.
     pub fn fork(&self) -> Hidden {
         Hidden { x: self.x.shallow_clone(), context: self.context.clone() }
     }
 }
 
-/// A language model: embeddings, a stack of layers, a head.
+/// A language model: embeddings, layers and a head.
 pub trait LanguageModel: Send {
-    /// Width of the residual stream.
+    /// Returns the width of the residual stream.
     fn hidden_size(&self) -> i64;
 
-    /// Number of layers.
+    /// Returns the number of layers.
     fn n_layers(&self) -> usize;
 
-    /// Number of attention heads of a layer.
+    /// Returns the number of attention heads per layer.
     fn n_heads(&self) -> i64;
 
-    /// Number of token ids that it embeds.
+    /// Returns the number of token ids.
     fn vocab_size(&self) -> i64;
 
-    /// The longest context that it takes, where there is a limit.
+    /// Returns the longest context in tokens; `None` if there is no limit.
     fn max_positions(&self) -> Option<i64>;
 
-    /// Where the family keeps its parts.
+    /// Returns the module paths of the family.
     fn names(&self) -> &Names;
 
-    /// The device of the weights.
+    /// Returns the device of the weights.
     fn device(&self) -> Device;
 
-    /// Every weight by its Hugging Face name, sharing memory with the model's, to train or to save.
+    /// Returns every weight by its Hugging Face name, sharing memory with the model.
     fn parameters(&self) -> Vec<(String, Tensor)>;
 
-    /// Bytes of its weights once all are read.
+    /// Returns the size of all weights in bytes, including those not read yet.
     fn memory(&self) -> u64 {
         self.parameters().iter().map(|(_, parameter)| crate::files::tensors::bytes(parameter) as u64).sum()
     }
 
-    /// Every module in the order of a forward pass.
+    /// Returns every module in the order of a forward pass.
     fn modules(&self) -> Vec<Visit>;
 
-    /// Embeds tokens.
+    /// Embeds the tokens.
     fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop>;
 
     /// Runs one layer.
     fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop>;
 
-    /// The final norm and the head: logits, [B, L, vocabulary], float32.
+    /// Applies the final norm and the head. Returns logits [B, L, vocabulary], float32.
     fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop>;
 }
 
 impl dyn LanguageModel + '_ {
-    /// The whole pass, or as much of it as the hooks need. Logits, [B, L, vocabulary].
+    /// Runs the whole pass, unless the hooks stop it. Returns logits [B, L, vocabulary].
     pub fn forward(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Tensor, Stop> {
         let hidden = self.begin(tokens, hooks)?;
         self.forward_from(0, &hidden, hooks)
     }
 
-    /// The pass from the input of a layer on.
+    /// Runs the pass from the input of a layer. Returns logits [B, L, vocabulary].
     pub fn forward_from(&self, layer: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
         let mut hidden = hidden.fork();
         for index in layer..self.n_layers() {
@@ -234,15 +233,15 @@ impl dyn LanguageModel + '_ {
         self.end(&hidden, hooks)
     }
 
-    /// The value at one point, [B, L, width]; nothing after it is computed.
+    /// Returns the value at one point, [B, L, width]; the pass stops there.
     pub fn value_at(&self, tokens: &Tokens, point: &HookPoint) -> Tensor {
         let mut hooks = Hooks::read(std::slice::from_ref(point), true);
         let _ = self.forward(tokens, &mut hooks);
-        hooks.take(point).expect("a hook point of a model is met in every pass")
+        hooks.take(point).expect("every pass visits every hook point of the model")
     }
 
-    /// What every pass over these tokens has in common however the value at a point is replaced: everything before the
-    /// layer that holds the point, computed once.
+    /// Computes the layers before the one that holds the point, once. Passes that replace the value at the point share
+    /// this prefix.
     pub fn before<'a>(&'a self, tokens: &'a Tokens, point: &HookPoint) -> Prefix<'a> {
         let names = self.names();
         let layer = match names.layer_of(&point.module) {
@@ -262,7 +261,10 @@ impl dyn LanguageModel + '_ {
         Prefix { model: self, tokens, hidden: run(&mut Hooks::none()).ok() }
     }
 
-    /// The point that a user names by a module path and `io`, or by a TransformerLens name; with its width.
+    /// Resolves a module path with `io`, or a TransformerLens name. Returns the point and its width.
+    ///
+    /// # Errors
+    /// Fails if the model has no such module; the help lists the nearest names.
     pub fn hook_point(&self, name: &str, io: Io) -> Result<(HookPoint, i64)> {
         let point = self.names().transformer_lens(name).unwrap_or_else(|| HookPoint { module: name.to_owned(), io });
         let modules = self.modules();
@@ -270,13 +272,13 @@ impl dyn LanguageModel + '_ {
         if let Some(module) = modules.iter().find(|visit| visit.module == point.module) {
             return Ok((point.clone(), width(module)));
         }
-        // Some libraries name modules from the model without its head: `layers.3`, not `model.layers.3`.
+        // Some libraries omit the prefix of the model with a head: `layers.3`, not `model.layers.3`.
         let without_head = |visit: &&Visit| visit.module.split_once('.').is_some_and(|(_, rest)| rest == name);
         if let Some(module) = modules.iter().find(without_head) {
             return Ok((HookPoint { module: module.module.clone(), io }, width(module)));
         }
         let modules: Vec<String> = modules.into_iter().map(|visit| visit.module).collect();
-        // Who writes TransformerLens's names is offered those.
+        // Suggest TransformerLens names to users who write them.
         let hooks = self.names().transformer_lens_names(self.n_layers());
         let theirs = ["blocks.", "hook_", "ln_final."].iter().any(|start| name.starts_with(start));
         let known: Vec<&str> = (if theirs { &hooks } else { &modules }).iter().map(String::as_str).collect();
@@ -287,14 +289,14 @@ impl dyn LanguageModel + '_ {
         let near = near.join(", ");
         Err(error
             .help(match nearest(name, known.iter().copied()) {
-                Some(best) => format!("did you mean `{best}`? near it: {near}"),
-                None => format!("the nearest are: {near}"),
+                Some(best) => format!("did you mean `{best}`? nearest names: {near}"),
+                None => format!("nearest names: {near}"),
             })
             .into())
     }
 }
 
-/// The beginning of a forward pass, to be continued in more than one way.
+/// Beginning of a forward pass that several passes continue.
 pub struct Prefix<'a> {
     model: &'a dyn LanguageModel,
     tokens: &'a Tokens,
@@ -302,7 +304,7 @@ pub struct Prefix<'a> {
 }
 
 impl Prefix<'_> {
-    /// The rest of the pass. Logits, [B, L, vocabulary].
+    /// Runs the rest of the pass. Returns logits [B, L, vocabulary].
     pub fn forward(&self, hooks: &mut Hooks) -> Result<Tensor, Stop> {
         match &self.hidden {
             Some((layer, hidden)) => self.model.forward_from(*layer, hidden, hooks),
@@ -311,9 +313,9 @@ impl Prefix<'_> {
     }
 }
 
-/// Mean cross entropy, in nats, of predicting each token from those before it, and how many tokens it is a mean over.
+/// Returns the mean cross entropy of next-token prediction, in nats, and the number of predicted tokens.
 ///
-/// A prediction counts where both the token and the one before it are text. Logits [B, L, vocabulary].
+/// A prediction counts where both the token and the one before it are text. `logits` is [B, L, vocabulary].
 pub fn cross_entropy(logits: &Tensor, tokens: &Tokens) -> (f64, i64) {
     let length = tokens.size().1 - 1;
     let counted = tokens.mask.narrow(1, 1, length).logical_and(&tokens.mask.narrow(1, 0, length)).reshape([-1]);

@@ -1,40 +1,39 @@
-//! Where a family keeps its parts: Hugging Face's module paths, and TransformerLens's names for the same places.
+//! Module paths of a family as in Hugging Face, and the TransformerLens names of the same hook points.
 
 use super::hook_point::{HookPoint, Io};
 
-/// Module paths of a family; those below a layer are relative to it.
+/// Module paths of a family. Paths inside a layer are relative to it.
 #[derive(Debug, Clone, Default)]
 pub struct Names {
-    /// The list of layers: `gpt_neox.layers`.
+    /// List of layers: `gpt_neox.layers`.
     pub layers: String,
-    /// Token embedding, a full path.
+    /// Token embedding (full path).
     pub embed: String,
-    /// Learned position embedding, a full path, where there is one.
+    /// Learned position embedding (full path), if there is one.
     pub positions: Option<String>,
-    /// The last norm, a full path.
+    /// Final norm (full path).
     pub final_norm: String,
-    /// The projection of the heads' outputs, in a layer: its input is every head's output side by side.
+    /// Output projection of attention. Its input is the concatenated outputs of the heads.
     pub attention_out: String,
-    /// The module whose output attention adds to the residual stream: attention, or a norm after it.
+    /// Module whose output is added to the residual stream: attention, or a norm after it.
     pub attention_added: String,
-    /// The MLP's first projection, in a layer; of a gated MLP the one that is activated. `None` where it is one with
-    /// another.
+    /// First projection of the MLP; in a gated MLP, the gate. `None` where gate and up are one projection.
     pub mlp_in: Option<String>,
-    /// What a gated MLP's activations are multiplied with.
+    /// Up projection of a gated MLP, multiplied with the activated gate.
     pub mlp_up: Option<String>,
-    /// The MLP's last projection, in a layer.
+    /// Last projection of the MLP.
     pub mlp_out: String,
-    /// The module whose output the MLP adds to the residual stream: the MLP, or a norm after it.
+    /// Module whose output is added to the residual stream: the MLP, or a norm after it.
     pub mlp_added: String,
-    /// The norm of attention's input, where there is one.
+    /// Norm before attention, if there is one.
     pub norm1: Option<String>,
-    /// The norm of the MLP's input, where there is one.
+    /// Norm before the MLP, if there is one.
     pub norm2: Option<String>,
-    /// The module that reads the residual stream between attention and MLP; `None` where both read the layer's input.
+    /// Module that reads the residual stream between attention and MLP; `None` if both read the layer's input.
     pub middle: Option<String>,
 }
 
-/// TransformerLens's names within a layer.
+/// TransformerLens names within a layer.
 const HOOKS: [&str; 12] = [
     "hook_resid_pre",
     "ln1.hook_normalized",
@@ -51,18 +50,18 @@ const HOOKS: [&str; 12] = [
 ];
 
 impl Names {
-    /// The path of a layer.
+    /// Returns the path of a layer.
     pub fn layer(&self, index: usize) -> String {
         format!("{}.{index}", self.layers)
     }
 
-    /// The number of the layer that a module is or lies in.
+    /// Returns the index of the layer that is or contains a module.
     pub fn layer_of(&self, module: &str) -> Option<usize> {
         let rest = module.strip_prefix(self.layers.as_str())?.strip_prefix('.')?;
         rest.split('.').next()?.parse().ok()
     }
 
-    /// The TransformerLens names that this family has a point for, layer by layer.
+    /// Returns the TransformerLens names that this family supports, layer by layer.
     pub fn transformer_lens_names(&self, n_layers: usize) -> Vec<String> {
         let in_layers = (0..n_layers).flat_map(|layer| HOOKS.iter().map(move |hook| format!("blocks.{layer}.{hook}")));
         let outside = ["hook_embed", "hook_pos_embed", "ln_final.hook_normalized"].map(str::to_owned);
@@ -70,7 +69,7 @@ impl Names {
         all.filter(|name| self.transformer_lens(name).is_some()).collect()
     }
 
-    /// The point that a TransformerLens name means: `blocks.1.hook_resid_post` is the output of layer 1.
+    /// Resolves a TransformerLens name: `blocks.1.hook_resid_post` is the output of layer 1.
     pub fn transformer_lens(&self, name: &str) -> Option<HookPoint> {
         let point = |module: String, io| Some(HookPoint { module, io });
         match name {
@@ -86,7 +85,7 @@ impl Names {
         match hook {
             "hook_resid_pre" => point(layer, Io::In),
             "hook_resid_post" => point(layer, Io::Out),
-            // Only where attention is added before the MLP reads is there a stream in the middle.
+            // Parallel layers have no residual stream between attention and MLP.
             "hook_resid_mid" | "hook_mlp_in" => of(&self.middle, Io::In),
             "hook_attn_out" => point(inside(&self.attention_added), Io::Out),
             "hook_mlp_out" => point(inside(&self.mlp_added), Io::Out),
@@ -94,7 +93,7 @@ impl Names {
             "mlp.hook_pre" => of(&self.mlp_in, Io::Out),
             "mlp.hook_pre_linear" => of(&self.mlp_up, Io::Out),
             "mlp.hook_post" => point(inside(&self.mlp_out), Io::In),
-            // As its release 3 has it, before the norm's weights.
+            // As in TransformerLens 3: before the norm's weights.
             "ln1.hook_normalized" => of(&self.norm1, Io::Normed),
             "ln2.hook_normalized" => of(&self.norm2, Io::Normed),
             _ => None,
@@ -126,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn transformer_lens_names() {
+    fn transformer_lens_names_map_to_hook_points() {
         let point = |name| names().transformer_lens(name).map(|point| point.to_string());
         assert_eq!(point("blocks.3.hook_resid_post").unwrap(), "m.h.3.out");
         assert_eq!(point("blocks.10.attn.hook_z").unwrap(), "m.h.10.attn.c_proj.in");
@@ -135,12 +134,12 @@ mod tests {
         assert_eq!(point("m.h.3"), None);
         assert_eq!(point("blocks.x.hook_resid_post"), None);
         assert_eq!(point("blocks.0.mlp.hook_pre_linear"), None, "the MLP is not gated");
-        // All the others in two layers, and three outside.
+        // Two layers of all names but `mlp.hook_pre_linear`, and three outside the layers.
         assert_eq!(names().transformer_lens_names(2).len(), 2 * (HOOKS.len() - 1) + 3);
     }
 
     #[test]
-    fn layer_of_a_module() {
+    fn layer_of_returns_the_index_in_a_module_path() {
         assert_eq!(names().layer_of("m.h.12.mlp.c_fc"), Some(12));
         assert_eq!(names().layer_of("m.h.7"), Some(7));
         assert_eq!(names().layer_of("m.wte"), None);

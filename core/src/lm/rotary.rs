@@ -12,26 +12,26 @@ use super::kernels;
 use crate::error::InputError;
 use crate::suggest::nearest;
 
-/// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>), in the half-split form that Hugging
-/// Face's models use: dimension i is turned with dimension i + width / 2.
+/// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>) in Hugging Face's half-split form:
+/// dimension i is rotated with dimension i + width / 2.
 #[derive(Debug, Clone)]
 pub struct Rotary {
-    /// How many of a head's dimensions are rotated; the rest stay.
+    /// Number of rotated dimensions of a head; the rest pass unchanged.
     width: i64,
     /// Base of the frequencies.
     theta: f64,
     scaling: Scaling,
 }
 
-/// How the frequencies are changed for contexts longer than those of the first training.
+/// Scaling of the frequencies for contexts longer than the original ones.
 #[derive(Debug, Clone)]
 enum Scaling {
     None,
-    /// All frequencies divided (Chen et al. 2023, <https://arxiv.org/abs/2306.15595>).
+    /// Divides all frequencies (Chen et al. 2023, <https://arxiv.org/abs/2306.15595>).
     Linear {
         factor: f64,
     },
-    /// Low frequencies divided, high ones kept, those between interpolated (Llama 3.1,
+    /// Divides low frequencies, keeps high ones and interpolates between (Llama 3.1,
     /// <https://arxiv.org/abs/2407.21783>).
     Llama3 {
         factor: f64,
@@ -39,8 +39,8 @@ enum Scaling {
         high: f64,
         original: f64,
     },
-    /// Each frequency divided by a factor of its own, one list for short and one for long contexts (Ding et al. 2024,
-    /// <https://arxiv.org/abs/2402.13753>).
+    /// LongRoPE: divides each frequency by its own factor, with one list for short and one for long contexts (Ding et
+    /// al. 2024, <https://arxiv.org/abs/2402.13753>).
     Long {
         short: Vec<f64>,
         long: Vec<f64>,
@@ -49,33 +49,33 @@ enum Scaling {
     },
 }
 
-/// The fields of a Hugging Face config.json that rotary embeddings follow from.
+/// Fields of a Hugging Face config.json that define rotary embeddings.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Rope {
     /// Base of the rotary frequencies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_theta: Option<f64>,
-    /// Which part of a head is rotated.
+    /// Fraction of a head that is rotated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partial_rotary_factor: Option<f64>,
-    /// How the frequencies are changed for long contexts, as transformers writes it before release 5.
+    /// Scaling of the frequencies for long contexts, as written by transformers before release 5.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<Value>,
-    /// All of these together, as transformers 5 writes them; or an entry of them for each type of layers.
+    /// All rotary settings, as written by transformers 5: one map, or one map per layer type.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_parameters: Option<Value>,
-    /// The longest context before it was made longer.
+    /// Longest context before its extension, in tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub original_max_position_embeddings: Option<f64>,
 }
 
-/// The types of layers that a config may give rotary embeddings of their own.
+/// Layer types for which a config may give separate rotary embeddings.
 const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
 
-/// The types of scaling, some of which have two names.
+/// Supported types of scaling; older spellings are accepted too.
 const SCALINGS: [&str; 4] = ["default", "linear", "llama3", "longrope"];
 
-/// What a config says of rotary embeddings in one place, whichever of the spellings it uses.
+/// One map of rotary settings in a config, under either key.
 struct Spelled<'a> {
     /// The key: `rope_scaling` or `rope_parameters`.
     key: &'static str,
@@ -84,7 +84,7 @@ struct Spelled<'a> {
 }
 
 impl<'a> Spelled<'a> {
-    /// The entries by type of layers, where there are such. Whatever else stands beside them says nothing.
+    /// Returns the entries by layer type; `None` if the map is not nested. Ignores other keys beside them.
     fn nested(&self) -> Result<Option<BTreeMap<&'a str, Self>>> {
         let Spelled { key, map } = *self;
         if !map.iter().any(|(name, value)| value.is_object() || LAYER_TYPES.contains(&name.as_str())) {
@@ -95,7 +95,7 @@ impl<'a> Spelled<'a> {
             if !LAYER_TYPES.contains(&layers.as_str()) {
                 let near = nearest(layers, LAYER_TYPES).map(|near| format!("did you mean `{near}`? "));
                 bail!(
-                    InputError::new(format!("config.json: `{key}` has an entry for layers of type `{layers}`"))
+                    InputError::new(format!("config.json: `{key}` has an entry for unknown layer type `{layers}`"))
                         .help(format!("{}known: {}", near.unwrap_or_default(), LAYER_TYPES.join(", ")))
                 );
             }
@@ -116,7 +116,10 @@ impl<'a> Spelled<'a> {
 }
 
 impl Rope {
-    /// The embedding of heads of a width in all layers; `theta` where the config gives no base.
+    /// Returns the embedding that all layers share; `theta` is the default base.
+    ///
+    /// # Errors
+    /// Fails if the settings are invalid or differ between layer types.
     pub fn rotary(&self, head_dim: i64, theta: f64, max_positions: i64) -> Result<Rotary> {
         let theta = self.rope_theta.unwrap_or(theta);
         let Some(spelled) = self.spelled()? else { return self.read(None, head_dim, theta, max_positions) };
@@ -128,17 +131,17 @@ impl Rope {
         if entries.any(|other| first.as_ref().is_none_or(|first| first.map != other.map)) {
             bail!(
                 InputError::new(format!(
-                    "config.json: `{}` differs between types of layers, and all layers of this family have the same",
+                    "config.json: `{}` differs between layer types, but all layers of this family share one",
                     spelled.key
                 ))
-                .help("it changes what the model computes, so it is not ignored; is `model_type` right?")
+                .help("it cannot be ignored because it changes what the model computes; is `model_type` right?")
             );
         }
         self.read(first.as_ref(), head_dim, theta, max_positions)
     }
 
-    /// The embedding in layers of one type, for a config that says it by type; `theta` where it gives no base for them.
-    /// `None` for a config that makes no difference between layers.
+    /// Returns the embedding of one layer type; `theta` is the default base. `None` if the config has one map for all
+    /// layers.
     pub fn rotary_of(&self, layers: &str, head_dim: i64, theta: f64, max_positions: i64) -> Result<Option<Rotary>> {
         let Some(entries) = self.spelled()?.map(|spelled| spelled.nested()).transpose()?.flatten() else {
             return Ok(None);
@@ -146,7 +149,7 @@ impl Rope {
         self.read(entries.get(layers), head_dim, theta, max_positions).map(Some)
     }
 
-    /// What the config says. Where it uses both keys, transformers 5 takes the older one.
+    /// Returns the map of settings. If both keys are set, `rope_scaling` wins, as in transformers 5.
     fn spelled(&self) -> Result<Option<Spelled<'_>>> {
         for (key, value) in [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)] {
             match value {
@@ -174,13 +177,13 @@ impl Rope {
         let Spelled { key, map } = spelled;
         let kind = match map.get("rope_type").or_else(|| map.get("type")) {
             Some(kind) => kind.as_str().map(str::to_owned).unwrap_or_else(|| kind.to_string()),
-            // A type that only scaling has a need of must be said.
+            // Parameters of a scaling need an explicit type.
             None => match map.keys().find(|name| !["rope_theta", "partial_rotary_factor"].contains(&name.as_str())) {
                 None => "default".to_owned(),
                 Some(other) => {
                     bail!(
-                        InputError::new(format!("config.json: `{key}` has `{other}`, and no `rope_type`"))
-                            .help(format!("types are: {}", SCALINGS.join(", ")))
+                        InputError::new(format!("config.json: `{key}` has `{other}` but no `rope_type`"))
+                            .help(format!("known types: {}", SCALINGS.join(", ")))
                     )
                 }
             },
@@ -194,7 +197,7 @@ impl Rope {
                 None => bail!(InputError::new(format!("config.json: `{key}` of type `{kind}` has no number `{name}`"))),
             }
         };
-        // The longest context of the first training, from where transformers 5 takes it.
+        // The longest context before its extension, with the precedence of transformers 5.
         let original = || -> Result<f64> {
             let inside = spelled.number("original_max_position_embeddings")?;
             Ok(self.original_max_position_embeddings.or(inside).unwrap_or(max_positions as f64))
@@ -208,14 +211,14 @@ impl Rope {
                 high: positive("high_freq_factor")?,
                 original: original()?,
             },
-            // Phi-3 has had all three names for it.
+            // Phi-3 has used all three names.
             "longrope" | "su" | "yarn" if kind != "yarn" || map.contains_key("short_factor") => {
                 let list = |name: &str| -> Result<Vec<f64>> {
                     let list = map.get(name).and_then(Value::as_array).into_iter().flatten();
                     let list: Vec<f64> = list.filter_map(Value::as_f64).collect();
                     if list.len() as i64 != frequencies {
                         bail!(InputError::new(format!(
-                            "config.json: `{key}.{name}` has {} numbers, and {frequencies} frequencies are to be scaled",
+                            "config.json: `{key}.{name}` has {} numbers, but there are {frequencies} frequencies",
                             list.len(),
                         )));
                     }
@@ -239,7 +242,7 @@ impl Rope {
                 let near = nearest(other, SCALINGS).map(|near| format!("did you mean `{near}`? "));
                 bail!(InputError::new(format!("config.json: `{key}` of type `{other}` is not supported")).help(
                     format!(
-                        "{}supported are {}; it changes what the model computes, so it is not ignored",
+                        "{}supported types: {}; it cannot be ignored because it changes what the model computes",
                         near.unwrap_or_default(),
                         SCALINGS.join(", ")
                     )
@@ -250,20 +253,20 @@ impl Rope {
 }
 
 impl Rotary {
-    /// Unscaled.
+    /// Creates an embedding without scaling.
     pub fn new(width: i64, theta: f64) -> Result<Self> {
         if width < 2 || width % 2 != 0 {
             bail!(InputError::new(format!(
-                "config.json: {width} dimensions of a head are rotated, which is not pairs"
+                "config.json: rotates {width} dimensions of a head; the number must be even and positive"
             )));
         }
         if theta.is_nan() || theta <= 0.0 {
-            bail!(InputError::new(format!("config.json: a rotary base of {theta} is not positive")));
+            bail!(InputError::new(format!("config.json: the rotary base is {theta}, not positive")));
         }
         Ok(Rotary { width, theta, scaling: Scaling::None })
     }
 
-    /// Cosines and sines for the positions of a context, [L, width] each, float32.
+    /// Returns cosines and sines for the positions of a context, [L, width] each, float32.
     pub(super) fn tables(&self, length: i64, device: Device) -> (Tensor, Tensor) {
         let half = self.width / 2;
         let plain = (0..half).map(|i| self.theta.powf(-2.0 * i as f64 / self.width as f64));
@@ -273,7 +276,7 @@ impl Rotary {
             Scaling::Llama3 { factor, low, high, original } => {
                 let scaled = |frequency: f64| {
                     let wavelength = 2.0 * std::f64::consts::PI / frequency;
-                    // 0 where waves are long and divided, 1 where they are short and kept.
+                    // 0 for long waves, which are divided; 1 for short ones, which are kept.
                     let kept = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
                     frequency * (kept + (1.0 - kept) / factor)
                 };
@@ -290,7 +293,7 @@ impl Rotary {
         (angles.cos() * magnitude, angles.sin() * magnitude)
     }
 
-    /// Rotates heads [B, H, L, D] by tables [L, width], float32. The result has the heads' type.
+    /// Rotates heads [B, H, L, D] by float32 tables [L, width]. The result has the heads' dtype.
     pub(super) fn rotate(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Tensor {
         if kernels::fit([x]) && x.stride()[3] == 1 {
             return kernels::rotate(x, cos, sin);
@@ -298,7 +301,7 @@ impl Rotary {
         Self::rotate_plainly(x, &cos.to_kind(x.kind()), &sin.to_kind(x.kind()))
     }
 
-    /// The same as a libtorch expression.
+    /// Computes the same with libtorch operations.
     pub(super) fn rotate_plainly(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
         let width = cos.size()[1];
         let half = width / 2;

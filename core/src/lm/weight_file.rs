@@ -1,4 +1,4 @@
-//! A file of weights, as it was published.
+//! A published file of weights.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use crate::files::tensors::TensorFile;
 use crate::files::torch_file::StateDictFile;
 
-/// A file of weights, as it was published.
+/// A published file of weights: safetensors, or PyTorch's .bin.
 pub(super) enum WeightFile {
     Safetensors(TensorFile),
     Torch(StateDictFile),
@@ -42,7 +42,7 @@ impl WeightFile {
         }
     }
 
-    /// The tensor's bytes, where they lie in one piece.
+    /// Returns the tensor's bytes if they are contiguous.
     pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
         match self {
             WeightFile::Safetensors(file) => file.bytes_of(name),

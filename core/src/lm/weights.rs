@@ -1,4 +1,4 @@
-//! The weights of a model.
+//! Weights of a model.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,47 +14,45 @@ use crate::machine::device::Precision;
 use crate::machine::rng::rng;
 use crate::suggest::nearest;
 
-/// What a model is loaded for.
+/// Device and precision to load a model with.
 #[derive(Debug, Clone, Copy)]
 pub struct ModelCx {
-    /// Where its weights live.
+    /// Device of the weights.
     pub device: Device,
-    /// The type of its matrix products.
+    /// Precision of matrix products.
     pub precision: Precision,
 }
 
-/// The weights of a model, by Hugging Face's names, in one file or several. Files are mapped: a tensor is read when it is
-/// asked for.
+/// Weights of a model by Hugging Face name, in one or several mapped files. A tensor is read on request.
 pub struct Weights {
     name: String,
     files: Vec<WeightFile>,
     place: BTreeMap<String, Place>,
     device: Device,
-    /// True if there are no files, and a tensor is drawn when it is asked for.
+    /// True if there are no files and tensors are drawn at random on request.
     drawn: bool,
 }
 
-/// Where a tensor is.
+/// Location of a tensor.
 #[derive(Clone)]
 struct Place {
-    /// The index of its file.
+    /// Index of its file.
     file: usize,
-    /// Its name there.
+    /// Its name in the file.
     name: String,
 }
 
-/// The names that weights are published under, the best first: one file, or the index of its shards.
+/// File names of published weights, preferred first; each is one file or the prefix of a shard index.
 const PUBLISHED: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
 
-/// Ends of names that older versions of Hugging Face's library saved beside the weights and that hold none: masks and
-/// frequencies.
+/// Suffixes of buffers (masks, rotary frequencies) that older transformers releases saved among the weights.
 const NO_WEIGHTS: [&str; 4] = ["attn.bias", "attention.bias", ".masked_bias", "rotary_emb.inv_freq"];
 
-/// Modules that PyTorch wraps around others, which then stand in the names of their weights: torch.compile,
+/// Modules that PyTorch wraps around others and that appear in the names of weights: torch.compile,
 /// FullyShardedDataParallel, activation checkpointing.
 const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 
-/// A name without the wrappers that a model was saved in. DataParallel's wrapper, `module`, is only ever the outermost.
+/// Removes wrapper modules from a name. DataParallel's wrapper, `module`, is always the outermost.
 fn unwrapped(name: &str) -> String {
     let parts: Vec<&str> = name.split('.').filter(|part| !WRAPPERS.contains(part)).collect();
     let outer = parts.iter().take_while(|part| **part == "module").count();
@@ -62,7 +60,7 @@ fn unwrapped(name: &str) -> String {
 }
 
 impl Weights {
-    /// Random weights of any name and shape.
+    /// Creates random weights, which have any name and shape.
     pub(super) fn drawn(name: &str, device: Device) -> Self {
         Weights { name: name.to_owned(), files: Vec::new(), place: BTreeMap::new(), device, drawn: true }
     }
@@ -86,24 +84,26 @@ impl Weights {
             if shards.is_empty() {
                 bail!(
                     InputError::new(format!("{index} of the model {} names no shards", files.name()))
-                        .help("its `weight_map` gives the file of each tensor; fetch it again")
+                        .help("its `weight_map` must name the file of each tensor; download it again")
                 );
             }
             for shard in shards {
                 let Some(file) = files.weights(shard)? else {
                     bail!(
                         InputError::new(format!("the model {} has no {shard}, which {index} names", files.name()))
-                            .help("not all of the model was copied: fetch the missing file")
+                            .help("the model is incomplete: download the missing file")
                     );
                 };
                 weights.add(file)?;
             }
             return Ok(weights);
         }
-        bail!(InputError::new(format!("the model {} has no weights", files.name())).help(format!(
-            "weights are read from {}, or from the shards that the file's .index.json names",
-            PUBLISHED.join(" or ")
-        )))
+        bail!(
+            InputError::new(format!("the model {} has no weights", files.name())).help(format!(
+                "weights are read from {}, or from the shards in their .index.json",
+                PUBLISHED.join(" or ")
+            ))
+        )
     }
 
     fn add(&mut self, file: WeightFile) -> Result<()> {
@@ -113,10 +113,10 @@ impl Weights {
             if let Some(other) = other.filter(|other| other.name != name) {
                 bail!(
                     InputError::new(format!(
-                        "the model {} has one tensor under two names: `{}` and `{name}`",
+                        "the model {} has a tensor under two names: `{}` and `{name}`",
                         self.name, other.name
                     ))
-                    .help("remove one of them: a wrapper's name (`module.`, `_orig_mod.`) is not part of a tensor's")
+                    .help("remove one of them: wrappers (`module.`, `_orig_mod.`) are not part of a tensor's name")
                 );
             }
         }
@@ -124,24 +124,24 @@ impl Weights {
         Ok(())
     }
 
-    /// Where a tensor is: published files of GPT-2 leave out the first part of each name, which is the model's name in
-    /// its Python class.
+    /// Returns the location of a tensor, also without the first part of its name: published GPT-2 files omit the prefix
+    /// of the Python class.
     fn place(&self, name: &str) -> Option<&Place> {
         let bare = name.split_once('.').map(|(_, rest)| rest);
         std::iter::once(name).chain(bare).find_map(|name| self.place.get(name))
     }
 
-    /// The file that has a tensor, and its name there.
+    /// Returns a tensor's file and its name in that file.
     fn find(&self, name: &str) -> Option<(&WeightFile, &str)> {
         self.place(name).map(|place| (&self.files[place.file], place.name.as_str()))
     }
 
-    /// Whether there is a tensor of that name.
+    /// Returns true if there is a tensor of this name.
     pub fn has(&self, name: &str) -> bool {
         self.drawn || self.find(name).is_some()
     }
 
-    /// Checks that there is a tensor of that name and shape, and of a type that can be read.
+    /// Checks that there is a tensor of this name and shape with a supported dtype.
     pub fn check(&self, name: &str, shape: &[i64]) -> Result<()> {
         if self.drawn {
             return Ok(());
@@ -150,8 +150,8 @@ impl Weights {
             let near = nearest(name, self.place.keys().map(String::as_str));
             let error = InputError::new(format!("the model {} has no tensor `{name}`", self.name));
             bail!(match near {
-                Some(near) => error.help(format!("the nearest that it has is `{near}`")),
-                None => error.help("are the weights those of another model?"),
+                Some(near) => error.help(format!("its nearest tensor is `{near}`")),
+                None => error.help("do the weights belong to another model?"),
             });
         };
         let found = file.shape(known);
@@ -161,21 +161,21 @@ impl Weights {
                     "the model {}: tensor `{name}` has shape {found:?}, but config.json says {shape:?}",
                     self.name
                 ))
-                .help("config.json and the weights are not of the same model")
+                .help("config.json and the weights belong to different models")
             );
         }
         let kind = file.kind(known)?;
         if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
             bail!(
-                InputError::new(format!("the model {}: tensor `{name}` is of type {kind:?}", self.name))
-                    .help("weights are read as float32, float16 or bfloat16; quantised ones are not supported")
+                InputError::new(format!("the model {}: tensor `{name}` has dtype {kind:?}", self.name))
+                    .help("supported dtypes: float32, float16, bfloat16, float64; quantised weights are not supported")
             );
         }
         Ok(())
     }
 
-    /// Whether head and embedding are one tensor, where config.json says that they are. The weights decide: two that
-    /// differ stay two, as in transformers 5. Where only the head was saved, it is the embedding as well.
+    /// Returns whether head and embedding share one tensor, given that config.json ties them. The weights decide: two
+    /// tensors that differ stay separate, as in transformers 5. If only the head was saved, it serves as the embedding.
     pub fn tie(&mut self, embedding: &str, head: &str) -> Result<bool> {
         if self.drawn {
             return Ok(true);
@@ -189,17 +189,17 @@ impl Weights {
             }
             (None, None) => bail!(
                 InputError::new(format!(
-                    "the model {} has neither `{embedding}` nor `{head}`, which by its config.json are one tensor",
+                    "the model {} has neither `{embedding}` nor `{head}`, which its config.json ties",
                     self.name
                 ))
-                .help("are the weights those of another model, or only a part of them?")
+                .help("do the weights belong to another model, or are they incomplete?")
             ),
             (Some(embed), Some(own)) => {
                 let tied = self.equal(&embed, &own)?;
                 if !tied {
                     tracing::warn!(
                         "the config.json of the model {} says `tie_word_embeddings: true`, but its weights have \
-                         a `{head}` of their own: that is used, as in transformers 5 (4 takes the embedding)",
+                         a separate `{head}`: using that, as transformers 5 does (4 uses the embedding)",
                         self.name
                     );
                 }
@@ -208,7 +208,7 @@ impl Weights {
         }
     }
 
-    /// Whether two tensors hold the same numbers.
+    /// Returns true if two tensors are equal.
     fn equal(&self, a: &Place, b: &Place) -> Result<bool> {
         let [(a, a_name), (b, b_name)] = [a, b].map(|place| (&self.files[place.file], &place.name));
         if a.shape(a_name) != b.shape(b_name) {
@@ -216,7 +216,7 @@ impl Weights {
         }
         let same_kind = a.kind(a_name)? == b.kind(b_name)?;
         let equal = match (a.bytes(a_name), b.bytes(b_name)) {
-            // A .bin has one storage for both.
+            // Tied tensors of a .bin share one storage.
             (Some(a), Some(b)) if same_kind => std::ptr::eq(a, b) || a == b,
             _ => a.tensor(a_name)?.to_kind(Kind::Float).equal(&b.tensor(b_name)?.to_kind(Kind::Float)),
         };
@@ -225,7 +225,7 @@ impl Weights {
         Ok(equal)
     }
 
-    /// Checks that the file has no weights but those `asked` for; `tied` may be there as well.
+    /// Checks that there are no weights other than `asked` and `tied`.
     pub fn check_none_left(&self, asked: &[String], tied: Option<&str>) -> Result<()> {
         let asked = asked.iter().map(String::as_str).chain(tied);
         let asked: BTreeSet<&str> = asked.filter_map(|name| Some(self.find(name)?.1)).collect();
@@ -237,14 +237,14 @@ impl Weights {
         let more = if extra.len() > 1 { format!(" and {} more", extra.len() - 1) } else { String::new() };
         bail!(
             InputError::new(format!(
-                "the model {} has tensors that its config.json has no place for: `{}`{more}",
+                "the model {} has tensors that its config.json does not describe: `{}`{more}",
                 self.name, first.name
             ))
-            .help("config.json and the weights are not of the same model, or it has a part that is not supported")
+            .help("config.json and the weights belong to different models, or a part of the model is not supported")
         );
     }
 
-    /// The tensor of that name on the model's device; it must have this shape.
+    /// Returns the tensor of this name and shape as dtype `kind` on the model's device.
     pub fn get(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
         self.check(name, shape)?;
         if self.drawn {
@@ -252,13 +252,13 @@ impl Weights {
         }
         let Some((file, known)) = self.find(name) else { bail!("the model has no tensor {name}") };
         let tensor = file.tensor(known)?.to_kind(kind).to_device(self.device);
-        // What is copied need not stay in memory in the file's type as well.
+        // The copy makes the file's pages unnecessary.
         file.forget(known);
         Ok(tensor)
     }
 }
 
-/// A tensor of a model with random weights: always the same for a name and a shape.
+/// Draws a random tensor, always the same for a name and shape.
 fn drawn(name: &str, shape: &[i64]) -> Tensor {
     // libtorch's global generator is shared by all threads, so equal seeds would not give equal numbers.
     let mut rng = rng(0, name);

@@ -1,4 +1,4 @@
-//! Where tensors live and in which type their products are computed.
+//! Devices of tensors, and the precision of matrix products.
 
 use std::cell::Cell;
 use std::fmt;
@@ -10,12 +10,12 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::InputError;
 
-/// The type of the matrix products. Weights, moments and losses are float32 whatever it is.
+/// Precision of matrix products. Weights, moments and losses are always float32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     /// Products in float32.
     Float32,
-    /// Operands rounded to bfloat16, sums in float32, results in float32.
+    /// Operands rounded to bfloat16; sums and results in float32.
     BFloat16,
 }
 
@@ -29,7 +29,7 @@ impl std::fmt::Display for Precision {
 }
 
 impl Precision {
-    /// The kind of the operands.
+    /// Returns the kind of the operands.
     pub fn kind(self) -> Kind {
         match self {
             Precision::Float32 => Kind::Float,
@@ -37,16 +37,17 @@ impl Precision {
         }
     }
 
-    /// The float32 product of two matrices of this kind.
+    /// Returns the product of two matrices of this kind as float32.
     pub fn product(self, a: &Tensor, b: &Tensor) -> Tensor {
         a.matmul(b).to_kind(Kind::Float)
     }
 
-    /// `x wᵀ + b` for x [.., in], w [out, in], b `[out]`.
+    /// Returns `x wᵀ + b` for x [.., in], w [out, in], b `[out]`.
     pub fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
         match self {
             Precision::Float32 => match bias {
-                // A dictionary that computes in half the width (`adapted`) rounds where PyTorch code of two steps does.
+                // A dictionary in half precision (`adapted`) rounds product and sum separately, as two PyTorch steps
+                // do.
                 Some(bias) if x.kind() != Kind::Float => x.linear::<Tensor>(weight, None) + bias,
                 bias => x.linear(weight, bias),
             },
@@ -54,7 +55,7 @@ impl Precision {
                 let kind = self.kind();
                 let product = x.to_kind(kind).linear::<Tensor>(&weight.to_kind(kind), None);
                 match bias {
-                    // The sum of the two kinds is float32, which a GPU calculates in one pass.
+                    // bfloat16 plus float32 is float32; a GPU computes the sum in one pass.
                     Some(bias) => product + bias,
                     None => product,
                 }
@@ -64,21 +65,23 @@ impl Precision {
     }
 }
 
-/// What the system says of the CPU; empty where it is not Linux.
+/// Returns /proc/cpuinfo; empty if it cannot be read.
 fn cpu_info() -> &'static str {
     static INFO: LazyLock<String> = LazyLock::new(|| std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
     &INFO
 }
 
-/// The first entry of that name.
+/// Returns the first entry of this name.
 fn entry<'a>(info: &'a str, name: &str) -> Option<&'a str> {
     let entries = info.lines().filter_map(|line| line.split_once(':'));
     entries.map(|(key, value)| (key.trim(), value.trim())).find(|(key, _)| *key == name).map(|(_, value)| value)
 }
 
-/// Whether the CPU takes products of bfloat16 in less time than float32's. Measured (docs/performance.md): with AMX a step of
-/// `standard` in 118 ms instead of 322, with AMD's AVX512-BF16 a product in 19 instead of 37 (Zen 5) or 41 instead of 78 (Zen 4); but with Intel's AVX512-BF16
-/// alone a product in 120 instead of 83.
+/// Returns true if the CPU multiplies bfloat16 faster than float32.
+///
+/// Measured (docs/performance.md), bfloat16 against float32: with AMX, a step of `standard` takes 118 ms against 322.
+/// With AMD's AVX512-BF16, a product takes 19 against 37 (Zen 5) or 41 against 78 (Zen 4). With Intel's AVX512-BF16 and
+/// no AMX it is slower: 120 against 83.
 pub fn bfloat16_is_faster() -> bool {
     is_faster(cpu_info())
 }
@@ -88,7 +91,7 @@ fn is_faster(info: &str) -> bool {
     has("amx_bf16") || has("avx512_bf16") && entry(info, "vendor_id") == Some("AuthenticAMD")
 }
 
-/// Whether the CPU has the instructions of AVX-512 that all processors with it have had since the first.
+/// Returns true if the CPU has AVX-512 F, BW, VL and DQ.
 #[cfg(target_arch = "x86_64")]
 pub fn has_avx512() -> bool {
     std::is_x86_feature_detected!("avx512f")
@@ -97,7 +100,7 @@ pub fn has_avx512() -> bool {
         && std::is_x86_feature_detected!("avx512dq")
 }
 
-/// The widest vector instructions that the CPU has and loops of our own use.
+/// Returns the widest vector instructions of the CPU that this crate's loops use.
 pub fn cpu_vectors() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     {
@@ -108,17 +111,17 @@ pub fn cpu_vectors() -> &'static str {
             return "AVX2";
         }
     }
-    "what every processor of its kind has"
+    "baseline vectors"
 }
 
-/// What the CPU calls itself, with its vectors: on another one sums may be taken in another order.
+/// Returns the CPU's name and vector instructions. The order of sums may differ on another processor.
 pub fn processor() -> String {
     let model = entry(cpu_info(), "model name").unwrap_or(std::env::consts::ARCH);
     format!("{model}, {}", cpu_vectors())
 }
 
-/// True if host code can read the tensors of a device without a GPU sync, so that loops of our own can go over them. Tests
-/// may call a CPU a GPU ([`as_a_gpu`]).
+/// Returns true if host code can read the tensors of a device without a GPU sync, and so this crate's loops can. Tests
+/// may treat a CPU as a GPU ([`as_a_gpu`]).
 pub fn on_host(device: Device) -> bool {
     device == Device::Cpu && !AS_A_GPU.get()
 }
@@ -127,27 +130,27 @@ thread_local! {
     static AS_A_GPU: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Does something with a CPU's tensors as if they were a GPU's: for tests, where there is none.
+/// Runs `work` with CPU tensors treated as a GPU's, for tests on machines without one.
 pub fn as_a_gpu<T>(work: impl FnOnce() -> T) -> T {
     crate::flag::during(&AS_A_GPU, work)
 }
 
-/// The first GPU where there is one, otherwise the CPU.
+/// Returns the first GPU, or the CPU if there is none.
 pub fn best() -> Device {
     load_cuda();
     Device::cuda_if_available()
 }
 
-/// How many GPUs there are.
+/// Returns the number of GPUs.
 pub fn gpus() -> usize {
     load_cuda();
     Cuda::device_count().max(0) as usize
 }
 
-/// Loads libtorch's CUDA part, if libtorch has one and the machine a driver.
+/// Loads libtorch's CUDA library, if libtorch has one and the machine has a driver.
 ///
-/// No symbol of it is called by name, so linkers leave it out of a program; without it libtorch knows no GPU. It must
-/// be there before libtorch is first asked, for it remembers the answer.
+/// Nothing refers to its symbols, so linkers drop it, and libtorch then finds no GPU. It must be loaded before libtorch
+/// is first asked for GPUs, because libtorch caches the answer.
 fn load_cuda() {
     #[cfg(target_os = "linux")]
     {
@@ -155,15 +158,15 @@ fn load_cuda() {
         ONCE.call_once(|| {
             let driver = ["/dev/nvidiactl", "/dev/dxg"].iter().any(|device| std::path::Path::new(device).exists());
             if driver {
-                // SAFETY: the name is a C string. The library's initialisers register its devices with libtorch, which
-                // is loaded already, and is made for that. It stays loaded.
+                // SAFETY: the name is a C string. The library is designed to be loaded after libtorch: its initialisers
+                // register its devices there. It stays loaded.
                 unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_LAZY | libc::RTLD_GLOBAL) };
             }
         });
     }
 }
 
-/// The name that the reference and PyTorch use: `cpu`, `cuda:0`.
+/// Returns the name that PyTorch uses: `cpu`, `cuda:0`.
 pub fn name(device: Device) -> String {
     match device {
         Device::Cuda(index) => format!("cuda:{index}"),
@@ -172,20 +175,23 @@ pub fn name(device: Device) -> String {
     }
 }
 
-/// `device:` of a config.
+/// Device in a config (`device:`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceChoice {
-    /// The first GPU where there is one, otherwise the CPU.
+    /// The first GPU, or the CPU if there is none.
     #[default]
     Auto,
     /// The CPU.
     Cpu,
-    /// A GPU by number.
+    /// A GPU by index.
     Cuda(usize),
 }
 
 impl DeviceChoice {
-    /// The device that it means here.
+    /// Resolves the choice on this machine.
+    ///
+    /// # Errors
+    /// Fails if there is no such GPU.
     pub fn device(self) -> Result<Device, InputError> {
         match self {
             DeviceChoice::Auto => Ok(best()),
@@ -201,7 +207,7 @@ impl DeviceChoice {
                     n => format!("this machine has {n} GPUs, cuda:0 to cuda:{}", n - 1),
                 };
                 Err(InputError::new(format!("there is no device `cuda:{index}`"))
-                    .help(format!("{found}; `device: auto` takes what there is")))
+                    .help(format!("{found}; `device: auto` uses the best available")))
             }
         }
     }
@@ -241,12 +247,12 @@ impl<'de> Deserialize<'de> for DeviceChoice {
 
 crate::inline_schema!(DeviceChoice, {"type": "string", "pattern": "^(auto|cpu|cuda|cuda:[0-9]+)$"});
 
-/// `precision:` of a config.
+/// Precision in a config (`precision:`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[schemars(inline)]
 pub enum PrecisionChoice {
-    /// What is fastest on the device without losing quality.
+    /// The fastest on the device without losing quality.
     #[default]
     Auto,
     /// Products in float32.
@@ -256,7 +262,7 @@ pub enum PrecisionChoice {
 }
 
 impl PrecisionChoice {
-    /// The precision that it means on a device, and why.
+    /// Resolves the choice on a device. Returns the precision and the reason.
     pub fn precision(self, device: Device) -> (Precision, &'static str) {
         match self {
             PrecisionChoice::Float32 => (Precision::Float32, "as the config says"),
@@ -275,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bfloat16_where_it_is_faster() {
+    fn bfloat16_is_chosen_only_where_it_is_faster() {
         let info = |vendor: &str, flags: &str| {
             let core =
                 format!("processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: A\nflags\t\t: fpu {flags} sse\n\n");

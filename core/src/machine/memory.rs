@@ -1,4 +1,4 @@
-//! How much memory a run will take, and whether there is so much: known before anything is read or trained.
+//! Estimates the memory of a run and refuses runs that cannot fit, before anything is read or trained.
 
 use std::fmt;
 
@@ -8,57 +8,57 @@ use tch::Device;
 use super::device;
 use crate::error::InputError;
 
-/// Something that takes memory.
+/// Memory that one part of a run takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryNeed {
-    /// What it is: `the buffer`.
+    /// Name of the part: `the buffer`.
     pub what: String,
-    /// Bytes, at most.
+    /// Upper bound in bytes.
     pub bytes: u64,
-    /// What to change, to make it smaller: `n_ctxs`.
+    /// Setting that reduces it: `n_ctxs`.
     pub knob: String,
-    /// Whether it is let go of again, so that of several such only the largest counts.
+    /// True if it is temporary: only the largest temporary part counts.
     pub passing: bool,
-    /// Whether it lies in the computer's memory, whatever the run's device is.
+    /// True if it is in host memory, whatever the run's device.
     pub on_host: bool,
 }
 
 impl MemoryNeed {
-    /// On the run's device as long as the run.
+    /// Creates a need on the run's device that lasts as long as the run.
     pub fn lasting(what: impl Into<String>, bytes: u64, knob: impl Into<String>) -> Self {
         MemoryNeed { what: what.into(), bytes, knob: knob.into(), passing: false, on_host: false }
     }
 
-    /// On the run's device, and let go of.
+    /// Creates a temporary need on the run's device.
     pub fn passing(what: impl Into<String>, bytes: u64, knob: impl Into<String>) -> Self {
         MemoryNeed { passing: true, ..MemoryNeed::lasting(what, bytes, knob) }
     }
 
-    /// The same in the computer's memory.
+    /// Moves the need to host memory.
     pub fn on_host(self) -> Self {
         MemoryNeed { on_host: true, ..self }
     }
 }
 
-/// What libtorch and the program take by themselves.
+/// Bytes of libtorch and the program themselves.
 const PROGRAM: u64 = 190_000_000;
 
-/// What a context of CUDA and its libraries take of a GPU.
+/// Bytes of a CUDA context and its libraries on a GPU.
 const CUDA: u64 = 600_000_000;
 
-/// What a run needs, and what there is.
+/// Memory that a run needs and the memory that is free.
 #[derive(Debug, Clone)]
 pub struct Plan {
     device: Device,
-    /// Of the computer's memory, when the plan was begun.
+    /// Free bytes of host memory when the plan was created.
     free: u64,
-    /// Of the GPU's, if it says so.
+    /// Free bytes of the GPU, if known.
     free_on_gpu: Option<u64>,
     needs: Vec<MemoryNeed>,
 }
 
 impl Plan {
-    /// Of a run on a device, of which nothing is there yet.
+    /// Creates the plan of a run on a device; call it before anything is allocated.
     pub fn new(device: Device) -> Self {
         let mut needs = vec![MemoryNeed::lasting("the program", PROGRAM, "").on_host()];
         if device.is_cuda() {
@@ -67,7 +67,10 @@ impl Plan {
         Plan { device, free: free(), free_on_gpu: free_on_gpu(device), needs }
     }
 
-    /// Adds needs and refuses what cannot fit.
+    /// Adds needs.
+    ///
+    /// # Errors
+    /// Fails if the run does not fit into a device's free memory.
     pub fn add(&mut self, needs: impl IntoIterator<Item = MemoryNeed>) -> Result<(), InputError> {
         self.needs.extend(needs);
         for (device, free) in [(Device::Cpu, Some(self.free)), (self.device, self.free_on_gpu)] {
@@ -79,10 +82,10 @@ impl Plan {
             own.sort_by_key(|need| std::cmp::Reverse(need.bytes));
             let most = own.iter().find(|need| !need.knob.is_empty());
             let help = most.map_or_else(String::new, |most| {
-                format!("most of it, {}, is {}: change {}", Size(most.bytes), most.what, most.knob)
+                format!("the largest part, {}, is {}: change {}", Size(most.bytes), most.what, most.knob)
             });
             return Err(InputError::new(format!(
-                "the run needs {} of memory ({}), and {} are free",
+                "the run needs {} of memory ({}), but only {} is free",
                 Size(peak),
                 device::name(device),
                 Size(free)
@@ -96,7 +99,7 @@ impl Plan {
         device == if need.on_host { Device::Cpu } else { self.device }
     }
 
-    /// Bytes on a device when most is there.
+    /// Returns the peak on a device in bytes.
     fn peak(&self, device: Device) -> u64 {
         let own = || self.needs.iter().filter(|need| self.lies_on(need, device));
         let lasting = own().filter(|need| !need.passing).fold(0_u64, |sum, need| sum.saturating_add(need.bytes));
@@ -104,21 +107,21 @@ impl Plan {
         lasting.saturating_add(passing)
     }
 
-    /// One line for each device: what is expected of it at most.
+    /// Returns one line per device with its expected peak.
     pub fn lines(&self) -> Vec<String> {
         let devices = [(self.device, self.free_on_gpu), (Device::Cpu, Some(self.free))];
         let used = if self.device == Device::Cpu { &devices[1..] } else { &devices[..] };
         let line = |(device, free): &(Device, Option<u64>)| {
-            let free = free.map_or_else(String::new, |free| format!(" of {} that are free", Size(free)));
+            let free = free.map_or_else(String::new, |free| format!(" of {} free", Size(free)));
             format!("expected peak memory ({}): {}{free}", device::name(*device), Size(self.peak(*device)))
         };
         used.iter().map(line).collect()
     }
 
-    /// What it is made of, a line each.
+    /// Returns one line per need.
     pub fn parts(&self) -> Vec<String> {
         let part = |need: &MemoryNeed| {
-            let passing = if need.passing { ", for a while" } else { "" };
+            let passing = if need.passing { ", temporary" } else { "" };
             let place = if need.on_host { Device::Cpu } else { self.device };
             format!("  {}: {} ({}{passing})", need.what, Size(need.bytes), device::name(place))
         };
@@ -126,7 +129,7 @@ impl Plan {
     }
 }
 
-/// Bytes as people say them.
+/// Displays bytes as MB or GB (powers of ten).
 pub struct Size(pub u64);
 
 impl fmt::Display for Size {
@@ -136,17 +139,17 @@ impl fmt::Display for Size {
     }
 }
 
-/// Refuses what by itself takes more memory than there is, before it is made. The knob is a field of who needs it.
+/// Fails if one need alone exceeds the free memory. Call it before allocating. The knob is a field of the component.
 pub fn check(need: &MemoryNeed) -> Result<(), InputError> {
     let free = free();
     if need.bytes <= free {
         return Ok(());
     }
-    let message = format!("{} would take {} of memory, and {} are free", need.what, Size(need.bytes), Size(free));
-    Err(InputError::new(message).field(need.knob.trim_matches('`')).help("make it smaller"))
+    let message = format!("{} would take {} of memory, but only {} is free", need.what, Size(need.bytes), Size(free));
+    Err(InputError::new(message).field(need.knob.trim_matches('`')).help("reduce it"))
 }
 
-/// Bytes of the computer's memory that a process could have: what is free or can be made so, within a container's limit.
+/// Returns the bytes of host memory that a process can allocate: free or reclaimable, within a container's limit.
 pub fn free() -> u64 {
     let ram = RefreshKind::nothing().with_memory(MemoryRefreshKind::everything());
     let system = System::new_with_specifics(ram);
@@ -154,18 +157,18 @@ pub fn free() -> u64 {
     free.min(system.cgroup_limits().map_or(u64::MAX, |limits| left_within(&limits)))
 }
 
-/// Bytes that a cgroup's processes can still allocate. The kernel charges the page cache to the cgroup and reclaims it under
-/// pressure, so it counts as free. An unlimited cgroup reports a very large limit.
+/// Returns the bytes that a cgroup's processes can still allocate. The page cache counts as free: the kernel charges it
+/// to the cgroup but reclaims it under pressure. An unlimited cgroup reports a very large limit.
 fn left_within(limits: &CGroupLimits) -> u64 {
     limits.total_memory.saturating_sub(limits.rss).saturating_add(limits.free_swap)
 }
 
-/// Bytes of memory that the computer has.
+/// Returns the total host memory in bytes.
 pub fn total() -> u64 {
     System::new_with_specifics(RefreshKind::nothing().with_memory(MemoryRefreshKind::everything())).total_memory()
 }
 
-/// Bytes of a GPU that are free, if it can be asked.
+/// Returns the free bytes of a GPU; `None` if CUDA cannot tell.
 pub fn free_on_gpu(device: Device) -> Option<u64> {
     let Device::Cuda(index) = device else { return None };
     #[cfg(target_os = "linux")]
@@ -173,8 +176,8 @@ pub fn free_on_gpu(device: Device) -> Option<u64> {
         type Get = unsafe extern "C" fn(*mut i32) -> i32;
         type Set = unsafe extern "C" fn(i32) -> i32;
         type MemoryOf = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
-        // SAFETY: the CUDA runtime that libtorch has loaded; its functions have these types, and what they are given
-        // outlives the calls. The thread's device is afterwards what it was.
+        // SAFETY: the functions of the CUDA runtime that libtorch loaded have these types, and the arguments outlive
+        // the calls. The thread's current device is restored.
         unsafe {
             let find = |name: &std::ffi::CStr| {
                 let found = libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr());
@@ -204,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_of_files_that_were_read_are_free() {
+    fn page_cache_counts_as_free() {
         let limits = CGroupLimits { total_memory: 24 << 30, free_memory: 3 << 30, free_swap: 1 << 30, rss: 4 << 30 };
         assert_eq!(left_within(&limits), 21 << 30);
         let none = CGroupLimits { total_memory: u64::MAX, free_memory: 0, free_swap: 1, rss: 0 };
@@ -212,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passes_counts_once_and_what_does_not_fit_is_refused() {
+    fn only_the_largest_temporary_need_counts_and_an_excess_is_refused() {
         let mut plan = Plan { device: Device::Cuda(0), free: 1000, free_on_gpu: Some(2000), needs: Vec::new() };
         let add = |plan: &mut Plan, need| plan.add([need]).map_err(|error| error.to_string());
         add(&mut plan, MemoryNeed::lasting("the buffer", 900, "`n_ctxs`")).unwrap();
@@ -227,7 +230,7 @@ mod tests {
         assert!(said.contains("(cpu)") && said.contains("a copy: change `checkpoint_every`"), "{said}");
     }
 
-    /// A line of /proc/meminfo, in bytes.
+    /// Returns an entry of /proc/meminfo in bytes.
     #[cfg(target_os = "linux")]
     fn meminfo(name: &str) -> u64 {
         let text = std::fs::read_to_string("/proc/meminfo").unwrap();
@@ -237,24 +240,24 @@ mod tests {
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn free_memory_is_what_the_kernel_says_within_a_containers_limit() {
+    fn free_memory_matches_the_kernel_within_a_containers_limit() {
         assert_eq!(total(), meminfo("MemTotal"));
         let expected = || {
             let limits = System::new_all().cgroup_limits();
             let limit = limits.map_or(u64::MAX, |limits| left_within(&limits));
             (meminfo("MemAvailable") + meminfo("SwapFree")).min(limit)
         };
-        // Other processes take and free memory meanwhile.
+        // Other processes allocate and free memory meanwhile.
         let near = |(found, expected): (u64, u64)| found.abs_diff(expected) < expected / 10 + (64 << 20);
         let pairs: Vec<_> = (0..20).map(|_| (free(), expected())).collect();
         assert!(pairs.iter().copied().any(near), "{pairs:?}");
     }
 
     #[test]
-    fn what_is_larger_than_memory_is_refused_with_its_field() {
+    fn a_need_larger_than_memory_is_refused_and_names_its_field() {
         assert!(check(&MemoryNeed::lasting("a tensor", 1, "`dict_size`")).is_ok());
         let error = check(&MemoryNeed::lasting("a tensor", u64::MAX, "`dict_size`")).unwrap_err();
         assert_eq!(error.key(), "dict_size");
-        assert!(error.message().starts_with("a tensor would take 18446744073.7 GB of memory, and "), "{error}");
+        assert!(error.message().starts_with("a tensor would take 18446744073.7 GB of memory, but "), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! The machine that a run is on: its devices, memory and threads, and random numbers.
+//! The machine of a run: devices, memory, threads, ranks and random numbers.
 
 pub mod device;
 pub mod memory;

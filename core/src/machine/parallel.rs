@@ -1,4 +1,4 @@
-//! Loops of our own over the numbers of CPU tensors, on libtorch's threads.
+//! Parallel loops over the elements of CPU tensors, on libtorch's threads.
 
 use std::ops::Range;
 use std::slice;
@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
-/// A number of a tensor.
+/// Element type of a tensor.
 pub(crate) trait Number: Copy + Send + Sync {
-    /// What tensors of it are of.
+    /// Kind of its tensors.
     const KIND: Kind;
     fn get(self) -> f32;
     fn of(value: f32) -> Self;
@@ -37,7 +37,7 @@ impl Number for Bf16 {
     fn get(self) -> f32 {
         f32::from_bits(u32::from(self.0) << 16)
     }
-    /// To the nearest, to even where two are as near, as libtorch rounds.
+    /// Rounds to nearest, ties to even, as libtorch does.
     #[inline(always)]
     fn of(value: f32) -> Self {
         let bits = value.to_bits();
@@ -46,33 +46,33 @@ impl Number for Bf16 {
     }
 }
 
-/// The numbers of a contiguous tensor.
+/// Returns the elements of a contiguous CPU tensor. Panics for any other tensor.
 pub(crate) fn numbers<T: Number>(tensor: &Tensor) -> &[T] {
     check::<T>(tensor);
     if tensor.numel() == 0 {
-        // libtorch gives it no memory.
+        // An empty tensor has a null pointer.
         return &[];
     }
-    // SAFETY: a contiguous CPU tensor of that kind has `numel` numbers from `data_ptr` on, for as long as it is borrowed.
+    // SAFETY: a contiguous CPU tensor of this kind has `numel` elements at `data_ptr` while it is borrowed.
     unsafe { slice::from_raw_parts(tensor.data_ptr().cast(), tensor.numel()) }
 }
 
-/// Numbers to be written by several threads, each its own rows: those of a tensor that was just made, or of a slice.
+/// Elements of a tensor or slice that several threads write, each its own rows.
 pub(crate) struct Output<T> {
     start: *mut T,
     len: usize,
 }
 
-// SAFETY: `part` hands out parts that do not overlap, which is what its callers promise.
+// SAFETY: callers of `part` promise that parts do not overlap.
 unsafe impl<T: Send> Sync for Output<T> {}
 
-/// Refuses what has no numbers of this type in one piece.
+/// Panics unless the tensor is contiguous, on the CPU and of this element type.
 fn check<T: Number>(tensor: &Tensor) {
     assert!(tensor.is_contiguous() && tensor.kind() == T::KIND && tensor.device() == Device::Cpu, "{tensor:?}");
 }
 
 impl<T: Number> Output<T> {
-    /// Those of a tensor.
+    /// Borrows the elements of a tensor.
     pub fn of(tensor: &mut Tensor) -> Self {
         check::<T>(tensor);
         Output { start: tensor.data_ptr().cast(), len: tensor.numel() }
@@ -80,33 +80,35 @@ impl<T: Number> Output<T> {
 }
 
 impl<T> Output<T> {
-    /// Over a slice, which nobody else may use as long as this is used.
+    /// Borrows a slice, which must not be used otherwise meanwhile.
     pub fn over(slice: &mut [T]) -> Self {
         Output { start: slice.as_mut_ptr(), len: slice.len() }
     }
 
+    /// Returns a range of the elements, to write.
+    ///
     /// # Safety
-    /// No two threads may ask for parts that overlap.
+    /// Ranges requested by different threads must not overlap.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
         if range.is_empty() {
             return &mut [];
         }
-        // SAFETY: it lies in the tensor, and nobody else has it.
+        // SAFETY: the range is in bounds, and no other thread has it.
         unsafe { slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
 
-/// Numbers that are worth another thread's while.
+/// Number of elements that justifies another thread.
 const CHUNK: usize = 1 << 14;
 
-/// Calls `work` with ranges that together are `0..rows`, on libtorch's threads. A row has `width` numbers.
+/// Splits `0..rows` into ranges and calls `work` with each, on libtorch's threads. A row has `width` elements.
 pub(crate) fn share(rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
     share_in(rows, CHUNK / width.max(1), work);
 }
 
-/// The same with so many rows at a time.
+/// Does the same with `chunk` rows per range.
 pub(crate) fn share_in(rows: usize, chunk: usize, work: impl Fn(Range<usize>) + Sync) {
     let chunk = chunk.max(1);
     let chunks = rows.div_ceil(chunk);
@@ -120,19 +122,18 @@ pub(crate) fn share_in(rows: usize, chunk: usize, work: impl Fn(Range<usize>) + 
     });
 }
 
-/// libtorch's threads. Those of another pool would stand in line with them: they go on spinning for a while after each
-/// of libtorch's operations.
+/// libtorch's threads. Another pool would compete with them for cores, because they keep spinning after each operation.
 mod threads {
     use std::ffi::{c_uint, c_void};
     use std::sync::OnceLock;
 
     type Parallel = unsafe extern "C" fn(extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
 
-    /// The entry point of the OpenMP library that libtorch runs on, where it is GNU's.
+    /// Returns the entry point of libtorch's OpenMP library, if it is GNU's.
     fn parallel() -> Option<Parallel> {
         static FOUND: OnceLock<Option<Parallel>> = OnceLock::new();
         *FOUND.get_or_init(|| {
-            // SAFETY: looks a name up. What GNU's OpenMP exports under it has this signature.
+            // SAFETY: only looks up a name. GNU OpenMP exports it with this signature.
             let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"GOMP_parallel".as_ptr()) };
             (!found.is_null()).then(|| unsafe { std::mem::transmute::<*mut c_void, Parallel>(found) })
         })
@@ -144,10 +145,10 @@ mod threads {
         work();
     }
 
-    /// Calls `work` on so many threads and waits for all; on this one alone where libtorch's cannot be had.
+    /// Calls `work` on `count` threads and waits for all; on this thread alone if libtorch's are not available.
     pub fn run(count: usize, work: &(dyn Fn() + Sync)) {
         match parallel().filter(|_| count > 1) {
-            // SAFETY: all threads have returned from `call` when the call returns, and `work` may be shared.
+            // SAFETY: `parallel` returns after all threads have left `call`, and `work` is `Sync`.
             Some(parallel) => unsafe {
                 let mut work = work;
                 parallel(call, (&raw mut work).cast(), count as c_uint, 0);

@@ -1,4 +1,4 @@
-//! Where numbers of several ranks meet. A rank is one of the processes that train together, each on its share of a batch.
+//! Collective operations of ranks. A rank is one of the processes that train together, each on its share of a batch.
 //!
 //! There is one rank today, so every function here returns its argument. Each call marks a place at which replicas would
 //! otherwise drift apart, and passes what a collective operation needs:
@@ -17,7 +17,7 @@
 //! Two places are not marked yet: the selection of BatchTopK over the whole batch, and the variance in the auxiliary loss of the
 //! TopK family.
 //!
-//! What is reduced is decided by the same rule on every rank, or one of them would wait for ever: no call may depend on a
+//! Every rank must make the same calls, or the ranks deadlock: no call may depend on a
 //! rank's own numbers.
 
 use tch::Tensor;
@@ -42,17 +42,17 @@ pub fn total(count: i64) -> i64 {
     count
 }
 
-/// For each element of a bool tensor whether it is true on any rank.
+/// Returns the elementwise OR of a bool tensor over ranks.
 pub fn any(flags: &Tensor) -> Tensor {
     flags.shallow_clone()
 }
 
-/// The rows of all ranks, in the order of ranks: `[Σ rows, ..]` of `[rows, ..]`.
+/// Concatenates the rows `[rows, ..]` of all ranks, in rank order: `[Σ rows, ..]`.
 pub fn gather_rows(rows: &Tensor) -> Tensor {
     rows.shallow_clone()
 }
 
-/// True if any rank says so.
+/// Returns true if `mine` is true on any rank.
 pub fn vote(mine: bool) -> bool {
     mine
 }

@@ -1,15 +1,15 @@
-//! Random numbers whose state can be saved: shuffling, resampling and synthetic data draw from these and not from
-//! libtorch's global generator, whose state tch cannot read, so that a resumed run draws what it would have drawn.
+//! Random number generators whose state can be saved. Shuffling, resampling and synthetic data use them, so that a
+//! resumed run draws the same numbers. tch cannot read the state of libtorch's global generator.
 
 use std::sync::{Mutex, PoisonError};
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-/// The generator: ChaCha with 8 rounds, serialisable and the same on every platform.
+/// ChaCha with 8 rounds: serialisable, and the same on every platform.
 pub type Rng = ChaCha8Rng;
 
-/// The generator for one purpose of a run; different purposes get independent streams of the same seed.
+/// Returns the generator for one purpose of a run. Different purposes get independent streams of the same seed.
 pub fn rng(seed: u64, purpose: &str) -> Rng {
     // FNV-1a: stable across platforms and Rust versions, unlike std's hashers.
     let stream = purpose
@@ -20,8 +20,8 @@ pub fn rng(seed: u64, purpose: &str) -> Rng {
     rng
 }
 
-/// Calls `make` with libtorch's global generator at `seed`. The generator is the process's, so threads that draw from it take
-/// turns: what is made depends on the seed alone.
+/// Calls `make` with libtorch's global generator seeded by `seed`. Concurrent calls wait for each other, because all
+/// threads share that generator: the result depends on the seed alone.
 pub fn seeded<T>(seed: u64, make: impl FnOnce() -> T) -> T {
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);

@@ -301,7 +301,7 @@ mod tests {
         for (field, size) in [("n_features", i64::MAX), ("batch_size", 1 << 50)] {
             let config: SyntheticConfig = serde_json::from_value(serde_json::json!({field: size})).unwrap();
             let error = InputError::take(config.build(&SourceCx::default()).err().unwrap()).unwrap();
-            assert!(error.message().contains("GB are free") && error.key() == field, "{error}");
+            assert!(error.message().contains("GB is free") && error.key() == field, "{error}");
         }
     }
 
