@@ -197,7 +197,7 @@ promises! {
         "size the decoder and its bias by `cx.output_dim`, or refuse other widths in `build`";
     SCALES: "after `scale_biases(s)`, activations times s give reconstructions times s",
         "multiply by s in `scale_biases` all that is added to activations or compared with them: biases and thresholds \
-         (`Selection::scale`); leave weights as they are";
+         (`Selection::scale`); weights of one map stay as they are, the weights of a product of k maps of x are divided by s^(k−1)";
 }
 
 // Of trainers, and of their pairs with dictionaries.
@@ -572,10 +572,12 @@ fn scaled_biases_take_scaled_activations(component: &Component) {
     // Trained on activations divided by s and then scaled, a dictionary does to x what it did to x / s, s times.
     let x = activations(50);
     let (who, mut dictionary) = (who(component), dictionary(component));
+    // With other numbers than a new one has: what starts at 0 may be scaled wrongly without a difference.
     for (_, tensor) in dictionary.parameters() {
-        if tensor.dim() == 1 {
-            let _ = tch::no_grad(|| tensor.shallow_clone().uniform_(0.0, 0.1));
-        }
+        let _ = tch::no_grad(|| match tensor.dim() {
+            1 => tensor.shallow_clone().uniform_(0.0, 0.1),
+            _ => tensor.shallow_clone().g_add_(&(tensor.randn_like() * 0.05)),
+        });
     }
     for (_, tensor) in dictionary.buffers() {
         if tensor.kind() == Kind::Float {

@@ -6,11 +6,13 @@ use dictlearn_core::data::{Batch, SitePart};
 use dictlearn_core::error::InputError;
 use dictlearn_core::files::from_yaml;
 use dictlearn_core::machine::device::{DeviceChoice, Precision};
+use dictlearn_core::registry::ComponentKind;
 use dictlearn_core::sae::TaggedDictionary;
 use dictlearn_core::train::{RunLength, SaeConfig, TaggedModifier, TaggedTrainer, Training, TrainingCx, saved_config};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
+use crate::config::check_component;
 use crate::{Result, Sae};
 
 /// One SAE in training.
@@ -112,6 +114,16 @@ impl TrainerBuilder {
     ///
     /// [`Error::Input`](crate::Error::Input) where the trainer cannot train this dictionary with these settings.
     pub fn build(mut self, activation_dim: i64) -> Result<Trainer> {
+        check_component(ComponentKind::Dictionary, &self.config.dictionary, "dictionary")?;
+        check_component(ComponentKind::Trainer, &self.config.trainer, "trainer")?;
+        for modifier in &self.config.modifiers {
+            check_component(ComponentKind::Modifier, modifier, "modifier")?;
+        }
+        for width in [Some(activation_dim), self.output_dim].into_iter().flatten() {
+            if width < 1 {
+                return Err(InputError::new(format!("activations cannot have width {width}")).into());
+            }
+        }
         let written = written(&*self.config.trainer)?;
         self.config.trainer.adapt_defaults(&mut RunLength::new(self.steps, None, &written, None));
         let cx = TrainingCx {
@@ -232,10 +244,12 @@ impl Trainer {
     }
 
     fn own(&self, tensor: &Tensor, width: i64) -> Result<Tensor> {
-        if tensor.size().len() != 2 || tensor.size()[1] != width || tensor.size()[0] == 0 {
+        if tensor.size().len() != 2 || tensor.size()[1] != width || tensor.size()[0] == 0 || !tensor.is_floating_point()
+        {
             return Err(InputError::new(format!(
-                "a batch has shape {:?}; this trainer takes [B, {width}]",
-                tensor.size()
+                "a batch has shape {:?} and type {:?}; this trainer takes floats [B, {width}]",
+                tensor.size(),
+                tensor.kind()
             ))
             .into());
         }

@@ -5,12 +5,13 @@
 use std::cell::{Cell, RefCell};
 
 use figment::value::{Dict, Value};
-use schemars::Schema;
+use schemars::{Schema, schema_for};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
 use super::layers::{Merged, unknown_variable};
-use super::spans;
+use super::{RunConfig, spans};
 use dictlearn_core::data::TaggedSource;
 use dictlearn_core::data::text::TaggedText;
 use dictlearn_core::error::{InputError, Mistakes, Origin};
@@ -34,6 +35,15 @@ pub(super) struct Check<'a> {
     added: Cell<usize>,
     /// Keys that only a variable sets and no config has, with what is said of them.
     ignored: RefCell<Vec<(String, String)>>,
+}
+
+/// Checks a component's config that code has made, by the types and ranges of its schema. `path` names it in messages.
+pub(crate) fn check_component(kind: ComponentKind, config: &impl Serialize, path: &str) -> anyhow::Result<()> {
+    let merged = Merged::of_code();
+    let schema = schema_for!(RunConfig);
+    let check = Check::new(&merged, &schema, &[]);
+    check.component(&Value::serialize(config)?, kind, path);
+    Ok(check.mistakes.into_inner().into_result()?)
 }
 
 /// The thing whose fields are checked, for messages.

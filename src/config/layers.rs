@@ -85,6 +85,11 @@ impl Provider for LayerProvider<'_> {
 }
 
 impl Merged {
+    /// No layers, for values that come from code.
+    pub(super) fn of_code() -> Self {
+        Merged { value: Value::from(Dict::new()), figment: Figment::new(), layers: Vec::new(), ignored: Vec::new() }
+    }
+
     /// Merges what can be read. `None` if a file cannot: what it says is not known then.
     pub(super) fn load(sources: &Sources, mistakes: &mut Mistakes) -> Option<Self> {
         let mut files = Files { profile: sources.profile.as_deref(), ..Files::default() };

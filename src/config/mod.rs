@@ -8,6 +8,7 @@ mod spans;
 mod steps;
 mod unsourced;
 
+pub(crate) use check::check_component;
 pub use example::example;
 pub use layers::{Sources, variables};
 pub use load::{Written, folder_name, json_schema, load, to_yaml, type_name};

@@ -120,4 +120,14 @@ fn errors_say_whose_they_are_to_mend() {
     }
     let k = TopKDictionaryConfig { k: 33, dict_size: Some(32), expansion_factor: None };
     assert!(refused(Trainer::builder(k, TopKConfig::default()).build(16)).contains("`k` is 33"));
+    for k in [0, -3] {
+        let k = TopKDictionaryConfig { k, dict_size: Some(32), expansion_factor: None };
+        assert!(refused(Trainer::builder(k, TopKConfig::default()).build(16)).contains("`k`"));
+    }
+    let rate = TopKConfig { lr: Some(-1.0), ..Default::default() };
+    assert!(refused(Trainer::builder(dictionary(), rate).build(16)).contains("lr"));
+    assert!(refused(Trainer::builder(dictionary(), TopKConfig::default()).build(0)).contains("width 0"));
+    let whole = Tensor::zeros([4, 16], (Kind::Int64, Device::Cpu));
+    let mut trainer = Trainer::builder(dictionary(), TopKConfig::default()).steps(5).build(16).unwrap();
+    assert!(refused(trainer.step(&whole)).contains("Int64"));
 }

@@ -31,8 +31,11 @@ impl Selection {
         }
     }
 
-    /// Returns an error if `k` exceeds the number of features.
+    /// Returns an error unless `k` is from 1 to the number of features.
     pub fn check(k: i64, features: i64) -> Result<()> {
+        if k < 1 {
+            bail!(InputError::new(format!("`k` is {k}, but at least one feature must be kept")).field("k"));
+        }
         if k > features {
             bail!(
                 InputError::new(format!("`k` is {k}, but the dictionary has only {features} features"))
