@@ -1,5 +1,5 @@
-//! Gemma (Gemma team 2024, <https://arxiv.org/abs/2403.08295>): Llama with a gated GELU, embeddings multiplied by √d, and
-//! norms that scale by 1 + weight.
+//! Gemma (Gemma team 2024, <https://arxiv.org/abs/2403.08295>): Llama with a gated GELU, embeddings multiplied by √d,
+//! and norms that scale by 1 + weight.
 
 use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
