@@ -1,10 +1,10 @@
-//! dictionary_learning: `ae.pt` and `config.json`, as the reference saves them, of every class.
+//! dictionary_learning: `ae.pt` and `config.json`, as the reference saves them, for all of its classes.
 //!
-//! <https://github.com/saprmarks/dictionary_learning>. Also read are backups of a training (the dictionary in them), and
-//! state dicts alone, whose class is told by their tensors. What the reference's `from_pretrained` does to weights is done
-//! here too: decoder norms of an `AutoEncoder` go to its encoder.
+//! <https://github.com/saprmarks/dictionary_learning>. It also reads training backups (their dictionary) and bare
+//! state dicts, whose class it infers from the tensors. As in the reference's `from_pretrained`, decoder norms of an
+//! `AutoEncoder` are folded into its encoder.
 //!
-//! Its own set of dictionaries, `10_32768` on every submodule of Pythia-70m, comes with `--pretrained`, one or several:
+//! `--pretrained` imports from the reference's own set, `10_32768` on every submodule of Pythia-70m, by name or glob:
 //! `pythia-70m-deduped/mlp_out_layer1/10_32768`, `*/10_32768`.
 
 use std::collections::BTreeMap;
@@ -19,22 +19,22 @@ use dictlearn_core::sae::saved::Saved;
 
 mod pretrained;
 
-/// A folder with ae.pt and config.json, of any of the library's classes, or a folder of such folders; a backup of a training;
-/// or a .pt file with a state dict alone. Nothing in the file is run. Norms of an AutoEncoder's decoder go to its encoder, as
-/// the library's `from_pretrained` does. A folder of ours, which has ae.safetensors beside that, is taken as it is, whatever
-/// its class.
+/// A folder with ae.pt and config.json, of any of the library's classes, or a folder of such folders; a training
+/// backup; or a .pt file with a bare state dict. No code in the file is run. Decoder norms of an AutoEncoder are
+/// folded into its encoder, as in the library's `from_pretrained`. A folder saved by dictlearn, which also has
+/// ae.safetensors, is read unchanged, whatever its class.
 ///
-/// `--pretrained` takes from the library's own set on Pythia-70m, one or, with a glob, several; `--list` shows it.
+/// `--pretrained` imports from the library's own set on Pythia-70m, by name or glob; `--list` shows the names.
 #[component(format "dictionary_learning",
     summary = "ae.pt and config.json of the Python library, and its set on Pythia-70m",
     paper = "Marks, Karvonen and Mueller 2024, https://github.com/saprmarks/dictionary_learning",
     example = "dictlearn import dictionary_learning --pretrained pythia-70m-deduped/mlp_out_layer1/10_32768")]
 pub struct DictionaryLearning {}
 
-/// The weights in a folder of ours.
+/// Weights in a folder saved by dictlearn.
 const OWN: &str = "ae.safetensors";
 
-/// The classes that the reference can load.
+/// Classes that the reference can load.
 const CLASSES: [&str; 7] = [
     "AutoEncoder",
     "AutoEncoderNew",
@@ -46,7 +46,7 @@ const CLASSES: [&str; 7] = [
 ];
 
 impl Format for DictionaryLearning {
-    /// One folder or file, or every folder below that has an ae.pt.
+    /// One folder or file, or every folder below it that has weights.
     fn find(&self, request: &Request) -> Result<Vec<Place>> {
         if let Some(names) = &request.pretrained {
             return pretrained::find(names);
@@ -81,11 +81,11 @@ impl Format for DictionaryLearning {
             return pretrained::read(place, entry);
         }
         if let Some(weights) = place.file(OWN)? {
-            // A folder of ours, with the weights as they are, of whichever class.
+            // A folder saved by dictlearn: weights are read unchanged, of any class.
             let config = place.json("config.json")?;
             let trainer = config.get("trainer").and_then(Value::as_object).cloned().unwrap_or_default();
             let Some(class) = trainer.get("dict_class").and_then(Value::as_str).map(str::to_owned) else {
-                bail!(InputError::new("config.json does not say its `trainer.dict_class`"));
+                bail!(InputError::new("config.json has no `trainer.dict_class`"));
             };
             let tensors = tensors::TensorFile::open(&weights)?.tensors()?;
             let normalization = saved::normalization(&config, &weights.with_file_name("config.json"))?;
@@ -116,25 +116,25 @@ impl Format for DictionaryLearning {
         let class = sae.dictionary.class();
         if !CLASSES.contains(&class) {
             bail!(
-                InputError::new(format!("the reference has no class that does what {class} does"))
-                    .help(format!("it has: {}", CLASSES.join(", ")))
+                InputError::new(format!("the reference has no equivalent of the class {class}"))
+                    .help(format!("its classes are: {}", CLASSES.join(", ")))
             );
         }
         let dims = sae.dictionary.dims();
         if dims.input != dims.output {
             bail!(InputError::new(format!(
-                "the reference's {class} reconstructs what it reads: {} and {} differ",
+                "the reference's {class} reconstructs its own input, but the widths {} and {} differ",
                 dims.input, dims.output
             )));
         }
         if sae.normalization.is_some() {
             bail!(
-                InputError::new("the reference's classes do not normalise what they read")
-                    .help("`--format sae_lens` can say it")
+                InputError::new("the reference's classes do not normalise their input")
+                    .help("`--format sae_lens` supports normalisation")
             );
         }
         let mut config = sae.config.clone();
-        // What its loader looks at.
+        // Keys that the reference's loader reads.
         let trainer = &mut config["trainer"];
         trainer["dict_class"] = class.into();
         trainer["activation_dim"] = dims.input.into();
@@ -143,7 +143,7 @@ impl Format for DictionaryLearning {
             trainer["k"] = selection.k().into();
         }
         if trainer["dtype"].is_string() {
-            tracing::warn!("it computes in {}, and the reference will in float32", trainer["dtype"]);
+            tracing::warn!("the SAE computes in {}, but the reference will compute in float32", trainer["dtype"]);
         }
         let mut tensors = sae.dictionary.state_dict();
         tensors
@@ -151,8 +151,8 @@ impl Format for DictionaryLearning {
             .filter(|(_, tensor)| tensor.is_floating_point())
             .for_each(|(_, tensor)| *tensor = tensor.to_kind(Kind::Float));
         if class == "AutoEncoder" && !has_unit_norms(&tensors) {
-            // Its loader would move the norms to the encoder and change what features are. Of the same tensors with the
-            // bias elsewhere it leaves them.
+            // The reference's loader would fold the norms into the encoder, which changes the features. It leaves the
+            // equivalent AutoEncoderNew unchanged.
             tensors = without_input_bias(&tensors)?;
             trainer["dict_class"] = "AutoEncoderNew".into();
         }
@@ -170,7 +170,7 @@ impl Format for DictionaryLearning {
 
     fn python(&self, sae: Option<&Saved>) -> Option<Python> {
         let sae = sae.filter(|sae| sae.dir.join("ae.pt").is_file())?;
-        // The library normalises nothing that is read, computes in float32, and moves an AutoEncoder's norms.
+        // The library never normalises, computes in float32, and folds an AutoEncoder's norms.
         let class = sae.dictionary.class();
         let plain = sae.normalization.is_none() && sae.config["trainer"]["dtype"].is_null();
         let same = plain && (class != "AutoEncoder" || has_unit_norms(&sae.dictionary.state_dict()));
@@ -182,7 +182,7 @@ impl Format for DictionaryLearning {
     }
 }
 
-/// Whether the columns of an AutoEncoder's decoder have norm 1, as the reference's loader sees it.
+/// Whether the columns of an AutoEncoder's decoder have norm 1, tested as in the reference's loader.
 fn has_unit_norms(tensors: &[(&str, Tensor)]) -> bool {
     let decoder = tensors.iter().find(|(name, _)| *name == "decoder.weight");
     decoder.is_none_or(|(_, decoder)| {
@@ -191,11 +191,11 @@ fn has_unit_norms(tensors: &[(&str, Tensor)]) -> bool {
     })
 }
 
-/// An AutoEncoder's tensors as an AutoEncoderNew's, which does the same: W (x − b) + b_e = W x + (b_e − W b).
+/// Returns an AutoEncoder's tensors as those of an equivalent AutoEncoderNew: W (x − b) + b_e = W x + (b_e − W b).
 fn without_input_bias(tensors: &[(&'static str, Tensor)]) -> Result<Vec<(&'static str, Tensor)>> {
     let get = |name: &str| {
         let found = tensors.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor.detach());
-        found.with_context(|| format!("an AutoEncoder without `{name}`"))
+        found.with_context(|| format!("the AutoEncoder has no tensor `{name}`"))
     };
     let (encoder, bias) = (get("encoder.weight")?, get("bias")?);
     let moved = dictlearn_core::formats::through(&bias, &encoder.transpose(0, 1));
@@ -208,7 +208,7 @@ fn without_input_bias(tensors: &[(&'static str, Tensor)]) -> Result<Vec<(&'stati
     ])
 }
 
-/// A dictionary from its .pt file and, where there is one, its config.json.
+/// Reads a dictionary from the contents of its .pt file and its config.json, if there is one.
 fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Result<Published> {
     let (mut tensors, scale) = saved::state_dict(value, name)?;
     let trainer = config.as_ref().and_then(|config| config.get("trainer")).cloned().unwrap_or(Value::Null);
@@ -219,10 +219,10 @@ fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Re
     if !CLASSES.contains(&class.as_str()) {
         bail!(
             InputError::new(format!("the class `{class}` is not supported"))
-                .help(format!("supported are: {}", CLASSES.join(", ")))
+                .help(format!("supported: {}", CLASSES.join(", ")))
         );
     }
-    // Older files of these classes have no threshold, and k in the config alone.
+    // Older files of these classes have no threshold, and k only in the config.
     let k = trainer.get("k").and_then(Value::as_i64);
     if ["AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"].contains(&class.as_str()) {
         if let (false, Some(k)) = (tensors.contains_key("k"), k.and_then(|k| i32::try_from(k).ok())) {
@@ -230,13 +230,13 @@ fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Re
         }
         tensors.entry("threshold".to_owned()).or_insert_with(|| Tensor::from(-1f32));
     }
-    // The annealing of k had ended, or had not; the reference takes the config's, and refuses where they differ.
+    // They differ if k was still being annealed. The reference requires them to agree; here the weights count.
     let mut notes = Vec::new();
     if let (Some(said), Some(tensor)) = (k, tensors.get("k"))
         && tensor.numel() == 1
         && tensor.double_value(&vec![0; tensor.dim()]) as i64 != said
     {
-        notes.push(format!("config.json says k is {said}, and the weights say otherwise, which is what counts"));
+        notes.push(format!("config.json says k is {said}, but the weights have another k, which is used"));
     }
     let site = config.as_ref().and_then(site);
     let mut kept = trainer.as_object().cloned().unwrap_or_default();
@@ -244,45 +244,45 @@ fn published(value: &torch_file::Value, name: &str, config: Option<Value>) -> Re
     Ok(Published { class, tensors, site, trainer: kept, scale, pretrained: true, notes, ..Published::default() })
 }
 
-/// Old configs name a class with its module, or as Python prints it.
+/// Strips the module from a class name, also from the form in which Python prints it.
 fn short(name: &str) -> &str {
     let name = name.trim_start_matches("<class '").trim_end_matches("'>");
     name.rsplit('.').next().unwrap_or(name)
 }
 
-/// The class that has these tensors.
+/// Infers the class from the names of the tensors.
 fn by_tensors(tensors: &BTreeMap<String, Tensor>) -> Result<&'static str> {
     let has = |name: &str| tensors.contains_key(name);
     Ok(match () {
         () if has("gate_bias") => "GatedAutoEncoder",
         () if has("group_sizes") => "MatryoshkaBatchTopKSAE",
         () if has("W_enc") && has("threshold") => "JumpReluAutoEncoder",
-        // TopK and BatchTopK have the same tensors, and select in other ways.
+        // TopK and BatchTopK have the same tensors but select differently.
         () if has("b_dec") && has("encoder.weight") => {
             bail!(
-                InputError::new("the weights may be of AutoEncoderTopK or of BatchTopKSAE").help(
-                    "put a config.json beside them: {\"trainer\": {\"dict_class\": \"AutoEncoderTopK\", \"k\": 32}}"
+                InputError::new("the weights could belong to AutoEncoderTopK or to BatchTopKSAE").help(
+                    "add a config.json beside them: {\"trainer\": {\"dict_class\": \"AutoEncoderTopK\", \"k\": 32}}"
                 )
             )
         }
         () if has("bias") && has("encoder.weight") => "AutoEncoder",
         () if has("decoder.bias") && has("encoder.weight") => "AutoEncoderNew",
         () => bail!(
-            InputError::new("the weights are of no class of the reference's")
-                .help(format!("they have: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", ")))
+            InputError::new("the weights match no class of the reference")
+                .help(format!("tensors found: {}", tensors.keys().cloned().collect::<Vec<_>>().join(", ")))
         ),
     })
 }
 
-/// Where it reads, by what config.json says.
+/// The site in the model, from config.json.
 fn site(config: &Value) -> Option<ModelSite> {
     let (trainer, buffer) = (&config["trainer"], &config["buffer"]);
-    // Ours say it under `buffer`, with all that belongs to it.
+    // dictlearn writes it under `buffer`, with all its settings.
     let model = buffer["model"].as_str().or(trainer["lm_name"].as_str()).filter(|name| !name.is_empty())?;
     let layer = trainer["layer"].as_u64();
     let named = buffer["submodule"].as_str().or(trainer["submodule_name"].as_str()).filter(|name| !name.is_empty());
     let submodule = match (named, layer) {
-        // A module's path is one; a name of the user's own, such as resid_post_layer_3, is not.
+        // A module's path contains dots; a custom name such as resid_post_layer_3 does not.
         (Some(path), _) if path.contains('.') => path.to_owned(),
         (Some(name), Some(layer)) => {
             let hook = [("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"), ("att", "hook_attn_out")];
@@ -311,9 +311,9 @@ fn site(config: &Value) -> Option<ModelSite> {
     })
 }
 
-/// A file of the Hub's, by repository and path.
+/// Downloads a file of a repository on the Hub; returns its path in the cache.
 fn hub_file(repo: &str, path: &str) -> Result<PathBuf> {
-    let Some(repo) = Repo::parse(RepoKind::Model, repo) else { bail!("`{repo}` is no repository") };
+    let Some(repo) = Repo::parse(RepoKind::Model, repo) else { bail!("`{repo}` is not a repository") };
     match hub()?.file(&repo, path)? {
         Some(file) => Ok(file),
         None => bail!(InputError::new(format!("{repo} has no {path}"))),
@@ -325,7 +325,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn classes_by_name() {
+    fn class_names_are_stripped_of_their_module() {
         assert_eq!(short("<class 'dictionary_learning.dictionary.AutoEncoder'>"), "AutoEncoder");
         assert_eq!(short("AutoEncoderTopK"), "AutoEncoderTopK");
     }

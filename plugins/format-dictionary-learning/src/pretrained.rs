@@ -1,7 +1,7 @@
-//! The reference's own set: one zip archive on the Hub, dictionaries on every submodule of Pythia-70m.
+//! The reference's own set: a zip archive on the Hub with dictionaries for every submodule of Pythia-70m.
 //!
-//! Its README has a table of what they reach. They read MLP outputs, attention outputs and the residual stream (the
-//! embedding, and the output of each layer), and were trained on 2B tokens of the Pile.
+//! Its README tabulates their metrics. They read MLP outputs, attention outputs and the residual stream (the embedding
+//! and each layer's output) and were trained on 2B tokens of the Pile.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,9 +14,9 @@ use super::*;
 
 const REPO: &str = "saprmarks/pythia-70m-deduped-saes";
 const ARCHIVE: &str = "dictionaries_pythia-70m-deduped_10.zip";
-/// The entry of a place's table that names the folder in the archive.
+/// Key of a place's table that names the folder in the archive.
 pub const ENTRY: &str = "archive_folder";
-/// An archive's text and weights are no larger: 32768 features of 512, twice, and some.
+/// Limit on the size of an archive entry: well above two 32768 × 512 matrices in float32.
 const LARGEST: u64 = 1 << 30;
 
 fn open() -> Result<ZipArchive<File>> {
@@ -25,7 +25,7 @@ fn open() -> Result<ZipArchive<File>> {
     Ok(ZipArchive::new(files::open(&path)?).map_err(|error| refused(error.to_string()))?)
 }
 
-/// The dictionaries of the archive: name, and folder in it.
+/// Names of the dictionaries in the archive, each with its folder.
 fn names(archive: &ZipArchive<File>) -> Vec<(String, String)> {
     let folders = archive.file_names().flatten().filter_map(|name| name.strip_suffix("/ae.pt").map(str::to_owned));
     let name = |folder: &str| folder.strip_prefix("dictionaries/").unwrap_or(folder).to_owned();
@@ -35,11 +35,11 @@ fn names(archive: &ZipArchive<File>) -> Vec<(String, String)> {
     names
 }
 
-/// The places of those that a glob means.
+/// Returns the places that match a glob.
 pub fn find(wanted: &str) -> Result<Vec<Place>> {
     let pattern = glob(wanted.trim_end_matches('/'))?;
     let all = names(&open()?);
-    let Some(repo) = Repo::parse(RepoKind::Model, REPO) else { bail!("{REPO} is no repository") };
+    let Some(repo) = Repo::parse(RepoKind::Model, REPO) else { bail!("{REPO} is not a repository") };
     let place = |(name, folder): &(String, String)| {
         let mut place = Place::on_hub(repo.clone(), ARCHIVE);
         place.name.clone_from(name);
@@ -49,8 +49,8 @@ pub fn find(wanted: &str) -> Result<Vec<Place>> {
     let places: Vec<Place> = all.iter().filter(|(name, _)| pattern.matches(name)).map(place).collect();
     if places.is_empty() {
         let near = dictlearn_core::suggest::nearest(wanted, all.iter().map(|(name, _)| name.as_str()));
-        let shown = format!("`dictlearn import {} --list` shows all", crate::DictionaryLearning::NAME);
-        bail!(InputError::new(format!("no pretrained dictionary is named `{wanted}`")).help(match near {
+        let shown = format!("`dictlearn import {} --list` shows all names", crate::DictionaryLearning::NAME);
+        bail!(InputError::new(format!("no pretrained dictionary matches `{wanted}`")).help(match near {
             Some(near) => format!("did you mean `{near}`? {shown}"),
             None => shown,
         }));
@@ -58,13 +58,13 @@ pub fn find(wanted: &str) -> Result<Vec<Place>> {
     Ok(places)
 }
 
-/// All of them.
+/// Name and description of every dictionary in the set.
 pub fn offers() -> Result<Vec<(String, String)>> {
     let about = |name: &str| site(name).map(|site| format!("{} of {}", site.submodule, site.model)).unwrap_or_default();
     Ok(names(&open()?).into_iter().map(|(name, _)| (name.clone(), about(&name))).collect())
 }
 
-/// The dictionary in a folder of the archive.
+/// Reads the dictionary in a folder of the archive.
 pub fn read(place: &Place, folder: &str) -> Result<Published> {
     let mut archive = open()?;
     let mut entry = |name: &str| -> Result<Option<Vec<u8>>> {
@@ -88,7 +88,7 @@ pub fn read(place: &Place, folder: &str) -> Result<Published> {
         None => Value::Null,
     };
     let value = torch_file::read_bytes(&name, &weights)?;
-    // Their configs are older than the key.
+    // Their configs predate this key.
     let mut config = if config.is_object() { config } else { serde_json::json!({}) };
     if config["trainer"]["dict_class"].is_null() && (config["trainer"].is_object() || config["trainer"].is_null()) {
         config["trainer"]["dict_class"] = "AutoEncoder".into();
@@ -98,7 +98,7 @@ pub fn read(place: &Place, folder: &str) -> Result<Published> {
     Ok(published)
 }
 
-/// Where a dictionary reads: `pythia-70m-deduped/mlp_out_layer1/10_32768`.
+/// The site of a dictionary, from its name: `pythia-70m-deduped/mlp_out_layer1/10_32768`.
 fn site(name: &str) -> Option<ModelSite> {
     let mut parts = name.split('/');
     let model = format!("EleutherAI/{}", parts.next()?);
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_tell_the_place() {
+    fn sites_are_read_from_names() {
         let site = |name| site(name).map(|site| site.submodule);
         assert_eq!(site("pythia-70m-deduped/mlp_out_layer1/10_32768").unwrap(), "gpt_neox.layers.1.mlp");
         assert_eq!(site("pythia-70m-deduped/embed/10_32768").unwrap(), "gpt_neox.embed_in");

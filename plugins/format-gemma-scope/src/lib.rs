@@ -1,15 +1,15 @@
 //! Gemma Scope: JumpReLU SAEs and transcoders on every layer of Gemma 2 and Gemma 3.
 //!
 //! Lieberum et al. 2024, *Gemma Scope*, <https://arxiv.org/abs/2408.05147>: `params.npz` in a folder
-//! `layer_L/width_W/average_l0_N`, or `embedding/...`; there is nothing beside it, so that model and place are read from the
-//! names of repository and folders. Gemma Scope 2 has `params.safetensors` and, mostly, a `config.json`.
+//! `layer_L/width_W/average_l0_N` or `embedding/...`. There is no config, so model and site are read from the names of
+//! the repository and folders. Gemma Scope 2 has `params.safetensors` and usually a `config.json`.
 //!
 //! ```text
 //! f = π ⊙ H(π − θ),  π = x W_enc + b_enc          x̂ = f W_dec + b_dec [+ x A]      A: an affine skip connection
 //! ```
 //!
-//! SAEs on the embedding were trained on activations √d times as large: W_enc is divided by √d and W_dec multiplied, as
-//! sae_lens does. Of a cross-layer transcoder (`clt`) what it writes to all layers is summed, as sae_lens does too.
+//! SAEs on the embedding were trained on activations multiplied by √d, so W_enc is divided by √d and W_dec multiplied,
+//! as in sae_lens. A cross-layer transcoder (`clt`) predicts all layers; their sum is imported, also as in sae_lens.
 
 use dictlearn_core::files::numpy::Npz;
 use dictlearn_core::files::tensors::TensorFile;
@@ -18,21 +18,22 @@ use dictlearn_core::formats::{
 };
 use dictlearn_core::prelude::*;
 
-/// Gemma Scope: a folder with params.npz, `layer_L/width_W/average_l0_N`. Gemma Scope 2: a folder with params.safetensors
-/// and mostly config.json. Model and layer are read from the names of repository and folders. Transcoders have an affine
-/// skip connection where they were published with one; of cross-layer transcoders what they write is summed.
+/// Gemma Scope: a folder with params.npz, `layer_L/width_W/average_l0_N`. Gemma Scope 2: a folder with
+/// params.safetensors and usually config.json. Model and layer are read from the names of the repository and folders.
+/// Transcoders keep their affine skip connection, if published with one. A cross-layer transcoder is imported as the
+/// sum over the layers it writes to.
 #[component(format "gemma_scope", summary = "params.npz of Gemma Scope, params.safetensors of Gemma Scope 2",
     paper = "Lieberum et al. 2024, Gemma Scope, https://arxiv.org/abs/2408.05147",
     example = "dictlearn import gemma_scope google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71")]
 pub struct GemmaScope {}
 
-/// What is read of a folder's files, under the names of the first Gemma Scope.
+/// Tensors of a folder's files, by their names in the first Gemma Scope.
 type Tensors = std::collections::BTreeMap<String, Tensor>;
 
-/// Keys of a Gemma Scope 2 config.json that would change what is computed; its SAEs have none of them.
+/// Keys of a Gemma Scope 2 config.json that would change the computation; its SAEs do not use them.
 const OFF: &[&str] = &["apply_b_dec_to_input", "normalize_activations"];
 
-/// Those that are taken below, and those that only tell of the SAE.
+/// Keys that are read below, and keys that only describe the SAE.
 const KNOWN: &[&str] = &[
     "affine_connection",
     "architecture",
@@ -59,7 +60,7 @@ impl Format for GemmaScope {
         if let Some(factor) = tensors.remove("scaling_factor")
             && !factor.allclose(&factor.ones_like(), 1e-5, 1e-8, false)
         {
-            bail!(InputError::new("the features have a `scaling_factor`, which Gemma Scope's do not"));
+            bail!(InputError::new("the weights have a `scaling_factor`, which Gemma Scope does not use"));
         }
         let mut notes = Vec::new();
         let said = match place.file("config.json")? {
@@ -92,20 +93,22 @@ impl Format for GemmaScope {
         nothing_left(&tensors)?;
         let (_, features, _) = affine.check()?;
         if let Some(said) = said["width"].as_i64().filter(|said| *said != features) {
-            bail!(InputError::new(format!("config.json says `width` is {said}, and the weights have {features}")));
+            bail!(InputError::new(format!(
+                "config.json says `width` is {said}, but the weights have {features} features"
+            )));
         }
         if said["affine_connection"].as_bool().is_some_and(|said| said != affine.w_skip.is_some()) {
             bail!(InputError::new(
-                "config.json's `affine_connection` and the weights' `affine_skip_connection` contradict each other"
+                "`affine_connection` in config.json contradicts `affine_skip_connection` in the weights"
             ));
         }
         if let Some(said) = width(&words).filter(|said| *said != features) {
-            bail!(InputError::new(format!("the folder's name says {said} features, and the weights have {features}")));
+            bail!(InputError::new(format!("the folder's name says {said} features, but the weights have {features}")));
         }
         let site = if second { second_site(&said, &words, transcodes)? } else { first_site(&words) };
         if site.is_none() {
             notes.push(
-                "its path does not say which model and layer it belongs to: `eval` and `encode --text` will need \
+                "the path does not name the model and layer: `eval` and `encode --text` will need \
                  `source.model` and `source.submodule`"
                     .to_owned(),
             );
@@ -129,7 +132,7 @@ fn first_tensors(place: &Place) -> Result<Tensors> {
         None => place.need("params.npz")?,
     };
     let arrays = Npz::open(&file)?.arrays()?;
-    // The transcoders' are spelt in several ways.
+    // Transcoders spell them in several ways.
     let spelt = |name: String| match name.to_lowercase().as_str() {
         "w_enc" | "wenc" | "w_e" => "W_enc".to_owned(),
         "w_dec" | "wdec" | "w_d" => "W_dec".to_owned(),
@@ -140,12 +143,12 @@ fn first_tensors(place: &Place) -> Result<Tensors> {
     Ok(arrays.into_iter().map(|(name, tensor)| (spelt(name), tensor)).collect())
 }
 
-/// The tensors of Gemma Scope 2, and whether they are of a cross-layer transcoder, whose file is named by its layer.
+/// The tensors of Gemma Scope 2, and whether they belong to a cross-layer transcoder, whose file is named by its layer.
 fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
     let clt = is_clt(&place.words());
     let file = match place.file("params.safetensors")? {
         Some(file) => file,
-        // A file of its own, named or with its ending left out.
+        // A single file, given with or without its extension.
         None => match place.file("")? {
             Some(file) if file.extension().is_some_and(|extension| extension == "npz") => {
                 return Ok((Npz::open(&file)?.arrays()?, false));
@@ -158,7 +161,7 @@ fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
             {
                 Some(Some(file)) if clt => file,
                 _ => {
-                    // The first Gemma Scope is what most people mean.
+                    // Most users mean the first Gemma Scope.
                     place.need("params.npz")?;
                     place.need("params.safetensors")?
                 }
@@ -169,7 +172,7 @@ fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
     for (name, tensor) in &tensors {
         if !tensor.is_floating_point() {
             bail!(InputError::new(format!(
-                "tensor `{name}` has the type {:?}, not one of floating point",
+                "tensor `{name}` has the type {:?}, but must be floating point",
                 tensor.kind()
             )));
         }
@@ -182,26 +185,26 @@ fn second_tensors(place: &Place) -> Result<(Tensors, bool)> {
     Ok((tensors.into_iter().map(|(name, tensor)| (spelt(name), tensor.to_kind(Kind::Float))).collect(), clt))
 }
 
-/// Whether it is an SAE on the embedding: `embedding/width_4k/average_l0_6`.
+/// Whether a path names an SAE on the embedding: `embedding/width_4k/average_l0_6`.
 fn is_embedding(words: &str) -> bool {
     let parts: Vec<&str> = words.split('/').collect();
     parts.windows(2).any(|pair| pair[0] == "embedding" && pair[1].starts_with("width_"))
 }
 
-/// The parts of a path that are of a published set, and not of where it lies on this machine: from the set's name on, or
-/// where it has none, the last three.
+/// The parts of a path that belong to the published set, not to its location on this machine: from the set's name on,
+/// or else the last three.
 fn set(words: &str) -> Vec<&str> {
     let parts: Vec<&str> = words.split('/').filter(|part| !part.is_empty()).collect();
     let named = parts.iter().position(|part| part.contains("gemma-scope-"));
     parts[named.unwrap_or(parts.len().saturating_sub(3))..].to_vec()
 }
 
-/// Whether a path is of a transcoder.
+/// Whether a path names a transcoder.
 fn transcodes(words: &str) -> bool {
     set(words).iter().any(|part| part.contains("transcoder"))
 }
 
-/// Whether a path is of a cross-layer transcoder.
+/// Whether a path names a cross-layer transcoder.
 fn is_clt(words: &str) -> bool {
     set(words).iter().any(|part| part.split(['_', '-']).any(|word| word == "clt"))
 }
@@ -210,13 +213,13 @@ fn last(words: &str) -> &str {
     words.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
 }
 
-/// The number that follows a word: the layer after `layer_`.
+/// The number after the last occurrence of a word, such as the layer after `layer_`.
 fn number_after(words: &str, word: &str) -> Option<u64> {
     let rest = &words[words.rfind(word)? + word.len()..];
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// The number of features that a path says: `width_16k`.
+/// The number of features in a path: `width_16k`.
 fn width(words: &str) -> Option<i64> {
     let rest = &words[words.rfind("width_")? + 6..];
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
@@ -231,9 +234,9 @@ fn width(words: &str) -> Option<i64> {
     }
 }
 
-/// The model and the place of a Gemma Scope SAE, where the names of its folders tell.
+/// Model and site of a Gemma Scope SAE, if its folders' names give them.
 fn first_site(words: &str) -> Option<ModelSite> {
-    // gemma-scope-2b-pt-res, gemma-scope-9b-it-res, and not gemma-scope-2-4b-pt.
+    // Matches gemma-scope-2b-pt-res and gemma-scope-9b-it-res, but not gemma-scope-2-4b-pt.
     let name = words.split('/').find(|part| part.contains("gemma-scope-"))?;
     let rest = name.split("gemma-scope-").nth(1)?;
     let mut parts = rest.split('-');
@@ -256,13 +259,13 @@ fn first_site(words: &str) -> Option<ModelSite> {
     Some(ModelSite { model, submodule, target, ..any_site() })
 }
 
-/// Whether a config.json says that it predicts something else than it reads.
+/// Whether config.json describes an SAE that predicts something other than its input.
 fn says_transcoder(said: &Value) -> Result<bool> {
     let kind = said["type"].as_str().unwrap_or_default().to_lowercase();
     if kind.contains("crosscoder") {
         bail!(
             InputError::new(format!("config.json: `type: {kind}` is not supported"))
-                .help("supported are SAEs, transcoders and cross-layer transcoders")
+                .help("supported: SAEs, transcoders and cross-layer transcoders")
         );
     }
     let (reads, writes) = (said["hf_hook_point_in"].as_str(), said["hf_hook_point_out"].as_str());
@@ -271,13 +274,13 @@ fn says_transcoder(said: &Value) -> Result<bool> {
         || reads.zip(writes).is_some_and(|(reads, writes)| reads != writes))
 }
 
-/// The same of Gemma Scope 2: what config.json says, or what the names do.
+/// Model and site of a Gemma Scope 2 SAE, from config.json or from the folders' names.
 fn second_site(said: &Value, words: &str, transcodes: bool) -> Result<Option<ModelSite>> {
     let text = |key: &str| said.get(key).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
     if let Some(other) = text("architecture").filter(|name| name != "jump_relu") {
         bail!(
             InputError::new(format!("config.json says the architecture is `{other}`"))
-                .help("Gemma Scope 2 has jump_relu")
+                .help("Gemma Scope 2 uses `jump_relu`")
         );
     }
     let repo = words.split('/').find(|part| part.contains("gemma-scope-2-")).map(|part| {
@@ -290,7 +293,7 @@ fn second_site(said: &Value, words: &str, transcodes: bool) -> Result<Option<Mod
         model = format!("google/{model}");
     }
     if model.contains("270m") {
-        // The base model of that size is called so on the Hub.
+        // On the Hub, the base model of this size has no `-pt`.
         model = model.trim_end_matches("-pt").to_owned();
     }
     let Some(layer) = number_after(words, "layer_") else { return Ok(None) };
@@ -317,7 +320,7 @@ fn second_site(said: &Value, words: &str, transcodes: bool) -> Result<Option<Mod
     Ok(Some(site))
 }
 
-/// What holds of all of them.
+/// Settings shared by all of them.
 fn any_site() -> ModelSite {
     ModelSite {
         prepend_bos: Some(true),
@@ -332,7 +335,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_tell_model_and_place() {
+    fn model_and_site_are_read_from_paths() {
         for (words, model, submodule) in [
             (
                 "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71",
@@ -358,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn widths() {
+    fn widths_are_read_from_paths() {
         for (words, features) in [
             ("width_16k/", Some(16384)),
             ("width_65k", Some(65536)),

@@ -1,20 +1,21 @@
 //! Llama Scope: JumpReLU SAEs and transcoders on every layer of Llama 3.1 8B.
 //!
-//! He et al. 2024, *Llama Scope*, <https://arxiv.org/abs/2410.20526>: `hyperparams.json` and `checkpoints/final.safetensors`
-//! in a folder such as `Llama3_1-8B-Base-L3R-8x`. They were trained on activations times s = √d / (their mean norm), with a
-//! factor s' of its own for what a transcoder predicts. Both are folded into the weights as sae_lens does, so that features
-//! have its scale:
+//! He et al. 2024, *Llama Scope*, <https://arxiv.org/abs/2410.20526>: `hyperparams.json` and
+//! `checkpoints/final.safetensors` in a folder such as `Llama3_1-8B-Base-L3R-8x`. They were trained on activations
+//! multiplied by s = √d / (their mean norm); a transcoder's targets have their own factor s'. Both are folded into the
+//! weights as in sae_lens, so that features have the same scale as there:
 //!
 //! ```text
 //! f = π ⊙ H(π − t),  π = s x W_enc + b_enc          x̂ = (f W_dec + b_dec) / s'
-//! t = θ s, or with `sparsity_include_decoder_norm` t = θ s' / ‖W_dec‖ for each feature's row
+//! t = θ s; with `sparsity_include_decoder_norm` t = θ s' / ‖W_dec‖, by each feature's row
 //! ```
 //!
-//! With that flag the authors compare θ with what a feature writes, ‖f W_dec‖ / s', in the activations' own units
-//! (`from_config` of <https://github.com/OpenMOSS/Language-Model-SAEs> at b9326392); sae_lens 6 leaves the norms out.
+//! With that flag, the authors compare θ with the norm of a feature's contribution, ‖f W_dec‖ / s', in the activations'
+//! own units (`from_config` of <https://github.com/OpenMOSS/Language-Model-SAEs> at b9326392); sae_lens 6 leaves the
+//! norms out.
 //!
-//! Those on DeepSeek-R1-Distill have `config.json`, `sae_weights.safetensors` and a threshold for each feature in units of
-//! π: t = θ, or with the flag θ / ‖W_dec‖.
+//! The SAEs on DeepSeek-R1-Distill have `config.json`, `sae_weights.safetensors` and a threshold for each feature in
+//! units of π: t = θ, or θ / ‖W_dec‖ with the flag.
 
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::formats::{
@@ -22,10 +23,10 @@ use dictlearn_core::formats::{
 };
 use dictlearn_core::prelude::*;
 
-/// Keys that change what the SAE computes, in ways that Llama Scope's SAEs do not have.
+/// Keys that would change the computation; Llama Scope's SAEs do not use them.
 const OFF: &[&str] = &["apply_decoder_bias_to_pre_encoder", "use_glu_encoder"];
 
-/// Keys that are taken below, and those of its training alone, in both forms of the config.
+/// Keys that are read below, and keys that only concern training, in both forms of the config.
 const KNOWN: &[&str] = &[
     "act_fn",
     "bias_init_method",
@@ -66,10 +67,10 @@ const KNOWN: &[&str] = &[
     "exp_result_path",
 ];
 
-/// A folder with hyperparams.json and checkpoints/final.safetensors, or of those on DeepSeek-R1-Distill config.json and
-/// sae_weights.safetensors. The scale of activations in training is folded into the weights as sae_lens does, so that
-/// features have the same values as there. With `sparsity_include_decoder_norm` a feature fires where the authors' code says
-/// it does: in units of its decoder row's norm, which sae_lens leaves out.
+/// A folder with hyperparams.json and checkpoints/final.safetensors; for DeepSeek-R1-Distill, config.json and
+/// sae_weights.safetensors. The training scale of activations is folded into the weights as in sae_lens, so that
+/// features have the same values. With `sparsity_include_decoder_norm`, thresholds are in units of each feature's
+/// decoder norm, as in the authors' code; sae_lens leaves the norms out.
 #[component(format "llama_scope", summary = "hyperparams.json and checkpoints/final.safetensors of Llama Scope",
     paper = "He et al. 2024, Llama Scope, https://arxiv.org/abs/2410.20526",
     example = "dictlearn import llama_scope fnlp/Llama3_1-8B-Base-LXR-8x/Llama3_1-8B-Base-L15R-8x")]
@@ -92,7 +93,7 @@ impl Format for LlamaScope {
         let flag = |key: &str| match config.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::Bool(value)) => Ok(Some(*value)),
-            Some(other) => Err(InputError::new(format!("{file}: `{key}` is {other}, not true or false"))),
+            Some(other) => Err(InputError::new(format!("{file}: `{key}` is {other}, but must be true or false"))),
         };
         let only = |key: &str, supported: &[&str]| match text(key) {
             Some(other) if !supported.contains(&other.to_lowercase().as_str()) => {
@@ -108,13 +109,16 @@ impl Format for LlamaScope {
         let mut tensors = TensorFile::open(&weights)?.tensors()?;
         for (name, tensor) in &mut tensors {
             if !tensor.is_floating_point() {
-                bail!(InputError::new(format!("tensor `{name}` has the type {:?}", tensor.kind())));
+                bail!(InputError::new(format!(
+                    "tensor `{name}` has the type {:?}, but must be floating point",
+                    tensor.kind()
+                )));
             }
             *tensor = tensor.to_kind(Kind::Float);
         }
         let turned = |tensor: Tensor| -> Result<Tensor> {
             if tensor.dim() != 2 {
-                bail!(InputError::new(format!("a weight has shape {:?}, not two dimensions", tensor.size())));
+                bail!(InputError::new(format!("a weight has shape {:?}, but must have two dimensions", tensor.size())));
             }
             Ok(tensor.transpose(0, 1).contiguous())
         };
@@ -138,31 +142,31 @@ impl Format for LlamaScope {
             if threshold.size() != norms.size() {
                 let (found, wanted) = (threshold.size(), norms.size());
                 bail!(InputError::new(format!(
-                    "the thresholds have shape {found:?}, and the decoder's rows {wanted:?}"
+                    "the thresholds have shape {found:?}, but the decoder's rows need {wanted:?}"
                 )));
             }
-            // A feature that writes nothing is never above it.
+            // A feature with decoder norm 0 never fires.
             Ok(SaeActivation::Jump((threshold / norms).masked_fill(&norms.le(0.0), f64::INFINITY)))
         };
         let threshold = config.get("jump_relu_threshold").and_then(Value::as_f64);
         let activation = match (log_threshold, text("act_fn").map(str::to_lowercase).as_deref(), threshold) {
             (Some(threshold), Some("jumprelu") | None, _) => jump(threshold.exp())?,
             (None, Some("relu"), _) => SaeActivation::Relu,
-            // The authors' code makes jumprelu of a topk that has a threshold.
+            // The authors' code treats a topk with a threshold as jumprelu.
             (None, act_fn, Some(threshold)) if act_fn != Some("topk") || threshold > 0.0 => {
                 let unit = if norms.is_some() { scale_out } else { scale };
                 jump(b_enc.ones_like() * (threshold * unit))?
             }
             (_, Some(act_fn @ ("topk" | "relu")), _) => bail!(
-                InputError::new(format!("{file}: `act_fn: {act_fn}` is not supported with what stands beside it"))
-                    .help("supported are jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")
+                InputError::new(format!("{file}: `act_fn: {act_fn}` is not supported with these thresholds"))
+                    .help("supported: jumprelu, topk with a `jump_relu_threshold`, and relu without a threshold")
             ),
             _ => bail!(
                 InputError::new(match config.get("jump_relu_threshold").filter(|value| !value.is_null()) {
-                    Some(value) => format!("{file}: `jump_relu_threshold` is {value}, not a number"),
+                    Some(value) => format!("{file}: `jump_relu_threshold` is {value}, but must be a number"),
                     None => format!("{file} has no `jump_relu_threshold`"),
                 })
-                .help("the authors' files have the threshold of every feature there")
+                .help("the authors' files give the threshold of all features there")
             ),
         };
         let reads = text("hook_point_in");
@@ -180,7 +184,7 @@ impl Format for LlamaScope {
         let (d, features, _) = affine.check()?;
         for (key, found) in [("d_model", d), ("d_sae", features)] {
             if let Some(said) = config.get(key).and_then(Value::as_i64).filter(|said| *said != found) {
-                bail!(InputError::new(format!("`{key}` is {said}, and the weights say {found}")));
+                bail!(InputError::new(format!("`{key}` is {said}, but the weights have {found}")));
             }
         }
         let site = reads.map(|hook| ModelSite {
@@ -206,12 +210,12 @@ impl Format for LlamaScope {
     }
 }
 
-/// What activations were multiplied with in training: those that are read, and those that are reconstructed.
+/// Returns the training factors of the input activations and of the reconstructed ones.
 fn scales(config: &Value, place: &Place, d: i64) -> Result<(f64, f64)> {
     let said = place.table.get("norm_scaling_factor").and_then(Value::as_f64);
     if said.is_none() && config["norm_activation"].as_str().is_some_and(|way| !way.eq_ignore_ascii_case("dataset-wise"))
     {
-        // They are folded already, or there were none.
+        // The factors are folded in already, or there were none.
         return Ok((1.0, 1.0));
     }
     let root = (d as f64).sqrt();
@@ -222,8 +226,8 @@ fn scales(config: &Value, place: &Place, d: i64) -> Result<(f64, f64)> {
     let scale = of("in").or(said);
     let scales = [scale, of("out").or(scale)].map(|scale| scale.filter(|scale| *scale > 0.0 && scale.is_finite()));
     let [Some(scale), Some(scale_out)] = scales else {
-        bail!(InputError::new("the mean norm of the activations is not said").help(
-            "it is `dataset_average_activation_norm` of hyperparams.json, or `norm_scaling_factor` of the table of releases"
+        bail!(InputError::new("the mean norm of the activations is missing or not positive").help(
+            "set `dataset_average_activation_norm` in hyperparams.json or `norm_scaling_factor` in the releases table"
         ));
     };
     Ok((scale, scale_out))

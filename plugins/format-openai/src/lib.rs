@@ -5,15 +5,15 @@
 //!
 //! ```text
 //! f = σ(W_enc (norm(x) − b_pre) + b_latent)          σ: ReLU, or the k largest of ReLU
-//! x̂ = norm⁻¹(W_dec f + b_pre)                        norm: a layer norm of x, with TopK only
+//! x̂ = norm⁻¹(W_dec f + b_pre)                        norm: layer norm of x, with TopK only
 //! ```
 
 use dictlearn_core::files::torch_file;
 use dictlearn_core::formats::{AffineSae, Format, ModelSite, Place, Published, SaeActivation, take};
 use dictlearn_core::prelude::*;
 
-/// A .pt file of openai/sparse_autoencoder, read without running anything of it: ReLU, or TopK with its layer norm.
-#[component(format "openai", summary = "The .pt files of openai/sparse_autoencoder, with their layer norm",
+/// A .pt file of openai/sparse_autoencoder, with ReLU, or TopK and its layer norm. No code in the file is run.
+#[component(format "openai", summary = ".pt files of openai/sparse_autoencoder, with their layer norm",
     paper = "Gao et al. 2024, https://github.com/openai/sparse_autoencoder",
     example = "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt")]
 pub struct OpenAi {}
@@ -29,7 +29,7 @@ impl Format for OpenAi {
                     [only] => place.need(only)?,
                     _ => bail!(
                         InputError::new(format!("{place} is not a .pt file"))
-                            .help("name the file: openai's SAEs are one each")
+                            .help("name the file: each of openai's SAEs is one .pt file")
                     ),
                 }
             }
@@ -41,7 +41,7 @@ impl Format for OpenAi {
                 tensors.insert(name.to_owned(), tensor.shallow_clone());
             }
         }
-        // Its buffers are statistics of the training; it saves the activation's fields twice, and tied weights.
+        // Training statistics are ignored. The activation's fields and tied weights are saved twice.
         let known = ["pre_bias", "encoder.weight", "latent_bias", "decoder.weight", "decoder.linear.weight"];
         let statistics = ["stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"];
         let others: Vec<&str> = value
@@ -52,7 +52,7 @@ impl Format for OpenAi {
             .filter(|name| !known.contains(name) && !statistics.contains(name) && !name.starts_with("activation"))
             .collect();
         if !others.is_empty() {
-            bail!(InputError::new(format!("the file has entries that such an SAE does not: {}", others.join(", "))));
+            bail!(InputError::new(format!("the file has unknown entries: {}", others.join(", "))));
         }
         let activation = value.get("activation").and_then(torch_file::Value::as_str).unwrap_or("ReLU");
         let state = value.get("activation_state_dict");
@@ -62,31 +62,30 @@ impl Format for OpenAi {
                 let after = state.and_then(|state| state.get("postact_fn")).and_then(torch_file::Value::as_str);
                 if after.is_some_and(|after| after != "ReLU") {
                     bail!(
-                        InputError::new(format!("TopK with `{}` after it is not supported", after.unwrap_or_default()))
-                            .help("features would be negative; supported is ReLU")
+                        InputError::new(format!("TopK followed by `{}` is not supported", after.unwrap_or_default()))
+                            .help("features could be negative; only ReLU is supported")
                     );
                 }
                 let Some(k) = state.and_then(|state| state.get("k")).and_then(torch_file::Value::as_i64) else {
-                    bail!(InputError::new("the file does not say `k`"));
+                    bail!(InputError::new("the file has no `k`"));
                 };
                 let kind = NormalizationKind::LayerNorm;
                 (SaeActivation::TopK(k), Some(Normalization { kind, input_only: false }))
             }
             other => bail!(
-                InputError::new(format!("the activation `{other}` is not supported"))
-                    .help("supported are ReLU and TopK")
+                InputError::new(format!("the activation `{other}` is not supported")).help("supported: ReLU and TopK")
             ),
         };
         let matrix = |tensor: Tensor| -> Result<Tensor> {
             if tensor.dim() != 2 {
-                bail!(InputError::new(format!("a weight has shape {:?}, not two dimensions", tensor.size())));
+                bail!(InputError::new(format!("a weight has shape {:?}, but must have two dimensions", tensor.size())));
             }
             Ok(tensor)
         };
         let encoder = matrix(take(&mut tensors, "encoder.weight")?)?;
         let w_dec = match tensors.remove("decoder.weight") {
             Some(decoder) => matrix(decoder)?.transpose(0, 1).contiguous(),
-            // Tied: the decoder is the encoder's transpose.
+            // Tied weights: the decoder is the encoder's transpose.
             None => encoder.contiguous(),
         };
         let affine = AffineSae {
@@ -111,7 +110,7 @@ impl Format for OpenAi {
     }
 }
 
-/// Where an SAE reads GPT-2 small, by the path under which it was published: `resid_post_mlp_v5_32k/autoencoders/8.pt`.
+/// The site of an SAE in GPT-2 small, from its published path: `resid_post_mlp_v5_32k/autoencoders/8.pt`.
 fn site(words: &str) -> Option<ModelSite> {
     let mut parts = words.trim_end_matches('/').rsplit('/');
     let layer: u64 = parts.next()?.strip_suffix(".pt")?.parse().ok()?;
@@ -138,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_tell_the_place() {
+    fn sites_are_read_from_paths() {
         let site = |path| site(path).map(|site| site.submodule);
         assert_eq!(site("x/resid_post_mlp_v5_32k/autoencoders/8.pt").unwrap(), "blocks.8.hook_resid_post");
         assert_eq!(site("x/mlp_post_act/autoencoders/0.pt").unwrap(), "blocks.0.mlp.hook_post");

@@ -1,4 +1,4 @@
-//! cfg.json, in the forms it had over the years.
+//! cfg.json, in the forms of all versions of sae_lens.
 
 use dictlearn_core::prelude::*;
 
@@ -6,7 +6,7 @@ use dictlearn_core::formats::{ModelSite, check_keys};
 
 use crate::models;
 
-/// Architectures that become one of the registered classes.
+/// Architectures that convert to one of the registered classes.
 const ARCHITECTURES: [&str; 10] = [
     "standard",
     "gated",
@@ -20,8 +20,8 @@ const ARCHITECTURES: [&str; 10] = [
     "jumprelu_skip_transcoder",
 ];
 
-/// The keys that sae_lens 6 writes: those that it reads, and those of training alone, of the architectures above. It drops
-/// all others, and before 6.0 the whole of a run's config stood here.
+/// Keys that sae_lens 6 writes for the architectures above: those it reads, and those that only concern training. It
+/// drops all others. Before 6.0, cfg.json held a run's whole config.
 const KNOWN: &[&str] = &[
     "activation_fn",
     "activation_fn_kwargs",
@@ -79,7 +79,7 @@ const KNOWN: &[&str] = &[
     "use_sparse_activations",
 ];
 
-/// What was done to activations.
+/// Normalisation of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Normalize {
     None,
@@ -104,7 +104,7 @@ impl Normalize {
     }
 }
 
-/// What cfg.json says, whatever its age.
+/// Contents of cfg.json, from any version.
 #[derive(Debug)]
 pub struct Cfg {
     pub architecture: String,
@@ -116,18 +116,18 @@ pub struct Cfg {
     pub normalize: Normalize,
     pub rescale_acts_by_decoder_norm: bool,
     pub finetuning_scaling_factor: bool,
-    /// `bfloat16` or `float16`, where it is not float32.
+    /// `bfloat16` or `float16`; `None` for float32.
     pub dtype: Option<&'static str>,
     pub site: ModelSite,
-    /// What TransformerLens did to the model that cannot be done to activations.
+    /// Weight processing by TransformerLens that cannot be reproduced on activations.
     pub center: Vec<String>,
-    /// What the user should know.
+    /// Warnings for the user.
     pub notes: Vec<String>,
-    /// What our config.json keeps of it.
+    /// Keys that our config.json keeps.
     pub kept: Map<String, Value>,
 }
 
-/// A value of a type, or an error that names the key; `null` is as good as absent.
+/// Reads a value of one type; `null` counts as absent. The error names the key.
 fn get<T>(cfg: &Value, key: &str, wanted: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
     match cfg.get(key) {
         None | Some(Value::Null) => Ok(None),
@@ -149,7 +149,7 @@ fn flag(cfg: &Value, key: &str) -> Result<Option<bool>> {
 }
 
 fn count(cfg: &Value, key: &str) -> Result<Option<i64>> {
-    // Some writers made 64.0 of it.
+    // Some writers turned it into a float, such as 64.0.
     let whole =
         |value: &Value| value.as_i64().or_else(|| value.as_f64().filter(|n| n.fract() == 0.0).map(|n| n as i64));
     get(cfg, key, "a whole number above 0", |value| whole(value).filter(|n| *n > 0))
@@ -165,11 +165,11 @@ impl Cfg {
         let version = text(raw, "sae_lens_version")?.or(text(metadata, "sae_lens_version")?);
         let major = version.and_then(|version| version.split('.').next()?.parse::<u64>().ok());
         let old = major.is_none_or(|major| major < 6);
-        // Before 6.0 everything stood side by side.
+        // Before 6.0, all keys were at the top level.
         let about = |key: &str| if old { raw } else { metadata.get(key).map_or(raw, |_| metadata) };
 
         let note = if old { None } else { check_keys(raw, "cfg.json", &[], KNOWN)? };
-        // What older versions passed to the activation function.
+        // Older versions passed these to the activation function.
         if let Some(kwargs) = raw.get("activation_fn_kwargs").filter(|kwargs| kwargs.is_object()) {
             check_keys(kwargs, "cfg.json, activation_fn_kwargs", &["postact_fn"], &["k"])?;
         }
@@ -188,16 +188,16 @@ impl Cfg {
                 InputError::new(format!(
                     "the activation function `{other}` is not supported with the architecture `{architecture}`"
                 ))
-                .help("supported are `relu`, and `topk` with the architecture `topk`")
+                .help("supported: `relu`, and `topk` with the architecture `topk`")
             ),
         }
         if !ARCHITECTURES.contains(&architecture.as_str()) {
             bail!(
                 InputError::new(format!("the architecture `{architecture}` is not supported"))
-                    .help(format!("supported are: {}", ARCHITECTURES.join(", ")))
+                    .help(format!("supported: {}", ARCHITECTURES.join(", ")))
             );
         }
-        // A batchtopk's k may be a fraction, and its threshold is what counts.
+        // A batchtopk's k may be a fraction; its threshold is used instead.
         if architecture == "topk" {
             k = k.or(count(raw, "k")?);
         }
@@ -207,18 +207,18 @@ impl Cfg {
             Some(Value::Bool(true)) => Normalize::ExpectedAverageOnlyIn,
             Some(Value::String(name)) => Normalize::parse(name).ok_or_else(|| {
                 InputError::new(format!("`normalize_activations: {name}` is not supported")).help(
-                    "supported are none, expected_average_only_in, constant_norm_rescale and layer_norm; \
-                     covariance_whitening can be folded in sae_lens before saving",
+                    "supported: none, expected_average_only_in, constant_norm_rescale and layer_norm; \
+                     fold covariance_whitening in sae_lens before saving",
                 )
             })?,
             Some(other) => bail!(InputError::new(format!("cfg.json: `normalize_activations` is {other}"))),
         };
         match text(raw, "reshape_activations")?.as_deref() {
-            // Heads side by side, as our sites have them.
+            // Heads are concatenated, as at our sites.
             None | Some("none" | "hook_z") => {}
             Some(other) => bail!(
                 InputError::new(format!("`reshape_activations: {other}` is not supported"))
-                    .help("supported are none and hook_z")
+                    .help("supported: none and hook_z")
             ),
         }
         let dtype = text(raw, "dtype")?.unwrap_or_else(|| "float32".to_owned());
@@ -228,14 +228,14 @@ impl Cfg {
             "float16" | "half" => Some("float16"),
             other => bail!(
                 InputError::new(format!("the dtype `{other}` is not supported"))
-                    .help("supported are float32, float64, bfloat16 and float16")
+                    .help("supported: float32, float64, bfloat16 and float16")
             ),
         };
         let apply = flag(raw, "apply_b_dec_to_input")?;
         if transcodes && apply == Some(true) {
             bail!(
-                InputError::new("`apply_b_dec_to_input: true` means nothing for a transcoder")
-                    .help("b_dec has the width of the output")
+                InputError::new("`apply_b_dec_to_input: true` is not supported for transcoders")
+                    .help("b_dec has the output's width, not the input's")
             );
         }
 
@@ -282,19 +282,19 @@ impl Cfg {
                 _ => {}
             }
         }
-        // What says which tokens it was trained on, and cannot be said here.
+        // Settings of the training tokens that cannot be reproduced here.
         let mut notes: Vec<String> = note.into_iter().collect();
         let said = |key: &str| about(key).get(key).filter(|value| !value.is_null()).cloned();
         if said("seqpos_slice")
             .is_some_and(|slice| slice.as_array().is_none_or(|ends| ends.iter().any(|end| !end.is_null())))
         {
-            notes.push("it was trained on a part of each context, `seqpos_slice`; `eval` takes all of it".to_owned());
+            notes.push("it was trained on part of each context (`seqpos_slice`); `eval` uses all of it".to_owned());
         }
         if said("exclude_special_tokens").is_some_and(|value| value != Value::Bool(false)) {
-            notes.push("it was trained without special tokens; `eval` takes them too".to_owned());
+            notes.push("it was trained without special tokens; `eval` includes them".to_owned());
         }
         if let Some(class) = said("model_class_name").filter(|class| class != "HookedTransformer") {
-            notes.push(format!("its model is of the class {class}, of which nothing is known here"));
+            notes.push(format!("its model class {class} is unknown here"));
         }
         let mut kept = Map::new();
         for key in ["sae_lens_training_version", "neuronpedia_id", "dataset_path", "hook_name", "hook_name_out"] {
@@ -311,7 +311,7 @@ impl Cfg {
             d_sae: count(raw, "d_sae")?,
             d_out: count(raw, "d_out")?.filter(|_| transcodes),
             k,
-            // Before 6.0 `apply_b_dec_to_input` was not written where it was meant.
+            // Before 6.0, an absent `apply_b_dec_to_input` meant true.
             apply_b_dec_to_input: apply.unwrap_or(true) && !transcodes,
             normalize,
             rescale_acts_by_decoder_norm: flag(raw, "rescale_acts_by_decoder_norm")?
@@ -327,7 +327,7 @@ impl Cfg {
         })
     }
 
-    /// What is done to each activation by itself.
+    /// The normalisation of each activation by itself, if any.
     pub fn normalization(&self) -> Option<Normalization> {
         let kind = match self.normalize {
             Normalize::ConstantNormRescale => NormalizationKind::ConstantNormRescale,
@@ -337,20 +337,20 @@ impl Cfg {
         Some(Normalization { kind, input_only: self.architecture.ends_with("transcoder") })
     }
 
-    /// Checks the widths that are said against those of the weights: d, F, d_out.
+    /// Checks the widths in cfg.json against those of the weights: d, F, d_out.
     pub fn fits(&self, (d, features, d_out): (i64, i64, i64)) -> Result<()> {
         for (key, said, found) in
             [("d_in", self.d_in, d), ("d_sae", self.d_sae, features), ("d_out", self.d_out, d_out)]
         {
             if let Some(said) = said.filter(|said| *said != found) {
-                bail!(InputError::new(format!("cfg.json says `{key}` is {said}, and the weights say {found}")));
+                bail!(InputError::new(format!("cfg.json says `{key}` is {said}, but the weights have {found}")));
             }
         }
         Ok(())
     }
 }
 
-/// Whether it may be a dataset on the Hub; runs of their own often name a folder.
+/// Whether a path may be a dataset on the Hub; configs often name a local folder instead.
 fn is_repo(path: &str) -> bool {
     path.split('/').count() == 2
         && dictlearn_core::hub::Repo::parse(dictlearn_core::hub::RepoKind::Dataset, path).is_some()

@@ -1,4 +1,4 @@
-//! An SAE of ours as sae_lens 6 loads it.
+//! Exports an SAE so that sae_lens 6 can load it.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::models;
 
-/// The version whose form of cfg.json this is.
+/// The sae_lens version whose cfg.json form is written.
 const VERSION: &str = "6.54.12";
 
 pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
@@ -38,12 +38,11 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
         }
         "Transcoder" | "SkipTranscoder" => {
             bail!(
-                InputError::new("sae_lens has no transcoder that keeps the k largest features")
-                    .help("those without `k` can be exported")
+                InputError::new("sae_lens has no TopK transcoder").help("only transcoders without `k` can be exported")
             )
         }
-        other => bail!(InputError::new(format!("sae_lens has nothing that does what the class {other} does")).help(
-            "it has AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, \
+        other => bail!(InputError::new(format!("sae_lens has no equivalent of the class {other}")).help(
+            "supported: AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, \
              MatryoshkaBatchTopKSAE, JumpReluAutoEncoder, Transcoder and SkipTranscoder"
         )),
     };
@@ -63,8 +62,8 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
         cfg.insert("rescale_acts_by_decoder_norm".to_owned(), false.into());
     }
     if architecture.contains("jumprelu") {
-        // Of the TopK family it is one for all features; before it is known it is negative, and every positive feature
-        // fires.
+        // The TopK family has one threshold for all features. It is negative until training sets it; every positive
+        // feature then fires.
         let threshold = match sae.dictionary.selection() {
             Some(_) => get("threshold")?.clamp_min(0.0).expand([features], false).contiguous(),
             None => get("threshold")?,
@@ -79,12 +78,12 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
             "standard" => "transcoder",
             "jumprelu" => "jumprelu_transcoder",
             other => bail!(
-                InputError::new(format!("sae_lens has no transcoder of the kind `{other}`"))
-                    .help("it has transcoders with ReLU and with JumpReLU")
+                InputError::new(format!("sae_lens has no `{other}` transcoder"))
+                    .help("supported: transcoders with ReLU or JumpReLU")
             ),
         };
         if subtracts && dims.input == dims.output {
-            // Its transcoders do not subtract b_dec first: the encoder's bias takes it up.
+            // sae_lens's transcoders do not subtract b_dec from the input, so it is folded into the encoder's bias.
             let of =
                 |name: &str| weights.iter().find(|(known, _)| *known == name).map(|(_, tensor)| tensor.shallow_clone());
             if let (Some(w_enc), Some(b_enc), Some(b_dec)) = (of("W_enc"), of("b_enc"), of("b_dec")) {
@@ -97,7 +96,7 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
     }
     if architecture.ends_with("transcoder") && sae.normalization.is_some_and(|normalization| !normalization.input_only)
     {
-        bail!(InputError::new("sae_lens's transcoders normalise what they read and not what they predict"));
+        bail!(InputError::new("sae_lens's transcoders normalise their input but not their target"));
     }
     let normalize = match sae.normalization {
         None => "none",
@@ -134,7 +133,7 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether it predicts something else than it reads.
+/// Whether the SAE predicts something other than its input.
 fn transcodes(sae: &Saved) -> bool {
     let (buffer, dims) = (&sae.config["buffer"], sae.dictionary.dims());
     dims.input != dims.output
@@ -144,7 +143,7 @@ fn transcodes(sae: &Saved) -> bool {
         || buffer["target_tensor"].is_string()
 }
 
-/// What the run says of the SAE, in sae_lens's words.
+/// The SAE's metadata under sae_lens's keys.
 fn metadata(sae: &Saved) -> Value {
     let (buffer, trainer) = (&sae.config["buffer"], &sae.config["trainer"]);
     let mut metadata = json!({"sae_lens_version": VERSION, "sae_lens_training_version": null});

@@ -1,14 +1,14 @@
-//! sae_lens: `cfg.json` and `sae_weights.safetensors`, of every version, and the table of what was released with it.
+//! sae_lens: `cfg.json` and `sae_weights.safetensors`, of every version, and its table of releases.
 //!
-//! <https://github.com/decoderesearch/SAELens>. What its SAEs compute, for an activation x `[d]`:
+//! <https://github.com/decoderesearch/SAELens>. For an activation x `[d]` its SAEs compute:
 //!
 //! ```text
 //! f = σ((norm(x) [− b_dec]) W_enc + b_enc)         σ: ReLU, the k largest, or those above a threshold
 //! x̂ = norm⁻¹(f W_dec + b_dec) [+ W_skip x]
 //! ```
 //!
-//! The class that is exactly this is made of it: a bias on the other side of the encoder is moved, a factor is folded into
-//! the weights, norms of decoder rows too. What has no such class is refused by name.
+//! The import builds the class that computes exactly this: it moves a bias past the encoder, and folds factors and
+//! decoder norms into the weights. It refuses, by name, whatever no class supports.
 
 mod cfg;
 mod export;
@@ -24,17 +24,17 @@ use dictlearn_core::sae::saved::Saved;
 
 use cfg::{Cfg, Normalize};
 
-/// A folder with cfg.json and sae_weights.safetensors, of any version of sae_lens, here or on the Hub, or a name of its
-/// table of releases, `release:sae_id`. The table is read where you have it: `--releases FILE`, the installed Python
-/// package, or the Hub's cache; Gemma Scope's and Llama Scope's releases are known without. `--list` shows what it has.
+/// A folder with cfg.json and sae_weights.safetensors, of any version of sae_lens, on disk or on the Hub; or
+/// `release:sae_id` from its table of releases. The table comes from `--releases FILE`, the installed Python package,
+/// or the Hub's cache. Releases of Gemma Scope and Llama Scope need no table. `--list` shows the table's names.
 ///
-/// Architectures: standard, gated, topk, jumprelu, transcoder, skip_transcoder, jumprelu_transcoder and
-/// jumprelu_skip_transcoder, and batchtopk and matryoshka_batchtopk still in training. Of activations normalised in training,
-/// the factor is folded into the weights (`expected_average_only_in`), or each is normalised here too (layer_norm,
-/// constant_norm_rescale). An SAE in bfloat16 or float16 computes in that, as sae_lens does.
+/// Architectures: standard, gated, topk, jumprelu, transcoder, skip_transcoder, jumprelu_transcoder,
+/// jumprelu_skip_transcoder, and batchtopk and matryoshka_batchtopk checkpoints. If activations were normalised in
+/// training, the factor is folded into the weights (`expected_average_only_in`), or each activation is normalised here
+/// too (layer_norm, constant_norm_rescale). An SAE in bfloat16 or float16 computes in that dtype, as in sae_lens.
 ///
-/// Exported, batch_top_k and matryoshka_batch_top_k become jumprelu with one threshold.
-#[component(format "sae_lens", summary = "cfg.json and sae_weights.safetensors, old and new; release names",
+/// On export, batch_top_k and matryoshka_batch_top_k become jumprelu with one threshold.
+#[component(format "sae_lens", summary = "cfg.json and sae_weights.safetensors, of all versions; release names",
     paper = "Bloom et al., SAELens, https://github.com/decoderesearch/SAELens",
     example = "dictlearn import sae_lens gpt2-small-res-jb:blocks.8.hook_resid_pre")]
 pub struct SaeLens {}
@@ -89,7 +89,7 @@ impl Format for SaeLens {
 fn read(place: &Place) -> Result<Published> {
     let mut raw = place.json("cfg.json")?;
     if let Some(overrides) = place.table.get("config_overrides").and_then(Value::as_object) {
-        // Since 6.0 half of it stands one level down.
+        // Since 6.0, part of the config is under `metadata`.
         if let Some(metadata) = raw.get_mut("metadata").and_then(Value::as_object_mut) {
             metadata.extend(overrides.clone());
         }
@@ -101,30 +101,30 @@ fn read(place: &Place) -> Result<Published> {
     let mut tensors = TensorFile::open(&place.need("sae_weights.safetensors")?)?.tensors()?;
     let mut notes = cfg.notes.clone();
 
-    // What training had scaled activations by, which its weights expect.
+    // The factor by which training scaled activations, which the weights expect.
     let mut scale = None;
     if cfg.normalize == Normalize::ExpectedAverageOnlyIn {
         scale = norm_factor(place, &raw)?;
         if scale.is_none() {
             notes.push(
-                "`normalize_activations` is `expected_average_only_in`, and no factor is said anywhere: activations are \
-                 taken as they are, as sae_lens does"
+                "`normalize_activations` is `expected_average_only_in`, but no factor is given: activations are not \
+                 scaled, as in sae_lens"
                     .to_owned(),
             );
         }
     }
     if !cfg.center.is_empty() {
         notes.push(format!(
-            "it was trained with TransformerLens's {}, which changes what `{}` holds: features may differ",
+            "it was trained with TransformerLens's {}, which changes the values at `{}`: features may differ",
             cfg.center.join(", "),
             cfg.site.submodule
         ));
     }
-    // Bytes of a whole number can hold anything a damaged header says.
+    // Integer data could hold any value that a damaged header claims.
     for (name, tensor) in &tensors {
         if !tensor.is_floating_point() {
             bail!(InputError::new(format!(
-                "tensor `{name}` has the type {:?}, not one of floating point",
+                "tensor `{name}` has the type {:?}, but must be floating point",
                 tensor.kind()
             )));
         }
@@ -151,7 +151,10 @@ fn read(place: &Place) -> Result<Published> {
             Some(factor) if factor.size() == [w_dec.size().first().copied().unwrap_or(0)] => {
                 w_dec * single(factor).unsqueeze(1)
             }
-            Some(factor) => bail!(InputError::new(format!("`scaling_factor` has shape {:?}", factor.size()))),
+            Some(factor) => bail!(InputError::new(format!(
+                "`scaling_factor` has shape {:?}, but needs one value per feature",
+                factor.size()
+            ))),
             None => w_dec,
         };
         Ok(match scale {
@@ -159,7 +162,7 @@ fn read(place: &Place) -> Result<Published> {
             None => (w_dec, b_dec),
         })
     };
-    // sae_lens holds the weights in this type, whatever the file has.
+    // sae_lens holds the weights in this dtype, whatever the file has.
     if let Some(dtype) = cfg.dtype {
         let kind = if dtype == "bfloat16" { Kind::BFloat16 } else { Kind::Half };
         tensors.values_mut().for_each(|tensor| *tensor = tensor.to_kind(kind));
@@ -172,7 +175,7 @@ fn read(place: &Place) -> Result<Published> {
         let [b_gate, b_mag, r_mag] = ["b_gate", "b_mag", "r_mag"].map(|name| take(&mut tensors, name));
         let (b_gate, b_mag, r_mag) = (double(b_gate?), double(b_mag?), double(r_mag?));
         nothing_left(&tensors)?;
-        // As the one with a plain encoder, which tells whether the shapes fit.
+        // An SAE with a plain encoder, to check the shapes.
         let check = |bias: &Tensor| AffineSae {
             w_enc: w_enc.shallow_clone(),
             b_enc: bias.shallow_clone(),
@@ -186,7 +189,7 @@ fn read(place: &Place) -> Result<Published> {
         for bias in [&b_gate, &b_mag, &r_mag] {
             cfg.fits(check(bias).check()?)?;
         }
-        // The class subtracts b_dec from its input; where sae_lens did not, the biases take it back.
+        // The class subtracts b_dec from its input. Where sae_lens does not, the biases compensate.
         let moved = match cfg.apply_b_dec_to_input {
             true => b_gate.zeros_like(),
             false => through(&b_dec, &w_enc),
@@ -217,7 +220,7 @@ fn read(place: &Place) -> Result<Published> {
     };
     if affine.w_skip.is_some() != cfg.architecture.contains("skip") {
         bail!(InputError::new(format!(
-            "the architecture is `{}`, and the weights {} `W_skip`",
+            "the architecture is `{}`, but the weights {} `W_skip`",
             cfg.architecture,
             match affine.w_skip {
                 Some(_) => "have",
@@ -225,7 +228,7 @@ fn read(place: &Place) -> Result<Published> {
             }
         )));
     }
-    // The class adds W_skip of what it reads; so does sae_lens, of what stands before the normalisation.
+    // The class applies W_skip to its input; sae_lens applies it to the input before normalisation.
     if affine.w_skip.is_some() && cfg.normalization().is_some() {
         bail!(InputError::new(format!(
             "a skip connection beside `normalize_activations: {}` is not supported",
@@ -235,14 +238,17 @@ fn read(place: &Place) -> Result<Published> {
     cfg.fits(affine.check()?)?;
     let norms = || w_dec.norm_scalaropt_dim(2.0, [1], false);
     affine.activation = match cfg.architecture.as_str() {
-        "topk" => SaeActivation::TopK(
-            cfg.k.ok_or_else(|| InputError::new("the architecture is `topk`, and `k` is not said"))?,
-        ),
-        // A batchtopk that is still in training keeps one threshold for all.
+        "topk" => {
+            SaeActivation::TopK(cfg.k.ok_or_else(|| InputError::new("cfg.json has architecture `topk` but no `k`"))?)
+        }
+        // A batchtopk checkpoint has one threshold for all features.
         "batchtopk" | "matryoshka_batchtopk" => {
             let threshold = double(take(&mut tensors, "topk_threshold")?);
             if threshold.numel() != 1 {
-                bail!(InputError::new(format!("`topk_threshold` has shape {:?}", threshold.size())));
+                bail!(InputError::new(format!(
+                    "`topk_threshold` has shape {:?}, but must be one number",
+                    threshold.size()
+                )));
             }
             let scale = if cfg.rescale_acts_by_decoder_norm { scale.unwrap_or(1.0) } else { 1.0 };
             SaeActivation::Jump(affine.b_enc.ones_like() * threshold.reshape([1]) / scale)
@@ -256,7 +262,7 @@ fn read(place: &Place) -> Result<Published> {
         _ => SaeActivation::Relu,
     };
     if cfg.rescale_acts_by_decoder_norm {
-        // Features in units of the decoder's rows: encoder times norms, rows divided by them.
+        // Features are in units of decoder row norms: multiply the encoder by the norms, divide the rows by them.
         let norms = norms();
         affine.w_enc *= norms.unsqueeze(0);
         affine.b_enc *= double(norms.shallow_clone());
@@ -273,24 +279,26 @@ fn single(tensor: Tensor) -> Tensor {
     tensor.to_kind(Kind::Float)
 }
 
-/// In double precision, as everything small, so that what is added up loses nothing.
+/// Biases and factors are kept in double precision, so that folding loses no digits.
 fn double(tensor: Tensor) -> Tensor {
     tensor.to_kind(Kind::Double)
 }
 
-/// The factor by which activations were multiplied in training: of the table, the config or a checkpoint's scaler.
+/// The factor by which training multiplied activations, from the table, the config or a checkpoint's scaler.
 fn norm_factor(place: &Place, raw: &Value) -> Result<Option<f64>> {
     let mut factor = place.table.get("norm_scaling_factor").or(raw.get("norm_scaling_factor")).and_then(Value::as_f64);
     if factor.is_none() && place.file("activation_scaler.json")?.is_some() {
         factor = place.json("activation_scaler.json")?["scaling_factor"].as_f64();
     }
     if let Some(factor) = factor.filter(|factor| *factor <= 0.0 || !factor.is_finite()) {
-        bail!(InputError::new(format!("the factor that activations are scaled by is {factor}")));
+        bail!(InputError::new(format!(
+            "the scaling factor of activations is {factor}, but must be finite and above 0"
+        )));
     }
     Ok(factor)
 }
 
-/// What features are multiplied with before they are decoded, in SAEs that were finetuned so.
+/// The factor of each feature before decoding, in SAEs finetuned that way.
 fn finetuning_factor(tensors: &mut std::collections::BTreeMap<String, Tensor>, cfg: &Cfg) -> Result<Option<Tensor>> {
     let Some(factor) = tensors.remove("finetuning_scaling_factor").or_else(|| tensors.remove("scaling_factor")) else {
         return Ok(None);
@@ -300,7 +308,9 @@ fn finetuning_factor(tensors: &mut std::collections::BTreeMap<String, Tensor>, c
         return Ok(None);
     }
     if !cfg.finetuning_scaling_factor {
-        bail!(InputError::new("the weights have a `scaling_factor`, and cfg.json says that there is none"));
+        bail!(InputError::new(
+            "the weights have a `scaling_factor`, but cfg.json does not set `finetuning_scaling_factor`"
+        ));
     }
     Ok(Some(factor))
 }

@@ -1,6 +1,6 @@
-//! TransformerLens's names of models, as repositories of the Hub.
+//! Maps TransformerLens's model names to repositories on the Hub.
 
-/// Where the repositories of names that begin so are.
+/// Owners of the repositories, by prefix of the model's name.
 const OWNERS: [(&str, &str); 8] = [
     ("pythia-", "EleutherAI"),
     ("gpt-neo", "EleutherAI"),
@@ -12,7 +12,7 @@ const OWNERS: [(&str, &str); 8] = [
     ("Llama-", "meta-llama"),
 ];
 
-/// Names that say little of the repository's.
+/// Names from which the repository cannot be derived.
 const NAMES: [(&str, &str); 14] = [
     ("gpt2-small", "gpt2"),
     ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
@@ -30,7 +30,7 @@ const NAMES: [(&str, &str); 14] = [
     ("tiny-stories-2L-33M", "roneneldan/TinyStories-2Layers-33M"),
 ];
 
-/// The repository of a model that TransformerLens calls so; a name that is one already stays.
+/// Returns the repository of a model with this name in TransformerLens; a repository's own name is returned unchanged.
 pub fn hugging_face(name: &str) -> String {
     if name.contains('/') {
         return name.to_owned();
@@ -57,7 +57,7 @@ pub fn hugging_face(name: &str) -> String {
     }
 }
 
-/// Whether a model has layer norms: TransformerLens centres what is written to the residual stream of those alone.
+/// Whether a model has layer norms: TransformerLens centres only their writes to the residual stream.
 pub fn has_layer_norm(model: &str) -> bool {
     let model = model.to_lowercase();
     ["gpt2", "gpt-neo", "pythia", "tinystories", "tiny-stories", "opt-", "bloom", "gelu", "solu", "gpt-j"]
@@ -65,13 +65,13 @@ pub fn has_layer_norm(model: &str) -> bool {
         .any(|family| model.contains(family))
 }
 
-/// Whether a site is named as TransformerLens does.
+/// Whether a site has a TransformerLens name.
 pub fn is_transformer_lens(submodule: &str) -> bool {
     submodule.starts_with("blocks.") || submodule.contains("hook_")
 }
 
-/// TransformerLens's name of the value at a module's end, where the module's path tells: the families that are supported
-/// call their parts so.
+/// TransformerLens's name of a module's input or output, if the module's path gives it; covers the names used by the
+/// supported families.
 pub fn transformer_lens(submodule: &str, io: &str) -> Option<String> {
     if is_transformer_lens(submodule) {
         return Some(submodule.to_owned());
@@ -81,7 +81,7 @@ pub fn transformer_lens(submodule: &str, io: &str) -> Option<String> {
         let embeds = ["embed_in", "wte", "embed_tokens"].contains(parts.last()?) && io == "out";
         return embeds.then(|| "hook_embed".to_owned());
     };
-    // A norm after attention or MLP is where families of Gemma's and OLMo's kind have it; elsewhere the name is another's.
+    // A norm after attention or MLP has this name in Gemma-like and OLMo-like families; elsewhere the name differs.
     let hook = match (parts[at + 1..].join(".").as_str(), io) {
         ("", "in") => "hook_resid_pre",
         ("", _) => "hook_resid_post",
@@ -99,7 +99,7 @@ mod tests {
     use super::{hugging_face, transformer_lens};
 
     #[test]
-    fn names_of_transformer_lens() {
+    fn transformer_lens_names_map_to_repositories() {
         for (name, repo) in [
             ("gpt2-small", "gpt2"),
             ("gpt2-xl", "gpt2-xl"),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_as_transformer_lens_names_them() {
+    fn module_paths_map_to_transformer_lens_names() {
         for (path, io, name) in [
             ("gpt_neox.layers.3", "out", Some("blocks.3.hook_resid_post")),
             ("transformer.h.0", "in", Some("blocks.0.hook_resid_pre")),

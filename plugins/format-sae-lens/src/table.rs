@@ -1,6 +1,6 @@
-//! The table of releases, `pretrained_saes.yaml`: which repository and path a release and an id stand for.
+//! The table of releases, `pretrained_saes.yaml`, which maps a release and an id to a repository and a path.
 //!
-//! It is read where the user has it. Gemma Scope and Llama Scope, which name their folders by rule, are known without.
+//! It is read from the user's machine. Gemma Scope and Llama Scope name their folders by rule and need no table.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +13,7 @@ use dictlearn_core::suggest::nearest;
 
 const FILE: &str = "pretrained_saes.yaml";
 
-/// sae_lens's converters, and the formats that read what they read.
+/// sae_lens's converters, each with the format that reads the same files.
 const CONVERSIONS: [(&str, &str); 8] = [
     ("gemma_2", "gemma_scope"),
     ("gemma_2_transcoder", "gemma_scope"),
@@ -40,7 +40,7 @@ fn table(request: &Request) -> Result<Option<Table>> {
     }
 }
 
-/// Where the table is: as the user says, in the Python package, or in the Hub's cache.
+/// Path of the table: given by the user, in the Python package, or in the Hub's cache.
 fn table_file(request: &Request) -> Result<Option<PathBuf>> {
     if let Some(named) = &request.releases {
         let path = Path::new(named);
@@ -62,7 +62,7 @@ fn table_file(request: &Request) -> Result<Option<PathBuf>> {
             }
         }
     }
-    // Python knows where its packages are. Asked so, it loads nothing of the package.
+    // `find_spec` locates the package without importing it.
     let asks =
         "import importlib.util as u; s = u.find_spec('sae_lens'); print(s.submodule_search_locations[0] if s else '')";
     for python in ["python3", "python"] {
@@ -85,7 +85,7 @@ impl Table {
         self.0.get(release).and_then(|release| release.get("saes")?.as_array()).into_iter().flatten()
     }
 
-    /// The place of an SAE of the table.
+    /// The place of an SAE in the table.
     fn place(&self, release: &str, sae_id: &str) -> Result<Place> {
         let about = &self.0[release];
         let Some(entry) = self.entries(release).find(|entry| id(entry).as_deref() == Some(sae_id)) else {
@@ -101,20 +101,19 @@ impl Table {
         let text = |value: &Value| value.as_str().map(str::to_owned).or_else(|| value.as_i64().map(|n| n.to_string()));
         let repo = about.get("repo_id").and_then(Value::as_str).and_then(|repo| Repo::parse(RepoKind::Model, repo));
         let (Some(repo), Some(path)) = (repo, entry.get("path").and_then(text)) else {
-            bail!(InputError::new(format!("the table says neither repository nor path of `{release}:{sae_id}`")));
+            bail!(InputError::new(format!("the table lacks the repository or path of `{release}:{sae_id}`")));
         };
         let conversion = about.get("conversion_func").and_then(Value::as_str);
-        let format =
-            match conversion {
-                None => None,
-                Some(name) => match CONVERSIONS.iter().find(|(known, _)| *known == name) {
-                    Some((_, format)) => Some((*format).to_owned()).filter(|format| format != crate::SaeLens::NAME),
-                    None => bail!(InputError::new(format!(
-                    "the SAEs of `{release}` are in the format that sae_lens calls `{name}`, which is not supported"
-                ))
-                .help("save it with sae_lens (`sae.save_model(dir)`) and import that folder")),
-                },
-            };
+        let format = match conversion {
+            None => None,
+            Some(name) => match CONVERSIONS.iter().find(|(known, _)| *known == name) {
+                Some((_, format)) => Some((*format).to_owned()).filter(|format| format != crate::SaeLens::NAME),
+                None => bail!(
+                    InputError::new(format!("`{release}` uses sae_lens's format `{name}`, which is not supported"))
+                        .help("save the SAE with sae_lens (`sae.save_model(dir)`) and import that folder")
+                ),
+            },
+        };
         let mut place = Place::on_hub(repo, &path);
         place.name = format!("{release}/{sae_id}");
         place.format = format;
@@ -128,13 +127,13 @@ impl Table {
     }
 }
 
-/// An id may look like a number.
+/// The id of an entry, which YAML may have parsed as a number.
 fn id(entry: &Value) -> Option<String> {
     let id = entry.get("id")?;
     id.as_str().map(str::to_owned).or_else(|| id.as_i64().map(|n| n.to_string()))
 }
 
-/// What `release:sae_id` stands for.
+/// The place of `release:sae_id`.
 pub fn place(release: &str, sae_id: &str, request: &Request) -> Result<Place> {
     let table = table(request)?;
     if let Some(table) = table.as_ref().filter(|table| table.0.contains_key(release)) {
@@ -143,7 +142,7 @@ pub fn place(release: &str, sae_id: &str, request: &Request) -> Result<Place> {
     if let Some(place) = by_rule(release, sae_id)? {
         return Ok(place);
     }
-    // A repository of the Hub is a release of its own.
+    // A repository on the Hub can stand for a release.
     if release.contains('/') {
         return Place::parse(&format!("{release}/{sae_id}"));
     }
@@ -155,13 +154,13 @@ pub fn place(release: &str, sae_id: &str, request: &Request) -> Result<Place> {
             error.help(format!("{near}the table has {} releases (`--list`)", table.0.len()))
         }
         None => error.help(
-            "there is no table of releases here: give sae_lens's pretrained_saes.yaml with `--releases FILE`, or name the \
+            "no table of releases was found: give sae_lens's pretrained_saes.yaml with `--releases FILE`, or name the \
              repository, `owner/name/path`",
         ),
     })
 }
 
-/// Gemma Scope's and Llama Scope's releases.
+/// The place of an SAE in Gemma Scope's or Llama Scope's releases.
 fn by_rule(release: &str, sae_id: &str) -> Result<Option<Place>> {
     let place = |owner: &str, name: &str, path: &str, format: &str| {
         let repo = Repo::parse(RepoKind::Model, &format!("{owner}/{name}"))?;
@@ -171,7 +170,7 @@ fn by_rule(release: &str, sae_id: &str) -> Result<Option<Place>> {
         Some(place)
     };
     if release.starts_with("gemma-scope-2-") {
-        // gemma-scope-2-4b-pt-res: the repository is without the site, which is a folder of it.
+        // gemma-scope-2-4b-pt-res: the repository's name lacks the site, which is a folder in it.
         let Some((size, site)) = release
             .match_indices("-pt-")
             .chain(release.match_indices("-it-"))
@@ -230,11 +229,11 @@ fn canonical(width: &Place) -> Result<Place> {
     }
 }
 
-/// The places of all that a glob of `release:id` means.
+/// Returns the places of all SAEs that match a glob of `release:id`.
 pub fn find(names: &str, request: &Request) -> Result<Vec<Place>> {
     let Some(table) = table(request)? else {
         let Some((release, id)) = names.split_once(':') else {
-            bail!(InputError::new(format!("`{names}` is no release:id")));
+            bail!(InputError::new(format!("`{names}` is not of the form `release:id`")));
         };
         return Ok(vec![place(release, id, request)?]);
     };
@@ -249,18 +248,18 @@ pub fn find(names: &str, request: &Request) -> Result<Vec<Place>> {
     }
     if places.is_empty() {
         bail!(
-            InputError::new(format!("nothing of the table matches `{names}`"))
+            InputError::new(format!("nothing in the table matches `{names}`"))
                 .help("names are `release:id`; `dictlearn import sae_lens --list GLOB` shows them")
         );
     }
     Ok(places)
 }
 
-/// Every `release:id` of the table, with repository, path and figures.
+/// Every `release:id` of the table, with repository, path and metrics.
 pub fn offers(request: &Request) -> Result<Vec<(String, String)>> {
     let Some(table) = table(request)? else {
         bail!(
-            InputError::new("there is no table of releases here")
+            InputError::new("no table of releases was found")
                 .help("give sae_lens's pretrained_saes.yaml with `--releases FILE`, or install the Python package")
         );
     };

@@ -1,9 +1,11 @@
-//! sparsify, EleutherAI's library of TopK SAEs and transcoders: `cfg.json` and `sae.safetensors`, a folder for each module.
+//! sparsify, EleutherAI's library of TopK SAEs and transcoders: `cfg.json` and `sae.safetensors`, one folder per
+//! module.
 //!
-//! <https://github.com/EleutherAI/sparsify>. With the module's input x, and its output to be predicted by transcoders:
+//! <https://github.com/EleutherAI/sparsify>. An SAE reconstructs the module's output x as ŷ; a transcoder predicts
+//! the module's output as ŷ from its input x:
 //!
 //! ```text
-//! f = TopK(ReLU((x − b_dec) W_encᵀ + b_enc))          b_dec is subtracted unless it is a transcoder
+//! f = TopK(ReLU((x − b_dec) W_encᵀ + b_enc))          transcoders do not subtract b_dec
 //! ŷ = f W_dec + b_dec [+ W_skip x]
 //! ```
 
@@ -13,7 +15,7 @@ use dictlearn_core::formats::{
 };
 use dictlearn_core::prelude::*;
 
-/// Keys that change what is computed, of older versions and of branches that SAEs were published from.
+/// Keys of older versions and published branches that change the computation.
 const OFF: &[&str] = &[
     "coalesce_topk",
     "cross_layer",
@@ -40,7 +42,7 @@ const OFF: &[&str] = &[
     "tied_decoder",
 ];
 
-/// Keys that are taken below, and those that say only how it was trained, or are nothing without one of the others.
+/// Keys that are read below, that only concern training, or that have no effect without one of the others.
 const KNOWN: &[&str] = &[
     "activation",
     "autocast",
@@ -95,8 +97,8 @@ const KNOWN: &[&str] = &[
     "transcode",
 ];
 
-/// A folder with cfg.json and sae.safetensors, named by its module, or a run with a folder for each: TopK SAEs and
-/// transcoders, with a skip connection or without. The activation `groupmax` is refused.
+/// A folder with cfg.json and sae.safetensors, named by its module, or a run with one such folder per module. Reads
+/// TopK SAEs and transcoders, with or without a skip connection; the activation `groupmax` is refused.
 #[component(format "sparsify", summary = "cfg.json and sae.safetensors of EleutherAI's sparsify",
     paper = "EleutherAI, sparsify, https://github.com/EleutherAI/sparsify",
     example = "dictlearn import sparsify EleutherAI/sae-llama-3-8b-32x/layers.10")]
@@ -127,27 +129,34 @@ impl Format for Sparsify {
         let flag = |key: &str| match cfg.get(key) {
             None | Some(Value::Null) => Ok(false),
             Some(Value::Bool(value)) => Ok(*value),
-            Some(other) => Err(InputError::new(format!("cfg.json: `{key}` is {other}"))),
+            Some(other) => Err(InputError::new(format!("cfg.json: `{key}` is {other}, but must be true or false"))),
         };
         let activation = cfg.get("activation").and_then(Value::as_str).unwrap_or("topk");
         if activation != "topk" {
             bail!(
-                InputError::new(format!("the activation `{activation}` is not supported")).help("supported is `topk`")
+                InputError::new(format!("the activation `{activation}` is not supported"))
+                    .help("only `topk` is supported")
             );
         }
         let note = check_keys(&cfg, "cfg.json", OFF, KNOWN)?;
         let mut tensors = TensorFile::open(&place.need("sae.safetensors")?)?.tensors()?;
         for (name, tensor) in &tensors {
             if !tensor.is_floating_point() {
-                bail!(InputError::new(format!("tensor `{name}` has the type {:?}", tensor.kind())));
+                bail!(InputError::new(format!(
+                    "tensor `{name}` has the type {:?}, but must be floating point",
+                    tensor.kind()
+                )));
             }
         }
         let Some(k) = cfg.get("k").and_then(Value::as_i64) else {
-            bail!(InputError::new("cfg.json does not say `k`"));
+            bail!(InputError::new("cfg.json has no `k`"));
         };
         let w_enc = take(&mut tensors, "encoder.weight")?;
         if w_enc.dim() != 2 {
-            bail!(InputError::new(format!("`encoder.weight` has shape {:?}, not two dimensions", w_enc.size())));
+            bail!(InputError::new(format!(
+                "`encoder.weight` has shape {:?}, but must have two dimensions",
+                w_enc.size()
+            )));
         }
         let transcodes = flag("transcode")?;
         let affine = AffineSae {
@@ -161,17 +170,17 @@ impl Format for Sparsify {
             activation: SaeActivation::TopK(k),
         };
         if affine.w_skip.is_some() != flag("skip_connection")? {
-            bail!(InputError::new("cfg.json's `skip_connection` and the weights' `W_skip` contradict each other"));
+            bail!(InputError::new("`skip_connection` in cfg.json contradicts `W_skip` in the weights"));
         }
         nothing_left(&tensors)?;
         let (d, features, _) = affine.check()?;
         for (key, found) in [("d_in", d), ("num_latents", features)] {
-            // 0 latents are as many as `expansion_factor` makes.
+            // `num_latents: 0` means that `expansion_factor` determines the number.
             if let Some(said) = cfg.get(key).and_then(Value::as_i64).filter(|said| *said != found && *said != 0) {
-                bail!(InputError::new(format!("cfg.json says `{key}` is {said}, and the weights say {found}")));
+                bail!(InputError::new(format!("cfg.json says `{key}` is {said}, but the weights have {found}")));
             }
         }
-        // The run that it is part of says which model; the folder is named by the module.
+        // The run's config.json names the model; the folder's name is the module.
         let run = match place.above().map(|run| run.file("config.json")).transpose()?.flatten() {
             Some(file) => dictlearn_core::files::read_json(&file)?,
             None => Value::Null,

@@ -1,34 +1,35 @@
 //! The BatchTopK autoencoder: Bussmann, Leask and Nanda 2024, *BatchTopK Sparse Autoencoders*,
 //! <https://arxiv.org/abs/2412.06410>.
 //!
-//! Activations share their features: of a batch of B the B·k largest are kept, so that a hard one may have more than an
-//! easy one. With activations x `[d]`, features f `[F]` and a decoder W_d `[d, F]` whose columns have norm 1:
+//! BatchTopK selects over the batch: of B activations it keeps the B·k largest features, so a hard activation may use
+//! more than an easy one. With activations x `[d]`, features f `[F]` and a decoder W_d `[d, F]` whose columns have norm
+//! 1:
 //!
 //! ```text
 //! F  = BatchTopK(ReLU(W_e (X − b) + b_e))          in training, over the batch X
 //! f  = z ⊙ 1[z > θ],  z = ReLU(W_e (x − b) + b_e)    afterwards
-//! θ  = mean over batches of the smallest feature that is kept
+//! θ  = running mean over batches of the smallest selected feature
 //! x̂  = W_d f + b
 //! L  = ‖x − x̂‖² + α ‖e − ê‖² / Var(e),   e = x − x̂
 //! ```
 //!
-//! ê is the best that dead features make of e, as in TopK; that, the geometric median where b starts, the threshold's
-//! mean and the annealing of k are in [`dictlearn_core::train::top_k`].
+//! ê is the dead features' best reconstruction of e, as in TopK. [`dictlearn_core::train::top_k`] implements it, the
+//! geometric median as b's initial value, θ's running mean and the annealing of k.
 //!
-//! Until the threshold is known, after `threshold_start_step`, it is −1 and every positive feature passes, as in the
-//! reference. Where this differs from it: a batch without any positive feature leaves the threshold as it is (there it
-//! counts as 0); activations in three dimensions have k features each.
+//! Until step `threshold_start_step` the threshold is −1 and every positive feature passes, as in the reference. Where
+//! this differs from the reference: a batch without positive features leaves the threshold unchanged (there it counts
+//! as 0); for activations with more than two dimensions, k counts per activation.
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::train::top_k::TopKTrainer;
 
 /// The BatchTopK autoencoder.
 #[component(dictionary "batch_top_k",
-    summary = "Keeps the k largest features of each activation on average over the batch",
+    summary = "Keeps the k largest features per activation, on average over a batch",
     paper = "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
     example = "{type: batch_top_k, expansion_factor: 8, k: 8}", fields(width))]
 pub struct BatchTopKDictionaryConfig {
-    /// How many features activations keep, on average over a batch.
+    /// Number of features kept per activation, on average over a batch.
     #[schemars(range(min = 1))]
     pub k: i64,
 }
@@ -37,14 +38,14 @@ impl DictionaryConfig for BatchTopKDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
         Selection::check(self.k, features)?;
-        // Random unit directions, the encoder the decoder's transpose.
+        // Random unit directions; the encoder is the decoder's transpose.
         let affine = Affine::random(LAYOUT, features, 1.0, &cx.autoencoding());
         Ok(Box::new(BatchTopK { affine, selection: Selection::new(self.k, true, cx.device) }))
     }
 }
 
-/// The reference's `BatchTopKSAE`. The trained one encodes by the threshold, so that an activation's features do not depend on
-/// its batch.
+/// The reference's `BatchTopKSAE`. After training it encodes with the threshold, so features do not depend on the
+/// batch.
 #[derive(Debug)]
 pub struct BatchTopK {
     affine: Affine,
@@ -84,12 +85,12 @@ impl Dictionary for BatchTopK {
 }
 
 /// The loss is the squared error of the reconstruction from the B·k largest features of a batch of B activations,
-/// summed over dimensions and averaged over the batch. Selecting is all the sparsity there is: no penalty. Features
-/// that nothing selected for long are revived by an auxiliary loss, weighted by auxk_alpha: the squared error of
-/// what the best of them make of the error that is left, divided by that error's variance. A running mean of the
-/// smallest feature that is kept becomes the threshold by which the trained dictionary encodes.
+/// summed over dimensions and averaged over the batch. There is no sparsity penalty: the selection alone makes features
+/// sparse. An auxiliary loss with weight auxk_alpha revives dead features: the squared error of their best
+/// reconstruction of the residual, divided by the residual's variance. The threshold with which the trained dictionary
+/// encodes is a running mean of the smallest selected feature.
 #[component(trainer "batch_top_k",
-    summary = "Squared error of a batch's largest features, with an auxiliary loss for dead ones",
+    summary = "Squared error of the batch's largest features, with an auxiliary loss for dead features",
     paper = "Bussmann et al. 2024, BatchTopK Sparse Autoencoders, https://arxiv.org/abs/2412.06410",
     example = "{type: batch_top_k, lr: 1e-3, warmup_steps: 20, threshold_start_step: 20}",
     default_dictionary = BatchTopKDictionaryConfig::NAME,
@@ -113,7 +114,7 @@ impl TrainerConfig for BatchTopKConfig {
 mod tests {
     use super::*;
 
-    /// Features are activations, but for their sign.
+    /// Both weights are the identity: pre-activations equal activations.
     fn identity(k: i64) -> BatchTopK {
         let dims = Dims { input: 3, features: 3, output: 3 };
         let affine = Affine::zeros(LAYOUT, dims, Device::Cpu, Precision::Float32);
@@ -123,22 +124,22 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_shares_its_features() {
+    fn selection_spans_the_whole_batch() {
         let x = Tensor::from_slice2(&[[5.0f32, 4.0, 3.0], [1.0, -9.0, 2.0]]);
         let code = tch::no_grad(|| identity(2).forward(&x));
         assert_eq!(code.features, Tensor::from_slice2(&[[5.0f32, 4.0, 3.0], [0.0, 0.0, 2.0]]));
     }
 
     #[test]
-    fn a_trained_one_goes_by_the_threshold_alone() {
+    fn encoding_uses_only_the_threshold() {
         let mut dictionary = identity(1);
         let x = Tensor::from_slice2(&[[5.0f32, 4.0, -3.0], [1.0, -9.0, 2.0]]);
-        // Not known yet: every positive feature.
+        // Not set yet: every positive feature passes.
         assert_eq!(tch::no_grad(|| dictionary.encode(&x)), x.relu());
         let _ = dictionary.selection.threshold().shallow_clone().fill_(2.0);
         let expected = Tensor::from_slice2(&[[5.0f32, 4.0, 0.0], [0.0, 0.0, 0.0]]);
         assert_eq!(tch::no_grad(|| dictionary.encode(&x)), expected);
-        // And so for activations times 3, when it was scaled.
+        // Scaling biases by 3 scales the features of scaled activations by 3.
         dictionary.scale_biases(3.0);
         assert_eq!(tch::no_grad(|| dictionary.encode(&(x * 3.0))), expected * 3.0);
     }

@@ -1,9 +1,9 @@
 //! Crosscoders: Lindsey et al. 2024, *Sparse Crosscoders for Cross-Layer Features and Model Diffing*,
 //! <https://transformer-circuits.pub/2024/crosscoders/index.html>.
 //!
-//! One set of features reads and writes several places: layers of a model, or the same layer of a model and its
-//! fine-tune. The source joins their activations side by side (`type: joined`). With activations aˢ `[d_s]` of the parts
-//! s, encoders W_eˢ, decoders W_dˢ with columns d_iˢ, and features f `[F]`:
+//! One set of features reads and writes several sites: layers of a model, or the same layer of a model and its
+//! fine-tune. The source joins their activations side by side (`type: joined`). With activations aˢ `[d_s]` of the
+//! parts s, encoders W_eˢ, decoders W_dˢ with columns d_iˢ, and features f `[F]`:
 //!
 //! ```text
 //! f  = ReLU(Σ_s W_eˢ aˢ/cˢ + b_e)
@@ -11,12 +11,12 @@
 //! L  = Σ_s ‖(aˢ − âˢ)/cˢ‖² + λ Σ_i f_i Σ_s ‖d_iˢ‖        (means over the batch)
 //! ```
 //!
-//! The scale cˢ is the median norm of a part in the first batch, so that a part with large activations does not drown the
-//! others; it is kept with the weights (`scale`), and the dictionary takes activations as they are.
+//! The scale cˢ is the median norm of part s in the first batch, so that a part with large activations does not
+//! dominate. It is saved with the weights (`scale`), and the dictionary takes unscaled activations.
 //!
-//! With `k` the features are those with the k·B largest f_i Σ_s ‖d_iˢ‖ of a batch, and no penalty is needed: Minder et al.
-//! 2025, *Robustly identifying concepts introduced during chat fine-tuning using crosscoders*,
-//! <https://arxiv.org/abs/2504.02922>, section 3. After training a threshold stands for the selection.
+//! With `k`, the code keeps the B·k features with the largest f_i Σ_s ‖d_iˢ‖ of a batch of B, and no penalty is needed:
+//! Minder et al. 2025, *Robustly identifying concepts introduced during chat fine-tuning using crosscoders*,
+//! <https://arxiv.org/abs/2504.02922>, section 3. After training, a threshold replaces the selection.
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
@@ -27,18 +27,20 @@ const PAPER: &str = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Fea
 const TOP_K_PAPER: &str = "Minder et al. 2025, Robustly identifying concepts introduced during chat fine-tuning using \
                            crosscoders, https://arxiv.org/abs/2504.02922";
 
-/// A crosscoder. The source `joined` gives it its parts; on any other it has one.
+/// A crosscoder. Its parts are those of the source `joined`; with any other source it has a single part.
 #[component(dictionary "crosscoder",
-    summary = "One set of features for several places, with an encoder and a decoder for each", paper = PAPER,
+    summary = "One set of features for several sites, with an encoder and a decoder for each", paper = PAPER,
     example = "{type: crosscoder, expansion_factor: 4}", fields(width = "the parts' joint width"))]
 pub struct CrosscoderConfig {}
 
-/// A crosscoder that selects its features over a batch. The source `joined` gives it its parts; on any other it has one.
+/// A crosscoder that selects its features over a batch. Its parts are those of the source `joined`; with any other
+/// source it has a single part.
 #[component(dictionary "batch_top_k_crosscoder",
-    summary = "A crosscoder that keeps the k largest features on average over a batch", paper = TOP_K_PAPER,
+    summary = "A crosscoder that keeps the k largest features per activation, on average over a batch",
+    paper = TOP_K_PAPER,
     example = "{type: batch_top_k_crosscoder, expansion_factor: 4, k: 8}", fields(width = "the parts' joint width"))]
 pub struct BatchTopKCrosscoderDictionaryConfig {
-    /// How many features each activation keeps, on average over a batch.
+    /// Number of features kept per activation, on average over a batch.
     #[schemars(range(min = 1))]
     pub k: i64,
 }
@@ -58,16 +60,16 @@ impl DictionaryConfig for BatchTopKCrosscoderDictionaryConfig {
     }
 }
 
-/// A crosscoder. Its parts lie side by side, in the order of the source's.
+/// A crosscoder. Its parts lie side by side, in the source's order.
 #[derive(Debug)]
 pub struct Crosscoder {
     affine: Affine,
-    /// The scale cˢ of each part's input and output, [S, 2].
+    /// Scales cˢ of the parts' inputs and outputs, [S, 2].
     scale: Tensor,
     /// Widths of the parts' inputs and outputs, [S, 2], int64.
     widths: Tensor,
     selection: Option<Selection>,
-    /// Widths of inputs and of outputs, as numbers.
+    /// Widths of the parts' inputs and outputs, in host memory.
     parts: [Vec<i64>; 2],
 }
 
@@ -81,12 +83,12 @@ inventory::submit! { SavedClass { class: TOP_K_LAYOUT.class, name: BatchTopKCros
 fn shaped(saved: &SavedTensors) -> Result<Box<dyn Dictionary>> {
     let [_, features] = saved.shape("W_enc")?;
     let [parts, 2] = saved.shape("widths")? else {
-        bail!(InputError::new("tensor `widths` does not have two columns"));
+        bail!(InputError::new("the tensor `widths` must have two columns"));
     };
     let widths = Vec::<i64>::try_from(saved.tensors["widths"].to_kind(Kind::Int64).reshape([-1]))?;
     let widths: Vec<[i64; 2]> = widths.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect();
     if parts == 0 || widths.iter().flatten().any(|width| !(1..1 << 24).contains(width)) {
-        bail!(InputError::new("tensor `widths` has widths that no activation has"));
+        bail!(InputError::new("the tensor `widths` has values that cannot be widths of activations"));
     }
     let has_k = saved.tensors.contains_key("k");
     let selection = has_k.then(|| Selection::saved(saved, features, true)).transpose()?;
@@ -101,7 +103,7 @@ impl Crosscoder {
         };
         let selection = k.map(|k| Selection::new(k, true, cx.device));
         let dictionary = Crosscoder::zeros(&parts, features, selection, cx.device, cx.precision);
-        // Each part's directions have norm 0.1, and the encoder is the decoder's transpose where widths allow.
+        // Each part's directions have norm 0.1. The encoder is the decoder's transpose where widths allow.
         let (mut read, mut write) = (Vec::new(), Vec::new());
         for [input, output] in &parts {
             let directions = random_directions([*input, features], 0.1, cx.device);
@@ -135,7 +137,7 @@ impl Crosscoder {
         }
     }
 
-    /// The scale of each column: of inputs (0) or outputs (1).
+    /// The scale of each input dimension (side 0) or output dimension (side 1).
     fn scales(&self, side: usize) -> Tensor {
         let widths = Tensor::from_slice(&self.parts[side]).to_device(self.scale.device());
         self.scale.select(1, side as i64).repeat_interleave_self_tensor(
@@ -148,12 +150,12 @@ impl Crosscoder {
     /// Σ_s ‖d_iˢ‖, `[F]`.
     fn norms(&self) -> Tensor {
         let parts = self.affine.decoder().rows().split_with_sizes(self.parts[1].as_slice(), 1);
-        // The gradient of the norm of a direction that is 0 is 0.
+        // libtorch defines the gradient of a zero vector's norm as 0.
         let norms = parts.iter().map(|part| part.norm_scalaropt_dim(2.0, [1], false));
         norms.reduce(|sum, norm| sum + norm).unwrap_or_else(|| self.scale.zeros_like())
     }
 
-    /// The reconstruction's error in units of the parts' scales.
+    /// The residual of a pass in units of the parts' scales.
     fn residual(&self, pass: &Pass) -> Tensor {
         pass.residual() / self.scales(1)
     }
@@ -189,7 +191,7 @@ impl Dictionary for Crosscoder {
         self.code(self.affine.pre_activations(&(x / self.scales(0))))
     }
 
-    /// A penalty falls on f_i Σ_s ‖d_iˢ‖, which no rescaling of columns can evade.
+    /// Penalises f_i Σ_s ‖d_iˢ‖, which rescaling a feature's columns cannot reduce.
     fn code(&self, pre_activations: Tensor) -> Code {
         let norms = self.norms();
         match &self.selection {
@@ -199,7 +201,7 @@ impl Dictionary for Crosscoder {
                 Code::new(features).penalize(weighted).with("pre_activations", pre_activations)
             }
             Some(selection) => {
-                // What is selected by is a matter of order: no gradient goes through the norms.
+                // The norms only rank features, so no gradient goes through them.
                 let norms = norms.detach().clamp_min(f64::from(f32::MIN_POSITIVE));
                 let mut code = selection.of_batch(&pre_activations * &norms);
                 code.features = &code.features / norms;
@@ -208,7 +210,7 @@ impl Dictionary for Crosscoder {
         }
     }
 
-    /// A feature reads several places, each with a scale of its own: none can be resampled.
+    /// Resampling is not supported: a feature reads several parts, each with its own scale.
     fn encoder(&self) -> Option<Encoder> {
         None
     }
@@ -233,18 +235,18 @@ impl Dictionary for Crosscoder {
         tch::no_grad(|| self.affine.bias().1.shallow_clone().copy_(&mean));
     }
 
-    /// Features stay what they are: the parts' scales take it all.
+    /// Features stay unchanged: only the parts' scales and the output bias change.
     fn scale_biases(&mut self, scale: f64) {
         scale_in_place(&self.scale, scale);
         scale_in_place(self.affine.bias().1, scale);
     }
 }
 
-/// The loss is the squared error of each part's reconstruction in units of the part's median norm, summed over parts and
-/// dimensions, plus l1_penalty times the sum of the features, each times the sum over parts of its decoder's norms; both
-/// averaged over the batch. Gradients are clipped to norm 1.
+/// The loss is the squared error of each part's reconstruction in units of the part's median norm, summed over parts
+/// and dimensions, plus l1_penalty times the sum of the features, each weighted by its decoder norms summed over parts.
+/// Both are averaged over the batch. Gradients are clipped to norm 1.
 #[component(trainer "crosscoder",
-    summary = "Squared error of every part, L1 penalty weighted by the norms of all decoders", paper = PAPER,
+    summary = "Squared error of every part, with an L1 penalty weighted by decoder norms", paper = PAPER,
     example = "{type: crosscoder, lr: 2e-3, l1_penalty: 0.02, warmup_steps: 20, sparsity_warmup_steps: 40}",
     default_dictionary = CrosscoderConfig::NAME, fields(lr = 1e-3, .., schedule))]
 pub struct CrosscoderTrainerConfig {
@@ -270,7 +272,7 @@ impl TrainerConfig for CrosscoderTrainerConfig {
 }
 
 fn not_a_crosscoder(trainer: &str, dictionary: &dyn Dictionary) -> InputError {
-    cannot_train(trainer, dictionary, "it is no crosscoder", "leave `dictionary.type` out")
+    cannot_train(trainer, dictionary, "it is not a crosscoder", "leave `dictionary.type` out")
 }
 
 struct CrosscoderTrainer {
@@ -300,10 +302,10 @@ impl Trainer for CrosscoderTrainer {
 }
 
 /// The loss is the squared error of each part's reconstruction in units of the part's median norm, plus auxk_alpha
-/// times the error of the dead features' best reconstruction of the residual. A feature's directions have joint norm
-/// 1, gradients are clipped to norm 1.
+/// times the squared error of the dead features' best reconstruction of the residual, divided by the residual's
+/// variance. Each feature's directions have joint norm 1. Gradients are clipped to norm 1.
 #[component(trainer "batch_top_k_crosscoder",
-    summary = "Squared error of every part, the k largest features on average over a batch", paper = TOP_K_PAPER,
+    summary = "Squared error of every part, reconstructed from the batch's largest features", paper = TOP_K_PAPER,
     example = "{type: batch_top_k_crosscoder, lr: 1e-3, warmup_steps: 20, threshold_start_step: 50}",
     default_dictionary = BatchTopKCrosscoderDictionaryConfig::NAME, fields(top_k))]
 pub struct BatchTopKCrosscoderConfig {}

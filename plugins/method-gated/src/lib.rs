@@ -1,8 +1,8 @@
 //! The gated autoencoder: Rajamanoharan et al. 2024, *Improving Dictionary Learning with Gated Sparse Autoencoders*,
 //! <https://arxiv.org/abs/2404.16014>.
 //!
-//! One encoder serves two questions, which features are active and how strongly. With activations x `[d]`, features
-//! f `[F]` and a decoder W_d `[d, F]` whose columns have norm 1:
+//! The gate decides which features are active, the magnitude how strongly; both share one encoder. With activations x
+//! `[d]`, features f `[F]` and a decoder W_d `[d, F]` whose columns have norm 1:
 //!
 //! ```text
 //! z = W_e (x − b_d)
@@ -14,10 +14,10 @@
 //! ```
 //!
 //! The step `1[π > 0]` has no gradient, so the gate learns from the last two terms alone. The dictionary therefore
-//! carries its sparsity in ReLU(π) ([`Code::penalized`]) and brings the last term along
-//! ([`Dictionary::auxiliary_loss`]): `standard` and `p_anneal` train it too.
+//! exposes ReLU(π) to the penalty ([`Code::penalized`]) and adds the last term itself ([`Dictionary::auxiliary_loss`]):
+//! `standard` and `p_anneal` can train it too.
 //!
-//! Where this differs from the reference: nothing.
+//! There is no difference from the reference.
 
 use dictlearn_core::prelude::*;
 
@@ -30,7 +30,7 @@ pub struct GatedDictionaryConfig {}
 impl DictionaryConfig for GatedDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
-        // Random unit directions, the encoder the decoder's transpose.
+        // Random unit directions; the encoder is the decoder's transpose.
         let vector = || trained(Tensor::zeros([features], (Kind::Float, cx.device)));
         Ok(Box::new(Gated::new(Affine::random(LAYOUT, features, 1.0, cx), vector)))
     }
@@ -85,7 +85,7 @@ impl Dictionary for Gated {
 
     fn code(&self, pre_activations: Tensor) -> Code {
         let (features, gate) = self.features_and_gate(pre_activations);
-        // What decides whether a feature fires is its gate.
+        // The gate decides whether a feature fires, so it stands in for the pre-activation.
         Code::new(features).penalize(gate.relu()).with("pre_activations", gate.shallow_clone()).with("gate", gate)
     }
 
@@ -105,7 +105,7 @@ impl Dictionary for Gated {
         Some(("aux_loss", mean_of_sums(&residual.square())))
     }
 
-    /// Magnitudes grow and gates stay.
+    /// Scales magnitudes by the decoder's norms; gates do not change.
     fn fold_norms(&mut self) -> bool {
         if let Some(norms) = self.affine.decoder().normalize() {
             tch::no_grad(|| {
@@ -128,14 +128,14 @@ impl Dictionary for Gated {
     }
 }
 
-/// f and ReLU(π) of one number of z, for analytic steps.
+/// Computes f and ReLU(π) of one element of z, for analytic steps.
 struct Gate;
 
 impl Pointwise<3, 3> for Gate {
     const PENALIZED: bool = true;
     const AUXILIARY: bool = true;
 
-    /// π > 0.
+    /// A feature is 0 unless π = z + b_gate > 0, so the bound on z is −b_gate.
     fn bounds(&self, [gate_bias, ..]: [&Tensor; 3]) -> Option<Tensor> {
         Some(-gate_bias)
     }
@@ -148,7 +148,7 @@ impl Pointwise<3, 3> for Gate {
         relu(z + gate_bias)
     }
 
-    /// The step from the gate to the features has no gradient.
+    /// No gradient flows through the step 1[π > 0].
     fn backward(&self, z: f32, [gate_bias, exp_r, mag_bias]: [f32; 3], by_f: f32, by_relu: f32) -> (f32, [f32; 3]) {
         let open = z + gate_bias > 0.0;
         let by_gate = if open { by_relu } else { 0.0 };
@@ -157,11 +157,12 @@ impl Pointwise<3, 3> for Gate {
     }
 }
 
-/// The loss is the squared error of the reconstruction, plus l1_penalty times the sum of the open gates' activations
-/// ReLU(π), plus the squared error of what these alone reconstruct through the decoder, which takes no gradient there.
-/// Sums over dimensions, averages over the batch. Every decoder column keeps norm 1.
+/// The loss has three terms: the squared error of the reconstruction, l1_penalty times the sum of the gate's
+/// activations ReLU(π), and the squared error of what these alone reconstruct through the decoder. The third gives no
+/// gradient to the decoder. Terms are summed over dimensions and averaged over the batch. Every decoder column keeps
+/// norm 1.
 #[component(trainer "gated",
-    summary = "Squared error with an L1 penalty on the gate, which also reconstructs by itself",
+    summary = "Squared error with an L1 penalty on the gate, and the gate's own reconstruction error",
     paper = "Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, \
         https://arxiv.org/abs/2404.16014",
     example = "{type: gated, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",

@@ -1,9 +1,9 @@
-//! What the gate hides and what moves it.
+//! What the gate hides, and what trains it.
 
 use dictlearn_core::prelude::*;
 use dictlearn_method_gated::GatedDictionaryConfig;
 
-/// Three features for activations of that width.
+/// Returns a gated dictionary with three features for activations of width `activation_dim`.
 fn gated(activation_dim: i64) -> Box<dyn Dictionary> {
     let (device, precision) = (Device::Cpu, Precision::Float32);
     let cx = DictionaryCx { activation_dim, output_dim: activation_dim, parts: &[], device, precision };
@@ -15,7 +15,7 @@ fn parameter(dictionary: &dyn Dictionary, name: &str) -> Tensor {
 }
 
 #[test]
-fn a_closed_gate_hides_a_magnitude_and_the_penalty_sees_the_gate() {
+fn a_closed_gate_zeroes_its_feature_and_the_penalty_falls_on_the_gate() {
     let dictionary = gated(1);
     let set = |name, values: [f32; 3]| {
         let mut tensor = parameter(&*dictionary, name);
@@ -33,7 +33,7 @@ fn a_closed_gate_hides_a_magnitude_and_the_penalty_sees_the_gate() {
 }
 
 #[test]
-fn the_auxiliary_loss_moves_the_gate_and_not_the_decoder() {
+fn the_auxiliary_loss_trains_the_gate_but_not_the_decoder() {
     let dictionary = gated(2);
     let _ = tch::no_grad(|| parameter(&*dictionary, "gate_bias").fill_(5.0));
     let batch = Batch::of(Tensor::from_slice2(&[[1.0f32, -1.0], [0.5, 0.5]]));

@@ -1,7 +1,7 @@
 //! The JumpReLU autoencoder: Rajamanoharan et al. 2024, *Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU
 //! Sparse Autoencoders*, <https://arxiv.org/abs/2407.14435>.
 //!
-//! Each feature has a threshold of its own, learnt, below which it is silent; above it, nothing is taken from it. With
+//! Each feature has a learnt threshold: below it the feature is 0, above it the pre-activation passes unchanged. With
 //! activations x `[d]`, features f `[F]`, thresholds θ `[F]` and a decoder W_d `[F, d]` whose rows have norm 1:
 //!
 //! ```text
@@ -11,19 +11,19 @@
 //! L  = ‖x − x̂‖² + λ (L0 / L0* − 1)²    L0 = mean over the batch of Σ H(π − θ), L0* the target
 //! ```
 //!
-//! The jump has no gradient; straight-through estimators stand in for it, with K(z) = 1 where |z| < 1/2, else 0, and
-//! the bandwidth ε:
+//! The jump has no gradient. Straight-through estimators replace it, with the kernel K(z) = 1 where |z| < 1/2, else 0,
+//! and the bandwidth ε:
 //!
 //! ```text
 //! ∂f/∂θ := −(θ/ε) K((π − θ)/ε)         ∂L0/∂θ := −(1/ε) K((π − θ)/ε)
 //! ```
 //!
-//! The paper's own loss has λ L0 in place of the squared distance from a target; the target is of its appendix and of
-//! the reference.
+//! The paper's main loss has λ L0 in place of the squared distance from a target. The target comes from the paper's
+//! appendix and from the reference.
 //!
-//! With `ste_on: post_jump` L0's estimator looks at f instead of π, as in the reference: what is just below its
-//! threshold has become 0 and is no longer seen, which halves the window. `pre_activation` is the paper's. Where this
-//! differs from the reference: a threshold cannot become negative.
+//! With `ste_on: post_jump`, L0's estimator reads f instead of π, as in the reference. A feature just below its
+//! threshold is then 0 and outside the window, which halves it. `pre_activation` follows the paper. Where this differs
+//! from the reference: thresholds cannot become negative.
 
 use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
@@ -31,14 +31,14 @@ use dictlearn_core::prelude::*;
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
 
 /// The JumpReLU autoencoder.
-#[component(dictionary "jump_relu", summary = "Each feature is silent below a learnt threshold of its own",
+#[component(dictionary "jump_relu", summary = "Each feature is 0 below its own learnt threshold",
     paper = PAPER, example = "{type: jump_relu, expansion_factor: 8}", fields(width))]
 pub struct JumpReluDictionaryConfig {}
 
 impl DictionaryConfig for JumpReluDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
-        // Random unit directions, the encoder the decoder's transpose, thresholds near 0.
+        // Random unit directions; the encoder is the decoder's transpose; thresholds start near 0.
         let threshold = trained(Tensor::full([features], 1e-3, (Kind::Float, cx.device)));
         Ok(Box::new(JumpRelu { affine: Affine::random(LAYOUT, features, 1.0, cx), threshold }))
     }
@@ -75,11 +75,11 @@ inventory::submit! {
 impl JumpRelu {
     /// π ⊙ H(π − θ), [.., F].
     fn jump(&self, pre_activations: &Tensor) -> Tensor {
-        // A saved threshold may be negative, and features never are.
+        // A saved threshold may be negative; features never are.
         (pre_activations * pre_activations.gt_tensor(&self.threshold)).relu()
     }
 
-    /// A tensor of zeros, [B, F], whose gradient to θ is −(scale/ε) K((z − θ)/ε).
+    /// Returns zeros `[B, F]` whose gradient with respect to θ is −(scale/ε) K((z − θ)/ε).
     fn straight_through(&self, z: &Tensor, scale: &Tensor, bandwidth: f64) -> Tensor {
         let threshold = self.threshold.detach();
         let window = ((z.detach() - &threshold) / bandwidth).abs().lt(0.5);
@@ -96,7 +96,7 @@ impl Dictionary for JumpRelu {
         self.affine.parameters_and([("threshold", &self.threshold)])
     }
 
-    /// Without a gradient to the thresholds: trainers other than `jump_relu` leave them as they are.
+    /// Gives the thresholds no gradient: only the trainer `jump_relu` trains them.
     fn code(&self, pre_activations: Tensor) -> Code {
         Code::new(self.jump(&pre_activations)).with("pre_activations", pre_activations)
     }
@@ -118,7 +118,7 @@ impl Dictionary for JumpRelu {
     }
 }
 
-/// f = π ⊙ H(π − θ) of one number, for analytic steps, without a gradient to θ.
+/// Computes f = π ⊙ H(π − θ) of one element for analytic steps, without a gradient to θ.
 struct Jump;
 
 impl Pointwise<1, 0> for Jump {
@@ -135,7 +135,7 @@ impl Pointwise<1, 0> for Jump {
     }
 }
 
-/// The same with the straight-through estimators, where a penalty falls on H(π − θ).
+/// `Jump` with the straight-through estimators; the penalty falls on H(π − θ).
 struct StraightThrough {
     bandwidth: f64,
     ste_on: SteOn,
@@ -144,13 +144,13 @@ struct StraightThrough {
 impl Pointwise<1, 1> for StraightThrough {
     const PENALIZED: bool = true;
 
-    /// The window reaches below the threshold. If L0's estimator looks at the features and its window reaches 0, all that are 0
-    /// lie in it.
+    /// The window extends below the threshold. With `post_jump`, if it also contains 0, every inactive feature lies in
+    /// it.
     fn bounds(&self, [threshold]: [&Tensor; 1]) -> Option<Tensor> {
-        // Half its width, and what is lost in rounding.
+        // Half the width, plus a margin for rounding.
         let reach = 0.51 * self.bandwidth;
         let bounds = threshold.clamp_min(0.0).minimum(&(threshold - reach));
-        // Below 0 even what is no feature is above the threshold.
+        // With a threshold below 0, even inactive features exceed it.
         let all = match self.ste_on {
             SteOn::PreActivation => threshold.lt(0.0),
             SteOn::PostJump => threshold.lt(reach),
@@ -176,7 +176,7 @@ impl Pointwise<1, 1> for StraightThrough {
     }
 }
 
-/// What the estimator of L0's gradient looks at.
+/// The input of L0's straight-through estimator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
@@ -189,10 +189,11 @@ pub enum SteOn {
 }
 
 /// The loss is the squared error of the reconstruction, summed over dimensions and averaged over the batch, plus
-/// sparsity_penalty times the squared relative distance of L0, the mean number of active features, from target_l0. The
-/// thresholds learn through straight-through estimators of width bandwidth; they cannot become negative. Every decoder
-/// row keeps norm 1, gradients are clipped to norm 1.
-#[component(trainer "jump_relu", summary = "Squared error and the distance of L0 from a target, thresholds learnt",
+/// sparsity_penalty times (L0 / target_l0 − 1)². L0 is the mean number of active features. The thresholds learn through
+/// straight-through estimators of width bandwidth and cannot become negative. Every decoder row keeps norm 1. Gradients
+/// are clipped to norm 1.
+#[component(trainer "jump_relu",
+    summary = "Squared error plus L0's squared distance from a target; learns the thresholds",
     paper = PAPER,
     example = "{type: jump_relu, lr: 1e-3, bandwidth: 0.05, target_l0: 16, warmup_steps: 20, sparsity_warmup_steps: \
         40}", default_dictionary = JumpReluDictionaryConfig::NAME,
@@ -201,23 +202,23 @@ pub enum SteOn {
     measured = "89.5% of the variance explained with L0 35, 99.6% of the cross entropy recovered",
     fields(lr = 7e-5, bandwidth, sparsity_penalty, target_l0, schedule, ..))]
 pub struct JumpReluConfig {
-    /// Width ε of the window around a threshold in which activations move it.
+    /// Width ε of the window around a threshold in which pre-activations move it.
     #[default(1e-3)]
     #[schemars(range(min = 0))]
     pub bandwidth: f64,
-    /// Weight λ of the distance from `target_l0`.
+    /// Weight λ of L0's squared relative distance from `target_l0`.
     #[default(1.0)]
     #[schemars(range(min = 0))]
     pub sparsity_penalty: f64,
-    /// Number of active features to aim for, L0*.
+    /// Target L0*: the mean number of active features.
     #[default(20.0)]
     #[schemars(range(min = 0))]
     pub target_l0: f64,
-    /// What L0's gradient looks at: the features (`post_jump`, the reference) or the `pre_activation`s (the paper).
+    /// Input of L0's gradient estimator: `post_jump` for the features (the reference), `pre_activation` (the paper).
     #[default(SteOn::PostJump)]
     pub ste_on: SteOn,
-    // Not adapted to short runs: it changes only what is logged, which stays the reference's.
-    /// A feature is dead, which is only logged, when it did not fire for more tokens than this.
+    // Not adapted to short runs: it only affects the log, which keeps the reference's definition.
+    /// Tokens without firing after which a feature counts as dead; only affects the log.
     #[default(10_000_000)]
     #[schemars(range(min = 1))]
     pub dead_feature_threshold: i64,
@@ -263,7 +264,7 @@ struct JumpReluTrainer {
     schedule: Schedule,
     ste_on: SteOn,
     fired: Firing,
-    /// The counters if the step is taken.
+    /// Counters after the current step, kept once it is taken.
     next: Option<Firing>,
     dead_feature_threshold: i64,
 }
@@ -291,7 +292,7 @@ impl Trainer for JumpReluTrainer {
         code
     }
 
-    /// A penalty falls on which features are active.
+    /// The penalty falls on the number of active features.
     fn objective(&self, step: u64) -> Option<Objective<'_>> {
         let penalty = Penalty::l1(self.sparsity_penalty * self.schedule.sparsity_factor(step));
         Some(Objective::squared_error(penalty.of_mean(|l0| (l0 / self.target_l0 - 1.0).square())))

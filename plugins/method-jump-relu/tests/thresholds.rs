@@ -1,9 +1,9 @@
-//! Thresholds: where features jump, and what moves them.
+//! Thresholds: where features jump, and what moves the threshold.
 
 use dictlearn_core::prelude::*;
 use dictlearn_method_jump_relu::{JumpReluConfig, JumpReluDictionaryConfig, SteOn};
 
-/// One feature whose pre-activation is the activation, with threshold 1.
+/// A dictionary with one feature, whose pre-activation equals the activation, and threshold 1.
 fn one() -> Box<dyn Dictionary> {
     let (device, precision) = (Device::Cpu, Precision::Float32);
     let cx = DictionaryCx { activation_dim: 1, output_dim: 1, parts: &[], device, precision };
@@ -19,7 +19,7 @@ fn parameter(dictionary: &dyn Dictionary, name: &str) -> Tensor {
     dictionary.parameters().into_iter().find(|(known, _)| *known == name).unwrap().1
 }
 
-/// The threshold's gradient of the loss on these activations, with λ = 1, L0* = 2, ε = 0.5.
+/// The threshold's gradient for the activations `x`, with λ = 1, L0* = 2 and ε = 0.5.
 fn gradient(ste_on: SteOn, x: &[[f32; 1]]) -> f64 {
     let dictionary = one();
     let config = JumpReluConfig {
@@ -47,12 +47,14 @@ fn features_jump_at_the_threshold() {
 }
 
 #[test]
-fn activations_on_both_sides_of_a_threshold_move_it_as_in_the_paper() {
-    // 0.9 lies in the window of width 0.5 around 1, below. Its residual is 0.9, so the reconstruction's gradient is
-    // −2 · 0.9 · (−1/0.5) = 3.6; L0 is 0, so the penalty's is 2 (0/2 − 1) (1/2) · (−1/0.5) = 2.
+fn activations_inside_the_window_move_the_threshold_as_in_the_paper() {
+    // 0.9 lies below the threshold, inside the window of width 0.5 around 1. The residual is 0.9, so the
+    // reconstruction's gradient is −2 · 0.9 · (−1/0.5) = 3.6. L0 is 0, so the penalty's gradient is 2 (0/2 − 1) (1/2) ·
+    // (−1/0.5) = 2.
     assert!((gradient(SteOn::PreActivation, &[[0.9]]) - 5.6).abs() < 1e-5);
     assert!((gradient(SteOn::PostJump, &[[0.9]]) - 3.6).abs() < 1e-5);
-    // 1.1, above, is reconstructed; L0 is 1, so the penalty's gradient is 2 (1/2 − 1) (1/2) · (−1/0.5) = 1 either way.
+    // 1.1 lies above and is reconstructed. L0 is 1, so the penalty's gradient is 2 (1/2 − 1) (1/2) · (−1/0.5) = 1
+    // either way.
     assert!((gradient(SteOn::PreActivation, &[[1.1]]) - 1.0).abs() < 1e-5);
     assert!((gradient(SteOn::PostJump, &[[1.1]]) - 1.0).abs() < 1e-5);
     // Outside the window there is no gradient.

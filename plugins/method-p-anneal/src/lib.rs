@@ -1,28 +1,27 @@
 //! p-annealing: Karvonen et al. 2024, *Measuring Progress in Dictionary Learning for Language Model Interpretability
 //! with Board Game Models*, <https://arxiv.org/abs/2408.00113>.
 //!
-//! An L1 penalty is easy to train under and shrinks features; an Lp penalty with p < 1 is closer to counting them and
-//! hard to train under. So p falls from 1 while training. With activations x, their reconstruction x̂, and a the
-//! activations that the dictionary lets a penalty fall on ([`Code::penalized`]: features, or a gate's):
+//! An L1 penalty trains easily but shrinks features. An Lp penalty with p < 1 is closer to counting them but hard to
+//! train under. So p falls from 1 during training. With activations x, their reconstruction x̂, and the penalised
+//! activations a ([`Code::penalized`]: features, or a gate's):
 //!
 //! ```text
 //! L       = ‖x − x̂‖² + λ_s ‖a‖_p^p     `Lp^p`: Σᵢ aᵢ^p,   or  λ_s ‖a‖_p     `Lp`: (Σᵢ aᵢ^p)^(1/p)
-//! p       takes n_sparsity_updates evenly spaced values, p_start first and p_end last, at as many steps from anneal_start
-//!         to anneal_end (a single update leaves it at p_start)
+//! p       takes n_sparsity_updates evenly spaced values from p_start to p_end, at evenly spaced steps from
+//!         anneal_start to anneal_end (a single update leaves it at p_start)
 //! λ_{s+1} = λ_s E‖a‖_{p_s} / E‖a‖_{p_{s+1}}, means over the last sparsity_queue_length batches
 //! ```
 //!
-//! The last line keeps the strength of the penalty where it was when p changes.
+//! The last line keeps the penalty's strength constant when p changes.
 //!
-//! Two trainers: `p_anneal`, for any dictionary, and `gated_anneal`, the same with the reference's settings for a
-//! gated one (no momentum, a lower learning rate, `Lp^p`). A gated dictionary brings its auxiliary loss along whichever
-//! trains it.
+//! There are two trainers: `p_anneal` for any dictionary, and `gated_anneal` with the reference's settings for a gated
+//! one (no momentum, a lower learning rate, `Lp^p`). A gated dictionary adds its auxiliary loss under either.
 //!
-//! Where this differs from the reference: resampling works (there it writes to a copy); `p_end: 0` is defined. At p = 0
-//! the penalty is the number of active features in both forms, the limit of Lp^p, and has no gradient: an annealing
-//! that reaches it presses no more. With `anneal_end` at its default, the end of the run, it is not reached. Where the
-//! ratio of the norms is no number above 0 (no feature is active, or ‖a‖_p with a p near 0 is too large for a float32)
-//! p and λ stay as they are.
+//! Where this differs from the reference: resampling works (there it writes to a copy), and `p_end: 0` is defined. At p
+//! = 0 the penalty in both forms is the number of active features, the limit of Lp^p. It has no gradient, so an
+//! annealing that reaches 0 ends the sparsity pressure. With the default `anneal_end`, the end of the run, p does not
+//! reach it. If the ratio of norms is not a finite positive number (no feature is active, or ‖a‖_p with p near 0
+//! overflows float32), p and λ stay unchanged.
 
 use std::collections::VecDeque;
 
@@ -43,13 +42,13 @@ pub enum SparsityFunction {
     LpToTheP,
 }
 
-/// How often p and λ are updated.
+/// Number of updates of p and λ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
 pub enum Updates {
-    /// So many times.
+    /// This many updates.
     Times(u64),
-    /// At every step of the annealing.
+    /// An update at every step of the annealing.
     Continuous,
 }
 
@@ -94,7 +93,7 @@ impl JsonSchema for Updates {
     }
 }
 
-/// The two trainers' configs: the same fields with defaults of their own.
+/// Defines the two trainers' configs: the same fields with different defaults.
 macro_rules! config {
     ($(#[$about:meta])* $name:ident, sparsity_function: $sparsity_function:expr_2021) => {
         $(#[$about])*
@@ -102,42 +101,43 @@ macro_rules! config {
             /// Steps over which the penalty rises from 0; null for none.
             #[default(Some(2000))]
             pub sparsity_warmup_steps: Option<u64>,
-            /// The penalty: `Lp`, (Σ a^p)^(1/p), or `Lp^p`, Σ a^p.
+            /// Form of the penalty: `Lp` for (Σ a^p)^(1/p), `Lp^p` for Σ a^p.
             #[default($sparsity_function)]
             pub sparsity_function: SparsityFunction,
-            /// Weight λ of the penalty before annealing; what `l1_penalty` is where p is 1.
+            /// Weight λ of the penalty before annealing; at p = 1 it equals `l1_penalty`.
             #[default(1e-1)]
             #[schemars(range(min = 0))]
             pub initial_sparsity_penalty: f64,
             /// Step at which p starts to fall.
             #[default(15000)]
             pub anneal_start: u64,
-            /// Step at which it has fallen to `p_end`; null for the end of the run, which is never reached.
+            /// Step at which p reaches `p_end`; null for the end of the run, so that p never reaches it.
             #[default]
             pub anneal_end: Option<u64>,
             /// p before annealing.
             #[default(1.0)]
             #[schemars(range(min = 0))]
             pub p_start: f64,
-            /// p after it. At 0 the penalty counts active features and has no gradient.
+            /// p after annealing. At 0 the penalty counts active features and has no gradient.
             #[default(0.0)]
             #[schemars(range(min = 0))]
             pub p_end: f64,
-            /// How many times p and λ are updated: a number, or `continuous` for every step of the annealing.
+            /// Number of updates of p and λ, or `continuous` for one at every step of the annealing.
             #[default(Updates::Times(10))]
             pub n_sparsity_updates: Updates,
-            /// Batches over which the penalty is averaged to adapt λ.
+            /// Number of batches over which the penalty is averaged to adapt λ.
             #[default(10)]
             #[schemars(range(min = 1))]
             pub sparsity_queue_length: u64,
-            /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (Bricken
-            /// et al. 2023).
+            /// How activations are sampled to replace dead features: in proportion to their `loss` (the reference) or
+            /// `loss_squared` (Bricken et al. 2023).
             #[default]
             pub resample_weight: ResampleWeight,
         }
 
         impl $name {
-            /// Adapts defaults to the length of the run. Annealing that would not begin takes the last two fifths.
+            /// Adapts defaults to the run's length. Annealing that would start too late takes the last two fifths of
+            /// the run.
             fn adapt_annealing(&mut self, length: &mut RunLength) {
                 let end = self.anneal_end.unwrap_or(length.steps());
                 let last = end.min(length.steps());
@@ -187,9 +187,9 @@ macro_rules! config {
 
 config! {
     /// The loss is the squared error of the reconstruction, summed over dimensions, plus λ times the Lp norm of the
-    /// activations that the dictionary lets a penalty fall on (or that norm to the power p), both averaged over the
-    /// batch. From anneal_start on p falls from p_start to p_end in steps; at each, λ is multiplied by the ratio of the
-    /// mean norms with the old and the new p, so that the penalty keeps its strength. Every decoder column keeps norm 1.
+    /// penalised activations (or that norm to the power p), both averaged over the batch. From anneal_start on, p falls
+    /// from p_start to p_end in steps. At each step λ is multiplied by the ratio of the mean norms with the old and the
+    /// new p, so that the penalty keeps its strength. Every decoder column keeps norm 1.
     #[component(trainer "p_anneal", summary = "Squared error with an Lp penalty whose p falls from 1", paper = PAPER,
         example = "{type: p_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
             sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
@@ -204,11 +204,11 @@ config! {
 
 config! {
     /// p_anneal with the settings of gated training: no momentum, a lower learning rate, Lp^p. The loss is the squared
-    /// error of the reconstruction, plus λ times the p-th powers of the open gates' activations, plus, from the gated
-    /// dictionary, the squared error of what these alone reconstruct. From anneal_start on p falls from p_start to
-    /// p_end in steps; at each, λ is multiplied by the ratio of the mean penalties with the old and the new p. Every
-    /// decoder column keeps norm 1.
-    #[component(trainer "gated_anneal", summary = "p_anneal on a gate, with the settings of gated training",
+    /// error of the reconstruction, plus λ times the sum of the gate's activations to the power p, plus the squared
+    /// error of what these alone reconstruct. From anneal_start on, p falls from p_start to p_end in steps. At each
+    /// step λ is multiplied by the ratio of the mean penalties with the old and the new p. Every decoder column keeps
+    /// norm 1.
+    #[component(trainer "gated_anneal", summary = "p_anneal with a gate and the settings of gated training",
         paper = PAPER,
         example = "{type: gated_anneal, lr: 1e-3, initial_sparsity_penalty: 0.05, warmup_steps: 20, \
             sparsity_warmup_steps: 20, anneal_start: 25, anneal_end: 45, p_end: 0.5, n_sparsity_updates: 5}",
@@ -260,11 +260,11 @@ impl TrainerConfig for GatedAnnealConfig {
     }
 }
 
-/// When p is updated, and to what.
+/// The schedule of p.
 struct Annealing {
-    /// The steps, rising.
+    /// Steps of the updates, ascending.
     steps: Vec<u64>,
-    /// p from each of them on.
+    /// p from each of these steps on.
     values: Vec<f64>,
     p_end: f64,
 }
@@ -280,7 +280,7 @@ impl Annealing {
         }
         if end <= start {
             bail!(
-                InputError::new(format!("`anneal_end` is {end}, and `anneal_start` {start}"))
+                InputError::new(format!("`anneal_end` is {end}, but `anneal_start` is {start}"))
                     .field("anneal_end")
                     .help("`anneal_end` must come after `anneal_start`")
             );
@@ -289,15 +289,15 @@ impl Annealing {
         let count = match updates {
             Updates::Times(count) if count > most => {
                 bail!(
-                    InputError::new(format!("`n_sparsity_updates` is {count}, in {most} steps of annealing"))
+                    InputError::new(format!("`n_sparsity_updates` is {count}, but annealing has only {most} steps"))
                         .field("n_sparsity_updates")
-                        .help(format!("it can be at most {most}, or `{CONTINUOUS}`"))
+                        .help(format!("use at most {most}, or `{CONTINUOUS}`"))
                 )
             }
             Updates::Times(count) => count,
             Updates::Continuous => most,
         } as i64;
-        // libtorch's own, for its rounding: whole steps are cut off, p is a float32.
+        // libtorch's linspace, to round as the reference does: steps are truncated, p is a float32.
         let at = Tensor::linspace(start as i64, end as i64, count, (Kind::Int64, Device::Cpu));
         let values = Tensor::linspace(p_start, p_end, count, (Kind::Float, Device::Cpu));
         Ok(Annealing {
@@ -307,13 +307,13 @@ impl Annealing {
         })
     }
 
-    /// Whether the update that comes after `done` of them is due at a step.
+    /// Returns whether the update after the first `done` is due at `step`.
     fn due(&self, step: u64, done: usize) -> bool {
         self.steps.get(done) == Some(&step)
     }
 }
 
-/// Where the annealing stands.
+/// State of the annealing.
 #[derive(Debug)]
 struct Annealed {
     p: f64,
@@ -321,8 +321,8 @@ struct Annealed {
     updates: usize,
     /// λ
     coefficient: f64,
-    /// The penalty with p and with the next p, scalars, of the last batches. They are read when they are used: a GPU would have to
-    /// be waited for at each step.
+    /// The penalties with p and with the next p of the last batches, scalars. They stay tensors until used: reading
+    /// them at each step would sync the GPU.
     queue: VecDeque<[Tensor; 2]>,
 }
 
@@ -332,16 +332,16 @@ struct PAnneal {
     schedule: Schedule,
     sparsity_function: SparsityFunction,
     annealing: Annealing,
-    /// Whether it ends where the run does.
+    /// True if `anneal_end` is unset and annealing ends with the run.
     anneals_to_the_end: bool,
     queue_length: usize,
     state: Annealed,
     resampling: Option<Resampling>,
-    /// The last loss's penalty with p and with the next p, queued once the step is taken.
+    /// The last loss's penalties with p and with the next p, queued once the step is taken.
     seen: Option<[Tensor; 2]>,
 }
 
-/// λ ‖a‖_p or λ ‖a‖_p^p, means over the batch. At p = 0 the number of activations above 0, which has no gradient.
+/// λ ‖a‖_p or λ ‖a‖_p^p, averaged over the batch. At p = 0, the number of activations above 0, without a gradient.
 fn lp<'a>(weight: f64, p: f64, function: SparsityFunction) -> Penalty<'a> {
     if p == 1.0 {
         return Penalty::l1(weight).named("lp_loss");
@@ -356,8 +356,8 @@ fn lp<'a>(weight: f64, p: f64, function: SparsityFunction) -> Penalty<'a> {
     }
 }
 
-/// a^p of numbers of which none is negative: 0 where a is 0, without a gradient. The derivative of a^p at 0 is infinite for p < 1,
-/// and an infinite number times 0 further back would be NaN.
+/// Elementwise a^p for a ≥ 0. Where a is 0 it is 0, without a gradient: for p < 1 the derivative at 0 is infinite, and
+/// infinity times 0 further back would be NaN.
 fn power(a: &Tensor, p: f64) -> Tensor {
     let some = a.gt(0.0);
     a.where_self(&some, &a.ones_like()).pow_tensor_scalar(p) * some
@@ -368,7 +368,7 @@ impl PAnneal {
         self.state.coefficient * self.schedule.sparsity_factor(step)
     }
 
-    /// Queues the penalties of the step that was taken, and updates p and λ for the next steps if it is time.
+    /// Queues the penalties of the step just taken, and updates p and λ for the following steps if an update is due.
     fn keep(&mut self, step: u64) {
         if let Some(seen) = self.seen.take() {
             self.state.queue.push_back(seen);
@@ -457,7 +457,7 @@ impl Trainer for PAnneal {
         let mut state = State::new();
         let Annealed { p, next_p, updates, coefficient, queue } = &self.state;
         state.put("annealed", (p, next_p, updates, coefficient))?;
-        // A tensor and not JSON, which has no infinity.
+        // A tensor, because JSON cannot represent infinity.
         let queue: Vec<f64> = queue.iter().flatten().map(|penalty| penalty.double_value(&[])).collect();
         state.put_tensor("queue", &Tensor::from_slice(&queue));
         if let Some(resampling) = &self.resampling {
@@ -480,9 +480,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn penalties_are_norms_and_their_powers() {
+    fn penalties_are_the_norm_and_its_power() {
         let a = Tensor::from_slice2(&[[4.0f32, 9.0, 0.0], [0.0, 0.0, 0.0]]);
-        // √4 + √9 = 5; its square is 25; halved by the row of zeros.
+        // √4 + √9 = 5, squared 25; the row of zeros halves both means.
         let value = |p: f64, function| lp(1.0, p, function).value(&a).double_value(&[]);
         assert_eq!(value(0.5, SparsityFunction::LpToTheP), 2.5);
         assert_eq!(value(0.5, SparsityFunction::Lp), 12.5);
@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn silent_features_have_no_gradient() {
+    fn inactive_features_get_no_gradient() {
         for function in [SparsityFunction::Lp, SparsityFunction::LpToTheP] {
             let a = Tensor::from_slice2(&[[4.0f32, 0.0], [0.0, 0.0]]).set_requires_grad(true);
             lp(1.0, 0.5, function).value(&a).backward();
@@ -503,7 +503,7 @@ mod tests {
     }
 
     #[test]
-    fn updates_are_a_number_or_continuous() {
+    fn updates_parse_as_a_whole_number_or_continuous() {
         let updates = |value: Value| Updates::try_from(value).ok();
         assert_eq!(updates(10.into()), Some(Updates::Times(10)));
         assert_eq!(updates("1e1".into()), Some(Updates::Times(10)));
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn an_annealing_that_reaches_zero_stays_finite() {
+    fn annealing_to_zero_stays_finite() {
         let annealing = Annealing::new((1.0, 0.0), (1, 3), Updates::Continuous, 10).unwrap();
         let mut trainer = PAnneal {
             adam: AdamConfig::default(),
@@ -540,6 +540,6 @@ mod tests {
         assert_eq!(ps, [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]);
         let mut settings = Map::new();
         trainer.settings(&mut settings);
-        assert_eq!(settings["n_sparsity_updates"], 3, "saved is how many they were");
+        assert_eq!(settings["n_sparsity_updates"], 3, "the number of updates is saved");
     }
 }

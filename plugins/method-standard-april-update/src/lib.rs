@@ -1,8 +1,8 @@
-//! The training of Anthropic's update of April 2024, with its autoencoder: Conerly et al. 2024, *Update on How We Train
+//! The autoencoder and training method of Anthropic's April 2024 update: Conerly et al. 2024, *Update on How We Train
 //! SAEs*, <https://transformer-circuits.pub/2024/april-update/index.html#training-saes>.
 //!
-//! The decoder's columns are free, and their norms weigh in the penalty instead. With activations x `[d]`, features
-//! f `[F]` and a decoder W_d `[d, F]` of columns dᵢ:
+//! Decoder columns have any norm; the penalty weights each feature by its column's norm. With activations x `[d]`,
+//! features f `[F]` and a decoder W_d `[d, F]` with columns dᵢ:
 //!
 //! ```text
 //! f  = ReLU(W_e x + b_e)
@@ -10,15 +10,15 @@
 //! L  = ‖x − x̂‖² + λ Σᵢ fᵢ ‖dᵢ‖
 //! ```
 //!
-//! The encoder starts as the decoder's transpose, its columns of norm 0.1; λ warms up; gradients are clipped to norm 1.
-//! Nothing is resampled: few features die.
+//! The encoder starts as the decoder's transpose, whose columns have norm 0.1. λ warms up; gradients are clipped to
+//! norm 1. Nothing is resampled: few features die.
 //!
-//! In the reference a pass of this autoencoder gives features that already carry ‖dᵢ‖, and the trainer multiplies by it
-//! once more: its penalty is Σᵢ fᵢ ‖dᵢ‖². With `norm_weight: reference`, the default, so is ours, on this dictionary;
-//! `paper` weighs once. On `auto_encoder` both are the paper's. A gated dictionary is refused: its magnitudes are not what
-//! the penalty sees, so that free columns could shrink while they grow.
+//! In the reference, a forward pass of this autoencoder returns features already multiplied by ‖dᵢ‖, and the trainer
+//! multiplies by it again: the penalty is Σᵢ fᵢ ‖dᵢ‖². `norm_weight: reference`, the default, reproduces this on this
+//! dictionary; `paper` weights by ‖dᵢ‖ once. On `auto_encoder` both weight once. Gated dictionaries are refused: the
+//! penalty falls on the gate, so columns could shrink while magnitudes grow.
 //! Where this differs from the reference: the autoencoder has `scale_biases`, so that it can train on normalised
-//! activations, and config.json names the class that was trained (there always `AutoEncoder`).
+//! activations, and config.json names the trained class (there always `AutoEncoder`).
 
 use dictlearn_core::prelude::*;
 
@@ -27,7 +27,7 @@ const PAPER: &str =
 
 /// The ReLU autoencoder without a bias on its input.
 #[component(dictionary "auto_encoder_new",
-    summary = "ReLU of an affine map of the plain activation, decoded by an affine map", paper = PAPER,
+    summary = "ReLU of an affine map, decoded by an affine map; no bias is subtracted from the input", paper = PAPER,
     example = "{type: auto_encoder_new, expansion_factor: 8}", fields(width))]
 pub struct AutoEncoderNewConfig {}
 
@@ -59,14 +59,14 @@ impl Dictionary for AutoEncoderNew {
         Some(&self.affine)
     }
 
-    /// A penalty falls on fᵢ ‖dᵢ‖, which no rescaling of columns can evade.
+    /// Penalises fᵢ ‖dᵢ‖, which rescaling columns cannot reduce.
     fn code(&self, pre_activations: Tensor) -> Code {
         let features = pre_activations.relu();
         let weighted = &features * self.affine.decoder().norms();
         Code::new(features).penalize(weighted).with("pre_activations", pre_activations)
     }
 
-    /// Without the norms, which only a penalty needs.
+    /// Skips the norms, which only a penalty needs.
     fn encode(&self, x: &Tensor) -> Tensor {
         self.affine.pre_activations(x).relu()
     }
@@ -77,23 +77,24 @@ impl Dictionary for AutoEncoderNew {
     }
 }
 
-/// How the norms of the decoder's columns weigh in the penalty.
+/// How the norms of the decoder's columns weight the penalty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
 pub enum NormWeight {
-    /// Times what a penalty falls on, which on `auto_encoder_new` has the norm in it already, as in the reference.
+    /// Multiplies the penalised activations, which on `auto_encoder_new` already contain the norm, as in the reference.
     #[default]
     Reference,
-    /// Times the features, as in the paper.
+    /// Multiplies the features, as in the paper.
     Paper,
 }
 
 /// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
-/// features, each times the norm of its decoder column (on auto_encoder_new times its square, as in the reference, unless
-/// norm_weight is paper), both averaged over the batch. The columns are free; gradients are clipped to norm 1.
+/// features, each weighted by the norm of its decoder column, both averaged over the batch. On auto_encoder_new the
+/// weight is the squared norm, as in the reference, unless norm_weight is paper. Columns have any norm; gradients are
+/// clipped to norm 1.
 #[component(trainer "standard_april_update",
-    summary = "Squared error with an L1 penalty weighted by free decoder norms", paper = PAPER,
+    summary = "Squared error with an L1 penalty weighted by decoder norms, which are not fixed", paper = PAPER,
     example = "{type: standard_april_update, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
     default_dictionary = AutoEncoderNewConfig::NAME,
     short_run = "{dictionary: {type: auto_encoder_new, expansion_factor: 4}, trainer: {type: standard_april_update, \
@@ -105,7 +106,7 @@ pub struct AprilUpdateConfig {
     #[default(1e-1)]
     #[schemars(range(min = 0))]
     pub l1_penalty: f64,
-    /// How often a column's norm weighs on `auto_encoder_new`: twice (`reference`) or once (`paper`).
+    /// Power of a column's norm in the penalty on `auto_encoder_new`: 2 (`reference`) or 1 (`paper`).
     #[default(NormWeight::Reference)]
     pub norm_weight: NormWeight,
 }
@@ -114,7 +115,7 @@ impl TrainerConfig for AprilUpdateConfig {
     fn build(&self, cx: &TrainerCx) -> Result<Box<dyn Trainer>> {
         penalizable(cx.dictionary, Self::NAME)?;
         if cx.dictionary.exposes("gate") {
-            let why = "its decoder could evade the penalty on the gate by columns of small norm";
+            let why = "its decoder could evade the penalty on the gate by shrinking its columns";
             let or = format!("the dictionary `{}`", AutoEncoderNewConfig::NAME);
             bail!(cannot_train(Self::NAME, cx.dictionary, why, &or));
         }
@@ -160,7 +161,7 @@ impl Trainer for AprilUpdate {
         })
     }
 
-    /// The norms have a gradient, which is left to autograd.
+    /// The norms need a gradient, which is left to autograd.
     fn activation_function<'a>(&self, _: &'a dyn Dictionary) -> Option<Box<dyn ActivationFunction + 'a>> {
         None
     }
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_column_weighs_twice_in_the_reference_and_once_in_the_paper() {
+    fn the_reference_weights_by_the_squared_norm_and_the_paper_by_the_norm() {
         // f = 2, ‖d‖ = 3.
         assert_eq!(penalty(NormWeight::Reference), 18.0);
         assert_eq!(penalty(NormWeight::Paper), 6.0);

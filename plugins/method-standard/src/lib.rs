@@ -9,12 +9,12 @@
 //! L  = ‖x − x̂‖² + λ ‖f‖₁        (means over the batch)
 //! ```
 //!
-//! The decoder's gradient loses its part along the columns, and the columns are scaled back to norm 1 after each step.
-//! λ and the learning rate rise linearly at the beginning. Every `resample_steps` steps the features that were silent
-//! for half as long start anew ([`Resampling`]), and the learning rate warms up again.
+//! The decoder's gradient loses its component along each column, and columns are rescaled to norm 1 after each step. λ
+//! and the learning rate warm up linearly. Every `resample_steps` steps, features that have been silent for more than
+//! half as many steps are resampled ([`Resampling`]), and the learning rate warms up again.
 //!
-//! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, and not at the random values
-//! of PyTorch's linear layer.
+//! Where this differs from the reference: the encoder's bias starts at 0, as in the paper, not at the random values of
+//! PyTorch's linear layer.
 
 use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
@@ -29,7 +29,7 @@ pub struct AutoEncoderConfig {}
 impl DictionaryConfig for AutoEncoderConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
-        // Random directions, the encoder the decoder's transpose. Norm 0.1 as in the reference; training makes it 1.
+        // Random directions; the encoder is the decoder's transpose. Norm 0.1 as in the reference; training makes it 1.
         Ok(Box::new(AutoEncoder { affine: Affine::random(LAYOUT, features, 0.1, &cx.autoencoding()) }))
     }
 }
@@ -71,17 +71,17 @@ impl Dictionary for AutoEncoder {
         true
     }
 
-    /// So that features are comparable.
+    /// Folds the decoder's norms into the encoder, so that features are comparable.
     fn pretrained(&mut self) {
         self.fold_norms();
     }
 }
 
 /// The loss is the squared error of the reconstruction, summed over dimensions, plus l1_penalty times the sum of the
-/// features, both averaged over the batch. Every decoder column keeps norm 1, so that the penalty cannot be evaded by
-/// small features with large columns.
+/// features, both averaged over the batch. Every decoder column keeps norm 1: otherwise small features with large
+/// columns would evade the penalty.
 #[component(trainer "standard",
-    summary = "Squared error with an L1 penalty, decoder columns of norm 1, optional resampling",
+    summary = "Squared error with an L1 penalty; unit-norm decoder columns, optional resampling",
     paper = "Bricken et al. 2023, Towards Monosemanticity, \
         https://transformer-circuits.pub/2023/monosemantic-features",
     example = "{type: standard, lr: 1e-3, l1_penalty: 0.05, warmup_steps: 20, sparsity_warmup_steps: 40}",
@@ -91,8 +91,8 @@ impl Dictionary for AutoEncoder {
     measured = "84.2% of the variance explained with L0 38, 99.1% of the cross entropy recovered",
     fields(lr = 1e-3, .., schedule, resampling))]
 pub struct StandardConfig {
-    /// What is minimised of the residual: its squared norm (`mse`), or its norm (`l2_norm`), as in the reference of
-    /// spring 2024.
+    /// Error of the reconstruction: the residual's squared norm (`mse`), or its norm (`l2_norm`), as in the reference
+    /// of spring 2024.
     #[default(ResidualError::Mse)]
     pub reconstruction: ResidualError,
     /// Weight λ of the L1 penalty.
@@ -174,7 +174,7 @@ mod tests {
     use dictlearn_core::files::from_yaml;
     use dictlearn_core::train::{SaeConfig, Training, TrainingCx};
 
-    /// A dictionary of 16 features for activations of width 8, the first four of them dead, and batches.
+    /// Returns an SAE with 16 features for activations of width 8, of which the first four are dead, and 21 batches.
     fn half_dead(resample_steps: &str) -> (Training, Vec<Batch>) {
         let yaml = format!(
             "{{name: a, dictionary: {{type: auto_encoder, dict_size: 16}}, trainer: {{type: standard, lr: 1e-4, \
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn dead_features_start_anew() {
+    fn dead_features_are_resampled() {
         let (mut training, batches) = half_dead("10");
         let fires = |training: &Training| {
             let features = training.dictionary.encode(&batches[0].x).narrow(1, 0, 4);
@@ -212,7 +212,7 @@ mod tests {
         let mut without = half_dead("null").0;
         (0..11).for_each(|step| drop(without.step(step as u64, &batches[step], false).unwrap()));
         assert_eq!(fires(&without), 0);
-        // Each has the direction of an activation, read by a row of a fifth of the living rows' norm.
+        // Each resampled feature has an activation's direction and a fifth of the living encoder rows' mean norm.
         assert!(fires(&training) > 0);
         let norms = training.dictionary.decoder().unwrap().norms();
         assert!((norms - 1.0).abs().max().double_value(&[]) < 1e-5);
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_resamples_resumes_bit_for_bit() {
+    fn a_resampling_run_resumes_bit_for_bit() {
         let (mut whole, batches) = half_dead("10");
         let (mut resumed, _) = half_dead("10");
         for (step, batch) in batches.iter().enumerate() {

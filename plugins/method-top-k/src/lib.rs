@@ -9,13 +9,14 @@
 //! L  = ‖x − x̂‖² + α ‖e − ê‖² / Var(e),      e = x − x̂   (appendix A.2)
 //! ```
 //!
-//! ê decodes, without bias, the k_aux = d/2 largest features among the dead: those that no activation selected for
-//! `dead_feature_threshold` tokens. b starts at the geometric median of the first batch. With `k_anneal_steps` k falls
-//! linearly from d. A running mean of the smallest selected feature is kept as `threshold`, by which the features can
-//! be selected without sorting. What the loss shares with other methods that select is in [`dictlearn_core::train::top_k`].
+//! ê decodes, without bias, the k_aux = d/2 largest features among the dead: those not selected for
+//! `dead_feature_threshold` tokens. b starts at the geometric median of the first batch. With `k_anneal_steps`, k falls
+//! linearly from d. A running mean of the smallest selected feature is saved as `threshold`, with which features can be
+//! selected without sorting. [`dictlearn_core::train::top_k`] implements what the TopK family shares.
 //!
-//! Where this differs from the reference: the geometric median of points one of which is the guess is defined, and a
-//! row that selects no positive feature does not enter the threshold (there it makes it infinite for good).
+//! Where this differs from the reference: the geometric median is defined even if a point coincides with the current
+//! estimate, and a row that selects no positive feature does not enter the threshold (there it makes it infinite for
+//! good).
 
 use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
@@ -26,7 +27,7 @@ use dictlearn_core::train::top_k::TopKTrainer;
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
     example = "{type: top_k, expansion_factor: 8, k: 8}", fields(width))]
 pub struct TopKDictionaryConfig {
-    /// How many features each activation keeps.
+    /// Number of features kept per activation.
     #[schemars(range(min = 1))]
     pub k: i64,
 }
@@ -35,7 +36,7 @@ impl DictionaryConfig for TopKDictionaryConfig {
     fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
         let features = self.features(cx)?;
         Selection::check(self.k, features)?;
-        // Random unit directions, the encoder the decoder's transpose (appendix A.1).
+        // Random unit directions; the encoder is the decoder's transpose (appendix A.1).
         let affine = Affine::random(LAYOUT, features, 1.0, &cx.autoencoding());
         Ok(Box::new(TopK { affine, selection: Selection::new(self.k, false, cx.device) }))
     }
@@ -86,11 +87,11 @@ impl Dictionary for TopK {
     }
 }
 
-/// The loss is the squared error of the reconstruction from the k largest features, summed over dimensions and
-/// averaged over the batch. Selecting is all the sparsity there is: no penalty. Features that nothing selected for
-/// long are revived by an auxiliary loss, weighted by auxk_alpha: the squared error of what the best of them make
-/// of the error that is left, divided by that error's variance.
-#[component(trainer "top_k", summary = "Squared error of the k largest features, with an auxiliary loss for dead ones",
+/// The loss is the squared error of the reconstruction from the k largest features, summed over dimensions and averaged
+/// over the batch. There is no sparsity penalty: the selection alone makes features sparse. An auxiliary loss with
+/// weight auxk_alpha revives dead features: the squared error of their best reconstruction of the residual, divided by
+/// the residual's variance.
+#[component(trainer "top_k", summary = "Squared error of the k largest features, with an auxiliary loss for the dead",
     paper = "Gao et al. 2024, Scaling and evaluating sparse autoencoders, https://arxiv.org/abs/2406.04093",
     example = "{type: top_k, lr: 1e-3, warmup_steps: 20}", default_dictionary = TopKDictionaryConfig::NAME,
     short_run = "{dictionary: {type: top_k, expansion_factor: 4, k: 32}, trainer: {type: top_k, lr: 2e-3, \

@@ -1,7 +1,7 @@
 //! Transcoders: dictionaries that predict a module's output from its input.
 //!
-//! Dunefsky et al. 2024, *Transcoders Find Interpretable LLM Feature Circuits*, <https://arxiv.org/abs/2406.11944>, with
-//! an input x `[d]`, a target y `[d_out]` and features f `[F]`:
+//! Dunefsky et al. 2024, *Transcoders Find Interpretable LLM Feature Circuits*, <https://arxiv.org/abs/2406.11944>,
+//! with input x `[d]`, target y `[d_out]` and features f `[F]`:
 //!
 //! ```text
 //! f = σ(W_e x + b_e)            σ: ReLU, or the k largest of ReLU
@@ -9,30 +9,30 @@
 //! ```
 //!
 //! Paulo et al. 2025, *Transcoders Beat Sparse Autoencoders for Interpretability*, <https://arxiv.org/abs/2501.18823>,
-//! add a linear map past the features, which takes over what is linear in the module:
+//! add a linear skip connection, which models the linear part of the module:
 //!
 //! ```text
 //! ŷ = W_d f + W_skip x + b_d
 //! ```
 //!
-//! The source gives pairs: `io: in_to_out` on a submodule, or `tensor` and `target_tensor`. Any trainer that a dictionary
-//! with these activations makes sense with trains them: those with a penalty where there is no `k`, the TopK family's
-//! where there is one. On disk they have sae_lens's tensors. Published ones may have a threshold θ for each feature, which
-//! is silent below it (Gemma Scope 2); they can be used and trained further, the thresholds as they are.
+//! The source provides pairs: `io: in_to_out` on a submodule, or `tensor` and `target_tensor`. Without `k`, any trainer
+//! with a sparsity penalty can train a transcoder; with `k`, the trainers of the TopK family can. On disk they have
+//! sae_lens's tensors. Published ones may have a threshold θ for each feature, below which it is 0 (Gemma Scope 2).
+//! They can be used and trained further; training leaves their thresholds unchanged.
 //!
-//! Before training, a transcoder predicts about the mean of the targets, `b_d`; one with a skip connection exactly this,
-//! since W_d and W_skip are 0 (section 3 of Paulo et al.). A trainer that keeps the decoder's norm at 1 gives W_d that
-//! norm at its first steps.
+//! Before training, a transcoder predicts roughly the targets' mean, `b_d`. With a skip connection it predicts exactly
+//! the mean, since W_d and W_skip are 0 (section 3 of Paulo et al.). A trainer that keeps decoder norms at 1 gives W_d
+//! that norm in its first steps.
 
 use dictlearn_core::formats::{PublishedClass, SaeActivation};
 use dictlearn_core::prelude::*;
 
-/// The two architectures' configs: the same fields.
+/// Defines the two architectures' configs, which have the same fields.
 macro_rules! config {
     ($(#[$about:meta])* $name:ident, skip: $skip:expr) => {
         $(#[$about])*
         pub struct $name {
-            /// How many features each activation keeps; null for all that are positive.
+            /// Number of features kept per activation; null for every positive one.
             #[default]
             #[schemars(range(min = 1))]
             pub k: Option<i64>,
@@ -58,7 +58,7 @@ config! {
 config! {
     /// A transcoder with a skip connection.
     #[component(dictionary "skip_transcoder",
-        summary = "Predicts a module's output from its input, with a linear map beside the features",
+        summary = "Predicts a module's output from its input, with a linear skip connection",
         paper = "Paulo et al. 2025, Transcoders Beat Sparse Autoencoders for Interpretability, \
             https://arxiv.org/abs/2501.18823", example = "{type: skip_transcoder, expansion_factor: 8}",
         fields(width = "the input's width"))]
@@ -77,8 +77,12 @@ pub struct Transcoder {
 const LAYOUT: Layout = Layout::matrices("Transcoder");
 const SKIP_LAYOUT: Layout = Layout::matrices("SkipTranscoder");
 
-inventory::submit! { SavedClass { class: LAYOUT.class, name: TranscoderConfig::NAME, shaped: |saved| shaped(saved, false) } }
-inventory::submit! { SavedClass { class: SKIP_LAYOUT.class, name: SkipTranscoderConfig::NAME, shaped: |saved| shaped(saved, true) } }
+inventory::submit! {
+    SavedClass { class: LAYOUT.class, name: TranscoderConfig::NAME, shaped: |saved| shaped(saved, false) }
+}
+inventory::submit! {
+    SavedClass { class: SKIP_LAYOUT.class, name: SkipTranscoderConfig::NAME, shaped: |saved| shaped(saved, true) }
+}
 
 inventory::submit! {
     PublishedClass {
@@ -104,7 +108,7 @@ impl Transcoder {
         }
         let dims @ Dims { input, output, .. } = cx.dims(features);
         let affine = Affine::zeros(if skip { SKIP_LAYOUT } else { LAYOUT }, dims, cx.device, cx.precision);
-        // The mean norm of PyTorch's linear layers, which both papers' code begins with.
+        // The mean row norm of PyTorch's linear layers at initialisation, as in both papers' code.
         let read = random_directions([input, features], 3f64.sqrt().recip(), cx.device);
         let zeros = |size: [i64; 2]| Tensor::zeros(size, (Kind::Float, cx.device));
         let write = match skip {
@@ -197,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn with_a_skip_connection_it_starts_at_the_mean_of_the_targets() {
+    fn a_skip_transcoder_starts_at_the_mean_of_the_targets() {
         let options = (Kind::Float, Device::Cpu);
         let batch = Batch { x: Tensor::randn([50, 8], options), target: Tensor::randn([50, 5], options) + 2.0 };
         let mut dictionary = transcoder(true);
@@ -209,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_skip_connection_is_added_to_what_features_decode_to() {
+    fn the_skip_connection_is_added_to_the_decoded_features() {
         let mut dictionary = transcoder(true);
         let x = Tensor::randn([4, 8], (Kind::Float, Device::Cpu));
         let skip = Tensor::randn([5, 8], (Kind::Float, Device::Cpu));

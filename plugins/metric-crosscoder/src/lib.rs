@@ -1,32 +1,32 @@
-//! What each part of a joined site has of a dictionary's features: Lindsey et al. 2024, *Sparse Crosscoders for
+//! How a dictionary's features divide among the parts of a joined site: Lindsey et al. 2024, *Sparse Crosscoders for
 //! Cross-Layer Features and Model Diffing*, <https://transformer-circuits.pub/2024/crosscoders/index.html>, "Model
 //! Diffing".
 //!
-//! Of a feature i with decoder directions d_iˢ, in units of the part's median norm, the relative norm in part s is
+//! For a feature i with decoder directions d_iˢ, in units of the parts' median norms, the relative norm in part s is
 //!
 //! ```text
 //! r_iˢ = ‖d_iˢ‖ / Σ_t ‖d_iᵗ‖
 //! ```
 //!
-//! A feature of one part alone has 1 there, one that two parts share equally has 1/2 in both.
+//! A feature exclusive to one part has 1 there; a feature that two parts share equally has 1/2 in both.
 
 use dictlearn_core::prelude::*;
 
-/// Variance explained of each part, and how features are shared among parts.
+/// Variance explained per part, and how parts share features.
 #[component(metric "crosscoder",
-    summary = "Variance explained of each part of a joined site, and which parts share a feature",
+    summary = "Variance explained per part of a joined site, and how parts share features",
     paper = "Lindsey et al. 2024, Sparse Crosscoders for Cross-Layer Features and Model Diffing, \
         https://transformer-circuits.pub/2024/crosscoders/index.html", example = "{type: crosscoder}", default)]
 pub struct CrosscoderMetricConfig {
-    /// Batches of activations to measure on.
+    /// Number of batches to measure on.
     #[default(10)]
     #[schemars(range(min = 1))]
     pub n_batches: u64,
-    /// Bins of the histogram of relative decoder norms, from 0 to 1.
+    /// Number of bins of the histogram of relative decoder norms, from 0 to 1.
     #[default(20)]
     #[schemars(range(min = 1, max = 10_000))]
     pub bins: u64,
-    /// A feature belongs to a part alone if its relative norm there is more than this.
+    /// A feature is exclusive to a part if its relative norm there is above this.
     #[default(0.9)]
     #[schemars(range(min = 0.5, max = 1))]
     pub alone: f64,
@@ -35,7 +35,7 @@ pub struct CrosscoderMetricConfig {
 impl Metric for CrosscoderMetricConfig {
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {
         let joined = source.sites().iter().all(|site| !site.parts.is_empty());
-        (!joined).then(|| "the activations are not joined of several parts (source `joined`)".to_owned())
+        (!joined).then(|| "the activations do not have several parts (see source `joined`)".to_owned())
     }
 
     fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
@@ -60,14 +60,14 @@ impl Metric for CrosscoderMetricConfig {
     }
 }
 
-/// What is summed up of a part of a site.
+/// Sums over the batches for one part of a site.
 struct Part {
     name: String,
     start: i64,
     width: i64,
     variance: Variance,
     residual_variance: Variance,
-    /// Of each batch, the median norm.
+    /// Median norm in each batch.
     norms: Vec<f64>,
 }
 
@@ -116,7 +116,7 @@ impl CrosscoderMetricConfig {
             let norm = |part: &Part| part.of(&directions).norm_scalaropt_dim(2.0, [1], false) / part.norm();
             let norms = Tensor::stack(&parts.iter().map(norm).collect::<Vec<_>>(), 0);
             let sums = norms.sum_dim_intlist([0].as_slice(), false, Kind::Float);
-            // A feature that writes nowhere belongs nowhere.
+            // A feature with zero decoder norm belongs to no part.
             let writing = sums.gt(0.0);
             let mut shared = writing.sum(Kind::Int64).int64_value(&[]);
             for (part, norms) in parts.iter().zip(norms.unbind(0)) {

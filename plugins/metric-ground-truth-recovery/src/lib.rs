@@ -1,26 +1,26 @@
-//! How many of the features that activations were made of a dictionary has found.
+//! How many of a synthetic source's true features a dictionary has recovered.
 //!
-//! Each true direction gᵢ is matched with a decoder direction dⱼ of its own so that the sum of the cosines is greatest
-//! (an optimal assignment, by the Hungarian method). Then
+//! Each true direction gᵢ is matched with a decoder direction dⱼ of its own, to maximise the sum of the cosines (an
+//! optimal assignment, by the Hungarian method). Then
 //!
 //! ```text
-//! mean_max_cosine_similarity   mean over i of cos(gᵢ, d_match(i))     0 for what has no partner
-//! frac_features_recovered      part of the gᵢ with cos(gᵢ, d_match(i)) above `threshold`
+//! mean_max_cosine_similarity   mean over i of cos(gᵢ, d_match(i))     0 for gᵢ without a match
+//! frac_features_recovered      fraction of the gᵢ with cos(gᵢ, d_match(i)) above `threshold`
 //! ```
 //!
-//! Without the matching, the mean max cosine similarity of Sharkey et al. 2022, one decoder direction between two true
-//! ones would count twice.
+//! Without the matching, as in the mean max cosine similarity of Sharkey et al. 2022, a decoder direction between two
+//! true ones would count twice.
 
 use dictlearn_core::prelude::*;
 use pathfinding::prelude::{Matrix, kuhn_munkres};
 
-/// How many known features a dictionary has found.
+/// Fraction of true features that a dictionary has recovered.
 #[component(metric "ground_truth_recovery",
-    summary = "Part of a synthetic source's true features that the decoder has found",
+    summary = "Fraction of a synthetic source's true features that the decoder has recovered",
     paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
         https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj", example = "{type: ground_truth_recovery}", default)]
 pub struct RecoveryConfig {
-    /// The cosine from which on a feature counts as found.
+    /// Cosine above which a feature counts as recovered.
     #[default(0.9)]
     #[schemars(range(min = 0, max = 1))]
     pub threshold: f64,
@@ -28,21 +28,21 @@ pub struct RecoveryConfig {
 
 impl Metric for RecoveryConfig {
     fn evaluate(&mut self, subjects: &[Subject], source: &mut dyn ActivationSource) -> Result<Option<Vec<Figures>>> {
-        let Some(truth) = source.true_features() else { bail!("the source does not know its features") };
+        let Some(truth) = source.true_features() else { bail!("the source has no true features") };
         subjects.iter().map(|subject| self.figures(&truth, subject.dictionary)).collect::<Result<_>>().map(Some)
     }
 
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {
         match source.true_features() {
             Some(_) => None,
-            None => Some("the source does not know the features that its activations are made of".to_owned()),
+            None => Some("the true features of the source's activations are unknown".to_owned()),
         }
     }
 }
 
 impl RecoveryConfig {
     fn figures(&self, truth: &Tensor, dictionary: &dyn Dictionary) -> Result<Figures> {
-        // A dictionary without a decoder reconstructs each feature by itself.
+        // A dictionary without a decoder weight decodes each feature separately.
         let found = match dictionary.directions() {
             Some(directions) => directions,
             None => {
@@ -62,15 +62,15 @@ impl RecoveryConfig {
     }
 }
 
-/// Of each row of [n, d] with each row of [F, d]: [n, F].
+/// Cosines `[n, F]` of the rows of `truth` `[n, d]` with the rows of `found` `[F, d]`.
 fn cosines(truth: &Tensor, found: &Tensor) -> Tensor {
     let unit = |rows: &Tensor| rows / rows.norm_scalaropt_dim(2.0, [1], true).clamp_min(1e-12);
     unit(truth).matmul(&unit(&found.detach()).transpose(0, 1))
 }
 
-/// The cosines of an optimal assignment of rows to columns, as many as there are of the fewer.
+/// Cosines of an optimal assignment between rows and columns, min(n, F) of them.
 fn matched(cosines: &Tensor) -> Result<Vec<f64>> {
-    // Whole numbers, as the Hungarian method wants them: a cosine is exact to nine digits.
+    // The Hungarian method needs integers; nine digits of a cosine are enough.
     const ONE: f64 = 1e9;
     let size = cosines.size();
     let cosines = if size[0] <= size[1] { cosines.shallow_clone() } else { cosines.transpose(0, 1) };
@@ -85,16 +85,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_feature_has_a_partner_of_its_own() {
+    fn each_true_feature_is_matched_with_a_direction_of_its_own() {
         let truth = Tensor::from_slice2(&[[1.0f32, 0.0], [0.6, 0.8]]);
-        // Both true features are nearest to the first direction; the second must do for one of them.
+        // Both true features are nearest to the first direction; one of them must take the second.
         let found = Tensor::from_slice2(&[[2.0f32, 1.0], [0.0, 3.0]]);
         let cosines = matched(&cosines(&truth, &found)).unwrap();
         assert!((cosines[0] - 2.0 / 5.0f64.sqrt()).abs() < 1e-6 && (cosines[1] - 0.8).abs() < 1e-6, "{cosines:?}");
     }
 
     #[test]
-    fn the_opposite_direction_is_not_the_feature_and_fewer_directions_find_fewer() {
+    fn opposite_directions_do_not_match_and_fewer_directions_match_fewer_features() {
         let truth = Tensor::eye(3, (Kind::Float, Device::Cpu));
         let found = Tensor::from_slice2(&[[-1.0f32, 0.0, 0.0], [0.0, 0.0, 5.0]]);
         let mut cosines = matched(&cosines(&truth, &found)).unwrap();

@@ -1,31 +1,31 @@
-//! How much of the language model's loss survives when activations are replaced by their reconstructions.
+//! How much of the language model's loss is recovered when reconstructions replace activations.
 //!
-//! Three passes over the same contexts: as the model is, with the hooked value replaced by its reconstruction at every
-//! position, and with it replaced by zeros.
+//! Three passes over the same contexts: with the model unchanged, with the hooked value replaced by its reconstruction
+//! at every position, and with it replaced by zeros.
 //!
 //! ```text
 //! frac_recovered = (loss_reconstructed − loss_zero) / (loss_original − loss_zero)
 //! ```
 //!
-//! Losses are means over all predicted tokens, in nats. What comes before the hooked layer is computed once for all.
-//! Each dictionary's reconstructions take the place of its own site's value; of one attention head, that head's columns.
+//! Losses are means over all predicted tokens, in nats. The layers before the hook point run once for all passes. Each
+//! dictionary's reconstructions replace its own site's value; for a single attention head, only that head's columns.
 //!
-//! Where this differs from the reference: padding is left out by the attention mask and not by the id of the padding
-//! token, which in many models is the end-of-text token; and the fraction is taken of the totals, not as a mean of each
-//! batch's fraction.
+//! Where this differs from the reference: padding is excluded by the attention mask, not by the id of the padding
+//! token, which in many models is the end-of-text token. The fraction is computed from totals, not as a mean of the
+//! batches' fractions.
 
 use dictlearn_core::lm::cross_entropy;
 use dictlearn_core::prelude::*;
 
-/// The language model's loss with activations reconstructed.
-#[component(metric "loss_recovered", summary = "Cross entropy with activations reconstructed, zeroed and as they are",
+/// The language model's loss with reconstructed activations.
+#[component(metric "loss_recovered", summary = "Cross entropy with activations reconstructed, zeroed and unchanged",
     example = "{type: loss_recovered, n_batches: 10, batch_size: 32}", default)]
 pub struct LossRecoveredConfig {
-    /// Batches of text to measure on.
+    /// Number of batches of text to measure on.
     #[default(10)]
     #[schemars(range(min = 1))]
     pub n_batches: u64,
-    /// Contexts in a batch.
+    /// Number of contexts per batch.
     #[default(32)]
     #[schemars(range(min = 1))]
     pub batch_size: u64,
@@ -36,11 +36,11 @@ impl Metric for LossRecoveredConfig {
         source
             .language_model()
             .is_none()
-            .then(|| "the source has no language model, which an `eval_source` could have".to_owned())
+            .then(|| "the source has no language model; an `eval_source` can provide one".to_owned())
     }
 
     fn memory(&self, source: &mut dyn ActivationSource) -> u64 {
-        // The logits, and their logarithms.
+        // Logits and their logarithms.
         let logits = |source: &mut dyn ModelSource| {
             self.batch_size * source.context_length() as u64 * source.model().vocab_size() as u64 * 4
         };
@@ -59,12 +59,13 @@ impl Metric for LossRecoveredConfig {
             let Some(tokens) = source.next_tokens(self.batch_size as i64)? else { break };
             for (index, (site, zero)) in sites.iter().zip(&mut zeros).enumerate() {
                 let (reads, writes) = (source.reads(*site), source.writes(*site));
-                // What is read comes first, so the pass is shared up to its layer.
+                // The value read precedes the one replaced, so all passes share the layers before it.
                 let prefix = source.model().before(&tokens, &reads.point);
-                let run =
-                    |hooks: &mut Hooks| prefix.forward(hooks).map_err(|_| anyhow::anyhow!("the pass stopped early"));
+                let run = |hooks: &mut Hooks| {
+                    prefix.forward(hooks).map_err(|_| anyhow::anyhow!("the forward pass stopped early"))
+                };
 
-                // The loss as it is is the same whichever the site, so only the first pass goes on to the end.
+                // The unmodified loss does not depend on the site, so only the first site's pass runs to the end.
                 let mut reading = Hooks::read(std::slice::from_ref(&reads.point), index > 0);
                 if index == 0 {
                     original.add(&run(&mut reading)?, &tokens);
@@ -72,7 +73,7 @@ impl Metric for LossRecoveredConfig {
                     let _ = prefix.forward(&mut reading);
                 }
                 let Some(value) = reading.take(&reads.point) else { bail!("nothing was read at {}", reads.point) };
-                // A model in bfloat16 gives some of its values so.
+                // A model in bfloat16 may return bfloat16 values.
                 let x = reads.of(&value).to_kind(Kind::Float);
                 let own = subjects.iter().zip(&mut reconstructed).filter(|(subject, _)| subject.site == *site);
                 for (subject, loss) in own {

@@ -1,31 +1,31 @@
-//! How well a dictionary reconstructs activations: the reference's figures.
+//! How well a dictionary reconstructs activations, in the reference's figures.
 //!
-//! With activations x, their reconstructions x̂ and features f, over everything evaluated:
+//! With activations x, reconstructions x̂ and features f, over all evaluated activations:
 //!
 //! ```text
 //! l2_loss                       mean ‖x − x̂‖
 //! l1_loss                       mean ‖f‖₁
-//! l0                            mean number of features that are not 0
+//! l0                            mean number of nonzero features
 //! frac_variance_explained       1 − Σ Var(x − x̂) / Σ Var(x), sums over dimensions
-//! cossim                        mean cosine of x and x̂, over the x that are not 0
+//! cossim                        mean cosine of x and x̂, over nonzero x
 //! l2_ratio                      mean ‖x̂‖ / ‖x‖, over the same
 //! relative_reconstruction_bias  mean ‖x̂‖² / mean x·x̂   (Rajamanoharan et al. 2024, eq. 10)
-//! frac_alive                    part of the features that were ever not 0
+//! frac_alive                    fraction of features that were ever nonzero
 //! ```
 //!
-//! Where this differs from the reference: variance explained and bias are ratios of totals, not means of each batch's
-//! ratio, and `frac_alive` is over everything evaluated. With one batch they are the same.
+//! Where this differs from the reference: variance explained and bias are ratios of totals, not means of the batches'
+//! ratios, and `frac_alive` covers all evaluated activations. With one batch the results agree.
 
 use dictlearn_core::prelude::*;
 
-/// Elements of a batch's features that are held at a time.
+/// Maximum number of feature elements in memory at a time.
 const FEATURES_AT_A_TIME: i64 = 1 << 25;
 
-/// How well activations are reconstructed.
-#[component(metric "reconstruction", summary = "Variance explained, L0, L1, L2, cosine, bias, living features",
+/// Measures reconstruction error and sparsity.
+#[component(metric "reconstruction", summary = "Variance explained, L0, L1, L2, cosine similarity, bias, live features",
     example = "{type: reconstruction, n_batches: 10}", default)]
 pub struct ReconstructionConfig {
-    /// Batches of the source to measure on.
+    /// Number of batches to measure on.
     #[default(10)]
     #[schemars(range(min = 1))]
     pub n_batches: u64,
@@ -51,7 +51,7 @@ impl Metric for ReconstructionConfig {
     }
 }
 
-/// Sums over activations. Scalars are added up in float64.
+/// Sums over activations, accumulated in float64.
 struct Totals {
     count: f64,
     l2: f64,
@@ -100,7 +100,7 @@ impl Totals {
         self.l2 += sum(norm(&residual));
         self.l1 += sum(features.abs());
         self.l0 += active.sum(Kind::Int64).double_value(&[]);
-        // An activation that is 0 has no direction, and its reconstruction's norm no ratio to it.
+        // Cosine and norm ratio are undefined for an activation that is 0.
         let some = target_norm.gt(0.0);
         self.nonzero += some.sum(Kind::Int64).double_value(&[]);
         let least = f64::from(f32::MIN_POSITIVE);

@@ -1,18 +1,18 @@
-//! Gemma (Gemma team 2024, <https://arxiv.org/abs/2403.08295>): Llama with a gated GELU, embeddings multiplied by √d, and
-//! norms that scale by 1 + weight.
+//! Gemma (Gemma team 2024, <https://arxiv.org/abs/2403.08295>): Llama with a gated GELU, embeddings multiplied by √d,
+//! and norms that scale by 1 + weight.
 
 use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
-/// The fields of a Gemma config.json that change what it computes, with Hugging Face's defaults.
+/// Fields of a Gemma config.json that affect the computation, with Hugging Face's defaults.
 #[component(model "gemma", summary = "Gemma 1", paper = "Gemma team 2024, Gemma, https://arxiv.org/abs/2403.08295")]
 pub struct GemmaConfig {
     #[serde(flatten)]
     common: CommonFields,
-    /// An older name of `hidden_act`.
+    /// Another name of `hidden_act`.
     hidden_activation: Option<String>,
-    /// Whether attention's projections have biases.
+    /// Whether the projections of attention have biases.
     #[default]
     attention_bias: bool,
 }
@@ -21,7 +21,7 @@ impl DecoderFamily for GemmaConfig {
     fn decoder(mut self) -> Result<DecoderConfig> {
         self.common.head_dim.get_or_insert(256);
         let mut decoder = self.common.decoder()?;
-        // The first files say `gelu` and mean its tanh form.
+        // The first files say `gelu` but mean its tanh approximation.
         let act = match self.common.hidden_act.as_deref() {
             None | Some("gelu") => self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"),
             Some(other) => other,

@@ -1,21 +1,21 @@
-//! Gemma 2 (Gemma team 2024, <https://arxiv.org/abs/2408.00118>): norms before and after attention and MLP, scores and
-//! logits bounded by tanh, and every other layer with attention over a sliding window.
+//! Gemma 2 (Gemma team 2024, <https://arxiv.org/abs/2408.00118>): norms before and after attention and MLP, tanh
+//! soft-capping of attention scores and logits, and sliding-window attention in every other layer.
 
 use dictlearn_core::lm::config::{CommonFields, Sandwich};
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
-/// The fields of a Gemma 2 config.json that change what it computes, with Hugging Face's defaults.
+/// Fields of a Gemma 2 config.json that affect the computation, with Hugging Face's defaults.
 #[component(model "gemma2", summary = "Gemma 2", paper = "Gemma team 2024, Gemma 2, https://arxiv.org/abs/2408.00118")]
 pub struct Gemma2Config {
     #[serde(flatten)]
     common: CommonFields,
     #[serde(flatten)]
     sandwich: Sandwich,
-    /// Scores are bounded to ± this.
+    /// Soft cap of the attention scores: bounds them to ± this value.
     #[default(Some(50.0))]
     attn_logit_softcapping: Option<f64>,
-    /// Logits are bounded to ± this.
+    /// Soft cap of the logits: bounds them to ± this value.
     #[default(Some(30.0))]
     final_logit_softcapping: Option<f64>,
 }

@@ -1,12 +1,12 @@
-//! Gemma 3, text only (Gemma team 2025, <https://arxiv.org/abs/2503.19786>): Gemma 2 with norms over each head's query and
-//! key instead of bounded scores, and another rotary base in the layers whose attention slides.
+//! Gemma 3, text only (Gemma team 2025, <https://arxiv.org/abs/2503.19786>): Gemma 2 with norms on each head's queries
+//! and keys instead of soft-capped scores, and another rotary base in sliding-window layers.
 
 use dictlearn_core::lm::config::{CommonFields, Sandwich};
 use dictlearn_core::lm::decoder::QkNorm;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, Rotary};
 use dictlearn_core::prelude::*;
 
-/// The fields of a Gemma 3 config.json that change what it computes, with Hugging Face's defaults.
+/// Fields of a Gemma 3 config.json that affect the computation, with Hugging Face's defaults.
 #[component(model "gemma3_text", summary = "Gemma 3, text only",
     paper = "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786", example = "{sliding_window_pattern: 2}")]
 pub struct Gemma3Config {
@@ -14,16 +14,16 @@ pub struct Gemma3Config {
     common: CommonFields,
     #[serde(flatten)]
     sandwich: Sandwich,
-    /// Scores are bounded to ± this.
+    /// Soft cap of the attention scores: bounds them to ± this value.
     attn_logit_softcapping: Option<f64>,
-    /// Logits are bounded to ± this.
+    /// Soft cap of the logits: bounds them to ± this value.
     final_logit_softcapping: Option<f64>,
-    /// Where `layer_types` is not given: every so many layers one sees all positions.
+    /// Without `layer_types`, every n-th layer has full attention. Default: 6.
     sliding_window_pattern: Option<usize>,
-    /// The name that some files have for it.
+    /// Another name of `sliding_window_pattern`, in some files.
     #[serde(rename = "_sliding_window_pattern")]
     private_sliding_window_pattern: Option<usize>,
-    /// Base of the rotary frequencies in sliding layers.
+    /// Base of the rotary frequencies in sliding-window layers.
     #[default(10_000.0)]
     rope_local_base_freq: f64,
 }
@@ -34,7 +34,7 @@ impl DecoderFamily for Gemma3Config {
         let rope = &self.common.rope;
         let longest = self.common.max_position_embeddings;
         let (theta, local) = (rope.rope_theta.unwrap_or(1e6), self.rope_local_base_freq);
-        // What is not said by type of layers is said of the full ones.
+        // Rotary fields that are not given per layer type apply to full-attention layers.
         let full = match rope.rotary_of("full_attention", head_dim, theta, longest)? {
             Some(rotary) => rotary,
             None => rope.rotary(head_dim, theta, longest)?,
@@ -45,7 +45,7 @@ impl DecoderFamily for Gemma3Config {
         };
         let mut decoder = self.common.decoder_with(vec![full, local])?;
         decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
-        // Its embedding module multiplies by itself.
+        // Gemma 3's embedding module applies the scale itself.
         decoder.embed.scale_inside = true;
         decoder.attention.qk_norm = Some(QkNorm::Head);
         decoder.attention.soft_cap = self.attn_logit_softcapping;

@@ -1,5 +1,5 @@
-//! GPT-Neo (Black et al. 2021, <https://doi.org/10.5281/zenodo.5297715>), the family of TinyStories: GPT-2 with unscaled
-//! scores and layers that attend by turns to all positions and to a window.
+//! GPT-Neo (Black et al. 2021, <https://doi.org/10.5281/zenodo.5297715>), also the family of TinyStories: GPT-2 with
+//! unscaled attention scores, and layers that alternate between full and sliding-window attention.
 
 use dictlearn_core::lm::decoder::{
     AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
@@ -7,7 +7,7 @@ use dictlearn_core::lm::decoder::{
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
-/// The fields of a GPT-Neo config.json that change what it computes, with Hugging Face's defaults.
+/// Fields of a GPT-Neo config.json that affect the computation, with Hugging Face's defaults.
 #[component(model "gpt_neo", summary = "GPT-Neo, TinyStories",
     paper = "Black et al. 2021, GPT-Neo, https://doi.org/10.5281/zenodo.5297715",
     example = "{num_layers: 2, num_heads: 4, attention_types: [[[global, local], 1]]}")]
@@ -18,26 +18,26 @@ pub struct GptNeoConfig {
     hidden_size: i64,
     /// Number of layers.
     num_layers: usize,
-    /// Heads of a layer.
+    /// Number of attention heads per layer.
     num_heads: i64,
-    /// Width of an MLP; four times the stream's where it is not given.
+    /// Width of the MLP. Default: 4 · `hidden_size`.
     intermediate_size: Option<i64>,
-    /// The longest context.
+    /// Longest context, in tokens.
     max_position_embeddings: i64,
-    /// Kinds of attention and how often the list of them is repeated: [[["global", "local"], 12]].
+    /// Kinds of attention, and how often to repeat the list: [[["global", "local"], 12]].
     attention_types: Option<Vec<(Vec<String>, usize)>>,
-    /// The same for each layer, which comes first where both are given.
+    /// Kind of attention of each layer; takes precedence over `attention_types`.
     attention_layers: Option<Vec<String>>,
-    /// How many positions a token of a local layer sees, itself among them.
+    /// Window of a local layer in tokens, including the query's own.
     #[default(256)]
     window_size: i64,
-    /// The MLP's activation.
+    /// Activation function of the MLP.
     #[default("gelu_new")]
     activation_function: String,
-    /// Added to the variance in layer norms.
+    /// Epsilon added to the variance in layer norms.
     #[default(1e-5)]
     layer_norm_epsilon: f64,
-    /// Whether the head is the embedding.
+    /// Whether head and token embedding share one weight.
     #[default(true)]
     tie_word_embeddings: bool,
 }
@@ -53,7 +53,7 @@ fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
     };
     if types.len() != config.num_layers {
         bail!(InputError::new(format!(
-            "config.json: the kinds of attention are given for {} layers, and there are {}",
+            "config.json: kinds of attention are given for {} layers, but the model has {}",
             types.len(),
             config.num_layers
         )));
@@ -63,7 +63,7 @@ fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
             "global" => None,
             "local" => Some(config.window_size),
             other => bail!(
-                InputError::new(format!("config.json: attention of kind `{other}` is not supported"))
+                InputError::new(format!("config.json: the kind of attention `{other}` is not supported"))
                     .help("supported are global and local")
             ),
         };

@@ -1,9 +1,9 @@
-//! GPT-NeoX: the family of Pythia (Biderman et al. 2023, <https://arxiv.org/abs/2304.01373>), of GPT-NeoX-20B (Black et
-//! al. 2022, <https://arxiv.org/abs/2204.06745>), and of the bundled model.
+//! GPT-NeoX: the family of Pythia (Biderman et al. 2023, <https://arxiv.org/abs/2304.01373>), GPT-NeoX-20B (Black et
+//! al. 2022, <https://arxiv.org/abs/2204.06745>) and the bundled model.
 //!
-//! A layer adds attention and MLP to the residual stream, both of the layer's input (`use_parallel_residual`) or one
-//! after the other. Queries, keys and values come from one projection, head by head; the first dimensions of each head
-//! are rotated by position.
+//! With `use_parallel_residual`, attention and MLP both read the layer's input, and both outputs are added to the
+//! residual stream; otherwise they run one after the other. One projection makes queries, keys and values, interleaved
+//! by head. Rotary embeddings apply to the first dimensions of each head.
 
 use dictlearn_core::lm::decoder::{
     AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
@@ -11,7 +11,7 @@ use dictlearn_core::lm::decoder::{
 use dictlearn_core::lm::{Decoder, DecoderConfig, DecoderFamily, ModelCx, NormKind, Rope, activation};
 use dictlearn_core::prelude::*;
 
-/// The fields of a GPT-NeoX config.json that change what it computes, with Hugging Face's defaults.
+/// Fields of a GPT-NeoX config.json that affect the computation, with Hugging Face's defaults.
 #[component(model "gpt_neox", summary = "GPT-NeoX: Pythia, GPT-NeoX-20B, the bundled model",
     paper = "Biderman et al. 2023, Pythia, https://arxiv.org/abs/2304.01373")]
 #[derive(Serialize)]
@@ -22,39 +22,40 @@ pub struct GptNeoxConfig {
     pub hidden_size: i64,
     /// Number of layers.
     pub num_hidden_layers: usize,
-    /// Heads of a layer.
+    /// Number of attention heads per layer.
     pub num_attention_heads: i64,
-    /// Width of an MLP.
+    /// Width of the MLP.
     pub intermediate_size: i64,
-    /// The longest context.
+    /// Longest context, in tokens.
     pub max_position_embeddings: i64,
-    /// The MLP's activation.
+    /// Activation function of the MLP.
     #[default("gelu")]
     pub hidden_act: String,
-    /// Added to the variance in layer norms.
+    /// Epsilon added to the variance in layer norms.
     #[default(1e-5)]
     pub layer_norm_eps: f64,
-    /// Which part of a head is rotated.
+    /// Fraction of each head's dimensions that is rotated.
     #[default(0.25)]
     pub rotary_pct: f64,
     /// Base of the rotary frequencies.
     #[default(10_000.0)]
     pub rotary_emb_base: f64,
-    /// What newer files have in the place of these two, and how frequencies are changed for long contexts.
+    /// Rotary fields of newer files, which take precedence over these two, and scaling for long contexts.
     #[serde(flatten)]
     pub rope: Rope,
     /// Whether attention and MLP both read the layer's input.
     #[default(true)]
     pub use_parallel_residual: bool,
-    /// Whether attention's projections have biases.
+    /// Whether the projections of attention have biases.
     #[default(true)]
     pub attention_bias: bool,
-    /// Whether the head is the embedding.
+    /// Whether head and token embedding share one weight.
     #[default]
     pub tie_word_embeddings: bool,
 }
 
-/// A model with random weights: normal of deviation 0.02, projections back to the stream divided by √(2 · layers).
+/// Returns a model with random weights: normal with standard deviation 0.02, divided by √(2 · layers) in projections
+/// back to the residual stream.
 pub fn random(config: &GptNeoxConfig, cx: &ModelCx) -> Result<Decoder> {
     let deviation = 0.02;
     let back = deviation / (2.0 * config.num_hidden_layers as f64).sqrt();

@@ -1,6 +1,6 @@
 //! GPT-2 (Radford et al. 2019,
 //! <https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf>): learned
-//! positions, layer norms before attention and MLP, weights that lie transposed.
+//! position embeddings, layer norms before attention and MLP, transposed weights.
 
 use dictlearn_core::lm::decoder::{
     AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
@@ -8,8 +8,8 @@ use dictlearn_core::lm::decoder::{
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
-/// The fields of a GPT-2 config.json that change what it computes, with Hugging Face's defaults.
-#[component(model "gpt2", summary = "GPT-2, DistilGPT-2, and other models of their architecture",
+/// Fields of a GPT-2 config.json that affect the computation, with Hugging Face's defaults.
+#[component(model "gpt2", summary = "GPT-2, DistilGPT-2 and models of the same architecture",
     paper = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, \
         https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf",
     example = "{n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64}")]
@@ -20,25 +20,25 @@ pub struct Gpt2Config {
     n_embd: i64,
     /// Number of layers.
     n_layer: usize,
-    /// Heads of a layer.
+    /// Number of attention heads per layer.
     n_head: i64,
-    /// Width of an MLP; four times the stream's where it is not given.
+    /// Width of the MLP. Default: 4 · `n_embd`.
     n_inner: Option<i64>,
-    /// The longest context.
+    /// Longest context, in tokens.
     n_positions: i64,
-    /// The MLP's activation.
+    /// Activation function of the MLP.
     #[default("gelu_new")]
     activation_function: String,
-    /// Added to the variance in layer norms.
+    /// Epsilon added to the variance in layer norms.
     #[default(1e-5)]
     layer_norm_epsilon: f64,
-    /// Whether scores are divided by the root of a head's width.
+    /// Whether attention scores are divided by the square root of a head's width.
     #[default(true)]
     scale_attn_weights: bool,
-    /// Whether they are divided by the layer's number as well, counted from 1.
+    /// Whether attention scores are also divided by the layer's number, counted from 1.
     #[default]
     scale_attn_by_inverse_layer_idx: bool,
-    /// Whether the head is the embedding.
+    /// Whether head and token embedding share one weight.
     #[default(true)]
     tie_word_embeddings: bool,
 }

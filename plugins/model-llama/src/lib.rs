@@ -1,20 +1,20 @@
-//! Llama (Touvron et al. 2023, <https://arxiv.org/abs/2307.09288>; Llama 3, <https://arxiv.org/abs/2407.21783>), and the
-//! many models of its family: TinyLlama, SmolLM, Vicuna, DeepSeek's distillations.
+//! Llama (Touvron et al. 2023, <https://arxiv.org/abs/2307.09288>; Llama 3, <https://arxiv.org/abs/2407.21783>) and
+//! models of the same architecture: TinyLlama, SmolLM, Vicuna, DeepSeek's distillations.
 
 use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
-/// The fields of a Llama config.json that change what it computes, with Hugging Face's defaults.
-#[component(model "llama", summary = "Llama 1 to 3, TinyLlama, SmolLM, and other models of their architecture",
+/// Fields of a Llama config.json that affect the computation, with Hugging Face's defaults.
+#[component(model "llama", summary = "Llama 1 to 3, TinyLlama, SmolLM and models of the same architecture",
     paper = "Touvron et al. 2023, Llama 2, https://arxiv.org/abs/2307.09288")]
 pub struct LlamaConfig {
     #[serde(flatten)]
     common: CommonFields,
-    /// Whether attention's projections have biases.
+    /// Whether the projections of attention have biases.
     #[default]
     attention_bias: bool,
-    /// Whether the MLP's projections have biases.
+    /// Whether the projections of the MLP have biases.
     #[default]
     mlp_bias: bool,
 }

@@ -1,16 +1,16 @@
-//! Mistral (Jiang et al. 2023, <https://arxiv.org/abs/2310.06825>): Llama with attention over a sliding window.
+//! Mistral (Jiang et al. 2023, <https://arxiv.org/abs/2310.06825>): Llama with sliding-window attention.
 
 use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
-/// The fields of a Mistral config.json that change what it computes, with Hugging Face's defaults.
-#[component(model "mistral", summary = "Mistral 7B and other models of its architecture",
+/// Fields of a Mistral config.json that affect the computation, with Hugging Face's defaults.
+#[component(model "mistral", summary = "Mistral 7B and models of the same architecture",
     paper = "Jiang et al. 2023, Mistral 7B, https://arxiv.org/abs/2310.06825")]
 pub struct MistralConfig {
     #[serde(flatten)]
     common: CommonFields,
-    /// How many positions a token sees, itself among them; null for all before it.
+    /// Window of attention in tokens, including the query's own; null for full attention.
     #[default(Some(4096))]
     sliding_window: Option<i64>,
 }

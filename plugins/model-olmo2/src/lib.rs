@@ -1,18 +1,18 @@
-//! OLMo 2 (OLMo team 2025, <https://arxiv.org/abs/2501.00656>): Llama with norms after attention and MLP instead of before
-//! them, and over all queries and all keys.
+//! OLMo 2 (OLMo team 2025, <https://arxiv.org/abs/2501.00656>): Llama with norms after attention and MLP instead of
+//! before, and norms over all queries and all keys.
 
 use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::decoder::QkNorm;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
-/// The fields of an OLMo 2 config.json that change what it computes, with Hugging Face's defaults.
+/// Fields of an OLMo 2 config.json that affect the computation, with Hugging Face's defaults.
 #[component(model "olmo2", summary = "OLMo 2",
     paper = "OLMo team 2025, 2 OLMo 2 Furious, https://arxiv.org/abs/2501.00656")]
 pub struct Olmo2Config {
     #[serde(flatten)]
     common: CommonFields,
-    /// Whether attention's projections have biases.
+    /// Whether the projections of attention have biases.
     #[default]
     attention_bias: bool,
 }

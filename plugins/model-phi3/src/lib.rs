@@ -1,18 +1,18 @@
-//! Phi-3 (Abdin et al. 2024, <https://arxiv.org/abs/2404.14219>) and Phi-4: Llama with queries, keys and values from one
-//! projection, and gate and up from another.
+//! Phi-3 (Abdin et al. 2024, <https://arxiv.org/abs/2404.14219>) and Phi-4: Llama with one projection for queries, keys
+//! and values, and one for gate and up.
 
 use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::lm::decoder::{MlpLayout, Projections};
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
-/// The fields of a Phi-3 config.json that change what it computes, with Hugging Face's defaults.
-#[component(model "phi3", summary = "Phi-3, Phi-3.5 and Phi-4 (not the mixtures of experts)",
+/// Fields of a Phi-3 config.json that affect the computation, with Hugging Face's defaults.
+#[component(model "phi3", summary = "Phi-3, Phi-3.5 and Phi-4 (not mixtures of experts)",
     paper = "Abdin et al. 2024, Phi-3, https://arxiv.org/abs/2404.14219")]
 pub struct Phi3Config {
     #[serde(flatten)]
     common: CommonFields,
-    /// How many positions a token sees, itself among them; null for all before it.
+    /// Window of attention in tokens, including the query's own; null for full attention.
     sliding_window: Option<i64>,
 }
 
@@ -20,7 +20,7 @@ impl DecoderFamily for Phi3Config {
     fn decoder(self) -> Result<DecoderConfig> {
         let Phi3Config { mut common, sliding_window, .. } = self;
         common.rms_norm_eps.get_or_insert(1e-5);
-        // Both 4 and 5 take this one before the one in `rope_parameters`, even where the file does not have it.
+        // transformers 4 and 5 prefer this value to the one in `rope_parameters`, even where the file lacks it.
         common.rope.original_max_position_embeddings.get_or_insert(4096.0);
         let mut decoder = common.decoder()?;
         for layer in &mut decoder.layers {

@@ -1,11 +1,12 @@
-//! Qwen 2 (Yang et al. 2024, <https://arxiv.org/abs/2407.10671>) and 2.5: Llama with biases on queries, keys and values.
+//! Qwen 2 (Yang et al. 2024, <https://arxiv.org/abs/2407.10671>) and 2.5: Llama with biases on queries, keys and
+//! values.
 
 use dictlearn_core::lm::config::{CommonFields, UpperWindow};
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
-/// The fields of a Qwen 2 config.json that change what it computes, with Hugging Face's defaults.
-#[component(model "qwen2", summary = "Qwen 1.5 to 2.5, and the distillations built on them",
+/// Fields of a Qwen 2 config.json that affect the computation, with Hugging Face's defaults.
+#[component(model "qwen2", summary = "Qwen 1.5 to 2.5, and distillations built on them",
     paper = "Yang et al. 2024, Qwen2, https://arxiv.org/abs/2407.10671", example = UpperWindow::EXAMPLE)]
 pub struct Qwen2Config {
     #[serde(flatten)]

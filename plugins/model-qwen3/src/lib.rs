@@ -1,17 +1,18 @@
-//! Qwen 3 (Yang et al. 2025, <https://arxiv.org/abs/2505.09388>), dense: Llama with norms over each head's query and key.
+//! Qwen 3 (Yang et al. 2025, <https://arxiv.org/abs/2505.09388>), dense: Llama with norms on each head's queries and
+//! keys.
 
 use dictlearn_core::lm::config::{CommonFields, UpperWindow};
 use dictlearn_core::lm::decoder::QkNorm;
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::prelude::*;
 
-/// The fields of a Qwen 3 config.json that change what it computes, with Hugging Face's defaults.
+/// Fields of a Qwen 3 config.json that affect the computation, with Hugging Face's defaults.
 #[component(model "qwen3", summary = "Qwen 3 (dense)",
     paper = "Yang et al. 2025, Qwen3, https://arxiv.org/abs/2505.09388", example = UpperWindow::EXAMPLE)]
 pub struct Qwen3Config {
     #[serde(flatten)]
     common: CommonFields,
-    /// Whether attention's projections have biases.
+    /// Whether the projections of attention have biases.
     #[default]
     attention_bias: bool,
     #[serde(flatten)]
@@ -20,7 +21,7 @@ pub struct Qwen3Config {
 
 impl DecoderFamily for Qwen3Config {
     fn decoder(mut self) -> Result<DecoderConfig> {
-        // Unlike in the other families a head's width does not follow from the stream's.
+        // Unlike in the other families, a head's width does not follow from the residual stream's.
         self.common.head_dim.get_or_insert(128);
         let mut decoder = self.common.decoder()?;
         decoder.attention.input_bias = self.attention_bias;

@@ -1,5 +1,5 @@
-//! The entropy of an activation's features as a penalty: low where few features carry most of the sum, whatever the sum
-//! is, so that it does not shrink features as L1 does.
+//! The entropy of an activation's features as a penalty. It is low where few features carry most of the sum, whatever
+//! the sum, so it does not shrink features as L1 does.
 //!
 //! With features f `[F]` of an activation and ε = 1e-8:
 //!
@@ -8,25 +8,25 @@
 //! H = − Σ p log(p + ε)        (0 where Σ f = 0)
 //! ```
 //!
-//! Where a dictionary carries its sparsity elsewhere (a gate, features times the norms of their directions) f is that, as in
-//! any penalty. The penalty is the mean of H over the batch, in nats. It is the reference's of spring 2024 (its commit bc09ba4), which
-//! has no paper.
+//! Where the penalised activations are not the features (a gate's, features times decoder norms), f stands for them.
+//! The penalty is the mean of H over the batch, in nats. It comes from the reference of spring 2024 (commit bc09ba4);
+//! it has no paper.
 
 use dictlearn_core::prelude::*;
 
 /// Keeps quotients and logarithms of zeros finite; the reference's value.
 const EPSILON: f64 = 1e-8;
 
-/// The entropy of each activation's features, normalised to sum to 1; of what a sparsity penalty falls on, where that is
-/// not the features: a gate, or features times the norms of their directions.
+/// Penalises the entropy of each activation's features, normalised to sum to 1. Where the sparsity penalty falls on
+/// something else (a gate's activations, features times decoder norms), it takes the entropy of that.
 #[component(modifier "entropy_penalty",
-    summary = "The entropy of each activation's features, beside or instead of the sparsity term",
+    summary = "Penalises the entropy of each activation's features, beside or instead of the sparsity term",
     example = "{type: entropy_penalty, weight: 0.02}")]
 pub struct EntropyPenaltyConfig {
-    /// Weight of the entropy, in nats, in the loss.
+    /// Weight in the loss of the mean entropy, in nats.
     #[schemars(range(min = 0))]
     pub weight: f64,
-    /// Whether it takes the place of the trainer's own sparsity term, which is then only logged, or stands beside it.
+    /// Whether it replaces the trainer's own sparsity term, which is then only logged, instead of adding to it.
     #[default]
     pub replace_sparsity: bool,
     /// Steps over which the weight rises from 0.
@@ -62,11 +62,11 @@ impl Modifier for EntropyPenalty {
     }
 }
 
-/// The mean entropy of rows [B, F] of numbers that are not negative, a scalar, in nats.
+/// Mean entropy of the rows of a nonnegative tensor [B, F]: a scalar, in nats.
 fn entropy(features: &Tensor) -> Tensor {
     let sums = features.sum_dim_intlist([-1].as_slice(), true, features.kind());
     let p = features / (&sums + EPSILON);
-    // Where nothing fires p is 0, and so is what it is multiplied with; its gradient must be too.
+    // Where nothing fires, p is 0 and so is each product; `where` makes its gradient 0 too.
     let terms = (-&p * (&p + EPSILON).log()).where_self(&sums.greater(0.0), &Tensor::from(0f32).to_kind(p.kind()));
     mean_of_sums(&terms)
 }
@@ -76,9 +76,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_the_logarithm_of_how_many_features_share_the_sum() {
+    fn entropy_is_the_logarithm_of_the_number_of_equal_features() {
         let even = Tensor::from_slice2(&[[2f32, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]]);
-        // One row of four equal features, and one of none.
+        // One row of four equal features, one without features.
         assert!((entropy(&even).double_value(&[]) - 4f64.ln() / 2.0).abs() < 1e-6);
         let single = Tensor::from_slice2(&[[0f32, 5.0, 0.0, 0.0]]);
         assert!(entropy(&single).double_value(&[]).abs() < 1e-6);
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_without_features_has_no_gradient() {
+    fn a_row_without_features_gets_no_gradient() {
         let features = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)).set_requires_grad(true);
         entropy(&features).backward();
         assert_eq!(features.grad().abs().sum(Kind::Float).double_value(&[]), 0.0);

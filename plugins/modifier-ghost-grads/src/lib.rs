@@ -1,9 +1,8 @@
 //! Ghost gradients: Jermyn and Templeton 2024, *Ghost Grads: An improvement on resampling*,
 //! <https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling>.
 //!
-//! A feature that has been silent for long gets no gradient through its ReLU. So a second reconstruction, of what the
-//! first left over, is made of the dead features alone, through an exponential. With pre-activations π `[F]`, the columns
-//! W_d of the dead, and the residual r = x − x̂:
+//! A dead feature gets no gradient through its ReLU. So the dead features alone reconstruct the residual, through an
+//! exponential. With pre-activations π `[F]`, the dead features' decoder columns W_d, and the residual r = x − x̂:
 //!
 //! ```text
 //! g  = W_d exp(π)
@@ -12,29 +11,29 @@
 //! L += L' · L_rec / L'           (the quotient is a constant)
 //! ```
 //!
-//! Dead features thus pull with as much loss as the reconstruction has, whatever the size of their exponentials. It
-//! follows the reference's code of spring 2024, which takes norms and not their squares and counts steps.
+//! Dead features thus contribute as much loss as the reconstruction, whatever the size of their exponentials. This
+//! follows the reference's code of spring 2024, which uses norms instead of their squares and counts steps.
 
 use dictlearn_core::prelude::*;
 
 /// Keeps quotients of zeros finite; the reference's value.
 const EPSILON: f64 = 1e-8;
 
-/// Gradients for dead features, through the exponential of their pre-activations.
-#[component(modifier "ghost_grads", summary = "Dead features reconstruct the residual through their exponential",
+/// Gives dead features gradients through the exponential of their pre-activations.
+#[component(modifier "ghost_grads", summary = "Dead features reconstruct the residual through an exponential",
     paper = "Jermyn and Templeton 2024, Ghost Grads, \
         https://transformer-circuits.pub/2024/jan-update/index.html#dict-learning-resampling",
     example = "{type: ghost_grads, threshold: 50}")]
 pub struct GhostGradsConfig {
-    /// A feature is dead that has been silent for more than so many steps, or tokens.
+    /// A feature is dead after more than this many steps (or tokens, see `unit`) without firing.
     #[schemars(range(min = 0))]
     pub threshold: u64,
-    /// What the threshold counts.
+    /// Unit of `threshold`.
     #[default]
     pub unit: Unit,
 }
 
-/// What a threshold counts.
+/// Unit of a threshold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
@@ -62,13 +61,13 @@ struct GhostGrads {
     threshold: i64,
     unit: Unit,
     firing: Firing,
-    /// The counters if the step is taken.
+    /// Counters after the current step, kept once it is taken.
     next: Option<Firing>,
 }
 
 impl Modifier for GhostGrads {
     fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
-        // Those that were dead before this batch.
+        // Features that were dead before this batch.
         let threshold = self.threshold.saturating_add(1);
         if let Some(dead) = self.firing.silent_indices(threshold) {
             let ghost_loss = ghost_loss(pass, &dead)?;
@@ -103,11 +102,11 @@ impl Modifier for GhostGrads {
     }
 }
 
-/// How far the ghosts of these features, indices `[n]`, are from the residual.
+/// Mean distance of the ghost reconstruction by the features `dead`, indices `[n]`, from the residual.
 fn ghost_loss(pass: &Pass, dead: &Tensor) -> Result<Tensor> {
     let directions = pass.dictionary.directions().context("the dictionary has no decoder")?.index_select(0, dead);
-    // Only the ghost's direction matters, so that a common factor may keep exponentials finite: in a TopK dictionary dead
-    // features can have large pre-activations.
+    // Only the ghost's direction matters, so a common factor can keep the exponentials finite: in a TopK dictionary
+    // dead features can have large pre-activations.
     let pre_activations = pass.code.extra("pre_activations")?.index_select(-1, dead);
     let most = pre_activations.detach().amax([-1], true).clamp_min(0.0);
     let ghost = (pre_activations - most).exp().matmul(&directions);

@@ -1,27 +1,27 @@
-//! Resampling of dead features for trainers that have none of their own: Bricken et al. 2023, *Towards Monosemanticity*,
+//! Resampling of dead features for trainers that do not resample: Bricken et al. 2023, *Towards Monosemanticity*,
 //! "Neuron resampling", <https://transformer-circuits.pub/2023/monosemantic-features>.
 //!
-//! Every so many steps each feature that has been silent for too long starts anew from an activation that the dictionary
-//! reconstructs badly ([`Resampling`]). As in the reference the new encoder row is the activation itself times a fifth of
-//! the living rows' norm, which the paper takes of the activation's direction: with `normalize_activations` it is about
-//! the same, without it large activations make large features. The learning rate goes on as the trainer says; `standard`, `p_anneal` and
-//! `gated_anneal`, which warm it up again, have a field `resample_steps` of their own.
+//! Every `every` steps, each dead feature is reinitialised from an activation that the dictionary reconstructs badly
+//! ([`Resampling`]). As in the reference, the new encoder row is the activation times a fifth of the living rows' mean
+//! norm; the paper normalises the activation first. With `normalize_activations` the two nearly agree; without it,
+//! large activations make large features. The learning rate keeps the trainer's schedule. `standard`, `p_anneal` and
+//! `gated_anneal` have their own field `resample_steps`, which also restarts the warm-up.
 
 use dictlearn_core::prelude::*;
 
-/// Dead features start anew.
-#[component(modifier "resample", summary = "Dead features start anew from activations that are reconstructed badly",
+/// Resamples dead features.
+#[component(modifier "resample", summary = "Reinitialises dead features from badly reconstructed activations",
     paper = "Bricken et al. 2023, Towards Monosemanticity, \
         https://transformer-circuits.pub/2023/monosemantic-features", example = "{type: resample, every: 100}")]
 pub struct ResampleConfig {
-    /// Resample every so many steps.
+    /// Steps between resamplings.
     #[schemars(range(min = 1))]
     pub every: u64,
-    /// A feature is dead that has been silent for more than so many steps; half of `every` if it is null.
+    /// A feature is dead after more than this many steps without firing; null for half of `every`.
     pub dead_after: Option<u64>,
-    /// No more resampling from this step on, so that what starts anew has time to learn; null for never.
+    /// Step from which resampling stops, so that resampled features have time to learn; null for never.
     pub until: Option<u64>,
-    /// How activations are drawn for dead features: by their `loss` (the reference) or `loss_squared` (the paper).
+    /// How activations are sampled: in proportion to their `loss` (the reference) or `loss_squared` (the paper).
     #[default]
     pub weight: ResampleWeight,
 }
@@ -43,7 +43,7 @@ impl ModifierConfig for ResampleConfig {
 struct Resample {
     until: Option<u64>,
     resampling: Resampling,
-    /// How many features started anew so far, which is logged.
+    /// Number of features resampled so far, which is logged.
     resampled: i64,
 }
 
