@@ -668,11 +668,11 @@ fn settings_that_measuring_does_not_use_are_refused() {
     desk.ok(&["train", "config.yaml"]);
     for set in ["saes[0].dictionary.dict_size=32", "steps=10"] {
         let said = desk.refused(&["eval", "run/top_k", "--set", set]);
-        assert!(said.contains("changes nothing of what is measured") && said.contains("eval_source"), "{said}");
+        assert!(said.contains("does not affect evaluation") && said.contains("eval_source"), "{said}");
     }
     assert!(desk.refused(&["eval", "run/top_k", "--set", "sorce.batch_size=1"]).contains("did you mean `source`"));
     let said = desk.refused(&["eval", "run/top_k", "--set", "metrics=[]"]);
-    assert!(said.contains("`--set metrics=[]` leaves nothing to measure"), "{said}");
+    assert!(said.contains("`--set metrics=[]` leaves no metrics to compute"), "{said}");
 }
 
 #[test]
