@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kind_of_an_error_follows_from_its_cause() {
+    fn error_kind_follows_from_its_cause() {
         let kind = |error: anyhow::Error| Error::from(error.context("outer"));
         assert!(matches!(kind(InputError::new("x").into()), Error::Input(input) if input.message() == "outer: x"));
         assert!(matches!(kind(Interrupted.into()), Error::Interrupted));
