@@ -45,8 +45,8 @@
 //!
 //! Plugins build on the traits and tools of the crate [`dictlearn_core`].
 //!
-//! The library prints nothing. Messages are [`tracing`](https://docs.rs/tracing) events whose targets begin with `dictlearn`; a
-//! program displays progress through [`progress::show_with`](dictlearn_core::progress::show_with).
+//! The library prints nothing. Messages are [`tracing`](https://docs.rs/tracing) events whose targets begin with
+//! `dictlearn`. A program displays progress through [`progress::show_with`](dictlearn_core::progress::show_with).
 
 mod batches;
 pub mod cli;

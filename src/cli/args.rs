@@ -42,7 +42,7 @@ pub(super) enum Command {
         /// Config that provides source and metrics; by default, the one that each SAE was trained with.
         #[arg(long, value_name = "CONFIG.yaml")]
         config: Option<PathBuf>,
-        /// Override a config key, such as the evaluation text: `--set 'source.text={type: text_files, path: mine.txt}'`.
+        /// Override a config key: `--set 'source.text={type: text_files, path: mine.txt}'` sets the text.
         ///
         /// Overrides of `source` also apply to `eval_source`, if the config has one.
         #[arg(long, value_name = "KEY=VALUE")]

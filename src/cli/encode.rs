@@ -180,7 +180,7 @@ pub(super) fn without_model(config: &Path, args: &EncodeArgs) -> Option<anyhow::
         config.display()
     ));
     let help = "name a config whose source runs the activations' model with `--config CONFIG.yaml`, \
-                    or encode activations with `--input FILE`";
+                or encode activations with `--input FILE`";
     Some(error.help(help).into())
 }
 

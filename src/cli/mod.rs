@@ -52,7 +52,7 @@ fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
     let message = message.unwrap_or("unknown");
     if ["allocate memory", "out of memory"].iter().any(|want| message.contains(want)) {
         return "not enough memory\nhelp: make the dictionary, the batch or the buffer smaller; \
-                        `--dry-run` shows what they need"
+                `--dry-run` shows what they need"
             .to_owned();
     }
     let place = panic.location().map_or_else(String::new, |place| format!(" ({place})"));
@@ -122,7 +122,7 @@ fn run(command: Command) -> Result<ExitCode> {
             new_plugin::write(kind(&name_of_kind)?, &name, &out, &dictlearn.unwrap_or_else(new_plugin::own_source))?;
             say!(
                 "created {}; in that folder, `cargo test` tests the plugin, and \
-                                 `cargo run --release -- train CONFIG.yaml` runs dictlearn with it",
+                 `cargo run --release -- train CONFIG.yaml` runs dictlearn with it",
                 out.display()
             );
             Ok(ExitCode::SUCCESS)

@@ -113,12 +113,12 @@ fn short_run(component: &Component) -> Option<Short> {
     Some(Short {
         intro: format!(
             "The defaults follow the reference, for runs of 10,000 steps or more. For a short run ({steps} steps of \
-                         {batch} activations), set:"
+             {batch} activations), set:"
         ),
         settings: serde_yaml::to_string(&settings).ok()?,
         measured: format!(
             "Measured on layer 2 of the bundled model, on held-out text: {measured}. configs/short-runs.yaml has these \
-                         settings for every method."
+             settings for every method."
         ),
     })
 }
