@@ -8,7 +8,8 @@
 //! ```
 //!
 //! The test must link the plugins that the component's example names (`use dictlearn as _;`), and its own crate. A
-//! dictionary is tried with every trainer that is linked, a trainer with every dictionary: each pair learns or is refused
+//! dictionary is tried with every trainer that is linked, a trainer with every dictionary: each pair learns or is
+//! refused
 //! with the reason.
 //!
 //! A failure names the [`Promise`] that is broken, what was found, and what mends it.

@@ -433,7 +433,8 @@ const TOLERANCE: f64 = 1e-3;
 /// Width of the activations.
 const WIDTH: i64 = 32;
 
-/// Takes some steps of each trainer as training does, on the CPU and on the device, and compares their losses with those of
+/// Takes some steps of each trainer as training does, on the CPU and on the device, and compares their losses with
+/// those of
 /// autograd on the CPU.
 fn training(best: Device, problems: &mut Vec<Problem>) -> Vec<Check> {
     let batches = batches();

@@ -15,14 +15,16 @@ use crate::Result;
 
 /// A trained SAE.
 ///
-/// Inputs may be on any device and of any floating-point type; they are converted to float32 on the SAE's device, where results
+/// Inputs may be on any device and of any floating-point type; they are converted to float32 on the SAE's device, where
+/// results
 /// stay. No autograd graph is built.
 pub struct Sae {
     saved: Saved,
 }
 
 impl Sae {
-    /// Loads an SAE: a folder that dictlearn wrote, or `FORMAT:NAME`, where the format is one of `dictlearn list formats` and the
+    /// Loads an SAE: a folder that dictlearn wrote, or `FORMAT:NAME`, where the format is one of `dictlearn list
+    /// formats` and the
     /// name is what `dictlearn import` takes: a folder, `owner/name/path` on the Hugging Face Hub, or a release's SAE
     /// (`sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre`). What is in the Hub's cache needs no network.
     ///
@@ -30,7 +32,8 @@ impl Sae {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) if the SAE does not exist or is damaged, [`Error::Hub`](crate::Error::Hub) if the Hub
+    /// [`Error::Input`](crate::Error::Input) if the SAE does not exist or is damaged, [`Error::Hub`](crate::Error::Hub)
+    /// if the Hub
     /// cannot be reached.
     pub fn load(place: impl AsRef<str>) -> Result<Self> {
         Sae::load_on(place, dictlearn_core::machine::device::best())
@@ -157,7 +160,8 @@ impl std::fmt::Debug for Sae {
     }
 }
 
-/// Imports published SAEs into folders of dictlearn's, as `dictlearn import` does, and returns the folders. `name` is what
+/// Imports published SAEs into folders of dictlearn's, as `dictlearn import` does, and returns the folders. `name` is
+/// what
 /// [`Sae::load`] takes after the format; `out` is the folder for one of them, or the folder of the folders.
 ///
 /// # Errors

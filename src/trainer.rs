@@ -114,7 +114,8 @@ impl TrainerBuilder {
 }
 
 impl Trainer {
-    /// Starts a builder from the config structs of a dictionary and a trainer, the ones that YAML names. Fields left at their
+    /// Starts a builder from the config structs of a dictionary and a trainer, the ones that YAML names. Fields left at
+    /// their
     /// defaults adapt to the number of steps, as in a config.
     pub fn builder(
         dictionary: impl TaggedDictionary + 'static,
@@ -143,8 +144,10 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) for a batch of another shape, [`Error::Diverged`](crate::Error::Diverged) if the loss or a
-    /// gradient is not finite. On a CPU the failed step changes nothing; on a GPU the error is reported by [`Trainer::save`] and
+    /// [`Error::Input`](crate::Error::Input) for a batch of another shape, [`Error::Diverged`](crate::Error::Diverged)
+    /// if the loss or a
+    /// gradient is not finite. On a CPU the failed step changes nothing; on a GPU the error is reported by
+    /// [`Trainer::save`] and
     /// [`Trainer::finish`].
     pub fn step(&mut self, x: &Tensor) -> Result<()> {
         self.take(Batch::of(self.own(x, self.cx.widths.0)?), false)
@@ -164,7 +167,8 @@ impl Trainer {
         self.take(Batch { x, target }, false)
     }
 
-    /// Takes a step as [`Trainer::step`] and returns its figures, which come from the same forward pass. Slightly slower.
+    /// Takes a step as [`Trainer::step`] and returns its figures, which come from the same forward pass. Slightly
+    /// slower.
     pub fn step_with_stats(&mut self, x: &Tensor) -> Result<&StepStats> {
         self.take(Batch::of(self.own(x, self.cx.widths.0)?), true)?;
         Ok(self.stats.get_or_insert_default())
@@ -184,7 +188,8 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Diverged`](crate::Error::Diverged) as for [`Trainer::step`], [`Error::Io`](crate::Error::Io) where the folder cannot be
+    /// [`Error::Diverged`](crate::Error::Diverged) as for [`Trainer::step`], [`Error::Io`](crate::Error::Io) where the
+    /// folder cannot be
     /// written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         self.training.settle()?;

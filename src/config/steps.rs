@@ -70,7 +70,10 @@ dictlearn_core::inline_schema!(SaveSteps, {"anyOf": [
     {
         "type": "object",
         "properties": {
-            "log": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "Maximum number of steps, including step 0; duplicates are merged."}
+            "log": {
+                "type": "integer", "minimum": 1, "maximum": 1000,
+                "description": "Maximum number of steps, including step 0; duplicates are merged."
+            }
         },
         "required": ["log"],
         "additionalProperties": false

@@ -54,7 +54,8 @@ pub struct Push {
 }
 
 impl Push {
-    /// Collects what is uploaded of an SAE's folder to `owner/name[@branch]`, into a folder of the repository or its root.
+    /// Collects what is uploaded of an SAE's folder to `owner/name[@branch]`, into a folder of the repository or its
+    /// root.
     pub fn of(sae_dir: &Path, repo: &str, path: &str) -> Result<Self> {
         let about = About::read(sae_dir)?;
         let repo = parse_repo(repo)?;
