@@ -869,8 +869,8 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
     let file = desk.path("file/hf").display().to_string();
     let broken = [
         ("HF_ENDPOINT", "mirror.org", "HF_ENDPOINT is `mirror.org`"),
-        ("HF_HOME", file.as_str(), "cannot be written to"),
-        ("TMPDIR", file.as_str(), "no temporary file can be made"),
+        ("HF_HOME", file.as_str(), "is not writable"),
+        ("TMPDIR", file.as_str(), "no temporary file can be created"),
     ];
     for (name, value, what) in broken {
         let mut program = desk.program();
