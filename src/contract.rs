@@ -1583,8 +1583,7 @@ fn opens_from_its_own_files(component: &Component) {
     OPENS.check(&who, apart < 1e-5, || format!("logits differ by up to {apart}"));
 }
 
-/// Checks that every field that changes some family's arithmetic is refused, or is a field of this one and has an
-/// effect.
+/// Checks that every field that changes some family's arithmetic is refused, or has an effect here.
 fn ignores_no_arithmetic(component: &Component) {
     let who = who(component);
     let schema = (component.schema)().to_value();

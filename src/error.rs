@@ -5,8 +5,7 @@ use dictlearn_core::hub::HubError;
 use dictlearn_core::interrupt::Interrupted;
 use dictlearn_core::train::NotFinite;
 
-/// An error of this library. [`std::fmt::Display`] prints the full message, with file, line, column and advice where
-/// known.
+/// An error of this library. [`std::fmt::Display`] prints the full message, with known file, line, column and advice.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -15,18 +15,16 @@ use crate::Result;
 
 /// A trained SAE.
 ///
-/// Inputs may be on any device and of any floating-point type; they are converted to float32 on the SAE's device, where
-/// results
-/// stay. No autograd graph is built.
+/// Inputs may have any device and floating-point dtype. They are converted to float32 on the SAE's device, where
+/// results stay. No autograd graph is built.
 pub struct Sae {
     saved: Saved,
 }
 
 impl Sae {
-    /// Loads an SAE: a folder that dictlearn wrote, or `FORMAT:NAME`, where the format is one of `dictlearn list
-    /// formats` and the name is what `dictlearn import` takes: a folder, `owner/name/path` on the Hugging Face Hub, or
-    /// a release's SAE (`sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre`). Files in the Hub's cache need no
-    /// network.
+    /// Loads an SAE: a folder that dictlearn wrote, or `FORMAT:NAME`. The format is one of `dictlearn list formats`.
+    /// The name is what `dictlearn import` takes: a folder, `owner/name/path` on the Hugging Face Hub, or a release's
+    /// SAE (`sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre`). Files in the Hub's cache need no network.
     ///
     /// Weights are placed on the first GPU, or on the CPU if there is none.
     ///

@@ -114,9 +114,8 @@ impl TrainerBuilder {
 }
 
 impl Trainer {
-    /// Starts a builder from the config structs of a dictionary and a trainer, the ones that YAML names. Fields left at
-    /// their
-    /// defaults adapt to the number of steps, as in a config.
+    /// Starts a builder from the config structs of a dictionary and a trainer, the ones that YAML names. Fields at
+    /// their defaults adapt to the number of steps, as in a config.
     pub fn builder(
         dictionary: impl TaggedDictionary + 'static,
         trainer: impl TaggedTrainer + 'static,
@@ -167,8 +166,7 @@ impl Trainer {
         self.take(Batch { x, target }, false)
     }
 
-    /// Takes a step as [`Trainer::step`] and returns its metrics, from the same forward pass. Slightly
-    /// slower.
+    /// Takes a step as [`Trainer::step`], slightly slower, and returns its metrics from the same forward pass.
     pub fn step_with_stats(&mut self, x: &Tensor) -> Result<&StepStats> {
         self.take(Batch::of(self.own(x, self.cx.widths.0)?), true)?;
         Ok(self.stats.get_or_insert_default())

@@ -179,8 +179,8 @@ pub(super) fn without_model(config: &Path, args: &EncodeArgs) -> Option<anyhow::
         "`--text` needs a language model, and the source `{name}` of {} has none",
         config.display()
     ));
-    let help = "name a config whose source runs the activations' model with `--config CONFIG.yaml`, \
-                or encode activations with `--input FILE`";
+    let help = "give a config whose source runs the activations' model (`--config CONFIG.yaml`), or encode activations \
+                (`--input FILE`)";
     Some(error.help(help).into())
 }
 

@@ -102,8 +102,8 @@ pub(super) fn eval(
 /// The config keys that evaluation depends on.
 const MEASURING: [&str; 7] = ["source", "eval_source", "metrics", "device", "precision", "seed", "on_nonfinite"];
 
-/// Loads a config for evaluation. Overrides of `source` also apply to `eval_source`, if there is one, which the metrics
-/// read.
+/// Loads a config for evaluation. Overrides of `source` also apply to `eval_source`, which the metrics read if it
+/// exists.
 pub(super) fn load_to_measure(file: &Path, set: &[String]) -> Result<RunConfig> {
     let config = load_from(&Sources {
         file: file.to_owned(),

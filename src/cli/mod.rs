@@ -57,7 +57,7 @@ fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
     }
     let place = panic.location().map_or_else(String::new, |place| format!(" ({place})"));
     // The lines after the first are libtorch's stack trace.
-    format!("{}{place}\nhelp: this is a bug: please report it", message.lines().next().unwrap_or_default())
+    format!("{}{place}\nhelp: this should not happen; please report it", message.lines().next().unwrap_or_default())
 }
 
 /// Prints an error and returns the exit status: 2 for invalid input, 1 for any other error.

@@ -135,8 +135,8 @@ fn commands(component: &Component) -> Vec<String> {
     commands
 }
 
-/// Returns the reference: a Markdown page for each linked component, with its path (`trainers/top_k.md`), and the index
-/// `README.md`.
+/// Returns the reference: Markdown pages by path, one for each linked component (`trainers/top_k.md`), and `README.md`,
+/// the index.
 pub fn pages() -> Vec<(PathBuf, String)> {
     let mut index =
         "# Reference\n\nEvery component that a config can name, generated from the registry by `cargo xtask docs`.\n"

@@ -30,8 +30,7 @@ pub fn listen() -> Result<Arc<Interrupt>> {
                 Response::NothingToLose => say!("\nstopped during evaluation; the trained SAEs are saved"),
                 Response::AtOnce => {}
             }
-            // SAFETY: ends the process and touches no memory. `exit` would run libtorch's destructors while its threads
-            // compute.
+            // SAFETY: ends the process. `exit` would run libtorch's destructors while its threads compute.
             unsafe { libc::_exit(status(signal).into()) }
         }
     };

@@ -1,5 +1,4 @@
-//! Checks the merged config against its JSON Schema. Reports all mistakes at once: where, what was found, what to
-//! write.
+//! Checks the merged config against its JSON Schema. Reports all mistakes at once, each with its place and a fix.
 //!
 //! Understands only the schemas that schemars generates for our types; serde has the last word.
 
@@ -486,7 +485,7 @@ fn fits(value: &Value, types: &[&str]) -> bool {
         })
 }
 
-/// Returns the schemas of which a value must match one.
+/// Returns the alternatives of a schema: a value must match one.
 fn alternatives(schema: &Json) -> Vec<&Json> {
     match schema.get("anyOf").and_then(Json::as_array) {
         Some(options) => options.iter().flat_map(alternatives).collect(),
@@ -494,7 +493,7 @@ fn alternatives(schema: &Json) -> Vec<&Json> {
     }
 }
 
-/// The number that a text was meant for: `0,002`, `10,000`, `10k`, `2M`.
+/// Returns the number that a text was meant for: `0,002`, `10,000`, `10k`, `2M`.
 fn meant_number(text: &str, whole: bool) -> Option<String> {
     let parses = |text: String| text.parse::<f64>().is_ok().then_some(text);
     if let Some((start, rest)) = text.split_once(',') {

@@ -1,8 +1,7 @@
 //! Merges the layers of a config: `include:` files, the file, its profile, variables, `--set`.
 //!
 //! figment merges them and records which layer each value came from. Two rules are ours: a layer that changes a map's
-//! `type` replaces the map instead of merging fields of another type, and variables and `--set` address list items by
-//! index.
+//! `type` replaces the map, and variables and `--set` address list items by index.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -38,7 +37,7 @@ pub struct Sources {
 }
 
 const PREFIX: &str = "DICTLEARN_";
-/// Maximum number of files of a config, includes among them, since branching includes grow exponentially.
+/// Maximum number of files of a config, included ones among them: branching includes grow exponentially.
 const MOST_FILES: usize = 100;
 /// Name prefixes of variables that belong to tools and tests.
 const TOOLS: [&str; 5] = ["CACHE", "BENCH_", "FUZZ_", "SOAK_", "TEST_"];

@@ -283,7 +283,7 @@ fn sweep_variants(
     let empty = Schema::default();
     let refused = |value: &Value, message: String| {
         let check = Check::new(merged, &empty, &written);
-        let help = "a sweep lists the values of each key: `sweep: {trainer.lr: [1e-4, 3e-4]}`";
+        let help = "a sweep lists values for each key: `sweep: {trainer.lr: [1e-4, 3e-4]}`";
         Err(check.error(value, &path, false, InputError::new(message).help(help)))
     };
     let Value::Dict(_, axes) = sweep else { return refused(sweep, format!("`{path}` is not a map")) };
@@ -479,8 +479,7 @@ fn allow_underscores(schema: &mut Json) {
     }
 }
 
-/// Requires all fields only in objects without `field`; in others, components may lack required fields, even their
-/// type.
+/// Requires all fields only in objects without `field`; in others, components may lack fields, even their type.
 fn forgive(schema: &mut Json, field: &str) {
     let required = schema.as_object_mut().and_then(|schema| schema.remove("required"));
     let (mut whole, mut parts) = (serde_json::Map::new(), serde_json::Map::new());

@@ -50,14 +50,14 @@ pub struct RunConfig {
     #[serde(default)]
     pub output_dir: Option<ConfigPath>,
     /// Scale activations to unit mean squared norm during training; the saved weights include the factor. For
-    /// input-target pairs, the norm is the inputs', and targets are divided by it too.
+    /// input-target pairs, targets are divided by the inputs' norm too.
     #[serde(default)]
     pub normalize_activations: bool,
-    /// Steps between logged steps.
+    /// Logging interval, in steps.
     #[serde(default = "default_log_every")]
     #[schemars(range(min = 1))]
     pub log_every: u64,
-    /// Steps between checkpoints of the whole training state, for `--resume`; null for none.
+    /// Interval between checkpoints of the whole training state, in steps, for `--resume`; null for none.
     #[serde(default = "default_checkpoint_every")]
     #[schemars(range(min = 1))]
     pub checkpoint_every: Option<u64>,
@@ -70,7 +70,7 @@ pub struct RunConfig {
     /// while the others continue; a non-finite activation stops the run. `skip_batch` skips the batch.
     #[serde(default)]
     pub on_nonfinite: OnNonfinite,
-    /// Steps between saves of the weights alone, in `<sae>/checkpoints/ae_<step>.safetensors`.
+    /// Interval between saves of the weights alone, in steps, to `<sae>/checkpoints/ae_<step>.safetensors`.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub save_every: Option<u64>,
@@ -82,16 +82,15 @@ pub struct RunConfig {
     /// Source of the activations.
     pub source: Box<dyn TaggedSource>,
     /// Source of the metrics' activations: `source` with these keys changed, for example to held-out text. By default,
-    /// the metrics use the rows that `source` holds out (`held_out`), or else continue with data that training has not
-    /// read.
+    /// the metrics use the rows that `source` holds out (`held_out`), or else data that training has not read.
     #[serde(default)]
     pub eval_source: Option<Box<dyn TaggedSource>>,
     /// The SAEs, which all train on the same stream.
     #[serde(default)]
     pub saes: Vec<SaeConfig>,
-    /// Metrics computed at the end of training and by `dictlearn eval`. Default: those that the source allows of
-    /// `reconstruction` and, for a language model, `loss_recovered`. With `[]`, training computes none, and `dictlearn
-    /// eval` the default.
+    /// Metrics computed at the end of training and by `dictlearn eval`. Default: `reconstruction`, and for a language
+    /// model `loss_recovered`, if the source allows them. With `[]`, training computes none; `dictlearn eval` uses the
+    /// default.
     #[serde(default)]
     pub metrics: Vec<Box<dyn TaggedMetric>>,
     /// Where logged metrics go: by default to a file in the run's folder; `[]` for nowhere.

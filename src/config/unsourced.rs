@@ -11,8 +11,7 @@ use tch::Device;
 /// small `expansion_factor` does not round to no features at both.
 const MADE_UP: [i64; 2] = [8, 256];
 
-/// Adapts one SAE's defaults, and adds its mistakes that do not depend on the source. `says` tells which keys are
-/// written.
+/// Adapts one SAE's defaults, and adds its mistakes that do not depend on the source. `says` tells if a key is written.
 pub fn check_adapted(
     sae: &mut SaeConfig,
     entry: usize,

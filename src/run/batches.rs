@@ -59,8 +59,7 @@ impl Batches {
         Ok(if ranks::vote(activations.is_none()) { None } else { activations })
     }
 
-    /// Returns a step's batch for each site, divided by its norm; `None` for a batch that is skipped because it is not
-    /// finite.
+    /// Returns a step's batch for each site, divided by its norm; `None` if the batch is not finite and is skipped.
     pub(super) fn checked(&mut self, step: u64, activations: Activations) -> Result<Option<Vec<Batch>>> {
         let found = self.not_finite(step, &activations)?;
         if !ranks::vote(found.is_some()) {

@@ -64,8 +64,7 @@ impl Comparison {
         Ok(Comparison { keys: differing(&saes), saes })
     }
 
-    /// Sorts by a config key or a metric, in ascending order, or descending with a leading `-`. Missing values come
-    /// last.
+    /// Sorts by a config key or a metric, ascending, or descending with a leading `-`. Missing values come last.
     pub fn sort(&mut self, key: &str) -> Result<()> {
         let (key, down) = key.strip_prefix('-').map_or((key, false), |key| (key, true));
         let known: BTreeSet<&String> =

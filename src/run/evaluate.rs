@@ -100,7 +100,7 @@ pub fn check(metrics: &[Box<dyn TaggedMetric>], source: &mut dyn ActivationSourc
     Ok(mistakes.into_result()?)
 }
 
-/// Returns the memory needed to evaluate dictionaries of at most `features` features, besides `own` bytes of a separate
+/// Returns the memory for evaluating dictionaries of at most `features` features, besides `own` bytes of a separate
 /// source.
 pub(crate) fn memory(
     metrics: &[Box<dyn TaggedMetric>],
@@ -117,7 +117,7 @@ pub(crate) fn memory(
     for metric in metrics {
         most = most.max(metric.build()?.memory(source));
     }
-    Ok(Some(MemoryNeed::passing("the metrics", own + most, "the batch sizes, or leave metrics out")))
+    Ok(Some(MemoryNeed::passing("the metrics", own + most, "the batch sizes, or remove metrics")))
 }
 
 /// Returns the default metrics that can be computed on a source, for configs that name none.
@@ -496,15 +496,13 @@ const COLUMNS: [Column; 8] = [
     ("% True features", |figure| Some(percent(figure("frac_features_recovered")?))),
 ];
 
-/// Returns the table of metrics, one row for each SAE, with the columns that a metric has filled, and below it the
-/// data.
+/// Returns the table of metrics: a row for each SAE, the columns that a metric filled, and the data below.
 pub fn table(rows: &[(String, Map<String, Value>)]) -> String {
     let table = table_with(&[], rows.iter().map(|(name, result)| (name.clone(), Vec::new(), result)));
     std::iter::once(table).chain(measured_lines(rows)).collect::<Vec<_>>().join("\n")
 }
 
-/// Returns the table with extra columns after the name. A row has its name, its cells of these columns, and its
-/// metrics.
+/// Returns the table with extra columns after the name. Each row has a name, cells of these columns, and metrics.
 pub(crate) fn table_with<'a>(
     own: &[String],
     rows: impl IntoIterator<Item = (String, Vec<String>, &'a Map<String, Value>)>,

@@ -16,8 +16,7 @@ pub(super) fn of_training(training: &Training, batch_size: i64) -> Vec<MemoryNee
     let on_host = device::on_host(dictionary.device());
     let k = dictionary.selection().map(Selection::k);
     // Quarters of a float32 tensor [B, F]. Measured on a CPU (docs/performance.md), where an analytic step with few
-    // selected features never holds all of them. Counted on a GPU, which holds values, values among zeros, and
-    // derivatives.
+    // selected features never holds all. Counted on a GPU, which holds values, values among zeros, and derivatives.
     let quarters = match between {
         Some(Between::Selection(selection)) if on_host && 4 * selection.k() <= dims.features => 0,
         Some(Between::Selection(_)) if !on_host => 12,
