@@ -5,7 +5,7 @@ use dictlearn_core::files::from_yaml;
 
 use crate::Result;
 
-/// Iterates over the batches of a source. Sources that can be rewound start over at the end.
+/// Iterates over the batches of a source. Sources that can be rewound restart at the end.
 ///
 /// ```
 /// use dictlearn::Batches;
@@ -18,20 +18,20 @@ use crate::Result;
 pub struct Batches(Stream);
 
 impl Batches {
-    /// The batches of a source, from its beginning.
+    /// Builds a source and returns its batches from the beginning.
     ///
     /// # Errors
     ///
-    /// What the source refuses: a file that is not there, a model that cannot be read.
+    /// Errors of the source, such as a missing file or a model that cannot be read.
     pub fn new(source: &(impl SourceConfig + ?Sized), cx: &SourceCx) -> Result<Self> {
         Ok(Batches(Stream::new(source.build(cx)?)))
     }
 
-    /// The batches of a source that YAML names, as under `source` of a config, on the CPU.
+    /// Builds a source from YAML, as under a config's `source`, and returns its batches, on the CPU.
     ///
     /// # Errors
     ///
-    /// As [`Batches::new`], and [`Error::Input`](crate::Error::Input) for YAML that is wrong.
+    /// As [`Batches::new`], and [`Error::Input`](crate::Error::Input) for invalid YAML.
     pub fn from_yaml(yaml: &str) -> Result<Self> {
         let source: Box<dyn TaggedSource> = from_yaml(yaml)?;
         Batches::new(&*source, &SourceCx::default())

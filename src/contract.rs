@@ -1,17 +1,17 @@
-//! What every component keeps, whoever wrote it: the test of a plugin is one call of [`keep`].
+//! The contract that every component keeps. A plugin's test is one call of [`keep`].
 //!
 //! ```ignore
 //! #[test]
 //! fn it_keeps_the_contract() {
-//!     dictlearn_core::contract::keep(Kind::Dictionary, "mine");
+//!     dictlearn::contract::keep(ComponentKind::Dictionary, "mine");
 //! }
 //! ```
 //!
-//! The test must link the plugins that the component's example names (`use dictlearn as _;`), and its own crate. A
-//! dictionary is tried with every trainer that is linked, a trainer with every dictionary: each pair learns or is refused
-//! with the reason.
+//! The test must link the component's crate, and the plugins that its example names (`use dictlearn as _;`). A
+//! dictionary is tested with every linked trainer, and a trainer with every linked dictionary: each pair must learn, or
+//! be refused with a reason.
 //!
-//! A failure names the [`Promise`] that is broken, what was found, and what mends it.
+//! A failure names the broken [`Promise`], what was found, and how to fix it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Debug, Display};
@@ -48,7 +48,7 @@ use dictlearn_core::{formats, hub, lm, registry};
 /// Tests a registered component.
 ///
 /// # Panics
-/// Where it breaks the contract, saying how.
+/// If it breaks the contract, with the promise, what was found, and a remedy.
 pub fn keep(kind: ComponentKind, name: &str) {
     let Some(component) = find(kind, name) else {
         panic!("no {kind} `{name}` is registered: link its crate in the test (`use my_plugin as _;`)");
@@ -102,7 +102,7 @@ pub fn keep(kind: ComponentKind, name: &str) {
             promise.broken(&who(component), format!("it panicked: {said}"));
         }
     }
-    // Last: what the checks above find, they say more plainly.
+    // Last: the checks above have plainer messages.
     example_trains(component);
 }
 
@@ -115,24 +115,24 @@ const BREAKS: &str = "breaks the contract";
 pub struct Promise {
     /// What it promises.
     says: &'static str,
-    /// What mends it where it is broken.
+    /// How to fix a component that breaks it.
     remedy: &'static str,
 }
 
 impl Promise {
-    /// Panics if the promise does not hold of `who`.
+    /// Panics if the promise does not hold for `who`.
     fn check(&self, who: &str, holds: bool, found: impl FnOnce() -> String) {
         if !holds {
             self.broken(who, found());
         }
     }
 
-    /// The value of a result that must not be an error.
+    /// Returns the value of a result that must not be an error.
     fn of<T>(&self, who: &str, result: Result<T>) -> T {
         result.unwrap_or_else(|error| self.broken(who, format!("{error:?}")))
     }
 
-    /// Panics unless both are the same.
+    /// Panics unless both are equal.
     fn same<T: PartialEq + Debug>(&self, who: &str, what: &str, found: T, expected: T) {
         self.check(who, found == expected, || format!("{what} is {found:?}, not {expected:?}"));
     }
@@ -152,7 +152,7 @@ macro_rules! promises {
     };
 }
 
-// Of every component.
+// Promises of every component.
 promises! {
     DESCRIBED: "its registry entry says what `dictlearn list` and `describe` show",
         "complete its `#[component(...)]`";
@@ -162,116 +162,123 @@ promises! {
         "shorten `summary` in its `#[component(...)]`; the doc comment of its config may say more";
     DOCUMENTED: "every field of its config has a doc comment, which `dictlearn describe` shows",
         "write `///` above the field: what it is, its unit and its range";
-    EXAMPLE: "its `example` is a config of it",
-        "give `example` the `type` that is its `name`, and every field that is required";
+    EXAMPLE: "its `example` is a valid config",
+        "give `example` its `name` as `type`, and every required field";
     ROUND_TRIP: "its config reads back as it was written: a run saves it in config.yaml",
-        "check serde's attributes (`skip_serializing_if`, `rename`): what is not written must be the default";
+        "check serde's attributes (`skip_serializing_if`, `rename`): a field that is not written must have its default";
     EXAMPLE_TRAINS: "its example trains as `dictlearn describe` prints it",
-        "train the config of `cargo run -- describe KIND NAME`, and correct `example` or the component";
+        "train the config of `cargo run -- describe KIND NAME`, and fix `example` or the component";
 }
 
-// Of dictionaries.
+// Promises of dictionaries.
 promises! {
-    SHAPES: "`encode` gives features [.., F] and `decode` reconstructions [.., d_out], of the widths in `dims`",
-        "correct `dims`, or the shapes; address dimensions from the last one, -1, so that [B, L, d] is read as [B, d]";
+    SHAPES: "`encode` returns features [.., F] and `decode` reconstructions [.., d_out], with the widths in `dims`",
+        "fix `dims` or the shapes; index dimensions from the last one, -1, so that [B, L, d] works like [B, d]";
     DETERMINISTIC: "the same activations give the same features and the same reconstruction",
         "draw no random numbers in `encode` and `decode`, and let `reconstruction` depend on features and x alone";
-    FORWARD: "`forward`, with which training encodes, gives the features of `encode`",
+    FORWARD: "`forward`, which training uses, returns the features of `encode`",
         "compute both in one function; if training selects over a batch, let `Selection::by_threshold` be true";
-    PENALIZED: "the activations that a sparsity penalty falls on, `Code::penalized`, are [B, F] and never negative",
-        "where features can be negative, give their magnitudes: `code.penalize(features.abs())`";
-    SELECTS: "the code of a dictionary with a `selection` has what the trainers of the TopK family read: `post_relu` \
-              [B, F], the features before the selection, `top_values` [rows, k], the selected magnitudes, and, if \
-              there, `top_indices` of the same shape",
-        "make the code with `Selection::of_each`, `of_batch` or `by_score`, or add `.with(\"post_relu\", ..)` and \
+    PENALIZED: "the penalised activations, `Code::penalized`, are [B, F] and never negative",
+        "if features can be negative, penalise their magnitudes: `code.penalize(features.abs())`";
+    SELECTS: "the code of a dictionary with a `selection` has what trainers of the TopK family read: `post_relu` [B, \
+              F], the features before the selection; `top_values` [rows, k], the selected magnitudes; and optionally \
+              `top_indices` of the same shape",
+        "build the code with `Selection::of_each`, `of_batch` or `by_score`, or add `.with(\"post_relu\", ..)` and \
          `.with(\"top_values\", ..)`";
-    ANNEALS: "k can be changed while training, and is saved",
-        "give `Selection::buffers` in `buffers`, and call `Selection::loaded` in `loaded`";
+    ANNEALS: "k can change during training, and is saved",
+        "return `Selection::buffers` from `buffers`, and call `Selection::loaded` in `loaded`";
     B_DEC: "a parameter `b_dec` is a bias of the reconstruction, `[d_out]`: trainers of the TopK family set it to the \
             geometric median of the first batch",
-        "call it otherwise, or let `decode` add it";
-    READ_BACK: "a saved dictionary is read back and computes the same",
-        "name every tensor that `encode` and `decode` use in `parameters` or `buffers`, derive the rest in `loaded`, and \
-         submit a `SavedClass` of its class whose `shaped` gives tensors of the saved shapes";
-    OTHER_WIDTH: "built for targets of another width than its input, it reconstructs that width",
-        "size the decoder and its bias by `cx.output_dim`, or refuse other widths in `build`";
+        "rename it, or add it in `decode`";
+    READ_BACK: "a saved dictionary loads and computes the same",
+        "list every tensor that `encode` and `decode` use in `parameters` or `buffers`, derive the rest in `loaded`, \
+         and submit a `SavedClass` of its class whose `shaped` returns tensors of the saved shapes";
+    OTHER_WIDTH: "built for targets whose width differs from the input's, it reconstructs that width",
+        "give the decoder and its bias the width `cx.output_dim`, or refuse other widths in `build`";
     SCALES: "after `scale_biases(s)`, activations times s give reconstructions times s",
-        "multiply by s in `scale_biases` all that is added to activations or compared with them: biases and thresholds \
-         (`Selection::scale`); weights of one map stay as they are, the weights of a product of k maps of x are divided by s^(k−1)";
+        "in `scale_biases`, multiply by s whatever is added to activations or compared with them: biases and \
+         thresholds (`Selection::scale`); leave weights unchanged, but divide those of a product \
+         of k maps by s^(k−1)";
 }
 
-// Of trainers, and of their pairs with dictionaries.
+// Promises of trainers, and of their pairs with dictionaries.
 promises! {
     TRAINS_BY_DEFAULT: "a trainer names the dictionary that it trains by default",
         "add `default_dictionary` to its `#[component(...)]`, and link the crate of that dictionary in the test";
-    STEPS_SUCCEED: "a step of training succeeds",
-        "read the error; for a tensor that the code lacks, `Code::get` instead of `extra`, or refuse the dictionary in `build`";
-    LEARNS: "with its example, a trainer explains over 30% of the variance after 200 steps, and half of what it did not at first",
-        "check the signs of the loss's terms, and that the example's rate and warm-up suit 200 steps";
+    STEPS_SUCCEED: "a training step succeeds",
+        "read the error; if the code lacks a tensor, use `Code::get` instead of `extra`, or refuse the dictionary in \
+         `build`";
+    LEARNS: "with its example, a trainer explains over 30% of the variance after 200 steps, and halves the \
+             unexplained part",
+        "check the signs of the loss's terms, and that the example's learning rate and warm-up suit 200 steps";
     UNIT_NORM: "with `unit_norm_decoder`, every decoder direction has norm 1 after a step",
-        "change no decoder weight in `after_step`";
-    LOGS: "a logged step gives step, sae, loss, l0, frac_variance_explained and lr",
-        "remove none of these in `log`";
-    LOGGING: "logging changes nothing of the run",
-        "draw no random number and keep no count where `pass.logging` is asked for or in `log`";
-    RESUMES: "a resumed run ends on the same weights as one that was not stopped",
-        "give every count and running mean in `state` and take it back in `restore`; draw random numbers from `cx.rng`";
-    AS_ON_A_GPU: "without reading numbers at each step, as on a GPU, it trains to the same weights",
-        "use tensors for what a step decides (`where_self`, `masked_fill`), not numbers read from them";
+        "do not change decoder weights in `after_step`";
+    LOGS: "a logged step has step, sae, loss, l0, frac_variance_explained and lr",
+        "keep all of these in `log`";
+    LOGGING: "logging does not change the run",
+        "draw no random numbers and keep no counts in `log` or where `pass.logging` is read";
+    RESUMES: "a resumed run ends on the same weights as an uninterrupted one",
+        "save every count and running mean in `state` and load it in `restore`; draw random numbers from `cx.rng`";
+    AS_ON_A_GPU: "without a GPU sync at each step, it trains to the same weights",
+        "decide with tensor operations (`where_self`, `masked_fill`), not with numbers read from tensors";
     NOT_FINITE: "a step whose loss or gradients are not finite is refused and changes nothing",
-        "change nothing in `loss` that `state` gives: note what it counts, and keep it in `after_step`";
-    LONGER: "where `depends_on_steps` is false, no step depends on how long the run is",
+        "change nothing in `loss` that `state` saves: note counts there, and apply them in `after_step`";
+    LONGER: "if `depends_on_steps` is false, no step depends on the length of the run",
         "return `Schedule::depends_on_steps`, or true";
-    GRADIENTS: "each term's gradient is that of finite differences",
+    GRADIENTS: "each term's gradient matches finite differences",
         "look for a `detach` or an operation without a gradient between the parameter and the term";
-    TERMS: "the loss has a term of reconstruction, and one of sparsity if and only if `has_sparsity_term`",
-        "add them with `Terms::add_reconstruction` and `add_sparsity`; return what is true in `has_sparsity_term`";
-    ANALYTIC: "`analytic` finds the terms, gradients and counts of autograd",
-        "correct the derivative in `analytic`, or return `None` there where it does not hold";
+    TERMS: "the loss has a reconstruction term, and a sparsity term if and only if `has_sparsity_term`",
+        "add them with `Terms::add_reconstruction` and `add_sparsity`; correct `has_sparsity_term`";
+    ANALYTIC: "`analytic` returns the terms, gradients and counts of autograd",
+        "fix the derivative in `analytic`, or return `None` where it does not hold";
     RESAMPLES: "a trainer with `resample_steps` revives features that never fire",
         "call `Resampling` in `see` and `after_step` as plugins/method-standard does";
-    PAIR: "each trainer learns on each dictionary (a fifth of what is left unexplained in 60 steps), or refuses it in `build`",
+    PAIR: "each trainer learns on each dictionary (explains a fifth of the remaining variance in 60 steps), or \
+           refuses it in `build`",
         "refuse with `InputError::incompatible`, as `penalizable` does, or correct the loss";
-    DEAD: "training goes on where features are dead: trainers with `dead_feature_threshold` reconstruct from them",
-        "give `post_relu` [B, F] in the code, the features before the selection, and `directions` [F, d_out]";
+    DEAD: "training continues with dead features: trainers with `dead_feature_threshold` reconstruct from them",
+        "provide `post_relu` [B, F] in the code, the features before the selection, and `directions` [F, d_out]";
 }
 
-// Of the rest.
+// Promises of other components.
 promises! {
-    COMPOSES: "a modifier composes with at least one trainer, learns (half of what is left unexplained in 140 steps) and resumes \
-               with each, and names what it needs of others",
-        "declare in `needs` what it cannot do without, or refuse with `InputError::incompatible`; give in `state` what it \
-         counts";
+    COMPOSES: "a modifier composes with at least one trainer, learns (explains half of the remaining variance in 140 \
+               steps) and resumes with each, and names its requirements",
+        "declare requirements in `needs`, or refuse with `InputError::incompatible`; save counts in `state`";
     DELIVERS: "a source delivers float32 batches of its sites' widths, resumes where it was, and rewinds",
-        "give in `state` everything that the next batch depends on, and draw random numbers from `dictlearn_core::machine::rng`";
-    SEEKS: "a text gives the same records again from any position",
+        "save in `state` everything that the next batch depends on; draw random numbers from \
+         `dictlearn_core::machine::rng`";
+    SEEKS: "a text returns the same records from any position",
         "count records in `position`, and find the same one in `seek`";
-    MEASURES: "a metric gives figures of each dictionary, on some source",
+    MEASURES: "a metric returns figures for each dictionary, on at least one source",
         "return one `Figures` for each subject; refuse a source in `refuses`, with the reason";
-    WRITES: "a logger has every row in the run's folder once it is flushed, and drops those that a resumed run logs again",
+    WRITES: "after a flush, a logger has every row in the run's folder, and on resuming it drops rows that will be \
+             logged again",
         "write each row in `log`, open the file to append, and drop the rows of `resume_at` and later in `build`";
-    MODEL_CONFIG: "a model is built from a config.json with Llama's fields and those of its `example`, with random weights",
-        "give in `example:` the fields of a small config.json that Llama's does not have: `{n_embd: 32, n_layer: 2}`";
-    LOGITS: "a model gives finite float32 logits [B, L, vocabulary], each from its token and those before it alone",
-        "mask attention to positions after a query's own, and convert what `end` gives to float32";
-    MODULES: "a model lists each module that a pass meets once, with the widths of its input and output, and stops after \
-              the last value that is asked for",
+    MODEL_CONFIG: "a model is built from a config.json with Llama's fields and those of its `example`, with random \
+                   weights",
+        "give `example:` the fields of a small config.json that Llama's lacks: `{n_embd: 32, n_layer: 2}`";
+    LOGITS: "a model returns finite float32 logits [B, L, vocabulary], which depend only on their token and those \
+             before it",
+        "mask attention to positions after the query's, and convert the result of `end` to float32";
+    MODULES: "a model lists each module of a pass once, with the widths of its input and output, and stops after the \
+              last requested value",
         "call every module through `Hooks::module`, `linear` or `norm` by its path, and return `Stop` with `?`";
-    EDITS: "a model goes on with what hooks make of a module's input or output",
-        "compute with what `Hooks::module` hands to the closure and returns, not with the value before it";
+    EDITS: "a model continues with the inputs and outputs of modules that hooks return",
+        "compute with the values that `Hooks::module` passes to the closure and returns, not with the original ones";
     OPENS: "a model opens from config.json and a file of its `parameters`, and computes the same",
-        "give each weight in `parameters` by the name under which `load` asks for it";
-    ARITHMETIC: "a field of config.json that changes what some family computes matters to this one, or is refused",
-        "compute what the field says, refuse it with an `InputError` that names it, or leave it out of the config struct";
-    REFUSES_NOTHING: "a format refuses a folder without an SAE as wrong input",
+        "return each weight in `parameters` under the name that `load` reads";
+    ARITHMETIC: "a field of config.json that changes any family's arithmetic matters to this one, or is refused",
+        "implement the field, refuse it with an `InputError` that names it, or omit it from the config struct";
+    REFUSES_NOTHING: "a format refuses a folder without an SAE as invalid input",
         "return an `InputError` that says which file is missing";
     WRITES_AND_READS: "a format reads what it writes: features and reconstructions stay the same",
-        "refuse in `write`, before a file is made, what the format cannot hold";
+        "in `write`, refuse whatever the format cannot represent before creating a file";
 }
 
 const D: i64 = 32;
 
-/// A folder with the files that examples name.
+/// Returns a folder with the files that examples name.
 fn examples_folder() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
@@ -286,13 +293,13 @@ fn examples_folder() -> &'static Path {
     folder.path()
 }
 
-/// The config that a component's example is.
+/// Parses a component's example.
 fn example<T: DeserializeOwned>(component: &Component) -> T {
     let read = from_yaml_in(examples_folder(), component.example);
     read.unwrap_or_else(|error| EXAMPLE.broken(&who(component), format!("{error:?}, in {}", component.example)))
 }
 
-/// The files that examples name, to be put into a folder in which they run.
+/// Writes the files that examples name to a folder in which they run.
 pub fn example_files(dir: &Path) {
     let (rows, ids) = seeded(1, || (activations(1000), Tensor::randint(100, [16, 24], (Kind::Int64, Device::Cpu))));
     tensors::write(&dir.join("activations.safetensors"), &[("activations", rows)]).unwrap();
@@ -329,7 +336,7 @@ impl ActivationSource for Once {
     }
 
     fn mean_squared_norms(&mut self) -> Result<Vec<f64>> {
-        bail!("nobody asks for its norm")
+        bail!("its norm is not needed")
     }
 
     fn describe(&self) -> Value {
@@ -349,7 +356,7 @@ fn source_cx() -> SourceCx {
     SourceCx { seed: 1, ..SourceCx::default() }
 }
 
-/// Activations [n, D] of a few directions each, so that there is something to learn.
+/// Returns activations [n, D] of a few directions each, so that there is something to learn.
 fn activations(n: i64) -> Tensor {
     let options = (Kind::Float, Device::Cpu);
     let features = Tensor::rand([n, 64], options).relu() * Tensor::rand([n, 64], options).less(0.1);
@@ -365,7 +372,7 @@ fn dictionary(component: &Component) -> Box<dyn Dictionary> {
     EXAMPLE.of(&who(component), seeded(5, || config.build(&dictionary_cx())))
 }
 
-/// Parses an example in the slot of its kind, writes it as YAML again, and both once more.
+/// Parses an example as a config of its kind, writes it as YAML, and parses that. Returns both results.
 fn round_trip(component: &Component) -> (Value, Value) {
     macro_rules! as_config {
         ($config:ty) => {{
@@ -373,7 +380,7 @@ fn round_trip(component: &Component) -> (Value, Value) {
                 let config = from_yaml_in::<Box<$config>>(examples_folder(), yaml);
                 let config =
                     config.unwrap_or_else(|error| promise.broken(&who(component), format!("{error:?}, in {yaml}")));
-                promise.of(&who(component), serde_json::to_value(&config).context("it cannot be written"))
+                promise.of(&who(component), serde_json::to_value(&config).context("it cannot be serialised"))
             };
             let once = read(EXAMPLE, component.example);
             let twice = read(ROUND_TRIP, &serde_yaml::to_string(&once).unwrap());
@@ -413,19 +420,19 @@ fn is_described(component: &Component) {
     ROUND_TRIP.same(&who, "what was read back", twice, once);
 }
 
-/// What `dictlearn describe` shows runs as it stands.
+/// Checks that the config of `dictlearn describe` trains.
 fn example_trains(component: &Component) {
     if matches!(component.kind, ComponentKind::Model | ComponentKind::Format) {
         return;
     }
     let Some(example) = config::example(component, examples_folder()) else {
-        EXAMPLE_TRAINS.broken(&who(component), "no source or dictionary that is linked suits it")
+        EXAMPLE_TRAINS.broken(&who(component), "no linked source or dictionary suits it")
     };
     let dir = TempDir::new().unwrap();
-    // Relative paths are the config file's: it lies beside the files of the examples.
+    // Paths are relative to the config file, so it lies beside the files of the examples.
     let file = examples_folder().join(format!("{}-{}.yaml", component.kind, component.name));
     std::fs::write(&file, &example).unwrap();
-    // Fewer steps, for the test's sake; the schedules of examples fit in.
+    // Fewer steps, for a fast test; the schedules of examples fit in.
     let sources = Sources { file, set: vec!["steps=50".to_owned()], ..Sources::default() };
     let train = || {
         let mut config = config::load(&sources)?;
@@ -448,13 +455,13 @@ fn encodes_and_decodes(component: &Component) {
     SHAPES.same(&who, "the reconstruction's shape", x_hat.size(), vec![50, dims.output]);
     let again = tch::no_grad(|| dictionary.reconstruction(&dictionary.encode(&x), &x));
     DETERMINISTIC.check(&who, again == x_hat, || format!("it changes by up to {}", greatest(&(&again - &x_hat))));
-    // Training encodes as users do, but for what is selected over a batch, which users select by a threshold.
+    // Training encodes as users do, except for selections over a batch, which users make by a threshold.
     if !dictionary.selection().is_some_and(Selection::by_threshold) {
         let trained = tch::no_grad(|| dictionary.forward(&x).features);
         FORWARD
             .check(&who, trained == features, || format!("they differ by up to {}", greatest(&(&trained - &features))));
     }
-    // Three dimensions, as a model has them, are as good as two.
+    // Three dimensions, as in a model, must work like two.
     let three = tch::no_grad(|| dictionary.reconstruct(&x.view([5, 10, D])).0);
     SHAPES.same(&who, "the reconstruction's shape of [5, 10, d]", three.size(), vec![5, 10, dims.output]);
     let apart = greatest(&(three.view([50, dims.output]) - &x_hat));
@@ -462,7 +469,7 @@ fn encodes_and_decodes(component: &Component) {
         .check(&who, apart < 1e-5, || format!("reconstructions of [5, 10, d] differ from those of [50, d] by {apart}"));
 }
 
-/// The greatest magnitude in a tensor.
+/// Returns the greatest magnitude in a tensor.
 fn greatest(tensor: &Tensor) -> f64 {
     tensor.abs().max().double_value(&[])
 }
@@ -479,7 +486,7 @@ fn is_penalizable(who: &str, dictionary: &dyn Dictionary, x: &Tensor) {
     PENALIZED.check(who, least >= 0.0, || format!("the smallest is {least}; a penalty on them would be negative"));
 }
 
-/// If it has a selection at all.
+/// Checks a dictionary with a selection.
 fn has_what_selecting_trainers_need(component: &Component) {
     let (who, dictionary) = (who(component), dictionary(component));
     let (x, dims) = (activations(50), dictionary.dims());
@@ -513,7 +520,7 @@ fn has_what_selecting_trainers_need(component: &Component) {
     let read = saved_and_read(&ANNEALS, &who, &*dictionary);
     let read = read.selection().unwrap_or_else(|| ANNEALS.broken(&who, "what is read back has no selection"));
     ANNEALS.same(&who, "k, read back,", read.k(), k + 1);
-    // As a resumed run does: into a dictionary that the config made.
+    // As a resumed run does: into a dictionary built from the config.
     let mut resumed = self::dictionary(component);
     let tensors =
         dictionary.state_dict().into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach())).collect();
@@ -531,7 +538,7 @@ fn saved_and_read(promise: &Promise, who: &str, dictionary: &dyn Dictionary) -> 
 
 fn is_read_back(component: &Component) {
     let (who, dictionary) = (who(component), dictionary(component));
-    // With other numbers than a new one has.
+    // With numbers that a new one does not have.
     for (_, tensor) in dictionary.parameters() {
         let _ = tch::no_grad(|| tensor.shallow_clone().g_add_(&(tensor.randn_like() * 0.05)));
     }
@@ -555,7 +562,7 @@ fn reads_back_the_same(promise: &Promise, who: &str, dictionary: &dyn Dictionary
     });
 }
 
-/// Or is refused, if its output must be as wide as its input.
+/// Checks another output width, unless the dictionary refuses it.
 fn predicts_another_width(component: &Component) {
     let (who, output_dim) = (who(component), D + 3);
     let config: Box<dyn TaggedDictionary> = example(component);
@@ -569,7 +576,7 @@ fn predicts_another_width(component: &Component) {
 }
 
 fn scaled_biases_take_scaled_activations(component: &Component) {
-    // Trained on activations divided by s and then scaled, a dictionary does to x what it did to x / s, s times.
+    // A dictionary trained on activations divided by s, then scaled, maps x to s times what it mapped x / s to.
     let x = activations(50);
     let (who, mut dictionary) = (who(component), dictionary(component));
     // With other numbers than a new one has: what starts at 0 may be scaled wrongly without a difference.
@@ -593,7 +600,7 @@ fn scaled_biases_take_scaled_activations(component: &Component) {
     let before = tch::no_grad(|| dictionary.reconstruct(&(&x / scale)));
     dictionary.scale_biases(scale);
     let after = tch::no_grad(|| dictionary.reconstruct(&x));
-    // Not the features: a crosscoder's stay as they are, and its parts' scales take s.
+    // Compare reconstructions only: a crosscoder's features stay unscaled, and its parts' scales take s.
     let (after, before) = (after.0, before.0 * scale);
     let off = greatest(&(&after - &before)) / greatest(&before).max(1e-9);
     SCALES.check(&who, off < 1e-3, || {
@@ -642,7 +649,7 @@ fn training_cx() -> TrainingCx {
     }
 }
 
-/// The batches that everything trains on, drawn once in each thread.
+/// Returns the batches that all checks train on, drawn once in each thread.
 fn batches() -> Rc<[Batch]> {
     thread_local! {
         static DRAWN: Rc<[Batch]> =
@@ -659,12 +666,12 @@ fn weights(training: &Training) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-/// Training of a trainer's example on its own dictionary's.
+/// Starts training of a trainer's example on the example of its default dictionary.
 fn new_training(trainer: &Component, cx: &TrainingCx) -> Training {
     STEPS_SUCCEED.of(&who(trainer), Training::new(&sae(trainer), cx))
 }
 
-/// A step that is logged: the variance that it explains.
+/// Takes a logged step. Returns the fraction of variance that it explains.
 fn logged_step(who: &str, training: &mut Training, step: usize, batch: &Batch) -> f64 {
     let row = STEPS_SUCCEED.of(who, training.step(step as u64, batch, true));
     let row = row.unwrap_or_else(|| LOGS.broken(who, format!("nothing at step {step}")));
@@ -679,7 +686,7 @@ fn silent_step(who: &str, training: &mut Training, step: usize, batch: &Batch) {
     STEPS_SUCCEED.of(who, training.step(step as u64, batch, false));
 }
 
-/// The names of the tensors in which two trainings differ.
+/// Returns the names of the tensors in which two trainings differ.
 fn differing(one: &Training, other: &Training) -> Vec<String> {
     let (one, other) = (weights(one), weights(other));
     one.into_iter().filter(|(name, bytes)| other.get(name) != Some(bytes)).map(|(name, _)| name).collect()
@@ -701,7 +708,7 @@ fn learns_logs_and_resumes(trainer: &Component) {
         explained.push(logged_step(&who, &mut logged, step, batch));
         silent_step(&who, &mut silent, step, batch);
         if step == 100 {
-            // What was before is thrown away: all that matters is in the state.
+            // A new training: everything it needs must be in the state.
             let state = RESUMES.of(&who, silent.state());
             resumed = new();
             RESUMES.of(&who, resumed.restore(&state));
@@ -724,7 +731,7 @@ fn learns_logs_and_resumes(trainer: &Component) {
     end_alike(&RESUMES, &who, &resumed, &silent);
 }
 
-/// A batch with one number replaced.
+/// Returns a batch with one number replaced.
 fn with_a(number: f64, batch: &Batch) -> Batch {
     let x = batch.x.copy();
     let _ = x.get(3).get(5).fill_(number);
@@ -742,13 +749,13 @@ fn is_refused<T>(who: &str, result: Result<T>, step: u64, quantity: Quantity) {
     });
 }
 
-/// Fails if a step that was refused left something changed.
+/// Fails if a refused step changed the state.
 fn is_unchanged(who: &str, training: &Training, before: &State) {
     let after = NOT_FINITE.of(who, training.state());
-    NOT_FINITE.check(who, after == *before, || "its state after the refused step is not that before".to_owned());
+    NOT_FINITE.check(who, after == *before, || "the refused step changed its state".to_owned());
 }
 
-/// What is done otherwise on a GPU, with a CPU's numbers: nothing is read at each step.
+/// Checks a GPU's code paths on the CPU: they read no numbers at each step.
 fn trains_as_on_a_gpu(trainer: &Component) {
     let who = who(trainer);
     let batches = batches();
@@ -769,12 +776,12 @@ fn trains_as_on_a_gpu(trainer: &Component) {
             let off = (found - &expected).norm().double_value(&[]) / expected.norm().double_value(&[]).max(1e-6);
             AS_ON_A_GPU.check(&who, off < 1e-3, || format!("`{parameter}` is off by {:.1}%", 100.0 * off));
         }
-        // Begun on a CPU, and gone on with on a GPU.
+        // Started on a CPU, and resumed on a GPU.
         let mut moved = new_training(trainer, &training_cx());
         let state = RESUMES.of(&who, default.state());
         RESUMES.of(&who, moved.restore(&state));
         let again = RESUMES.of(&who, moved.state());
-        RESUMES.check(&who, again == state, || "restored as on a GPU, it gives another state".to_owned());
+        RESUMES.check(&who, again == state, || "restored as on a GPU, it has another state".to_owned());
         silent_step(&who, &mut moved, 30, &batches[30]);
         AS_ON_A_GPU.of(&who, moved.settle());
         silent_step(&who, &mut training, 30, &with_a(f64::NAN, &batches[30]));
@@ -784,7 +791,7 @@ fn trains_as_on_a_gpu(trainer: &Component) {
     });
 }
 
-/// A run can be made longer if no step so far depends on its length.
+/// Checks that a run can be extended if no step depends on its length.
 fn may_be_longer_if_it_says_so(trainer: &Component) {
     let (who, batches) = (who(trainer), batches());
     let train = |steps| {
@@ -832,7 +839,7 @@ impl Modifier for Poison {
     fn gradients(&mut self, gradients: &Gradients, _: &dyn Dictionary) -> Result<()> {
         if self.steps == self.at {
             for (_, gradient) in gradients.iter() {
-                // `reshape` would copy one that does not lie in one piece.
+                // `reshape` would copy a non-contiguous gradient.
                 let mut number = gradient.shallow_clone();
                 while number.dim() > 0 {
                     number = number.get(0);
@@ -880,7 +887,7 @@ fn refuses_a_gradient_that_is_not_finite(trainer: &Component) {
     };
     at_once(OnNonfinite::Stop);
     device::as_a_gpu(|| {
-        // Who skips a batch has to know at once that it must be skipped.
+        // To skip a batch, the check must not be deferred.
         at_once(OnNonfinite::SkipBatch);
         let mut training = train(OnNonfinite::Stop);
         silent_step(&who, &mut training, AT as usize, &batches[AT as usize]);
@@ -888,7 +895,7 @@ fn refuses_a_gradient_that_is_not_finite(trainer: &Component) {
     });
 }
 
-/// The terms of a loss, each computed as in a step.
+/// Returns the terms of a loss, computed as in a step.
 fn terms(who: &str, training: &mut Training, batch: &Batch, step: u64) -> Terms {
     let mut terms = Terms::new();
     let pass = Pass::forward(&*training.trainer, &*training.dictionary, batch, step, false);
@@ -906,7 +913,7 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
     for (step, batch) in batches[..STEP as usize].iter().enumerate() {
         silent_step(&who, &mut training, step, batch);
     }
-    // From here on in float64, in which differences are worth something.
+    // From here on in float64: finite differences need its precision.
     for (_, mut parameter) in training.dictionary.parameters() {
         parameter.set_data(&parameter.detach().to_kind(Kind::Double));
         parameter.zero_grad();
@@ -923,7 +930,7 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
         parameter.grad().defined() && parameter.grad().abs().max().double_value(&[]) > 0.0
     };
     let names: Vec<&str> = terms(&who, &mut training, &batch, STEP).iter().map(|term| term.name).collect();
-    // What encodes and decodes. Of other parameters, such as thresholds, a loss may be a step function.
+    // Weights of the encoder and the decoder. In other parameters, such as thresholds, a loss may be a step function.
     let encoder = training.dictionary.encoder();
     let decoder = training.dictionary.decoder();
     let maps: Vec<&str> = encoder.iter().map(|map| map.weight.name).chain(decoder.iter().map(|map| map.name)).collect();
@@ -937,7 +944,7 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
                 let term = terms.get_mut(name);
                 term.unwrap_or_else(|| GRADIENTS.broken(&who, format!("`{name}` is not in every loss"))).value.copy()
             };
-            // An auxiliary loss may stop the gradient to what decodes, and then is no function of it any more.
+            // An auxiliary loss may stop the gradient to the decoder, which finite differences would still see.
             if auxiliary == Some(*name) && decodes(&training, &parameter) {
                 continue;
             }
@@ -964,7 +971,7 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
                 tch::no_grad(|| moved -= &direction * distance);
                 value
             };
-            // Where a power of a small activation bends, the wider one is too wide.
+            // Near zero, powers of an activation curve too much for the wider difference.
             let differences = [1e-6, 1e-7].map(|h| (at(h) - at(-h)) / (2.0 * h));
             if differences[0].abs() < 1e-9 {
                 // A step function, which a straight-through estimator stands in for.
@@ -974,7 +981,7 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
             let along = (grad * &direction).sum(Kind::Double).double_value(&[]);
             let near = differences.iter().any(|found| (along - found).abs() < 1e-5 * found.abs().max(1e-3));
             GRADIENTS.check(&who, near, || {
-                format!("`{name}` by `{parameter_name}`: {along} by autograd, {:?} by differences", differences)
+                format!("`{name}` by `{parameter_name}`: {along} by autograd, {:?} by finite differences", differences)
             });
             verified = true;
         }
@@ -982,15 +989,15 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
         GRADIENTS.check(&who, verified || straight_through && !maps.contains(&parameter_name), found);
         smooth += usize::from(verified);
     }
-    GRADIENTS.check(&who, smooth > 0, || "no parameter has a gradient that differences confirm".to_owned());
+    GRADIENTS.check(&who, smooth > 0, || "no parameter has a gradient that finite differences confirm".to_owned());
 }
 
-/// How a trainer's analytic step is put to the test.
+/// Setting in which a trainer's analytic step is tested.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum AnalyticCase {
-    /// As it trains.
+    /// As in training.
     Usual,
-    /// With so few features that they are listed.
+    /// With so few active features that they are stored as lists.
     FewFeatures,
     /// With features that count as dead.
     DeadFeatures,
@@ -1002,7 +1009,7 @@ enum AnalyticCase {
     OnGpuBFloat16,
 }
 
-/// If it has an analytic step at all, on every dictionary that it trains.
+/// Checks a trainer's analytic step, if it has one, on every dictionary that it trains.
 fn analytic_steps_are_autograds(trainer: &Component) {
     for dictionary in components(ComponentKind::Dictionary) {
         use AnalyticCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, OnGpuBFloat16, Usual};
@@ -1026,7 +1033,7 @@ fn analytic_step_is_autograds(trainer: &Component, dictionary: &Component, case:
     }
     let mut example: serde_yaml::Mapping = serde_yaml::from_str(dictionary.example).unwrap();
     if case == AnalyticCase::OnGpuBFloat16 && example.contains_key("k") {
-        // All of them: among rounded numbers others would be selected at the edge.
+        // Select all features: rounding would change the selection at its edge.
         example.insert("k".into(), self::dictionary(dictionary).dims().features.into());
     }
     let sae = SaeConfig {
@@ -1038,7 +1045,7 @@ fn analytic_step_is_autograds(trainer: &Component, dictionary: &Component, case:
     if bfloat16 {
         cx.precision = Precision::BFloat16;
     }
-    // What it cannot train it refuses.
+    // The trainer refuses dictionaries that it cannot train.
     let Ok(mut training) = Training::new(&sae, &cx) else { return };
     let batches = batches();
     let dictionary = &*training.dictionary;
@@ -1052,7 +1059,7 @@ fn analytic_step_is_autograds(trainer: &Component, dictionary: &Component, case:
     }
     if case == AnalyticCase::FewFeatures {
         let encoder = training.dictionary.encoder();
-        let encoder = encoder.unwrap_or_else(|| ANALYTIC.broken(&who, "`between` is given, `encoder` is not"));
+        let encoder = encoder.unwrap_or_else(|| ANALYTIC.broken(&who, "it has `between` but no `encoder`"));
         let active = || tch::no_grad(|| training.dictionary.forward(&batches[20].x).features.not_equal(0.0));
         while active().to_kind(Kind::Float).mean(Kind::Float).double_value(&[]) > 0.09 {
             let biases = training.dictionary.parameters().into_iter();
@@ -1064,7 +1071,7 @@ fn analytic_step_is_autograds(trainer: &Component, dictionary: &Component, case:
     let mut analytic = Terms::new();
     let pass =
         AnalyticPass { step: 20, batch, dictionary: &*training.dictionary, gradients: &gradients, logging: true };
-    // Gradients may be written to the memory of the last ones; what is not written stays NaN.
+    // Gradients may be written to the memory of the last ones; unwritten elements stay NaN.
     for (_, gradient) in gradients.iter() {
         let _ = gradient.shallow_clone().fill_(f64::NAN);
     }
@@ -1130,7 +1137,7 @@ fn analytic_step_is_autograds(trainer: &Component, dictionary: &Component, case:
                 .check(&who, greatest(&expected) == 0.0, || format!("`gradients` has none by `{parameter_name}`")),
         }
     }
-    // A feature at its edge may fire in one and not in the other where numbers are rounded.
+    // With rounding, a feature near its threshold may fire in one step and not in the other.
     if !bfloat16 {
         after_step(&mut training);
         for (key, tensor) in RESUMES.of(&who, training.trainer.state()).tensors() {
@@ -1150,15 +1157,12 @@ fn has_the_terms_that_it_declares(trainer: &Component) {
     let has = |role: Role| terms.iter().any(|term| term.role == role);
     let says = training.trainer.has_sparsity_term();
     TERMS.check(&who, has(Role::Sparsity) == says, || {
-        format!(
-            "`has_sparsity_term` is {says}, and the loss has {} of sparsity",
-            if says { "no term" } else { "a term" }
-        )
+        format!("`has_sparsity_term` is {says}, but the loss has {} sparsity term", if says { "no" } else { "a" })
     });
-    TERMS.check(&who, has(Role::Reconstruction), || "no term of reconstruction".to_owned());
+    TERMS.check(&who, has(Role::Reconstruction), || "no reconstruction term".to_owned());
 }
 
-/// Where the trainer offers it.
+/// Checks resampling, if the trainer offers it.
 fn resampling_revives_the_dead(trainer: &Component) {
     let batches = batches();
     if !has_field(trainer, "resample_steps") {
@@ -1192,7 +1196,7 @@ fn resampling_revives_the_dead(trainer: &Component) {
     }
 }
 
-/// The message of an error that must be a refusal to combine components.
+/// Returns the message of an error that must be a refusal to combine components.
 fn refusal(promise: &Promise, who: &str, error: anyhow::Error) -> String {
     let message = format!("{error:?}");
     let kind = InputError::take(error).map(|input| input.kind());
@@ -1210,7 +1214,7 @@ fn trains_or_refuses(trainer: &Component) {
 }
 
 fn learns_or_is_refused(trainer: &Component, dictionary: &Component) {
-    // A test of trainers and one of dictionaries in the same process share the work.
+    // Tests of trainers and of dictionaries in one process share this work.
     static TRIED: Mutex<BTreeSet<(&str, &str)>> = Mutex::new(BTreeSet::new());
     if !TRIED.lock().unwrap_or_else(PoisonError::into_inner).insert((trainer.name, dictionary.name)) {
         return;
@@ -1241,7 +1245,7 @@ fn learns_or_is_refused(trainer: &Component, dictionary: &Component) {
     goes_on_with_dead_features(&who, trainer, &sae, &batches);
 }
 
-/// Where the trainer counts dead features: with nearly all of them dead.
+/// Checks training with nearly all features dead, if the trainer counts dead features.
 fn goes_on_with_dead_features(who: &str, trainer: &Component, sae: &SaeConfig, batches: &[Batch]) {
     if !has_field(trainer, "dead_feature_threshold") {
         return;
@@ -1285,7 +1289,7 @@ fn composes_with_trainers(modifier: &Component) {
             match step {
                 0..70 => {}
                 70 => COMPOSES.of(&who, whole.state().and_then(|state| resumed.restore(&state))),
-                // Logging changes nothing.
+                // Unlogged, unlike `whole`: logging must change nothing.
                 _ => silent_step(&who, &mut resumed, step, batch),
             }
         }
@@ -1301,7 +1305,7 @@ fn composes_with_trainers(modifier: &Component) {
         NOT_FINITE.check(&who, refused, || "a step with NaN that succeeds".to_owned());
         is_unchanged(&who, &whole, &before);
     }
-    COMPOSES.check(&who(modifier), composed > 0, || "it composes with no trainer that is linked".to_owned());
+    COMPOSES.check(&who(modifier), composed > 0, || "it composes with no linked trainer".to_owned());
 }
 
 fn delivers_resumes_and_rewinds(component: &Component) {
@@ -1337,14 +1341,14 @@ fn delivers_resumes_and_rewinds(component: &Component) {
     DELIVERS.of(&who, other.restore(&state));
     let found: Vec<_> = (0..8).map_while(|_| next(&mut *other)).collect();
     DELIVERS.check(&who, !expected.is_empty(), || "it ends after 3 batches".to_owned());
-    DELIVERS.check(&who, expected == found, || "a restored source goes on with other batches".to_owned());
+    DELIVERS.check(&who, expected == found, || "a restored source continues with other batches".to_owned());
     let norms = DELIVERS.of(&who, source.mean_squared_norms());
     DELIVERS.same(&who, "the number of mean squared norms", norms.len(), sites.len());
     let usable = norms.iter().all(|norm| norm.is_finite() && *norm > 0.0);
     DELIVERS.check(&who, usable, || format!("mean squared norms of {norms:?}"));
     DELIVERS.of(&who, source.rewind());
     DELIVERS.check(&who, next(&mut *source).is_some(), || "nothing after `rewind`".to_owned());
-    DELIVERS.check(&who, source.describe().is_object(), || "`describe` gives no JSON object".to_owned());
+    DELIVERS.check(&who, source.describe().is_object(), || "`describe` does not return a JSON object".to_owned());
 }
 
 fn says_the_same_from_any_position(component: &Component) {
@@ -1397,14 +1401,14 @@ fn measures_each_dictionary(component: &Component) {
         MEASURES.check(&who, all, || "a dictionary without figures".to_owned());
         measured = true;
     }
-    MEASURES.check(&who, measured, || "it refuses the example of every source that is linked".to_owned());
+    MEASURES.check(&who, measured, || "it refuses the example of every linked source".to_owned());
 }
 
 fn writes_and_goes_on(component: &Component) {
     let who = who(component);
     let dir = TempDir::new().unwrap();
     let config: Box<dyn TaggedLogger> = example(component);
-    // Numbers that float32 and decimal notation hold exactly, and that nothing else in a file is likely to be.
+    // Numbers that float32 and decimal notation represent exactly, and that are unlikely elsewhere in a file.
     let loss = |number: u16| 0.5 + f64::from(number) / 1024.0;
     let log = |logger: &mut dyn Logger, step: u64, number: u16| {
         let row = serde_json::json!({"step": step, "sae": "a", "loss": loss(number), "l0": 3.0});
@@ -1428,10 +1432,10 @@ fn writes_and_goes_on(component: &Component) {
     log(&mut *logger, 2, 203);
     WRITES.of(&who, logger.flush());
     let found = kept(&[101, 102, 103, 203]);
-    WRITES.same(&who, "the rows after resuming at step 2 and logging it anew", found, vec![101, 102, 203]);
+    WRITES.same(&who, "the rows after resuming at step 2 and logging it again", found, vec![101, 102, 203]);
 }
 
-/// What the files below a folder hold.
+/// Returns the contents of all files below a folder.
 fn files_in(dir: &Path) -> Vec<Vec<u8>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
@@ -1445,7 +1449,7 @@ fn files_in(dir: &Path) -> Vec<Vec<u8>> {
     files
 }
 
-/// True if a file holds a number, as text or as a float of 4 or 8 bytes.
+/// True if a file contains a number, as text or as a float of 4 or 8 bytes.
 fn holds(bytes: &[u8], number: f64) -> bool {
     let text = number.to_string()[..7].to_owned();
     let floats = [(number as f32).to_le_bytes().to_vec(), (number as f32).to_be_bytes().to_vec()];
@@ -1454,7 +1458,7 @@ fn holds(bytes: &[u8], number: f64) -> bool {
     spellings.any(|spelling| bytes.windows(spelling.len()).any(|window| window == spelling))
 }
 
-/// The config.json of a small model of a family: Llama's fields, and those of its example.
+/// Returns the config.json of a small model of a family: Llama's fields, and those of its example.
 fn model_config(component: &Component) -> Map<String, Value> {
     let mut config = serde_json::json!({
         "model_type": component.name, "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
@@ -1478,7 +1482,7 @@ fn random_model(config: Map<String, Value>) -> Result<Box<dyn LanguageModel>> {
     lm::random_model(&config.into(), &ModelCx { device: Device::Cpu, precision: Precision::Float32 })
 }
 
-/// The small model of a family, with random weights, and two rows of nine tokens.
+/// Returns a small model of a family, with random weights, and two rows of nine tokens.
 fn small_model(component: &Component) -> (Box<dyn LanguageModel>, Tokens) {
     let model = MODEL_CONFIG.of(&who(component), random_model(model_config(component)));
     let ids = seeded(7, || Tensor::randint(model.vocab_size(), [2, 9], (Kind::Int64, Device::Cpu)));
@@ -1487,7 +1491,7 @@ fn small_model(component: &Component) -> (Box<dyn LanguageModel>, Tokens) {
 
 fn logits(who: &str, model: &dyn LanguageModel, tokens: &Tokens, mut hooks: Hooks) -> Tensor {
     let Ok(logits) = tch::no_grad(|| model.forward(tokens, &mut hooks)) else {
-        LOGITS.broken(who, "the pass stopped, and nothing asked it to")
+        LOGITS.broken(who, "the pass stopped, but no hook asked it to")
     };
     logits
 }
@@ -1507,7 +1511,7 @@ fn predicts_tokens_from_those_before(component: &Component) {
     let apart = (whole - other).abs().amax([0, 2], false);
     let (before, at) = (greatest(&apart.narrow(0, 0, 8)), greatest(&apart.narrow(0, 8, 1)));
     LOGITS.check(&who, before < 1e-5, || format!("another last token changes the logits before it by {before}"));
-    LOGITS.check(&who, at > 1e-3, || format!("another last token changes its logits by {at} alone"));
+    LOGITS.check(&who, at > 1e-3, || format!("another last token changes its logits by only {at}"));
 }
 
 fn lists_the_modules_that_it_meets(component: &Component) {
@@ -1520,7 +1524,7 @@ fn lists_the_modules_that_it_meets(component: &Component) {
     let mut own = vec![names.embed.clone(), names.final_norm.clone()];
     own.extend((0..model.n_layers()).map(|layer| names.layer(layer)));
     if let Some(missing) = own.iter().find(|module| !known.contains(module)) {
-        MODULES.broken(&who, format!("`names` has `{missing}`, which `modules` does not list"));
+        MODULES.broken(&who, format!("`names` has `{missing}`, but `modules` does not list it"));
     }
     let sides =
         |visit: &Visit| [(Io::In, visit.input), (Io::Out, visit.output)].map(|side| (visit.module.clone(), side));
@@ -1531,8 +1535,8 @@ fn lists_the_modules_that_it_meets(component: &Component) {
         let mut hooks = Hooks::read(std::slice::from_ref(&point), true);
         let stopped = tch::no_grad(|| model.forward(&tokens, &mut hooks)).is_err();
         let Some(value) = hooks.take(&point) else { MODULES.broken(&who, format!("no pass meets `{point}`")) };
-        MODULES.check(&who, stopped, || format!("the pass goes on after `{point}`, the last that was asked for"));
-        // Learned positions are the same for all rows, heads have a dimension of their own, and ids no width.
+        MODULES.check(&who, stopped, || format!("the pass continues after `{point}`, the last requested value"));
+        // Learned positions have one row, heads have an extra dimension, and ids have no width.
         let size = value.size();
         let expected = matches!(size[..], [1 | 2, 9, .., last] if last == width) || value.kind() == Kind::Int64;
         MODULES.check(&who, expected, || format!("`{point}` has shape {size:?}, not [2, 9, .., {width}]"));
@@ -1542,7 +1546,7 @@ fn lists_the_modules_that_it_meets(component: &Component) {
 fn goes_on_with_what_hooks_make_of_it(component: &Component) {
     let (who, (model, tokens)) = (who(component), small_model(component));
     let whole = logits(&who, &*model, &tokens, Hooks::none());
-    // Deterministic: libtorch's global generator is shared by all threads.
+    // Deterministic, since all threads share libtorch's global generator.
     let noise = |x: &Tensor| x + Tensor::arange(x.numel() as i64, (x.kind(), x.device())).sin().reshape(x.size());
     for point in model
         .modules()
@@ -1557,11 +1561,11 @@ fn goes_on_with_what_hooks_make_of_it(component: &Component) {
             .check(&who, greatest(&(&same - &whole)) < 1e-5, || format!("`{point}` replaced by itself changes logits"));
         let edited = logits(&who, &*model, &tokens, Hooks::replace(&point, noise));
         EDITS.check(&who, greatest(&(&edited - &whole)) > 1e-4, || {
-            format!("`{point}` is replaced, and nothing changes")
+            format!("`{point}` is replaced, but the logits do not change")
         });
         let prefix = model.before(&tokens, &point);
         let Ok(continued) = tch::no_grad(|| prefix.forward(&mut Hooks::replace(&point, noise))) else {
-            EDITS.broken(&who, format!("the pass that is continued before `{point}` stops"))
+            EDITS.broken(&who, format!("the pass continued before `{point}` stops"))
         };
         let apart = greatest(&(continued - edited));
         EDITS.check(&who, apart < 1e-5, || format!("continued before `{point}`, the logits are {apart} apart"));
@@ -1582,7 +1586,7 @@ fn opens_from_its_own_files(component: &Component) {
     OPENS.check(&who, apart < 1e-5, || format!("logits differ by up to {apart}"));
 }
 
-/// Every field that changes the arithmetic of some family is one of its own, and then it matters, or is refused.
+/// Checks that every field that changes some family's arithmetic is refused, or has an effect here.
 fn ignores_no_arithmetic(component: &Component) {
     let who = who(component);
     let schema = (component.schema)().to_value();
@@ -1596,7 +1600,7 @@ fn ignores_no_arithmetic(component: &Component) {
     };
     let expected = ARITHMETIC.of(&who, outcome("model_type", &component.name.into()));
     for field in lm::ARITHMETIC {
-        // Of each type that a field may have, some that are no default.
+        // For each type of field, some values that are not defaults.
         let layers = |kinds: [&str; 2]| serde_json::json!(kinds);
         let rope = serde_json::json!({"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0});
         let known = schema["properties"].get(*field);
@@ -1634,7 +1638,7 @@ fn refuses_a_folder_with_nothing_in_it(component: &Component) {
         .check(&who, InputError::take(error).is_ok(), || format!("an error that is no `InputError`: {said}"));
 }
 
-/// Every dictionary goes through the format unharmed, or is refused; some do.
+/// Checks that the format preserves or refuses every dictionary, and preserves at least one.
 fn reads_what_it_writes(component: &Component) {
     let format = WRITES_AND_READS.of(&who(component), formats::named(component.name));
     if !format.writes() {
@@ -1647,7 +1651,7 @@ fn reads_what_it_writes(component: &Component) {
         let (dir, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
         let config: Box<dyn TaggedDictionary> = example(other);
         let Ok(mut built) = config.build(&dictionary_cx()) else { continue };
-        // The reference's loader would do it, and change the scale of features.
+        // The reference's loader would do this, and change the scale of features.
         built.pretrained();
         let config = serde_json::json!({"trainer": {"dict_class": built.class(), "activation_dim": D}});
         saved::write(dir.path(), &*built, &config).unwrap();
@@ -1657,7 +1661,7 @@ fn reads_what_it_writes(component: &Component) {
             let said = format!("{error:?}");
             let refused = InputError::take(error).is_ok();
             WRITES_AND_READS.check(&who, refused, || format!("an error that is no `InputError`: {said}"));
-            WRITES_AND_READS.check(&who, !out.exists(), || "a file stays behind after a refusal".to_owned());
+            WRITES_AND_READS.check(&who, !out.exists(), || "a file remains after a refusal".to_owned());
             continue;
         }
         written += 1;
@@ -1671,5 +1675,5 @@ fn reads_what_it_writes(component: &Component) {
             WRITES_AND_READS.check(&who, off < 1e-4, || format!("{what}, read back, are off by {:.2}%", 100.0 * off));
         }
     }
-    WRITES_AND_READS.check(&who(component), written > 0, || "it writes no dictionary that is linked".to_owned());
+    WRITES_AND_READS.check(&who(component), written > 0, || "it writes no linked dictionary".to_owned());
 }

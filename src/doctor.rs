@@ -1,4 +1,4 @@
-//! `dictlearn doctor`: what this machine has, how fast it multiplies, and whether it computes training steps correctly.
+//! `dictlearn doctor`: reports this machine's hardware, software and speed, and checks that training steps are correct.
 
 use std::env;
 use std::fmt::Write as _;
@@ -27,10 +27,10 @@ use dictlearn_core::train::Modifier;
 use dictlearn_core::train::SaeConfig;
 use dictlearn_core::train::{Training, TrainingCx};
 
-/// The libtorch that the program is written for.
+/// The supported version of libtorch.
 const LIBTORCH: &str = "2.11";
 
-/// Python packages that read or write the same files, or that make activations.
+/// Python packages that read or write the same files, or that produce activations.
 const PACKAGES: [&str; 12] = [
     "torch",
     "numpy",
@@ -46,16 +46,16 @@ const PACKAGES: [&str; 12] = [
     "dictlearn",
 ];
 
-/// Variables that decide how many threads there are and what they do while they wait.
+/// Variables that set the number of threads, and how threads wait.
 const THREADING: [&str; 6] =
     ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_PROC_BIND"];
 
-/// What the doctor found.
+/// The doctor's report.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// Whether no problem is an error.
+    /// True if no problem is an error.
     pub healthy: bool,
-    /// What is wrong, and what to do.
+    /// The problems found.
     pub problems: Vec<Problem>,
     dictlearn: Program,
     libtorch: Libtorch,
@@ -67,14 +67,14 @@ pub struct Report {
     hub: Option<About>,
     python: Option<Python>,
     training: Vec<Check>,
-    /// The `DICTLEARN_*` variables that are set; they act on configs.
+    /// The `DICTLEARN_*` variables that are set, which override config keys.
     environment: Vec<String>,
 }
 
-/// Something that is wrong.
+/// A problem with the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Problem {
-    /// `error` for what is broken, `warning` for what works worse than it could.
+    /// `error` if something is broken, `warning` if it could work better.
     pub level: Level,
     /// What was found.
     pub what: String,
@@ -82,13 +82,13 @@ pub struct Problem {
     pub help: String,
 }
 
-/// How bad a problem is.
+/// Severity of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     /// Something is broken.
     Error,
-    /// Something works worse than it could.
+    /// Something could work better.
     Warning,
 }
 
@@ -103,9 +103,9 @@ struct Program {
 #[derive(Debug, Serialize)]
 struct Libtorch {
     version: Option<String>,
-    /// The file that is loaded.
+    /// The loaded file.
     path: Option<PathBuf>,
-    /// Where it was when the program was built.
+    /// Its path when the program was built.
     built_with: Option<&'static str>,
     cuda: bool,
     openmp: Option<PathBuf>,
@@ -113,7 +113,7 @@ struct Libtorch {
 
 #[derive(Debug, Serialize)]
 struct DeviceReport {
-    /// What `device: auto` means here.
+    /// The device that `auto` selects.
     auto: String,
     cpu: String,
     cores: usize,
@@ -124,7 +124,7 @@ struct DeviceReport {
 
 #[derive(Debug, Serialize)]
 struct PrecisionReport {
-    /// What `precision: auto` means here.
+    /// The dtype that `auto` selects.
     auto: String,
     why: &'static str,
 }
@@ -134,10 +134,10 @@ struct Product {
     device: String,
     #[serde(rename = "type")]
     kind: &'static str,
-    /// Rows and columns of the matrices.
+    /// Number of rows and columns of the matrices.
     size: i64,
     milliseconds: f64,
-    /// 10⁹ multiplications and additions a second.
+    /// 10⁹ multiplications and additions per second.
     gflops: f64,
 }
 
@@ -159,12 +159,12 @@ struct Memory {
 #[derive(Debug, Serialize)]
 struct Python {
     path: PathBuf,
-    /// Nothing where it does not run.
+    /// `None` if it does not run.
     version: Option<String>,
     packages: serde_json::Map<String, Value>,
 }
 
-/// Some steps of a trainer, compared with the same by autograd on the CPU.
+/// Some steps of a trainer, compared with autograd's on the CPU.
 #[derive(Debug, Serialize)]
 struct Check {
     device: String,
@@ -218,9 +218,9 @@ fn os() -> String {
     format!("{name} ({})", env::consts::ARCH)
 }
 
-/// The file that a function of a loaded library is in.
+/// Returns the loaded library file that contains a function.
 fn file_of(symbol: &std::ffi::CStr) -> Option<PathBuf> {
-    // SAFETY: looks a name up and asks which file its address is in; the answer's name lives as long as the library.
+    // SAFETY: looks up a name and the file of its address; the returned name lives as long as the library.
     unsafe {
         let found = libc::dlsym(libc::RTLD_DEFAULT, symbol.as_ptr());
         let mut info: libc::Dl_info = std::mem::zeroed();
@@ -232,7 +232,7 @@ fn file_of(symbol: &std::ffi::CStr) -> Option<PathBuf> {
     }
 }
 
-/// A libtorch's version: the archive's `build-version`, or a Python package's `version.py`.
+/// Returns a libtorch's version, from the archive's `build-version` or a Python package's `version.py`.
 fn libtorch_version(library: &Path) -> Option<String> {
     let root = library.parent()?.parent()?;
     let whole = |file: &str| Some(std::fs::read_to_string(root.join(file)).ok()?.trim().to_owned());
@@ -253,23 +253,23 @@ fn libtorch(problems: &mut Vec<Problem>) -> Libtorch {
         let place = path.as_deref().unwrap_or(Path::new("?")).display();
         problems.push(problem(
             Level::Error,
-            format!("libtorch {version} is loaded from {place}, and the program is written for {LIBTORCH}"),
-            "unset LD_LIBRARY_PATH, or set LIBTORCH to a libtorch of that version and build again (`cargo xtask setup`)",
+            format!("libtorch {version} is loaded from {place}, but the program needs {LIBTORCH}"),
+            "unset LD_LIBRARY_PATH, or set LIBTORCH to a libtorch of that version and rebuild (`cargo xtask setup`)",
         ));
     } else if let Some((path, built)) = path.as_deref().zip(built_with) {
         let built_lib = std::fs::canonicalize(Path::new(built).join("lib"));
         if built_lib.is_ok_and(|lib| path.parent() != Some(&lib)) {
             problems.push(problem(
                 Level::Warning,
-                format!("libtorch is loaded from {}, and the program was built with {built}", path.display()),
-                "unset LD_LIBRARY_PATH, unless you mean it",
+                format!("libtorch is loaded from {}, but the program was built with {built}", path.display()),
+                "unset LD_LIBRARY_PATH, unless it is intended",
             ));
         }
     }
     Libtorch { version, path, built_with, cuda: tch::utils::has_cuda(), openmp: file_of(c"omp_get_max_threads") }
 }
 
-/// Whether a version is of a series: 2.11.0+cpu of 2.11.
+/// True if a version belongs to a series: 2.11.0+cpu to 2.11.
 fn is_version(version: &str, series: &str) -> bool {
     version.strip_prefix(series).is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_digit()))
 }
@@ -289,13 +289,12 @@ fn devices(best: Device, libtorch: &Libtorch, problems: &mut Vec<Problem>) -> De
     if best == Device::Cpu && (!gpus.is_empty() || driver.is_some()) {
         let (what, help) = match libtorch.cuda {
             true => (
-                "there is an NVIDIA GPU, and libtorch does not find it",
+                "there is an NVIDIA GPU, but libtorch does not find it",
                 "check the driver with `nvidia-smi`, and that CUDA_VISIBLE_DEVICES does not hide it",
             ),
-            false => (
-                "there is an NVIDIA GPU, and this libtorch has no CUDA",
-                "run `cargo xtask setup --cuda` and build again",
-            ),
+            false => {
+                ("there is an NVIDIA GPU, but this libtorch has no CUDA", "run `cargo xtask setup --cuda` and rebuild")
+            }
         };
         problems.push(problem(Level::Warning, what, help));
     }
@@ -309,7 +308,7 @@ fn threads(cores: usize, problems: &mut Vec<Problem>) -> Threads {
     if threads as usize > cores {
         problems.push(problem(
             Level::Warning,
-            format!("libtorch has {threads} threads on {cores} cores"),
+            format!("libtorch uses {threads} threads on {cores} cores"),
             format!("set OMP_NUM_THREADS={cores} or unset it"),
         ));
     }
@@ -317,17 +316,17 @@ fn threads(cores: usize, problems: &mut Vec<Problem>) -> Threads {
     if wait_policy == "active" {
         problems.push(problem(
             Level::Warning,
-            "OpenMP's threads spin while they wait (OMP_WAIT_POLICY=active), which is slow beside other processes",
+            "OpenMP threads spin while they wait (OMP_WAIT_POLICY=active), which is slow if other processes run",
             "unset OMP_WAIT_POLICY, or set it to passive",
         ));
     }
     Threads { libtorch: threads, wait_policy, variables }
 }
 
-/// What OpenMP's threads do between loops, by the variables that libgomp reads.
+/// Returns what OpenMP threads do between loops, according to the variables that libgomp reads.
 fn wait_policy(variable: &dyn Fn(&str) -> Option<String>) -> &'static str {
     if variable("GOMP_SPINCOUNT").is_some() {
-        return "as GOMP_SPINCOUNT says";
+        return "set by GOMP_SPINCOUNT";
     }
     match variable("OMP_WAIT_POLICY").as_deref().map(str::trim).map(str::to_lowercase).as_deref() {
         Some("active") => "active",
@@ -336,7 +335,7 @@ fn wait_policy(variable: &dyn Fn(&str) -> Option<String>) -> &'static str {
     }
 }
 
-/// Multiplies matrices in each type on the CPU and on the device that `auto` takes.
+/// Times matrix products in each dtype on the CPU and on the device that `auto` selects.
 fn products(best: Device, auto: Precision, problems: &mut Vec<Problem>) -> Vec<Product> {
     let devices = [Device::Cpu, best];
     let mut found: Vec<Product> = Vec::new();
@@ -346,8 +345,8 @@ fn products(best: Device, auto: Precision, problems: &mut Vec<Problem>) -> Vec<P
                 Ok(product) => found.push(product),
                 Err(error) => problems.push(problem(
                     Level::Error,
-                    format!("{} cannot multiply matrices of {precision}: {error:#}", device::name(*device)),
-                    "set `device: cpu` or `precision: float32` until it can; check the driver and its version",
+                    format!("{} cannot multiply {precision} matrices: {error:#}", device::name(*device)),
+                    "check the driver and its version; until it works, set `device: cpu` or `precision: float32`",
                 )),
             }
         }
@@ -364,8 +363,8 @@ fn products(best: Device, auto: Precision, problems: &mut Vec<Problem>) -> Vec<P
         if other.1 > 1.5 * chosen {
             problems.push(problem(
                 Level::Warning,
-                format!("`precision: auto` is {auto} here, and {} was {:.1} times as fast", other.0, other.1 / chosen),
-                format!("if that holds when nothing else runs, set `precision: {}` and report it", other.0),
+                format!("`precision: auto` is {auto} here, but {} was {:.1} times as fast", other.0, other.1 / chosen),
+                format!("if this holds on an idle machine, set `precision: {}` and report it", other.0),
             ));
         }
     }
@@ -408,7 +407,7 @@ fn product(device: Device, precision: Precision) -> Result<Product> {
     })
 }
 
-/// Does what may fail inside libtorch, which then panics.
+/// Runs `work`, and returns libtorch's panics as errors.
 fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| ()));
@@ -421,20 +420,20 @@ fn caught<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-/// A modifier that does nothing, so that steps are left to autograd.
+/// A modifier that does nothing: an SAE with modifiers trains by autograd.
 struct Nothing;
 
 impl Modifier for Nothing {}
 
-/// Steps that are compared.
+/// Number of steps compared.
 const STEPS: u64 = 3;
-/// How far a loss may be off.
+/// Maximum relative difference of a loss.
 const TOLERANCE: f64 = 1e-3;
 /// Width of the activations.
 const WIDTH: i64 = 32;
 
-/// Takes some steps of each trainer as training does, on the CPU and on the device, and compares their losses with those of
-/// autograd on the CPU.
+/// Takes some steps of each trainer on the CPU and on the device, and compares their losses with those of autograd on
+/// the CPU.
 fn training(best: Device, problems: &mut Vec<Problem>) -> Vec<Check> {
     let batches = batches();
     let devices = [Device::Cpu, best];
@@ -472,7 +471,7 @@ fn training(best: Device, problems: &mut Vec<Problem>) -> Vec<Check> {
     checks
 }
 
-/// A trainer on its default dictionary, if they take activations of one site.
+/// Returns the config of a trainer on its default dictionary, if they take activations of one site.
 fn sae(trainer: &Component) -> Option<SaeConfig> {
     let dictionary = find(ComponentKind::Dictionary, trainer.default_dictionary?)?;
     let (name, trainer, dictionary) = (trainer.name, trainer.example, dictionary.example);
@@ -485,7 +484,7 @@ fn sae(trainer: &Component) -> Option<SaeConfig> {
 }
 
 fn batches() -> Vec<Batch> {
-    // A few directions each, from a formula, so that nobody's random numbers matter.
+    // A few directions each, from a formula that needs no random numbers.
     let rows = 64 * STEPS as i64;
     let options = (Kind::Float, Device::Cpu);
     let at = |n: i64, scale: f64| Tensor::arange(n, options) * scale;
@@ -495,14 +494,14 @@ fn batches() -> Vec<Batch> {
     (codes.matmul(&directions) + 0.1).split(64, 0).into_iter().map(Batch::of).collect()
 }
 
-/// The losses of the first steps.
+/// Returns the losses of the first steps.
 fn losses(sae: &SaeConfig, device: Device, batches: &[Batch], autograd: bool) -> Result<Vec<f64>> {
     let cx = TrainingCx {
         widths: (WIDTH, WIDTH),
         parts: Vec::new(),
         steps: 100_000,
         seed: 1,
-        // Weights are drawn on the CPU and moved: a GPU draws others.
+        // Weights are drawn on the CPU and moved: a GPU would draw others.
         device: Device::Cpu,
         precision: Precision::Float32,
     };
@@ -529,8 +528,8 @@ fn memory_of(best: Device, problems: &mut Vec<Problem>) -> Memory {
     if memory.free < 1_000_000_000 {
         problems.push(problem(
             Level::Warning,
-            format!("only {} of memory are free", Size(memory.free)),
-            "end other programs; `dictlearn train --dry-run` says what a run takes",
+            format!("only {} of memory is free", Size(memory.free)),
+            "close other programs; `dictlearn train --dry-run` shows what a run needs",
         ));
     }
     memory
@@ -543,7 +542,7 @@ fn hub_of(problems: &mut Vec<Problem>) -> Option<About> {
             let input = InputError::take(error);
             let (what, help) = match &input {
                 Ok(input) => (input.message().to_owned(), input.help_text().unwrap_or_default().to_owned()),
-                Err(error) => (format!("{error:#}"), "set HF_HOME to a folder that you may write to".to_owned()),
+                Err(error) => (format!("{error:#}"), "set HF_HOME to a writable folder".to_owned()),
             };
             problems.push(problem(Level::Error, format!("the Hugging Face Hub cannot be used: {what}"), help));
             return None;
@@ -552,21 +551,21 @@ fn hub_of(problems: &mut Vec<Problem>) -> Option<About> {
     if let (Err(why), false) = (writable(&about.cache), about.offline) {
         problems.push(problem(
             Level::Error,
-            format!("the Hub's cache, {}, cannot be written to: {why}", about.cache.display()),
-            "set HF_HOME or HF_HUB_CACHE to a folder that you may write to, or HF_HUB_OFFLINE=1 to read only what is there",
+            format!("the Hub's cache, {}, is not writable: {why}", about.cache.display()),
+            "set HF_HOME or HF_HUB_CACHE to a writable folder, or HF_HUB_OFFLINE=1 to only read the cache",
         ));
     }
     Some(about)
 }
 
-/// An address without the name and password that may stand in it.
+/// Returns an address without user name and password.
 fn without_login(address: &str) -> String {
     let Some((scheme, rest)) = address.split_once("://") else { return address.to_owned() };
     let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     format!("{scheme}://{}{path}", host.rsplit('@').next().unwrap_or(host))
 }
 
-/// Whether files can be made in a folder, or in the nearest one above it that is there.
+/// Checks that files can be created in a folder, or in the nearest existing one above it.
 fn writable(dir: &Path) -> std::io::Result<()> {
     let there = dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
     if !there.is_dir() {
@@ -580,13 +579,13 @@ fn temporary_files(problems: &mut Vec<Problem>) {
     if let Err(why) = writable(&dir).and_then(|()| std::fs::metadata(&dir).map(|_| ())) {
         problems.push(problem(
             Level::Error,
-            format!("no temporary file can be made in {}: {why}", dir.display()),
-            "set TMPDIR to a folder that you may write to",
+            format!("no temporary file can be created in {}: {why}", dir.display()),
+            "set TMPDIR to a writable folder",
         ));
     }
 }
 
-/// The first Python of the path, with the versions of packages that matter; they are not imported.
+/// Returns the first Python on the PATH, with the versions of relevant packages, which are not imported.
 fn python() -> Option<Python> {
     let paths = env::var_os("PATH")?;
     let found = |name: &str| env::split_paths(&paths).map(|dir| dir.join(name)).find(|file| file.is_file());
@@ -602,7 +601,7 @@ fn python() -> Option<Python> {
     Some(Python { path, version, packages })
 }
 
-/// What a Python prints as JSON; nothing if it does not run, or takes too long.
+/// Returns the JSON that a Python program prints; `None` if it does not run, or takes too long.
 fn asked<T: serde::de::DeserializeOwned>(python: &Path, code: &str) -> Option<T> {
     let mut child = Command::new(python)
         .args(["-c", code])
@@ -631,7 +630,7 @@ impl std::fmt::Display for Report {
         line("dictlearn", format!("{version} ({build} build), {}", path(program)))?;
         line("system", os.clone())?;
         let Libtorch { version, path: library, cuda, openmp, .. } = &self.libtorch;
-        let version = version.as_deref().unwrap_or("of unknown version");
+        let version = version.as_deref().unwrap_or("unknown version");
         line("libtorch", format!("{version}, {}", path(library)))?;
         line("", format!("{} CUDA; OpenMP: {}", if *cuda { "with" } else { "without" }, path(openmp)))?;
         line("device", format!("auto: {}", self.device.auto))?;
@@ -647,7 +646,7 @@ impl std::fmt::Display for Report {
             line(name, value)?;
         }
         let Threads { libtorch, wait_policy, variables } = &self.threads;
-        line("threads", format!("{libtorch}; while they wait: {wait_policy}"))?;
+        line("threads", format!("{libtorch}; wait policy: {wait_policy}"))?;
         for (name, value) in variables {
             line("", format!("{name}={value}"))?;
         }
@@ -659,17 +658,17 @@ impl std::fmt::Display for Report {
         if let Some(About { cache, endpoint, offline, token }) = &self.hub {
             line("Hub", format!("{endpoint}{}", if *offline { " (offline)" } else { "" }))?;
             line("", format!("cache {}", cache.display()))?;
-            line("", if *token { "a token is there" } else { "no token" }.to_owned())?;
+            line("", if *token { "token found" } else { "no token" }.to_owned())?;
         }
         match &self.python {
-            None => line("Python", "none on the path".to_owned())?,
+            None => line("Python", "none on the PATH".to_owned())?,
             Some(Python { path, version: None, .. }) => line("Python", format!("{} does not run", path.display()))?,
             Some(Python { path, version: Some(version), packages }) => {
                 line("Python", format!("{version}, {}", path.display()))?;
                 let packages =
                     packages.iter().map(|(name, version)| format!("{name} {}", version.as_str().unwrap_or_default()));
                 let packages = packages.collect::<Vec<_>>().join(", ");
-                line("", if packages.is_empty() { "no package that matters".to_owned() } else { packages })?;
+                line("", if packages.is_empty() { "no relevant packages".to_owned() } else { packages })?;
             }
         }
         let mut devices: Vec<&str> = self.training.iter().map(|check| check.device.as_str()).collect();
@@ -692,7 +691,7 @@ impl std::fmt::Display for Report {
             write!(f, "\n{level}: {what}\nhelp: {help}\n")?;
         }
         if self.problems.is_empty() {
-            write!(f, "\nno problem found\n")?;
+            write!(f, "\nno problems found\n")?;
         }
         Ok(())
     }
@@ -703,13 +702,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_of_a_series() {
+    fn series_match_only_their_own_versions() {
         assert!(is_version("2.11.0+cpu", "2.11") && is_version("2.11", "2.11"));
         assert!(!is_version("2.110.0", "2.11") && !is_version("2.1.1", "2.11") && !is_version("1.2.11", "2.11"));
     }
 
     #[test]
-    fn libtorch_says_its_version_in_an_archive_and_in_a_package() {
+    fn libtorch_version_is_read_from_archives_and_packages() {
         let dir = tempfile::tempdir().unwrap();
         let library = dir.path().join("lib/libtorch_cpu.so");
         assert_eq!(libtorch_version(&library), None);
@@ -720,18 +719,18 @@ mod tests {
     }
 
     #[test]
-    fn the_wait_policy_is_what_libgomp_would_do() {
+    fn wait_policy_follows_libgomp() {
         let with = |known: &'static [(&str, &str)]| {
             wait_policy(&|name| known.iter().find(|(other, _)| *other == name).map(|(_, value)| (*value).to_owned()))
         };
         assert_eq!(with(&[("OMP_WAIT_POLICY", "ACTIVE")]), "active");
         assert_eq!(with(&[("OMP_WAIT_POLICY", "passive")]), "passive");
-        assert_eq!(with(&[("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "1000")]), "as GOMP_SPINCOUNT says");
+        assert_eq!(with(&[("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "1000")]), "set by GOMP_SPINCOUNT");
         assert!(with(&[]).contains("default"));
     }
 
     #[test]
-    fn a_folder_below_a_file_is_not_writable() {
+    fn folder_below_a_file_is_not_writable() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("file"), "").unwrap();
         assert!(writable(&dir.path().join("file/hub")).is_err());
@@ -740,19 +739,19 @@ mod tests {
     }
 
     #[test]
-    fn a_python_that_does_not_run_has_no_version() {
+    fn python_that_does_not_run_has_no_version() {
         assert_eq!(asked::<Value>(Path::new("/bin/false"), "print(1)"), None);
         assert_eq!(asked::<Value>(Path::new("/nowhere/python3"), "print(1)"), None);
     }
 
     #[test]
-    fn addresses_keep_their_passwords_to_themselves() {
+    fn credentials_are_removed_from_addresses() {
         assert_eq!(without_login("https://me:secret@mirror.org/hf@x"), "https://mirror.org/hf@x");
         assert_eq!(without_login("https://huggingface.co"), "https://huggingface.co");
     }
 
     #[test]
-    fn what_panics_is_an_error() {
+    fn panics_become_errors() {
         let error = caught(|| -> Result<()> { panic!("CUDA error\nand a stack") }).unwrap_err();
         assert_eq!(error.to_string(), "CUDA error");
     }

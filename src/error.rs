@@ -5,7 +5,7 @@ use dictlearn_core::hub::HubError;
 use dictlearn_core::interrupt::Interrupted;
 use dictlearn_core::train::NotFinite;
 
-/// An error of this library. [`std::fmt::Display`] prints the full message, with file, line, column and advice where known.
+/// An error of this library. [`std::fmt::Display`] prints the full message, with known file, line, column and advice.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kind_of_an_error_follows_from_its_cause() {
+    fn error_kind_follows_from_its_cause() {
         let kind = |error: anyhow::Error| Error::from(error.context("outer"));
         assert!(matches!(kind(InputError::new("x").into()), Error::Input(input) if input.message() == "outer: x"));
         assert!(matches!(kind(Interrupted.into()), Error::Interrupted));

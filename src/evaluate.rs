@@ -1,4 +1,4 @@
-//! Measuring trained SAEs.
+//! Evaluating trained SAEs.
 
 use std::path::{Path, PathBuf};
 
@@ -13,12 +13,12 @@ use serde_json::{Map, Value, json};
 use crate::config::{self, RunConfig, Sources};
 use crate::run::evaluate::{self as measuring, Measured};
 
-/// Measures trained SAEs, each a folder that dictlearn wrote, by the metrics and on the held-out activations of a config: what
-/// `dictlearn eval` does. One object of figures for each, in their order. Without `config` they are those of the SAEs' own run.
+/// Evaluates trained SAEs, each a folder that dictlearn wrote, as `dictlearn eval` does. Uses the metrics and held-out
+/// activations of `config`, or by default of each SAE's own run. Returns one object of results for each SAE, in order.
 ///
 /// # Errors
 ///
-/// [`Error::Input`](crate::Error::Input) where a folder is no SAE, nothing says what it reads, or the config is wrong.
+/// [`Error::Input`](crate::Error::Input) if a folder is not an SAE, its model is unknown, or the config is invalid.
 pub fn evaluate(saes: &[impl AsRef<Path>], config: Option<&Path>) -> crate::Result<Vec<Map<String, Value>>> {
     let dirs: Vec<PathBuf> = saes.iter().map(|sae| sae.as_ref().to_owned()).collect();
     let load =
@@ -62,20 +62,20 @@ pub(crate) fn measured_alike(
     Ok(groups.into_iter().map(|(_, _, config, members)| (config, members)).collect())
 }
 
-/// The config that says where an SAE reads: the one that the user names, an imported SAE's own, or its run's.
+/// Returns the config with an SAE's source: the one that the user names, an imported SAE's own, or its run's.
 pub(crate) fn own_config(sae_dir: &Path, named: Option<PathBuf>) -> anyhow::Result<PathBuf> {
     let dir = std::path::absolute(sae_dir)?;
     let own = [Some(&*dir), dir.parent()].into_iter().flatten().map(|dir| dir.join("config.yaml"));
     let Some(file) = named.or_else(|| own.into_iter().find(|file| file.exists())) else {
         bail!(
-            InputError::new(format!("nothing says which model {} reads, and where", sae_dir.display()))
+            InputError::new(format!("no config says which model and hook point {} is for", sae_dir.display()))
                 .help("give a config with a `source`: `--config CONFIG.yaml`")
         );
     };
     Ok(file)
 }
 
-/// The figures of SAEs, by the metrics of a config on its source, which is read once for all.
+/// Evaluates SAEs by a config's metrics, in one pass over its source.
 pub(crate) fn measure(sae_dirs: &[&Path], config: &RunConfig) -> anyhow::Result<Vec<Map<String, Value>>> {
     let measured = Measured::of(config);
     let key = measured.key;
@@ -109,7 +109,7 @@ pub(crate) fn measure(sae_dirs: &[&Path], config: &RunConfig) -> anyhow::Result<
     } else {
         &config.metrics
     };
-    // What others trained on is what theirs are measured on, too.
+    // Imported SAEs are evaluated on the data they were trained on.
     let own = all.iter().filter(|saved| saved.config["imported"].is_null());
     if let Some(shared) = own.filter_map(|saved| source.overlap(&saved.config["buffer"])).next() {
         measuring::warn_of_overlap(&shared);
@@ -123,7 +123,7 @@ pub(crate) fn measure(sae_dirs: &[&Path], config: &RunConfig) -> anyhow::Result<
     measuring::evaluate(metrics, &subjects, &mut *source, &measuring)
 }
 
-/// The number of the site that an SAE was trained on, by what its config.json says.
+/// Returns the index of the site that an SAE was trained at, according to its config.json.
 pub(crate) fn own_site(saved: &Saved, sites: &[Site]) -> anyhow::Result<usize> {
     let buffer = &saved.config["buffer"];
     let name = buffer["site"].as_str().or(buffer["submodule"].as_str());
@@ -131,19 +131,20 @@ pub(crate) fn own_site(saved: &Saved, sites: &[Site]) -> anyhow::Result<usize> {
         let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
         bail!(
             InputError::new(match name {
-                Some(name) => format!("{} was trained at {name}, where the source has no site", saved.dir.display()),
-                None => format!("{} does not say at which of the source's sites it was trained", saved.dir.display()),
+                Some(name) =>
+                    format!("{} was trained at {name}, which is not a site of the source", saved.dir.display()),
+                None => format!("{} does not name the site that it was trained at", saved.dir.display()),
             })
-            .help(format!("its sites: {}", names.join(", ")))
+            .help(format!("the source's sites: {}", names.join(", ")))
         );
     };
-    // Side by side in another order they would be read for each other.
+    // Parts in another order would be mistaken for each other.
     let trained: Vec<&str> = buffer["parts"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     let parts: Vec<&str> = sites[site].parts.iter().map(|part| part.name.as_str()).collect();
     if !trained.is_empty() && trained != parts {
         bail!(
             InputError::new(format!(
-                "{} was trained on the parts {}, and the source has {}",
+                "{} was trained on the parts {}, but the source has {}",
                 saved.dir.display(),
                 trained.join(", "),
                 if parts.is_empty() { "none".to_owned() } else { parts.join(", ") }

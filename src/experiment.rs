@@ -10,7 +10,7 @@ use crate::notes;
 use crate::run::{self, Ending};
 use crate::{Error, Result, Sae};
 
-/// An experiment that a YAML file describes: what `dictlearn train` does.
+/// An experiment described by a YAML file, as `dictlearn train` runs it.
 ///
 /// ```no_run
 /// let outcome = dictlearn::Run::from_yaml("configs/quickstart.yaml")?.output_dir("runs/first").train()?;
@@ -27,14 +27,14 @@ pub struct Run {
     resume: bool,
 }
 
-/// What a run left.
+/// The results of a run.
 #[derive(Debug)]
 pub struct Outcome {
     /// The run's folder.
     pub dir: PathBuf,
     /// The trained SAEs, in the config's order.
     pub saes: Vec<TrainedSae>,
-    /// Why others were not trained to the end.
+    /// Why the other SAEs stopped early.
     pub stopped: Vec<String>,
 }
 
@@ -45,28 +45,28 @@ pub struct TrainedSae {
     pub name: String,
     /// Its folder.
     pub dir: PathBuf,
-    /// What the run's metrics measured of it.
+    /// Its results from the run's metrics.
     pub figures: Map<String, Value>,
 }
 
 impl TrainedSae {
-    /// Loads it. Errors as [`Sae::load`].
+    /// Loads the SAE. Errors as [`Sae::load`].
     pub fn load(&self) -> Result<Sae> {
         Sae::load(self.dir.to_string_lossy())
     }
 }
 
 impl Run {
-    /// The run of a YAML file.
+    /// Loads a run from a YAML file.
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] with every mistake of the file, each with line, column and what would do.
+    /// [`Error::Input`] with every mistake of the file, each with line, column and advice.
     pub fn from_yaml(file: impl AsRef<Path>) -> Result<Self> {
         Run::from_yaml_with(file, &[])
     }
 
-    /// The run of a YAML file with some of its keys set to other values, as by `--set`: `["steps=100"]`.
+    /// Loads a run from a YAML file with some keys overridden, as by `--set`: `["steps=100"]`.
     pub fn from_yaml_with(file: impl AsRef<Path>, set: &[&str]) -> Result<Self> {
         let sources = Sources {
             file: file.as_ref().to_owned(),
@@ -79,18 +79,18 @@ impl Run {
         Ok(Run { config, output_dir: None, resume: false })
     }
 
-    /// Its config, to be looked at or changed before it trains.
+    /// Returns the config, to read or change before training.
     pub fn config(&mut self) -> &mut RunConfig {
         &mut self.config
     }
 
-    /// Where it is written; the config's `output_dir` by default.
+    /// Sets the output folder; the config's `output_dir` by default.
     pub fn output_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.output_dir = Some(dir.into());
         self
     }
 
-    /// Goes on from the last checkpoint in its folder, if there is one.
+    /// Sets whether to resume from the last checkpoint in the output folder, if there is one.
     pub fn resume(mut self, resume: bool) -> Self {
         self.resume = resume;
         self
@@ -100,13 +100,13 @@ impl Run {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] for what is wrong with the config, [`Error::Diverged`] where no SAE could be trained,
-    /// [`Error::Interrupted`] where `interrupt` asked it to end.
+    /// [`Error::Input`] for an invalid config, [`Error::Diverged`] if no SAE could be trained, [`Error::Interrupted`]
+    /// if the run was interrupted.
     pub fn train(self) -> Result<Outcome> {
         self.train_until(&Interrupt::default())
     }
 
-    /// [`Run::train`] that ends, saved, after the step in which `interrupt` is asked to. The process can start other runs then.
+    /// As [`Run::train`], but saves and ends after the step in which `interrupt` is raised. The process may start other runs then.
     ///
     /// ```standalone_crate
     /// use dictlearn::{Error, Run};

@@ -40,13 +40,13 @@
 //! | [`Error`] | errors, by kind |
 //! | [`config`] | the YAML of a run: its layers, checks and schema |
 //! | [`plugins`] | every bundled plugin, with its config structs |
-//! | [`contract`](mod@contract) | what every component must keep, as a test |
+//! | [`contract`](mod@contract) | the promises that every component keeps, as a test |
 //! | [`cli`] | the command line, for a program with plugins of your own |
 //!
-//! What plugins build on, the traits and the tools, is the crate [`dictlearn_core`].
+//! Plugins build on the traits and tools of the crate [`dictlearn_core`].
 //!
-//! The library prints nothing. Messages are [`tracing`](https://docs.rs/tracing) events whose targets begin with `dictlearn`; a
-//! program displays progress through [`progress::show_with`](dictlearn_core::progress::show_with).
+//! The library prints nothing. Messages are [`tracing`](https://docs.rs/tracing) events whose targets begin with
+//! `dictlearn`. A program displays progress through [`progress::show_with`](dictlearn_core::progress::show_with).
 
 mod batches;
 pub mod cli;
@@ -72,8 +72,8 @@ pub use experiment::{Outcome, Run, TrainedSae};
 pub use sae::{Sae, import};
 pub use trainer::{StepStats, Trainer, TrainerBuilder};
 
-/// The bundled plugins. Linking this crate registers them; their config structs are what [`Trainer::builder`] takes.
-// They are those of Cargo.toml: a line there is all that the program knows of each (see build.rs).
+/// The bundled plugins. Linking this crate registers them; [`Trainer::builder`] takes their config structs.
+// build.rs generates the list from Cargo.toml.
 pub mod plugins {
     include!(concat!(env!("OUT_DIR"), "/plugins.rs"));
 }

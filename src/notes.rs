@@ -1,6 +1,6 @@
-//! Notes of sources and configs, which are texts, as events.
+//! Emits the notes of sources and configs, which are strings, as events.
 
-/// Emits a note: a warning if it begins with `warning: `, otherwise information.
+/// Emits a note as a warning if it begins with `warning: `, otherwise as information.
 pub(crate) fn emit(note: &str) {
     match note.strip_prefix("warning: ") {
         Some(warning) => tracing::warn!("{warning}"),

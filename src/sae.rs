@@ -1,4 +1,4 @@
-//! A trained SAE, to encode and decode with.
+//! A trained SAE, for encoding and decoding.
 
 use std::path::{Path, PathBuf};
 
@@ -15,28 +15,29 @@ use crate::Result;
 
 /// A trained SAE.
 ///
-/// Inputs may be on any device and of any floating-point type; they are converted to float32 on the SAE's device, where results
-/// stay. No autograd graph is built.
+/// Inputs may have any device and floating-point dtype. They are converted to float32 on the SAE's device, where
+/// results stay. No autograd graph is built.
 pub struct Sae {
     saved: Saved,
 }
 
 impl Sae {
-    /// Loads an SAE: a folder that dictlearn wrote, or `FORMAT:NAME`, where the format is one of `dictlearn list formats` and the
-    /// name is what `dictlearn import` takes: a folder, `owner/name/path` on the Hugging Face Hub, or a release's SAE
-    /// (`sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre`). What is in the Hub's cache needs no network.
+    /// Loads an SAE: a folder that dictlearn wrote, or `FORMAT:NAME`. The format is one of `dictlearn list formats`.
+    /// The name is what `dictlearn import` takes: a folder, `owner/name/path` on the Hugging Face Hub, or a release's
+    /// SAE (`sae_lens:gpt2-small-res-jb:blocks.8.hook_resid_pre`). Files in the Hub's cache need no network.
     ///
     /// Weights are placed on the first GPU, or on the CPU if there is none.
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) if the SAE does not exist or is damaged, [`Error::Hub`](crate::Error::Hub) if the Hub
+    /// [`Error::Input`](crate::Error::Input) if the SAE does not exist or is damaged, [`Error::Hub`](crate::Error::Hub)
+    /// if the Hub
     /// cannot be reached.
     pub fn load(place: impl AsRef<str>) -> Result<Self> {
         Sae::load_on(place, dictlearn_core::machine::device::best())
     }
 
-    /// [`Sae::load`] onto a device.
+    /// As [`Sae::load`], onto a given device.
     pub fn load_on(place: impl AsRef<str>, device: Device) -> Result<Self> {
         let place = place.as_ref();
         let dir = Path::new(place);
@@ -73,7 +74,7 @@ impl Sae {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) where the last dimension is not F.
+    /// [`Error::Input`](crate::Error::Input) if the last dimension is not F.
     pub fn decode(&self, features: &Tensor) -> Result<Tensor> {
         let features = self.own(features, self.dims().features, "features")?;
         Ok(tch::no_grad(|| self.dictionary().decode(&features)))
@@ -89,55 +90,55 @@ impl Sae {
         Ok(tch::no_grad(|| self.dictionary().reconstruct(&x).0))
     }
 
-    /// Widths of its input, features and output: d, F and d_out.
+    /// Returns the widths of its input, features and output: d, F and d_out.
     pub fn dims(&self) -> Dims {
         self.dictionary().dims()
     }
 
-    /// Decoder directions [F, d_out], in units of the output: add a multiple of a row to steer a model.
+    /// Returns the decoder directions [F, d_out], in units of the output: add a multiple of a row to steer a model.
     pub fn directions(&self) -> Option<Tensor> {
         tch::no_grad(|| self.dictionary().directions().map(|directions| directions.detach()))
     }
 
-    /// The reference's class: `AutoEncoderTopK`.
+    /// Returns the reference's class, such as `AutoEncoderTopK`.
     pub fn class(&self) -> &'static str {
         self.dictionary().class()
     }
 
-    /// Where its tensors live.
+    /// Returns the device of its tensors.
     pub fn device(&self) -> Device {
         self.dictionary().device()
     }
 
-    /// Its config.json: what it is, and what of a model it was trained on.
+    /// Returns its config.json, which describes the SAE and the site that it was trained at.
     pub fn config(&self) -> &Value {
         &self.saved.config
     }
 
-    /// The dictionary behind it.
+    /// Returns the underlying dictionary.
     pub fn dictionary(&self) -> &dyn Dictionary {
         &*self.saved.dictionary
     }
 
-    /// Writes it into a folder, as training does: `ae.safetensors`, `ae.pt` and `config.json`.
+    /// Writes the SAE to a folder, as training does: `ae.safetensors`, `ae.pt` and `config.json`.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`](crate::Error::Io) where the folder cannot be written.
+    /// [`Error::Io`](crate::Error::Io) if the folder cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         Ok(saved::write(dir.as_ref(), self.dictionary(), &self.saved.config)?)
     }
 
-    /// Writes it into a new folder in a format of others (`sae_lens`), as `dictlearn export` does.
+    /// Writes the SAE to a new folder in another library's format (`sae_lens`), as `dictlearn export` does.
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) where the format cannot express the SAE, or the folder is there already.
+    /// [`Error::Input`](crate::Error::Input) if the format cannot express the SAE, or the folder exists already.
     pub fn export(&self, format: &str, dir: impl AsRef<Path>) -> Result<()> {
         Ok(formats::export(&self.saved, format, dir.as_ref())?)
     }
 
-    /// A tensor of the caller's on the SAE's device, as float32.
+    /// Returns the caller's tensor on the SAE's device, as float32.
     fn own(&self, tensor: &Tensor, width: i64, what: &str) -> Result<Tensor> {
         if tensor.size().last() != Some(&width) || !tensor.is_floating_point() {
             return Err(InputError::new(format!(
@@ -157,12 +158,12 @@ impl std::fmt::Debug for Sae {
     }
 }
 
-/// Imports published SAEs into folders of dictlearn's, as `dictlearn import` does, and returns the folders. `name` is what
-/// [`Sae::load`] takes after the format; `out` is the folder for one of them, or the folder of the folders.
+/// Imports published SAEs into folders, as `dictlearn import` does, and returns the folders. `name` is what
+/// [`Sae::load`] takes after the format; `out` is the folder of a single SAE, or the parent folder of several.
 ///
 /// # Errors
 ///
-/// As [`Sae::load`]; [`Error::Input`](crate::Error::Input) where a folder is there already.
+/// As [`Sae::load`]; [`Error::Input`](crate::Error::Input) if a folder exists already.
 pub fn import(format: &str, name: &str, out: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
     let request = Request { place: Some(name.to_owned()), ..Request::default() };
     Ok(formats::import(format, &request, Some(out.as_ref()))?)

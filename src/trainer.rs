@@ -96,23 +96,23 @@ impl TrainerBuilder {
         self
     }
 
-    /// Type of the matrix products; default float32. Weights, moments and losses are always float32.
+    /// Dtype of matrix products; default float32. Weights, moments and losses are always float32.
     pub fn precision(mut self, precision: Precision) -> Self {
         self.precision = precision;
         self
     }
 
-    /// The name of the SAE in messages; `sae` by default.
+    /// Name of the SAE in messages; default `sae`.
     pub fn name(mut self, name: &str) -> Self {
         name.clone_into(&mut self.config.name);
         self
     }
 
-    /// The trainer, with random initial weights, for activations of this width.
+    /// Returns the trainer, with random initial weights, for activations of this width.
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) where the trainer cannot train this dictionary with these settings.
+    /// [`Error::Input`](crate::Error::Input) if the trainer cannot train this dictionary with these settings.
     pub fn build(mut self, activation_dim: i64) -> Result<Trainer> {
         check_component(ComponentKind::Dictionary, &self.config.dictionary, "dictionary")?;
         check_component(ComponentKind::Trainer, &self.config.trainer, "trainer")?;
@@ -139,8 +139,8 @@ impl TrainerBuilder {
 }
 
 impl Trainer {
-    /// Starts a builder from the config structs of a dictionary and a trainer, the ones that YAML names. Fields left at their
-    /// defaults adapt to the number of steps, as in a config.
+    /// Starts a builder from the config structs of a dictionary and a trainer, the ones that YAML names. Fields at
+    /// their defaults adapt to the number of steps, as in a config.
     pub fn builder(
         dictionary: impl TaggedDictionary + 'static,
         trainer: impl TaggedTrainer + 'static,
@@ -169,19 +169,21 @@ impl Trainer {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`](crate::Error::Input) for a batch of another shape, [`Error::Diverged`](crate::Error::Diverged) if the loss or a
-    /// gradient is not finite. On a CPU the failed step changes nothing; on a GPU the error is reported by [`Trainer::save`] and
+    /// [`Error::Input`](crate::Error::Input) for a batch of another shape, [`Error::Diverged`](crate::Error::Diverged)
+    /// if the loss or a
+    /// gradient is not finite. On a CPU the failed step changes nothing; on a GPU the error is reported by
+    /// [`Trainer::save`] and
     /// [`Trainer::finish`].
     pub fn step(&mut self, x: &Tensor) -> Result<()> {
         self.take(Batch::of(self.own(x, self.cx.widths.0)?), false)
     }
 
-    /// One step on pairs: predicts `target` [B, d_out] from `x` [B, d]. Errors as [`Trainer::step`].
+    /// Takes one step on pairs: predicts `target` [B, d_out] from `x` [B, d]. Errors as [`Trainer::step`].
     pub fn step_on_pairs(&mut self, x: &Tensor, target: &Tensor) -> Result<()> {
         let (x, target) = (self.own(x, self.cx.widths.0)?, self.own(target, self.cx.widths.1)?);
         if x.size()[0] != target.size()[0] {
             return Err(InputError::new(format!(
-                "there are {} inputs and {} targets: a pair takes one of each",
+                "the batch has {} inputs but {} targets: a pair needs one of each",
                 x.size()[0],
                 target.size()[0]
             ))
@@ -190,42 +192,42 @@ impl Trainer {
         self.take(Batch { x, target }, false)
     }
 
-    /// Takes a step as [`Trainer::step`] and returns its figures, which come from the same forward pass. Slightly slower.
+    /// Takes a step as [`Trainer::step`], slightly slower, and returns its metrics from the same forward pass.
     pub fn step_with_stats(&mut self, x: &Tensor) -> Result<&StepStats> {
         self.take(Batch::of(self.own(x, self.cx.widths.0)?), true)?;
         Ok(self.stats.get_or_insert_default())
     }
 
-    /// The figures of the last step that was measured ([`Trainer::step_with_stats`]).
+    /// Returns the metrics of the last [`Trainer::step_with_stats`].
     pub fn stats(&self) -> Option<&StepStats> {
         self.stats.as_ref()
     }
 
-    /// How many steps were taken.
+    /// Returns the number of steps taken.
     pub fn steps_taken(&self) -> u64 {
         self.step
     }
 
-    /// Writes the SAE as it is now into a folder: `ae.safetensors`, `ae.pt` and `config.json`. [`Sae::load`] reads it.
+    /// Writes the current SAE to a folder: `ae.safetensors`, `ae.pt` and `config.json`. [`Sae::load`] reads it.
     ///
     /// # Errors
     ///
-    /// [`Error::Diverged`](crate::Error::Diverged) as for [`Trainer::step`], [`Error::Io`](crate::Error::Io) where the folder cannot be
-    /// written.
+    /// [`Error::Diverged`](crate::Error::Diverged) as for [`Trainer::step`], [`Error::Io`](crate::Error::Io) if the
+    /// folder cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         self.training.settle()?;
         let folded = self.training.folded(1.0)?;
         Ok(dictlearn_core::sae::saved::write(dir.as_ref(), &*folded, &self.saved_config()?)?)
     }
 
-    /// The trained SAE. Errors as [`Trainer::save`].
+    /// Returns the trained SAE. Errors as [`Trainer::save`].
     pub fn finish(self) -> Result<Sae> {
         self.training.settle()?;
         let config = self.saved_config()?;
         Ok(Sae::with_config(&self.config.name, self.training.folded(1.0)?, config))
     }
 
-    /// Access to the underlying dictionary, trainer and optimiser.
+    /// Returns the underlying dictionary, trainer and optimiser.
     pub fn training(&mut self) -> &mut Training {
         &mut self.training
     }
@@ -257,7 +259,7 @@ impl Trainer {
     }
 }
 
-/// Tells which fields of a trainer's config are not at their defaults.
+/// Returns a predicate for fields of a trainer's config that differ from their defaults.
 fn written(trainer: &dyn TaggedTrainer) -> Result<impl Fn(&str) -> bool + use<>> {
     let fields = |trainer: &dyn TaggedTrainer| serde_json::to_value(trainer).map_err(anyhow::Error::from);
     let own = fields(trainer)?;
@@ -266,32 +268,32 @@ fn written(trainer: &dyn TaggedTrainer) -> Result<impl Fn(&str) -> bool + use<>>
     Ok(move |field: &str| own[field] != default[field])
 }
 
-/// The figures of one step.
+/// Metrics of one step.
 #[derive(Debug, Clone, Default)]
 pub struct StepStats {
     /// Number of the step, counted from 1.
     pub step: u64,
-    /// Every figure that a run logs, by its name in `metrics.jsonl`.
+    /// Every value that a run logs, by its name in `metrics.jsonl`.
     pub figures: Map<String, Value>,
 }
 
 impl StepStats {
-    /// A figure by its name; NaN where the trainer has none of that name.
+    /// Returns a metric by name; NaN if the trainer does not log it.
     pub fn get(&self, name: &str) -> f64 {
         self.figures.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN)
     }
 
-    /// The loss.
+    /// Returns the loss.
     pub fn loss(&self) -> f64 {
         self.get("loss")
     }
 
-    /// Mean number of active features of an activation.
+    /// Returns L0, the mean number of active features of an activation.
     pub fn l0(&self) -> f64 {
         self.get("l0")
     }
 
-    /// Fraction of the activations' variance that the reconstruction explains.
+    /// Returns the fraction of the activations' variance that the reconstruction explains.
     pub fn explained(&self) -> f64 {
         self.get("frac_variance_explained")
     }

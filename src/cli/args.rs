@@ -24,48 +24,48 @@ pub(super) enum Command {
     Train {
         #[command(flatten)]
         config: ConfigArgs,
-        /// Where the run is written, instead of the config's `output_dir`.
+        /// Write the run to this folder instead of the config's `output_dir`.
         #[arg(long, value_name = "DIR")]
         output_dir: Option<PathBuf>,
-        /// Go on from the run's last checkpoint; start afresh where there is none.
+        /// Resume from the run's last checkpoint, or start from scratch if there is none.
         #[arg(long)]
         resume: bool,
-        /// Print the merged config with every default, and shapes and memory; train nothing.
+        /// Print the merged config with every default, shapes and memory use; do not train.
         #[arg(long)]
         dry_run: bool,
     },
-    /// Measure trained SAEs.
+    /// Evaluate trained SAEs.
     Eval {
-        /// An SAE's folder, or a run's for all of its SAEs; several may be given.
+        /// One or more SAE folders, or run folders to evaluate all their SAEs.
         #[arg(value_name = "SAE_OR_RUN", required = true)]
         places: Vec<PathBuf>,
-        /// The config whose source and metrics are used; by default the one that each SAE was trained with.
+        /// Config that provides source and metrics; by default, the one that each SAE was trained with.
         #[arg(long, value_name = "CONFIG.yaml")]
         config: Option<PathBuf>,
-        /// Change a key of the config, such as the text to measure on: `--set 'source.text={type: text_files, path: mine.txt}'`.
+        /// Override a config key: `--set 'source.text={type: text_files, path: mine.txt}'` sets the text.
         ///
-        /// Where the config has an `eval_source`, a change of `source` changes that too.
+        /// Overrides of `source` also apply to `eval_source`, if the config has one.
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
-        /// Print one JSON object instead of a table; of several SAEs a list of objects, each with its path as `sae`.
+        /// Print JSON instead of a table: one object, or for several SAEs a list, each object with its path as `sae`.
         #[arg(long)]
         json: bool,
-        /// Write the figures to each SAE's eval.json too.
+        /// Also write the results to each SAE's eval.json.
         #[arg(long)]
         save: bool,
     },
-    /// Compare the SAEs of runs: what their configs differ in, and what was measured of them.
+    /// Compare the SAEs of runs: differences of their configs, and their metrics.
     Compare {
-        /// An SAE's folder, a run's, or a folder of runs; several may be given.
+        /// One or more SAE folders, run folders, or folders of runs.
         #[arg(value_name = "RUN_OR_SAE", required = true)]
         places: Vec<PathBuf>,
-        /// Sort by a key of the configs or a figure: `--sort l0`; `--sort=-l0` for the largest first.
+        /// Sort by a config key or a metric: `--sort l0`, or `--sort=-l0` for descending order.
         #[arg(long, value_name = "KEY", allow_hyphen_values = true)]
         sort: Option<String>,
-        /// Print a list of JSON objects, with every figure.
+        /// Print a JSON list of objects with every metric.
         #[arg(long, conflicts_with = "csv")]
         json: bool,
-        /// Print comma-separated values, with every figure that is a number.
+        /// Print comma-separated values with every numeric metric.
         #[arg(long)]
         csv: bool,
     },
@@ -73,35 +73,35 @@ pub(super) enum Command {
     Activations {
         #[command(flatten)]
         config: ConfigArgs,
-        /// The folder to write to.
+        /// Output folder.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
-        /// Stop after so many activations; by default the data is read once to its end.
+        /// Stop after this many activations; by default, read the data once to its end.
         #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(i64).range(1..))]
         limit: Option<i64>,
-        /// The type to write them in: `float32`, or `bfloat16` or `float16` at half the size.
+        /// Dtype on disk: `float32`, or `bfloat16` or `float16` at half the size.
         #[arg(long, default_value_t, value_parser = dtypes())]
         dtype: Dtype,
     },
-    /// Features and reconstructions of activations in a file, or the features of each token of a text.
+    /// Encode activations from a file, or show the strongest features of each token of a text.
     Encode(EncodeArgs),
-    /// Import a published SAE into a folder that `eval`, `encode`, `export` and `init_from` take.
+    /// Import a published SAE into a folder that `eval`, `encode`, `export` and `init_from` accept.
     Import {
         /// `sae_lens`, `gemma_scope`, `dictionary_learning`, ... (`dictlearn list formats`).
         format: String,
-        /// A folder or file, `owner/name[@revision]/path` on the Hub, or for sae_lens `release:sae_id`.
+        /// A folder or file, `owner/name[@revision]/path` on the Hub, or (sae_lens) `release:sae_id`.
         #[arg(value_name = "PATH_OR_REPO")]
         place: Option<String>,
-        /// The folder to write; by default `saes/<name>`.
+        /// Output folder; `saes/<name>` by default.
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
-        /// A name in the format's own set of published SAEs, or a glob of several.
+        /// Name of one of the format's published SAEs, or a glob that matches several.
         #[arg(long, value_name = "NAME")]
         pretrained: Option<String>,
-        /// sae_lens's table of releases, pretrained_saes.yaml; by default the one of the installed Python package.
+        /// sae_lens's release table, pretrained_saes.yaml; by default, the one in the installed Python package.
         #[arg(long, value_name = "FILE")]
         releases: Option<String>,
-        /// Import nothing: show what the format knows by name.
+        /// List the format's published SAEs by name instead of importing.
         #[arg(long, value_name = "GLOB", num_args = 0..=1, default_missing_value = "*")]
         list: Option<String>,
     },
@@ -112,7 +112,7 @@ pub(super) enum Command {
         /// `sae_lens` or `dictionary_learning`.
         #[arg(long)]
         format: String,
-        /// The folder to write.
+        /// Output folder.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
@@ -120,60 +120,60 @@ pub(super) enum Command {
     Push {
         /// The SAE's folder.
         sae_dir: PathBuf,
-        /// `owner/name` of the Hub, made if there is none; `@BRANCH` for another branch than main.
+        /// Hub repository `owner/name`, created if missing; add `@BRANCH` for a branch other than main.
         #[arg(value_name = "REPO[@BRANCH]")]
         repo: String,
-        /// The folder of the repository to put it in; its root by default.
+        /// Folder inside the repository; its root by default.
         #[arg(long, value_name = "PATH_IN_REPO")]
         path: Option<String>,
         /// Make the repository private.
         #[arg(long)]
         private: bool,
-        /// What the commit says of itself.
+        /// Commit message.
         #[arg(long, value_name = "TEXT")]
         message: Option<String>,
-        /// Print what would be uploaded, and the card; upload nothing.
+        /// Print the files and the model card without uploading.
         #[arg(long)]
         dry_run: bool,
     },
-    /// List what is registered: dictionaries, trainers, modifiers, ...
+    /// List the registered components: dictionaries, trainers, modifiers, ...
     List {
-        /// One kind only: `trainers`.
+        /// List one kind only, such as `trainers`.
         kind: Option<String>,
     },
     /// Show a component's fields with defaults and docs, its paper, and an example.
     Describe {
         /// `dictionary`, `trainer`, `modifier`, `source`, `text`, `metric`, `logger`, `model` or `format`.
         kind: String,
-        /// Its name in a config.
+        /// The component's name in a config.
         name: String,
     },
-    /// Print the JSON Schema of a config, for completion in an editor.
+    /// Print the JSON Schema of configs, for completion in an editor.
     Schema,
-    /// Write a crate for a component of your own, which builds, with a test that passes.
+    /// Create a plugin crate for a component of your own: it builds, and its test passes.
     NewPlugin {
         /// `dictionary` (with its trainer), `modifier`, `source`, `text`, `metric`, `logger`, `model` or `format`.
         kind: String,
-        /// Its name in a config: `log_penalty`.
+        /// The component's name in a config, such as `log_penalty`.
         name: String,
-        /// The folder to write.
+        /// Output folder.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
-        /// Where the source of dictlearn is, if not where this program was built.
+        /// Folder of dictlearn's source code; by default, where this program was built.
         #[arg(long, value_name = "DIR")]
         dictlearn: Option<PathBuf>,
     },
-    /// Examine this machine: versions, device, speed, and whether training steps are computed correctly.
+    /// Check this machine: versions, device, speed, and correctness of training steps.
     ///
-    /// Exits with 1 if something is broken. Put its output into a bug report.
+    /// Exits with status 1 if a check fails. Include the output in bug reports.
     Doctor {
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
     },
-    /// Write a page for each component, as `describe` has it, in Markdown.
+    /// Write the Markdown reference: one page for each component, as shown by `describe`.
     Docs {
-        /// The folder to write, one folder in it for each kind.
+        /// Output folder, with a subfolder for each kind.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
@@ -184,40 +184,40 @@ pub(super) enum Command {
 pub(super) struct EncodeArgs {
     /// The SAE's folder.
     pub(super) sae_dir: PathBuf,
-    /// A file with activations [N, d]: .safetensors or .npz with a tensor `x`, or .npy.
+    /// File of activations [N, d]: .safetensors or .npz with a tensor `x`, or .npy.
     #[arg(long, value_name = "FILE", requires = "output")]
     pub(super) input: Option<PathBuf>,
-    /// The tensor of `--input`, if it is not called `x`: `activations` in what `dictlearn activations` writes.
+    /// Name of the tensor in `--input`; `x` by default, `activations` in files from `dictlearn activations`.
     #[arg(long, value_name = "NAME", requires = "input")]
     pub(super) tensor: Option<String>,
-    /// The .safetensors file to write: `features` [N, F] and `recon` [N, d_out]; of a text also `x` [N, d] and `tokens` [N].
+    /// Output .safetensors file: `features` [N, F] and `recon` [N, d_out]; for a text also `x` [N, d] and `tokens` [N].
     #[arg(long, value_name = "FILE")]
     pub(super) output: Option<PathBuf>,
-    /// A text for the SAE's model to read: each token's strongest features are shown. May be given several times.
+    /// Text for the SAE's model to read; each token's strongest features are shown. Repeatable.
     #[arg(long, value_name = "TEXT")]
     pub(super) text: Vec<String>,
-    /// How many features to show of each token.
+    /// Number of features to show for each token.
     #[arg(long, value_name = "COUNT", default_value_t = 5, value_parser = clap::value_parser!(i64).range(1..))]
     pub(super) top: i64,
     /// Print the tokens and their features as one JSON value instead of a table.
     #[arg(long, requires = "text")]
     pub(super) json: bool,
-    /// The config whose source says which model to run and where to read it; by default the SAE's own.
+    /// Config whose source names the model and the hook point; by default, the SAE's own.
     #[arg(long, value_name = "CONFIG.yaml")]
     pub(super) config: Option<PathBuf>,
-    /// Change a key of the config: `--set source.model=folder`.
+    /// Override a config key: `--set source.model=folder`.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct ConfigArgs {
-    /// The config.
+    /// Path of the config.
     pub(super) config: PathBuf,
-    /// Change a key of the config: `--set saes[0].trainer.lr=1e-4`.
+    /// Override a config key: `--set saes[0].trainer.lr=1e-4`.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
-    /// Use one of the config's profiles.
+    /// Apply one of the config's profiles.
     #[arg(long, value_name = "NAME")]
     pub(super) profile: Option<String>,
 }
@@ -227,7 +227,7 @@ impl ConfigArgs {
         load(&self.config, self.profile.clone(), self.set.clone())
     }
 
-    /// The same for a run. An error has what is wrong with its parts too.
+    /// Loads a config to train. The error also lists mistakes found by building the valid parts.
     pub(super) fn load_to_train(&self) -> Result<RunConfig> {
         load_from(&Sources {
             file: self.config.clone(),
@@ -250,7 +250,7 @@ pub(super) fn load_from(sources: &Sources) -> Result<RunConfig> {
     Ok(config)
 }
 
-/// The types of activations on disk, by their names.
+/// Parses the dtype of activations on disk.
 fn dtypes() -> impl TypedValueParser<Value = Dtype> {
     let names = Dtype::ALL.map(Dtype::name);
     PossibleValuesParser::new(names)

@@ -44,7 +44,7 @@ pub(super) fn activations(args: &ConfigArgs, out: &Path, limit: Option<i64>, dty
     let mut config = args.load()?;
     let source = find(ComponentKind::Source, config.source.typetag_name()).map(|source| (source.schema)());
     if source.is_some_and(|schema| schema.pointer("/properties/shuffle").is_some()) {
-        // "In order" is what the command promises, whatever the config's training wants.
+        // The command promises the data's order, even if the config shuffles for training.
         let in_order = args.set.iter().cloned().chain(["source.shuffle=false".to_owned()]).collect();
         config = load(&args.config, args.profile.clone(), in_order)?;
     }
@@ -87,7 +87,7 @@ pub(super) fn list(name: Option<&str>) -> Result<ExitCode> {
         }
     }
     if text.is_empty() {
-        say!("none are linked in");
+        say!("no components are linked in");
     }
     print(&text)?;
     Ok(ExitCode::SUCCESS)
@@ -113,7 +113,7 @@ pub(super) fn docs(out: &Path) -> Result<ExitCode> {
     for (path, page) in &pages {
         let path = out.join(path);
         let dir = path.parent().unwrap_or(out);
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         tensors::write_file(&path, page.as_bytes())?;
     }
     say!("{} pages written to {}", pages.len(), out.display());

@@ -22,7 +22,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use tch::Tensor;
 
-/// The activations to encode, and what to call them in messages.
+/// Returns the activations to encode, and their name in messages.
 pub(super) fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tensor, String)> {
     let name = tensor.unwrap_or("x");
     let said = format!("tensor `{name}`");
@@ -30,9 +30,9 @@ pub(super) fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tens
         let near = nearest(name, names.iter().map(String::as_str));
         let shown = near.or(names.first().map(String::as_str)).unwrap_or_default();
         InputError::new(format!("{} has no {said}", input.display())).help(if names.is_empty() {
-            "it has none at all".to_owned()
+            "the file has no tensors".to_owned()
         } else {
-            format!("`--tensor {shown}` takes another; it has: {}", names.join(", "))
+            format!("choose another, such as `--tensor {shown}`; it has: {}", names.join(", "))
         })
     };
     let extension = input.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
@@ -40,8 +40,8 @@ pub(super) fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tens
         "npy" => match tensor {
             None => Ok((numpy::read_npy(input)?, "the array".to_owned())),
             Some(_) => bail!(
-                InputError::new(format!("{} has one array, without a name", input.display()))
-                    .help("leave out `--tensor`")
+                InputError::new(format!("{} has a single array without a name", input.display()))
+                    .help("omit `--tensor`")
             ),
         },
         "npz" => {
@@ -71,19 +71,17 @@ pub(super) fn activations_in(input: &Path, tensor: Option<&str>) -> Result<(Tens
 }
 
 pub(super) fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output: &Path) -> Result<ExitCode> {
-    /// Activations encoded at a time.
+    /// Activations per encoding pass.
     const ROWS: i64 = 4096;
     if input.is_dir() {
-        bail!(
-            InputError::new(format!("--input is a folder, {}", input.display())).help(
-                "give a .safetensors, .npz or .npy file; a folder of activations is a source, `activation_cache`"
-            )
-        );
+        bail!(InputError::new(format!("--input is a folder, {}", input.display())).help(
+            "give a .safetensors, .npz or .npy file; read a folder of activations with the source `activation_cache`"
+        ));
     }
     if let Some(dir) = output.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.is_dir()) {
         bail!(
-            InputError::new(format!("there is no folder {} to write --output to", dir.display()))
-                .help(format!("make it: `mkdir -p {}`", dir.display()))
+            InputError::new(format!("the folder of --output does not exist: {}", dir.display()))
+                .help(format!("create it: `mkdir -p {}`", dir.display()))
         );
     }
     let device = device::best();
@@ -98,15 +96,15 @@ pub(super) fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output:
     }
     if std::path::absolute(input)? == std::path::absolute(output)? {
         bail!(
-            InputError::new(format!("--output is --input, {}", input.display()))
-                .help("the input would be lost: write to another file")
+            InputError::new(format!("--output and --input are the same file, {}", input.display()))
+                .help("write to another file, or the input would be lost")
         );
     }
     let bad: Vec<i64> = x.isfinite().all_dim(1, false).logical_not().nonzero().reshape([-1]).try_into()?;
     if let Some(row) = bad.first() {
         bail!(
             InputError::new(format!("{}: row {row} of {said} has a value that is not finite", input.display()))
-                .help("mend or remove the row")
+                .help("fix or remove the row")
         );
     }
     let (mut features, mut recon) = (Vec::new(), Vec::new());
@@ -129,8 +127,8 @@ pub(super) fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
         bail!(InputError::new("`--text` is empty").help("give a text for the model to read"));
     }
     saved::weights(&args.sae_dir)?;
-    // The source takes texts from files, so it is given one, in which each is a record.
-    let dir = tempfile::tempdir().context("no folder for temporary files")?;
+    // The source reads texts from files: write them to one, a record each.
+    let dir = tempfile::tempdir().context("cannot create a temporary folder")?;
     let file = dir.path().join("text.jsonl");
     let records: String = args.text.iter().map(|text| json!({"text": text}).to_string() + "\n").collect();
     tensors::write_file(&file, records.as_bytes())?;
@@ -159,7 +157,7 @@ pub(super) fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
     }
     let tokens: Vec<Value> = shown.iter().map(|part| part.tokens(args.top)).collect::<Result<Vec<_>>>()?.concat();
     if tokens.is_empty() {
-        bail!(InputError::new("there is no token in the text"));
+        bail!(InputError::new("the text has no tokens"));
     }
     if args.json {
         print(&serde_json::to_string(&json!({"sae": saved.name(), "tokens": tokens}))?)?;
@@ -169,7 +167,7 @@ pub(super) fn encode_text(args: &EncodeArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Why no text can be read by the config's source, if it has no model to read it with.
+/// Returns the error to show if the config's source has no language model to read a text.
 pub(super) fn without_model(config: &Path, args: &EncodeArgs) -> Option<anyhow::Error> {
     let source = load(config, None, args.set.clone()).ok()?.source;
     let name = source.typetag_name();
@@ -181,27 +179,27 @@ pub(super) fn without_model(config: &Path, args: &EncodeArgs) -> Option<anyhow::
         "`--text` needs a language model, and the source `{name}` of {} has none",
         config.display()
     ));
-    let help = "`--config CONFIG.yaml` names a config whose source is the model that the activations are from; \
-                `--input FILE` encodes activations";
+    let help = "give a config whose source runs the activations' model (`--config CONFIG.yaml`), or encode activations \
+                (`--input FILE`)";
     Some(error.help(help).into())
 }
 
-/// Tokens, and what an SAE made of them.
+/// Tokens with their activations, features and reconstructions.
 pub(super) struct Shown {
     x: Tensor,
     features: Tensor,
     recon: Tensor,
     /// Token ids.
     ids: Tensor,
-    /// Number of the text, and position in it.
+    /// Index of the text, and position in it.
     places: Vec<(i64, i64)>,
     texts: Vec<String>,
 }
 
 impl Shown {
-    /// An object for each token, with its strongest features, those of the largest magnitude.
+    /// Returns an object for each token with its features of largest magnitude.
     pub(super) fn tokens(&self, top: i64) -> Result<Vec<Value>> {
-        // By magnitude: codes may be negative.
+        // By magnitude: features may be negative.
         let (_, indices) = self.features.abs().topk(top.min(self.features.size()[1]), 1, true, true);
         let values = self.features.gather(1, &indices, false);
         let (values, indices): (Vec<Vec<f64>>, Vec<Vec<i64>>) =
@@ -235,13 +233,13 @@ pub(super) fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<
                 sites[site].activation_dim
             ))
             .field("source")
-            .help("name the model and submodule that it was trained on")
+            .help("use the model and submodule that it was trained on")
         );
     }
     let longest = serde_json::to_value(&config.source)?["ctx_len"].as_i64();
     let mut shown: Vec<Shown> = Vec::new();
     while let Some(batch) = source.next_batch()? {
-        let Some(tokens) = batch.tokens else { bail!("the source does not say which tokens its activations are of") };
+        let Some(tokens) = batch.tokens else { bail!("the source does not report the tokens of its activations") };
         let x = batch.sites[site].x.shallow_clone();
         let (recon, features) = tch::no_grad(|| saved.dictionary.reconstruct(&x));
         let cpu = |tensor: &Tensor| tensor.to_device(tch::Device::Cpu);
@@ -261,10 +259,10 @@ pub(super) fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<
     if let Some(length) = longest.filter(|length| places.clone().any(|(_, position)| position + 1 >= *length)) {
         let most = source.language_model().and_then(|source| source.model().max_positions());
         let more = match most.filter(|most| length >= *most) {
-            Some(_) => "the longest that the model takes",
-            None => "`--set source.ctx_len=N` takes more",
+            Some(_) => "the model accepts no more",
+            None => "`--set source.ctx_len=N` changes the limit",
         };
-        say!("a text is cut to a context of {length} tokens; {more}");
+        say!("texts are truncated to a context of {length} tokens; {more}");
     }
     Ok((saved, shown))
 }

@@ -21,7 +21,7 @@ pub(super) fn eval(
     json: bool,
     save: bool,
 ) -> Result<ExitCode> {
-    // What is wrong with an SAE is said before what is wrong with a config.
+    // Report errors of SAEs before errors of configs.
     let mut dirs: Vec<PathBuf> = Vec::new();
     for place in places {
         for dir in saved::folders(place)? {
@@ -30,9 +30,10 @@ pub(super) fn eval(
             }
         }
     }
+    // SAEs with the same evaluation settings share one pass over the source.
     let groups = measured_alike(&dirs, config.as_deref(), |file| load_to_measure(file, set))?;
     let mut results: Vec<Option<Map<String, Value>>> = vec![None; dirs.len()];
-    // What can be measured is measured and shown, whatever is wrong with the others.
+    // An error in one SAE does not stop the evaluation of the others.
     let mut failed = None;
     for (config, members) in &groups {
         let mut measured = |members: &[usize]| {
@@ -45,7 +46,7 @@ pub(super) fn eval(
         dictlearn_core::interrupt::check()?;
         failed.get_or_insert(config.written.locate(error));
         if members.len() > 1 {
-            // One of them may be the cause.
+            // One of them may be the cause: evaluate each alone.
             for index in members {
                 let _ = measured(&[*index]);
                 dictlearn_core::interrupt::check()?;
@@ -78,11 +79,11 @@ pub(super) fn eval(
     failed.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
-/// The keys of a config that measuring an SAE depends on.
+/// The config keys that evaluation depends on.
 const MEASURING: [&str; 7] = ["source", "eval_source", "metrics", "device", "precision", "seed", "on_nonfinite"];
 
-/// Loads a config to measure with. What is set of `source` is set of `eval_source` too, if there is one: it is what is
-/// measured.
+/// Loads a config for evaluation. Overrides of `source` also apply to `eval_source`, which the metrics read if it
+/// exists.
 pub(super) fn load_to_measure(file: &Path, set: &[String]) -> Result<RunConfig> {
     let config = load_from(&Sources {
         file: file.to_owned(),
@@ -95,14 +96,14 @@ pub(super) fn load_to_measure(file: &Path, set: &[String]) -> Result<RunConfig> 
     let first = |set: &str| set.split(['.', '[', '=']).next().unwrap_or_default().trim().to_owned();
     if let Some(other) = set.iter().find(|set| !MEASURING.contains(&first(set).as_str())) {
         bail!(
-            InputError::new(format!("`--set {other}` changes nothing of what is measured"))
-                .help(format!("an SAE is measured as it was saved; what can be set is {}", MEASURING.join(", ")))
+            InputError::new(format!("`--set {other}` does not affect evaluation"))
+                .help(format!("an SAE is evaluated as it was saved; keys that can be set: {}", MEASURING.join(", ")))
         );
     }
     if let Some(none) = set.iter().rfind(|set| first(set) == "metrics").filter(|_| config.metrics.is_empty()) {
         bail!(
-            InputError::new(format!("`--set {none}` leaves nothing to measure"))
-                .help("name metrics (`dictlearn list metrics`), or leave `metrics` out for those of the config")
+            InputError::new(format!("`--set {none}` leaves no metrics to compute"))
+                .help("name metrics (`dictlearn list metrics`), or omit `metrics` to use the config's")
         );
     }
     Ok(config)

@@ -33,11 +33,11 @@ use eval::{compare, eval};
 use output::{print, say};
 use train::train;
 
-/// Runs the program: every plugin that is linked in can be named. Call it from `main`.
+/// Runs the program with every linked plugin. Call it from `main`.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     output::show();
-    // libtorch's errors that no one foresaw, want of memory above all, arrive as panics.
+    // libtorch's unforeseen errors, above all running out of memory, arrive as panics.
     std::panic::set_hook(Box::new(|panic| say!("error: {}", unforeseen(panic))));
     match std::panic::catch_unwind(|| registry::check().and_then(|()| run(cli.command))) {
         Ok(Ok(code)) => code,
@@ -51,16 +51,16 @@ fn unforeseen(panic: &std::panic::PanicHookInfo) -> String {
     let message = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
     let message = message.unwrap_or("unknown");
     if ["allocate memory", "out of memory"].iter().any(|want| message.contains(want)) {
-        return "there is not enough memory\nhelp: make the dictionary, the batch or the buffer smaller; \
-                `--dry-run` says what they take"
+        return "not enough memory\nhelp: make the dictionary, the batch or the buffer smaller; \
+                `--dry-run` shows what they need"
             .to_owned();
     }
     let place = panic.location().map_or_else(String::new, |place| format!(" ({place})"));
-    // What follows the first line is libtorch's own stack.
-    format!("{}{place}\nhelp: this should not happen: please report it", message.lines().next().unwrap_or_default())
+    // The lines after the first are libtorch's stack trace.
+    format!("{}{place}\nhelp: this should not happen; please report it", message.lines().next().unwrap_or_default())
 }
 
-/// Prints an error and gives the exit status: 2 where the input is wrong, 1 for anything else.
+/// Prints an error and returns the exit status: 2 for invalid input, 1 for any other error.
 fn fail(error: anyhow::Error) -> ExitCode {
     match InputError::take(error) {
         Ok(input) => {
@@ -121,8 +121,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::NewPlugin { kind: name_of_kind, name, out, dictlearn } => {
             new_plugin::write(kind(&name_of_kind)?, &name, &out, &dictlearn.unwrap_or_else(new_plugin::own_source))?;
             say!(
-                "{} is written: there, `cargo test` tries it, and `cargo run --release -- train CONFIG.yaml` is dictlearn \
-                 with it",
+                "created {}; in that folder, `cargo test` tests the plugin, and \
+                 `cargo run --release -- train CONFIG.yaml` runs dictlearn with it",
                 out.display()
             );
             Ok(ExitCode::SUCCESS)

@@ -1,4 +1,4 @@
-//! What the command line shows on stderr: the library's events, and how far it is.
+//! Output of the command line: results on stdout; the library's events and progress on stderr.
 
 use std::fmt::{self, Debug, Write as _};
 use std::io::Write as _;
@@ -15,7 +15,7 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry;
 
-/// Writes a line to stderr, above the bars. A reader that has closed it (`2>&1 | head`) does not end the program.
+/// Writes a line to stderr, above the progress bars. A closed stderr (`2>&1 | head`) does not end the program.
 macro_rules! say {
     ($($words:tt)*) => { $crate::cli::output::line(format_args!($($words)*)) };
 }
@@ -23,14 +23,14 @@ pub(crate) use say;
 
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
-/// [`say!`].
+/// Implements [`say!`].
 pub fn line(words: fmt::Arguments) {
     BARS.suspend(|| {
         let _ = writeln!(stderr(), "{words}");
     });
 }
 
-/// Shows the library's events and progress from now on.
+/// Starts showing the library's events and progress.
 pub fn show() {
     let _ = tracing::subscriber::set_global_default(registry().with(Messages));
     progress::show_with(|task| match stderr().is_terminal() {
@@ -69,7 +69,7 @@ impl Visit for Message {
     }
 }
 
-/// A bar on a terminal.
+/// A progress bar on a terminal.
 struct Bar(ProgressBar);
 
 impl Bar {
@@ -100,10 +100,10 @@ impl Meter for Bar {
     }
 }
 
-/// How long a command without a terminal stays silent.
+/// Interval between progress lines if stderr is not a terminal.
 const SILENCE: Duration = Duration::from_secs(10);
 
-/// Elsewhere a plain line now and then.
+/// Progress as plain lines, if stderr is not a terminal.
 struct Lines {
     task: Task,
     started: Instant,
@@ -135,7 +135,7 @@ impl Meter for Lines {
     }
 }
 
-/// Prints a result. A reader that has seen enough, such as `head`, is no error.
+/// Prints a result to stdout. A closed pipe (`| head`) is not an error.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let line_end = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
@@ -147,7 +147,7 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// How this program was called, for a shell.
+/// Returns the name that this program was called by, quoted for a shell.
 pub fn program() -> String {
     let name = std::env::args().next().unwrap_or_else(|| "dictlearn".to_owned());
     shell_quoted(&name)

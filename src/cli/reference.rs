@@ -1,5 +1,4 @@
-//! What there is to know of a component: for a terminal, and as a page of the reference. Both are made of its registry
-//! entry alone.
+//! Describes components on the terminal and as pages of the reference, from their registry entries alone.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +21,7 @@ struct Field {
     doc: String,
 }
 
-/// What is said of a component in general.
+/// Returns the description in a schema; empty if it has none.
 fn doc(schema: &Value) -> &str {
     schema.get("description").and_then(Value::as_str).unwrap_or_default()
 }
@@ -42,14 +41,14 @@ fn fields(schema: &Value) -> Vec<Field> {
     properties.iter().map(field).collect()
 }
 
-/// What is said of a component in general, and what it needs; no paragraph is empty.
+/// Returns a component's description and requirements; no paragraph is empty.
 fn paragraphs(component: &Component, schema: &Value) -> Vec<String> {
     let needs = Some(needs(component)).filter(|needs| !needs.is_empty()).map(|needs| format!("Needs {needs}."));
     let general = Some(doc(schema).to_owned()).filter(|general| !general.is_empty());
     general.into_iter().chain(needs).collect()
 }
 
-/// What a modifier cannot do without, in words; empty for one that needs nothing, and for other components.
+/// Returns a modifier's requirements in words; empty if it has none, and for other components.
 fn needs(component: &Component) -> String {
     if component.kind != ComponentKind::Modifier {
         return String::new();
@@ -59,7 +58,7 @@ fn needs(component: &Component) -> String {
     needs.into_iter().map(Requirement::words).collect::<Vec<_>>().join(", ")
 }
 
-/// For a terminal: `dictlearn describe KIND NAME`. The example finds its files in `folder`.
+/// Returns the output of `dictlearn describe KIND NAME`. Paths in the example are relative to `folder`.
 pub fn text(component: &Component, folder: &Path) -> String {
     let Component { kind, name, summary, paper, default_dictionary, schema, .. } = component;
     let mut text = format!("{kind} {name}\n{summary}\n\n");
@@ -67,7 +66,7 @@ pub fn text(component: &Component, folder: &Path) -> String {
         text += &format!("Paper: {paper}\n\n");
     }
     if let Some(default) = default_dictionary {
-        text += &format!("Trains the dictionary `{default}` unless told otherwise.\n\n");
+        text += &format!("Trains the dictionary `{default}` by default.\n\n");
     }
     let schema = schema().to_value();
     for paragraph in paragraphs(component, &schema) {
@@ -92,7 +91,7 @@ pub fn text(component: &Component, folder: &Path) -> String {
         text += &format!("\n{}\n\n{}\n{}\n", short.intro, short.settings, short.measured);
     }
     if let Some(example) = config::example(component, folder) {
-        text += &format!("\nExample, a config that trains as it stands:\n\n{example}");
+        text += &format!("\nExample config, ready to train:\n\n{example}");
     }
     for command in commands(component) {
         text += &format!("  {command}\n");
@@ -100,7 +99,7 @@ pub fn text(component: &Component, folder: &Path) -> String {
     text
 }
 
-/// What is said of a trainer's short run.
+/// A trainer's settings for a short run and their results, in words.
 struct Short {
     intro: String,
     settings: String,
@@ -113,17 +112,18 @@ fn short_run(component: &Component) -> Option<Short> {
     let (steps, batch) = (ShortRun::STEPS, ShortRun::BATCH);
     Some(Short {
         intro: format!(
-            "The defaults are the reference's, for runs of 10,000 steps and more. For a short run, {steps} steps of \
-             {batch} activations, set:"
+            "The defaults follow the reference, for runs of 10,000 steps or more. For a short run ({steps} steps of \
+             {batch} activations), set:"
         ),
         settings: serde_yaml::to_string(&settings).ok()?,
         measured: format!(
-            "Measured on layer 2 of the bundled model, held-out text: {measured}. configs/short-runs.yaml trains all methods so."
+            "Measured on layer 2 of the bundled model, on held-out text: {measured}. configs/short-runs.yaml has these \
+             settings for every method."
         ),
     })
 }
 
-/// The commands in which a format is named; none for other components.
+/// Returns the commands that take a format; none for other components.
 fn commands(component: &Component) -> Vec<String> {
     if component.kind != ComponentKind::Format {
         return Vec::new();
@@ -135,11 +135,11 @@ fn commands(component: &Component) -> Vec<String> {
     commands
 }
 
-/// The reference: a Markdown page for each linked component, by its path (`trainers/top_k.md`), and `README.md`, which
-/// lists them.
+/// Returns the reference: Markdown pages by path, one for each linked component (`trainers/top_k.md`), and `README.md`,
+/// the index.
 pub fn pages() -> Vec<(PathBuf, String)> {
     let mut index =
-        "# Reference\n\nEvery component that a config can name, made of the registry by `cargo xtask docs`.\n"
+        "# Reference\n\nEvery component that a config can name, generated from the registry by `cargo xtask docs`.\n"
             .to_owned();
     let mut pages = Vec::new();
     for kind in ComponentKind::ALL {
@@ -147,7 +147,7 @@ pub fn pages() -> Vec<(PathBuf, String)> {
         if components.is_empty() {
             continue;
         }
-        index += &format!("\n## {}\n\n| name | what |\n| --- | --- |\n", capital(kind.plural()));
+        index += &format!("\n## {}\n\n| name | summary |\n| --- | --- |\n", capital(kind.plural()));
         for component in components {
             let path = format!("{}/{}.md", kind.plural(), component.name);
             index += &format!("| [`{}`]({path}) | {} |\n", component.name, component.summary);
@@ -158,7 +158,7 @@ pub fn pages() -> Vec<(PathBuf, String)> {
     pages
 }
 
-/// The page of a component.
+/// Returns the reference page of a component.
 fn page(component: &Component) -> String {
     let Component { kind, name, summary, paper, default_dictionary, schema, .. } = component;
     let mut page = format!("# `{name}`\n\n{} · {summary}.\n", capital(kind.name()));
@@ -166,7 +166,7 @@ fn page(component: &Component) -> String {
         page += &format!("\nFrom [{what}](http{address}).\n");
     }
     if let Some(default) = default_dictionary {
-        page += &format!("\nTrains [`{default}`](../dictionaries/{default}.md) unless told otherwise.\n");
+        page += &format!("\nTrains [`{default}`](../dictionaries/{default}.md) by default.\n");
     }
     let schema = schema().to_value();
     for paragraph in paragraphs(component, &schema) {
@@ -176,7 +176,7 @@ fn page(component: &Component) -> String {
     if !fields.is_empty() {
         page += "\n| field | type | default | |\n| --- | --- | --- | --- |\n";
     }
-    // A row of a table is a line, and a bar ends a cell.
+    // A table row must be one line, and a bar would end the cell.
     let cell = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "\\|");
     for field in fields {
         let default = match field.default {
@@ -191,7 +191,7 @@ fn page(component: &Component) -> String {
         page += &format!("\n{}\n\n```yaml\n{}```\n\n{}\n", short.intro, short.settings, short.measured);
     }
     if let Some(example) = config::example(component, Path::new("")) {
-        page += &format!("\nA config that trains as it stands:\n\n```yaml\n{example}```\n");
+        page += &format!("\nA config that is ready to train:\n\n```yaml\n{example}```\n");
     }
     let commands = commands(component);
     if !commands.is_empty() {

@@ -1,4 +1,4 @@
-//! Signals: the first lets a command end in good order, the second ends it at once.
+//! Signals: the first stops a command cleanly, the second ends it at once.
 
 use std::sync::Arc;
 use std::thread;
@@ -10,13 +10,13 @@ use signal_hook::iterator::Signals;
 
 use super::output::say;
 
-/// Listens to SIGINT, SIGTERM and SIGHUP from now on; not to SIGHUP where the program was started to ignore it (`nohup`).
+/// Starts listening for SIGINT, SIGTERM and, unless it is ignored (`nohup`), SIGHUP.
 pub fn listen() -> Result<Arc<Interrupt>> {
     let mut heard = vec![SIGINT, SIGTERM];
     if !is_ignored(SIGHUP) {
         heard.push(SIGHUP);
     }
-    let mut signals = Signals::new(heard).context("cannot listen to signals")?;
+    let mut signals = Signals::new(heard).context("cannot listen for signals")?;
     let interrupt = Arc::new(Interrupt::default());
     let seen = interrupt.clone();
     let listen = move || {
@@ -27,19 +27,19 @@ pub fn listen() -> Result<Arc<Interrupt>> {
                     say!("\nstopping after this step; interrupt again to quit now");
                     continue;
                 }
-                Response::NothingToLose => say!("\nstopped in the evaluation; what was trained is saved"),
+                Response::NothingToLose => say!("\nstopped during evaluation; the trained SAEs are saved"),
                 Response::AtOnce => {}
             }
-            // SAFETY: ends the process and touches no memory. `exit` would run libtorch's destructors while its threads compute.
+            // SAFETY: ends the process. `exit` would run libtorch's destructors while its threads compute.
             unsafe { libc::_exit(status(signal).into()) }
         }
     };
-    thread::Builder::new().name("signals".to_owned()).spawn(listen).context("cannot listen to signals")?;
+    thread::Builder::new().name("signals".to_owned()).spawn(listen).context("cannot listen for signals")?;
     Ok(interrupt)
 }
 
 fn is_ignored(signal: i32) -> bool {
-    // SAFETY: asks how a signal is handled, into memory of our own; all zeros are a valid `sigaction`.
+    // SAFETY: writes only to `action`; all zeros are a valid `sigaction`.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         libc::sigaction(signal, std::ptr::null(), &mut action) == 0 && action.sa_sigaction == libc::SIG_IGN

@@ -23,7 +23,7 @@ pub(super) fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool
     }
     let run_dir = match &config.output_dir {
         Some(dir) => dir.as_path().to_owned(),
-        // A config without `output_dir` gets a run of its own name.
+        // Without `output_dir`, the run is named after the config.
         None => std::path::absolute(Path::new("runs").join(args.config.file_stem().unwrap_or_default()))?,
     };
     config.output_dir = Some(run_dir.clone().into());
@@ -47,17 +47,17 @@ pub(super) fn train(args: &ConfigArgs, output_dir: Option<PathBuf>, resume: bool
         }
         Ending::Diverged(stops) => bail!(run::stopped_error(stops)),
         Ending::Interrupted(step) => {
-            say!("stopped after {step} steps; everything is saved, `--resume` goes on");
+            say!("stopped after {step} steps; everything is saved, `--resume` continues");
             Ok(ExitCode::from(interrupt.status()))
         }
         Ending::NotBegun => {
-            say!("stopped before the first step; nothing is left to go on from");
+            say!("stopped before the first step; there is nothing to resume");
             Ok(ExitCode::from(interrupt.status()))
         }
     }
 }
 
-/// Where everything of a run lies, and what can be done with it next: commands that work as printed, from here.
+/// Returns a list of a run's files, and next commands that work as printed from the current folder.
 pub(super) fn what_next(run_dir: &Path, results: &[(String, Map<String, Value>)], reads_text: bool) -> String {
     let mut text = String::new();
     let saes = saved::folders(run_dir).unwrap_or_default();
@@ -78,7 +78,7 @@ pub(super) fn what_next(run_dir: &Path, results: &[(String, Map<String, Value>)]
     }
     for (file, what) in [
         ("config.yaml", "the config with every default"),
-        ("metrics.jsonl", "the figures of each logged step"),
+        ("metrics.jsonl", "the metrics of each logged step"),
         ("checkpoints", "the state of training, for `--resume`"),
     ] {
         if run_dir.join(file).exists() {
@@ -102,7 +102,7 @@ pub(super) fn what_next(run_dir: &Path, results: &[(String, Map<String, Value>)]
     text + "next:\n" + &next.iter().map(|command| format!("  {program} {command}\n")).collect::<String>()
 }
 
-/// A format that can write an SAE, and a folder beside which there is none of that name. What is large is not tried.
+/// Returns a format that can write the SAE, and an output folder that does not exist yet. Skips large SAEs.
 pub(super) fn exports_to(sae: &Path) -> Option<(&'static str, String)> {
     const LARGE: u64 = 100_000_000;
     if std::fs::metadata(sae.join("ae.safetensors")).ok()?.len() > LARGE {
@@ -115,6 +115,6 @@ pub(super) fn exports_to(sae: &Path) -> Option<(&'static str, String)> {
     let name = format!("{}-{format}", saved.name());
     let free = (1..1000).map(|number| if number == 1 { name.clone() } else { format!("{name}-{number}") });
     let out = free.into_iter().find(|out| !Path::new(out).exists())?;
-    // It would be read as an option.
+    // A leading `-` would be read as an option.
     Some((format, if out.starts_with('-') { format!("./{out}") } else { out }))
 }

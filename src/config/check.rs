@@ -1,6 +1,6 @@
-//! The merged config against its JSON Schema, for errors that say where, what was found and what would do: all of them at once.
+//! Checks the merged config against its JSON Schema. Reports all mistakes at once, each with its place and a fix.
 //!
-//! Only what schemars writes for our types is understood; serde has the last word on everything.
+//! Understands only the schemas that schemars generates for our types; serde has the last word.
 
 use std::cell::{Cell, RefCell};
 
@@ -24,16 +24,16 @@ use dictlearn_core::suggest::nearest;
 use dictlearn_core::train::TaggedModifier;
 use dictlearn_core::train::TaggedTrainer;
 
-/// Where the check stands: the schema's definitions, the config with its layers, and what was found.
+/// State of a check: the schema's definitions, the config with its layers, and the mistakes found.
 pub(super) struct Check<'a> {
     merged: &'a Merged,
     defs: Json,
-    /// For each SAE, the number that it has in the files: a sweep makes several of one.
+    /// For each SAE, its index in the files: a sweep expands one entry to several SAEs.
     written: &'a [usize],
     mistakes: RefCell<Mistakes>,
-    /// Number of mistakes that were added, repeated ones among them.
+    /// Number of mistakes added, duplicates included.
     added: Cell<usize>,
-    /// Keys that only a variable sets and no config has, with what is said of them.
+    /// Unknown keys set by variables, each with its warning.
     ignored: RefCell<Vec<(String, String)>>,
 }
 
@@ -46,7 +46,7 @@ pub(crate) fn check_component(kind: ComponentKind, config: &impl Serialize, path
     Ok(check.mistakes.into_inner().into_result()?)
 }
 
-/// The thing whose fields are checked, for messages.
+/// The owner of the fields being checked, for messages.
 #[derive(Clone, Copy)]
 enum Owner<'a> {
     Run,
@@ -70,7 +70,7 @@ impl<'a> Check<'a> {
         Check { merged, defs, written, mistakes: RefCell::default(), added: Cell::new(0), ignored: RefCell::default() }
     }
 
-    /// Compares a config with its schema. Returns its mistakes, and the keys that are to be ignored with what is said of them.
+    /// Checks a config against its schema. Returns its mistakes, and the keys to ignore, each with its warning.
     pub(super) fn run(self, value: &Value, schema: &Schema) -> (Mistakes, Vec<(String, String)>) {
         self.fields(value, schema.as_value(), "", Owner::Run);
         (self.mistakes.into_inner(), self.ignored.into_inner())
@@ -86,15 +86,15 @@ impl<'a> Check<'a> {
         self.mistakes.borrow_mut().add(error);
     }
 
-    /// Number of things that were found to be wrong so far.
+    /// Number of problems found so far.
     fn found(&self) -> usize {
         self.added.get() + self.ignored.borrow().len()
     }
 
-    /// An error with its place.
+    /// Returns the error with its place.
     pub(super) fn error(&self, value: &Value, path: &str, key: bool, error: InputError) -> InputError {
         let Some((origin, text, inside)) = self.merged.origin(value.tag()) else {
-            // A value that nobody wrote, such as a field that is missing: the place is what it is missing from.
+            // No layer has the value, such as a missing field: point to the map that lacks it.
             let Some((origin, text)) = self.merged.main_file() else { return error };
             let written = self.as_written(path);
             return error.at(spans::locate(origin, text, &written, key), written);
@@ -103,7 +103,7 @@ impl<'a> Check<'a> {
             Some(inside) => format!("{inside}.{path}"),
             None => path.to_owned(),
         };
-        // What the loader moved stands elsewhere in the file: sweeps, and what `eval_source` takes from `source`.
+        // The loader moves values of sweeps, and those that `eval_source` takes from `source`.
         let written = self.as_written(path);
         let swept = written.split_once("].").map(|(sae, key)| format!("{sae}].sweep.[{key}]"));
         let candidates = [
@@ -119,7 +119,7 @@ impl<'a> Check<'a> {
                 return error.at(Origin::File(file.clone(), Some(at)), path);
             }
         }
-        // What `eval_source` takes from `source` was typed for that.
+        // A value that `eval_source` takes from `source` was typed for `source`.
         let typed = match origin {
             Origin::Set(text) => text.trim_start().starts_with("source"),
             Origin::Variable(name) => name.starts_with("DICTLEARN_SOURCE"),
@@ -129,7 +129,7 @@ impl<'a> Check<'a> {
         error.at(spans::locate(origin, text, &path_in_file(path), key), path)
     }
 
-    /// The path with the numbers that SAEs have in the file.
+    /// Returns the path with the indices that SAEs have in the file.
     pub(super) fn as_written(&self, path: &str) -> String {
         let Some((index, rest)) = path.strip_prefix("saes[").and_then(|rest| rest.split_once(']')) else {
             return path.to_owned();
@@ -185,7 +185,7 @@ impl<'a> Check<'a> {
                 found => {
                     let near = found.and_then(|found| nearest(found, choices.iter().map(String::as_str)));
                     let near = near.map(|near| format!("did you mean `{near}`? ")).unwrap_or_default();
-                    let error = InputError::new(is()).help(format!("{near}it can be {}", choices.join(", ")));
+                    let error = InputError::new(is()).help(format!("{near}it must be one of {}", choices.join(", ")));
                     self.wrong(value, path, error);
                 }
             };
@@ -199,14 +199,13 @@ impl<'a> Check<'a> {
             return self.wrong(value, path, InputError::new(is()).help(format!("{meant}it must be {wanted}")));
         }
         if let (Some(pattern), Some(text)) = (schema.get("pattern").and_then(Json::as_str), value.as_str()) {
-            // The one pattern that our types have is that of a device.
+            // Devices are our only type with a pattern.
             let device = |text: &str| {
                 matches!(text, "auto" | "cpu" | "cuda")
                     || text.starts_with("cuda:") && text[5..].parse::<usize>().is_ok()
             };
             if pattern.contains("cuda") && !device(text) {
-                let error =
-                    InputError::new(is()).help("it can be auto, cpu, cuda, or cuda:N for the GPU of that number");
+                let error = InputError::new(is()).help("it must be auto, cpu, cuda, or cuda:N for GPU number N");
                 return self.wrong(value, path, error);
             }
         }
@@ -225,12 +224,12 @@ impl<'a> Check<'a> {
                 };
                 let finite = (!number.is_finite()).then(|| "finite".to_owned());
                 let wanted = finite.into_iter().chain(range).collect::<Vec<_>>().join(" and ");
-                let error = InputError::new(format!("{}, which is out of its range", is()))
-                    .help(format!("it must be {wanted}"));
+                let error =
+                    InputError::new(format!("{}, which is out of range", is())).help(format!("it must be {wanted}"));
                 return self.wrong(value, path, error);
             }
         }
-        // A map from names to values of one kind.
+        // A map from names to values of one type.
         if let (Value::Dict(_, map), Some(schema)) =
             (value, schema.get("additionalProperties").filter(|it| it.is_object()))
         {
@@ -265,7 +264,7 @@ impl<'a> Check<'a> {
             return self.wrong(value, path, InputError::new(format!("`{shown}` is {}", show(value))).help(help));
         };
         let Some(name) = dict.get("type") else {
-            let error = InputError::new(format!("`{shown}` does not say its `type`")).help(listed);
+            let error = InputError::new(format!("`{shown}` has no `type`")).help(listed);
             return self.add(self.error(value, path, true, error));
         };
         let found = name.as_str().and_then(|name| find(kind, name));
@@ -283,7 +282,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// Adds what serde finds wrong with a component that its schema allows.
+    /// Adds serde's errors about a component that its schema allows.
     fn deserialises(&self, value: &Value, kind: ComponentKind, path: &str) {
         fn tried<T: DeserializeOwned>(node: Node) -> Option<(String, String)> {
             let error = serde_path_to_error::deserialize::<_, T>(node).err()?;
@@ -322,12 +321,12 @@ impl<'a> Check<'a> {
         let none = serde_json::Map::new();
         let properties = schema.get("properties").and_then(Json::as_object).unwrap_or(&none);
         let under = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
-        // An SAE's name and dictionary follow from its trainer: where that is wrong, they may be missing for no other reason.
+        // An SAE's name and dictionary follow from its trainer: if that is wrong, they may be missing because of it.
         let is_trainer = |key: &str| key == "trainer" && matches!(owner, Owner::Sae);
         let before = self.found();
         let mut trainer_is_wrong = matches!(owner, Owner::Sae) && !dict.contains_key("trainer");
         let (first, others): (Vec<_>, Vec<_>) = dict.iter().partition(|(key, _)| is_trainer(key));
-        // What `eval_source` takes from `source` is an error of `source`.
+        // Last, so that mistakes inherited from `source` are reported for `source`.
         let follows = |key: &str| key == "eval_source" && matches!(owner, Owner::Run);
         let (last, others): (Vec<_>, Vec<_>) = others.into_iter().partition(|(key, _)| follows(key));
         for (key, field) in first.into_iter().chain(others).chain(last) {
@@ -394,7 +393,7 @@ impl<'a> Check<'a> {
             }
             _ => None,
         };
-        // Rather one that is not there yet than one that is.
+        // Prefer fields that are not set yet.
         let unused = properties.keys().map(String::as_str).filter(|known| !dict.contains_key(*known));
         let near = nearest(key, unused).or_else(|| nearest(key, properties.keys().map(String::as_str)));
         let near = near.map(|near| format!("did you mean `{near}`?"));
@@ -405,7 +404,7 @@ impl<'a> Check<'a> {
         self.add(self.error(field, path, true, error.help(help.join(" "))));
     }
 
-    /// What was meant by `{lr: 0,002}`, which in YAML is `lr: 0` and a key `002` without a value.
+    /// Suggests the number meant by `{lr: 0,002}`, which YAML reads as `lr: 0` and a key `002` without a value.
     fn decimal_comma(
         &self,
         key: &str,
@@ -432,12 +431,12 @@ impl<'a> Check<'a> {
         Some(format!("did you mean `{}: {number}`? A comma ends a value;", name.trim()))
     }
 
-    /// An error that serde found.
+    /// Returns the error that serde found, with its place.
     pub(super) fn serde(&self, root: &Value, path: &str, message: &str) -> InputError {
         self.locate(root, path, InputError::new(format!("`{}`: {message}", self.as_written(path))))
     }
 
-    /// An error about the value at a path, or where there is none, about what it is missing from.
+    /// Returns the error with the place of the value at a path, or of the map that lacks it.
     pub(super) fn locate(&self, root: &Value, path: &str, error: InputError) -> InputError {
         let mut value = root;
         let mut found = true;
@@ -450,7 +449,7 @@ impl<'a> Check<'a> {
         }
         let leaf = path.rsplit('.').next().unwrap_or(path);
         let error = if !found && error.message().starts_with(&format!("`{leaf}` is ")) {
-            let note = format!("`{leaf}` is not in the config: that is its default");
+            let note = format!("`{leaf}` is not in the config: this is its default");
             error.and_help(&note)
         } else {
             error
@@ -467,12 +466,12 @@ fn step_into<'v>(value: &'v Value, step: &spans::Step) -> Option<&'v Value> {
     }
 }
 
-/// The value at a path.
+/// Returns the value at a path.
 pub(super) fn follow<'v>(value: &'v Value, path: &str) -> Option<&'v Value> {
     spans::steps(path).iter().try_fold(value, step_into)
 }
 
-/// The names of the JSON types that a schema allows; none if it says nothing of them.
+/// Returns the JSON types that a schema allows; empty if it does not restrict them.
 fn types(schema: &Json) -> Vec<&str> {
     match schema.get("type") {
         Some(Json::String(one)) => vec![one],
@@ -481,7 +480,7 @@ fn types(schema: &Json) -> Vec<&str> {
     }
 }
 
-/// True if a value is of one of the types.
+/// True if a value has one of the types.
 fn fits(value: &Value, types: &[&str]) -> bool {
     types.is_empty()
         || types.iter().any(|name| match *name {
@@ -496,7 +495,7 @@ fn fits(value: &Value, types: &[&str]) -> bool {
         })
 }
 
-/// The schemas of which a value must fit one.
+/// Returns the alternatives of a schema: a value must match one.
 fn alternatives(schema: &Json) -> Vec<&Json> {
     match schema.get("anyOf").and_then(Json::as_array) {
         Some(options) => options.iter().flat_map(alternatives).collect(),
@@ -504,7 +503,7 @@ fn alternatives(schema: &Json) -> Vec<&Json> {
     }
 }
 
-/// The number that a text was meant for: `0,002`, `10,000`, `10k`, `2M`.
+/// Returns the number that a text was meant for: `0,002`, `10,000`, `10k`, `2M`.
 fn meant_number(text: &str, whole: bool) -> Option<String> {
     let parses = |text: String| text.parse::<f64>().is_ok().then_some(text);
     if let Some((start, rest)) = text.split_once(',') {
@@ -522,7 +521,7 @@ fn meant_number(text: &str, whole: bool) -> Option<String> {
     }
 }
 
-/// The strings that an enum's schema allows.
+/// Returns the strings that an enum's schema allows.
 fn choices(schema: &Json) -> Vec<String> {
     let consts = schema.get("oneOf").and_then(Json::as_array).into_iter().flatten().filter_map(|one| {
         one.get("const").cloned().map(|one| vec![one]).or_else(|| one.get("enum").and_then(Json::as_array).cloned())
@@ -535,7 +534,7 @@ fn choices(schema: &Json) -> Vec<String> {
 fn wanted(name: &str, schema: &Json) -> &'static str {
     match name {
         "integer" if schema.get("minimum").and_then(Json::as_f64).is_some_and(|least| least >= 0.0) => {
-            "a whole number, not negative"
+            "a non-negative whole number"
         }
         "integer" => "a whole number",
         "number" => "a number",
@@ -547,7 +546,7 @@ fn wanted(name: &str, schema: &Json) -> &'static str {
     }
 }
 
-/// A value as a message shows it, with what it is.
+/// Shows a value in a message, with its type.
 fn show(value: &Value) -> String {
     match value {
         Value::String(_, text) => format!("\"{text}\", which is text"),

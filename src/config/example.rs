@@ -1,4 +1,4 @@
-//! A config that shows one component at work, for `dictlearn describe`.
+//! Example configs, one for each component, for `dictlearn describe`.
 
 use std::path::Path;
 
@@ -10,17 +10,17 @@ use dictlearn_core::files::from_yaml_in;
 use dictlearn_core::registry::{Component, ComponentKind, components, defaults, find};
 use dictlearn_core::report::TaggedMetric;
 
-/// A whole config, to stand in `folder`, with the component's example in its slot and default ones around it; `None` for what
-/// no config names, and for a metric that no source's example suits.
+/// Returns a complete config with the component's example and default components around it; its paths are relative to
+/// `folder`. `None` for kinds that no config names, and for a metric that suits no source's example.
 pub fn example(shown: &Component, folder: &Path) -> Option<String> {
     let parsed = |component: &Component| serde_yaml::from_str::<Value>(component.example).ok();
-    // The one shown where it is of that kind, otherwise a default one.
+    // The shown component if it is of that kind, otherwise a default one.
     let of = |kind: ComponentKind| {
         let default = defaults(kind).next().and_then(|name| find(kind, name));
         let other = default.or_else(|| components(kind).into_iter().next());
         parsed(if shown.kind == kind { shown } else { other? })
     };
-    // A dictionary is shown with the trainer that usually trains it.
+    // A dictionary is shown with a trainer that trains it by default.
     let trainer = match shown.kind {
         ComponentKind::Trainer => shown,
         _ => {
@@ -62,7 +62,7 @@ pub fn example(shown: &Component, folder: &Path) -> Option<String> {
     serde_yaml::to_string(&config).ok()
 }
 
-/// The example of a source that a metric can be computed on, a default one if possible.
+/// Returns the example of a source that a metric can be computed on, preferably a default one.
 fn suiting(metric: &Component, folder: &Path) -> Option<Value> {
     let metric: Box<dyn TaggedMetric> = from_yaml_in(folder, metric.example).ok()?;
     let cx = SourceCx { seed: 0, ..SourceCx::default() };

@@ -1,8 +1,7 @@
-//! The layers of a config and how they merge: `include:` files, the file, its profile, variables, `--set`.
+//! Merges the layers of a config: `include:` files, the file, its profile, variables, `--set`.
 //!
-//! figment merges and remembers for each value which layer it came from. Two rules are ours: a map whose `type` a later
-//! layer changes is replaced instead of inheriting fields that are not its own, and variables and `--set` reach into
-//! lists by number.
+//! figment merges them and records which layer each value came from. Two rules are ours: a layer that changes a map's
+//! `type` replaces the map, and variables and `--set` address list items by index.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -20,30 +19,30 @@ use dictlearn_core::files::{Origins, yaml};
 use dictlearn_core::registry::{ComponentKind, defaults};
 use dictlearn_core::suggest::nearest;
 
-/// What a config is loaded from.
+/// The inputs of a config.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
     /// The config file.
     pub file: PathBuf,
-    /// The profile of the file to use.
+    /// The profile to apply.
     pub profile: Option<String>,
     /// `--set KEY=VALUE`, in order.
     pub set: Vec<String>,
     /// The `DICTLEARN_*` variables and their values.
     pub variables: Vec<(String, String)>,
-    /// Where some keys are wrong, what is written rightly is built nevertheless, to find its mistakes too.
+    /// Build the valid parts even if some keys are wrong, to report their mistakes too.
     pub builds_rest: bool,
-    /// What variables and `--set` change of `source` they change of `eval_source` too, if the files have one.
+    /// Apply overrides of `source` to `eval_source` too, if the files have one.
     pub eval_follows: bool,
 }
 
 const PREFIX: &str = "DICTLEARN_";
-/// Files that a config may have, with all that they include: two that each include the next two would be without end.
+/// Maximum number of files of a config, included ones among them: branching includes grow exponentially.
 const MOST_FILES: usize = 100;
-/// Beginnings of the names of variables that belong to the program's tools and tests.
+/// Name prefixes of variables that belong to tools and tests.
 const TOOLS: [&str; 5] = ["CACHE", "BENCH_", "FUZZ_", "SOAK_", "TEST_"];
 
-/// The `DICTLEARN_*` variables of this process that may set keys of a config.
+/// Returns the `DICTLEARN_*` variables of this process that may set config keys.
 pub fn variables() -> Vec<(String, String)> {
     let tools = |name: &str| TOOLS.iter().any(|tool| name.starts_with(tool));
     let own = |name: &str| name.strip_prefix(PREFIX).is_some_and(|name| !tools(name));
@@ -68,7 +67,7 @@ pub(super) struct Merged {
     pub(super) value: Value,
     figment: Figment,
     layers: Vec<(Origin, String, Option<String>)>,
-    /// What is said of variables that are no keys.
+    /// Warnings about variables that match no config key.
     pub(super) ignored: Vec<String>,
 }
 
@@ -90,7 +89,7 @@ impl Merged {
         Merged { value: Value::from(Dict::new()), figment: Figment::new(), layers: Vec::new(), ignored: Vec::new() }
     }
 
-    /// Merges what can be read. `None` if a file cannot: what it says is not known then.
+    /// Merges the layers. Returns `None` if a file cannot be read.
     pub(super) fn load(sources: &Sources, mistakes: &mut Mistakes) -> Option<Self> {
         let mut files = Files { profile: sources.profile.as_deref(), ..Files::default() };
         files.read(&sources.file, mistakes);
@@ -99,7 +98,7 @@ impl Merged {
             let near = nearest(name, files.known.iter().map(String::as_str));
             let near = near.map(|near| format!("did you mean `{near}`? "));
             let help = if files.known.is_empty() {
-                "it has none; profiles stand under `profiles:`".to_owned()
+                "it has none; define profiles under `profiles:`".to_owned()
             } else {
                 format!("{}it has: {}", near.unwrap_or_default(), files.known.join(", "))
             };
@@ -107,7 +106,7 @@ impl Merged {
         }
         let mut layers: Vec<Layer> = files.base.into_iter().chain(files.profiles).collect();
 
-        // What reaches into lists waits until the lists are merged.
+        // Overrides reach into lists, so they wait until the lists are merged.
         let (mut overrides, mut ignored) = (Vec::new(), Vec::new());
         let mut parsed = |origin: Origin, key: String, text: &str| match parse_override(&origin, &key, text) {
             Ok(value) => overrides.push((origin, key, value)),
@@ -153,8 +152,8 @@ impl Merged {
             overrides = followed(overrides);
         }
         for (origin, key, value) in overrides {
-            // figment gives the value its tag; the place in the tree is found here, since figment does not know lists.
-            // A key of its own: under one that was there, a map would be merged with it.
+            // figment gives the value its tag; we find its place in the tree, since figment cannot index lists.
+            // The temporary key is unique: figment would merge a map into an existing one.
             let own = format!("{OVERRIDE}{}", layers.len());
             figment = figment.merge(LayerProvider(layers.len(), &Dict::from([(own.clone(), value)])));
             let value = figment.find_value(&own).unwrap_or_else(|_| Value::from(Dict::new()));
@@ -168,7 +167,7 @@ impl Merged {
         Some(Merged { value, figment, layers, ignored })
     }
 
-    /// What variables say that set a value of this config: `DICTLEARN_SEED=7`.
+    /// Returns the variables that set a value of this config, as `DICTLEARN_SEED=7`.
     pub(super) fn environment_that_acts(&self, root: &Value, variables: &[(String, String)]) -> Vec<String> {
         let mut acting = BTreeSet::new();
         self.acting(root, &mut acting);
@@ -176,7 +175,7 @@ impl Merged {
         variables.iter().filter(|(name, _)| acts(name)).map(|(name, text)| format!("{name}={text}")).collect()
     }
 
-    /// Names of the variables that values come from.
+    /// Collects the names of the variables that values come from.
     fn acting<'a>(&'a self, value: &Value, names: &mut BTreeSet<&'a str>) {
         if let Some((Origin::Variable(name), ..)) = self.origin(value.tag()) {
             names.insert(name);
@@ -188,14 +187,14 @@ impl Merged {
         }
     }
 
-    /// Where a value came from: its file with the file's text, and the profile's path if it is from a profile.
+    /// Returns a value's origin, the text of its file, and the profile's path if it comes from a profile.
     pub(super) fn origin(&self, tag: Tag) -> Option<(&Origin, &str, Option<&str>)> {
         let index: usize = self.figment.get_metadata(tag)?.name.parse().ok()?;
         let (origin, text, inside) = self.layers.get(index)?;
         Some((origin, text, inside.as_deref()))
     }
 
-    /// The file that was asked for.
+    /// Returns the main config file and its text.
     pub(super) fn main_file(&self) -> Option<(&Origin, &str)> {
         let asked = |origin: &Origin, inside: &Option<String>| matches!(origin, Origin::File(..)) && inside.is_none();
         let (origin, text, _) = self.layers.iter().rfind(|(origin, _, inside)| asked(origin, inside))?;
@@ -214,7 +213,7 @@ impl Origins for Merged {
 
 type Override = (Origin, String, Value);
 
-/// The overrides of `source` for `eval_source` too. Those of `eval_source` itself come later and win.
+/// Copies overrides of `source` to `eval_source`. Those of `eval_source` itself come later and win.
 fn followed(overrides: Vec<Override>) -> Vec<Override> {
     let of_source = |key: &str| {
         let rest = key.trim().strip_prefix("source").map(str::trim_start);
@@ -236,14 +235,14 @@ fn followed(overrides: Vec<Override>) -> Vec<Override> {
 /// Keys that only a file may have.
 const FILE_ONLY: [&str; 2] = ["include", "profiles"];
 
-/// The keys of a config that variables can set.
+/// Returns the config keys that variables can set.
 fn known_keys() -> Vec<String> {
     let schema = schemars::schema_for!(RunConfig);
     let properties = schema.get("properties").and_then(|properties| properties.as_object());
     properties.into_iter().flatten().map(|(key, _)| key.clone()).collect()
 }
 
-/// What is said of a variable that is no key of a config; its part of that number is none of those that are known.
+/// Returns the warning about a variable that matches no config key, because its part at index `part` is not in `known`.
 pub(super) fn unknown_variable<'a>(name: &str, part: usize, known: impl IntoIterator<Item = &'a str>) -> String {
     let mut parts: Vec<String> = name.trim_start_matches(PREFIX).split("__").map(str::to_owned).collect();
     let near = parts.get(part).and_then(|part| nearest(part, known)).map(str::to_uppercase);
@@ -251,14 +250,14 @@ pub(super) fn unknown_variable<'a>(name: &str, part: usize, known: impl IntoIter
         parts[part] = near;
         format!("; did you mean {PREFIX}{}?", parts.join("__"))
     });
-    format!("{name} is not a key of a config and changes nothing{}", near.unwrap_or_default())
+    format!("{name} matches no config key and is ignored{}", near.unwrap_or_default())
 }
 
 fn merged(figment: &Figment) -> Dict {
     figment.find_value("").ok().and_then(Value::into_dict).unwrap_or_default()
 }
 
-/// Takes from `below` the maps whose `type` `above` changes.
+/// Removes from `below` the maps whose `type` changes in `above`.
 fn drop_other_types(below: &mut Dict, above: &Dict) {
     for (key, new) in above {
         let Some(new) = new.as_dict() else { continue };
@@ -274,7 +273,7 @@ fn drop_other_types(below: &mut Dict, above: &Dict) {
     }
 }
 
-/// How the key begins under which figment meets an override.
+/// Prefix of the temporary key under which figment merges an override.
 const OVERRIDE: &str = "__override";
 
 fn parse_override(origin: &Origin, key: &str, text: &str) -> Result<Value, InputError> {
@@ -286,7 +285,7 @@ fn parse_override(origin: &Origin, key: &str, text: &str) -> Result<Value, Input
         let (what, help, _) = not_yaml(&error, text);
         InputError::new(format!("`{text}` is not YAML: {what}")).help(help).at(origin.clone(), key)
     })?;
-    let refused = |message: String| InputError::new(message).help("give plain YAML").at(origin.clone(), key);
+    let refused = |message: String| InputError::new(message).help("use plain YAML").at(origin.clone(), key);
     from_yaml(value, &refused)
 }
 
@@ -302,9 +301,12 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
         ));
     }
     if FILE_ONLY.contains(&steps[0]) {
-        return Err(refused(format!("`{}` is read in a file only", steps[0]), "write it into the config".to_owned()));
+        return Err(refused(
+            format!("`{}` can only be set in a file", steps[0]),
+            "write it in the config file".to_owned(),
+        ));
     }
-    // What is made on the way is the override's, so that errors about it name that.
+    // Maps created on the way get the override's tag, so that errors about them point to it.
     let tag = value.tag();
     let map = || Value::Dict(tag, Dict::new());
     if let (false, Some(index)) =
@@ -331,7 +333,7 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
                     let list = steps[..at].join(".");
                     return Err(refused(
                         format!("`{list}` has no item `{step}`"),
-                        format!("it has {count}, counted from 0"),
+                        format!("it has {count} items, counted from 0"),
                     ));
                 };
                 item
@@ -354,7 +356,7 @@ fn set(root: &mut Dict, origin: &Origin, key: &str, value: Value) -> Result<(), 
     Ok(())
 }
 
-/// A component of a kind as a config names it.
+/// Returns a default component of a kind as a config names it.
 pub(super) fn example(kind: ComponentKind) -> String {
     defaults(kind).next().map_or_else(|| "...".to_owned(), |name| format!("{{type: {name}}}"))
 }
@@ -362,9 +364,9 @@ pub(super) fn example(kind: ComponentKind) -> String {
 /// The files of a config and their layers.
 #[derive(Default)]
 struct Files<'a> {
-    /// The profile that is asked for.
+    /// The requested profile.
     profile: Option<&'a str>,
-    /// Those that include each other down to the one that is being read.
+    /// The chain of includes down to the file being read.
     including: Vec<PathBuf>,
     base: Vec<Layer>,
     profiles: Vec<Layer>,
@@ -373,7 +375,7 @@ struct Files<'a> {
 }
 
 impl Files<'_> {
-    /// Reads a file's layers: those it includes, then its own; and the profile, where it has it.
+    /// Reads a file's layers: included files, then its own, and the requested profile if it has it.
     fn read(&mut self, path: &Path, mistakes: &mut Mistakes) {
         let (origin, text, mut data) = match read_map(path) {
             Ok(read) => read,
@@ -405,9 +407,9 @@ impl Files<'_> {
             } else if !file.is_file() {
                 InputError::no_file(&file)
             } else if self.including.len() + self.base.len() >= MOST_FILES {
-                // Each of them might include as many.
+                // Stop here: each further file might include as many.
                 mistakes.add(
-                    InputError::new(format!("a config includes more than {MOST_FILES} files")).at(place, "include"),
+                    InputError::new(format!("the config includes more than {MOST_FILES} files")).at(place, "include"),
                 );
                 break;
             } else {
@@ -431,7 +433,7 @@ impl Files<'_> {
             }
             Some(_) => mistakes.add(
                 InputError::new("`profiles` is not a map")
-                    .help("give each profile its name: `profiles: {quick: {steps: 100}}`")
+                    .help("map each profile's name to its keys: `profiles: {quick: {steps: 100}}`")
                     .at(super::spans::locate(&origin, &text, "profiles", false), "profiles"),
             ),
         }
@@ -439,7 +441,7 @@ impl Files<'_> {
     }
 }
 
-/// A file's keys, with what it is and its text.
+/// Returns a file's origin, text and keys.
 fn read_map(path: &Path) -> Result<(Origin, String, Dict), InputError> {
     let origin = Origin::File(path.to_owned(), None);
     let text = read_text(path)?;
@@ -454,17 +456,17 @@ fn read_map(path: &Path) -> Result<(Origin, String, Dict), InputError> {
         let place = place.or(at(error.location()));
         InputError::new(format!("not YAML: {what}")).help(help).at(Origin::File(path.to_owned(), place), "")
     })?;
-    // `<<: *base` puts the keys of another map in.
+    // `<<: *base` inserts the keys of another map.
     parsed.apply_merge().map_err(|error| InputError::new(format!("not YAML: {error}")).at(origin.clone(), ""))?;
     let refused = |what| InputError::new(what).at(origin.clone(), "");
     match from_yaml(parsed, &refused)? {
         Value::Dict(_, dict) => Ok((origin, text, dict)),
         Value::Empty(..) => Err(refused(format!("{} is empty", path.display())).help("a config needs a `source`")),
-        _ => Err(refused("a config is a map of keys and values".to_owned()).help("start with `source:`")),
+        _ => Err(refused("the config is not a map of keys and values".to_owned()).help("start with `source:`")),
     }
 }
 
-/// The error about a whole number that fits neither 64-bit type, in the YAML of a key.
+/// Returns the error about a whole number that fits neither 64-bit type, in the YAML of the key `outer`.
 fn out_of_range(error: &serde_yaml::Error, outer: &str) -> Option<InputError> {
     let message = error.to_string();
     let (before, after) = message.split_once("invalid type: integer `")?;
@@ -472,23 +474,23 @@ fn out_of_range(error: &serde_yaml::Error, outer: &str) -> Option<InputError> {
     let inner = before.trim_end_matches([':', ' ']);
     let joint = if outer.is_empty() || inner.is_empty() || inner.starts_with('[') { "" } else { "." };
     let key = format!("{outer}{joint}{inner}");
-    let help = format!("a whole number lies between {} and {}; quote it if it is text", i64::MIN, u64::MAX);
+    let help = format!("whole numbers must be between {} and {}; quote it if it is text", i64::MIN, u64::MAX);
     Some(InputError::new(format!("`{key}` is {number}, which is out of range")).field(key).help(help))
 }
 
-/// What is wrong with a text that is not YAML, what would do, and where it is if that is not where the parser says.
+/// Returns what is wrong with invalid YAML, how to fix it, and its place if the parser reports another.
 fn not_yaml(error: &serde_yaml::Error, text: &str) -> (String, &'static str, Option<(usize, usize)>) {
     let message = error.to_string();
     let plain = message.split(" at line ").next().unwrap_or(&message).to_owned();
     if let Some(key) = plain.split("duplicate entry with key ").nth(1) {
-        // serde_yaml says where the map begins, saphyr where the key is repeated.
+        // serde_yaml reports where the map begins, saphyr where the key is repeated.
         let marker = MarkedYaml::load_from_str(text).err().map(|error| *error.marker());
         let place = marker.map(|marker| (marker.line(), marker.col() + 1));
         return (format!("`{}` is given twice", key.trim_matches('"')), "keep one of the two", place);
     }
-    let Some(location) = error.location() else { return (plain, "check it for indentation, quotes and colons", None) };
+    let Some(location) = error.location() else { return (plain, "check indentation, quotes and colons", None) };
     if plain.contains("tab character") || plain.contains("cannot start any token") {
-        // The parser gives the place of the tab or that of the line's beginning, or ends the block before it.
+        // The parser reports the tab, the start of its line, or the end of the block before it.
         let tab = |line: usize| {
             let line = text.lines().nth(line)?;
             line[..line.len() - line.trim_start().len()].find('\t')
@@ -497,7 +499,7 @@ fn not_yaml(error: &serde_yaml::Error, text: &str) -> (String, &'static str, Opt
         let lines = if plain.contains("tab character") { here..text.lines().count() } else { here..here + 1 };
         if let Some((line, tab)) = lines.into_iter().find_map(|line| Some((line, tab(line)?))) {
             let place = Some((line + 1, tab + 1));
-            return ("a tab in the indentation".to_owned(), "indent with spaces: YAML takes no tabs there", place);
+            return ("a tab in the indentation".to_owned(), "indent with spaces: YAML allows no tabs there", place);
         }
     }
     let line = text.lines().nth(location.line().saturating_sub(1)).unwrap_or_default();
@@ -519,11 +521,11 @@ fn read_text(path: &Path) -> Result<String, InputError> {
         return Err(InputError::new(format!("{} is a folder", path.display())).help("give the config file in it"));
     }
     let text = files::read_text(path)?;
-    // Windows editors begin a file with a byte order mark.
+    // Windows editors may start a file with a byte order mark.
     Ok(text.strip_prefix('\u{feff}').map_or(text.clone(), str::to_owned))
 }
 
-/// A YAML value as figment's.
+/// Converts a YAML value to figment's.
 fn from_yaml(value: serde_yaml::Value, refused: &dyn Fn(String) -> InputError) -> Result<Value, InputError> {
     let tag = Tag::Default;
     Ok(match value {
@@ -553,6 +555,8 @@ fn from_yaml(value: serde_yaml::Value, refused: &dyn Fn(String) -> InputError) -
             }
             Value::Dict(tag, dict)
         }
-        serde_yaml::Value::Tagged(tagged) => return Err(refused(format!("the YAML tag {} is not read", tagged.tag))),
+        serde_yaml::Value::Tagged(tagged) => {
+            return Err(refused(format!("the YAML tag {} is not supported", tagged.tag)));
+        }
     })
 }

@@ -21,7 +21,7 @@ use dictlearn_core::registry::{ComponentKind, defaults, find};
 use dictlearn_core::suggest::nearest;
 use dictlearn_core::train::SaeConfig;
 
-/// Loads a config. An error has every mistake of its files, of variables and of arguments.
+/// Loads a config. The error lists every mistake in files, variables and arguments.
 pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
     let mut mistakes = Mistakes::new();
     let Some(mut merged) = Merged::load(sources, &mut mistakes) else {
@@ -63,10 +63,10 @@ pub fn load(sources: &Sources) -> Result<RunConfig, InputError> {
     Ok(config)
 }
 
-/// Builds what is written rightly where other keys are wrong, and adds its mistakes: the source, if nothing of it has to be
-/// downloaded, and the SAEs, as far as they need no source.
+/// Builds the valid parts of a config with mistakes, and adds theirs: the source, if it needs no download, and the
+/// SAEs, as far as they need no source.
 fn build_rest(root: &Value, merged: &Merged, check: &Check, mistakes: &mut Mistakes) {
-    // What has no place, an unknown profile say, may be wrong with everything.
+    // A mistake without a key, such as an unknown profile, may affect everything.
     let Some(wrong) = mistakes.keys().into_iter().collect::<Option<Vec<String>>>() else { return };
     if wrong.is_empty() {
         return;
@@ -86,10 +86,10 @@ fn build_rest(root: &Value, merged: &Merged, check: &Check, mistakes: &mut Mista
     {
         let cx = SourceCx { seed, ..SourceCx::default() };
         let built = hub::without(|| source.build(&cx).map(drop).under("source"));
-        // What fails otherwise may do so for want of a download.
+        // Other errors may come from a missing download.
         built.err().and_then(|error| InputError::take(error).ok()).into_iter().for_each(|error| found.add(error));
     }
-    // A key that may have been meant for `steps` leaves open how many there are.
+    // If an unknown key may be a misspelt `steps`, the number of steps is unknown.
     let is_steps = |key: &String| !key.contains(['.', '[']) && nearest(key, ["steps", "stop_after"]) == Some("steps");
     if !wrong.iter().any(is_steps) {
         let steps = match root.find_ref("steps") {
@@ -110,7 +110,7 @@ fn build_rest(root: &Value, merged: &Merged, check: &Check, mistakes: &mut Mista
     }
 }
 
-/// Takes the value at a path out of a config.
+/// Removes the value at a path from a config.
 fn remove(value: &mut Value, path: &[spans::Step]) {
     match (path, value) {
         ([spans::Step::Key(key)], Value::Dict(_, dict)) => {
@@ -126,7 +126,7 @@ fn remove(value: &mut Value, path: &[spans::Step]) {
     }
 }
 
-/// What a config was merged from.
+/// The layers and values of a loaded config.
 struct Loaded {
     merged: Merged,
     root: Value,
@@ -134,12 +134,12 @@ struct Loaded {
     notes: Vec<String>,
 }
 
-/// The files, variables and arguments that a loaded config was merged from; nothing for one that was made otherwise.
+/// The files, variables and arguments that a loaded config was merged from; empty for a config made in code.
 #[derive(Default)]
 pub struct Written(Option<Box<Loaded>>);
 
 impl Written {
-    /// The error with the places of its mistakes, as far as they concern keys of the config (see [`InputError::field`]).
+    /// Returns the error with the places of those mistakes that concern config keys (see [`InputError::field`]).
     pub fn locate(&self, error: anyhow::Error) -> anyhow::Error {
         let Some(Loaded { merged, root, written, .. }) = self.0.as_deref() else { return error };
         let input = match InputError::take(error) {
@@ -162,13 +162,13 @@ impl Written {
         }
     }
 
-    /// What the user should know of how it was loaded: variables that act, and those that do not.
+    /// Returns notes on loading for the user: variables that set keys, and ignored variables.
     pub fn notes(&self) -> &[String] {
         self.0.as_ref().map_or(&[], |loaded| &loaded.notes)
     }
 
-    /// True if a file, a variable or an argument says the key at a path, such as `saes[0].trainer.warmup_steps`. Of a config
-    /// that was made otherwise everything counts as written.
+    /// True if a file, a variable or an argument sets the key at a path, such as `saes[0].trainer.warmup_steps`. Always
+    /// true for a config made in code.
     pub fn says(&self, path: &str) -> bool {
         self.0.as_ref().is_none_or(|loaded| follow(&loaded.root, path).is_some())
     }
@@ -180,7 +180,7 @@ impl std::fmt::Debug for Written {
     }
 }
 
-/// `eval_source` is `source` with some keys changed.
+/// Fills in `eval_source`: `source` with some keys changed.
 fn overlay_eval_source(root: &mut Dict) {
     let Some(Value::Dict(tag, overlay)) = root.get("eval_source").cloned() else { return };
     let Some(Value::Dict(_, source)) = root.get("source").cloned() else { return };
@@ -208,7 +208,7 @@ fn overlaid(mut below: Dict, above: Dict) -> Dict {
     below
 }
 
-/// Expands sweeps and fills in names and dictionaries. Returns each SAE's number as written.
+/// Expands sweeps and fills in names and dictionaries. Returns each SAE's index in the files.
 fn expand_saes(root: &mut Dict, merged: &Merged, mistakes: &mut Mistakes) -> Vec<usize> {
     let Some(Value::Array(tag, saes)) = root.get("saes").cloned() else { return Vec::new() };
     let (mut expanded, mut written) = (Vec::new(), Vec::new());
@@ -240,14 +240,14 @@ fn expand_saes(root: &mut Dict, merged: &Merged, mistakes: &mut Mistakes) -> Vec
     written
 }
 
-/// The name is the trainer's unless given, and so is the dictionary.
+/// Fills in an SAE's name and dictionary from its trainer, unless given.
 fn fill(sae: &mut Dict) {
     let Some(trainer) = sae.get("trainer").and_then(|trainer| trainer.find_ref("type")).cloned() else { return };
     let Some(name) = trainer.as_str().map(str::to_owned) else { return };
     let tag = trainer.tag();
     sae.entry("name".to_owned()).or_insert(trainer);
     let default = find(ComponentKind::Trainer, &name).and_then(|trainer| trainer.default_dictionary);
-    // What is missing from the dictionary is missing where the trainer was written, unless the dictionary was written too.
+    // Missing fields of a dictionary that was not written are reported at the trainer.
     let dictionary = sae.entry("dictionary".to_owned()).or_insert_with(|| Value::Dict(tag, Dict::new()));
     if let (Value::Dict(own, dictionary), Some(default)) = (dictionary, default) {
         let tag = *own;
@@ -255,13 +255,13 @@ fn fill(sae: &mut Dict) {
     }
 }
 
-/// What all sweeps may make together, in values times the square of axes, each of which is looked up in the text and
-/// compared with the others: a few short lists make more SAEs than any memory holds.
+/// Limit on all sweeps together, in values times the square of the number of axes: each axis is looked up in the text
+/// and compared with the others. A few short lists can make more SAEs than memory holds.
 const MOST_SWEPT: usize = 1 << 22;
-/// How many dots a sweep's key may have.
+/// Maximum number of dots in a sweep's key.
 const MOST_DOTS: usize = 100;
 
-/// How much a value takes: about the number of the values in it.
+/// Returns the approximate size of a value, in values.
 fn size(value: &Value) -> usize {
     1 + match value {
         Value::String(_, text) => text.len() / 64,
@@ -271,7 +271,7 @@ fn size(value: &Value) -> usize {
     }
 }
 
-/// The cartesian product of a sweep's axes, for which there is so much room.
+/// Returns the Cartesian product of a sweep's axes, and subtracts its size from `room`.
 fn sweep_variants(
     sae: &Dict,
     sweep: &Value,
@@ -283,13 +283,13 @@ fn sweep_variants(
     let empty = Schema::default();
     let refused = |value: &Value, message: String| {
         let check = Check::new(merged, &empty, &written);
-        let help = "a sweep gives each key its values: `sweep: {trainer.lr: [1e-4, 3e-4]}`";
+        let help = "a sweep lists values for each key: `sweep: {trainer.lr: [1e-4, 3e-4]}`";
         Err(check.error(value, &path, false, InputError::new(message).help(help)))
     };
     let Value::Dict(_, axes) = sweep else { return refused(sweep, format!("`{path}` is not a map")) };
     if let Some(key) = axes.keys().find(|key| key.matches('.').count() > MOST_DOTS) {
         let start: String = key.chars().take(40).collect();
-        return refused(sweep, format!("`{path}`: a key `{start}…` with more than {MOST_DOTS} dots is none"));
+        return refused(sweep, format!("`{path}`: the key `{start}…` has more than {MOST_DOTS} dots"));
     }
     let variants = axes.values().filter_map(Value::as_array).map(<[Value]>::len);
     let one = size(sweep) + sae.values().map(size).sum::<usize>();
@@ -315,7 +315,7 @@ fn sweep_variants(
         if values.is_empty() {
             return refused(sweep, format!("`{path}`: `{key}` has no values"));
         }
-        // Two axes that end alike are told apart by their whole keys.
+        // Axes with the same last key are labelled by their whole keys.
         let alike = axes.keys().filter(|other| last(other) == last(key)).count() > 1;
         let label = if alike { key.clone() } else { last(key) };
         let mut next = Vec::new();
@@ -362,28 +362,28 @@ fn put(dict: &mut Dict, key: &str, value: Value) {
     }
 }
 
-/// What else lies in a run's folder.
+/// Names of other files in a run's folder.
 const TAKEN: [&str; 3] = ["checkpoints", "config.yaml", "metrics.jsonl"];
 
-/// Refuses an SAE's name that cannot be a folder of its own in the run's.
+/// Refuses an SAE's name that cannot be a folder in the run's folder.
 pub fn folder_name(name: &str) -> Result<(), InputError> {
     let folder = !name.is_empty() && !name.contains(['/', '\\', '\0']) && !name.starts_with('.');
     if folder && name.len() <= 200 && !TAKEN.contains(&name) {
         return Ok(());
     }
     Err(InputError::new(format!("an SAE cannot be named `{name}`")).help(format!(
-        "the name is its folder's: no slash, no leading dot, not too long, none of {}",
+        "the name is also a folder's: no slash, no leading dot, at most 200 bytes, none of {}",
         TAKEN.join(", ")
     )))
 }
 
-/// Names are folders: each its own, and none that leaves the run's.
+/// Checks that SAE names are unique, and valid names of folders.
 fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
     let mut seen = BTreeSet::new();
     let Some(Value::Array(_, saes)) = root.find_ref("saes") else { return };
     for (index, sae) in saes.iter().enumerate() {
         let Some(name) = sae.find_ref("name") else { continue };
-        // The default of the name is the trainer's type, and what is wrong with that is said there.
+        // The name defaults to the trainer's type; an unknown type is reported for the trainer.
         let trainer = sae.find_ref("trainer.type").and_then(Value::as_str);
         if trainer == name.as_str() && trainer.is_some_and(|trainer| find(ComponentKind::Trainer, trainer).is_none()) {
             continue;
@@ -392,7 +392,7 @@ fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
             continue;
         };
         let wrong = if !seen.insert(text.clone()) {
-            Some(InputError::new(format!("two SAEs are named `{text}`")).help("give each a `name` of its own"))
+            Some(InputError::new(format!("two SAEs are named `{text}`")).help("give each a unique `name`"))
         } else {
             folder_name(&text).err()
         };
@@ -402,20 +402,20 @@ fn check_names(root: &Value, check: &Check, mistakes: &mut Mistakes) {
     }
 }
 
-/// A config as YAML with every default spelled out.
+/// Returns a config as YAML with every default.
 pub fn to_yaml(config: &RunConfig) -> anyhow::Result<String> {
     Ok(serde_yaml::to_string(config)?)
 }
 
-/// The JSON Schema of a config as a user may write it.
+/// Returns the JSON Schema of configs as users may write them.
 pub fn json_schema() -> Json {
     let mut schema = schema_for!(RunConfig).to_value();
     let text_or_list = serde_json::json!({
-        "description": "Configs that this one changes.",
+        "description": "Configs that this one extends.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     });
     let profiles = serde_json::json!({
-        "description": "Overlays to choose from with `--profile NAME`.",
+        "description": "Named overlays; `--profile NAME` applies one.",
         "type": "object",
         "additionalProperties": {"type": ["object", "null"]},
     });
@@ -447,7 +447,7 @@ pub fn json_schema() -> Json {
         let unnamed = serde_json::json!({"type": "object", "not": {"required": ["type"]}});
         *dictionary = serde_json::json!({"description": description, "anyOf": [named, unnamed]});
     }
-    // What a file includes may have what it lacks, and so may a sweep.
+    // Includes and sweeps may provide required fields.
     forgive(&mut schema, "include");
     if let Some(sae) = schema.pointer_mut("/$defs/SaeConfig") {
         forgive(sae, "sweep");
@@ -457,7 +457,7 @@ pub fn json_schema() -> Json {
     schema
 }
 
-/// Lets numbers be written as `10_000` and `1e4` wherever numbers are wanted. To an editor the first is text.
+/// Allows `10_000` and `1e4` wherever a number is expected: editors take the first for text.
 fn allow_underscores(schema: &mut Json) {
     match schema {
         Json::Object(map) => {
@@ -479,8 +479,7 @@ fn allow_underscores(schema: &mut Json) {
     }
 }
 
-/// Only an object without this field must have everything; in one that has it, components may lack what they require, and
-/// even their type.
+/// Requires all fields only in objects without `field`; in others, components may lack fields, even their type.
 fn forgive(schema: &mut Json, field: &str) {
     let required = schema.as_object_mut().and_then(|schema| schema.remove("required"));
     let (mut whole, mut parts) = (serde_json::Map::new(), serde_json::Map::new());
@@ -497,7 +496,7 @@ fn forgive(schema: &mut Json, field: &str) {
     schema["else"] = serde_json::json!({"properties": parts});
 }
 
-/// A schema with parts of components in the place of components.
+/// Returns the schema with partial components in place of components.
 fn in_parts(schema: &Json) -> Json {
     let mut text = schema.to_string();
     for kind in ComponentKind::ALL {
@@ -506,7 +505,7 @@ fn in_parts(schema: &Json) -> Json {
     text.parse().unwrap_or_default()
 }
 
-/// For each kind of component a definition of a part of one: fields of a type that it names, or any fields.
+/// Adds a definition of partial components for each kind: fields of the named type, or any fields without a type.
 fn add_parts(schema: &mut Json) {
     let Some(defs) = schema.get_mut("$defs").and_then(Json::as_object_mut) else { return };
     for kind in ComponentKind::ALL {
@@ -520,7 +519,7 @@ fn add_parts(schema: &mut Json) {
     }
 }
 
-/// Adds every default to the description of its field, which is what editors show.
+/// Adds every default to the description of its field, which editors show.
 fn say_defaults(schema: &mut Json) {
     match schema {
         Json::Object(map) => {
@@ -535,7 +534,7 @@ fn say_defaults(schema: &mut Json) {
     }
 }
 
-/// The type of a field in words, from its schema.
+/// Returns a field's type in words, from its schema.
 pub fn type_name(schema: &Json) -> String {
     let plain = |name: &str| match name {
         "integer" => "whole number".to_owned(),

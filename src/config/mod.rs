@@ -1,4 +1,4 @@
-//! The config of a run: what a YAML file may say, and how it is read.
+//! The config of a run: its fields, and how YAML files are loaded.
 
 mod check;
 mod example;
@@ -30,79 +30,80 @@ use dictlearn_core::train::SaeConfig;
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunConfig {
-    /// Seed of everything random: initial weights, shuffling, resampling. An SAE may have a `seed` of its own.
+    /// Random seed of initial weights, shuffling and resampling. An SAE's own `seed` replaces it for that SAE.
     #[serde(default = "default_seed")]
     pub seed: u64,
-    /// `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+    /// `auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`.
     #[serde(default)]
     pub device: DeviceChoice,
-    /// The type of the matrix products: `float32`, `bfloat16` or `auto`. Weights, moments and losses stay float32.
+    /// Dtype of matrix products: `float32`, `bfloat16` or `auto`. Weights, moments and losses stay float32.
     #[serde(default)]
     pub precision: PrecisionChoice,
-    /// How many batches to train on.
+    /// Number of training steps, one batch each.
     #[serde(default = "default_steps")]
     #[schemars(range(min = 1))]
     pub steps: u64,
-    /// End at this step, saved, with the schedules still laid out for `steps`; no more than `steps`.
+    /// Stop after this step and save, with schedules that still span `steps`; at most `steps`.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub stop_after: Option<u64>,
-    /// Where the run is written; relative to the config's folder.
+    /// Output folder of the run, relative to the config's folder.
     #[serde(default)]
     pub output_dir: Option<ConfigPath>,
-    /// Scale activations to unit mean squared norm while training; the factor is folded into what is saved. Of pairs it is
-    /// the inputs' norm, by which what is to be predicted is divided too.
+    /// Scale activations to unit mean squared norm during training; the saved weights include the factor. For
+    /// input-target pairs, targets are divided by the inputs' norm too.
     #[serde(default)]
     pub normalize_activations: bool,
-    /// Log every so many steps.
+    /// Logging interval, in steps.
     #[serde(default = "default_log_every")]
     #[schemars(range(min = 1))]
     pub log_every: u64,
-    /// Save the whole training state, for `--resume`, every so many steps; null for never.
+    /// Interval between checkpoints of the whole training state, in steps, for `--resume`; null for none.
     #[serde(default = "default_checkpoint_every")]
     #[schemars(range(min = 1))]
     pub checkpoint_every: Option<u64>,
-    /// What a checkpoint has of a buffer of activations: its `contents`, or which tokens they are of, for the model to be run
-    /// over them again on resuming (`replay`). The first takes as much disk as the buffer does memory and resumes at once, the
-    /// second hardly any and as long as filling the buffer a few times.
+    /// What a checkpoint stores of the activation buffer: its `contents`, or only which tokens the model runs again on
+    /// resuming (`replay`). `contents` takes as much disk as the buffer takes memory, and resumes at once. `replay`
+    /// takes hardly any disk; resuming takes as long as filling the buffer a few times.
     #[serde(default)]
     pub checkpoint_buffer: CheckpointBuffer,
-    /// What happens when a loss, a gradient or an activation is not finite: the SAE stops as it was before that step while the
-    /// others go on (`stop`; activations stop all), or the batch is left out (`skip_batch`).
+    /// What to do if a loss, gradient or activation is not finite. `stop` undoes that SAE's step and stops the SAE,
+    /// while the others continue; a non-finite activation stops the run. `skip_batch` skips the batch.
     #[serde(default)]
     pub on_nonfinite: OnNonfinite,
-    /// Keep the weights alone every so many steps, in `<sae>/checkpoints/ae_<step>.safetensors`.
+    /// Interval between saves of the weights alone, in steps, to `<sae>/checkpoints/ae_<step>.safetensors`.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub save_every: Option<u64>,
-    /// Keep the weights at these steps too: a list (`[0, 100, 1000]`; 0 is before the first step), or `{log: N}` for step 0
-    /// and N - 1 steps from 0.1% of the run on, evenly spaced by ratio and before its end. `{log: 7}` gives the steps of the
+    /// Also save the weights at these steps: a list (`[0, 100, 1000]`; 0 is before the first step), or `{log: N}` for
+    /// step 0 and N - 1 log-spaced steps from 0.1% of the run to before its end. `{log: 7}` gives the steps of the
     /// reference's demo.
     #[serde(default)]
     pub save_steps: Option<SaveSteps>,
-    /// Where activations come from.
+    /// Source of the activations.
     pub source: Box<dyn TaggedSource>,
-    /// Where the metrics' activations come from: `source` with these keys changed, say to a held-out text. By default they
-    /// are the rows that `source` holds out (`held_out`), or else the metrics go on with what training has not read.
+    /// Source of the metrics' activations: `source` with these keys changed, for example to held-out text. By default,
+    /// the metrics use the rows that `source` holds out (`held_out`), or else data that training has not read.
     #[serde(default)]
     pub eval_source: Option<Box<dyn TaggedSource>>,
-    /// The dictionaries; all of them train on the same stream.
+    /// The SAEs, which all train on the same stream.
     #[serde(default)]
     pub saes: Vec<SaeConfig>,
-    /// What is measured at the end of training and by `dictlearn eval`. If absent, what the source allows: `reconstruction`, and
-    /// `loss_recovered` for a language model. With `[]` training measures nothing, and `dictlearn eval` measures the default.
+    /// Metrics computed at the end of training and by `dictlearn eval`. Default: `reconstruction`, and for a language
+    /// model `loss_recovered`, if the source allows them. With `[]`, training computes none; `dictlearn eval` uses the
+    /// default.
     #[serde(default)]
     pub metrics: Vec<Box<dyn TaggedMetric>>,
-    /// Where the figures go: to a file in the run's folder unless told otherwise; `[]` for nowhere.
+    /// Where logged metrics go: by default to a file in the run's folder; `[]` for nowhere.
     #[serde(default)]
     pub loggers: Vec<Box<dyn TaggedLogger>>,
-    /// The files that say it.
+    /// The files, variables and arguments that it was loaded from.
     #[serde(skip)]
     pub written: Written,
 }
 
 impl RunConfig {
-    /// What its sources are built for.
+    /// Returns the context in which its sources are built.
     pub fn source_cx(&self, device: tch::Device) -> SourceCx {
         SourceCx {
             seed: self.seed,

@@ -1,4 +1,4 @@
-//! Where in a file a key is.
+//! Finds the place of a key in a file.
 
 use saphyr::{LoadableYamlNode, MarkedYaml, YamlData};
 
@@ -10,7 +10,7 @@ pub(super) enum Step {
     Index(usize),
 }
 
-/// The steps of `saes[1].trainer.lr`, and of `saes[1].sweep.[trainer.lr]`, whose last key has a dot in it.
+/// Returns the steps of `saes[1].trainer.lr`, or of `saes[1].sweep.[trainer.lr]`, whose last key contains a dot.
 pub(super) fn steps(path: &str) -> Vec<Step> {
     if let Some((before, key)) = path.strip_suffix(']').and_then(|path| path.split_once(".[")) {
         let mut steps = steps(before);
@@ -29,20 +29,20 @@ pub(super) fn steps(path: &str) -> Vec<Step> {
     steps
 }
 
-/// The origin with line and column of the value at a key path, or of the key itself; of the nearest map around it where
-/// the file does not have it.
+/// Returns the origin with line and column of the value at a key path, or of the key itself. Falls back to the nearest
+/// map around it in the file.
 pub(super) fn locate(origin: &Origin, text: &str, path: &str, key: bool) -> Origin {
     let Origin::File(file, _) = origin else { return origin.clone() };
     Origin::File(file.clone(), position(text, path, key).map(|(position, _)| position))
 }
 
-/// True if a text has a word at a line, counted from 1, and a column, counted from 0.
+/// True if a text has `word` at this line, counted from 1, and column, counted from 0.
 fn starts_at(text: &str, line: usize, column: usize, word: &str) -> bool {
     let line = text.lines().nth(line.saturating_sub(1)).unwrap_or_default();
     line.char_indices().nth(column).is_some_and(|(at, _)| line[at..].starts_with(word))
 }
 
-/// Line and column, counted from 1, and whether the whole path was found.
+/// Returns line and column, counted from 1, and whether the whole path was found.
 pub(super) fn position(text: &str, path: &str, key: bool) -> Option<((usize, usize), bool)> {
     let documents = MarkedYaml::load_from_str(text).ok()?;
     let mut node = documents.first()?;
@@ -52,7 +52,7 @@ pub(super) fn position(text: &str, path: &str, key: bool) -> Option<((usize, usi
             (Step::Key(name), YamlData::Mapping(entries)) => {
                 entries.iter().find(|(entry, _)| match entry.data.as_str() {
                     Some(key) => key == name,
-                    // A number, of which the digits count: `002`.
+                    // A number: compare its digits as written, `002`.
                     None => starts_at(text, entry.span.start.line(), entry.span.start.col(), name),
                 })
             }

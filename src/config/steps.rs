@@ -1,4 +1,4 @@
-//! Steps at which weights are kept.
+//! Steps at which weights are saved.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,21 +13,21 @@ pub enum SaveSteps {
     Listed(Vec<u64>),
     /// Steps with a constant ratio, and step 0.
     Spaced {
-        /// How many.
+        /// Number of steps, before duplicates are merged.
         log: u64,
     },
 }
 
 impl SaveSteps {
-    /// The steps of a run of so many, rising.
+    /// Returns the steps to save in a run of `steps` steps, in ascending order.
     pub fn of(&self, steps: u64) -> BTreeSet<u64> {
         match self {
             SaveSteps::Listed(listed) => listed.iter().copied().collect(),
-            // As in the reference's demo: 0, and 10^-3 to 10^0 without its last, cut off to whole steps.
+            // As in the reference's demo: 0, and 10^-3 to 10^0 without the last, truncated to whole steps.
             SaveSteps::Spaced { log } => {
                 let last = log.saturating_sub(1);
                 let part = |index: u64| 10f64.powf(-3.0 + 3.0 * index as f64 / last as f64);
-                // What is a whole step but for rounding stays one.
+                // The factor keeps rounding errors from truncating a whole step.
                 let step = |index: u64| (steps as f64 * part(index) * (1.0 + 1e-12)) as u64;
                 std::iter::once(0).chain((0..last).map(step)).collect()
             }
@@ -70,7 +70,10 @@ dictlearn_core::inline_schema!(SaveSteps, {"anyOf": [
     {
         "type": "object",
         "properties": {
-            "log": {"type": "integer", "minimum": 1, "maximum": 1000, "description": "How many steps at most, step 0 among them: those that fall on the same step are one."}
+            "log": {
+                "type": "integer", "minimum": 1, "maximum": 1000,
+                "description": "Maximum number of steps, including step 0; duplicates are merged."
+            }
         },
         "required": ["log"],
         "additionalProperties": false

@@ -7,11 +7,11 @@ use dictlearn_core::machine::device::Precision;
 use dictlearn_core::train::{RunLength, SaeConfig, Training, TrainingCx};
 use tch::Device;
 
-/// Widths of the made-up activations on which SAEs are checked when the source could not be built.
-/// Far apart, so that a small `expansion_factor` does not round to no features at both.
+/// Widths of placeholder activations, on which SAEs are checked if the source could not be built. Far apart, so that a
+/// small `expansion_factor` does not round to no features at both.
 const MADE_UP: [i64; 2] = [8, 256];
 
-/// Adds the mistakes of one SAE that no source would mend, once its defaults are adapted. `says` tells which keys are written.
+/// Adapts one SAE's defaults, and adds its mistakes that do not depend on the source. `says` tells if a key is written.
 pub fn check_adapted(
     sae: &mut SaeConfig,
     entry: usize,
@@ -24,7 +24,7 @@ pub fn check_adapted(
     check_without_source(sae, entry, (steps, seed), mistakes)
 }
 
-/// Adds the mistakes of one SAE that no source would mend.
+/// Adds one SAE's mistakes that do not depend on the source.
 pub fn check_without_source(
     sae: &SaeConfig,
     entry: usize,
@@ -42,7 +42,7 @@ pub fn check_without_source(
             precision: Precision::Float32,
         };
         let built = Training::new(sae, &cx).map(drop).under(format_args!("saes[{entry}]"));
-        // What fails otherwise may fail for want of the source.
+        // Other errors may come from the missing source.
         let errors = built.err().and_then(|error| InputError::take(error).ok());
         Ok(errors.map_or_else(Vec::new, InputError::each))
     };
@@ -55,7 +55,7 @@ pub fn check_without_source(
     Ok(())
 }
 
-/// The key of a field of an SAE's trainer: `saes[0].trainer.lr`.
+/// Returns the key of a field of an SAE's trainer: `saes[0].trainer.lr`.
 pub fn trainer_field(entry: usize, field: &str) -> String {
     format!("saes[{entry}].trainer.{field}")
 }

@@ -1,6 +1,6 @@
-//! `example_name`: an autoencoder whose decoder is the encoder's transpose (Cunningham et al. 2023, Sparse Autoencoders Find
-//! Highly Interpretable Features in Language Models, <https://arxiv.org/abs/2309.08600>, section 2), to be changed into
-//! yours.
+//! `example_name`: an autoencoder whose decoder is the encoder's transpose (Cunningham et al. 2023, Sparse Autoencoders
+//! Find Highly Interpretable Features in Language Models, <https://arxiv.org/abs/2309.08600>, section 2). Change it
+//! into your own.
 //!
 //! ```text
 //! f = ReLU(W x + b)      W [F, d], rows of norm 1
@@ -26,7 +26,7 @@ impl DictionaryConfig for ExampleNameConfig {
     }
 }
 
-// How `eval` and `encode` read it back.
+// Lets `eval` and `encode` load a saved dictionary.
 inventory::submit! {
     SavedClass {
         class: "ExampleName",

@@ -1,5 +1,5 @@
-//! `example_name`: ReLU SAEs as one safetensors file, `weights.safetensors` with the tensors `enc` [d, F], `enc_bias` `[F]`,
-//! `dec` [F, d] and `dec_bias` `[d]`, to be changed into yours.
+//! `example_name`: ReLU SAEs as one safetensors file, `weights.safetensors` with the tensors `enc` [d, F], `enc_bias`
+//! `[F]`, `dec` [F, d] and `dec_bias` `[d]`. Change it into your own.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ pub struct ExampleName {}
 
 impl Format for ExampleName {
     fn read(&self, place: &Place) -> Result<Published> {
-        // A folder here or on the Hub: `need` fetches what is not here, and says what there is where a file is missing.
+        // A local folder or one on the Hub: `need` fetches a file, or lists the existing files if it is missing.
         let mut tensors = TensorFile::open(&place.need("weights.safetensors")?)?.tensors()?;
         let (class, tensors) = AffineSae {
             w_enc: take(&mut tensors, "enc")?,

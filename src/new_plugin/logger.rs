@@ -1,4 +1,4 @@
-//! `example_name`: the loss of each SAE at each logged step as comma-separated values, to be changed into yours.
+//! `example_name`: the loss of each SAE at each logged step as comma-separated values. Change it into your own.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -17,7 +17,7 @@ pub struct ExampleNameConfig {
 impl LoggerConfig for ExampleNameConfig {
     fn build(&self, run_dir: &Path, resume_at: Option<u64>) -> Result<Box<dyn Logger>> {
         let path = run_dir.join(&self.file);
-        // What will be logged again is dropped.
+        // Drop rows that will be logged again.
         let text = fs::read_to_string(&path).unwrap_or_default();
         let step = |line: &str| line.split(',').next().and_then(|step| step.parse::<u64>().ok());
         let earlier = |line: &&str| step(line).is_some_and(|step| resume_at.is_some_and(|from| step < from));

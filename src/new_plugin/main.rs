@@ -1,4 +1,4 @@
-//! dictlearn with this plugin in it: `cargo run --release -- train CONFIG.yaml`.
+//! dictlearn with this plugin: `cargo run --release -- train CONFIG.yaml`.
 
 // Linking a plugin registers it.
 use dictlearn as _;

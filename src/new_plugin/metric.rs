@@ -1,12 +1,12 @@
-//! `example_name`: how alike the directions of a decoder are, to be changed into yours.
+//! `example_name`: the similarity of decoder directions. Change it into your own.
 
 use dictlearn_core::prelude::*;
 
-/// How alike the directions of a decoder are: the mean, over features, of the greatest cosine with another feature.
-#[component(metric "example_name", summary = "How alike the directions of a decoder are",
+/// Similarity of decoder directions: the mean, over features, of the greatest cosine with another feature.
+#[component(metric "example_name", summary = "Similarity of decoder directions",
     example = "{type: example_name}")]
 pub struct ExampleNameConfig {
-    /// At most so many features are compared, the first ones.
+    /// Maximum number of features compared: the first ones.
     #[default(4096)]
     #[schemars(range(min = 2))]
     pub features: i64,
@@ -23,7 +23,7 @@ impl Metric for ExampleNameConfig {
 }
 
 impl ExampleNameConfig {
-    /// Of directions [F, d].
+    /// Returns the similarity of directions [F, d].
     fn alike(&self, directions: &Tensor) -> f64 {
         let rows = directions.narrow(0, 0, self.features.min(directions.size()[0]));
         let unit = &rows / rows.norm_scalaropt_dim(2.0, [1], true).clamp_min(1e-12);

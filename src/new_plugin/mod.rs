@@ -1,4 +1,4 @@
-//! `dictlearn new-plugin`: a crate with a component that works, to be changed into the one that is wanted.
+//! `dictlearn new-plugin`: writes a crate with a working component, for the user to change.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use dictlearn_core::error::InputError;
 use dictlearn_core::registry::{ComponentKind, find};
 
-/// What the crate of each kind begins as. Templates are Rust with the names `example_name` and `ExampleName`.
+/// Returns the template of a kind. Templates are Rust with the names `example_name` and `ExampleName`.
 fn template(kind: ComponentKind) -> &'static str {
     match kind {
         ComponentKind::Dictionary | ComponentKind::Trainer => include_str!("dictionary.rs"),
@@ -22,24 +22,24 @@ fn template(kind: ComponentKind) -> &'static str {
     }
 }
 
-/// Writes the crate of a component `name` into the folder `out`, which must not hold anything yet. It depends on the
-/// dictlearn whose source lies in `dictlearn`.
+/// Writes the crate of a component `name` to the folder `out`, which must be empty or missing. The crate depends on the
+/// dictlearn whose source is in `dictlearn`.
 pub fn write(kind: ComponentKind, name: &str, out: &Path, dictlearn: &Path) -> Result<()> {
     let template = template(kind);
     check_name(name)?;
     let both = if kind == ComponentKind::Trainer { [ComponentKind::Dictionary, kind] } else { [kind, kind] };
     if let Some(taken) = both.into_iter().find(|kind| find(*kind, name).is_some()) {
-        bail!(InputError::new(format!("there is a {taken} `{name}` already")).help("choose another name"));
+        bail!(InputError::new(format!("the {taken} `{name}` exists already")).help("choose another name"));
     }
     if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) || out.is_file() {
-        bail!(InputError::new(format!("{} is there already", out.display())).help("choose another `--out`"));
+        bail!(InputError::new(format!("{} exists already", out.display())).help("choose another `--out`"));
     }
     let Ok(dictlearn) =
         fs::canonicalize(dictlearn).and_then(|dir| fs::metadata(dir.join("core/Cargo.toml")).map(|_| dir))
     else {
         bail!(
             InputError::new(format!("the source of dictlearn is not in {}", dictlearn.display()))
-                .help("say where your clone is: `--dictlearn DIR`")
+                .help("give the folder of your clone: `--dictlearn DIR`")
         );
     };
     refuse_the_workspace(out, &dictlearn)?;
@@ -53,7 +53,7 @@ pub fn write(kind: ComponentKind, name: &str, out: &Path, dictlearn: &Path) -> R
             .replace("DICTLEARN", &toml_text(&dictlearn))
             .replace("PROFILES\n", &profiles(&manifest))
     };
-    // Rewritten by cargo for the new crate; with it the crates that dictlearn was built with are used again.
+    // cargo adapts it to the new crate, and keeps the versions that dictlearn was built with.
     let lock = fs::read_to_string(dictlearn.join("Cargo.lock")).ok();
     let mut files = vec![
         ("Cargo.toml", filled(include_str!("Cargo.toml.in"))),
@@ -67,14 +67,14 @@ pub fn write(kind: ComponentKind, name: &str, out: &Path, dictlearn: &Path) -> R
     for (path, text) in files {
         let path = out.join(path);
         let dir = path.parent().unwrap_or(out);
-        fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
 }
 
-/// The profiles of a manifest, as they stand there. cargo reuses what it compiled for another workspace only where all
-/// settings are the same, so a plugin takes over those of dictlearn.
+/// Returns the profiles of a manifest. cargo reuses builds of another workspace only if all settings are equal, so a
+/// plugin copies dictlearn's.
 pub fn profiles(manifest: &str) -> String {
     let mut kept = String::new();
     let mut inside = false;
@@ -93,7 +93,7 @@ pub fn profiles(manifest: &str) -> String {
     kept
 }
 
-/// Refuses a folder whose crates belong to the workspace of dictlearn: a crate there cannot be a workspace of its own.
+/// Refuses a folder whose crates belong to dictlearn's workspace: a crate there cannot be a workspace itself.
 fn refuse_the_workspace(out: &Path, dictlearn: &Path) -> Result<()> {
     let parent = std::path::absolute(out).ok().and_then(|out| fs::canonicalize(out.parent()?).ok());
     if parent.is_some_and(|parent| ["plugins", "examples"].iter().any(|folder| parent == dictlearn.join(folder))) {
@@ -104,19 +104,19 @@ fn refuse_the_workspace(out: &Path, dictlearn: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where the source of this dictlearn was when it was built.
+/// Returns the folder that this dictlearn was built from.
 pub fn own_source() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A name in a config is also that of a crate.
+/// Refuses a component name that cannot be the name of a crate.
 fn check_name(name: &str) -> Result<()> {
     let words = name.split('_');
     let word = |word: &str| {
         word.chars().next().is_some_and(|c| c.is_ascii_lowercase())
             && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())
     };
-    // Those that a crate cannot have, or that its dependencies have.
+    // Names that a crate cannot have, or that its dependencies have.
     let reserved = [
         "core",
         "std",
@@ -145,7 +145,7 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether it is a keyword of Rust, which no crate can be called.
+/// True if a name is a Rust keyword, which cannot be the name of a crate.
 fn is_keyword(name: &str) -> bool {
     let keywords = "as break const continue crate else enum extern false fn for if impl in let loop match mod move mut pub \
                     ref return self static struct super trait true type unsafe use where while async await dyn abstract \
@@ -158,7 +158,7 @@ fn capital(word: &str) -> String {
     letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
 }
 
-/// A path between quotes in TOML.
+/// Escapes a path for a TOML string.
 fn toml_text(path: &Path) -> String {
     path.display().to_string().replace('\\', "\\\\").replace('"', "\\\"")
 }
@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn profiles_of_a_manifest_are_taken_without_comments_and_other_tables() {
+    fn profiles_are_copied_without_comments_and_other_tables() {
         let manifest = "[package]\nname = \"a\"\n\n# Why.\n[profile.dev]\nopt-level = 1\n\n# Members.\n\
                         [profile.dev.package.\"*\"]\nopt-level = 2\n\n[lints]\nworkspace = true\n";
         let expected = "[profile.dev]\nopt-level = 1\n\n[profile.dev.package.\"*\"]\nopt-level = 2\n";
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_of_our_workspace_is_refused() {
+    fn folder_in_our_workspace_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let clone = fs::canonicalize(dir.path()).unwrap();
         fs::create_dir_all(clone.join("plugins")).unwrap();

@@ -1,14 +1,14 @@
-//! `example_name`: a family of language models that is Llama's architecture, to be changed into yours.
+//! `example_name`: a family of language models with Llama's architecture. Change it into your own.
 //!
-//! A model is of this family if its config.json says `"model_type": "example_name"`. Say here what differs from Llama:
-//! which norms stand where, how projections are named, what attention sees (`dictlearn_core::lm::decoder`).
+//! A model belongs to this family if its config.json has `"model_type": "example_name"`. Define here what differs from
+//! Llama: where norms are, how projections are named, what attention sees (`dictlearn_core::lm::decoder`).
 
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::lm::config::CommonFields;
 use dictlearn_core::prelude::*;
 
 /// The fields of a config.json that change what the model computes.
-#[component(model "example_name", summary = "Llama by another name")]
+#[component(model "example_name", summary = "Llama under another name")]
 pub struct ExampleNameConfig {
     #[serde(flatten)]
     common: CommonFields,

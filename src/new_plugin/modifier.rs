@@ -1,4 +1,4 @@
-//! `example_name`: a logarithmic penalty on features, beside whatever the trainer minimises, to be changed into yours.
+//! `example_name`: a logarithmic penalty on features, added to the trainer's loss. Change it into your own.
 //!
 //! ```text
 //! L += weight · mean Σ log(1 + f)
@@ -16,7 +16,7 @@ pub struct ExampleNameConfig {
 }
 
 impl ModifierConfig for ExampleNameConfig {
-    // What it needs of the dictionary and the trainer, `fn needs`, is nothing here.
+    // `fn needs` declares requirements on the dictionary and the trainer; this modifier has none.
 
     fn build(&self, _cx: &ModifierCx) -> Result<Box<dyn Modifier>> {
         Ok(Box::new(self.clone()))

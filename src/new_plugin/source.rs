@@ -1,4 +1,4 @@
-//! `example_name`: activations that are waves, to be changed into yours.
+//! `example_name`: activations that are cosine waves. Change it into your own.
 
 use dictlearn_core::prelude::*;
 use dictlearn_core::data::sampled_mean_squared_norms;
@@ -9,7 +9,7 @@ pub struct ExampleNameConfig {
     /// Width of an activation, d.
     #[schemars(range(min = 1))]
     pub width: i64,
-    /// Activations in a batch.
+    /// Number of activations in a batch.
     #[default(256)]
     #[schemars(range(min = 1))]
     pub batch_size: i64,
@@ -23,7 +23,7 @@ impl SourceConfig for ExampleNameConfig {
 
 struct ExampleName {
     config: ExampleNameConfig,
-    /// How many batches were given.
+    /// Number of batches delivered.
     batch: i64,
     cx: SourceCx,
 }
@@ -34,7 +34,7 @@ impl ActivationSource for ExampleName {
     }
 
     fn next_batch(&mut self) -> Result<Option<Activations>> {
-        // A source that draws random numbers takes them from `dictlearn_core::machine::rng`, whose state can be saved.
+        // Draw random numbers from `dictlearn_core::machine::rng`, whose state can be saved.
         let options = (Kind::Float, self.cx.device);
         let first = self.batch * self.config.batch_size;
         self.batch += 1;

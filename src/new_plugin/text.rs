@@ -1,11 +1,11 @@
-//! `example_name`: a text that counts, to be changed into yours.
+//! `example_name`: numbered documents. Change it into your own.
 
 use dictlearn_core::prelude::*;
 
-/// Documents that count.
-#[component(text "example_name", summary = "Documents that count", example = "{type: example_name, documents: 5000}")]
+/// Numbered documents.
+#[component(text "example_name", summary = "Numbered documents", example = "{type: example_name, documents: 5000}")]
 pub struct ExampleNameConfig {
-    /// How many documents there are.
+    /// Number of documents.
     #[schemars(range(min = 1))]
     pub documents: u64,
 }

@@ -1,4 +1,4 @@
-//! A trained SAE on the Hub: which files of its folder are uploaded, and the model card beside them.
+//! Uploads a trained SAE to the Hub: the files of its folder, and a model card.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};
@@ -22,7 +22,7 @@ use dictlearn_core::machine::device::Precision;
 use dictlearn_core::registry;
 use dictlearn_core::sae::saved;
 
-/// What an SAE's folder may hold for others: as dictlearn writes it, and as sae_lens does.
+/// Files of an SAE's folder to upload, as dictlearn and sae_lens write them.
 const FILES: [&str; 7] = [
     "ae.safetensors",
     "ae.pt",
@@ -34,27 +34,27 @@ const FILES: [&str; 7] = [
 ];
 const CARD: &str = "README.md";
 const CONFIG: &str = "config.yaml";
-/// Folders that the Hub keeps for itself.
+/// Folder names that the Hub reserves.
 const FORBIDDEN: [&str; 2] = [".git", ".cache"];
-/// How much of a repository's card is read to see whose it is.
+/// Maximum bytes of a repository's card that are read to see who wrote it.
 const CARD_LIMIT: u64 = 1 << 20;
 
-/// An SAE that is to be uploaded.
+/// An upload of an SAE.
 pub struct Push {
     repo: Repo,
-    /// The folder in the repository; nothing for its root.
+    /// The folder in the repository; empty for its root.
     path: String,
     /// The SAE's name.
     name: String,
     /// Everything but the card, by path in the repository.
     files: Vec<Upload>,
     card: String,
-    /// What the repository's README.md says in it if it is this SAE's generated card; `None` if the user wrote one.
+    /// Mark by which a README.md is this SAE's generated card; `None` if the user wrote the card.
     mark: Option<String>,
 }
 
 impl Push {
-    /// Collects what is uploaded of an SAE's folder to `owner/name[@branch]`, into a folder of the repository or its root.
+    /// Collects the files of an SAE's folder for `owner/name[@branch]`, in a folder of the repository or its root.
     pub fn of(sae_dir: &Path, repo: &str, path: &str) -> Result<Self> {
         let about = About::read(sae_dir)?;
         let repo = parse_repo(repo)?;
@@ -88,11 +88,11 @@ impl Push {
         Ok(Push { repo, path, name: about.name, files, card, mark })
     }
 
-    /// Uploads it in one commit, whose URL is returned.
+    /// Uploads the files in one commit. Returns its URL.
     pub fn upload(mut self, hub: &dyn Hub, message: Option<&str>, private: bool) -> Result<String> {
         let message = match message {
             Some(text) if text.trim().is_empty() => {
-                bail!(InputError::new("--message is empty").help("say what the commit is, or leave it out"))
+                bail!(InputError::new("--message is empty").help("describe the commit, or omit --message"))
             }
             Some(text) => CommitMessage::of(text),
             None => CommitMessage::of(&format!("Upload {} with dictlearn", self.name)),
@@ -110,14 +110,14 @@ impl Push {
         let url = hub.upload(&self.repo, &self.files, &message, private)?;
         if left_out {
             tracing::info!(
-                "the repository's own README.md stays; to replace it, put one into the SAE's folder \
+                "the repository keeps its own README.md; to replace it, put one into the SAE's folder \
                  (`--dry-run` prints the generated one)"
             );
         }
         Ok(url)
     }
 
-    /// Where the card goes in a repository that has a README.md; nowhere, if that would replace what someone wrote.
+    /// Returns the card's path in a repository that has a README.md; `None` if it would replace one that someone wrote.
     fn place_beside(&self, hub: &dyn Hub) -> Result<Option<String>> {
         let written = self.mark.is_none();
         if self.path.is_empty() && written {
@@ -139,7 +139,7 @@ impl Push {
     }
 }
 
-/// What would be uploaded, with sizes, and the card.
+/// Shows the files to upload with their sizes, and the card.
 impl fmt::Display for Push {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut rows: Vec<(String, u64)> = Vec::new();
@@ -158,7 +158,7 @@ impl fmt::Display for Push {
         }
         let other = match (self.path.is_empty(), &self.mark) {
             (false, _) => format!(" ({} if the repository has one of its own)", below(&self.path, CARD)),
-            (true, Some(_)) => " (left out if the repository has one of its own)".to_owned(),
+            (true, Some(_)) => " (skipped if the repository has one of its own)".to_owned(),
             (true, None) => String::new(),
         };
         write!(f, "\n{CARD}{other}:\n\n{}", self.card)
@@ -172,14 +172,14 @@ fn below(folder: &str, file: &str) -> String {
 fn parse_repo(name: &str) -> Result<Repo> {
     let Some(repo) = Repo::parse(RepoKind::Model, name) else {
         bail!(
-            InputError::new(format!("`{name}` is not a repository of the Hub"))
+            InputError::new(format!("`{name}` is not a Hub repository"))
                 .help("give it as owner/name, or owner/name@branch")
         );
     };
     if !repo.id.contains('/') {
         bail!(
-            InputError::new(format!("`{name}` does not say whose repository it is")).help(format!(
-                "give it as owner/name, with your name at the Hub or an organization's: OWNER/{}",
+            InputError::new(format!("`{name}` does not name the repository's owner")).help(format!(
+                "give it as owner/name, with your name on the Hub or an organization's: OWNER/{}",
                 repo.id
             ))
         );
@@ -188,7 +188,7 @@ fn parse_repo(name: &str) -> Result<Repo> {
     if is_commit {
         bail!(
             InputError::new(format!("`{}` is a commit, to which nothing can be added", repo.revision))
-                .help("name a branch, or leave it out for main")
+                .help("name a branch, or omit it for main")
         );
     }
     Ok(repo)
@@ -204,30 +204,30 @@ fn parse_path(path: &str) -> Result<String> {
             && !part.contains(|c: char| "\\\"'`*?".contains(c) || c.is_control())
     };
     if !path.is_empty() && !path.split('/').all(good) {
-        bail!(InputError::new(format!("`{path}` is no folder of a repository")).help(
+        bail!(InputError::new(format!("`{path}` cannot be a folder of a repository")).help(
             "give one below its root, such as `layer_3/top_k`, without `.`, `..`, `.git`, `.cache`, quotes or wildcards"
         ));
     }
     Ok(path.to_owned())
 }
 
-/// What is known of an SAE.
+/// Facts about an SAE.
 struct About {
     name: String,
     /// Its config.json, or null.
     config: Value,
-    /// Its cfg.json, as sae_lens has it, or null.
+    /// Its cfg.json, as sae_lens writes it, or null.
     lens: Value,
     /// Its eval.json, or null.
     eval: Value,
-    /// The formats that it is of here.
+    /// The formats of its files.
     formats: Vec<&'static str>,
-    /// Python that loads it with the same features.
+    /// Python code that loads it with the same features.
     python: Vec<Python>,
 }
 
 impl About {
-    /// Reads an SAE's folder, and refuses one that nobody could load.
+    /// Reads an SAE's folder, and refuses one that cannot be loaded.
     fn read(dir: &Path) -> Result<Self> {
         let file = |name: &str| Some(dir.join(name)).filter(|file| file.is_file());
         let json = |name: &str| file(name).map_or(Ok(Value::Null), |file| files::read_json(&file));
@@ -236,7 +236,7 @@ impl About {
         if let (Some((_, weights)), None) = (&lens, file("ae.safetensors")) {
             TensorFile::open(weights)?;
         } else {
-            // What `eval` and `encode` refuse is no use to anybody else.
+            // Refuse what `eval` and `encode` refuse.
             sae = Some(saved::read(dir, Device::Cpu, Precision::Float32)?);
         }
         let named = registry::names(registry::ComponentKind::Format).into_iter();
@@ -260,7 +260,7 @@ impl About {
         self.config.get("trainer")?.get(key).filter(|value| !value.is_null())
     }
 
-    /// Models and datasets of the Hub that its configs name.
+    /// Returns the Hub's models and datasets that its configs name.
     fn repos(&self) -> (BTreeSet<String>, BTreeSet<String>) {
         let mut texts = Vec::new();
         for json in [&self.config, &self.lens] {
@@ -269,7 +269,7 @@ impl About {
         let named = |kind: RepoKind, keys: &[&str]| {
             let named = texts.iter().filter(|(path, _)| path.last().is_some_and(|key| keys.contains(key)));
             let repos = named.filter_map(|(_, text)| Some(Repo::parse(kind, text)?.id));
-            // A bare name may be one of another program's.
+            // A bare name may mean something else to another program.
             repos.filter(|id| id.contains('/') && !Path::new(id).exists()).collect()
         };
         (
@@ -279,7 +279,7 @@ impl About {
     }
 }
 
-/// The texts in a JSON value, with the keys that lead to them.
+/// Collects the strings in a JSON value, with the keys that lead to them.
 fn strings<'a>(json: &'a Value, path: &mut Vec<&'a str>, found: &mut Vec<(Vec<&'a str>, &'a str)>) {
     match json {
         Value::String(text) => found.push((path.clone(), text)),
@@ -295,7 +295,7 @@ fn strings<'a>(json: &'a Value, path: &mut Vec<&'a str>, found: &mut Vec<(Vec<&'
     }
 }
 
-/// The keys whose values are paths of this machine.
+/// Returns the keys whose values are absolute paths.
 fn absolute(json: &Value, key: &str) -> Vec<String> {
     match json {
         Value::String(text) if Path::new(text).is_absolute() => vec![key.to_owned()],
@@ -312,11 +312,11 @@ fn absolute(json: &Value, key: &str) -> Vec<String> {
 
 fn warn_of_paths(file: &str, keys: &[String]) {
     if !keys.is_empty() {
-        tracing::warn!("{file} is uploaded with paths of this machine in it: {}", keys.join(", "));
+        tracing::warn!("{file} is uploaded with absolute paths of this machine: {}", keys.join(", "));
     }
 }
 
-/// The config that an SAE was trained with, without the line that says where the run lies.
+/// Returns the config that an SAE was trained with, without `output_dir`.
 fn run_config(sae_dir: &Path) -> Result<Option<String>> {
     let read = |path: PathBuf| -> Result<Option<String>> {
         if !path.is_file() {
@@ -333,11 +333,11 @@ fn run_config(sae_dir: &Path) -> Result<Option<String>> {
             let dir = std::path::absolute(sae_dir)?;
             let outer = dir.parent().map_or(Ok(None), |run| read(run.join(CONFIG)))?;
             let dir = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            // Whatever else lies in the folder above is nobody's business: only a run's config names its SAEs.
+            // Take the config of the folder above only if it names this SAE: others are private.
             outer.filter(|text| {
                 let outer = yaml::parse::<Value>(text).unwrap_or_default();
                 let mut names = outer["saes"].as_array().into_iter().flatten().filter_map(|sae| sae["name"].as_str());
-                // One that trained on several sites is named by them too.
+                // An SAE of several sites has the site in its folder's name.
                 names.any(|name| dir.strip_prefix(name).is_some_and(|site| site.is_empty() || site.starts_with('-')))
             })
         }
@@ -346,7 +346,7 @@ fn run_config(sae_dir: &Path) -> Result<Option<String>> {
         let mut dropped = false;
         let mut kept = String::new();
         for line in text.split_inclusive('\n') {
-            // The value may go on, further in, on the next lines.
+            // The value may continue on the next lines, indented.
             dropped = line.starts_with("output_dir:") || (dropped && line.starts_with([' ', '\t']));
             if !dropped {
                 kept += line;
@@ -356,24 +356,24 @@ fn run_config(sae_dir: &Path) -> Result<Option<String>> {
     }))
 }
 
-/// Names of figures for people, and how many decimals they have; none for parts of one, which are shown as percents.
+/// Display names of metrics, with their number of decimals; `None` for fractions, which are shown as percentages.
 const FIGURES: [(&str, &str, Option<usize>); 13] = [
     ("frac_variance_explained", "Variance explained", None),
-    ("l0", "L0 (features active at a time)", Some(1)),
+    ("l0", "L0 (mean number of active features)", Some(1)),
     ("l1_loss", "L1 (sum of features)", Some(2)),
-    ("l2_loss", "L2 (length of the error)", Some(2)),
+    ("l2_loss", "L2 (norm of the error)", Some(2)),
     ("cossim", "Cosine similarity of reconstruction and activation", Some(3)),
-    ("l2_ratio", "Length of the reconstruction, relative", Some(3)),
+    ("l2_ratio", "Relative norm of the reconstruction", Some(3)),
     ("relative_reconstruction_bias", "Relative reconstruction bias", Some(3)),
     ("frac_alive", "Features alive", None),
     ("frac_recovered", "Cross entropy recovered", None),
     ("loss_original", "Cross entropy of the model", Some(4)),
-    ("loss_reconstructed", "Cross entropy with reconstructions in place", Some(4)),
-    ("loss_zero", "Cross entropy with zeros in place", Some(4)),
+    ("loss_reconstructed", "Cross entropy with reconstructed activations", Some(4)),
+    ("loss_zero", "Cross entropy with zeroed activations", Some(4)),
     ("frac_features_recovered", "True features recovered", None),
 ];
 
-/// A text as code in a cell of a table.
+/// Formats text as code in a table cell.
 fn code(text: &str) -> String {
     format!("`{}`", text.replace(['`', '\n'], " ").replace('|', "\\|"))
 }
@@ -387,7 +387,7 @@ fn plain(value: &Value) -> Option<String> {
     }
 }
 
-/// What an SAE is, in rows of a table.
+/// Returns the rows of a table that describe an SAE.
 fn facts(about: &About) -> Vec<(&'static str, String)> {
     let trainer = |key: &str| about.trainer(key).and_then(plain);
     let buffer = |key: &str| about.config.get("buffer").and_then(|buffer| plain(buffer.get(key)?));
@@ -399,23 +399,23 @@ fn facts(about: &About) -> Vec<(&'static str, String)> {
     let rows = [
         ("class", trainer("dict_class").or_else(|| lens("architecture"))),
         ("features", trainer("dict_size").or_else(|| lens("d_sae"))),
-        ("width of activations", trainer("activation_dim").or_else(|| lens("d_in"))),
-        ("width of what it predicts", trainer("output_dim").or_else(|| lens("d_out"))),
+        ("activation width", trainer("activation_dim").or_else(|| lens("d_in"))),
+        ("output width", trainer("output_dim").or_else(|| lens("d_out"))),
         ("k", trainer("k").or_else(|| lens("k"))),
         ("model", trainer("lm_name").or_else(|| lens("model_name"))),
         ("submodule", trainer("submodule_name").or_else(|| lens("hook_name"))),
-        ("side of it", buffer("io")),
+        ("side of the submodule", buffer("io")),
         ("site", buffer("site")),
         ("layer", trainer("layer").or_else(|| lens("hook_layer"))),
-        ("predicts", buffer("target")),
-        ("length of contexts", buffer("ctx_len").or_else(|| lens("context_size"))),
-        ("contexts begin with BOS", buffer("prepend_bos").or_else(|| lens("prepend_bos"))),
+        ("target", buffer("target")),
+        ("context length", buffer("ctx_len").or_else(|| lens("context_size"))),
+        ("contexts start with BOS", buffer("prepend_bos").or_else(|| lens("prepend_bos"))),
         ("activations are centred", buffer("center")),
         (
-            "each activation is normalised",
+            "normalisation of each activation",
             normalization.or_else(|| lens("normalize_activations").filter(|how| how != "none")),
         ),
-        ("computes in", trainer("dtype")),
+        ("dtype", trainer("dtype")),
         ("imported from", about.config.pointer("/imported/from").and_then(plain)),
         ("trainer", trainer("trainer_class")),
         ("steps", trainer("steps")),
@@ -425,7 +425,7 @@ fn facts(about: &About) -> Vec<(&'static str, String)> {
     rows.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
 }
 
-/// What it does, in rows of a table: the figures of its eval.json.
+/// Returns the metrics of its eval.json as rows of a table.
 fn figures(eval: &Value) -> Vec<(String, String)> {
     let mut rows = Vec::new();
     for (key, name, decimals) in FIGURES {
@@ -450,7 +450,7 @@ fn table<'a>(head: [&str; 2], rows: impl IntoIterator<Item = (&'a str, &'a str)>
     format!("| {} | {} |\n| --- | --- |\n{rows}", head[0], head[1])
 }
 
-/// Python that loads it, with each library that can.
+/// Returns Python code that loads the SAE, for each library that can.
 fn python(about: &About, repo: &Repo, path: &str) -> String {
     let mut text = String::new();
     let revision = if repo.revision == "main" { String::new() } else { format!(", revision=\"{}\"", repo.revision) };
@@ -467,7 +467,7 @@ fn python(about: &About, repo: &Repo, path: &str) -> String {
     text
 }
 
-/// The model card.
+/// Returns the model card.
 fn card(about: &About, repo: &Repo, path: &str, config: Option<&str>, mark: &str) -> String {
     let (models, datasets) = about.repos();
     let mut text =
@@ -487,10 +487,10 @@ fn card(about: &About, repo: &Repo, path: &str, config: Option<&str>, mark: &str
     text += &table(["", ""], facts(about).iter().map(|(name, value)| (*name, value.as_str())));
     let figures = figures(&about.eval);
     if !figures.is_empty() {
-        text += "\n## What it does\n\n";
-        text += &table(["figure", "value"], figures.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        text += "\n## Metrics\n\n";
+        text += &table(["metric", "value"], figures.iter().map(|(name, value)| (name.as_str(), value.as_str())));
     }
-    text += "\n## How to load it\n\n";
+    text += "\n## Usage\n\n";
     text += &python(about, repo, path);
     if let Some(format) = about.formats.first() {
         let source = below(&repo.to_string(), path).trim_end_matches('/').to_owned();
@@ -502,10 +502,10 @@ fn card(about: &About, repo: &Repo, path: &str, config: Option<&str>, mark: &str
         );
     }
     if let Some(config) = config {
-        // A fence longer than any in it.
+        // A fence longer than any in the config.
         let fence = "`".repeat(1 + config.split(|c| c != '`').map(str::len).max().unwrap_or(0).max(2));
         text += &format!(
-            "\n<details>\n<summary>The config that says where it reads, and of a run how it was trained</summary>\n\n{fence}yaml\n{}\n{fence}\n\n</details>\n",
+            "\n<details>\n<summary>Config of the source, and of the training run if there was one</summary>\n\n{fence}yaml\n{}\n{fence}\n\n</details>\n",
             config.trim_end()
         );
     }
@@ -517,7 +517,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_in_a_repository() {
+    fn invalid_repositories_and_folders_are_refused() {
         for good in ["", "a", "a/b", "layer 3/top_k/"] {
             assert_eq!(parse_path(good).unwrap(), good.trim_end_matches('/'));
         }
@@ -531,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_of_this_machine() {
+    fn absolute_paths_are_found() {
         let json = serde_json::json!({"a": {"b": "/data/x"}, "c": ["y", "/z"], "d": "owner/name", "e": "/"});
         assert_eq!(absolute(&json, ""), ["a.b", "c[1]", "e"]);
     }

@@ -1,4 +1,4 @@
-//! What comes in: the stream of activations, checked and divided by each site's norm.
+//! The input of a run: the stream of activations, checked and divided by each site's norm.
 
 use anyhow::{Result, bail};
 use tch::Kind;
@@ -14,9 +14,9 @@ use dictlearn_core::train::{Found, Watch, is_finite};
 pub(super) struct Batches {
     pub(super) stream: Stream,
     pub(super) sites: Vec<Site>,
-    /// What each site's activations are divided by during training.
+    /// Norms that each site's activations are divided by during training.
     pub(super) norms: Vec<f64>,
-    /// Each site's activations on a GPU.
+    /// Deferred checks of each site's activations on a GPU.
     watches: Vec<Watch>,
     skipped: Skips,
     skips: bool,
@@ -34,12 +34,12 @@ impl Batches {
         }
     }
 
-    /// Names a site in a message, if there are several.
+    /// Returns ` at SITE` for a message, if there are several sites.
     pub(super) fn at(&self, site: usize) -> String {
         if self.sites.len() == 1 { String::new() } else { format!(" at {}", self.sites[site].name) }
     }
 
-    /// Takes each site's norm from the beginning of the stream.
+    /// Measures each site's norm at the beginning of the stream.
     pub(super) fn take_norms(&mut self) -> Result<()> {
         let squared = self.stream.source().mean_squared_norms().under("source")?;
         self.norms = squared.into_iter().map(|squared| ranks::mean(squared).sqrt()).collect();
@@ -48,19 +48,18 @@ impl Batches {
             if *norm <= 0.0 || !norm.is_finite() {
                 bail!(InputError::new(format!("activations{at} cannot be normalised: their norm is {norm}")));
             }
-            tracing::info!("activations{at} are divided by {norm:.4} while training");
+            tracing::info!("activations{at} are divided by {norm:.4} during training");
         }
         Ok(())
     }
 
-    /// The activations of a step; `None` at the end of the data, which is the same for all ranks.
+    /// Returns the activations of a step; `None` at the end of the data, which is the same for all ranks.
     pub(super) fn next(&mut self) -> Result<Option<Activations>> {
         let activations = self.stream.next_batch().under("source")?;
         Ok(if ranks::vote(activations.is_none()) { None } else { activations })
     }
 
-    /// A step's activations as SAEs take them, one batch for each site; `None` for a batch that is skipped because it is not
-    /// finite.
+    /// Returns a step's batch for each site, divided by its norm; `None` if the batch is not finite and is skipped.
     pub(super) fn checked(&mut self, step: u64, activations: Activations) -> Result<Option<Vec<Batch>>> {
         let found = self.not_finite(step, &activations)?;
         if !ranks::vote(found.is_some()) {
@@ -74,13 +73,13 @@ impl Batches {
             bail!(error);
         }
         if self.skipped.count == 1 {
-            tracing::warn!("{}; the batch is left out", error.message());
+            tracing::warn!("{}; the batch is skipped", error.message());
         }
         Ok(None)
     }
 
-    /// What is not finite in a step's activations. The one look at them, unless the source has looked already. A GPU is not
-    /// waited for, unless batches are skipped.
+    /// Checks that a step's activations are finite, unless the source has checked already. Does not wait for a GPU,
+    /// unless batches are skipped.
     fn not_finite(&mut self, step: u64, activations: &Activations) -> Result<Option<InputError>> {
         if self.stream.source_ref().gives_finite() {
             return Ok(None);
@@ -105,12 +104,12 @@ impl Batches {
         Ok(None)
     }
 
-    /// Where a row of a batch comes from, for a message.
+    /// Describes where a row of a batch comes from, for a message.
     fn origin(&mut self, activations: &Activations, row: i64) -> Result<String> {
         if let Some(origin) = self.stream.source_ref().origin(row) {
             return Ok(format!(", {origin}"));
         }
-        let Some(tokens) = &activations.tokens else { return Ok(format!(", row {row} of it")) };
+        let Some(tokens) = &activations.tokens else { return Ok(format!(", in row {row}")) };
         let [id, context, position] = [0, 1, 2].map(|column| tokens.int64_value(&[row, column]));
         let text = match self.stream.source().language_model() {
             Some(model) => format!(" ({:?})", model.token_texts(&[id])?.concat()),
@@ -122,12 +121,12 @@ impl Batches {
     fn batch_not_finite(&self, step: u64, site: usize, origin: &str) -> InputError {
         let at = self.at(site);
         InputError::new(format!("step {step}: the batch{at} has values that are not finite{origin}")).help(
-            "look at the activations (`dictlearn activations`), mend or leave out what they are of, or set \
-                   `on_nonfinite: skip_batch`",
+            "inspect the activations (`dictlearn activations`), fix or remove their data, or set \
+             `on_nonfinite: skip_batch`",
         )
     }
 
-    /// Waits for a GPU to have read the activations so far, and refuses those that were not finite.
+    /// Waits until a GPU has checked the activations so far. An error if some were not finite.
     pub(super) fn settle(&self) -> Result<()> {
         for (site, watch) in self.watches.iter().enumerate() {
             if let Some(Found { step, .. }) = watch.found()? {
@@ -137,7 +136,7 @@ impl Batches {
         Ok(())
     }
 
-    /// Notes for the end of the run.
+    /// Returns notes for the end of the run.
     pub(super) fn notes(&mut self) -> Vec<String> {
         let passes = self.stream.passes();
         let read = (passes > 1).then(|| format!("the data was read {passes} times"));
@@ -145,14 +144,14 @@ impl Batches {
         read.into_iter().chain(notes).chain(self.skipped.note("activations")).collect()
     }
 
-    /// True if there is a language model with a tokenizer, which renders its first tokens as more than their numbers.
+    /// True if there is a language model with a tokenizer: its first tokens are texts, not only their ids.
     pub(super) fn reads_text(&self) -> bool {
         let ids: Vec<i64> = (0..20).collect();
         let texts = self.stream.source_ref().model_source().and_then(|source| source.token_texts(&ids).ok());
         texts.is_some_and(|texts| texts.iter().zip(&ids).any(|(text, id)| *text != id.to_string()))
     }
 
-    /// What a checkpoint holds.
+    /// Puts its state into a checkpoint.
     pub(super) fn put_state(&self, state: &mut State) -> Result<()> {
         state.put("norms", &self.norms)?;
         state.put("skipped", &self.skipped)?;
@@ -160,7 +159,7 @@ impl Batches {
         Ok(())
     }
 
-    /// Takes back what [`Batches::put_state`] put.
+    /// Restores what [`Batches::put_state`] put.
     pub(super) fn restore(&mut self, state: &State) -> Result<()> {
         self.norms = state.get("norms")?;
         self.skipped = state.get("skipped")?;

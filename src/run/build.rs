@@ -1,4 +1,4 @@
-//! From a config to a run: everything that can be wrong with it is found here, before anything is written.
+//! Builds a run from a config, and finds every mistake before anything is written.
 
 use anyhow::{Result, bail};
 use tch::Device;
@@ -20,8 +20,8 @@ use dictlearn_core::report::TaggedMetric;
 use dictlearn_core::suggest::nearest;
 use dictlearn_core::train::{RunLength, SaeConfig, Training, TrainingCx};
 
-/// Builds what a config names; `begun` is the config.yaml of the run that is resumed. An error has every mistake that building
-/// shows.
+/// Builds a config's components; `begun` is the config.yaml of the run being resumed. The error lists every mistake
+/// that building finds.
 pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<TrainLoop> {
     let mut mistakes = Mistakes::new();
     if config.saes.is_empty() {
@@ -34,7 +34,7 @@ pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Train
     check_save_steps(config, &mut mistakes);
     check_stop_after(config, &mut mistakes);
     let device = config.device.device().map_err(anyhow::Error::from).under("device");
-    // What is built where it cannot be is thrown away again.
+    // Without the device, build on the CPU to find further mistakes; the result is thrown away.
     let device = mistakes.keep(device)?.unwrap_or(Device::Cpu);
     let (precision, _) = config.precision.precision(device);
     let source_cx = config.source_cx(device);
@@ -62,7 +62,7 @@ pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Train
         interrupt::check()?;
         let built = build_sae(config, entry, &sites, (device, precision), &saes).under(format_args!("saes[{entry}]"));
         for sae in mistakes.keep(built)?.into_iter().flatten() {
-            // What does not fit is one mistake, whatever comes beside it.
+            // Report a lack of memory once, and only if nothing else is wrong.
             if mistakes.is_empty() {
                 mistakes.keep(plan.add(memory::of_training(&sae.training, batch_size)).map_err(anyhow::Error::from))?;
             }
@@ -70,7 +70,7 @@ pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Train
         }
     }
     let features = saes.iter().map(|sae| sae.training.dictionary.dims().features).max().unwrap_or(0);
-    // A source of the metrics' own is opened only to see that it can be: it is wanted at the end, and its model would fill memory till then.
+    // A separate source for the metrics is opened only to check it: its model would fill memory until the end.
     let separate = eval_source.is_some();
     let shared = eval_source.as_ref().and_then(|other| other.overlap(&source.describe()));
     let (measured, own): (&mut dyn ActivationSource, u64) = match &mut eval_source {
@@ -103,8 +103,8 @@ pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Train
     Ok(TrainLoop { device, batches, trainees: Trainees(saes), machine, memory: plan, wrote_weights: false })
 }
 
-/// Adapts the defaults of trainers that nobody wrote to the length of the run, or takes them from the config of the run that is
-/// resumed. Returns what it changed.
+/// Adapts trainers' unwritten defaults to the length of the run, or takes them from the config of the run being
+/// resumed. Returns the changes.
 pub(super) fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Option<&str>) -> Vec<String> {
     let begun: Option<serde_yaml::Value> = begun.and_then(|text| yaml::parse(text).ok());
     let batch_size = batch_size.and_then(|size| u64::try_from(size).ok());
@@ -124,31 +124,31 @@ pub(super) fn adapt(config: &mut RunConfig, batch_size: Option<i64>, begun: Opti
     adapted
 }
 
-/// Refuses steps at which nothing could be saved.
+/// Refuses `save_steps` beyond the end of the run.
 fn check_save_steps(config: &RunConfig, mistakes: &mut Mistakes) {
     let Some(SaveSteps::Listed(listed)) = &config.save_steps else { return };
     for (index, step) in listed.iter().enumerate().filter(|(_, step)| **step > config.steps) {
         mistakes.add(
             InputError::new(format!("`save_steps` has step {step}, but the run has only {} steps", config.steps))
                 .field(format!("save_steps[{index}]"))
-                .help("leave it out, or write `save_steps: {log: N}`, which follows the length of the run"),
+                .help("remove it, or write `save_steps: {log: N}`, which follows the length of the run"),
         );
     }
 }
 
-/// Refuses to stop after the end.
+/// Refuses a `stop_after` beyond the end of the run.
 fn check_stop_after(config: &RunConfig, mistakes: &mut Mistakes) {
     if let Some(stop) = config.stop_after.filter(|stop| *stop > config.steps) {
         mistakes.add(
             InputError::new(format!("`stop_after` is {stop}, but the run has only {} steps", config.steps))
                 .field("stop_after")
-                .help("leave it out, or set it to `steps` or less"),
+                .help("remove it, or set it to `steps` or less"),
         );
     }
 }
 
-/// Adds the mistakes of SAEs that no source would mend: those that are the same at two widths. Errors that depend on the
-/// source differ there, at least by the number of features that they name.
+/// Adds mistakes of SAEs that do not depend on the source: those that are the same at two widths. Errors that depend on
+/// the source differ, at least in the number of features.
 fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<()> {
     for (entry, sae) in config.saes.iter().enumerate() {
         config::check_without_source(sae, entry, (config.steps, config.seed), mistakes)?;
@@ -156,7 +156,7 @@ fn check_without_source(config: &RunConfig, mistakes: &mut Mistakes) -> Result<(
     Ok(())
 }
 
-/// The default metrics that a source allows and for which there is memory.
+/// Returns the default metrics that the source supports and that fit in memory.
 fn default_metrics(
     source: &mut dyn ActivationSource,
     fits: impl Fn(&[Box<dyn TaggedMetric>], &mut dyn ActivationSource) -> Result<Result<(), InputError>>,
@@ -167,7 +167,7 @@ fn default_metrics(
         match fits(&metric, source)? {
             Ok(()) => metrics.extend(metric),
             Err(error) => tracing::warn!(
-                "{} is not measured by default: {}; `metrics: [{{type: {}, batch_size: 1}}]` may do",
+                "the default metric {} is skipped: {}; `metrics: [{{type: {}, batch_size: 1}}]` may fit",
                 metric[0].typetag_name(),
                 error.message(),
                 metric[0].typetag_name()
@@ -177,7 +177,7 @@ fn default_metrics(
     Ok(metrics)
 }
 
-/// The SAEs of an entry of the config, one for each of its sites.
+/// Builds the SAEs of a config entry, one for each of its sites.
 fn build_sae(
     config: &RunConfig,
     entry: usize,
@@ -207,7 +207,7 @@ fn build_sae(
             bail!(
                 InputError::new(format!("two SAEs are named `{}`", training.name))
                     .field("name")
-                    .help(format!("the other is made of saes[{}]: give each a `name` of its own", other.entry))
+                    .help(format!("the other comes from saes[{}]: give each a unique `name`", other.entry))
             );
         }
         training.on_nonfinite = sae.on_nonfinite.unwrap_or(config.on_nonfinite);
@@ -216,10 +216,10 @@ fn build_sae(
     Ok(built)
 }
 
-/// The sites that an SAE of the config trains on.
+/// Returns the indices of the sites that an SAE trains at.
 fn chosen_sites(sae: &SaeConfig, sites: &[Site]) -> Result<Vec<usize>> {
     let Some(wanted) = &sae.site else { return Ok((0..sites.len()).collect()) };
-    // A name may have characters that mean something else in a glob.
+    // A name may contain characters that are special in a glob.
     if let Some(site) = sites.iter().position(|site| site.name == *wanted) {
         return Ok(vec![site]);
     }

@@ -1,4 +1,4 @@
-//! Checkpoints: the whole training state of a run, from which `--resume` goes on.
+//! Checkpoints: the whole training state of a run, from which `--resume` continues.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -18,21 +18,21 @@ use dictlearn_core::files::tensors;
 use dictlearn_core::files::yaml;
 use dictlearn_core::machine::device;
 
-/// How many checkpoints are kept: the last, and the one before it in case the last is damaged.
+/// Number of checkpoints kept: the last, and the one before it in case the last is damaged.
 const KEPT: usize = 2;
 
-/// What to do where the config of a run is lost.
+/// Help for a run whose config.yaml is lost.
 pub(crate) const PUT_BACK: &str =
-    "put the config there that the run was begun with (`--dry-run` prints it), or choose another --output-dir";
+    "restore the config that the run was started with (`--dry-run` prints it), or choose another --output-dir";
 
-/// The state's value that says after how many steps it was taken.
+/// Key of the number of steps in the state.
 pub(crate) const STEP: &str = "step";
 
-/// How many differences between configs are shown.
+/// Maximum number of config differences shown.
 const SHOWN: usize = 8;
 
-/// Top-level keys of a config that may differ between a run and its continuation: they change what is reported, where it is
-/// computed and what is done on a bad day, not what is trained.
+/// Top-level config keys that may change on resuming: they affect reports, the device and the handling of failures, but
+/// not what is trained.
 const HARMLESS: [&str; 13] = [
     "output_dir",
     "log_every",
@@ -46,7 +46,7 @@ const HARMLESS: [&str; 13] = [
     "eval_source",
     "device",
     "on_nonfinite",
-    // Looked at by itself: some schedules depend on it.
+    // Checked separately: some schedules depend on it.
     "steps",
 ];
 
@@ -54,18 +54,18 @@ const HARMLESS: [&str; 13] = [
 #[derive(Debug, Clone)]
 pub struct Checkpoints {
     dir: PathBuf,
-    /// The step of the last one that this process has written or read: that one is whole.
+    /// Step of the last checkpoint that this process wrote or read, which is known to be intact.
     whole: Arc<AtomicU64>,
 }
 
 impl Checkpoints {
-    /// Those in `run_dir/checkpoints`.
+    /// Returns the checkpoints in `run_dir/checkpoints`.
     pub fn new(run_dir: &Path) -> Self {
         Checkpoints { dir: run_dir.join("checkpoints"), whole: Arc::default() }
     }
 
-    /// Saves the state after so many steps, whole or not at all, and removes all but the last few. Where there is no room for
-    /// it beside these, it takes the place of all but the last.
+    /// Saves the state after `step` steps, whole or not at all, and removes all but the last few. If the disk is full,
+    /// removes all but the last intact one first.
     pub fn save(&self, step: u64, state: &State) -> Result<()> {
         make_dir(&self.dir)?;
         let path = self.dir.join(format!("step_{step}.safetensors"));
@@ -76,7 +76,7 @@ impl Checkpoints {
             state.save(&path)?;
         }
         self.whole.store(step, Ordering::Relaxed);
-        // Of later steps there can only be what was damaged and passed over.
+        // Checkpoints of later steps are damaged ones that were skipped.
         let (later, mut earlier): (Vec<_>, Vec<_>) = self.all()?.into_iter().partition(|(other, _)| *other > step);
         let old = earlier.len().saturating_sub(KEPT);
         for (_, path) in later.into_iter().chain(earlier.drain(..old)) {
@@ -86,7 +86,7 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Removes the checkpoints of earlier steps, and whether there were any.
+    /// Removes the checkpoints of earlier steps. Returns true if there were any.
     fn remove_before(&self, step: u64) -> Result<bool> {
         let earlier: Vec<_> = self.all()?.into_iter().filter(|(other, _)| *other < step).collect();
         for (_, path) in &earlier {
@@ -95,7 +95,7 @@ impl Checkpoints {
         Ok(!earlier.is_empty())
     }
 
-    /// The newest checkpoint that is whole, with its step.
+    /// Returns the newest intact checkpoint with its step.
     pub fn latest(&self) -> Result<Option<(u64, State)>> {
         for (step, path) in self.all()?.into_iter().rev() {
             let error = match State::load(&path) {
@@ -104,7 +104,7 @@ impl Checkpoints {
                     return Ok(Some((step, state)));
                 }
                 Ok(state) => format!("{} is the checkpoint of step {}", path.display(), state.get::<u64>(STEP)?),
-                // In one line with what follows.
+                // The warning is one line.
                 Err(error) => format!("{error:#}").replace('\n', "; "),
             };
             tracing::warn!("{error}; trying the checkpoint before it");
@@ -112,18 +112,18 @@ impl Checkpoints {
         Ok(None)
     }
 
-    /// Whether there are any, whole or not.
+    /// True if there are any checkpoints, intact or damaged.
     pub fn exist(&self) -> bool {
         self.all().is_ok_and(|all| !all.is_empty())
     }
 
-    /// All checkpoints by step.
+    /// Returns all checkpoints, ordered by step.
     fn all(&self) -> Result<Vec<(u64, PathBuf)>> {
         let Ok(entries) = fs::read_dir(&self.dir) else { return Ok(Vec::new()) };
         let step = |path: &Path| path.file_stem()?.to_str()?.strip_prefix("step_")?.parse().ok();
         let mut found: Vec<(u64, PathBuf)> = entries
             .filter_map(|entry| Some(entry.ok()?.path()))
-            // Opening anything else could wait forever.
+            // Opening anything but a file could block forever.
             .filter(|path| path.is_file())
             .filter_map(|path| Some((step(&path)?, path)))
             .collect();
@@ -131,11 +131,11 @@ impl Checkpoints {
         Ok(found)
     }
 
-    /// Refuses to go on with another experiment than the one that was begun. Whether `steps` is another is the answer.
+    /// Refuses to resume with a config of another experiment. Returns true if `steps` has changed.
     pub fn check_config(&self, begun: &str, now: &str) -> Result<bool> {
         let parse = |text: &str| match yaml::parse::<Value>(text) {
             Ok(Value::Mapping(keys)) => Ok(keys),
-            Ok(_) => Err("it holds no keys".to_owned()),
+            Ok(_) => Err("it has no keys".to_owned()),
             Err(error) => Err(error.to_string()),
         };
         let (begun, now) = parse(begun).and_then(|begun| Ok((begun, parse(now)?))).map_err(|why| {
@@ -156,14 +156,14 @@ impl Checkpoints {
             changed.push(format!("and {more} more"));
         }
         bail!(
-            InputError::new(format!("the run was begun with another config: {}", changed.join(", ")))
-                .help("resume with the config that it was begun with, or choose another --output-dir")
+            InputError::new(format!("the run was started with another config: {}", changed.join(", ")))
+                .help("resume with the config that it was started with, or choose another --output-dir")
         );
     }
 }
 
-/// Makes a folder in one that must be there: where that is gone, a file system that came away with it must not be filled
-/// beside it.
+/// Creates a folder, but not its parent: if that is gone, its file system may be unmounted, and a new folder would fill
+/// the disk below the mount point.
 pub(crate) fn make_dir(dir: &Path) -> Result<()> {
     if dir.is_dir() {
         return Ok(());
@@ -172,16 +172,16 @@ pub(crate) fn make_dir(dir: &Path) -> Result<()> {
         fs::create_dir(dir)?;
         File::open(dir.parent().unwrap_or(dir))?.sync_all()
     };
-    make().with_context(|| format!("cannot make {}", dir.display()))
+    make().with_context(|| format!("cannot create {}", dir.display()))
 }
 
-/// Whether there was no room for what could not be written.
+/// True if a write failed because the disk or the quota is full.
 fn is_full(error: &anyhow::Error) -> bool {
     let kind = error.chain().find_map(|cause| Some(cause.downcast_ref::<io::Error>()?.kind()));
     matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
 }
 
-/// What the bits of a run depend on beside its config.
+/// What the exact results of a run depend on besides its config.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Machine {
     device: String,
@@ -192,7 +192,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// This one.
+    /// Describes this machine.
     pub fn here(device: Device, precision: device::Precision) -> Self {
         Machine {
             device: device::name(device),
@@ -203,7 +203,7 @@ impl Machine {
         }
     }
 
-    /// In what it differs from the one that a run was begun on: `2 threads -> 1`.
+    /// Returns the differences from the machine that a run was started on, such as `threads 2 -> 1`.
     pub fn differences(&self, begun: &Machine) -> Vec<String> {
         let pairs = [
             ("device", &begun.device, &self.device),
@@ -217,14 +217,14 @@ impl Machine {
     }
 }
 
-/// What differs below a key, leaf by leaf: `saes[0].trainer.lr: 0.001 -> 0.5`.
+/// Collects the differences below a key, leaf by leaf: `saes[0].trainer.lr: 0.001 -> 0.5`.
 fn differences(key: &str, begun: Option<&Value>, now: Option<&Value>, found: &mut Vec<String>) {
     match (begun, now) {
         _ if begun == now => {}
         (Some(Value::Mapping(begun)), Some(Value::Mapping(now))) => {
             let keys: BTreeSet<&str> = begun.keys().chain(now.keys()).filter_map(Value::as_str).collect();
             keys.into_iter()
-                // What is done about bad numbers and bad data, wherever a component has it.
+                // The handling of non-finite numbers and invalid data may change in any component.
                 .filter(|inner| !matches!(*inner, "on_nonfinite" | "strict"))
                 .for_each(|inner| differences(&format!("{key}.{inner}"), begun.get(inner), now.get(inner), found));
         }

@@ -1,4 +1,4 @@
-//! `dictlearn compare`: SAEs of several runs beside each other, by what their configs differ in and what was measured.
+//! `dictlearn compare`: compares SAEs of several runs by the differences of their configs, and their metrics.
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
@@ -13,9 +13,9 @@ use dictlearn_core::files;
 use dictlearn_core::sae::saved;
 use dictlearn_core::suggest::nearest;
 
-/// SAEs beside each other.
+/// A comparison of SAEs.
 pub struct Comparison {
-    /// Keys of config.json whose values differ, in the order in which they were met.
+    /// Keys of config.json whose values differ, in order of appearance.
     keys: Vec<String>,
     saes: Vec<Compared>,
 }
@@ -25,12 +25,12 @@ struct Compared {
     name: String,
     /// Every key of its config.json with a plain value.
     config: Map<String, Value>,
-    /// Its eval.json; nothing where it has none.
+    /// Its eval.json; empty if it has none.
     figures: Map<String, Value>,
 }
 
 impl Comparison {
-    /// Reads the SAEs that are meant by folders of SAEs, runs, or runs in a folder.
+    /// Reads the SAEs of SAE folders, run folders, or folders of runs.
     pub fn of(places: &[PathBuf]) -> Result<Self> {
         let mut dirs: Vec<PathBuf> = Vec::new();
         for place in places {
@@ -44,15 +44,17 @@ impl Comparison {
             let config = flat(&files::read_json(&dir.join("config.json"))?);
             let figures = dir.join("eval.json");
             let again = |error| match InputError::take(error) {
-                Ok(error) => error.help("remove it, or measure the SAE again (`dictlearn eval SAE_DIR --save`)").into(),
+                Ok(error) => {
+                    error.help("remove it, or evaluate the SAE again (`dictlearn eval SAE_DIR --save`)").into()
+                }
                 Err(error) => error,
             };
             let figures = match figures.exists().then(|| files::read_json(&figures).map_err(again)).transpose()? {
                 None => Map::new(),
                 Some(Value::Object(figures)) => figures,
                 Some(_) => bail!(
-                    InputError::new(format!("{} is not an object of figures", figures.display()))
-                        .help("remove it, or measure the SAE again (`dictlearn eval`)")
+                    InputError::new(format!("{} is not an object of metrics", figures.display()))
+                        .help("remove it, or evaluate the SAE again (`dictlearn eval`)")
                 ),
             };
             Ok(Compared { dir, name, config, figures })
@@ -62,7 +64,7 @@ impl Comparison {
         Ok(Comparison { keys: differing(&saes), saes })
     }
 
-    /// Sorts by a key of the configs or a figure, upwards, or downwards with a `-` before it. SAEs without it come last.
+    /// Sorts by a config key or a metric, ascending, or descending with a leading `-`. Missing values come last.
     pub fn sort(&mut self, key: &str) -> Result<()> {
         let (key, down) = key.strip_prefix('-').map_or((key, false), |key| (key, true));
         let known: BTreeSet<&String> =
@@ -75,7 +77,7 @@ impl Comparison {
             plain.retain(|name| seen.insert(name.clone()));
             let near =
                 nearest(key, known.iter().map(|key| key.as_str())).map(|near| format!("did you mean `{near}`? "));
-            bail!(InputError::new(format!("nothing is called `{key}` in these configs and figures")).help(format!(
+            bail!(InputError::new(format!("no config key or metric is named `{key}`")).help(format!(
                 "{}sort by one of: {}",
                 near.unwrap_or_default(),
                 plain.join(", ")
@@ -87,7 +89,7 @@ impl Comparison {
             }
             let order = match (a.get(key), b.get(key)) {
                 (Some(a), Some(b)) => between(a, b),
-                // Last either way.
+                // Missing values come last in either order.
                 (None, Some(_)) => return Ordering::Greater,
                 (Some(_), None) => return Ordering::Less,
                 (None, None) => Ordering::Equal,
@@ -98,14 +100,14 @@ impl Comparison {
         Ok(())
     }
 
-    /// What the user should know beside the table.
+    /// Returns notes to show with the table.
     pub fn notes(&self, program: &str) -> Vec<String> {
         let mut notes = Vec::new();
         let missing: Vec<&Compared> = self.saes.iter().filter(|sae| sae.figures.is_empty()).collect();
         if let Some(first) = missing.first() {
             let dir = shell_quoted(&first.dir.display().to_string());
             notes.push(format!(
-                "{} of {} SAEs have no eval.json; this makes one: {program} eval {dir} --save",
+                "{} of {} SAEs have no eval.json; to create one: {program} eval {dir} --save",
                 missing.len(),
                 self.saes.len()
             ));
@@ -113,8 +115,8 @@ impl Comparison {
         let rows = self.rows();
         if evaluate::measured_lines(&rows).len() > 1 {
             notes.push(
-                "warning: these SAEs were not measured on the same data, so that their figures do not compare; measure them \
-                 together with `dictlearn eval SAE... --config CONFIG.yaml`"
+                "warning: these SAEs were evaluated on different data, so their metrics are not comparable; evaluate \
+                 them together with `dictlearn eval SAE... --config CONFIG.yaml`"
                     .to_owned(),
             );
         }
@@ -125,7 +127,7 @@ impl Comparison {
         self.saes.iter().map(|sae| (sae.name.clone(), sae.figures.clone())).collect()
     }
 
-    /// The table.
+    /// Returns the table.
     pub fn table(&self) -> String {
         let cells =
             |sae: &Compared| self.keys.iter().map(|key| sae.config.get(key).map_or("–".to_owned(), short)).collect();
@@ -134,7 +136,7 @@ impl Comparison {
         std::iter::once(table).chain(evaluate::measured_lines(&self.rows())).collect::<Vec<_>>().join("\n")
     }
 
-    /// One object for each SAE: its path, the values in which configs differ, and its figures.
+    /// Returns one object for each SAE: its path, the config values that differ, and its metrics.
     pub fn json(&self) -> Value {
         let one = |sae: &Compared| {
             let config: Map<String, Value> =
@@ -144,7 +146,7 @@ impl Comparison {
         self.saes.iter().map(one).collect()
     }
 
-    /// Comma-separated values: the path, the values in which configs differ, and every figure that is a number.
+    /// Returns comma-separated values: the path, the config values that differ, and every numeric metric.
     pub fn csv(&self) -> String {
         let mut figures: Vec<&String> = Vec::new();
         for (name, value) in self.saes.iter().flat_map(|sae| &sae.figures) {
@@ -169,7 +171,7 @@ impl Compared {
     }
 }
 
-/// A line of comma-separated values.
+/// Returns a line of comma-separated values.
 fn line(cells: impl Iterator<Item = String>) -> String {
     let cell = |cell: String| match cell.contains([',', '"', '\n', '\r']) {
         true => format!("\"{}\"", cell.replace('"', "\"\"")),
@@ -186,7 +188,7 @@ fn plain(value: &Value) -> String {
     }
 }
 
-/// The same for people: numbers with four digits that count, as long as that is shorter.
+/// Formats a value for the table: long floats with four significant digits.
 fn short(value: &Value) -> String {
     let text = plain(value);
     match value.as_f64().filter(|_| value.is_f64()) {
@@ -195,7 +197,7 @@ fn short(value: &Value) -> String {
     }
 }
 
-/// Numbers by size, everything else by its text.
+/// Compares numbers by value, everything else as text.
 fn between(a: &Value, b: &Value) -> Ordering {
     match (a.as_f64(), b.as_f64()) {
         (Some(a), Some(b)) => a.total_cmp(&b),
@@ -203,10 +205,10 @@ fn between(a: &Value, b: &Value) -> Ordering {
     }
 }
 
-/// What says again what another key says, or only where the run was.
+/// Keys that repeat another key, or only say where the run was.
 const LEFT_OUT: [&str; 5] = ["wandb_name", "submodule_name", "lm_name", "layer", "buffer.device"];
 
-/// The plain values of a config.json: the trainer's by their names, others by the path to them.
+/// Returns the plain values of a config.json: the trainer's by name, others by path.
 fn flat(config: &Value) -> Map<String, Value> {
     fn walk(value: &Value, path: &str, found: &mut Map<String, Value>) {
         match value {
@@ -216,7 +218,7 @@ fn flat(config: &Value) -> Map<String, Value> {
                     walk(value, &path, found);
                 }
             }
-            // A modifier's place in the list is no part of what it is.
+            // Modifiers are named by type: their position in the list does not matter.
             Value::Array(items) if items.iter().any(Value::is_object) => {
                 for item in items {
                     let name = item["type"].as_str().unwrap_or_default();
@@ -236,8 +238,8 @@ fn flat(config: &Value) -> Map<String, Value> {
     found
 }
 
-/// The keys in which SAEs differ. What some lack, because their classes have no such field, counts only where the others
-/// differ in it, or where it tells two of the same class apart.
+/// Returns the keys in which SAEs differ. A key that some lack, because their classes have no such field, counts only
+/// if the others differ in it, or if it tells two SAEs of one class apart.
 fn differing(saes: &[Compared]) -> Vec<String> {
     let mut keys: Vec<&String> = Vec::new();
     for key in saes.iter().flat_map(|sae| sae.config.keys()) {
@@ -261,7 +263,7 @@ fn differing(saes: &[Compared]) -> Vec<String> {
     keys.into_iter().filter(differs).cloned().collect()
 }
 
-/// A word for a shell: in quotes if it needs them.
+/// Quotes a word for a shell if it needs quotes.
 pub fn shell_quoted(word: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "/._-+=:@%,".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
@@ -270,12 +272,12 @@ pub fn shell_quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-/// A path for a command: from here if it lies below, otherwise whole.
+/// Returns a path for a command: relative if it lies below the current folder, otherwise unchanged.
 pub fn short_path(path: &Path) -> String {
     let here = std::env::current_dir().ok();
     let below = here.and_then(|here| path.strip_prefix(here).ok()).filter(|path| !path.as_os_str().is_empty());
     let path = below.unwrap_or(path).display().to_string();
-    // It would be read as an option.
+    // A leading `-` would be read as an option.
     if path.starts_with('-') { format!("./{path}") } else { path }
 }
 
@@ -307,12 +309,12 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_tell_saes_apart_are_shown() {
+    fn only_differing_keys_are_shown() {
         assert_eq!(comparison().keys, ["dict_class", "k"]);
     }
 
     #[test]
-    fn sorting_is_by_number_and_leaves_what_is_missing_last() {
+    fn sorting_is_numeric_with_missing_values_last() {
         let mut comparison = comparison();
         let mut sorted = |key: &str| {
             comparison.sort(key).unwrap();
@@ -326,13 +328,13 @@ mod tests {
     }
 
     #[test]
-    fn values_of_csv_are_quoted() {
+    fn csv_values_with_commas_are_quoted() {
         let csv = comparison().csv();
         assert_eq!(csv, "sae,dict_class,k,l0\na,A,8,8.5\nb,A,16,\n\"c, d\",A,4,10.0\ne,B,,9\n");
     }
 
     #[test]
-    fn words_of_a_shell() {
+    fn shell_words_are_quoted_if_needed() {
         assert_eq!(shell_quoted("runs/a-k=8_2"), "runs/a-k=8_2");
         assert_eq!(shell_quoted("it's here"), r"'it'\''s here'");
         assert_eq!(shell_quoted(""), "''");

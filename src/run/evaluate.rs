@@ -1,4 +1,4 @@
-//! Evaluation: metrics over dictionaries, and the table of what they found.
+//! Evaluation: metrics of dictionaries, and their table.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -22,18 +22,18 @@ use dictlearn_core::registry::find;
 use dictlearn_core::report::Subject;
 use dictlearn_core::report::TaggedMetric;
 
-/// What metrics are measured on, and the key of the config that says it.
+/// The source of an evaluation, and its config key.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Measured<'a> {
     /// `eval_source` or `source`.
     pub key: &'static str,
-    /// The source, to be opened for this.
+    /// Config of the source.
     pub source: &'a dyn TaggedSource,
 }
 
 impl<'a> Measured<'a> {
-    /// A source of their own: `eval_source`, or the rows that `source` holds out. Without, a run measures on what is left
-    /// of the stream that it trains on.
+    /// Returns a separate source: `eval_source`, or the rows that `source` holds out. Without one, a run evaluates on
+    /// the rest of its training stream.
     pub fn own(config: &'a RunConfig) -> Option<Self> {
         match &config.eval_source {
             Some(source) => Some(Measured { key: "eval_source", source: &**source }),
@@ -41,24 +41,24 @@ impl<'a> Measured<'a> {
         }
     }
 
-    /// The same; without, `source`, of which all is measured.
+    /// Returns the separate source, or otherwise the whole of `source`.
     pub fn of(config: &'a RunConfig) -> Self {
         Measured::own(config).unwrap_or(Measured { key: "source", source: &*config.source })
     }
 
-    /// Opens it.
+    /// Builds the source for evaluation.
     pub fn build(self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         self.source.build(&SourceCx { purpose: Purpose::Evaluation, ..*cx }).under(self.key)
     }
 }
 
-/// The index in `eval_source` of a site that an SAE trains on.
+/// Returns the index in `eval_source` of a site that an SAE trains at.
 pub(crate) fn eval_site(source: &dyn ActivationSource, site: &Site) -> Result<usize> {
     let sites = source.sites();
     let Some(found) = Site::find(&sites, &site.name) else {
         let names: Vec<&str> = sites.iter().map(|site| site.name.as_str()).collect();
         bail!(
-            InputError::new(format!("`eval_source` has no site `{}`, on which an SAE trains", site.name))
+            InputError::new(format!("`eval_source` has no site `{}`, at which an SAE trains", site.name))
                 .field("eval_source")
                 .help(format!("its sites: {}", names.join(", ")))
         );
@@ -66,7 +66,7 @@ pub(crate) fn eval_site(source: &dyn ActivationSource, site: &Site) -> Result<us
     if sites[found].widths() != site.widths() {
         bail!(
             InputError::new(format!(
-                "the activations of `eval_source` have width {}, but those of `source` {}",
+                "the activations of `eval_source` have width {}, but those of `source` have width {}",
                 sites[found].activation_dim, site.activation_dim
             ))
             .field("eval_source")
@@ -75,15 +75,16 @@ pub(crate) fn eval_site(source: &dyn ActivationSource, site: &Site) -> Result<us
     Ok(found)
 }
 
-/// Where training left nothing unread of a source that cannot say more.
-pub(crate) const ALL_READ: &str = "of which it left nothing unread: an `eval_source` or more data keeps the two apart";
+/// Overlap of a source that training read to the end, if the source reports no details.
+pub(crate) const ALL_READ: &str =
+    "because training read all of it: add an `eval_source` or more data to keep them apart";
 
-/// Tells the user that SAEs are measured on what they were trained on.
+/// Warns that SAEs are evaluated on their training data.
 pub(crate) fn warn_of_overlap(shared: &str) {
-    tracing::warn!("the metrics are measured on what the SAEs were trained on, {shared}");
+    tracing::warn!("the metrics are computed on data that the SAEs were trained on, {shared}");
 }
 
-/// Refuses metrics that cannot be computed on a source, before anything is trained for them.
+/// Refuses metrics that cannot be computed on a source, before training.
 pub fn check(metrics: &[Box<dyn TaggedMetric>], source: &mut dyn ActivationSource) -> Result<()> {
     let mut mistakes = Mistakes::new();
     for (index, metric) in metrics.iter().enumerate() {
@@ -92,15 +93,15 @@ pub fn check(metrics: &[Box<dyn TaggedMetric>], source: &mut dyn ActivationSourc
             mistakes.add(
                 InputError::new(format!("the metric `{}` cannot be computed here: {why}", metric.typetag_name()))
                     .field(format!("metrics[{index}]"))
-                    .help("leave it out of `metrics`, or give a source that has what it needs"),
+                    .help("remove it from `metrics`, or use a source that has what it needs"),
             );
         }
     }
     Ok(mistakes.into_result()?)
 }
 
-/// What measuring dictionaries of at most so many features takes memory for, beside so many bytes that a source of its own
-/// takes.
+/// Returns the memory for evaluating dictionaries of at most `features` features, besides `own` bytes of a separate
+/// source.
 pub(crate) fn memory(
     metrics: &[Box<dyn TaggedMetric>],
     source: &mut dyn ActivationSource,
@@ -110,16 +111,16 @@ pub(crate) fn memory(
     if metrics.is_empty() {
         return Ok(None);
     }
-    // As measured: a batch's features and what is made of them.
+    // Measured: a batch's features, and tensors computed from them.
     let encoded = 6 * 4 * source.batch_size().unwrap_or(0) as u64 * features as u64;
     let mut most = encoded;
     for metric in metrics {
         most = most.max(metric.build()?.memory(source));
     }
-    Ok(Some(MemoryNeed::passing("the metrics", own + most, "the batch sizes, or leave metrics out")))
+    Ok(Some(MemoryNeed::passing("the metrics", own + most, "the batch sizes, or remove metrics")))
 }
 
-/// The usual metrics that can be computed on a source, with their defaults: for configs that name none.
+/// Returns the default metrics that can be computed on a source, for configs that name none.
 pub fn default_metrics(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
     for name in registry::defaults(registry::ComponentKind::Metric) {
@@ -131,20 +132,20 @@ pub fn default_metrics(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn 
     Ok(metrics)
 }
 
-/// How dictionaries are measured, beside the metrics.
+/// Settings of an evaluation, besides the metrics.
 pub struct Measuring {
-    /// The config's key of the source: `source` or `eval_source`.
+    /// Config key of the source: `source` or `eval_source`.
     pub key: &'static str,
-    /// What [`origin`] says of the source.
+    /// The source's [`origin`].
     pub origin: Map<String, Value>,
-    /// Whether each metric starts again from the beginning of the data, instead of where the one before it left the source.
+    /// Whether each metric starts at the beginning of the data, instead of where the metric before it stopped.
     pub from_the_beginning: bool,
-    /// Whether the user knows already that the dictionaries are measured on what they were trained on.
+    /// Whether the user was warned already that the dictionaries are evaluated on their training data.
     pub overlap_is_known: bool,
 }
 
-/// Measures dictionaries, each on its site and all on the same data. One object of figures for each, in their order, with
-/// what they were measured on as [`MEASURED`].
+/// Evaluates dictionaries, each at its site and all on the same data. Returns one object of metrics for each, in order,
+/// with a description of the data under [`MEASURED`].
 pub fn evaluate(
     metrics: &[Box<dyn TaggedMetric>],
     subjects: &[Subject],
@@ -205,25 +206,25 @@ pub fn evaluate(
     Ok(results)
 }
 
-/// The key in an SAE's figures under which stands what they were measured on.
+/// Key of the description of the data in an SAE's metrics.
 pub const MEASURED: &str = "measured";
 
-/// Fewer tokens than this leave any figure to chance.
+/// With fewer tokens than this, metrics are mostly noise.
 const FEW_TOKENS: u64 = 1000;
 
-/// Says which figures have too little data under them.
+/// Warns of metrics computed on too little data.
 fn warn(counts: &[(&str, Count)], results: &[Map<String, Value>], subjects: &[Subject]) {
     let few = counts.iter().filter(|(_, count)| count.tokens < FEW_TOKENS);
     let few: Vec<String> = few.map(|(name, count)| format!("{} tokens ({name})", count.tokens)).collect();
     if !few.is_empty() {
         tracing::warn!(
-            "the figures rest on {}: below {FEW_TOKENS} tokens they are mostly chance; give more data, or raise the \
-             metric's `n_batches`",
+            "the metrics are computed on {}: below {FEW_TOKENS} tokens they are mostly noise; give more data, or raise \
+             the metric's `n_batches`",
             few.join(" and ")
         );
         return;
     }
-    // A feature counts as alive once it fires. Where all features could fire but a few times, many that live did not.
+    // A feature counts as alive once it fires. With few tokens for each feature, many live features do not fire.
     let figure = |result: &Map<String, Value>, name: &str| result.get(name).and_then(Value::as_f64);
     let tokens = counts.iter().map(|(_, count)| count.tokens).min().unwrap_or(0);
     let short = |(result, subject): (&Map<String, Value>, &Subject)| {
@@ -233,17 +234,17 @@ fn warn(counts: &[(&str, Count)], results: &[Map<String, Value>], subjects: &[Su
     };
     if let Some(needed) = results.iter().zip(subjects).filter_map(short).max_by(f64::total_cmp) {
         tracing::warn!(
-            "frac_alive is too low: in {tokens} tokens many living features do not fire once; measure {needed:.0} \
-             tokens or more (the metric's `n_batches`)"
+            "frac_alive is too low: in {tokens} tokens many live features do not fire; evaluate {needed:.0} tokens or \
+             more (the metric's `n_batches`)"
         );
     }
 }
 
-/// How much a metric read.
+/// Amount of data that a metric read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Count {
     tokens: u64,
-    /// Where the source knows them.
+    /// If the source knows them.
     contexts: Option<u64>,
 }
 
@@ -257,13 +258,13 @@ impl Count {
     }
 }
 
-/// A source that counts what is read of it.
+/// A source that counts the data read from it.
 struct Counted<'a> {
     source: &'a mut dyn ActivationSource,
     tokens: u64,
-    /// Contexts of which there were activations, by number.
+    /// Contexts whose activations were read, by number.
     contexts: HashSet<i64>,
-    /// Contexts that were read as tokens.
+    /// Number of contexts read as tokens.
     rows: u64,
 }
 
@@ -278,7 +279,7 @@ impl<'a> Counted<'a> {
     }
 
     fn model_source(&self) -> &dyn ModelSource {
-        self.source.model_source().expect("it was there when `language_model` gave it")
+        self.source.model_source().expect("`language_model` checked that it exists")
     }
 }
 
@@ -391,7 +392,7 @@ impl ModelSource for Counted<'_> {
     }
 }
 
-/// What is measured on a source, from its config: its type and model, and its text or file. Of joined sources, each one's.
+/// Returns a source's type and model, and its text or file, from its config; for joined sources, those of each.
 pub fn origin(source: &dyn TaggedSource) -> Result<Map<String, Value>> {
     Ok(origin_of(&serde_json::to_value(source)?))
 }
@@ -412,7 +413,7 @@ fn origin_of(config: &Value) -> Map<String, Value> {
     for key in ["model", "text", "path"] {
         let mut found = Vec::new();
         collect(config, key, &mut found);
-        // A text's own path stands in the text.
+        // A text contains its own path.
         if key == "path" && origin.contains_key("text") {
             continue;
         }
@@ -425,14 +426,14 @@ fn origin_of(config: &Value) -> Map<String, Value> {
     origin
 }
 
-/// What figures were measured on, in a line.
+/// Describes the data of an evaluation in one line.
 fn measured_line(measured: &Value) -> String {
     let each = |value: &Value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
     let text = |text: &Value| -> String {
         let name = text["type"].as_str().unwrap_or_default();
         let schema =
             find(registry::ComponentKind::Text, name).map(|text| (text.schema)().to_value()).unwrap_or_default();
-        // What the user chose: the fields that are texts, unless they are as by default.
+        // Show what the user chose: string fields that differ from their defaults.
         let chosen = text.as_object().into_iter().flatten().filter(|(key, value)| {
             *key != "type" && value.is_string() && schema["properties"][*key]["default"] != **value
         });
@@ -459,7 +460,7 @@ fn measured_line(measured: &Value) -> String {
     format!("measured on {}: {counts}", what.join(" and "))
 }
 
-/// What rows of figures were measured on: a line, or one for each kind of data, with the names of those that it is for.
+/// Describes the data of several evaluations: one line, or a line with names for each different data set.
 pub fn measured_lines(rows: &[(String, Map<String, Value>)]) -> Vec<String> {
     let mut lines: Vec<(String, Vec<&str>)> = Vec::new();
     for (name, result) in rows {
@@ -495,14 +496,13 @@ const COLUMNS: [Column; 8] = [
     ("% True features", |figure| Some(percent(figure("frac_features_recovered")?))),
 ];
 
-/// The table of what was measured, one row for each SAE, with those of its columns that a metric has filled; below it what
-/// it was measured on.
+/// Returns the table of metrics: a row for each SAE, the columns that a metric filled, and the data below.
 pub fn table(rows: &[(String, Map<String, Value>)]) -> String {
     let table = table_with(&[], rows.iter().map(|(name, result)| (name.clone(), Vec::new(), result)));
     std::iter::once(table).chain(measured_lines(rows)).collect::<Vec<_>>().join("\n")
 }
 
-/// The table with columns of one's own after the name: each row's name, cells of these columns, and figures.
+/// Returns the table with extra columns after the name. Each row has a name, cells of these columns, and metrics.
 pub(crate) fn table_with<'a>(
     own: &[String],
     rows: impl IntoIterator<Item = (String, Vec<String>, &'a Map<String, Value>)>,
@@ -525,7 +525,7 @@ pub(crate) fn table_with<'a>(
     table.to_string()
 }
 
-/// A table of tokens and their strongest features, as `encode --text` has them.
+/// Returns the table of tokens and their strongest features for `encode --text`.
 pub fn token_table(tokens: &[Value]) -> String {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN);
@@ -538,7 +538,7 @@ pub fn token_table(tokens: &[Value]) -> String {
         let feature =
             |feature: &Value| format!("{} {:.3}", feature["index"], feature["activation"].as_f64().unwrap_or_default());
         let features: Vec<String> = features.map(feature).collect();
-        // Spaces at its ends are part of a token, and line ends must not break the table.
+        // Debug format shows spaces at the ends of a token, and escapes line breaks.
         let text = format!("{:?}", token["token"].as_str().unwrap_or_default());
         table.add_row([place, text.replace('|', "\\|"), token["l0"].to_string(), features.join(", ")]);
     }
@@ -560,7 +560,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn joined_sources_say_each_of_their_texts_and_files_once() {
+    fn joined_sources_list_each_text_and_file_once() {
         let model =
             |text: &str| json!({"type": "language_model", "model": "m", "text": {"type": "files", "path": text}});
         let joined = |a: Value, b: Value| json!({"type": "joined", "sources": {"a": a, "b": b}});
@@ -575,7 +575,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_measured_is_a_line() {
+    fn evaluation_data_is_described_in_one_line() {
         let measured = json!({"source": "s", "path": ["x", "y"], "by_metric": {"a": {"tokens": 1, "contexts": 1}}});
         assert_eq!(measured_line(&measured), "measured on x and y: 1 token in 1 context");
         let measured = json!({"source": "s", "by_metric": {"a": {"tokens": 8}, "b": {"tokens": 16, "contexts": 2}}});

@@ -1,9 +1,9 @@
-//! A source's activations on disk, in order: `dictlearn activations`.
+//! `dictlearn activations`: writes a source's activations to disk, in order.
 //!
-//! A folder of activations holds shards, `activations-00000.safetensors` and so on, and `meta.json`, the manifest, which
-//! is written last: a folder without one is not whole. A shard has the tensor `activations`, `[N, d]`, or `in` and `out`
-//! where the source has pairs; with several sites each tensor's name begins with the site's and a slash. Where tokens are
-//! known, `token_ids`, `contexts` and `positions` (`[N]` each) say of which token each row is.
+//! A folder of activations holds shards, `activations-00000.safetensors` and so on, and the manifest `meta.json`, which
+//! is written last: a folder without it is incomplete. A shard has the tensor `activations` `[N, d]`, or `in` and `out`
+//! if the source has pairs; with several sites, each name starts with `SITE/`. If tokens are known, `token_ids`,
+//! `contexts` and `positions` (`[N]` each) identify the token of each row.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,12 +19,12 @@ use dictlearn_core::files::tensors;
 use dictlearn_core::interrupt::Interrupt;
 use dictlearn_core::progress::Progress;
 
-/// Rows in one shard, at most.
+/// Maximum number of rows in one shard.
 const SHARD_ROWS: i64 = 65_536;
-/// Bytes of activations in one shard, at most.
+/// Maximum bytes of activations in one shard.
 const SHARD_BYTES: i64 = 64 << 20;
 
-/// Writes one pass over a source, or its first `limit` activations, to a folder. After an error nothing is left.
+/// Writes one pass over a source, or its first `limit` activations, to a folder. Leaves nothing there after an error.
 pub fn write(
     source: &mut dyn ActivationSource,
     out: &Path,
@@ -43,12 +43,12 @@ pub fn write(
     }
     if let Some(shard) = shards_in(out).first() {
         bail!(
-            InputError::new(format!("{} holds {shard} and no meta.json: its writer was killed", out.display()))
+            InputError::new(format!("{} holds {shard} but no meta.json: its writer was killed", out.display()))
                 .help("choose another --out, or remove it")
         );
     }
     let created = !out.exists();
-    fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
     let mut writer = Writer::new(source, out, dtype);
     let result = writer.harvest(source, limit, interrupt);
     if !result.as_ref().is_ok_and(|manifest| manifest.activations > 0) {
@@ -62,14 +62,14 @@ pub fn write(
     result
 }
 
-/// The files written so far, and what is to go into the next.
+/// The shards written so far, and the rows of the next.
 struct Writer {
     out: PathBuf,
     dtype: Dtype,
     sites: Vec<Site>,
     /// Rows in one shard.
     shard_rows: i64,
-    /// Rows harvested, not yet written: a tensor for each part of each site, and the tokens.
+    /// Rows not written yet: a tensor for each part of each site, and the tokens.
     pending: Vec<Vec<(String, Tensor)>>,
     rows: i64,
     /// The tensors of each site.
@@ -81,7 +81,7 @@ struct Writer {
 impl Writer {
     fn new(source: &dyn ActivationSource, out: &Path, dtype: Dtype) -> Self {
         let sites = source.sites();
-        // As if all had pairs: what matters is that there is a limit.
+        // Counts targets even without pairs: the limit need not be exact.
         let width: i64 = sites.iter().map(|site| site.activation_dim + site.output_dim).sum();
         let row = width * dtype.kind().elt_size_in_bytes() as i64;
         Writer {
@@ -107,7 +107,7 @@ impl Writer {
             bail!(
                 InputError::new("the source has no end")
                     .field("source")
-                    .help("say how many activations: `--limit COUNT`")
+                    .help("limit the number of activations: `--limit COUNT`")
             );
         }
         let mut progress = Progress::counting("activations", limit.map(|limit| limit as u64));
@@ -118,7 +118,7 @@ impl Writer {
                 break;
             }
             let activations = match source.next_batch() {
-                // It broke off because it was asked to.
+                // The interrupt caused the error.
                 Err(_) if interrupt.asked() => continue,
                 batch => batch.under("source")?,
             };
@@ -135,7 +135,7 @@ impl Writer {
             let help = "its data is shorter than one batch: add data, or make the batches smaller";
             let notes = notes.iter().map(|note| note.trim_start_matches("warning: "));
             let help = notes.chain([help]).collect::<Vec<_>>().join("; ");
-            bail!(InputError::new("the source gave not one activation").help(help));
+            bail!(InputError::new("the source gave no activations").help(help));
         }
         for note in notes {
             crate::notes::emit(&note);
@@ -158,7 +158,7 @@ impl Writer {
         Ok(manifest)
     }
 
-    /// Takes the first rows of some activations, and writes what fills a shard.
+    /// Adds the first rows of some activations, and writes full shards.
     fn add(&mut self, activations: &Activations, rows: i64) -> Result<()> {
         let tensors = self.named(activations)?;
         let mut from = 0;
@@ -175,7 +175,7 @@ impl Writer {
         Ok(())
     }
 
-    /// The tensors that a shard has of some activations.
+    /// Returns activations as the tensors of a shard.
     fn named(&mut self, activations: &Activations) -> Result<Vec<(String, Tensor)>> {
         let (mut tensors, mut names) = (Vec::new(), Vec::new());
         for (site, batch) in self.sites.iter().zip(&activations.sites) {

@@ -2,12 +2,12 @@
 //!
 //! | | |
 //! | --- | --- |
-//! | `start` | whether a run starts anew or goes on, and in which directory (`output_dir`) |
-//! | `build` | from a config to what trains; `memory` and `plan` say what that takes |
-//! | `train_loop` | the loop: what happens to a batch, and the end of a run |
-//! | `batches` | what comes in: the stream, checked and divided by norms |
-//! | `trainees` | who learns: each SAE's step, and what becomes of one that is not finite (`skips`) |
-//! | `outputs` | what goes out: log, weights, checkpoints (`checkpoint`, written beside training by `saver`), progress |
+//! | `start` | starts or resumes a run in its directory (`output_dir`) |
+//! | `build` | builds a run from a config; `memory` and `plan` report what it needs |
+//! | `train_loop` | the loop over batches, and the end of a run |
+//! | `batches` | input: the stream, checked and divided by norms |
+//! | `trainees` | the SAEs: their steps, and the handling of non-finite ones (`skips`) |
+//! | `outputs` | output: log, weights, checkpoints (`checkpoint`, written in the background by `saver`), progress |
 
 mod batches;
 mod build;

@@ -1,4 +1,4 @@
-//! The directory of a run: held by one process at a time, and never written over.
+//! The directory of a run: locked by one process at a time, and never overwritten.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,15 +20,15 @@ pub(super) fn lock(run_dir: &Path) -> Result<fs::File> {
                     .help("wait for it or stop it, or choose another `--output-dir`")
             )
         }
-        // Not every file system has locks.
+        // Some file systems have no locks.
         Err(fs::TryLockError::Error(error)) => {
-            tracing::warn!("{} cannot be locked: {error}; let no other run write to it", run_dir.display());
+            tracing::warn!("{} cannot be locked: {error}; make sure that no other run writes to it", run_dir.display());
             Ok(file)
         }
     }
 }
 
-/// The paths in a directory; none if it cannot be read.
+/// Returns the paths in a directory; none if it cannot be read.
 pub(super) fn entries(dir: &Path) -> BTreeSet<PathBuf> {
     fs::read_dir(dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect()
 }
@@ -41,20 +41,20 @@ pub(super) fn refuse_other_run(run_dir: &Path, resume: bool, checkpoints: &Check
     if resume && checkpoints.exist() {
         bail!(
             InputError::new(format!("no checkpoint of {} can be read", run_dir.display()))
-                .help("to train anew, choose another `--output-dir` or remove it")
+                .help("to start from scratch, choose another `--output-dir` or remove it")
         );
     }
     let trained = entries(run_dir).iter().any(|sae| sae.join("ae.safetensors").exists());
     if resume && trained {
         bail!(
-            InputError::new(format!("{} holds trained SAEs and no checkpoint to go on from", run_dir.display()))
-                .help("to train anew, choose another `--output-dir` or remove it")
+            InputError::new(format!("{} holds trained SAEs but no checkpoint to resume from", run_dir.display()))
+                .help("to start from scratch, choose another `--output-dir` or remove it")
         );
     }
     if run_dir.join("config.yaml").exists() && !resume {
         bail!(
             InputError::new(format!("the output directory {} already holds a run", run_dir.display()))
-                .help("choose another (`--output-dir`), go on with it (`--resume`), or remove it")
+                .help("choose another (`--output-dir`), resume it (`--resume`), or remove it")
         );
     }
     Ok(())

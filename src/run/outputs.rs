@@ -1,4 +1,4 @@
-//! What a run writes and says: the log, weights, checkpoints, progress.
+//! The output of a run: log, weights, checkpoints, progress.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -17,7 +17,7 @@ use dictlearn_core::interrupt::Interrupt;
 use dictlearn_core::progress::Progress;
 use dictlearn_core::report::Logger;
 
-/// Where a run writes to, and whom it tells.
+/// Writers and progress of a run.
 pub(super) struct Outputs<'a> {
     config: &'a RunConfig,
     pub(super) run_dir: &'a Path,
@@ -29,12 +29,12 @@ pub(super) struct Outputs<'a> {
     progress: Progress,
     /// The last step of this run.
     last: u64,
-    /// Steps after which weights are written, beside every `save_every`.
+    /// Steps after which weights are written, in addition to `save_every`.
     save_steps: BTreeSet<u64>,
     wrote_weights: bool,
 }
 
-/// What is to be written after a step.
+/// What to write after a step.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Due {
     pub(super) weights: bool,
@@ -42,7 +42,7 @@ pub(super) struct Due {
 }
 
 impl<'a> Outputs<'a> {
-    /// Opens the log, for a run from the step `first` on; where `resumes`, the log is cut there.
+    /// Opens the loggers of a run that starts at step `first`. If it `resumes`, they drop the rows from there on.
     pub(super) fn open(
         config: &'a RunConfig,
         run_dir: &'a Path,
@@ -80,22 +80,22 @@ impl<'a> Outputs<'a> {
         self.checkpoints
     }
 
-    /// True once weights were written that training made.
+    /// True once trained weights were written.
     pub(super) fn wrote_weights(&self) -> bool {
         self.wrote_weights
     }
 
-    /// True if the figures of this step, counted from 0, are logged.
+    /// True if this step, counted from 0, is logged.
     pub(super) fn logs(&self, step: u64) -> bool {
         step.is_multiple_of(self.config.log_every) || step + 1 == self.last
     }
 
-    /// True if the weights before the first step are written.
+    /// True if the initial weights are written.
     pub(super) fn saves_initial_weights(&self) -> bool {
         self.save_steps.contains(&0)
     }
 
-    /// What is to be written after so many steps. A checkpoint is taken when the last one is on disk.
+    /// Returns what to write after `steps` steps. A checkpoint waits until the last one is on disk.
     pub(super) fn due(&mut self, steps: u64) -> Due {
         let every = |every: Option<u64>| every.is_some_and(|every| steps.is_multiple_of(every));
         if every(self.config.checkpoint_every) && steps < self.last {
@@ -105,7 +105,7 @@ impl<'a> Outputs<'a> {
         Due { weights, checkpoint: self.saver.wants_checkpoint() }
     }
 
-    /// Gives every row to every logger, which keeps what it cannot write.
+    /// Passes every row to every logger, which keeps the rows that it cannot write.
     pub(super) fn log(&mut self, rows: &[Map<String, Value>]) {
         if rows.is_empty() {
             return;
@@ -113,12 +113,12 @@ impl<'a> Outputs<'a> {
         let log = |logger: &mut Box<dyn Logger>| rows.iter().filter_map(|row| logger.log(row).err()).last();
         let failed = self.loggers.iter_mut().filter_map(log).last();
         if let Some(error) = failed.as_ref().filter(|_| !self.log_fails) {
-            tracing::warn!("{error:#}; training goes on, and it will be tried again");
+            tracing::warn!("{error:#}; training continues, and the write will be retried");
         }
         self.log_fails = failed.is_some();
     }
 
-    /// Shows how far the run is: `steps` were taken, the last on `activations`, with the figures of a logged step.
+    /// Shows progress: `steps` steps taken, the last on `activations` activations, with the rows of a logged step.
     pub(super) fn show(&mut self, steps: u64, activations: i64, figures: Option<&[Map<String, Value>]>) {
         if let Some(rows) = figures {
             self.progress.figures(rows);
@@ -126,15 +126,15 @@ impl<'a> Outputs<'a> {
         self.progress.step(steps, activations);
     }
 
-    /// Writes an SAE's weights beside the training.
+    /// Writes an SAE's weights in the background.
     pub(super) fn weights(&mut self, name: &str, step: u64, tensors: Vec<(String, Tensor)>) -> Result<()> {
-        // Those before the first step are no loss.
+        // Initial weights can be remade.
         self.wrote_weights |= step > 0;
         let path = self.run_dir.join(name).join(format!("checkpoints/ae_{step}.safetensors"));
         self.saver.weights(path, tensors, self.interrupt)
     }
 
-    /// Writes a checkpoint beside the training. Without the log up to it a checkpoint is of no use.
+    /// Writes a checkpoint in the background, once the log is flushed: resuming needs the log up to it.
     pub(super) fn checkpoint(&mut self, step: u64, state: impl FnOnce() -> Result<State>) -> Result<()> {
         let flushed = flush(&mut self.loggers);
         match flushed {
@@ -146,7 +146,7 @@ impl<'a> Outputs<'a> {
         }
     }
 
-    /// Tells of what could not be written, and tries again.
+    /// Reports failed writes, and retries them.
     pub(super) fn look(&mut self) -> Result<()> {
         self.saver.look()
     }
@@ -156,14 +156,14 @@ impl<'a> Outputs<'a> {
         self.saver.finish(self.interrupt)
     }
 
-    /// Ends the progress of training.
+    /// Ends the progress of training, and emits notes.
     pub(super) fn finish_progress(&self, notes: impl IntoIterator<Item = String>) {
         tracing::info!("{}", self.progress.finish());
         notes.into_iter().for_each(|note| notes::emit(&note));
     }
 
-    /// Writes the log, a checkpoint if there is a state, and the SAEs (`save`). SAEs are also written where there is no room
-    /// for the others; then this returns why the others are missing.
+    /// Writes the log, a checkpoint if there is a state, and the SAEs (`save`). If only the SAEs can be written,
+    /// returns the error of the others.
     pub(super) fn save_all(
         &mut self,
         state: Option<(u64, State)>,
@@ -178,7 +178,7 @@ impl<'a> Outputs<'a> {
                 state.as_ref().map_or(Ok(()), |(step, state)| checkpoints.save(*step, state))
             };
             let others = write();
-            // Not later: whoever waits for room may be killed.
+            // Save now: a process that waits for disk space may be killed.
             if others.is_err() && !saved {
                 saved = save().is_ok();
             }
@@ -190,13 +190,13 @@ impl<'a> Outputs<'a> {
         Ok(others.err())
     }
 
-    /// Writes a file that the run cannot do without, again and again where it fails.
+    /// Writes a file that the run needs, with retries.
     pub(super) fn patiently(&self, write: impl FnMut() -> Result<()>) -> Result<()> {
         patiently(self.interrupt, write)
     }
 }
 
-/// The last step of a run.
+/// Returns the last step of a run.
 pub(super) fn last_step(config: &RunConfig) -> u64 {
     config.stop_after.unwrap_or(config.steps).min(config.steps)
 }

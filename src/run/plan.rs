@@ -1,4 +1,4 @@
-//! What a run would do, for `--dry-run`.
+//! Describes a run for `--dry-run`.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
@@ -12,7 +12,7 @@ use dictlearn_core::machine::memory::Size;
 use dictlearn_core::train::analytic::AnalyticPass;
 use dictlearn_core::train::{Gradients, Terms, Training};
 
-/// Describes the shapes and the memory of a run. Nothing is written.
+/// Describes the shapes and the memory of a run. Writes nothing.
 pub fn plan(config: &mut RunConfig) -> Result<String> {
     let mut run = build(config, None)?;
     let (precision, why) = config.precision.precision(run.device);
@@ -21,7 +21,7 @@ pub fn plan(config: &mut RunConfig) -> Result<String> {
         format!("matrix products in training: {precision} ({why})"),
     ];
     if run.device == Device::Cpu {
-        lines.push(format!("loops beside them: {} on {} threads", device::cpu_vectors(), tch::get_num_threads()));
+        lines.push(format!("other loops: {} on {} threads", device::cpu_vectors(), tch::get_num_threads()));
     }
     for (site, Site { activation_dim, output_dim, .. }) in run.batches.sites.iter().enumerate() {
         lines.push(format!("activations{}: width {activation_dim} -> {output_dim}", run.batches.at(site)));
@@ -51,8 +51,8 @@ pub fn plan(config: &mut RunConfig) -> Result<String> {
     Ok(lines.join("\n"))
 }
 
-/// Why an SAE's steps are left to autograd, if they are not analytic. It takes the loss of a batch of zeros, so it is not for
-/// a run that goes on.
+/// Returns why an SAE's steps need autograd, if they are not analytic. Takes the loss of a batch of zeros, so the SAE
+/// must not be trained afterwards.
 fn why_autograd(training: &mut Training) -> Result<Option<&'static str>> {
     if training.is_modified() {
         return Ok(Some("its modifiers need it"));
@@ -67,8 +67,8 @@ fn why_autograd(training: &mut Training) -> Result<Option<&'static str>> {
         return Ok(None);
     }
     Ok(Some(if device::on_host(dictionary.device()) {
-        "the trainer or the dictionary has no other way"
+        "the trainer or the dictionary has no analytic step"
     } else {
-        "the trainer or the dictionary has no other way on a GPU"
+        "the trainer or the dictionary has no analytic step on a GPU"
     }))
 }

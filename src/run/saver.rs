@@ -1,5 +1,5 @@
-//! What a run writes on its way, checkpoints and weights, written beside the training by a thread. What cannot be written
-//! now (a full disk, a folder that may only be read, a file system that is gone) is tried again, while training goes on.
+//! Writes checkpoints and weights during training, on a background thread. Failed writes (a full disk, a read-only
+//! folder, a missing file system) are retried while training continues.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -14,22 +14,22 @@ use dictlearn_core::files::state::State;
 use dictlearn_core::files::tensors;
 use dictlearn_core::interrupt::Interrupt;
 
-/// How long to wait before the first try anew; then twice as long each time, up to a minute.
+/// Pause before the first retry; it doubles each time, up to a minute.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// How long it is tried to write what the run cannot go on without.
+/// How long to retry a write that the run needs.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// The same for a run that was told to end.
+/// The same for a run that was interrupted.
 const PATIENCE_AT_THE_END: Duration = Duration::from_secs(4);
 
-/// Weights that may wait in memory to be written.
+/// Maximum number of weights that wait in memory.
 const WAITING: usize = 4;
 
 /// Writes checkpoints and weights.
 pub(crate) struct Saver {
     checkpoints: Checkpoints,
-    /// Not written yet, in this order.
+    /// Weights not written yet, in order.
     waiting: VecDeque<Weights>,
     writing: Option<JoinHandle<(Job, Result<()>)>>,
     /// Whether a checkpoint is due.
@@ -37,20 +37,20 @@ pub(crate) struct Saver {
     trouble: Option<Trouble>,
 }
 
-/// Weights to be kept in a file.
+/// Weights for a file.
 struct Weights {
     path: PathBuf,
     tensors: Vec<(String, Tensor)>,
 }
 
 enum Job {
-    /// With the weights that come before it: a run that is resumed from it never goes over their steps again.
+    /// With the weights from before it: a run resumed from it does not repeat their steps.
     Checkpoint(u64, State, VecDeque<Weights>),
     Weights(Weights),
 }
 
 impl Job {
-    /// Weights that are written need not be written again, should what comes after them fail.
+    /// Writes the job. A retry does not rewrite weights that were written.
     fn write(&mut self, checkpoints: &Checkpoints) -> Result<()> {
         match self {
             Job::Checkpoint(step, state, before) => {
@@ -75,7 +75,7 @@ impl Weights {
     }
 }
 
-/// Writing that does not succeed.
+/// State of failing writes.
 struct Trouble {
     pause: Duration,
     again: Instant,
@@ -89,25 +89,24 @@ impl Trouble {
 }
 
 impl Saver {
-    /// Writes to these checkpoints, and weights to any place.
+    /// Returns a saver that writes to these checkpoints.
     pub fn new(checkpoints: Checkpoints) -> Self {
         Saver { checkpoints, waiting: VecDeque::new(), writing: None, due: false, trouble: None }
     }
 
-    /// From now on a checkpoint is due, until one is written that was taken later.
+    /// Marks a checkpoint as due, until one taken later is written.
     pub fn due(&mut self) {
         self.due = true;
     }
 
-    /// Whether a checkpoint is due and could be written now: it is taken as late as that, and there is never more than one in
-    /// memory.
+    /// True if a checkpoint is due and can be written now. Taken no earlier, there is never more than one in memory.
     pub fn wants_checkpoint(&self) -> bool {
         self.due
             && self.writing.is_none()
             && self.trouble.as_ref().is_none_or(|trouble| Instant::now() >= trouble.again)
     }
 
-    /// Writes a checkpoint that [`Saver::wants_checkpoint`], after the weights that it has been given so far.
+    /// Writes a checkpoint that [`Saver::wants_checkpoint`], after all waiting weights.
     pub fn checkpoint(&mut self, step: u64, state: State) -> Result<()> {
         self.written()?;
         self.due = false;
@@ -115,13 +114,13 @@ impl Saver {
         self.start(Job::Checkpoint(step, state, before))
     }
 
-    /// What could not be made ready for a checkpoint: it is tried again later.
+    /// Reports that a checkpoint could not be prepared, and retries later.
     pub fn not_ready(&mut self, error: &anyhow::Error) {
         self.failed(error);
         self.due = true;
     }
 
-    /// Writes weights to a file, as soon as it can. Waits while too many cannot be written.
+    /// Writes weights to a file in the background. Blocks while too many wait.
     pub fn weights(&mut self, path: PathBuf, tensors: Vec<(String, Tensor)>, interrupt: &Interrupt) -> Result<()> {
         self.waiting.push_back(Weights { path, tensors });
         self.look()?;
@@ -131,7 +130,7 @@ impl Saver {
         Ok(())
     }
 
-    /// Sees what was written, and goes on writing. Takes no time.
+    /// Checks the current write, and starts the next. Does not block.
     pub fn look(&mut self) -> Result<()> {
         if self.writing.as_ref().is_some_and(JoinHandle::is_finished) {
             self.written()?;
@@ -146,9 +145,9 @@ impl Saver {
         Ok(())
     }
 
-    /// Waits until all that was given is written, if it can be.
+    /// Waits until all weights are written, or retries fail.
     pub fn finish(&mut self, interrupt: &Interrupt) -> Result<()> {
-        // A checkpoint that fails now is not tried again: who waits here writes a later one, or needs none.
+        // A checkpoint that fails now is not retried: the caller writes a later one, or needs none.
         self.written()?;
         let checkpoints = self.checkpoints.clone();
         while let Some(weights) = self.waiting.pop_front() {
@@ -169,10 +168,11 @@ impl Saver {
         Ok(())
     }
 
-    /// Waits for what is being written.
+    /// Waits for the current write.
     fn written(&mut self) -> Result<()> {
         let Some(writing) = self.writing.take() else { return Ok(()) };
-        let (job, result) = writing.join().map_err(|_| anyhow!("what was to be saved could not be written"))?;
+        let (job, result) =
+            writing.join().map_err(|_| anyhow!("the thread that writes checkpoints and weights panicked"))?;
         match result {
             Ok(()) => {
                 if self.trouble.take().is_some() {
@@ -182,7 +182,7 @@ impl Saver {
             Err(error) => {
                 self.failed(&error);
                 match job {
-                    // A later state is worth more.
+                    // Retry with a later state.
                     Job::Checkpoint(_, _, mut before) => {
                         self.due = true;
                         before.append(&mut self.waiting);
@@ -197,14 +197,14 @@ impl Saver {
 
     fn failed(&mut self, error: &anyhow::Error) {
         if self.trouble.is_none() {
-            tracing::warn!("{error:#}; training goes on, and it will be tried again");
+            tracing::warn!("{error:#}; training continues, and the write will be retried");
         }
         self.trouble = Some(Trouble::after(self.trouble.take()));
     }
 }
 
 impl Drop for Saver {
-    /// What is being written is not broken off: the program may end after this.
+    /// Finishes the current write: the program may end after this.
     fn drop(&mut self) {
         if let Some(writing) = self.writing.take() {
             let _ = writing.join();
@@ -212,7 +212,7 @@ impl Drop for Saver {
     }
 }
 
-/// Writes what the run cannot go on without, again and again until it succeeds or patience ends.
+/// Retries a write that the run needs until it succeeds or patience ends.
 pub(crate) fn patiently<T>(interrupt: &Interrupt, mut write: impl FnMut() -> Result<T>) -> Result<T> {
     let started = Instant::now();
     let mut trouble: Option<Trouble> = None;
@@ -227,13 +227,13 @@ pub(crate) fn patiently<T>(interrupt: &Interrupt, mut write: impl FnMut() -> Res
             Err(error) => error,
         };
         if trouble.is_none() {
-            tracing::warn!("{error:#}; it will be tried again");
+            tracing::warn!("{error:#}; the write will be retried");
         }
         let now = Trouble::after(trouble);
         while Instant::now() < now.again {
             let patience = if interrupt.asked() { PATIENCE_AT_THE_END } else { PATIENCE };
             if started.elapsed() > patience {
-                return Err(error).with_context(|| format!("not written, though it was tried for {patience:?}"));
+                return Err(error).with_context(|| format!("not written after retries for {patience:?}"));
             }
             thread::sleep(Duration::from_millis(50));
         }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How many batches were skipped.
+/// Count of skipped batches.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Skips {
     pub(super) count: u64,
@@ -10,11 +10,11 @@ pub(super) struct Skips {
     first: String,
 }
 
-/// The run stops at so many skipped batches in a row.
+/// Number of batches skipped in a row at which the run stops.
 pub(super) const SKIPS: u64 = 100;
 
 impl Skips {
-    /// Counts a skipped batch. Returns true if there are too many in a row now.
+    /// Counts a skipped batch. Returns true if too many were skipped in a row.
     pub(super) fn add(&mut self, why: &str) -> bool {
         if self.count == 0 {
             self.first = why.to_owned();
@@ -29,9 +29,9 @@ impl Skips {
         self.in_a_row = 0;
     }
 
-    /// A note for the end of the run, if batches were skipped.
+    /// Returns a note for the end of the run, if batches were skipped.
     pub(super) fn note(&self, whose: &str) -> Option<String> {
         (self.count > 0)
-            .then(|| format!("warning: {whose}: {} batches were left out, the first: {}", self.count, self.first))
+            .then(|| format!("warning: {whose}: {} batches were skipped, the first: {}", self.count, self.first))
     }
 }

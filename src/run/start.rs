@@ -1,4 +1,4 @@
-//! How a run starts: anew, from a checkpoint, or not at all.
+//! Starts a run from scratch or from a checkpoint, or refuses to.
 
 use std::fs;
 use std::path::Path;
@@ -21,11 +21,11 @@ use dictlearn_core::sae::saved;
 
 /// Trains every SAE of a config, saves and evaluates them.
 ///
-/// The config is completed with what follows from its source: defaults that adapt to the length of the run, and metrics.
-/// `interrupt` is looked at before each step.
+/// Completes the config with defaults that adapt to the length of the run, and default metrics. Checks `interrupt`
+/// before each step.
 pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &Interrupt) -> Result<Ending> {
     let checkpoints = Checkpoints::new(run_dir);
-    // Held as long as the run goes on. What a directory holds is looked at when nobody else can change it.
+    // Held until the run ends. The directory is read only while no other process can change it.
     let held = if run_dir.is_dir() { Some(lock(run_dir)?) } else { None };
     let checkpoint = if resume { checkpoints.latest()? } else { None };
     let mut begun = None;
@@ -38,16 +38,16 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
             })?;
             adapt(config, None, Some(&text));
             begun = Some((checkpoints.check_config(&text, &to_yaml(config)?)?, text));
-            // Branches of the Hub may have moved on.
+            // Branches of the Hub may have moved since.
             for (repo, commit) in state.get::<Vec<(Repo, String)>>("hub")? {
                 hub()?.pin(&repo, &commit);
             }
         }
     }
 
-    // Everything that can be wrong with the config is found before anything is written.
+    // Find every mistake in the config before anything is written.
     let mut run = match build(config, begun.as_ref().map(|(_, text)| &**text)) {
-        // Whatever broke off then did so because it was asked to.
+        // The interrupt caused the error.
         Err(_) if interrupt.asked() => {
             return Ok(checkpoint.map_or(Ending::NotBegun, |(step, _)| Ending::Interrupted(step)));
         }
@@ -61,13 +61,13 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
     if let Some((step, state)) = checkpoint {
         match run.restore(&state) {
             Err(_) if interrupt.asked() => return Ok(Ending::Interrupted(step)),
-            done => done.context("cannot take up the checkpoint")?,
+            done => done.context("cannot restore the checkpoint")?,
         }
         first = step;
         if begun.as_ref().is_some_and(|(_, text)| *text == yaml)
             && let Some(done) = already_done(&run, config, run_dir, first)?
         {
-            tracing::info!("the run is done already; --resume has nothing left to do");
+            tracing::info!("the run is finished already; there is nothing to resume");
             return Ok(done);
         }
         tracing::info!("resuming at step {step}");
@@ -75,12 +75,12 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
     run.memory.lines().iter().for_each(|line| tracing::info!("{line}"));
     let created = held.is_none();
     let before = entries(run_dir);
-    fs::create_dir_all(run_dir).with_context(|| format!("cannot make the output directory {}", run_dir.display()))?;
+    fs::create_dir_all(run_dir).with_context(|| format!("cannot create the output directory {}", run_dir.display()))?;
     let _held = match held {
         Some(held) => held,
         None => {
             let held = lock(run_dir)?;
-            // Another process may have made it meanwhile, and be done.
+            // Another process may have created it and finished in the meantime.
             refuse_other_run(run_dir, false, &checkpoints)?;
             held
         }
@@ -92,7 +92,7 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
     let result = run.train(config, run_dir, &checkpoints, interrupt, (first, resume));
     let useless = !matches!(result, Ok(Ending::Done { .. } | Ending::Interrupted(_)));
     if useless && !run.wrote_weights && !checkpoints.exist() {
-        // Nothing of it is of use, and a directory that holds half a run would only refuse the next one.
+        // Remove the useless start of a run: the directory would refuse the next one.
         for path in entries(run_dir).difference(&before) {
             let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
         }
@@ -103,7 +103,7 @@ pub fn train(config: &mut RunConfig, run_dir: &Path, resume: bool, interrupt: &I
     result
 }
 
-/// What an earlier process has found, if it has done all that there is to do.
+/// Returns the results of an earlier process, if it finished the run.
 fn already_done(run: &TrainLoop, config: &RunConfig, run_dir: &Path, step: u64) -> Result<Option<Ending>> {
     if step < last_step(config) {
         return Ok(None);
@@ -123,27 +123,26 @@ fn already_done(run: &TrainLoop, config: &RunConfig, run_dir: &Path, step: u64) 
     Ok(Some(run.done(results)))
 }
 
-/// Refuses to lay a run out for another number of steps than the one that its steps so far were taken for, if they depend
-/// on it.
+/// Refuses another number of steps if a schedule depends on it, or if more steps were taken already.
 fn check_steps(run: &TrainLoop, config: &RunConfig, done: u64, run_dir: &Path) -> Result<()> {
     if config.steps < done {
-        let message = format!("`steps` is {}, and the run has taken {done} already", config.steps);
+        let message = format!("`steps` is {}, but the run has taken {done} already", config.steps);
         bail!(
             InputError::new(message)
                 .field("steps")
-                .help("resume with the number of steps that it was begun with, or choose another --output-dir")
+                .help("resume with the number of steps that it was started with, or choose another --output-dir")
         );
     }
     let Some(sae) = run.trainees.0.iter().find(|sae| sae.training.trainer.depends_on_steps()) else { return Ok(()) };
     let name = sae.name();
     bail!(InputError::new(format!(
-        "the run was begun with another `steps`, and the schedule of SAE `{name}` depends on it"
+        "the run was started with another `steps`, and the schedule of SAE `{name}` depends on it"
     ))
     .field("steps")
     .help(format!(
-        "its learning rate has decayed, or its penalty has annealed, towards the old end. To train it further, start a new \
-         run from its weights: another `output_dir`, and in this SAE `init_from: {}`. To finish the old run, resume with \
-         its `steps`",
+        "its learning rate has decayed, or its penalty has annealed, towards the old end. To train it further, start a \
+         new run from its weights: another `output_dir`, and in this SAE `init_from: {}`. To finish the old run, \
+         resume with its `steps`",
         run_dir.join(name).display()
     )));
 }

@@ -1,4 +1,4 @@
-//! The loop of a run.
+//! The training loop of a run.
 
 use std::path::Path;
 
@@ -27,34 +27,34 @@ use dictlearn_core::train::saved_config;
 pub enum Ending {
     /// It is trained, saved and evaluated.
     Done {
-        /// The figures of each SAE, by name.
+        /// The metrics of each SAE, by name.
         results: Vec<(String, Map<String, Value>)>,
-        /// Why others were not trained to the end.
+        /// Why the other SAEs stopped early.
         stopped: Vec<String>,
-        /// Whether the activations are those of a language model that can be given a text.
+        /// Whether the source has a language model that can read text.
         reads_text: bool,
     },
     /// Every SAE stopped, because its loss or gradients were not finite: why, for each.
     Diverged(Vec<String>),
-    /// A signal stopped it before this step; everything is saved, and `--resume` goes on.
+    /// A signal stopped it before this step; everything is saved, and `--resume` continues.
     Interrupted(u64),
-    /// A signal stopped it before anything was trained; nothing was left behind.
+    /// A signal stopped it before the first step; no files remain.
     NotBegun,
 }
 
-/// What is built from a config: where batches come from, and who trains on them.
+/// A run built from a config: the batches, and the SAEs that train on them.
 pub(super) struct TrainLoop {
     pub(super) device: Device,
     pub(super) batches: Batches,
     pub(super) trainees: Trainees,
     pub(super) machine: Machine,
     pub(super) memory: Plan,
-    /// True once weights were written that training made.
+    /// True once trained weights were written.
     pub(super) wrote_weights: bool,
 }
 
 impl TrainLoop {
-    /// Trains from a step on, which is the step of a checkpoint if the run `resumes`.
+    /// Trains from step `first` on, which is a checkpoint's step if the run `resumes`.
     pub(super) fn train(
         &mut self,
         config: &RunConfig,
@@ -84,7 +84,7 @@ impl TrainLoop {
         self.trainees.rescale_loaded(config)
     }
 
-    /// The way of every batch.
+    /// Takes steps until the run or the data ends.
     fn take_steps(&mut self, config: &RunConfig, first: u64, outputs: &mut Outputs) -> Result<Ending> {
         let (mut step, last) = (first, outputs.last());
         if step == 0 && outputs.saves_initial_weights() {
@@ -95,7 +95,7 @@ impl TrainLoop {
                 return self.interrupted(config, step, outputs);
             }
             let activations = match self.batches.next() {
-                // Sources break off long work when they are interrupted, and can be saved then.
+                // Sources stop long work when interrupted, in a state that can be saved.
                 Err(_) if outputs.interrupt.asked() => return self.interrupted(config, step, outputs),
                 activations => activations.with_context(|| format!("step {step}"))?,
             };
@@ -128,24 +128,26 @@ impl TrainLoop {
         self.end(config, step, outputs)
     }
 
-    /// Waits for a GPU to have taken all steps. Nothing is logged or written before.
+    /// Waits until a GPU has taken all steps. Nothing may be logged or written before.
     fn settle(&mut self, config: &RunConfig, outputs: &mut Outputs) -> Result<()> {
         self.batches.settle()?;
         self.trainees.settle(config, outputs)
     }
 
-    /// Saves and evaluates what was trained.
+    /// Saves and evaluates the trained SAEs.
     fn end(&mut self, config: &RunConfig, step: u64, outputs: &mut Outputs) -> Result<Ending> {
         outputs.finish_progress(self.batches.notes().into_iter().chain(self.trainees.notes()));
         let missing = self.save_all(config, config.checkpoint_every.map(|_| step), outputs)?;
         outputs.interrupt.nothing_to_lose();
-        // Since then a signal ends the process; this one came before.
+        // From here on a signal ends the process; this one came before.
         if outputs.interrupt.asked() {
             return self.interrupted(config, step, outputs);
         }
         let results = self.evaluate(config, outputs)?;
         match missing {
-            Some(error) => Err(error.context("what was trained is saved and evaluated, but this is missing")),
+            Some(error) => Err(error.context(
+                "the trained SAEs are saved and evaluated, but the log or the checkpoint could not be written",
+            )),
             None => Ok(self.done(results)),
         }
     }
@@ -154,7 +156,7 @@ impl TrainLoop {
         Ending::Done { results, stopped: self.trainees.stops(), reads_text: self.batches.reads_text() }
     }
 
-    /// Stops before a step, with everything saved that a later run needs.
+    /// Stops before a step, and saves everything that resuming needs.
     fn interrupted(&mut self, config: &RunConfig, step: u64, outputs: &mut Outputs) -> Result<Ending> {
         self.settle(config, outputs)?;
         if step == 0 {
@@ -166,8 +168,8 @@ impl TrainLoop {
         }
     }
 
-    /// Writes the log, a checkpoint of a step if there is to be one, and the SAEs. Returns why the others are missing where only
-    /// the SAEs could be written.
+    /// Writes the log, a checkpoint if a step is given, and the SAEs. If only the SAEs can be written, returns the
+    /// error of the others.
     fn save_all(
         &self,
         config: &RunConfig,
@@ -189,7 +191,7 @@ impl TrainLoop {
         saved::write(&dir, &*sae.folded()?, &about)
     }
 
-    /// What a checkpoint holds after so many steps.
+    /// Returns the state of a checkpoint after `step` steps.
     fn state(&self, step: u64) -> Result<State> {
         let mut state = State::new();
         state.put(checkpoint::STEP, step)?;
@@ -200,7 +202,7 @@ impl TrainLoop {
         Ok(state)
     }
 
-    /// Takes back what a checkpoint holds.
+    /// Restores the state of a checkpoint.
     pub(super) fn restore(&mut self, state: &State) -> Result<()> {
         self.batches.restore(state)?;
         self.trainees.divide_by(&self.batches.norms);
@@ -208,14 +210,14 @@ impl TrainLoop {
         let differences = self.machine.differences(&state.get("machine")?);
         if !differences.is_empty() {
             tracing::warn!(
-                "the run was begun elsewhere ({}): it goes on, but not to the same bits as if it had stayed there",
+                "resuming with another machine or version ({}); results will not be bit-identical",
                 differences.join(", ")
             );
         }
         Ok(())
     }
 
-    /// The figures of every SAE that was trained to the end, by name; they are written to its folder.
+    /// Evaluates every SAE that was trained to the end, and writes its metrics to its folder. Returns them by name.
     fn evaluate(&mut self, config: &RunConfig, outputs: &Outputs) -> Result<Vec<(String, Map<String, Value>)>> {
         let trained: Vec<&Trainee> = self.trainees.active().collect();
         let folded: Vec<_> = trained.iter().map(|sae| sae.folded()).collect::<Result<_>>()?;

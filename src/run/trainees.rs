@@ -1,4 +1,4 @@
-//! The SAEs of a run: each takes its step, and one whose numbers are not finite skips the batch or stops alone.
+//! The SAEs of a run. One whose loss or gradients are not finite skips the batch or stops alone.
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -14,16 +14,16 @@ use dictlearn_core::files::state::State;
 use dictlearn_core::sae::Dictionary;
 use dictlearn_core::train::{NotFinite, Training, TrainingCx};
 
-/// An SAE on one of the source's sites.
+/// An SAE at one of the source's sites.
 pub(super) struct Trainee {
     pub(super) training: Training,
     pub(super) cx: TrainingCx,
     pub(super) site: usize,
-    /// Its index in the config, where an SAE that trains on several sites stands once.
+    /// Index of its entry in the config; an entry that trains at several sites has several SAEs.
     pub(super) entry: usize,
-    /// What its site's activations are divided by.
+    /// Norm that its site's activations are divided by.
     norm: f64,
-    /// Why it trains no more. It is as it was before that step.
+    /// Why it stopped; its weights are those before that step.
     stopped: Option<Stopped>,
     skipped: Skips,
 }
@@ -44,7 +44,7 @@ impl Trainee {
         &self.training.name
     }
 
-    /// The dictionary as it is saved.
+    /// Returns the dictionary as it is saved.
     pub(super) fn folded(&self) -> Result<Box<dyn Dictionary>> {
         self.training.folded(self.norm)
     }
@@ -54,22 +54,22 @@ impl Trainee {
 pub(super) struct Trainees(pub(super) Vec<Trainee>);
 
 impl Trainees {
-    /// Those that have not stopped.
+    /// Returns the SAEs that have not stopped.
     pub(super) fn active(&self) -> impl Iterator<Item = &Trainee> {
         self.0.iter().filter(|sae| sae.stopped.is_none())
     }
 
-    /// Why the others stopped.
+    /// Returns why the other SAEs stopped.
     pub(super) fn stops(&self) -> Vec<String> {
         self.0.iter().filter_map(|sae| Some(sae.stopped.as_ref()?.why.clone())).collect()
     }
 
-    /// Sets what each site's activations are divided by.
+    /// Sets the norms that activations are divided by.
     pub(super) fn divide_by(&mut self, norms: &[f64]) {
         self.0.iter_mut().for_each(|sae| sae.norm = norms[sae.site]);
     }
 
-    /// Lets SAEs whose weights were loaded, and so take activations as the model makes them, take divided ones.
+    /// Rescales SAEs with loaded weights, which are for unscaled activations, to divided ones.
     pub(super) fn rescale_loaded(&mut self, config: &RunConfig) -> Result<()> {
         for sae in self.0.iter_mut().filter(|sae| config.saes[sae.entry].init_from.is_some()) {
             sae.training.takes_divided(sae.norm)?;
@@ -77,7 +77,7 @@ impl Trainees {
         Ok(())
     }
 
-    /// Takes a step of every SAE that has not stopped. Returns the rows to be logged.
+    /// Takes a step of every SAE that has not stopped. Returns the rows to log.
     pub(super) fn train_on(
         &mut self,
         step: u64,
@@ -102,7 +102,7 @@ impl Trainees {
             let skips = sae.training.on_nonfinite == OnNonfinite::SkipBatch;
             if skips && !sae.skipped.add(&error) {
                 if sae.skipped.count == 1 {
-                    tracing::warn!("{error}; the batch is left out");
+                    tracing::warn!("{error}; the batch is skipped");
                 }
                 continue;
             }
@@ -112,7 +112,7 @@ impl Trainees {
         Ok(rows)
     }
 
-    /// Waits for a GPU to have taken the steps so far, and stops SAEs whose losses or gradients were not finite.
+    /// Waits until a GPU has taken the steps so far, and stops SAEs whose losses or gradients were not finite.
     pub(super) fn settle(&mut self, config: &RunConfig, outputs: &mut Outputs) -> Result<()> {
         for index in 0..self.0.len() {
             if self.0[index].stopped.is_some() {
@@ -120,14 +120,14 @@ impl Trainees {
             }
             let Err(error) = self.0[index].training.settle() else { continue };
             let NotFinite { message, .. } = error.downcast::<NotFinite>()?;
-            // Steps were taken since then.
+            // The SAE has taken steps since then.
             let step = self.go_back(index, config, outputs)?;
             self.stop(index, step, message, outputs)?;
         }
         Ok(())
     }
 
-    /// Sets an SAE back to the last checkpoint, or to the beginning. Returns the step.
+    /// Resets an SAE to the last checkpoint, or to the beginning. Returns the step.
     fn go_back(&mut self, index: usize, config: &RunConfig, outputs: &mut Outputs) -> Result<u64> {
         let sae = &mut self.0[index];
         let mut training = Training::new(&config.saes[sae.entry], &sae.cx)?;
@@ -142,15 +142,15 @@ impl Trainees {
         Ok(step)
     }
 
-    /// Stops an SAE. Its weights, those of this step, are kept, unless nothing of the run is.
+    /// Stops an SAE, and saves its weights of this step unless nothing of the run is kept.
     fn stop(&mut self, index: usize, step: u64, why: String, outputs: &mut Outputs) -> Result<()> {
         self.0[index].stopped = Some(Stopped { step, why: why.clone() });
         let others = self.active().next().is_some();
         if others || outputs.wrote_weights() || outputs.checkpoints().exist() {
-            let goes_on = if others { "; the others go on" } else { "" };
+            let goes_on = if others { "; the others continue" } else { "" };
             let name = self.0[index].name();
             tracing::warn!(
-                "{why}: SAE `{name}` stops, and its weights of step {step} are kept in {name}/checkpoints{goes_on}"
+                "{why}: SAE `{name}` stops, and its weights of step {step} are saved in {name}/checkpoints{goes_on}"
             );
             write_weights(&self.0[index], step, outputs)?;
         }
@@ -161,17 +161,17 @@ impl Trainees {
         Err(NoneLeft.into())
     }
 
-    /// Writes the weights of every SAE that has not stopped, beside the final ones.
+    /// Writes the weights of every SAE that has not stopped, apart from the final ones.
     pub(super) fn write_weights(&self, step: u64, outputs: &mut Outputs) -> Result<()> {
         self.active().try_for_each(|sae| write_weights(sae, step, outputs))
     }
 
-    /// Notes for the end of the run.
+    /// Returns notes for the end of the run.
     pub(super) fn notes(&self) -> impl Iterator<Item = String> {
         self.0.iter().filter_map(|sae| sae.skipped.note(&format!("SAE `{}`", sae.name())))
     }
 
-    /// What a checkpoint holds.
+    /// Puts its state into a checkpoint.
     pub(super) fn put_state(&self, state: &mut State) -> Result<()> {
         for sae in &self.0 {
             let name = sae.name();
@@ -182,7 +182,7 @@ impl Trainees {
         Ok(())
     }
 
-    /// Takes back what [`Trainees::put_state`] put.
+    /// Restores what [`Trainees::put_state`] put.
     pub(super) fn restore(&mut self, state: &State) -> Result<()> {
         for sae in &mut self.0 {
             let name = sae.training.name.clone();
@@ -206,10 +206,10 @@ fn write_weights(sae: &Trainee, step: u64, outputs: &mut Outputs) -> Result<()> 
 #[error("no SAE is left to train")]
 pub(super) struct NoneLeft;
 
-/// The error of SAEs that stopped.
+/// Returns the error of the SAEs that stopped.
 pub fn stopped_error(stops: Vec<String>) -> InputError {
     InputError::new(stops.join("; ")).help(
-        "look at the activations (`dictlearn activations`), lower the learning rate, or set `normalize_activations: true`; \
-         `on_nonfinite: skip_batch` leaves single batches out",
+        "inspect the activations (`dictlearn activations`), lower the learning rate, or set `normalize_activations: \
+         true`; `on_nonfinite: skip_batch` skips single batches",
     )
 }

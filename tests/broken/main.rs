@@ -244,9 +244,9 @@ named! {
     scale_biases_that_leaves_a_bias_is_named_with_the_bias: Dictionary "unscaled_bias"
         ["scale_biases(s)", "`b_dec` was left as it was", "`encoder.bias` was scaled", "thresholds"];
     a_k_that_is_not_loaded_is_named: Dictionary "stale_k"
-        ["k can be changed while training, and is saved", "Selection::loaded"];
+        ["k can change during training, and is saved", "Selection::loaded"];
     a_panic_of_the_component_is_named_with_the_promise: Dictionary "two_dimensions_only"
-        ["[B, L, d] is read as [B, d]", "it panicked: not enough values to unpack: [5, 10, 32]"];
+        ["[B, L, d] works like [B, d]", "it panicked: not enough values to unpack: [5, 10, 32]"];
 }
 
 /// A trainer with a penalty on the features, but for its fault, which shows on no dictionary that another test accepts.
@@ -352,11 +352,11 @@ named! {
     a_trainer_that_does_not_save_its_count_is_named: Trainer "forgetful"
         ["a resumed run ends on the same weights", "weights that differ: ", "in `state`"];
     a_sparsity_term_that_is_not_declared_is_named: Trainer "undeclared"
-        ["`has_sparsity_term` is false, and the loss has a term of sparsity"];
+        ["`has_sparsity_term` is false, but the loss has a sparsity term"];
     a_trainer_that_hardly_learns_is_named: Trainer "sluggish"
         ["explains over 30% of the variance", "at the first step"];
     a_gradient_that_is_not_the_loss_s_is_named: Trainer "twice_the_gradient"
-        ["that of finite differences", "`mse_loss` by `"];
+        ["matches finite differences", "`mse_loss` by `"];
     a_refusal_of_another_kind_is_named: Trainer "curt"
         ["or refuses it in `build`", "not `InputError::incompatible`: the trainer `curt`"];
 }
@@ -537,7 +537,7 @@ named! {
         ["shape and type of the logits is ([2, 9, 95], Float), not ([2, 9, 96], Float)"];
     a_module_that_no_pass_meets_is_named: Model "deaf" ["no pass meets `model.layers.0.input_layernorm.in`"];
     a_model_that_goes_on_with_the_value_before_the_hook_is_named: Model "headstrong"
-        ["`model.layers.0.input_layernorm.in` is replaced, and nothing changes"];
+        ["`model.layers.0.input_layernorm.in` is replaced, but the logits do not change"];
     weights_under_other_names_than_the_files_are_named: Model "renaming"
         ["opens from config.json and a file of its `parameters`", "self_attn"];
 }
@@ -584,7 +584,7 @@ impl ActivationSource for Restless {
 
 named! {
     a_source_that_begins_anew_when_restored_is_named: Source "restless"
-        ["a restored source goes on with other batches", "in `state`"];
+        ["a restored source continues with other batches", "in `state`"];
 }
 
 /// Documents that count; to seek leads to the one after.

@@ -348,7 +348,7 @@ fn another_run_is_not_written_over() {
     assert!(said.contains("already holds a run") && said.contains("--output-dir"), "{said}");
     // It is finished, and its state was not kept: to resume would be to train it anew.
     let said = desk.refused(&["train", "config.yaml", "--resume"]);
-    assert!(said.contains("no checkpoint to go on from"), "{said}");
+    assert!(said.contains("no checkpoint to resume from"), "{said}");
     assert_eq!(fs::read(desk.path("run/standard/ae.safetensors")).unwrap(), before);
 }
 
@@ -668,20 +668,20 @@ fn settings_that_measuring_does_not_use_are_refused() {
     desk.ok(&["train", "config.yaml"]);
     for set in ["saes[0].dictionary.dict_size=32", "steps=10"] {
         let said = desk.refused(&["eval", "run/top_k", "--set", set]);
-        assert!(said.contains("changes nothing of what is measured") && said.contains("eval_source"), "{said}");
+        assert!(said.contains("does not affect evaluation") && said.contains("eval_source"), "{said}");
     }
     assert!(desk.refused(&["eval", "run/top_k", "--set", "sorce.batch_size=1"]).contains("did you mean `source`"));
     let said = desk.refused(&["eval", "run/top_k", "--set", "metrics=[]"]);
-    assert!(said.contains("`--set metrics=[]` leaves nothing to measure"), "{said}");
+    assert!(said.contains("`--set metrics=[]` leaves no metrics to compute"), "{said}");
 }
 
 #[test]
 fn too_little_data_for_a_figure_is_a_warning() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     let run = desk.run(&["train", "config.yaml"]);
-    assert!(run.stderr.contains("the figures rest on 128 tokens (reconstruction)"), "{}", run.stderr);
+    assert!(run.stderr.contains("the metrics are computed on 128 tokens (reconstruction)"), "{}", run.stderr);
     let run = desk.run(&["eval", "run/top_k", "--set", "metrics[0].n_batches=20"]);
-    assert!(!run.stderr.contains("the figures rest on"), "{}", run.stderr);
+    assert!(!run.stderr.contains("the metrics are computed on"), "{}", run.stderr);
     assert!(run.stdout.contains("batches.safetensors: 1280 tokens\n"), "{}", run.stdout);
     // Of many features most have no occasion to fire in as many tokens.
     let wide = "saes[1].dictionary.dict_size=1024";
@@ -785,12 +785,12 @@ fn figures_of_different_data_are_not_compared_in_silence() {
     desk.ok(&["train", "config.yaml", "--output-dir", "a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "b", "--set", "metrics[0].n_batches=3"]);
     let run = desk.run(&["compare", "a", "b"]);
-    assert!(run.stderr.contains("were not measured on the same data"), "{}", run.stderr);
-    assert!(!desk.run(&["compare", "a"]).stderr.contains("same data"));
+    assert!(run.stderr.contains("were evaluated on different data"), "{}", run.stderr);
+    assert!(!desk.run(&["compare", "a"]).stderr.contains("different data"));
     // The advice of those that lack figures works as printed.
     fs::remove_file(desk.path("a/top_k/eval.json")).unwrap();
     let run = desk.run(&["compare", "a"]);
-    let command = run.stderr.split("this makes one: ").nth(1).unwrap_or_else(|| panic!("{}", run.stderr));
+    let command = run.stderr.split("to create one: ").nth(1).unwrap_or_else(|| panic!("{}", run.stderr));
     in_a_shell(&desk, command.trim());
     assert!(desk.json("a/top_k/eval.json")["l0"].is_number());
     assert!(!desk.run(&["compare", "a"]).stderr.contains("eval.json"));
@@ -869,8 +869,8 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
     let file = desk.path("file/hf").display().to_string();
     let broken = [
         ("HF_ENDPOINT", "mirror.org", "HF_ENDPOINT is `mirror.org`"),
-        ("HF_HOME", file.as_str(), "cannot be written to"),
-        ("TMPDIR", file.as_str(), "no temporary file can be made"),
+        ("HF_HOME", file.as_str(), "is not writable"),
+        ("TMPDIR", file.as_str(), "no temporary file can be created"),
     ];
     for (name, value, what) in broken {
         let mut program = desk.program();

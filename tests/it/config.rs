@@ -855,20 +855,20 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
     // One that something else overrides does not act.
     assert_eq!(said(&[("DICTLEARN_SEED", "7")], &["--set", "seed=3"]), "");
     for (name, text) in [
-        ("DICTLEARN_DEBUG", "warning: DICTLEARN_DEBUG is not a key of a config and changes nothing"),
+        ("DICTLEARN_DEBUG", "warning: DICTLEARN_DEBUG matches no config key and is ignored"),
         (
             "DICTLEARN_SETPS",
-            "warning: DICTLEARN_SETPS is not a key of a config and changes nothing; did you mean DICTLEARN_STEPS?",
+            "warning: DICTLEARN_SETPS matches no config key and is ignored; did you mean DICTLEARN_STEPS?",
         ),
-        ("DICTLEARN_PROFILES", "warning: DICTLEARN_PROFILES is not a key of a config and changes nothing"),
+        ("DICTLEARN_PROFILES", "warning: DICTLEARN_PROFILES matches no config key and is ignored"),
         (
             "DICTLEARN_SOURCE__BATCH_SIZ",
-            "warning: DICTLEARN_SOURCE__BATCH_SIZ is not a key of a config and changes nothing; did you mean \
+            "warning: DICTLEARN_SOURCE__BATCH_SIZ matches no config key and is ignored; did you mean \
              DICTLEARN_SOURCE__BATCH_SIZE?",
         ),
         (
             "DICTLEARN_SAES__0__TRAINER__LRR",
-            "warning: DICTLEARN_SAES__0__TRAINER__LRR is not a key of a config and changes nothing; did you mean \
+            "warning: DICTLEARN_SAES__0__TRAINER__LRR matches no config key and is ignored; did you mean \
              DICTLEARN_SAES__0__TRAINER__LR?",
         ),
     ] {

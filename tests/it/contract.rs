@@ -61,7 +61,7 @@ fn every_component_is_listed_and_described() {
                 "{described}"
             );
             assert!(described.contains(component.paper), "{described}");
-            let Some((_, example)) = described.split_once("as it stands:\n\n") else {
+            let Some((_, example)) = described.split_once("ready to train:\n\n") else {
                 assert!(matches!(kind, ComponentKind::Model | ComponentKind::Format), "{described}");
                 continue;
             };

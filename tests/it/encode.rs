@@ -61,7 +61,10 @@ fn an_input_that_cannot_be_read_says_what_is_taken() {
     let said = desk.refused(&["encode", "top_k", "--input", ".", "--output", "y.safetensors"]);
     assert!(said.contains("--input is a folder") && said.contains("activation_cache"), "{said}");
     let said = desk.refused(&["encode", "top_k", "--input", "x.safetensors", "--output", "nowhere/y.safetensors"]);
-    assert!(said.contains("there is no folder nowhere") && said.contains("mkdir -p nowhere"), "{said}");
+    assert!(
+        said.contains("the folder of --output does not exist: nowhere") && said.contains("mkdir -p nowhere"),
+        "{said}"
+    );
     fs::write(desk.path("x.npy"), npy(&x)).unwrap();
     fs::write(desk.path("cut.npy"), &npy(&x)[..40]).unwrap();
     fs::write(desk.path("x.csv"), "0,0,0").unwrap();

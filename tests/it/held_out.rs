@@ -194,7 +194,7 @@ fn texts_that_share_a_file_are_warned_of() {
         );
         let run = desk.run(&["train", "config.yaml", "--output-dir", &format!("run{}", fastrand::u64(..))]);
         assert_eq!(run.code, 0, "{}", run.stderr);
-        run.stderr.matches("measured on what the SAEs were trained on").count()
+        run.stderr.matches("computed on data that the SAEs were trained on").count()
     };
     let files = |path: &str| format!("{{type: text_files, path: '{path}'}}");
     assert_eq!(warned(&files("txt/*.txt"), &files("txt/b.txt")), 1);
@@ -215,7 +215,7 @@ fn an_overlap_is_said_once_for_all_metrics() {
     );
     let run = desk.run(&["train", "config.yaml"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    assert_eq!(run.stderr.matches("measured on what the SAEs were trained on").count(), 1, "{}", run.stderr);
+    assert_eq!(run.stderr.matches("computed on data that the SAEs were trained on").count(), 1, "{}", run.stderr);
 }
 
 #[test]
@@ -238,9 +238,9 @@ fn documents_of_a_text_are_held_out() {
         (figures["measured"]["tokens"].as_u64().unwrap(), run.stderr)
     };
     let (all, said) = measured("");
-    assert!(said.contains("measured on what the SAEs were trained on"), "{said}");
+    assert!(said.contains("computed on data that the SAEs were trained on"), "{said}");
     let (part, said) = measured(", held_out: 0.25");
-    assert!(!said.contains("measured on what the SAEs were trained on"), "{said}");
+    assert!(!said.contains("computed on data that the SAEs were trained on"), "{said}");
     assert!(part > all / 8 && part < all / 2, "{part} of {all}");
     // The same documents, whatever is measured later.
     let said = desk.run(&["eval", "run16/top_k", "--json"]);
@@ -248,7 +248,7 @@ fn documents_of_a_text_are_held_out() {
     assert_eq!(found["measured"]["tokens"], part);
     assert!(!said.stderr.contains("trained on"), "{}", said.stderr);
     let run = desk.run(&["eval", "run16/top_k", "--json", "--set", "source.held_out_seed=1"]);
-    assert!(run.stderr.contains("measured on what the SAEs were trained on"), "{}", run.stderr);
+    assert!(run.stderr.contains("computed on data that the SAEs were trained on"), "{}", run.stderr);
     desk.write("config.yaml", &config(", held_out: 1"));
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("nothing is left to train on") && said.contains("(source.held_out)"), "{said}");

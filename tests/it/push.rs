@@ -75,7 +75,7 @@ fn a_pushed_sae_is_there_as_it_is_here() {
     let config = text(&files, "config.yaml");
     assert!(config.contains("type: top_k") && !config.contains("output_dir"), "{config}");
     assert!(desk.read("run/config.yaml").contains("output_dir"));
-    let warned = "warning: config.yaml is uploaded with paths of this machine in it: source.path";
+    let warned = "warning: config.yaml is uploaded with absolute paths of this machine: source.path";
     assert!(run.stderr.contains(warned), "{}", run.stderr);
 
     let card = text(&files, "README.md");
@@ -210,7 +210,7 @@ fn below_a_folder_and_on_a_branch() {
     assert!(text(&files, "other/README.md").contains("+ \"/other\""));
     // What somebody else wrote stays, unless the SAE's folder has another.
     let run = pushed(&server, &desk, &[]);
-    assert!(run.stderr.contains("the repository's own README.md stays"), "{}", run.stderr);
+    assert!(run.stderr.contains("the repository keeps its own README.md"), "{}", run.stderr);
     assert_eq!(server.files(REPO, "main").unwrap()["README.md"], renewed["README.md"]);
     desk.write("run/top_k/README.md", "---\nlicense: mit\n---\nMine.\n");
     pushed(&server, &desk, &[]);

@@ -348,7 +348,11 @@ fn what_cannot_be_written_is_written_later() {
     fs::rename(desk.path("away"), desk.path("run")).unwrap();
     let run = Run::of(child.wait_with_output().unwrap());
     assert_eq!(run.code, 0, "{}", run.stderr);
-    assert!(run.stderr.contains("warning: cannot make") && run.stderr.contains("training goes on"), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("warning: cannot create") && run.stderr.contains("training continues"),
+        "{}",
+        run.stderr
+    );
     assert!(run.stderr.contains("writing succeeds again"), "{}", run.stderr);
     same(&desk, "whole", "run");
 }
@@ -370,7 +374,7 @@ fn small_disks_hold_what_matters_most() {
     let run = desk.run(&["train", "config.yaml", "--output-dir", "disk/run"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     let mut warnings = run.stderr.lines().filter(|line| line.starts_with("warning"));
-    assert!(warnings.all(|line| line.contains("the figures rest on")), "{}", run.stderr);
+    assert!(warnings.all(|line| line.contains("the metrics are computed on")), "{}", run.stderr);
     same(&desk, "run", "disk/run");
     drop(disk);
 
@@ -399,7 +403,7 @@ fn a_lost_log_or_config_is_said() {
         assert_eq!(run.code, 0, "{}", run.stderr);
         assert!(run.stderr.contains(said), "{}", run.stderr);
     }
-    for (lost, why) in [("", "it holds no keys"), ("saes: [", " at line ")] {
+    for (lost, why) in [("", "it has no keys"), ("saes: [", " at line ")] {
         desk.write("run/config.yaml", lost);
         let said = desk.refused(&["train", "config.yaml", "--resume"]);
         assert!(said.contains(why) && said.contains("`--dry-run` prints it"), "{said}");
@@ -496,7 +500,7 @@ fn a_job_queue_needs_one_command_line() {
     // It is done, and started again.
     let again = desk.run(&["train", "config.yaml", "--resume"]);
     assert_eq!(again.code, 0, "{}", again.stderr);
-    assert!(again.stderr.contains("done already"), "{}", again.stderr);
+    assert!(again.stderr.contains("finished already"), "{}", again.stderr);
     assert_eq!((&again.stdout, desk.files()), (&first.stdout, before));
     // Other metrics are no other experiment.
     desk.write(
@@ -525,10 +529,10 @@ fn a_run_is_made_longer_where_its_schedule_allows() {
     desk.ok(&["train", "long.yaml", "--resume"]);
     same(&desk, "whole", "run");
     let said = desk.refused(&["train", "short.yaml", "--resume"]);
-    assert!(said.contains("`steps` is 20, and the run has taken 35 already"), "{said}");
+    assert!(said.contains("`steps` is 20, but the run has taken 35 already"), "{said}");
     let said = desk.refused(&["train", "long.yaml", "--resume", "--set", "seed=1", "--set", "log_every=7"]);
     assert!(
-        said.contains("the run was begun with another config: `seed`: 42 -> 1") && !said.contains("log_every"),
+        said.contains("the run was started with another config: `seed`: 42 -> 1") && !said.contains("log_every"),
         "{said}"
     );
     for (steps, file) in [(20, "short.yaml"), (35, "long.yaml")] {
@@ -578,8 +582,8 @@ fn another_machine_goes_on_and_says_so() {
         run.stderr
     };
     let said = threads("1");
-    assert!(said.contains("the run was begun elsewhere (threads ") && said.contains(" -> 1)"), "{said}");
-    assert!(said.contains("not to the same bits"), "{said}");
+    assert!(said.contains("resuming with another machine or version (threads ") && said.contains(" -> 1)"), "{said}");
+    assert!(said.contains("will not be bit-identical"), "{said}");
 }
 
 #[test]
@@ -642,7 +646,7 @@ fn batches_that_are_not_finite_are_left_out() {
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(run.stderr.contains("step 5: the batch has values that are not finite"), "{}", run.stderr);
     assert!(run.stderr.contains("x.safetensors: row 323"), "{}", run.stderr);
-    assert!(run.stderr.contains("2 batches were left out"), "{}", run.stderr);
+    assert!(run.stderr.contains("2 batches were skipped"), "{}", run.stderr);
     let steps: Vec<u64> = desk.log("whole/metrics.jsonl").iter().map(|row| row["step"].as_u64().unwrap()).collect();
     assert_eq!(steps, (0..30).filter(|step| ![5, 9].contains(step)).collect::<Vec<_>>());
     desk.ok(&["train", "config.yaml", "--set", "stop_after=7"]);

@@ -175,7 +175,7 @@ fn submodules_that_make_no_sites_are_refused() {
             "submodule: gpt_neox.layers.1.attention.dense, io: in_to_out, heads: separate",
             &["is not the output of attention heads"],
         ),
-        ("submodule: blocks.1.attn.hook_z, heads: apart", &["it can be joined, separate"]),
+        ("submodule: blocks.1.attn.hook_z, heads: apart", &["it must be one of joined, separate"]),
     ] {
         desk.write("config.yaml", &config("run", source, TOP_K));
         let found = desk.refused(&["train", "config.yaml"]);

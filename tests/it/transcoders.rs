@@ -137,7 +137,7 @@ fn crosscoders_tell_shared_features_from_those_of_one_model() {
     // Under other names they might be each other.
     desk.write("swapped.yaml", &desk.read("config.yaml").replace("base:", "other:"));
     let said = desk.refused(&["eval", "run/l1", "--config", "swapped.yaml"]);
-    assert!(said.contains("was trained on the parts base, chat, and the source has chat, other"), "{said}");
+    assert!(said.contains("was trained on the parts base, chat, but the source has chat, other"), "{said}");
     desk.write("typo.yaml", &desk.read("config.yaml").replace("base: {type: tensor_file", "base: {type: tensorfile"));
     let said = desk.refused(&["train", "typo.yaml", "--output-dir", "other"]);
     assert!(said.contains("did you mean `tensor_file`?") && said.contains("(source.sources.base.type)"), "{said}");
