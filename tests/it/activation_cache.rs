@@ -40,7 +40,7 @@ fn open(desk: &Desk, more: &str) -> Result<Box<dyn ActivationSource>> {
 }
 
 #[test]
-fn training_from_disk_is_training_from_the_model() {
+fn training_from_a_cache_matches_training_from_the_model() {
     let desk = desk("10000", &[]);
     desk.write("cache.yaml", &config("cached", &cache("cache", ", shuffle: false")));
     desk.ok(&["train", "model.yaml"]);
@@ -69,7 +69,7 @@ fn training_from_disk_is_training_from_the_model() {
 }
 
 #[test]
-fn a_shuffled_pass_has_every_row_once_and_far_from_its_neighbours() {
+fn a_shuffled_pass_serves_every_row_once_and_separates_neighbours() {
     let desk = desk("5000", &[]);
     let (sites, tokens) = drain(&mut *open(&desk, ", shuffle: false").unwrap());
     assert_eq!(tokens.size(), [5000, 3]);
@@ -98,7 +98,7 @@ fn a_shuffled_pass_has_every_row_once_and_far_from_its_neighbours() {
 }
 
 #[test]
-fn a_run_from_disk_resumes_bit_for_bit() {
+fn a_run_from_a_cache_resumes_bit_for_bit() {
     let desk = desk("700", &[]);
     // Into the second pass, with fewer rows in the buffer than there are.
     desk.write("cache.yaml", &config("whole", &cache("cache", ", buffer_size: 300")));
@@ -111,7 +111,7 @@ fn a_run_from_disk_resumes_bit_for_bit() {
 }
 
 #[test]
-fn half_the_bytes_are_nearly_the_same() {
+fn a_bfloat16_cache_stays_close_to_float32() {
     let desk = desk("500", &["--dtype", "bfloat16"]);
     let (half, _) = drain(&mut *open(&desk, ", shuffle: false").unwrap());
     desk.ok(&["activations", "model.yaml", "--out", "whole", "--limit", "500"]);
@@ -129,7 +129,7 @@ fn half_the_bytes_are_nearly_the_same() {
 }
 
 #[test]
-fn what_is_not_as_it_was_written_is_refused_by_name() {
+fn a_damaged_cache_is_refused_with_the_file_name() {
     let desk = desk("500", &[]);
     let shard = desk.path("cache/activations-00000.safetensors");
     let good = fs::read(&shard).unwrap();
@@ -186,7 +186,7 @@ fn what_is_not_as_it_was_written_is_refused_by_name() {
 
 /// What `examples/write_activations.py` wrote of the recorded model, at the positions of its text.
 #[test]
-fn what_python_writes_is_read() {
+fn a_cache_written_by_python_is_read() {
     let folder = fixture("activations");
     let source = format!("{{type: activation_cache, path: {folder:?}, shuffle: false}}");
     let config: Box<dyn TaggedSource> = from_yaml(&source).unwrap();

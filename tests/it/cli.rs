@@ -16,7 +16,7 @@ const TWO_SAES: &str = "saes:\n- trainer: {type: standard, warmup_steps: 2, spar
                         loggers: [{type: jsonl}]\n";
 
 #[test]
-fn a_run_leaves_what_is_promised() {
+fn a_run_writes_the_documented_files() {
     let desk = Desk::with_config(&tensor_file_config(20, &format!("save_every: 10\ncheckpoint_every: 8\n{TWO_SAES}")));
     let run = desk.run(&["train", "config.yaml"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
@@ -60,7 +60,7 @@ fn a_run_leaves_what_is_promised() {
 }
 
 #[test]
-fn a_sweep_trains_side_by_side_on_one_stream() {
+fn saes_of_a_sweep_share_a_stream_and_train_independently() {
     let desk = Desk::new();
     let sae = "- name: a\n  trainer: {type: batch_top_k, warmup_steps: 2, threshold_start_step: 2}\n  \
                dictionary: {dict_size: 64}\n";
@@ -93,7 +93,7 @@ fn a_sweep_trains_side_by_side_on_one_stream() {
 }
 
 #[test]
-fn an_endless_source_is_written_as_far_as_is_said() {
+fn an_endless_source_is_written_up_to_the_limit() {
     let desk = Desk::with_config("source: {type: synthetic, batch_size: 64}\n");
     let said = desk.refused(&["activations", "config.yaml", "--out", "acts"]);
     assert!(said.contains("has no end") && said.contains("--limit"), "{said}");
@@ -123,7 +123,7 @@ fn a_batch_of_equal_activations_leaves_weights_finite() {
 }
 
 #[test]
-fn an_annealed_k_loads_again() {
+fn an_annealed_k_is_saved_and_loaded() {
     let desk = Desk::new();
     tensors::write(&desk.path("x.safetensors"), &[("x", Tensor::randn([4, 32], (Kind::Float, Device::Cpu)))]).unwrap();
     for method in ["top_k", "batch_top_k"] {
@@ -153,7 +153,7 @@ fn an_annealed_k_loads_again() {
 }
 
 #[test]
-fn a_baseline_runs_beside_the_others() {
+fn an_identity_baseline_trains_beside_other_saes() {
     let desk = Desk::new();
     let baseline = "- {name: baseline, dictionary: {type: identity}, trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}";
     desk.write("config.yaml", &tensor_file_config(20, &TWO_SAES.replace("saes:\n", &format!("saes:\n{baseline}\n"))));
@@ -164,7 +164,7 @@ fn a_baseline_runs_beside_the_others() {
 }
 
 #[test]
-fn what_fails_after_training_loses_nothing() {
+fn a_failed_evaluation_keeps_the_weights() {
     let desk = Desk::new();
     poisoned(&desk, 3, f64::NAN);
     let eval_source = "eval_source: {path: x.safetensors}\n";
@@ -177,7 +177,7 @@ fn what_fails_after_training_loses_nothing() {
 }
 
 #[test]
-fn weights_to_start_from_are_those_for_activations_as_they_are() {
+fn init_from_weights_are_for_unnormalised_activations() {
     let desk = Desk::new();
     let sae = desk.golden_sae("standard");
     let trainer = "trainer: {type: standard, lr: 0, warmup_steps: 1, sparsity_warmup_steps: null}";
@@ -196,7 +196,7 @@ fn weights_to_start_from_are_those_for_activations_as_they_are() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_error() {
+fn a_closed_stdout_is_not_an_error() {
     let desk = Desk::new();
     let mut child = desk.program().arg("schema").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
@@ -205,7 +205,7 @@ fn a_reader_that_has_seen_enough_is_no_error() {
 }
 
 #[test]
-fn eval_says_again_what_training_said() {
+fn eval_repeats_the_figures_of_training() {
     let desk = Desk::new();
     // Twenty steps of 64 leave the rest of the data to the metrics; with an `eval_source` both see the same.
     let eval_source = "eval_source: {batch_size: 128}\n";
@@ -225,7 +225,7 @@ fn eval_says_again_what_training_said() {
 }
 
 #[test]
-fn eval_without_metrics_takes_those_that_apply() {
+fn eval_without_metrics_uses_all_that_apply() {
     let desk = Desk::new();
     desk.golden_sae("top_k");
     let model = fixture("models/gpt_neox");
@@ -277,7 +277,7 @@ fn encode_writes_features_and_reconstructions() {
 }
 
 #[test]
-fn encode_refuses_what_does_not_fit() {
+fn encode_refuses_unsuitable_input() {
     let desk = Desk::new();
     desk.golden_sae("top_k");
     let write = |name: &str, tensor: Tensor| tensors::write(&desk.path("x.safetensors"), &[(name, tensor)]).unwrap();
@@ -337,7 +337,7 @@ fn activations_are_written_in_order() {
 }
 
 #[test]
-fn another_run_is_not_written_over() {
+fn another_run_is_not_overwritten() {
     let desk = Desk::with_config(&tensor_file_config(
         4,
         "saes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n",
@@ -365,7 +365,7 @@ fn on_poisoned(steps: u64, more: &str) -> String {
 }
 
 #[test]
-fn activations_that_are_not_finite_end_the_run() {
+fn nonfinite_activations_stop_the_run() {
     let desk = Desk::new();
     poisoned(&desk, 64 * 5 + 3, f64::NAN);
     desk.write("config.yaml", &on_poisoned(20, TWO_SAES));
@@ -382,7 +382,7 @@ fn activations_that_are_not_finite_end_the_run() {
 }
 
 #[test]
-fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint() {
+fn a_nonfinite_loss_stops_the_run_and_keeps_the_checkpoint() {
     let sae =
         "checkpoint_every: 2\nsaes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n";
     let desk = Desk::with_config(&on_poisoned(20, sae));
@@ -450,7 +450,7 @@ const LONG_FILLS: &str = "steps: 200\noutput_dir: run\nprecision: float32\nlog_e
     saes: [{trainer: {type: top_k, warmup_steps: 1}, dictionary: {k: 4, dict_size: 64}}]\n";
 
 #[test]
-fn a_run_is_interrupted_before_its_first_step() {
+fn a_run_can_be_interrupted_before_its_first_step() {
     let desk = Desk::with_config(&LONG_FILLS.replace("N_CTXS", "20000").replace("BATCH", "256"));
     for (args, normalize) in
         [(vec!["train", "config.yaml"], "true"), (vec!["train", "config.yaml", "--resume"], "false")]
@@ -474,7 +474,7 @@ fn a_run_is_interrupted_before_its_first_step() {
 }
 
 #[test]
-fn a_filling_of_the_buffer_is_interrupted_and_taken_up() {
+fn a_run_interrupted_while_filling_the_buffer_resumes() {
     let desk = Desk::new();
     // Each step uses half of the buffer, so that nearly all of the time goes into filling it.
     desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "512").replace("BATCH", "16000"));
@@ -489,7 +489,7 @@ fn a_filling_of_the_buffer_is_interrupted_and_taken_up() {
 }
 
 #[test]
-fn a_killed_run_leaves_nothing_half_written() {
+fn a_killed_run_leaves_no_partial_files() {
     let desk = Desk::new();
     // Saving all the time, so that the kill falls into it.
     let more = "checkpoint_every: 1\nsave_every: 1\n";
@@ -512,7 +512,7 @@ fn a_killed_run_leaves_nothing_half_written() {
 }
 
 #[test]
-fn list_and_describe_tell_what_is_there() {
+fn list_and_describe_show_registered_components() {
     let desk = Desk::new();
     let all = desk.ok(&["list"]);
     for name in ["auto_encoder", "top_k", "language_model", "token_file", "reconstruction", "jsonl", "gpt_neox"] {
@@ -528,7 +528,7 @@ fn list_and_describe_tell_what_is_there() {
 }
 
 #[test]
-fn want_of_memory_is_said_in_a_sentence() {
+fn a_run_that_cannot_fit_in_memory_is_refused() {
     let desk = Desk::new();
     let config = "saes: [{trainer: {type: standard}, dictionary: {dict_size: 1e14}}]\n";
     desk.write("config.yaml", &tensor_file_config(3000, config));
@@ -594,7 +594,7 @@ fn peak_memory(config: &str, steps: &str) -> u64 {
 }
 
 #[test]
-fn wrong_arguments_are_wrong_input() {
+fn wrong_arguments_exit_with_status_2() {
     let desk = Desk::new();
     assert_eq!(desk.run(&["trian"]).code, 2);
     assert_eq!(desk.run(&["train"]).code, 2);
@@ -622,7 +622,7 @@ fn commands_after<'a>(text: &'a str, word: &str) -> Vec<&'a str> {
 }
 
 #[test]
-fn what_is_set_of_the_source_is_what_is_measured() {
+fn eval_overrides_of_the_source_apply_to_eval_source() {
     let desk = Desk::with_config(ON_A_MODEL);
     let trained = desk.ok(&["train", "config.yaml"]);
     let on = "measured on embedded austen held_out: 1280 tokens in 20 contexts (reconstruction), 512 tokens in 8 contexts \
@@ -663,7 +663,7 @@ fn what_is_set_of_the_source_is_what_is_measured() {
 }
 
 #[test]
-fn settings_that_measuring_does_not_use_are_refused() {
+fn settings_that_eval_does_not_use_are_refused() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml"]);
     for set in ["saes[0].dictionary.dict_size=32", "steps=10"] {
@@ -676,7 +676,7 @@ fn settings_that_measuring_does_not_use_are_refused() {
 }
 
 #[test]
-fn too_little_data_for_a_figure_is_a_warning() {
+fn too_little_data_for_a_figure_gives_a_warning() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     let run = desk.run(&["train", "config.yaml"]);
     assert!(run.stderr.contains("the figures rest on 128 tokens (reconstruction)"), "{}", run.stderr);
@@ -691,7 +691,7 @@ fn too_little_data_for_a_figure_is_a_warning() {
 }
 
 #[test]
-fn runs_are_measured_whole_and_together() {
+fn eval_measures_whole_runs_and_several_at_once() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/b", "--set", "saes[1].dictionary.k=8"]);
@@ -716,7 +716,7 @@ fn runs_are_measured_whole_and_together() {
 }
 
 #[test]
-fn runs_are_compared_in_one_table() {
+fn compare_shows_runs_in_one_table() {
     let desk = Desk::new();
     let swept = TWO_SAES.replace(
         "trainer: {type: top_k, warmup_steps: 2}",
@@ -764,7 +764,7 @@ fn runs_are_compared_in_one_table() {
 }
 
 #[test]
-fn what_can_be_measured_is_shown_whatever_is_wrong_with_the_rest() {
+fn eval_shows_valid_saes_when_others_are_damaged() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/b", "--set", "seed=7"]);
@@ -780,7 +780,7 @@ fn what_can_be_measured_is_shown_whatever_is_wrong_with_the_rest() {
 }
 
 #[test]
-fn figures_of_different_data_are_not_compared_in_silence() {
+fn comparing_figures_of_different_data_gives_a_warning() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "b", "--set", "metrics[0].n_batches=3"]);
@@ -812,7 +812,7 @@ fn in_a_shell(desk: &Desk, command: &str) {
 }
 
 #[test]
-fn a_run_ends_with_commands_that_work_as_printed() {
+fn commands_printed_after_a_run_work() {
     let desk = Desk::with_config(ON_A_MODEL);
     desk.write("files.yaml", &tensor_file_config(20, TWO_SAES).replace("output_dir: run", "output_dir: 'a run'"));
     for (config, commands) in
@@ -835,7 +835,7 @@ fn a_run_ends_with_commands_that_work_as_printed() {
 }
 
 #[test]
-fn the_doctor_finds_a_healthy_machine() {
+fn doctor_reports_a_healthy_machine() {
     let desk = Desk::new();
     let mut program = desk.program();
     program
@@ -863,7 +863,7 @@ fn the_doctor_finds_a_healthy_machine() {
 }
 
 #[test]
-fn the_doctor_names_what_is_broken_and_what_to_do() {
+fn doctor_names_the_problem_and_its_fix() {
     let desk = Desk::new();
     desk.write("file", "");
     let file = desk.path("file/hf").display().to_string();
@@ -883,7 +883,7 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
 }
 
 #[test]
-fn a_reader_of_stderr_that_leaves_changes_nothing() {
+fn a_closed_stderr_does_not_change_the_exit_status() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     let code = |config: &str| {
         let mut program = desk.program();

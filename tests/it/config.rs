@@ -74,7 +74,7 @@ fn schema(desk: &Desk) -> jsonschema::Validator {
 }
 
 #[test]
-fn an_editor_accepts_every_config() {
+fn every_config_satisfies_the_schema() {
     let schema = schema(&Desk::new());
     for path in crate::docs::configs() {
         let config = serde_yaml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
@@ -85,7 +85,7 @@ fn an_editor_accepts_every_config() {
 }
 
 #[test]
-fn an_editor_sees_slips_in_what_is_only_a_part() {
+fn the_schema_checks_partial_configs() {
     let schema = schema(&Desk::new());
     let sweep = |sae: &str| format!("{SOURCE}saes: [{{sweep: {{dictionary.k: [4, 8]}}, {sae}}}]\n");
     for (yaml, right) in [
@@ -104,7 +104,7 @@ fn an_editor_sees_slips_in_what_is_only_a_part() {
 }
 
 #[test]
-fn the_schema_explains_every_field() {
+fn the_schema_describes_every_field() {
     let schema: serde_json::Value = serde_json::from_str(&Desk::new().ok(&["schema"])).unwrap();
     fn fields(schema: &serde_json::Value, count: &mut usize) {
         let Some(map) = schema.as_object() else {
@@ -128,7 +128,7 @@ fn the_schema_explains_every_field() {
 
 /// Every way of getting a config wrong that we could think of, with what the program says.
 #[test]
-fn wrong_configs() {
+fn wrong_configs_are_refused_with_place_and_help() {
     let desk = desk();
     let fixtures = fixture("models/gpt_neox");
     let model = format!("{:?}", fixtures.display().to_string());
@@ -458,7 +458,7 @@ fn later_layers_win() {
 }
 
 #[test]
-fn values_of_every_spelling() {
+fn numbers_are_read_in_every_spelling() {
     let desk = desk();
     desk.write(
         "mine.yaml",
@@ -522,7 +522,7 @@ fn a_sweep_is_the_cartesian_product() {
 }
 
 #[test]
-fn anchors_and_merged_maps() {
+fn anchors_and_merge_keys_are_resolved() {
     let desk = desk();
     desk.write(
         "mine.yaml",
@@ -539,7 +539,7 @@ fn anchors_and_merged_maps() {
 }
 
 #[test]
-fn paths_are_relative_to_the_file_that_says_them() {
+fn paths_are_relative_to_the_file_that_contains_them() {
     let desk = desk();
     std::fs::create_dir_all(desk.path("data")).unwrap();
     std::fs::rename(desk.path("batches.safetensors"), desk.path("data/batches.safetensors")).unwrap();
@@ -553,7 +553,7 @@ fn paths_are_relative_to_the_file_that_says_them() {
 }
 
 #[test]
-fn the_merged_config_trains_the_same_run() {
+fn the_saved_config_reproduces_the_run() {
     let desk = desk();
     desk.write("mine.yaml", &format!("steps: 8\noutput_dir: one\n{SOURCE}{SAES}"));
     desk.ok(&["train", "mine.yaml", "--set", "seed=7"]);
@@ -583,7 +583,7 @@ fn byte_order_marks_are_skipped() {
 }
 
 #[test]
-fn errors_name_the_argument_that_was_typed() {
+fn errors_quote_the_argument_as_typed() {
     let desk = desk();
     let said = refusal(&desk, &format!("{SOURCE}{SAES}"), &["--set", "saes[0].seed=99999999999999999999999"], &[]);
     let place = "error: `saes[0].seed` is 99999999999999999999999, which is out of range\n \
@@ -607,7 +607,7 @@ const LM: &str = "steps: 1000\nsource:\n  type: language_model\n  model: embedde
                   saes:\n- trainer: {type: top_k}\n  dictionary: {type: top_k, dict_size: 256, k: 16}\n";
 
 #[test]
-fn mistakes_of_source_and_saes_are_reported_together() {
+fn errors_of_source_and_saes_are_reported_together() {
     let desk = desk();
     let keys = |sets: &[&str]| {
         let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
@@ -644,7 +644,7 @@ fn mistakes_of_source_and_saes_are_reported_together() {
 }
 
 #[test]
-fn what_is_written_rightly_is_checked_beside_wrong_keys() {
+fn valid_parts_are_checked_despite_wrong_keys() {
     let desk = desk();
     let two = format!("{LM}- trainer: {{type: standard, lr: fast}}\n");
     let said = |config: &str, sets: &[&str]| {
@@ -675,7 +675,7 @@ fn errors(said: &str) -> Vec<&str> {
 }
 
 #[test]
-fn all_mistakes_of_a_config_are_reported_at_once() {
+fn all_errors_of_a_config_are_reported_at_once() {
     let desk = desk();
     let saes = "saes:\n- trainer: {type: topk, lr: 1}\n- trainer: {type: standard, lr: fast, l1_penalti: 1}\n  modifiers: [{type: ghosts}]\n";
     let config = format!(
@@ -793,7 +793,7 @@ fn defaults_adapt_to_short_runs() {
 }
 
 #[test]
-fn metrics_default_to_what_the_source_allows() {
+fn metrics_default_to_those_that_the_source_supports() {
     let desk = desk();
     let figures = |config: &str| {
         desk.write("mine.yaml", config);
@@ -815,7 +815,7 @@ fn metrics_default_to_what_the_source_allows() {
 }
 
 #[test]
-fn an_sae_has_a_seed_of_its_own() {
+fn an_sae_can_have_its_own_seed() {
     let desk = desk();
     let source = SOURCE.replace("batch_size", "shuffle: false, batch_size");
     desk.write("mine.yaml", &format!("steps: 8\n{source}{SAES}  sweep: {{seed: [42, 1], dictionary.k: [4, 8]}}\n"));
@@ -832,7 +832,7 @@ fn an_sae_has_a_seed_of_its_own() {
 }
 
 #[test]
-fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
+fn variables_in_effect_are_reported_and_unknown_ones_give_a_warning() {
     let desk = desk();
     desk.write("mine.yaml", &format!("steps: 4\n{SOURCE}{SAES}").replace(", warmup_steps: 5", ""));
     let said = |variables: &[(&str, &str)], args: &[&str]| {
@@ -877,7 +877,7 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
 }
 
 #[test]
-fn weights_are_kept_at_chosen_steps() {
+fn weights_are_saved_at_chosen_steps() {
     let desk = desk();
     let config = |keys: &str| {
         format!(

@@ -76,7 +76,7 @@ fn every_component_is_listed_and_described() {
 }
 
 #[test]
-fn a_config_of_examples_trains() {
+fn a_config_made_of_examples_trains() {
     let desk = Desk::new();
     example_files(desk.dir.path());
     let source = find(ComponentKind::Source, "tensor_file").unwrap().example;
@@ -97,7 +97,7 @@ fn a_config_of_examples_trains() {
 
 /// The settings are stated where a trainer is registered; the config is what a user trains.
 #[test]
-fn the_short_runs_that_describe_shows_are_a_config() {
+fn short_runs_shown_by_describe_match_the_config() {
     let desk = Desk::new();
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/short-runs.yaml");
     let config: serde_yaml::Value = serde_yaml::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();

@@ -20,7 +20,7 @@ pub fn configs() -> Vec<PathBuf> {
 }
 
 #[test]
-fn every_config_of_the_readme_is_a_file() {
+fn every_config_in_the_readme_is_in_configs() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let mut blocks = 0;
     for block in readme.split("```yaml\n").skip(1) {
@@ -39,7 +39,7 @@ const WANTING: [(&str, &str); 3] = [
 ];
 
 #[test]
-fn every_config_is_sound() {
+fn every_config_passes_a_dry_run() {
     let desk = Desk::new();
     for path in configs() {
         let name = path.file_name().unwrap().to_str().unwrap();
@@ -61,7 +61,7 @@ fn every_config_is_sound() {
 
 /// `cargo xtask ci` puts the guide's files together and calls its commands; what comes of it is the example.
 #[test]
-fn the_guide_writes_the_example() {
+fn the_plugin_guide_matches_the_example() {
     let guide = fs::read_to_string(root().join("docs/writing-plugins.md")).unwrap();
     for file in ["src/lib.rs", "config.yaml"] {
         let blocks = guide.split("\n```").skip(1).step_by(2);
@@ -76,7 +76,7 @@ fn the_guide_writes_the_example() {
 }
 
 #[test]
-fn the_reference_pages_are_what_the_program_writes() {
+fn the_reference_pages_are_up_to_date() {
     let desk = Desk::new();
     let (written, out) = (root().join("docs/reference"), desk.path("reference"));
     // Examples are made of what can be opened where the program stands.
@@ -107,7 +107,7 @@ fn the_reference_pages_are_what_the_program_writes() {
 }
 
 #[test]
-fn the_readme_lists_what_is_registered() {
+fn the_readme_lists_every_component() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let table = readme.split("## What is supported").nth(1).unwrap().split("\n## ").next().unwrap();
     let listed = Desk::new().ok(&["list"]);

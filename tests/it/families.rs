@@ -74,7 +74,7 @@ fn difference(found: &Tensor, expected: &Tensor, mask: &Tensor) -> f64 {
 }
 
 #[test]
-fn every_site_logits_and_loss() {
+fn sites_logits_and_loss_match_transformers() {
     for case in &cases() {
         let (model, tokens, io) = open(case);
         let mut compared = 0;
@@ -99,7 +99,7 @@ fn every_site_logits_and_loss() {
 }
 
 #[test]
-fn a_config_of_transformers_5_gives_the_same_numbers() {
+fn a_transformers_5_config_gives_the_same_numbers() {
     for case in &cases() {
         let (model, tokens, _) = open(case);
         let newer = read_json(&fixture("models").join(case).join("config.transformers5.json"));
@@ -126,7 +126,7 @@ fn without_rope(config: &Value) -> Option<(Map<String, Value>, Value)> {
 }
 
 #[test]
-fn every_spelling_of_rotary_embeddings_is_the_same_model() {
+fn every_spelling_of_rotary_parameters_gives_the_same_model() {
     let mut tried = 0;
     for case in &cases() {
         let (model, tokens, _) = open(case);
@@ -182,7 +182,7 @@ fn every_spelling_of_rotary_embeddings_is_the_same_model() {
 }
 
 #[test]
-fn layers_that_slide_have_a_rotary_base_of_their_own() {
+fn sliding_layers_have_their_own_rotary_base() {
     let (model, tokens, _) = open("gemma3_text");
     let expected = computed(&*model, &tokens);
     let config = read_json(&fixture("models/gemma3_text/config.transformers5.json"));
@@ -228,7 +228,7 @@ fn tied(tie: bool, weights: impl Fn(&mut Vec<(String, Tensor)>)) -> tempfile::Te
 }
 
 #[test]
-fn the_weights_decide_whether_head_and_embedding_are_one() {
+fn the_weights_decide_whether_the_head_is_tied() {
     const EMBEDDING: &str = "model.embed_tokens.weight";
     let (model, tokens, _) = open("llama3");
     let expected = computed(&*model, &tokens);
@@ -323,7 +323,7 @@ fn weights_are_read_from_pytorch_model_bin() {
 }
 
 #[test]
-fn a_pytorch_model_bin_that_is_no_state_dict_is_refused() {
+fn a_pytorch_model_bin_without_a_state_dict_is_refused() {
     let bin = fs::read(fixture("models_bin/gpt_neo/pytorch_model.bin")).unwrap();
     let dir = folder("gpt_neo", &[]);
     let with = |bytes: &[u8]| {
@@ -345,7 +345,7 @@ fn a_pytorch_model_bin_that_is_no_state_dict_is_refused() {
 }
 
 #[test]
-fn an_adapter_is_no_model() {
+fn an_adapter_without_its_base_model_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("adapter_config.json"), "{\"base_model_name_or_path\": \"owner/base\"}").unwrap();
     let said = refusal(dir.path());
@@ -353,7 +353,7 @@ fn an_adapter_is_no_model() {
 }
 
 #[test]
-fn a_config_may_hold_numbers_that_only_python_writes() {
+fn infinity_and_nan_in_config_json_are_read() {
     let (model, tokens, _) = open("llama");
     let dir = changed("llama", |_| {}, |_| {});
     let path = dir.path().join("config.json");
@@ -367,7 +367,7 @@ fn a_config_may_hold_numbers_that_only_python_writes() {
 }
 
 #[test]
-fn the_wrapper_that_a_model_was_saved_in_is_no_part_of_its_names() {
+fn wrapper_prefixes_are_stripped_from_weight_names() {
     for case in ["llama", "gpt2", "gpt_neox"] {
         let (model, tokens, _) = open(case);
         let expected = computed(&*model, &tokens);
@@ -437,7 +437,7 @@ fn a_pass_stops_after_the_last_hook() {
 }
 
 #[test]
-fn continuing_from_a_layer_is_the_whole_pass() {
+fn continuing_from_a_hook_point_matches_the_whole_pass() {
     for case in &cases() {
         let (model, tokens, _) = open(case);
         let whole = model.forward(&tokens, &mut Hooks::none()).unwrap();
@@ -458,7 +458,7 @@ fn continuing_from_a_layer_is_the_whole_pass() {
 }
 
 #[test]
-fn transformer_lens_names_are_the_same_places() {
+fn transformer_lens_names_map_to_hook_points() {
     let (model, _, _) = open("gpt_neox_sequential");
     for (name, module, io) in [
         ("blocks.1.hook_resid_post", "gpt_neox.layers.1", Io::Out),
@@ -498,7 +498,7 @@ fn every_module_can_be_hooked() {
 }
 
 #[test]
-fn weights_in_half_precision_and_in_shards() {
+fn half_precision_and_sharded_weights_are_read() {
     for (kind, most) in [(Kind::BFloat16, 2e-2), (Kind::Half, 2e-3)] {
         let (model, tokens, _) = open("llama");
         let exact = model.forward(&tokens, &mut Hooks::none()).unwrap();
@@ -531,7 +531,7 @@ fn weights_in_half_precision_and_in_shards() {
 }
 
 #[test]
-fn products_in_bfloat16_stay_near() {
+fn bfloat16_logits_stay_close() {
     for case in &cases() {
         let (_, tokens, io) = open(case);
         let model = load(&fixture("models").join(case), Precision::BFloat16).unwrap();
@@ -543,7 +543,7 @@ fn products_in_bfloat16_stay_near() {
 }
 
 #[test]
-fn names_without_their_first_part_are_found() {
+fn weight_names_without_their_prefix_are_found() {
     // As in the files that were published of GPT-2, which have masks beside the weights, too.
     let (model, tokens, _) = open("gpt2");
     let bare = changed(
@@ -580,7 +580,7 @@ fn layers_past_the_hook_are_not_read() {
 }
 
 #[test]
-fn what_is_not_implemented_is_refused_by_name() {
+fn unsupported_fields_are_refused_by_name() {
     let refused = |case: &str, change: &dyn Fn(&mut Value)| {
         let dir = changed(case, change, |_| {});
         refusal(dir.path())
@@ -633,7 +633,7 @@ fn what_is_not_implemented_is_refused_by_name() {
 /// in float32 or bfloat16.
 #[test]
 #[ignore = "needs SmolLM2-135M-Instruct in the folder that SMOLLM2 names"]
-fn smollm2_says_what_it_says_in_python() {
+fn smollm2_matches_transformers() {
     let dir = std::env::var("SMOLLM2").expect("SMOLLM2 names the model's folder");
     let expected: Value = serde_json::from_slice(&fs::read(fixture("smollm2.json")).unwrap()).unwrap();
     let ids =
@@ -663,7 +663,7 @@ fn smollm2_says_what_it_says_in_python() {
 
 /// TransformerLens's `hook_normalized` is the value inside a norm: normalised, and not yet scaled by the norm's weights.
 #[test]
-fn the_value_inside_a_norm_is_normalised() {
+fn hook_normalized_is_the_value_inside_the_norm() {
     let mut tried = 0;
     for case in &cases() {
         let (model, tokens, _) = open(case);

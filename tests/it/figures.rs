@@ -74,7 +74,7 @@ fn keys(figures: &Value, found: &mut BTreeSet<String>) {
 }
 
 #[test]
-fn every_figure_is_documented_and_nothing_else() {
+fn docs_list_exactly_the_reported_figures() {
     let desk = Desk::new();
     let mut tables = runs(&desk);
     let rows: Vec<Value> =
@@ -109,7 +109,7 @@ fn every_figure_is_documented_and_nothing_else() {
 
 /// `l2_loss` is a norm in the model's units; the log's square of it, in training units, has another name.
 #[test]
-fn the_log_and_eval_json_share_only_names_that_mean_the_same() {
+fn names_shared_by_log_and_eval_json_mean_the_same() {
     let shared: BTreeSet<String> = documented("The log").intersection(&documented("eval.json")).cloned().collect();
     assert_eq!(shared.into_iter().collect::<Vec<_>>(), ["frac_variance_explained", "l0"]);
 }

@@ -42,7 +42,7 @@ fn name(path: &Path) -> &str {
 }
 
 #[test]
-fn every_sae_of_sae_lens_computes_what_it_did_there() {
+fn sae_lens_saes_match_sae_lens() {
     let desk = Desk::new();
     for case in cases() {
         let printed = desk.ok(&["import", "sae_lens", case.to_str().unwrap(), "--out", name(&case)]);
@@ -53,7 +53,7 @@ fn every_sae_of_sae_lens_computes_what_it_did_there() {
 }
 
 #[test]
-fn what_is_exported_to_sae_lens_is_imported_again_as_it_was() {
+fn export_to_sae_lens_round_trips() {
     let desk = Desk::new();
     for case in cases() {
         let (first, out, again) = ("first", "out", "again");
@@ -80,7 +80,7 @@ fn what_is_exported_to_sae_lens_is_imported_again_as_it_was() {
 }
 
 #[test]
-fn gemma_scope_is_read_from_its_folder_and_from_the_hubs_cache() {
+fn gemma_scope_is_read_from_a_folder_and_from_the_hub_cache() {
     let desk = Desk::new();
     let folder = fixture("sae_lens/gemma_scope");
     let sae = "layer_3/width_80/average_l0_7";
@@ -131,7 +131,7 @@ fn changed(desk: &Desk, case: &str, change: impl FnOnce(&mut Value), tensors: &[
 }
 
 #[test]
-fn what_has_no_class_is_refused_by_name() {
+fn unsupported_sae_lens_saes_are_refused_by_name() {
     let desk = Desk::new();
     let ones = |n: i64| Tensor::ones([n], tch::kind::FLOAT_CPU);
     let twos = || ("scaling_factor", ones(80) * 2.0);
@@ -163,7 +163,7 @@ fn what_has_no_class_is_refused_by_name() {
 }
 
 #[test]
-fn factors_are_folded() {
+fn scaling_factors_are_folded_into_the_weights() {
     let desk = Desk::new();
     let case = fixture("sae_lens/standard");
     let io = TensorFile::open(&case.join("io.safetensors")).unwrap();
@@ -217,7 +217,7 @@ fn factors_are_folded() {
 }
 
 #[test]
-fn a_table_of_releases_names_what_the_cache_has() {
+fn a_release_table_resolves_names() {
     let desk = Desk::new();
     let case = fixture("sae_lens/jumprelu");
     let repo = desk.path("hf/hub/models--someone--saes");
@@ -273,7 +273,7 @@ fn a_table_of_releases_names_what_the_cache_has() {
 }
 
 #[test]
-fn an_imported_sae_trains_on() {
+fn an_imported_sae_can_be_trained_further() {
     let desk = Desk::new();
     for (case, dictionary, trainer) in [
         (
@@ -317,7 +317,7 @@ fn an_imported_sae_trains_on() {
 }
 
 #[test]
-fn an_imported_sae_needs_no_config() {
+fn an_imported_sae_can_be_evaluated_without_a_config() {
     let desk = Desk::with_config(
         "steps: 30\noutput_dir: run\nprecision: float32\n\
          source: {type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, ctx_len: 64, n_ctxs: 64,\n  \
@@ -368,7 +368,7 @@ fn an_imported_sae_needs_no_config() {
 }
 
 #[test]
-fn the_references_own_set_is_read_from_its_archive() {
+fn pretrained_dictionaries_of_the_reference_are_read_from_their_archive() {
     let desk = Desk::new();
     let repo = desk.path("hf/hub/models--saprmarks--pythia-70m-deduped-saes");
     fs::create_dir_all(repo.join("refs")).unwrap();
@@ -425,7 +425,7 @@ fn the_references_own_set_is_read_from_its_archive() {
 }
 
 #[test]
-fn llama_scope_fires_where_the_authors_code_does() {
+fn llama_scope_matches_the_authors_code() {
     let desk = Desk::new();
     let cases = crate::common::folders(&fixture("formats/llama_scope_authors"));
     assert_eq!(cases.len(), 6);
@@ -487,7 +487,7 @@ fn published(desk: &Desk, place: &str, files: [&str; 2], change: &Value, tensor:
 }
 
 #[test]
-fn keys_that_change_what_is_computed_are_refused_by_name() {
+fn unsupported_keys_that_change_the_result_are_refused_by_name() {
     let desk = Desk::new();
     let llama =
         ("llama_scope", "llama_scope/Llama3_1-8B-Base-L3R-8x", ["hyperparams.json", "checkpoints/final.safetensors"]);
@@ -536,7 +536,7 @@ fn keys_that_change_what_is_computed_are_refused_by_name() {
 }
 
 #[test]
-fn a_place_of_another_format_is_told_by_its_files() {
+fn an_sae_of_another_format_is_recognised() {
     let desk = Desk::new();
     let place = |path: &str| fixture(path).to_str().unwrap().to_owned();
     for (asked, path, other) in [
@@ -555,7 +555,7 @@ fn a_place_of_another_format_is_told_by_its_files() {
 }
 
 #[test]
-fn weights_of_several_types_in_one_file_are_read() {
+fn weights_of_mixed_dtypes_are_read() {
     // Checkpoints that sparsify cannot load itself, since it takes the first tensor's type for all.
     let desk = Desk::new();
     let (place, files) = ("sparsify/sae/layers.3", ["cfg.json", "sae.safetensors"]);
@@ -571,7 +571,7 @@ fn weights_of_several_types_in_one_file_are_read() {
 }
 
 #[test]
-fn an_entry_that_an_openai_sae_does_not_have_is_refused_by_name() {
+fn an_unknown_entry_of_an_openai_sae_is_refused_by_name() {
     let desk = Desk::new();
     let ones = |size: &[i64]| Tensor::ones(size, tch::kind::FLOAT_CPU);
     let mut tensors = vec![
@@ -591,7 +591,7 @@ fn an_entry_that_an_openai_sae_does_not_have_is_refused_by_name() {
 }
 
 #[test]
-fn what_sae_lens_passes_to_an_activation_function_is_not_passed_over() {
+fn unsupported_activation_fn_kwargs_are_refused() {
     let desk = Desk::new();
     let kwargs = |cfg: &mut Value| cfg["activation_fn_kwargs"] = json!({"k": 7, "postact_fn": "Identity"});
     let dir = changed(&desk, "legacy_v5_topk", kwargs, &[]);

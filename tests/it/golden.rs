@@ -205,7 +205,7 @@ golden_runs! {
 /// as `DICTLEARN_TEST_RUNS` says.
 #[test]
 #[cfg_attr(not(has_dictionary_learning), ignore = "needs DICTLEARN_TEST_PYTHON, a Python with dictionary_learning")]
-fn runs_drawn_at_random() {
+fn random_runs_match_the_reference() {
     let reference = Library::installed("dictionary_learning");
     let desk = Desk::new();
     let count = std::env::var("DICTLEARN_TEST_RUNS").unwrap_or_else(|_| "40".to_owned());
@@ -306,7 +306,7 @@ fn reference_eval(part: &str) -> serde_json::Map<String, Value> {
 }
 
 #[test]
-fn evaluation_of_activations() {
+fn evaluation_of_activations_matches_the_reference() {
     let desk = Desk::new();
     for case in ["standard", "top_k"] {
         let expected = &reference_eval("activations")[case];
@@ -327,7 +327,7 @@ fn evaluation_of_activations() {
 }
 
 #[test]
-fn evaluation_in_a_language_model() {
+fn evaluation_in_a_language_model_matches_the_reference() {
     let desk = Desk::new();
     let mut checked = 0;
     for (case, expected) in reference_eval("loss_recovered") {

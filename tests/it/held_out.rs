@@ -34,7 +34,7 @@ fn config(source: &str, more: &str) -> String {
 const METRICS: &str = "metrics: [{type: reconstruction, n_batches: 100}]";
 
 #[test]
-fn held_out_rows_are_never_trained_on_and_are_all_that_is_measured() {
+fn held_out_rows_are_measured_and_never_trained_on() {
     for shuffle in [true, false] {
         // Training does not stumble over the rows that are held out, the metrics do.
         let held = desk(Purpose::Evaluation);
@@ -76,7 +76,7 @@ fn measured_on_held_out_rows(desk: &Desk) -> f64 {
 }
 
 #[test]
-fn an_eval_source_over_the_same_file_measures_what_is_held_out() {
+fn an_eval_source_over_the_same_file_measures_the_held_out_rows() {
     let desk = desk(Purpose::Training);
     let eval_source = format!("eval_source: {{shuffle: false}}\n{METRICS}");
     desk.write("config.yaml", &config("path: x.safetensors, held_out: 0.1", &eval_source));
@@ -91,7 +91,7 @@ fn an_eval_source_over_the_same_file_measures_what_is_held_out() {
 }
 
 #[test]
-fn measuring_what_was_trained_on_is_said() {
+fn measuring_training_data_gives_a_warning() {
     let desk = desk(Purpose::Training);
     // Three passes over the file leave nothing unread.
     desk.write("config.yaml", &config("path: x.safetensors", METRICS));
@@ -129,7 +129,7 @@ fn measuring_what_was_trained_on_is_said() {
 }
 
 #[test]
-fn a_part_that_cannot_be_held_out_is_refused_with_its_place() {
+fn an_invalid_held_out_is_refused_with_its_place() {
     let desk = desk(Purpose::Training);
     for (source, words) in [
         ("held_out: 1", &["config.yaml", "held_out", "nothing is left"][..]),
@@ -147,7 +147,7 @@ fn a_part_that_cannot_be_held_out_is_refused_with_its_place() {
 }
 
 #[test]
-fn a_cache_of_activations_holds_rows_out() {
+fn an_activation_cache_holds_out_the_same_rows() {
     let desk = desk(Purpose::Training);
     desk.write("write.yaml", &config("path: x.safetensors", ""));
     desk.ok(&["activations", "write.yaml", "--out", "cache"]);
@@ -170,7 +170,7 @@ fn a_cache_of_activations_holds_rows_out() {
 }
 
 #[test]
-fn texts_that_share_a_file_are_warned_of() {
+fn texts_that_share_a_file_give_a_warning() {
     let desk = Desk::new();
     for name in ["a", "b"] {
         desk.write(
@@ -204,7 +204,7 @@ fn texts_that_share_a_file_are_warned_of() {
 }
 
 #[test]
-fn an_overlap_is_said_once_for_all_metrics() {
+fn an_overlap_is_reported_once_for_all_metrics() {
     let desk = Desk::new();
     desk.write("a.txt", &"It is a truth universally acknowledged.\n\n".repeat(40));
     desk.write(

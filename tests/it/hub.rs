@@ -53,7 +53,7 @@ fn shard(desk: &Desk, out: &str) -> Vec<u8> {
 }
 
 #[test]
-fn a_model_is_fetched_once_into_the_cache_and_used_offline() {
+fn a_model_is_downloaded_once_and_then_used_offline() {
     let (server, desk) = desk();
     let said = harvested(&server, &desk, "first");
     // What is not needed is not fetched.
@@ -87,7 +87,7 @@ fn a_model_is_fetched_once_into_the_cache_and_used_offline() {
 }
 
 #[test]
-fn a_cache_elsewhere_and_a_pinned_commit() {
+fn hf_hub_cache_and_a_pinned_commit_are_honoured() {
     let (server, _) = desk();
     let desk = config_for(&format!("{MODEL}@{COMMIT}"));
     let mut command = online(&server, &desk);
@@ -102,7 +102,7 @@ fn a_cache_elsewhere_and_a_pinned_commit() {
 }
 
 #[test]
-fn what_breaks_off_is_taken_up_where_it_broke() {
+fn an_interrupted_download_resumes_where_it_stopped() {
     let (server, desk) = desk();
     let whole = fs::read(fixture("models/gpt_neox/model.safetensors")).unwrap();
     // An earlier program was killed in the middle of the weights.
@@ -129,7 +129,7 @@ fn what_breaks_off_is_taken_up_where_it_broke() {
 }
 
 #[test]
-fn a_busy_hub_is_asked_again() {
+fn requests_to_a_busy_hub_are_retried() {
     let (server, desk) = desk();
     server.fail([Fault::Status(429, "Retry-After: 1\r\n"), Fault::Status(503, ""), Fault::Status(502, "")]);
     let said = harvested(&server, &desk, "first");
@@ -153,7 +153,7 @@ fn refused(server: &HubServer, desk: &Desk, token: Option<&str>) -> String {
 }
 
 #[test]
-fn refusals_say_what_would_do() {
+fn refused_models_name_the_fix() {
     let (server, desk) = desk();
     server.put_folder("someone/private", &fixture("models/gpt_neox"));
     server.put_folder("someone/gated", &fixture("models/gpt_neox")).gate("someone/gated");
@@ -178,7 +178,7 @@ fn refusals_say_what_would_do() {
 }
 
 #[test]
-fn without_the_hub_and_without_the_cache() {
+fn an_uncached_model_is_refused_offline() {
     let desk = config_for("someone/elsewhere");
     let run = harvest(&mut desk.program(), "out");
     assert_eq!(run.code, 2);
@@ -208,7 +208,7 @@ fn lines(name: &str, count: usize) -> String {
 }
 
 #[test]
-fn a_dataset_is_read_as_it_arrives() {
+fn a_dataset_is_streamed() {
     let server = HubServer::start();
     let dataset = "datasets/someone/texts";
     let head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: 'parts/*.jsonl'}\n---\n";
@@ -241,7 +241,7 @@ fn a_dataset_is_read_as_it_arrives() {
 }
 
 #[test]
-fn a_dataset_that_cannot_be_read_is_taken_from_its_conversion() {
+fn an_unreadable_dataset_is_read_from_its_parquet_conversion() {
     let server = HubServer::start();
     let parquet = fs::read(fixture("text/chats.parquet")).unwrap();
     let dataset = "datasets/someone/table";
@@ -270,7 +270,7 @@ fn same_as(server: &HubServer, text: &str, names: &[&str]) {
 }
 
 #[test]
-fn a_split_of_a_dataset_has_no_files_of_another() {
+fn a_split_excludes_files_of_other_splits() {
     let server = HubServer::start();
     let folder = "datasets/someone/folder";
     server.put(folder, "README.md", "---\nconfigs:\n- config_name: en\n  data_dir: en\n---\n");
@@ -300,7 +300,7 @@ fn a_split_of_a_dataset_has_no_files_of_another() {
 }
 
 #[test]
-fn rows_of_token_ids_are_read_from_a_dataset() {
+fn token_ids_are_read_from_a_dataset() {
     let server = HubServer::start();
     let table = fs::read(fixture("text/pretokenized.parquet")).unwrap();
     let dataset = "datasets/someone/pretokenized";
@@ -314,7 +314,7 @@ fn rows_of_token_ids_are_read_from_a_dataset() {
 }
 
 #[test]
-fn datasets_that_are_not_there() {
+fn missing_datasets_are_refused() {
     let server = HubServer::start();
     let dataset = "datasets/someone/texts";
     server.put(dataset, "train.jsonl", lines("train", 3)).put(dataset, "validation.jsonl", lines("validation", 3));
@@ -341,7 +341,7 @@ fn datasets_that_are_not_there() {
 }
 
 #[test]
-fn a_chat_is_read_in_the_models_own_form() {
+fn a_chat_is_rendered_with_the_models_template() {
     use dictlearn_core::lm::EmbeddedModel;
     let model = Desk::new();
     let bundled = dictlearn_core::inventory::iter::<EmbeddedModel>.into_iter().next().unwrap();
@@ -377,7 +377,7 @@ fn a_chat_is_read_in_the_models_own_form() {
 }
 
 #[test]
-fn a_mirror_that_redirects_is_followed_and_tokens_stay_at_it() {
+fn mirror_redirects_are_followed_without_leaking_the_token() {
     let (server, desk) = desk();
     let mirror = server.mirror();
     let mut command = desk.program();
@@ -394,7 +394,7 @@ fn a_mirror_that_redirects_is_followed_and_tokens_stay_at_it() {
 }
 
 #[test]
-fn folders_of_the_environment_may_begin_with_a_tilde() {
+fn tilde_and_home_are_expanded_in_cache_variables() {
     for (name, value, cache) in [
         ("HF_HOME", "~/hugging", "home/hugging/hub"),
         ("HF_HUB_CACHE", "~/models", "home/models"),
@@ -410,7 +410,7 @@ fn folders_of_the_environment_may_begin_with_a_tilde() {
 }
 
 #[test]
-fn an_authority_of_a_company_is_trusted_if_it_is_named() {
+fn a_custom_certificate_authority_is_trusted_when_configured() {
     let (server, desk) = desk();
     let endpoint = server.tls();
     let authority = fixture("tls/authority.pem");
@@ -448,7 +448,7 @@ fn an_authority_of_a_company_is_trusted_if_it_is_named() {
 }
 
 #[test]
-fn a_host_that_refuses_connections_is_not_asked_again() {
+fn a_refused_connection_is_not_retried() {
     let desk = config_for("someone/elsewhere");
     let mut command = desk.program();
     let run = harvest(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", "http://127.0.0.1:9"), "out");

@@ -55,7 +55,7 @@ fn recorded(io: &TensorFile, name: &str) -> Tensor {
 }
 
 #[test]
-fn activations_on_disk_are_the_models_in_order() {
+fn written_activations_match_the_model_in_order() {
     for model in MODELS {
         let desk = Desk::new();
         let folder = fixture("models").join(model);
@@ -105,7 +105,7 @@ fn padded_left(io: &TensorFile, path: &Path) {
 }
 
 #[test]
-fn the_side_of_the_padding_changes_nothing() {
+fn the_padding_side_changes_nothing() {
     for model in MODELS {
         let desk = Desk::new();
         let (folder, left) = (fixture("models").join(model), desk.path("left.safetensors"));
@@ -128,7 +128,7 @@ fn the_side_of_the_padding_changes_nothing() {
 }
 
 #[test]
-fn the_first_token_is_left_out_whatever_its_id() {
+fn remove_bos_skips_the_first_token_whatever_its_id() {
     let desk = Desk::new();
     let folder = fixture("models/gpt_neox");
     let all = source(&tokens(&folder, &folder.join("io.safetensors"), "")).next_batch().unwrap().unwrap();
@@ -152,7 +152,7 @@ fn the_first_token_is_left_out_whatever_its_id() {
 }
 
 #[test]
-fn activations_of_great_norm_are_left_out() {
+fn activations_of_large_norm_are_skipped() {
     let folder = fixture("models/gpt_neox");
     let file = folder.join("io.safetensors");
     // All rows in one pass, so that the median is known.
@@ -189,7 +189,7 @@ fn a_shuffled_pass_serves_every_activation_once() {
 }
 
 #[test]
-fn a_short_text_is_read_as_often_as_the_run_needs() {
+fn a_short_text_is_repeated_as_the_run_needs() {
     let folder = fixture("models/gpt_neox");
     let desk = Desk::new();
     let run = |more: &str, out: &str| {
@@ -211,7 +211,7 @@ fn a_short_text_is_read_as_often_as_the_run_needs() {
 }
 
 #[test]
-fn text_becomes_contexts() {
+fn text_is_cut_or_packed_into_contexts() {
     let desk = Desk::new();
     let long = "It is a truth universally acknowledged, that a single man must be in want of a wife. ".repeat(6);
     let records =
@@ -244,7 +244,7 @@ fn text_becomes_contexts() {
 }
 
 #[test]
-fn the_bundled_model_has_learnt_english() {
+fn the_bundled_model_beats_a_unigram_model() {
     let mut source = source(
         "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, pack: true, ctx_len: 256, \
          text: {type: embedded, name: austen, split: held_out}}",
@@ -269,7 +269,7 @@ fn the_bundled_model_has_learnt_english() {
 }
 
 #[test]
-fn a_model_in_the_hubs_cache_is_found_by_its_name() {
+fn a_model_in_the_hub_cache_is_found_by_name() {
     let desk = Desk::new();
     let snapshot = "hub/models--tiny--neox/snapshots/0123abcd";
     for name in ["config.json", "model.safetensors"] {
@@ -323,7 +323,7 @@ fn damaged_models_are_refused() {
 }
 
 #[test]
-fn tokens_that_the_model_does_not_have_are_refused() {
+fn token_ids_outside_the_vocabulary_are_refused() {
     let desk = Desk::new();
     let ids = Tensor::from_slice2(&[[1_i64, 2, 3], [4, 500, 6]]);
     tensors::write(&desk.path("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
@@ -354,7 +354,7 @@ fn model_of_words(desk: &Desk) {
 }
 
 #[test]
-fn a_tokenizer_may_have_ids_that_no_text_gives() {
+fn tokenizer_ids_beyond_the_vocabulary_are_refused_only_when_used() {
     let desk = Desk::new();
     model_of_words(&desk);
     let config = |more: &str| {
@@ -383,7 +383,7 @@ fn a_tokenizer_may_have_ids_that_no_text_gives() {
 }
 
 #[test]
-fn a_head_that_the_config_denies_is_used_with_a_warning() {
+fn an_untied_head_overrides_the_config_with_a_warning() {
     let desk = Desk::new();
     let from = fixture("models/gpt_neox");
     fs::create_dir(desk.path("model")).unwrap();
@@ -404,7 +404,7 @@ fn a_head_that_the_config_denies_is_used_with_a_warning() {
 }
 
 #[test]
-fn a_git_lfs_pointer_is_called_one_wherever_it_lies() {
+fn git_lfs_pointers_are_recognised_in_every_input() {
     const POINTER: &str = "version https://git-lfs.github.com/spec/v1\n\
                            oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n";
     let desk = Desk::new();
@@ -470,7 +470,7 @@ fn a_git_lfs_pointer_is_called_one_wherever_it_lies() {
 }
 
 #[test]
-fn embedded_positions_are_activations_of_every_row() {
+fn position_embeddings_give_one_activation_per_token() {
     let dir = fixture("models/gpt2");
     let at = |submodule: &str| {
         let yaml = tokens(&dir, &dir.join("io.safetensors"), "").replace("gpt_neox.layers.1", submodule);
@@ -493,7 +493,7 @@ fn the_bundled_model_opens_by_name() {
 }
 
 #[test]
-fn activations_that_are_not_finite_are_traced_to_their_text_or_left_out() {
+fn nonfinite_activations_are_traced_to_their_text_or_skipped() {
     let desk = Desk::new();
     let from = fixture("models/gpt_neox");
     let mut weights: Vec<_> =

@@ -27,7 +27,7 @@ fn refused<T>(result: dictlearn::Result<T>) -> String {
 }
 
 #[test]
-fn a_trainer_in_code_does_what_a_config_does() {
+fn a_trainer_in_code_matches_a_config() {
     let dir = TempDir::new().unwrap();
     let config = dir.path().join("config.yaml");
     let yaml = format!(
@@ -90,7 +90,7 @@ fn an_sae_encodes_without_a_graph_and_checks_shapes() {
 }
 
 #[test]
-fn errors_say_whose_they_are_to_mend() {
+fn input_errors_and_divergence_are_distinguished() {
     let place = refused(Sae::load("no/such/folder"));
     assert_eq!(place, "`no/such/folder` is neither a folder nor `FORMAT:NAME`");
     let dir = TempDir::new().unwrap();

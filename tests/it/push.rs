@@ -58,7 +58,7 @@ fn text(files: &BTreeMap<String, Vec<u8>>, name: &str) -> String {
 }
 
 #[test]
-fn a_pushed_sae_is_there_as_it_is_here() {
+fn a_pushed_sae_matches_the_local_files() {
     let (server, desk) = (HubServer::start(), trained());
     let run = pushed(&server, &desk, &[]);
     assert!(run.stdout.starts_with(&format!("{}/{REPO}/commit/", server.endpoint)), "{}", run.stdout);
@@ -123,7 +123,7 @@ fn a_pushed_sae_is_there_as_it_is_here() {
 }
 
 #[test]
-fn what_the_store_has_is_not_sent_to_another_repository() {
+fn files_in_the_store_are_not_uploaded_again() {
     let (server, desk) = (HubServer::start(), trained());
     pushed(&server, &desk, &[]);
     server.log("");
@@ -140,7 +140,7 @@ fn what_the_store_has_is_not_sent_to_another_repository() {
 }
 
 #[test]
-fn large_files_go_in_parts() {
+fn large_files_are_uploaded_in_parts() {
     let (server, desk) = (HubServer::start(), trained());
     server.split(5000).fail_upload("/3", Fault::Cut(700)).fail_upload("/api/complete/", Fault::Status(503, ""));
     pushed(&server, &desk, &[]);
@@ -155,7 +155,7 @@ fn large_files_go_in_parts() {
 }
 
 #[test]
-fn what_passes_is_tried_again() {
+fn transient_failures_are_retried() {
     let (server, desk) = (HubServer::start(), trained());
     server.fail_upload("/api/repos/create", Fault::Lost);
     server.fail_upload("/preupload/", Fault::Status(500, ""));
@@ -182,7 +182,7 @@ fn what_passes_is_tried_again() {
 }
 
 #[test]
-fn below_a_folder_and_on_a_branch() {
+fn an_sae_can_be_pushed_to_a_folder_and_a_branch() {
     let (server, desk) = (HubServer::start(), trained());
     let lens = |name: &str| desk.path("run/top_k").join(name);
     fs::write(lens("cfg.json"), "{\"d_in\": 32}").unwrap();
@@ -225,7 +225,7 @@ fn below_a_folder_and_on_a_branch() {
 }
 
 #[test]
-fn what_the_card_knows_of_a_model() {
+fn the_card_names_the_base_model_and_dataset() {
     let desk = Desk::new();
     let sae = desk.golden_sae("top_k");
     let mut config = desk.json("top_k/config.json");
@@ -248,7 +248,7 @@ fn what_the_card_knows_of_a_model() {
 }
 
 #[test]
-fn a_dry_run_touches_nothing() {
+fn a_dry_run_uploads_nothing() {
     let (server, desk) = (HubServer::start(), trained());
     let before = desk.files();
     let args = ["run/top_k", REPO, "--dry-run"];
@@ -267,7 +267,7 @@ fn a_dry_run_touches_nothing() {
 }
 
 #[test]
-fn what_cannot_be_uploaded_is_refused() {
+fn invalid_uploads_are_refused() {
     let (server, desk) = (HubServer::start(), trained());
     server.put("others/theirs", "README.md", "");
     let mut said = String::new();
@@ -307,7 +307,7 @@ fn what_cannot_be_uploaded_is_refused() {
 }
 
 #[test]
-fn a_folder_of_sae_lens_can_be_pushed() {
+fn an_sae_lens_folder_can_be_pushed() {
     let (server, desk) = (HubServer::start(), trained());
     let lens: PathBuf = desk.path("lens");
     fs::create_dir(&lens).unwrap();

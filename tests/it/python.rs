@@ -56,7 +56,7 @@ fn imported(desk: &Desk, format: &str, path: &str, io: &str) -> Value {
 }
 
 #[test]
-fn saes_of_openai_compute_what_its_code_did() {
+fn openai_saes_match_their_code() {
     let desk = Desk::new();
     for (path, class, submodule) in [
         ("resid_post_mlp_v5_32k", "AutoEncoderTopK", "blocks.8.hook_resid_post"),
@@ -70,7 +70,7 @@ fn saes_of_openai_compute_what_its_code_did() {
 }
 
 #[test]
-fn saes_of_sparsify_compute_what_its_code_did() {
+fn sparsify_saes_match_their_code() {
     let desk = Desk::new();
     for (path, class, io) in [
         ("sae/layers.3", "AutoEncoderTopK", "out"),
@@ -97,7 +97,7 @@ fn saes_of_sparsify_compute_what_its_code_did() {
 }
 
 #[test]
-fn llama_and_gemma_scope_compute_what_the_loaders_of_sae_lens_did() {
+fn llama_and_gemma_scope_match_sae_lens_loaders() {
     let desk = Desk::new();
     let llama = "llama_scope/Llama3_1-8B-Base-L3R-8x";
     assert_eq!(imported(&desk, "llama_scope", llama, llama)["buffer"]["submodule"], "blocks.3.hook_resid_post");
@@ -151,7 +151,7 @@ fn llama_and_gemma_scope_compute_what_the_loaders_of_sae_lens_did() {
 
 /// Folders that a user keeps things in say nothing about the SAE.
 #[test]
-fn a_folder_named_for_embeddings_changes_no_gemma_scope_sae() {
+fn gemma_scope_ignores_the_names_of_parent_folders() {
     let desk = Desk::new();
     let sae = "layer_3/width_80/average_l0_7";
     let from = fixture("sae_lens/gemma_scope").join(sae);
@@ -164,7 +164,7 @@ fn a_folder_named_for_embeddings_changes_no_gemma_scope_sae() {
 }
 
 #[test]
-fn dictionaries_of_dictionary_learning_compute_what_its_code_did() {
+fn dictionary_learning_dictionaries_match_their_code() {
     let desk = Desk::new();
     let all = fixture("formats/dictionary_learning");
     for dictionary in folders(&all) {
@@ -181,7 +181,7 @@ fn dictionaries_of_dictionary_learning_compute_what_its_code_did() {
 
 /// Its activations were divided by a factor, which only the end of a training puts into biases and threshold.
 #[test]
-fn a_backup_of_dictionary_learning_computes_what_its_training_ended_as() {
+fn a_dictionary_learning_backup_matches_the_trained_dictionary() {
     let desk = Desk::new();
     imported(&desk, "dictionary_learning", "dictionary_learning_backup", "dictionary_learning_backup");
 }
@@ -263,7 +263,7 @@ fn what_it_writes(library: &'static str, cases: usize, refused: &[(&str, &str)])
 
 #[test]
 #[cfg_attr(not(has_sae_lens), ignore = "needs DICTLEARN_TEST_PYTHON_SAE_LENS, a Python with sae_lens")]
-fn what_sae_lens_writes_is_read() {
+fn sae_lens_files_are_read() {
     what_it_writes(
         "sae_lens",
         87,
@@ -280,7 +280,7 @@ fn what_sae_lens_writes_is_read() {
 
 #[test]
 #[cfg_attr(not(has_dictionary_learning), ignore = "needs DICTLEARN_TEST_PYTHON, a Python with dictionary_learning")]
-fn what_dictionary_learning_writes_is_read() {
+fn dictionary_learning_files_are_read() {
     what_it_writes("dictionary_learning", 8, &[]);
 }
 
@@ -381,13 +381,13 @@ fn what_it_loads(library: &'static str, refused: &[&str]) {
 
 #[test]
 #[cfg_attr(not(has_sae_lens), ignore = "needs DICTLEARN_TEST_PYTHON_SAE_LENS, a Python with sae_lens")]
-fn what_is_exported_to_sae_lens_is_loaded_by_it() {
+fn sae_lens_loads_exported_saes() {
     what_it_loads("sae_lens", &["sparsify.transcoder", "sparsify.skip_transcoder"]);
 }
 
 #[test]
 #[cfg_attr(not(has_dictionary_learning), ignore = "needs DICTLEARN_TEST_PYTHON, a Python with dictionary_learning")]
-fn what_is_exported_to_dictionary_learning_is_loaded_by_it() {
+fn dictionary_learning_loads_exported_saes() {
     what_it_loads(
         "dictionary_learning",
         &[

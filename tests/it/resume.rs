@@ -173,23 +173,23 @@ macro_rules! killed_and_resumed {
 }
 
 killed_and_resumed! {
-    killed_with_a_buffer_of_a_model:
+    a_killed_run_resumes_with_a_model_buffer:
         model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}"), SAES, "";
-    killed_with_a_buffer_that_is_replayed:
+    a_killed_run_resumes_with_a_replayed_buffer:
         model("submodule: gpt_neox.layers.1, remove_bos: true, max_activation_norm_multiple: 2, \
                text: {type: text_files, path: documents.jsonl}"), SAES, "checkpoint_buffer: replay\n";
-    killed_with_a_model_in_order:
+    a_killed_run_resumes_with_an_unshuffled_model:
         model("submodule: [gpt_neox.layers.0, gpt_neox.layers.1.mlp], io: in_to_out, shuffle: false, \
                text: {type: mix, streams: [{weight: 2, text: {type: text_files, path: documents.jsonl}}, \
                                            {weight: 1, text: {type: embedded, name: austen}}]}"), TRANSCODERS, "";
-    killed_with_tokens:
+    a_killed_run_resumes_with_token_ids:
         model("submodule: gpt_neox.layers.3, text: {type: token_file, path: tokens.safetensors}"), SAES,
         "checkpoint_buffer: replay\n";
-    killed_with_files:
+    a_killed_run_resumes_with_tensor_files:
         format!("{{type: tensor_file, path: {:?}, batch_size: 192}}", fixture("trainers/batches.safetensors")), SAES, "";
-    killed_with_synthetic_activations:
+    a_killed_run_resumes_with_synthetic_activations:
         "{type: synthetic, activation_dim: 24, n_features: 64, n_active: 4, batch_size: 192}", SAES, "";
-    killed_with_joined_sources:
+    a_killed_run_resumes_with_joined_sources:
         format!("{{type: joined, sources: {{a: {}, b: {}}}}}",
             model("submodule: gpt_neox.layers.1, pack: true, text: {type: embedded, name: austen}"),
             model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}")), CROSSCODERS,
@@ -197,7 +197,7 @@ killed_and_resumed! {
 }
 
 #[test]
-fn killed_with_activations_from_disk() {
+fn a_killed_run_resumes_with_an_activation_cache() {
     let desk = Desk::new();
     let source = model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}");
     desk.write("model.yaml", &format!("source: {source}\n"));
@@ -219,14 +219,14 @@ fn hub_with_texts() -> HubServer {
 }
 
 #[test]
-fn killed_with_a_dataset_of_the_hub() {
+fn a_killed_run_resumes_with_a_hub_dataset() {
     let server = hub_with_texts();
     let source = model("submodule: gpt_neox.layers.1, text: {type: hub_dataset, repo: someone/texts}");
     killed_and_resumed(&Desk::with_hub(&server.endpoint), &source, SAES, "");
 }
 
 #[test]
-fn branches_of_the_hub_that_move_on_are_read_as_they_were() {
+fn a_resumed_run_keeps_its_hub_commits() {
     let server = hub_with_texts();
     let austen = Path::new(env!("CARGO_MANIFEST_DIR")).join("plugins/embedded-austen/model");
     server.put_folder("someone/austen", &austen);
@@ -283,7 +283,7 @@ fn checkpoints(desk: &Desk) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_damaged_checkpoint_is_passed_over() {
+fn a_damaged_checkpoint_is_skipped() {
     let desk = Desk::with_config(&tensor_file_config(40, &format!("checkpoint_every: 10\n{TOP_K}")));
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
     let stopped = || {
@@ -329,7 +329,7 @@ fn a_damaged_checkpoint_is_passed_over() {
 }
 
 #[test]
-fn what_cannot_be_written_is_written_later() {
+fn failed_writes_are_retried() {
     let desk = Desk::new();
     let two = "saes: [{name: a, trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}, \
                {name: b, trainer: {type: standard, warmup_steps: 2}, dictionary: {dict_size: 64}}]\n";
@@ -354,7 +354,7 @@ fn what_cannot_be_written_is_written_later() {
 }
 
 #[test]
-fn small_disks_hold_what_matters_most() {
+fn a_small_disk_still_gets_the_weights() {
     let desk = Desk::new();
     let sae = "saes: [{trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 2048, k: 4}}]\n";
     desk.write("config.yaml", &tensor_file_config(60, &format!("checkpoint_every: 10\n{sae}")));
@@ -389,7 +389,7 @@ fn small_disks_hold_what_matters_most() {
 }
 
 #[test]
-fn a_lost_log_or_config_is_said() {
+fn a_lost_log_or_config_is_reported() {
     let desk = Desk::with_config(&tensor_file_config(20, &format!("checkpoint_every: 10\n{TOP_K}")));
     for (lost, said) in [("", "has no rows of the steps before"), ("gone\n", "has lines that are no rows")] {
         let _ = fs::remove_dir_all(desk.path("run"));
@@ -410,7 +410,7 @@ fn a_lost_log_or_config_is_said() {
 }
 
 #[test]
-fn a_signal_near_the_end_loses_nothing() {
+fn a_signal_near_the_end_loses_no_progress() {
     let desk = Desk::new();
     let source = model("submodule: gpt_neox.layers.0, text: {type: embedded, name: austen}");
     let config = format!("steps: 5\noutput_dir: run\nsource: {source}\neval_source: {{shuffle: false}}\n{TOP_K}");
@@ -431,7 +431,7 @@ fn a_signal_near_the_end_loses_nothing() {
 }
 
 #[test]
-fn signals_end_a_run_in_good_order() {
+fn signals_stop_a_run_after_saving() {
     let desk = Desk::with_config(&tensor_file_config(100_000, &format!("checkpoint_every: null\n{TOP_K}")));
     for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
         let child = start(&desk, &["train", "config.yaml", "--resume"]);
@@ -471,7 +471,7 @@ fn signals_end_a_run_in_good_order() {
 }
 
 #[test]
-fn a_second_process_is_refused() {
+fn a_second_process_in_the_same_folder_is_refused() {
     let desk = Desk::with_config(&tensor_file_config(100_000, &format!("checkpoint_every: 10\n{TOP_K}")));
     let mut first = start(&desk, &["train", "config.yaml"]);
     wait_for("a checkpoint", || !checkpoints(&desk).is_empty());
@@ -487,7 +487,7 @@ fn a_second_process_is_refused() {
 }
 
 #[test]
-fn a_job_queue_needs_one_command_line() {
+fn resume_can_start_continue_and_finish_a_run() {
     let desk = Desk::with_config(&tensor_file_config(30, &format!("metrics: [{{type: reconstruction}}]\n{TOP_K}")));
     fs::create_dir(desk.path("run")).unwrap();
     let first = desk.run(&["train", "config.yaml", "--resume"]);
@@ -507,7 +507,7 @@ fn a_job_queue_needs_one_command_line() {
 }
 
 #[test]
-fn a_run_is_made_longer_where_its_schedule_allows() {
+fn a_run_can_be_extended_if_its_schedule_allows() {
     let desk = Desk::new();
     let config = |steps, decay: &str| {
         tensor_file_config(
@@ -545,7 +545,7 @@ fn a_run_is_made_longer_where_its_schedule_allows() {
 }
 
 #[test]
-fn a_longer_run_keeps_the_defaults_that_it_began_with() {
+fn an_extended_run_keeps_its_original_defaults() {
     let desk = Desk::new();
     let sae = "saes: [{trainer: {type: batch_top_k}, dictionary: {dict_size: 64, k: 4}}]\n";
     desk.write("short.yaml", &tensor_file_config(20, sae));
@@ -567,7 +567,7 @@ fn a_longer_run_keeps_the_defaults_that_it_began_with() {
 }
 
 #[test]
-fn another_machine_goes_on_and_says_so() {
+fn resuming_on_other_hardware_is_reported() {
     let desk = Desk::with_config(&tensor_file_config(30, TOP_K));
     desk.ok(&["train", "config.yaml", "--set", "stop_after=10"]);
     let threads = |count: &str| {
@@ -583,7 +583,7 @@ fn another_machine_goes_on_and_says_so() {
 }
 
 #[test]
-fn an_sae_that_diverges_stops_alone() {
+fn a_diverging_sae_stops_without_stopping_others() {
     let desk = Desk::new();
     let saes = "checkpoint_every: 5\nmetrics: [{type: reconstruction}]\nsaes:\n\
         - {name: wild, trainer: {type: standard, lr: 1e30, warmup_steps: 3, sparsity_warmup_steps: null}, \
@@ -624,7 +624,7 @@ fn an_sae_that_diverges_stops_alone() {
 }
 
 #[test]
-fn batches_that_are_not_finite_are_left_out() {
+fn nonfinite_batches_are_skipped() {
     let desk = Desk::new();
     let x = tensors::TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
     for row in [64 * 5 + 3, 64 * 9 + 60] {
@@ -657,7 +657,7 @@ fn batches_that_are_not_finite_are_left_out() {
 }
 
 #[test]
-fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
+fn truncation_during_read_is_an_error() {
     let desk = Desk::new();
     prepare(&desk);
     let source = model("submodule: gpt_neox.layers.1, text: {type: text_files, path: documents.jsonl}");
@@ -682,7 +682,7 @@ fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
 }
 
 #[test]
-fn a_buffer_is_kept_as_activations_or_as_their_tokens() {
+fn a_checkpoint_holds_the_buffer_as_activations_or_tokens() {
     let desk = Desk::new();
     let source = model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}");
     desk.write("config.yaml", &format!("steps: 24\nlog_every: 1\noutput_dir: run\nsource: {source}\n{TOP_K}"));

@@ -46,7 +46,7 @@ const STANDARD: &str = "{name: b, trainer: {type: standard, warmup_steps: 2, spa
                         resample_steps: 5}, dictionary: {dict_size: 64}}";
 
 #[test]
-fn sites_of_one_run_train_as_if_each_were_alone() {
+fn sites_of_one_run_train_independently() {
     let desk = Desk::new();
     let sites = ["gpt_neox.layers.1", "gpt_neox.layers.2.mlp"];
     let both = format!("submodule: [{}, {}]", sites[0], sites[1]);
@@ -107,7 +107,7 @@ fn a_run_with_several_sites_resumes_bit_for_bit() {
 }
 
 #[test]
-fn an_sae_chooses_its_sites() {
+fn an_sae_can_choose_its_sites() {
     let desk = Desk::new();
     let source = "submodule: [gpt_neox.layers.0, gpt_neox.layers.1, gpt_neox.layers.2.mlp]";
     let saes = |site: &str| TOP_K.replace("name: a", &format!("name: a, site: {site}"));
@@ -150,7 +150,7 @@ fn an_sae_chooses_its_sites() {
 }
 
 #[test]
-fn submodules_that_make_no_sites_are_refused() {
+fn invalid_submodules_are_refused() {
     let desk = Desk::new();
     for (source, said) in [
         ("submodule: []", &["`submodule` is an empty list", "(source.submodule)"][..]),
@@ -184,7 +184,7 @@ fn submodules_that_make_no_sites_are_refused() {
 }
 
 #[test]
-fn heads_side_by_side_are_the_attentions_output() {
+fn separate_heads_concatenate_to_the_joined_site() {
     for submodule in ["blocks.1.attn.hook_z", "gpt_neox.layers.1.attention.dense"] {
         let mut joined = source(&in_order(submodule, ", io: in"));
         let mut separate = source(&in_order(submodule, ", io: in, heads: separate"));
@@ -205,7 +205,7 @@ fn number(figures: &Figures, name: &str) -> f64 {
 }
 
 #[test]
-fn a_heads_reconstruction_takes_the_place_of_that_head_alone() {
+fn replacing_a_head_leaves_the_other_heads_unchanged() {
     let mut separate = source(&in_order("blocks.1.attn.hook_z", ", heads: separate"));
     let width = separate.sites()[0].activation_dim;
     let identity: Box<dyn TaggedDictionary> = from_yaml("{type: identity}").unwrap();
@@ -241,7 +241,7 @@ fn a_heads_reconstruction_takes_the_place_of_that_head_alone() {
 }
 
 #[test]
-fn heads_train_each_its_own() {
+fn each_head_trains_its_own_sae() {
     let desk = Desk::new();
     let chosen = TOP_K.replace("name: a", "name: a, site: '*.head[13]'").replace("{dict_size: 64", "{dict_size: 32");
     desk.write("config.yaml", &config("run", "submodule: blocks.2.attn.hook_z, heads: separate", &chosen));
@@ -267,7 +267,7 @@ fn ragged(path: &Path) -> (Tensor, Tensor) {
 }
 
 #[test]
-fn every_activation_says_its_token() {
+fn every_activation_is_labelled_with_its_token() {
     let desk = Desk::new();
     let (ids, mask) = ragged(&desk.path("tokens.safetensors"));
     let yaml = |more: &str| {
@@ -313,7 +313,7 @@ fn every_activation_says_its_token() {
 }
 
 #[test]
-fn a_token_left_out_at_one_site_is_left_out_at_all() {
+fn a_token_skipped_at_one_site_is_skipped_at_all() {
     let sites = "[gpt_neox.layers.0, gpt_neox.layers.2]";
     let whole = |more: &str| in_order(sites, more).replace("refresh_batch_size: 2", "refresh_batch_size: 3");
     let (all, tokens) = drain(&mut *source(&whole("")));

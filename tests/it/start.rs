@@ -23,7 +23,7 @@ fn a_foreign_libtorch_in_ld_library_path_is_not_loaded() {
 
 /// `dictlearn_process` is linked for its effects alone, so nothing else fails where it is left out.
 #[test]
-fn the_program_has_its_allocator_mkl_kernels_and_wait_policy() {
+fn the_program_links_its_allocator_mkl_and_openmp_settings() {
     let program = fs::read(env!("CARGO_BIN_EXE_dictlearn")).unwrap();
     for part in ["mkl_serv_intel_cpu_true", "lg_extent_max_active_fit:30", "GOMP_SPINCOUNT=1000"] {
         let found = program.windows(part.len()).any(|window| window == part.as_bytes());

@@ -58,7 +58,7 @@ fn parquet(name: &str) -> String {
 }
 
 #[test]
-fn token_ids_of_a_table_or_of_lines_are_contexts_without_a_tokenizer() {
+fn token_ids_in_tables_and_lines_need_no_tokenizer() {
     let rows = recorded("pretokenized");
     let ids = Tensor::from_slice2(&rows);
     let desk = harvest("{type: token_file, path: tokens.safetensors}", "");
@@ -76,7 +76,7 @@ fn token_ids_of_a_table_or_of_lines_are_contexts_without_a_tokenizer() {
 }
 
 #[test]
-fn rows_of_token_ids_are_cut_or_packed_and_padding_is_left_out() {
+fn token_id_rows_are_cut_or_packed_without_padding() {
     let (found, notes) = contexts(&parquet("padded"), ", ctx_len: 16");
     assert_eq!((found, notes.len()), (recorded("padded"), 0));
     // Longer than a context, with a warning; packed, nothing is lost and nothing added.
@@ -91,7 +91,7 @@ fn rows_of_token_ids_are_cut_or_packed_and_padding_is_left_out() {
 }
 
 #[test]
-fn token_ids_that_the_model_does_not_have_are_named_by_file_and_row() {
+fn out_of_range_token_ids_are_reported_by_file_and_row() {
     for id in [128_i64, -100] {
         let desk = harvest("{type: text_files, path: tokens.jsonl, column: input_ids}", "");
         desk.write("tokens.jsonl", &format!("{{\"input_ids\": [1, 2]}}\n{{\"input_ids\": [3, {id}]}}\n"));
@@ -102,7 +102,7 @@ fn token_ids_that_the_model_does_not_have_are_named_by_file_and_row() {
 }
 
 #[test]
-fn bad_token_ids_end_a_run_that_is_left_without_any() {
+fn a_text_without_valid_records_is_refused() {
     for (lines, why) in [
         (r#"{"input_ids": ["a", "b"]}"#, "`input_ids[0]` is a string, and a token id is an integer"),
         (r#"{"input_ids": [1, 2], "attention_mask": [1]}"#, "`attention_mask` has 1 positions, and `input_ids` 2"),
@@ -126,7 +126,7 @@ fn bad_token_ids_end_a_run_that_is_left_without_any() {
 }
 
 #[test]
-fn a_damaged_file_ends_the_run_unless_the_config_allows_it() {
+fn a_damaged_file_stops_the_run_unless_strict_is_false() {
     let rows = recorded("pretokenized");
     let lines =
         |rows: &[Vec<i64>]| -> String { rows.iter().map(|row| format!("{}\n", json!({"input_ids": row}))).collect() };
@@ -149,7 +149,7 @@ fn a_damaged_file_ends_the_run_unless_the_config_allows_it() {
 }
 
 #[test]
-fn a_run_that_a_damaged_file_ended_goes_on_without_it() {
+fn a_run_stopped_by_a_damaged_file_resumes_without_it() {
     let rows = recorded("pretokenized");
     let lines: String = (0..4).flat_map(|_| &rows).map(|row| format!("{}\n", json!({ "input_ids": row }))).collect();
     let desk = Desk::new();

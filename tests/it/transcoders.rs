@@ -47,7 +47,7 @@ fn transcoders_replace_an_mlp() {
 }
 
 #[test]
-fn a_transcoder_predicts_vectors_of_another_width() {
+fn a_transcoder_predicts_targets_of_another_width() {
     let desk = Desk::new();
     tch::manual_seed(3);
     let options = (Kind::Float, Device::Cpu);
@@ -105,7 +105,7 @@ fn two_models(desk: &Desk) {
 }
 
 #[test]
-fn crosscoders_tell_shared_features_from_those_of_one_model() {
+fn crosscoders_separate_shared_and_exclusive_features() {
     let desk = Desk::new();
     two_models(&desk);
     let source = "source:\n  type: joined\n  sources:\n    \
@@ -149,7 +149,7 @@ fn crosscoders_tell_shared_features_from_those_of_one_model() {
 }
 
 #[test]
-fn layers_of_one_model_are_parts_of_one_site() {
+fn layers_of_one_model_can_form_one_site() {
     let desk = Desk::new();
     let source = "source:\n  type: joined\n  sources:\n    model:\n      type: language_model\n      \
                   model: embedded:austen\n      submodule: [gpt_neox.layers.0, gpt_neox.layers.2]\n      \
@@ -175,7 +175,7 @@ fn layers_of_one_model_are_parts_of_one_site() {
 }
 
 #[test]
-fn sources_of_other_tokens_are_not_joined() {
+fn sources_with_different_tokens_are_not_joined() {
     let desk = Desk::new();
     let model = |ctx_len: u64| {
         format!(
