@@ -1,4 +1,4 @@
-//! `dictlearn encode`: which files it takes, and features that are negative.
+//! `dictlearn encode`: input formats and negative features.
 
 use std::fs;
 
@@ -130,7 +130,7 @@ fn encoding_text_without_a_model_is_refused() {
     let said = desk.refused(&["encode", "run/a", "--text", "a text"]);
     assert!(said.contains("language model") && said.contains("`tensor_file`"), "{said}");
     assert!(said.contains("--config") && said.contains("--input") && !said.contains("pack"), "{said}");
-    // A mistake of the user's own is still said as it is.
+    // A wrong setting is still reported as such.
     let said = desk.refused(&["encode", "run/a", "--text", "a text", "--set", "source.batch_sizee=3"]);
     assert!(said.contains("batch_sizee"), "{said}");
 }

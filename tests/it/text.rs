@@ -1,4 +1,4 @@
-//! Texts and rows of token ids from files, to contexts and activations.
+//! From files of text or token ids to contexts and activations.
 
 use std::fs;
 
@@ -11,10 +11,10 @@ use serde_json::json;
 
 use crate::common::{Desk, fixture, read_json};
 
-/// A model without a tokenizer, of 128 token ids.
+/// A model with 128 token ids and no tokenizer.
 const MODEL: &str = "models/gpt_neox";
 
-/// A config that harvests it, reading this text.
+/// A desk whose config harvests [`MODEL`] on a text.
 fn harvest(text: &str, more: &str) -> Desk {
     let desk = Desk::new();
     let model = fixture(MODEL);
@@ -34,7 +34,7 @@ fn activations(desk: &Desk) -> (Vec<u8>, String) {
     (fs::read(desk.path("out/activations-00000.safetensors")).unwrap(), run.stderr)
 }
 
-/// The contexts of a text, row by row.
+/// The contexts of a text, and the source's notes.
 fn contexts(text: &str, more: &str) -> (Vec<Vec<i64>>, Vec<String>) {
     let yaml = format!(
         "{{type: language_model, model: {:?}, submodule: gpt_neox.layers.0{more}, text: {text}}}",
@@ -65,7 +65,7 @@ fn token_ids_in_tables_and_lines_need_no_tokenizer() {
     tensors::write(&desk.path("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
     let (expected, _) = activations(&desk);
     assert_eq!(activations(&harvest(&parquet("pretokenized"), "")).0, expected);
-    // The column is found as sae_lens finds it.
+    // The column is found by sae_lens's rules.
     let desk = harvest("{type: text_files, path: tokens.jsonl}", "");
     for column in ["tokens", "input_ids"] {
         let lines: String = rows.iter().map(|row| format!("{}\n", json!({ column: row }))).collect();
@@ -79,7 +79,7 @@ fn token_ids_in_tables_and_lines_need_no_tokenizer() {
 fn token_id_rows_are_cut_or_packed_without_padding() {
     let (found, notes) = contexts(&parquet("padded"), ", ctx_len: 16");
     assert_eq!((found, notes.len()), (recorded("padded"), 0));
-    // Longer than a context, with a warning; packed, nothing is lost and nothing added.
+    // Long rows are cut with a warning; packing loses and adds nothing.
     let rows = recorded("pretokenized");
     let (cut, notes) = contexts(&parquet("pretokenized"), ", ctx_len: 8");
     assert_eq!(cut, rows.iter().map(|row| row[..8].to_vec()).collect::<Vec<_>>());
@@ -113,12 +113,12 @@ fn a_text_without_valid_records_is_refused() {
         let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
         assert!(said.contains(why) && said.contains("tokens.jsonl"), "{said}");
     }
-    // A table of no rows.
+    // A table without rows.
     let desk = harvest("{type: text_files, path: empty.parquet}", "");
     fs::copy(fixture("text/empty.parquet"), desk.path("empty.parquet")).unwrap();
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
     assert!(said.contains("there is no text in") && said.contains("empty.parquet"), "{said}");
-    // A text, for a model that has no tokenizer.
+    // Text for a model without a tokenizer.
     let desk = harvest("{type: text_files, path: a.txt}", "");
     desk.write("a.txt", "text");
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
@@ -172,7 +172,7 @@ fn a_run_stopped_by_a_damaged_file_resumes_without_it() {
     let run = desk.run(&["train", "config.yaml", "--output-dir", "run", "--resume"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(run.stderr.contains("b.jsonl.gz"), "{}", run.stderr);
-    // It is the run that skips the file from the beginning.
+    // It ends like a run that skips the file from the start.
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
     let weights = |run: &str| fs::read(desk.path(run).join("a/ae.safetensors")).unwrap();
     assert_eq!(weights("run"), weights("whole"));
