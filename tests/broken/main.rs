@@ -1,5 +1,5 @@
-//! The contract catches components that break a promise, and says which. They are registered here, so these tests have a
-//! process of their own.
+//! The contract reports components that break a promise. They are registered here, so these tests need a process of
+//! their own.
 
 use std::fs;
 use std::marker::PhantomData;
@@ -16,7 +16,7 @@ use dictlearn_process as _;
 
 /// The message with which the contract refuses a component.
 fn refusal(kind: ComponentKind, name: &'static str) -> String {
-    let panic = catch_unwind(|| keep(kind, name)).expect_err("the contract accepts it");
+    let panic = catch_unwind(|| keep(kind, name)).expect_err("the contract accepted the component");
     panic.downcast_ref::<String>().expect("a message").clone()
 }
 
@@ -29,7 +29,7 @@ fn says(kind: ComponentKind, name: &'static str, parts: &[&str]) {
     }
 }
 
-/// A test for each fault: its name, and the component whose refusal says these parts.
+/// One test per fault: its name, the component, and parts of the contract's message.
 macro_rules! named {
     ($($test:ident: $slot:ident $name:literal [$($part:literal),+];)+) => {
         $(#[test]
@@ -39,7 +39,7 @@ macro_rules! named {
     };
 }
 
-/// A dictionary that keeps the k features of greatest magnitude, but for its fault.
+/// A dictionary that keeps the k features of largest magnitude, with one fault.
 trait Fault: Sized + Send + 'static {
     const NAME: &'static str;
 
@@ -249,7 +249,7 @@ named! {
         ["[B, L, d] is read as [B, d]", "it panicked: not enough values to unpack: [5, 10, 32]"];
 }
 
-/// A trainer with a penalty on the features, but for its fault, which shows on no dictionary that another test accepts.
+/// A trainer with a sparsity penalty and one fault. The fault must not show on a dictionary that another test accepts.
 trait TrainerFault {
     const SPARSITY: bool = true;
 
@@ -277,7 +277,7 @@ macro_rules! trainer {
             /// A trainer with a fault.
             #[component(trainer $name, summary = "Faulty", example = EXAMPLE, default_dictionary = "auto_encoder")]
             pub struct Config {
-                /// How many steps were taken.
+                /// Number of steps taken.
                 #[serde(skip)]
                 steps: u64,
                 /// The learning rate.
@@ -361,7 +361,7 @@ named! {
         ["or refuses it in `build`", "not `InputError::incompatible`: the trainer `curt`"];
 }
 
-/// A logger that writes each row as a line, but for its fault.
+/// A logger that writes each row as a line, with one fault.
 macro_rules! logger {
     ($module:ident, $name:literal, resumes: $resumes:expr, keeps: $keeps:expr) => {
         mod $module {
@@ -414,7 +414,7 @@ named! {
     a_logger_that_repeats_a_row_after_resuming_is_reported: Logger "echo" ["is [101, 102, 103, 203], not [101, 102, 203]"];
 }
 
-/// Llama's architecture, but for its fault.
+/// Llama's architecture, with one fault.
 trait ModelFault {
     fn layer(model: &lm::Decoder, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
         model.layer(index, hidden, hooks)
@@ -476,12 +476,12 @@ macro_rules! model {
         mod $module {
             use super::*;
 
-            /// The fields of its config.json.
+            /// Fields of config.json.
             #[component(model $name, summary = "A model with a fault")]
             pub struct Config {
                 #[serde(flatten)]
                 common: lm::config::CommonFields,
-                /// A bound of the scores, which nothing here reads.
+                /// Soft cap of the attention scores, which the model ignores.
                 #[allow(dead_code)]
                 attn_logit_softcapping: Option<f64>,
             }
@@ -542,7 +542,7 @@ named! {
         ["opens from config.json and a file of its `parameters`", "self_attn"];
 }
 
-/// A source of waves that begins anew when it is restored.
+/// A source of waves that restarts when it is restored.
 #[component(source "restless", summary = "A source with a fault", example = "{type: restless}")]
 struct RestlessConfig {}
 
@@ -587,7 +587,7 @@ named! {
         ["a restored source goes on with other batches", "in `state`"];
 }
 
-/// Documents that count; to seek leads to the one after.
+/// Numbered documents; `seek` goes one too far.
 #[component(text "one_ahead", summary = "A text with a fault", example = "{type: one_ahead}")]
 struct OneAheadConfig {}
 
@@ -622,7 +622,7 @@ named! {
         ["record 1 after `seek`", "This is document 3.", "This is document 2."];
 }
 
-/// A metric without figures.
+/// A metric that returns no figures.
 #[component(metric "silent", summary = "A metric with a fault", example = "{type: silent}")]
 struct SilentConfig {}
 
@@ -636,7 +636,7 @@ named! {
     a_metric_without_figures_is_reported: Metric "silent" ["a dictionary without figures"];
 }
 
-/// A modifier that refuses to say why.
+/// A modifier that refuses every SAE with a plain input error.
 #[component(modifier "sulky", summary = "A modifier with a fault", example = "{type: sulky}")]
 struct SulkyConfig {}
 

@@ -66,7 +66,7 @@ fn sites_of_one_run_train_independently() {
             assert_eq!(together_config["buffer"]["site"], site);
             assert_eq!(together_config["trainer"]["wandb_name"], format!("{sae}-{site}"));
             assert_eq!(together_config["trainer"]["submodule_name"], site);
-            // But for its name nothing says that it had neighbours.
+            // Apart from the name, the config is that of a run with one site.
             together_config["trainer"]["wandb_name"] = sae.into();
             together_config["buffer"].as_object_mut().unwrap().remove("site");
             assert_eq!(together_config, alone_config);
@@ -83,7 +83,7 @@ fn sites_of_one_run_train_independently() {
     let sae = format!("both/a-{}", sites[1]);
     let again: Value = serde_json::from_str(&desk.ok(&["eval", &sae, "--json"])).unwrap();
     assert_eq!(again, desk.json(&format!("{sae}/eval.json")));
-    // A source of one site is that site, whatever its name.
+    // A source with one site needs no matching name.
     let path = desk.path(&sae);
     desk.ok(&["eval", path.to_str().unwrap(), "--config", "one.yaml"]);
     let other = desk.refused(&["eval", &sae, "--set", "eval_source.submodule=[gpt_neox.layers.0, gpt_neox.layers.3]"]);
@@ -122,7 +122,7 @@ fn an_sae_can_choose_its_sites() {
         names.sort();
         names
     };
-    // One site, one folder, and the name as it is.
+    // With one site the name stays as it is.
     assert_eq!(folders("gpt_neox.layers.1"), ["a"]);
     assert_eq!(folders("'*.mlp'"), ["a"]);
     assert_eq!(folders("'*layers.?'"), ["a-gpt_neox.layers.0", "a-gpt_neox.layers.1"]);
@@ -134,14 +134,14 @@ fn an_sae_can_choose_its_sites() {
     let said = refused(&saes("gpt_neox.layer.1"));
     assert!(said.contains("the source has no site `gpt_neox.layer.1`") && said.contains("(saes[0].site)"), "{said}");
     assert!(said.contains("did you mean `gpt_neox.layers.1`?") && said.contains("config.yaml:8:"), "{said}");
-    // Names that sites make may meet others.
+    // Names made from sites may collide with others.
     let named = TOP_K.replace("name: a", "name: a-gpt_neox.layers.1, site: gpt_neox.layers.0");
     let said = refused(&format!("{TOP_K}, {named}"));
     assert!(said.contains("two SAEs are named `a-gpt_neox.layers.1`") && said.contains("(saes[1].name)"), "{said}");
     let said = refused(&TOP_K.replace("name: a", &format!("name: {}", "a".repeat(195))));
     assert!(said.contains("cannot be named"), "{said}");
     assert!(!desk.path("run").exists());
-    // An `eval_source` must have what was trained on.
+    // An `eval_source` must have the trained sites.
     let text = config("run", source, TOP_K)
         .replace("eval_source: {", "eval_source: {submodule: [gpt_neox.layers.0, gpt_neox.layers.3], ");
     desk.write("config.yaml", &text);
@@ -225,7 +225,7 @@ fn replacing_a_head_leaves_the_other_heads_unchanged() {
     for (figures, head) in found.iter().zip([2, 0]) {
         assert!((number(figures, "loss_reconstructed") - number(figures, "loss_original")).abs() < 1e-6);
         assert!((number(figures, "frac_recovered") - 1.0).abs() < 1e-3);
-        // Without that head, done by hand.
+        // The loss with that head set to zero by a hook.
         separate.rewind().unwrap();
         let source = separate.language_model().unwrap();
         let tokens = source.next_tokens(3).unwrap().unwrap();
@@ -258,7 +258,7 @@ fn each_head_trains_its_own_sae() {
     }
 }
 
-/// Tokens with padding on the left, on the right and none.
+/// Writes tokens padded on the left, on the right and not at all. Returns ids and mask.
 fn ragged(path: &Path) -> (Tensor, Tensor) {
     let ids = Tensor::from_slice2(&[[0_i64, 0, 5, 6, 7], [8, 9, 10, 0, 0], [11, 12, 13, 14, 15]]);
     let mask = Tensor::from_slice2(&[[0_i64, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]);
@@ -280,7 +280,7 @@ fn every_activation_is_labelled_with_its_token() {
     assert_eq!(tokens.size(), [11, 3]);
     assert_eq!(tokens.select(1, 0), at(&tokens));
     assert_eq!(tokens.narrow(1, 1, 2), mask.nonzero());
-    // Shuffled they still do, also in a second pass over the text.
+    // Also when shuffled, in two passes over the text.
     let mut shuffled = source(
         &yaml(", ctx_len: 5, n_ctxs: 3")
             .replace("shuffle: false", "shuffle: true")
@@ -301,7 +301,7 @@ fn every_activation_is_labelled_with_its_token() {
         }
         shuffled.rewind().unwrap();
     }
-    // And on disk.
+    // Also on disk.
     desk.write("config.yaml", &format!("precision: float32\nsource: {}\n", yaml(", remove_bos: true")));
     desk.ok(&["activations", "config.yaml", "--out", "out"]);
     let shard = TensorFile::open(&desk.path("out/activations-00000.safetensors")).unwrap();
@@ -322,7 +322,7 @@ fn a_token_skipped_at_one_site_is_skipped_at_all() {
         norms.le_tensor(&(norms.median() * 1.03))
     };
     let expected = kept(&all[0]).logical_and(&kept(&all[1])).nonzero().reshape([-1]);
-    assert!(expected.size()[0] < kept(&all[0]).sum(Kind::Int64).int64_value(&[]), "each site leaves some out");
+    assert!(expected.size()[0] < kept(&all[0]).sum(Kind::Int64).int64_value(&[]), "each site must skip some tokens");
     let (found, found_tokens) = drain(&mut *source(&whole(", max_activation_norm_multiple: 1.03")));
     assert_eq!(found_tokens, tokens.index_select(0, &expected));
     assert_eq!((found.len(), all.len()), (2, 2));

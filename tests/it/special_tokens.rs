@@ -1,4 +1,4 @@
-//! What stands between, before and around texts: separators, BOS, the tokens of chats; and leaving them out.
+//! Special tokens: separators, BOS and chat templates, and how to exclude them.
 
 use std::fs;
 
@@ -41,7 +41,7 @@ fn edit(desk: &Desk, file: &str, edit: impl FnOnce(&mut Value)) {
     desk.write(file, &value.to_string());
 }
 
-/// The harvested tokens, and what was said.
+/// The harvested token ids, and standard error.
 fn harvested(desk: &Desk, out: &str) -> (Vec<i64>, String) {
     let run = desk.run(&["activations", "config.yaml", "--out", out]);
     assert_eq!(run.code, 0, "{}", run.stderr);
@@ -157,10 +157,10 @@ fn tokenizer_files_that_disagree_on_bos_give_a_warning() {
     let (plain, _) = harvested(&desk, "plain");
     edit(&desk, "model/tokenizer_config.json", |config| config["add_bos_token"] = json!(true));
     let (still, said) = harvested(&desk, "still");
-    // As transformers 5 does.
+    // transformers 5 ignores it too.
     assert_eq!(still, plain);
     assert!(said.contains("`add_bos_token: true`, but its tokenizer.json adds no BOS"), "{said}");
-    // A tokenizer that begins texts with another token than BOS: one warning, not two that contradict each other.
+    // A tokenizer that starts texts with a token other than BOS gives one warning, not two contradictory ones.
     let tokenizer = desk.read("model/tokenizer.json");
     let end = end_of_text(&desk);
     edit(&desk, "model/tokenizer.json", |tokenizer| {
