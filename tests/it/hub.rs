@@ -1,4 +1,4 @@
-//! Models from the Hub: fetched, cached, broken off, refused.
+//! Models and datasets from the Hub: downloads, cache, interruptions and refusals.
 
 use std::fs;
 use std::path::Path;
@@ -41,7 +41,7 @@ fn harvest(command: &mut Command, out: &str) -> Run {
     Run::of(command.args(["activations", "config.yaml", "--out", out]).output().unwrap())
 }
 
-/// Harvests online, which must succeed; what is said.
+/// Harvests online, which must succeed; returns standard error.
 fn harvested(server: &HubServer, desk: &Desk, out: &str) -> String {
     let run = harvest(&mut online(server, desk), out);
     assert_eq!(run.code, 0, "{}", run.stderr);
@@ -56,7 +56,7 @@ fn shard(desk: &Desk, out: &str) -> Vec<u8> {
 fn a_model_is_downloaded_once_and_then_used_offline() {
     let (server, desk) = desk();
     let said = harvested(&server, &desk, "first");
-    // What is not needed is not fetched.
+    // Files that are not needed are not downloaded.
     assert!(server.log("io.safetensors").is_empty());
     let cache = desk.path("hf/hub/models--someone--tiny");
     assert_eq!(fs::read_to_string(cache.join("refs/main")).unwrap(), COMMIT);
@@ -67,7 +67,7 @@ fn a_model_is_downloaded_once_and_then_used_offline() {
     assert!(!desk.files().iter().any(|file| file.ends_with(".lock") || file.ends_with(".incomplete")), "{said}");
     assert_eq!(desk.json("first/meta.json")["source"]["commit"], COMMIT);
 
-    // Again: nothing but the repository's state is asked for.
+    // A second run requests only the repository's state.
     harvested(&server, &desk, "second");
     assert!(server.log("/resolve/").is_empty());
 
@@ -95,7 +95,7 @@ fn hf_hub_cache_and_a_pinned_commit_are_honoured() {
     assert_eq!(run.code, 0, "{}", run.stderr);
     let snapshot = desk.path("elsewhere/models--someone--tiny/snapshots").join(COMMIT);
     assert!(snapshot.join("config.json").exists());
-    // Without a branch there is no reference to make; the commit names the snapshot.
+    // A commit names its snapshot, so no ref is written.
     assert!(!desk.path("elsewhere/models--someone--tiny/refs").exists());
     let run = harvest(desk.program().env("HF_HUB_CACHE", desk.path("elsewhere")), "second");
     assert_eq!(run.code, 0, "{}", run.stderr);
@@ -105,7 +105,7 @@ fn hf_hub_cache_and_a_pinned_commit_are_honoured() {
 fn an_interrupted_download_resumes_where_it_stopped() {
     let (server, desk) = desk();
     let whole = fs::read(fixture("models/gpt_neox/model.safetensors")).unwrap();
-    // An earlier program was killed in the middle of the weights.
+    // An earlier process was killed in the middle of the weights.
     let etag: String = {
         use sha2::{Digest, Sha256};
         Sha256::digest(&whole).iter().map(|byte| format!("{byte:02x}")).collect()
@@ -113,7 +113,7 @@ fn an_interrupted_download_resumes_where_it_stopped() {
     desk.write(&format!("hf/hub/models--someone--tiny/blobs/{etag}.incomplete"), "");
     let part = desk.path("hf/hub/models--someone--tiny/blobs").join(format!("{etag}.incomplete"));
     fs::write(&part, &whole[..1000]).unwrap();
-    // The first fault is config.json's; the weights break off twice.
+    // The first two faults meet config.json, which then arrives; the other three interrupt the weights.
     server.fail([Fault::Cut(3), Fault::Cut(usize::MAX), Fault::Cut(500), Fault::Cut(0), Fault::Cut(1)]);
     harvested(&server, &desk, "first");
     let log = server.log("/elsewhere/someone/tiny/resolve");
@@ -123,7 +123,7 @@ fn an_interrupted_download_resumes_where_it_stopped() {
     for (line, from) in ranges.iter().zip(expected) {
         assert!(line.contains(from), "{log:#?}");
     }
-    assert!(log.iter().all(|line| line.ends_with("token=")), "the token goes to the Hub alone: {log:#?}");
+    assert!(log.iter().all(|line| line.ends_with("token=")), "only the Hub may get the token: {log:#?}");
     let pointer = desk.path("hf/hub/models--someone--tiny/snapshots").join(COMMIT).join("model.safetensors");
     assert_eq!(fs::read(pointer).unwrap(), whole);
 }
@@ -170,7 +170,7 @@ fn refused_models_name_the_fix() {
         said += &format!("{model}, token {token:?}\n{}\n\n", refused(&server, &desk, token));
     }
     insta::with_settings!({filters => vec![(r"/\S*/\.tmp\w+", "DESK")]}, { insta::assert_snapshot!(said) });
-    // Who has been let in reads it; a token from the file that a login leaves will do.
+    // An account with access can read it; the token may come from the login's token file.
     let gated = config_for("someone/gated");
     gated.write("hf/token", "good\n");
     harvested(&server, &gated, "out");
@@ -191,7 +191,7 @@ fn an_uncached_model_is_refused_offline() {
     assert!(!Path::new(&desk.path("out")).exists());
 }
 
-/// A config that harvests the bundled model, reading this text.
+/// A desk whose config harvests the bundled model on a text.
 fn reading(text: &str) -> Desk {
     Desk::with_config(&reading_config("embedded:austen", text))
 }
@@ -221,18 +221,18 @@ fn a_dataset_is_streamed() {
     server.put(dataset, "parts/notes.md", "not data").put(dataset, "parts/a empty.jsonl", "");
     local.ok(&["activations", "config.yaml", "--out", "out"]);
     let desk = reading("{type: hub_dataset, repo: someone/texts, column: content}");
-    // README.md whole, then breaks in the middle of lines.
+    // README.md arrives whole; the other faults cut in the middle of lines.
     server.fail([Fault::Cut(usize::MAX), Fault::Cut(10_000), Fault::Status(503, ""), Fault::Cut(77)]);
     harvested(&server, &desk, "out");
     assert_eq!(shard(&desk, "out"), shard(&local, "out"));
     let log = server.log("b.jsonl");
     assert!(
         !log.is_empty() && log.iter().all(|line| !line.contains("range=bytes=1")),
-        "read from its beginning only: {log:?}"
+        "every request must start at byte 0: {log:?}"
     );
     let kept: Vec<_> = desk.files().into_iter().filter(|file| file.contains(".jsonl")).collect();
     assert!(kept.is_empty(), "{kept:?}");
-    // A network that is gone for good ends the run; what is missing is no bad record.
+    // A lasting network failure stops the run; missing data are not bad records.
     server.fail((0..6).map(|_| Fault::Cut(0)));
     let run = harvest(&mut online(&server, &desk), "gone");
     assert_eq!(run.code, 1, "{}", run.stderr);
@@ -252,12 +252,12 @@ fn an_unreadable_dataset_is_read_from_its_parquet_conversion() {
     let local = reading(&format!("{{type: text_files, path: {:?}}}", fixture("text/chats.parquet")));
     local.ok(&["activations", "config.yaml", "--out", "out"]);
     assert_eq!(shard(&desk, "out"), shard(&local, "out"));
-    // A table is fetched whole, so it is there without the Hub.
+    // A table is downloaded whole, so it can be read offline.
     desk.ok(&["activations", "config.yaml", "--out", "offline"]);
     assert_eq!(shard(&desk, "offline"), shard(&local, "out"));
 }
 
-/// The names in the texts that a split of a dataset was harvested from.
+/// Asserts that a split of a dataset has the lines of these names, in order.
 fn same_as(server: &HubServer, text: &str, names: &[&str]) {
     let desk = reading(text);
     harvested(server, &desk, "out");
@@ -289,7 +289,7 @@ fn a_split_excludes_files_of_other_splits() {
         said.contains("has no split `train`") && said.contains("its splits: test_sft, train_gen, train_sft"),
         "{said}"
     );
-    // A split that is in part of another format is not read in part.
+    // A split with unreadable files is refused, not read in part.
     let mixed = "datasets/someone/mixed";
     server.put(mixed, "train-0.jsonl", lines("train", 5)).put(mixed, "train-1.jsonl.bz2", "");
     let said = refused(&server, &reading(&text("mixed")), None);
@@ -422,7 +422,7 @@ fn a_custom_certificate_authority_is_trusted_when_configured() {
         command.envs(set.iter().copied());
         harvest(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &endpoint), out)
     };
-    // Before anything is cached.
+    // With an empty cache.
     let refused = run("none", &[]);
     assert_eq!(refused.code, 2, "{}", refused.stderr);
     assert!(refused.stderr.contains("is not trusted: invalid peer certificate: UnknownIssuer"), "{}", refused.stderr);
@@ -438,7 +438,7 @@ fn a_custom_certificate_authority_is_trusted_when_configured() {
         assert!(refused.stderr.contains(&format!("SSL_CERT_FILE is `{}`", file.display())), "{}", refused.stderr);
         assert!(refused.stderr.contains(why), "{}", refused.stderr);
     }
-    // Of another authority than the server's.
+    // A certificate of another authority.
     let other = run("other", &[("SSL_CERT_FILE", &fixture("tls/server.pem"))]);
     assert!(
         other.stderr.contains("which SSL_CERT_FILE names") || other.stderr.contains("the cache has it"),
