@@ -1,5 +1,5 @@
-//! Every family of language models against what Hugging Face's models computed: each recorded site, logits and loss; and
-//! what all of them keep: hooks, prefixes, names, reading no more than is needed.
+//! Every family of language models against recorded results of transformers: sites, logits and loss. Also what all
+//! families share: hooks, prefixes, names and lazy reading.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -37,7 +37,7 @@ fn open(case: &str) -> (Box<dyn LanguageModel>, Tokens, BTreeMap<String, Tensor>
     (model, Tokens { ids, mask }, io)
 }
 
-/// A model's folder with its files changed.
+/// A copy of a model's folder with changed config and weights.
 fn changed(case: &str, config: impl Fn(&mut Value), weights: impl Fn(&mut Vec<(String, Tensor)>)) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let from = fixture("models").join(case);
@@ -51,14 +51,14 @@ fn changed(case: &str, config: impl Fn(&mut Value), weights: impl Fn(&mut Vec<(S
     dir
 }
 
-/// A model's logits and the output of each of its layers.
+/// The output of each layer, and the logits.
 fn computed(model: &dyn LanguageModel, tokens: &Tokens) -> Vec<Tensor> {
     let outputs = (0..model.n_layers())
         .map(|layer| model.value_at(tokens, &HookPoint { module: model.names().layer(layer), io: Io::Out }));
     outputs.chain([model.forward(tokens, &mut Hooks::none()).unwrap()]).collect()
 }
 
-/// Why a folder's model is refused.
+/// The message with which a folder's model is refused.
 fn refusal(dir: &Path) -> String {
     let error = load(dir, Precision::Float32).err().unwrap_or_else(|| panic!("{} was loaded", dir.display()));
     assert!(error.chain().any(|cause| cause.is::<InputError>()), "{error:#}");
@@ -110,7 +110,7 @@ fn a_transformers_5_config_gives_the_same_numbers() {
     }
 }
 
-/// What a config says of rotary embeddings, as `rope_parameters` has it, and the config without it.
+/// A config's rotary settings in the form of `rope_parameters`, and the config without them.
 fn without_rope(config: &Value) -> Option<(Map<String, Value>, Value)> {
     let mut rest = config.clone();
     let theta = ["rope_theta", "rotary_emb_base"].into_iter().find_map(|key| rest.as_object_mut()?.remove(key))?;
@@ -148,7 +148,7 @@ fn every_spelling_of_rotary_parameters_gives_the_same_model() {
             ("both keys", vec![("rope_scaling", rope.clone().into()), ("rope_parameters", json!({"rope_theta": 3.0}))]),
             ("dtype", vec![("rope_parameters", rope.clone().into()), ("torch_dtype", "float32".into())]),
             ("an empty map", vec![("rope_parameters", rope.clone().into()), ("rope_scaling", json!({}))]),
-            // As the first releases of transformers 5 wrote what is nested: with values beside it that say nothing.
+            // The first releases of transformers 5 wrote values without meaning beside the nested ones.
             (
                 "nested, and more",
                 vec![(
@@ -173,7 +173,7 @@ fn every_spelling_of_rotary_parameters_gives_the_same_model() {
             assert_eq!(with(&keys), expected, "{case}: {spelling}");
             tried += 1;
         }
-        // It matters what is said, but where a single pair is rotated, whose frequency is 1 whatever the base is.
+        // The base matters, unless a single pair is rotated: its frequency is 1 for any base.
         let mut other = rope.clone();
         other["rope_theta"] = 7.0.into();
         assert_eq!(with(&[("rope_parameters", other.into())]) == expected, case == "gpt_neox", "{case}");
@@ -192,7 +192,7 @@ fn sliding_layers_have_their_own_rotary_base() {
         let dir = changed("gemma3_text", |it| *it = config.clone(), |_| {});
         computed(&*load(dir.path(), Precision::Float32).unwrap(), &tokens)
     };
-    // What is absent is the default, which is another for each type.
+    // Absent values take the default, which differs between layer types.
     assert_eq!(with(json!({"full_attention": {}, "sliding_attention": {}})), expected);
     assert_eq!(with(json!({"full_attention": null})), expected);
     let other = with(json!({"sliding_attention": {"rope_theta": 1e6}}));
@@ -222,7 +222,7 @@ fn fields_equal_to_the_default_may_be_absent() {
     }
 }
 
-/// The folder of a model whose head is the embedding, with its weights changed and `tie_word_embeddings` as given.
+/// A copy of a tied model's folder with changed weights and the given `tie_word_embeddings`.
 fn tied(tie: bool, weights: impl Fn(&mut Vec<(String, Tensor)>)) -> tempfile::TempDir {
     changed("llama3", |config| config["tie_word_embeddings"] = tie.into(), weights)
 }
@@ -243,11 +243,11 @@ fn the_weights_decide_whether_the_head_is_tied() {
         let head = embedding(tensors).flip([0]);
         tensors.push(("lm_head.weight".to_owned(), head));
     };
-    // A head of its own is used, whatever the config says.
+    // A separate head is used, whatever the config says.
     let (untied, _) = of(&tied(false, own));
     assert_ne!(untied.last(), expected.last());
     assert_eq!(of(&tied(true, own)), (untied, true));
-    // The same numbers twice are one tensor, in another type as well.
+    // A head equal to the embedding is tied, also with another dtype.
     for kind in [Kind::Float, Kind::Double] {
         let twice = tied(true, |tensors| {
             let head = embedding(tensors).to_kind(kind);
@@ -255,7 +255,7 @@ fn the_weights_decide_whether_the_head_is_tied() {
         });
         assert_eq!(of(&twice), (expected.iter().map(Tensor::shallow_clone).collect(), false), "{kind:?}");
     }
-    // Of a tied model only the head was saved.
+    // A tied model of which only the head was saved.
     let head = tied(true, |tensors| {
         tensors
             .iter_mut()
@@ -270,7 +270,7 @@ fn the_weights_decide_whether_the_head_is_tied() {
     assert!(said.contains("no tensor `lm_head.weight`") && said.contains("tie_word_embeddings"), "{said}");
 }
 
-/// A folder with the config of a model and other files.
+/// A folder with a model's config and the given files.
 fn folder(case: &str, files: &[(&str, &Path)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::copy(fixture("models").join(case).join("config.json"), dir.path().join("config.json")).unwrap();
@@ -284,12 +284,15 @@ fn folder(case: &str, files: &[(&str, &Path)]) -> tempfile::TempDir {
 fn weights_are_read_from_pytorch_model_bin() {
     let (model, tokens, _) = open("gpt_neo");
     let expected = computed(&*model, &tokens);
-    // As TinyStories is published: head and embedding in one storage, masks among the weights.
+    // As TinyStories is published: head and embedding share a storage, and masks are among the weights.
     let bin = fixture("models_bin/gpt_neo/pytorch_model.bin");
     let whole = folder("gpt_neo", &[("pytorch_model.bin", &bin)]);
     let model = load(whole.path(), Precision::Float32).unwrap();
     assert_eq!(computed(&*model, &tokens), expected);
-    assert!(model.parameters().iter().all(|(name, _)| name != "lm_head.weight"), "head and embedding are one");
+    assert!(
+        model.parameters().iter().all(|(name, _)| name != "lm_head.weight"),
+        "head and embedding must be one tensor"
+    );
 
     let file = StateDictFile::open(&bin).unwrap();
     let shard = |part: usize| -> Vec<(String, Tensor)> {
@@ -311,7 +314,7 @@ fn weights_are_read_from_pytorch_model_bin() {
     fs::remove_file(sharded.path().join(names[1])).unwrap();
     let said = refusal(sharded.path());
     assert!(said.contains(names[1]) && said.contains("pytorch_model.bin.index.json"), "{said}");
-    // Safetensors come first, as in transformers.
+    // Safetensors take precedence, as in transformers.
     let both = folder(
         "gpt_neo",
         &[
@@ -335,7 +338,7 @@ fn a_pytorch_model_bin_without_a_state_dict_is_refused() {
     assert!(with(&bin[..bin.len() - 100]).contains("not a whole zip archive"));
     assert!(with(&fs::read(fixture("torch_file/legacy.pt")).unwrap()).contains("PyTorch before 1.6"));
     assert!(with(b"").contains("not a file of torch.save"));
-    // A changed number is found before the first pass, not in it.
+    // A corrupted value is found before the first pass.
     let mut damaged = bin.clone();
     damaged[bin.len() / 2] ^= 1;
     assert!(with(&damaged).contains("checksum"));
@@ -360,7 +363,7 @@ fn infinity_and_nan_in_config_json_are_read() {
     let config = fs::read_to_string(&path).unwrap();
     fs::write(&path, config.replacen('{', "{\"time_step_limit\": [0.0, Infinity], \"x\": NaN, ", 1)).unwrap();
     assert_eq!(computed(&*load(dir.path(), Precision::Float32).unwrap(), &tokens), computed(&*model, &tokens));
-    // A number that the model computes with is missed.
+    // A field that the model needs must be valid.
     fs::write(&path, config.replacen("\"hidden_size\":32", "\"hidden_size\":Infinity", 1)).unwrap();
     let said = refusal(dir.path());
     assert!(said.contains("hidden_size"), "{said}");
@@ -407,7 +410,7 @@ fn wrapper_prefixes_are_stripped_from_weight_names() {
 
 #[test]
 fn padding_on_either_side_changes_no_text_position() {
-    // Rotary attention knows only distances, so a row shifted by left padding computes the same.
+    // Rotary attention depends only on distances, so left padding changes nothing.
     let (model, _, _) = open("gpt_neox");
     let row = [5_i64, 17, 40, 3, 99];
     let tokens = |ids: &[i64], mask: &[i64]| Tokens {
@@ -430,7 +433,7 @@ fn a_pass_stops_after_the_last_hook() {
     let (model, tokens, _) = open("gpt_neox");
     let (point, _) = model.hook_point("gpt_neox.layers.0.mlp", Io::Out).unwrap();
     let mut hooks = Hooks::read(std::slice::from_ref(&point), true);
-    assert!(model.forward(&tokens, &mut hooks).is_err(), "the pass went on after the hook");
+    assert!(model.forward(&tokens, &mut hooks).is_err(), "the pass continued after the hook");
     assert!(hooks.take(&point).is_some());
     let mut hooks = Hooks::read(&[point], false);
     assert!(model.forward(&tokens, &mut hooks).is_ok());
@@ -471,7 +474,7 @@ fn transformer_lens_names_map_to_hook_points() {
         let (point, _) = model.hook_point(name, Io::Out).unwrap();
         assert_eq!(point, HookPoint { module: module.to_owned(), io }, "{name}");
     }
-    // With a parallel residual there is no stream in the middle.
+    // A parallel residual has no value between attention and MLP.
     let (model, _, _) = open("gpt_neox");
     assert!(model.hook_point("blocks.1.hook_resid_mid", Io::Out).is_err());
 }
@@ -511,7 +514,7 @@ fn half_precision_and_sharded_weights_are_read() {
         let logits = rounded.forward(&tokens, &mut Hooks::none()).unwrap();
         let apart = difference(&logits, &exact, &tokens.mask);
         assert!(apart > 0.0 && apart < most, "{kind:?}: {apart}");
-        // The same weights in two files are the same model.
+        // The same weights in two shards are the same model.
         let file = TensorFile::open(&half.path().join("model.safetensors")).unwrap();
         let (mut map, mut shards) = (Map::new(), [Vec::new(), Vec::new()]);
         for (index, name) in file.names().into_iter().enumerate() {
@@ -544,7 +547,7 @@ fn bfloat16_logits_stay_close() {
 
 #[test]
 fn weight_names_without_their_prefix_are_found() {
-    // As in the files that were published of GPT-2, which have masks beside the weights, too.
+    // As in the published GPT-2 files, which also have masks among the weights.
     let (model, tokens, _) = open("gpt2");
     let bare = changed(
         "gpt2",
@@ -568,7 +571,7 @@ fn layers_past_the_hook_are_not_read() {
     let model = load(dir.path(), Precision::Float32).unwrap();
     let (point, _) = model.hook_point("model.layers.0", Io::Out).unwrap();
     let value = model.value_at(&tokens, &point);
-    // The file is overwritten under the model: what was read stays, what is read now is what the file says now.
+    // The file is overwritten with zeros: layers already read keep their weights, later layers get the zeros.
     let path = dir.path().join("model.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize + 8;
@@ -576,7 +579,7 @@ fn layers_past_the_hook_are_not_read() {
     std::io::Write::write_all(&mut fs::OpenOptions::new().write(true).open(&path).unwrap(), &bytes).unwrap();
     assert_eq!(model.value_at(&tokens, &point), value);
     let (last, _) = model.hook_point("model.layers.2", Io::Out).unwrap();
-    assert_eq!(model.value_at(&tokens, &last), value, "layers of zeros change nothing");
+    assert_eq!(model.value_at(&tokens, &last), value, "layers of zeros must change nothing");
 }
 
 #[test]
@@ -628,9 +631,9 @@ fn unsupported_fields_are_refused_by_name() {
     assert!(message.contains("quantised"), "{message}");
 }
 
-/// SmolLM2-135M-Instruct against the Python library (transformers 4.57, float32): what it says next, greedily, and its
-/// loss on a page of Persuasion. `SMOLLM2=DIR cargo test --test it smollm2 -- --ignored`, where the folder has the model
-/// in float32 or bfloat16.
+/// SmolLM2-135M-Instruct against transformers 4.57 in float32: the greedy continuation, and the loss on a page of
+/// Persuasion. Run `SMOLLM2=DIR cargo test --test it smollm2 -- --ignored`; the folder has the model in float32 or
+/// bfloat16.
 #[test]
 #[ignore = "needs SmolLM2-135M-Instruct in the folder that SMOLLM2 names"]
 fn smollm2_matches_transformers() {
@@ -661,7 +664,7 @@ fn smollm2_matches_transformers() {
     }
 }
 
-/// TransformerLens's `hook_normalized` is the value inside a norm: normalised, and not yet scaled by the norm's weights.
+/// TransformerLens's `hook_normalized` is the value inside a norm: normalised but not yet scaled by its weights.
 #[test]
 fn hook_normalized_is_the_value_inside_the_norm() {
     let mut tried = 0;
@@ -676,7 +679,7 @@ fn hook_normalized_is_the_value_inside_the_norm() {
             let mean_square = value.square().mean_dim([-1].as_slice(), false, Kind::Float);
             let off = ((mean_square - 1.0).abs() * tokens.mask.to_kind(Kind::Float)).max().double_value(&[]);
             assert!(off < 0.05, "{case}: {name} has a mean square {off} away from 1");
-            // The weights come after it.
+            // Replacing it changes the rest of the pass.
             let mut moved = Hooks::replace(&point, |value| value + 1.0);
             let changed = model.forward(&tokens, &mut moved).unwrap();
             assert!(difference(&changed, &whole, &tokens.mask) > 1e-3, "{case}: {name}");
