@@ -1,4 +1,4 @@
-//! The program as a process: what it writes, prints and returns.
+//! The program as a process: files, output and exit status.
 
 use std::fs;
 use std::process::Stdio;
@@ -20,7 +20,7 @@ fn a_run_writes_the_documented_files() {
     let desk = Desk::with_config(&tensor_file_config(20, &format!("save_every: 10\ncheckpoint_every: 8\n{TWO_SAES}")));
     let run = desk.run(&["train", "config.yaml"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    // The table and the place are the result, all else is talk.
+    // The table and the output folder go to standard output.
     assert!(run.stdout.contains("Variance explained") && run.stdout.contains("| standard |"), "{}", run.stdout);
     assert!(run.stdout.contains("saved to ") && run.stdout.contains("/run"), "{}", run.stdout);
     let expected: Vec<String> = ["config.yaml", "metrics.jsonl"]
@@ -34,7 +34,7 @@ fn a_run_writes_the_documented_files() {
         .collect();
     let mut found = desk.files();
     found.retain(|name| name != "config.yaml");
-    // Others were due while one was being written.
+    // Others may have been due while one was being written.
     let checkpoints: Vec<String> = found.extract_if(.., |name| name.starts_with("run/checkpoints/")).collect();
     assert!(checkpoints.contains(&"run/checkpoints/step_20.safetensors".to_owned()), "{checkpoints:?}");
     assert!(checkpoints.len() <= 2, "{checkpoints:?}");
@@ -82,14 +82,14 @@ fn saes_of_a_sweep_share_a_stream_and_train_independently() {
         assert_eq!(steps, [0, 5, 10, 15, 19]);
         assert!(desk.json(&format!("sweep/{name}/eval.json"))["frac_features_recovered"].is_number());
     }
-    // One of them alone ends on the same weights: neighbours share the stream and nothing else.
+    // Trained alone, an SAE ends on the same weights: SAEs share only the stream.
     let name = names.iter().find(|name| name.contains("k=8") && name.contains("lr=0.003")).unwrap();
     let alone =
         format!("saes:\n{sae}").replace("warmup_steps", "lr: 3e-3, warmup_steps").replace("{dict", "{k: 8, dict");
     desk.write("alone.yaml", &format!("{head}output_dir: alone\n{alone}{rest}"));
     desk.ok(&["train", "alone.yaml"]);
     let weights = |sae: &str| fs::read(desk.path(&format!("{sae}/ae.safetensors"))).unwrap();
-    assert!(weights(&format!("sweep/{name}")) == weights("alone/a"), "a neighbour has changed something");
+    assert!(weights(&format!("sweep/{name}")) == weights("alone/a"), "another SAE changed the weights");
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn an_endless_source_is_written_up_to_the_limit() {
 
 #[test]
 fn a_batch_of_equal_activations_leaves_weights_finite() {
-    // Their residual has no variance for the auxiliary loss to be divided by.
+    // The auxiliary loss is divided by the residual's variance, which is 0 here.
     let desk = Desk::new();
     let x = Tensor::ones([40, 8], (Kind::Float, Device::Cpu));
     tensors::write(&desk.path("x.safetensors"), &[("activations", x)]).unwrap();
@@ -141,7 +141,7 @@ fn an_annealed_k_is_saved_and_loaded() {
         assert_eq!(k(&sae).int64_value(&[]), 17);
         assert_eq!(desk.json(&format!("{sae}/config.json"))["trainer"]["k"], 17);
         desk.ok(&["encode", &sae, "--input", "x.safetensors", "--output", "y.safetensors"]);
-        // Started from it, a new run has the k of its config.
+        // A new run that starts from these weights has the k of its config.
         let init = format!("saes[0].init_from={sae}");
         let fields = ["--set", &init, "--set", "saes[0].trainer.k_anneal_steps=null"];
         desk.ok(&[&["train", "config.yaml", "--output-dir", "new"], &fields[..]].concat());
@@ -184,7 +184,7 @@ fn init_from_weights_are_for_unnormalised_activations() {
     let saes = format!("saes: [{{name: a, {trainer}, dictionary: {{dict_size: 96}}, init_from: standard}}]\n");
     desk.write("config.yaml", &tensor_file_config(4, &format!("normalize_activations: true\n{saes}")));
     desk.ok(&["train", "config.yaml"]);
-    // Nothing is learnt at a rate of 0, so what is saved is what was loaded.
+    // With a learning rate of 0, the saved weights are the loaded ones.
     let (own, from) = (
         TensorFile::open(&desk.path("run/a/ae.safetensors")).unwrap(),
         TensorFile::open(&sae.join("ae.safetensors")).unwrap(),
@@ -207,7 +207,7 @@ fn a_closed_stdout_is_not_an_error() {
 #[test]
 fn eval_repeats_the_figures_of_training() {
     let desk = Desk::new();
-    // Twenty steps of 64 leave the rest of the data to the metrics; with an `eval_source` both see the same.
+    // Without an `eval_source`, the metrics of training would read the rest of the data, and `eval` its start.
     let eval_source = "eval_source: {batch_size: 128}\n";
     desk.write(
         "config.yaml",
@@ -219,7 +219,7 @@ fn eval_repeats_the_figures_of_training() {
     assert_eq!(again, trained);
     let table = desk.ok(&["eval", "run/top_k"]);
     assert!(table.contains("| top_k |"), "{table}");
-    // The metrics can be changed from outside.
+    // `--set` changes the metrics.
     let fewer = desk.ok(&["eval", "run/top_k", "--json", "--set", "metrics[0].n_batches=1"]);
     assert_ne!(serde_json::from_str::<serde_json::Value>(&fewer).unwrap(), trained);
 }
@@ -268,7 +268,7 @@ fn encode_writes_features_and_reconstructions() {
     let (features, recon) = (y.tensor("features").unwrap(), y.tensor("recon").unwrap());
     assert_eq!(features.size(), [5120, 96]);
     assert_eq!(recon.size(), x.size());
-    // k of them, as the class has it.
+    // k = 6 features fire.
     let active = features.not_equal(0.0).sum_dim_intlist(1, false, Kind::Int64);
     assert_eq!(active.max().int64_value(&[]), 6);
     let weights = TensorFile::open(&desk.path("top_k/ae.safetensors")).unwrap();
@@ -295,7 +295,7 @@ fn encode_refuses_unsuitable_input() {
             .contains("--input")
     );
     assert!(desk.refused(&["encode", "nowhere", "--input", "x", "--output", "y"]).contains("nowhere does not exist"));
-    // A folder of a run is not an SAE's, but it is known where those are.
+    // A run's folder is not an SAE; the error names the SAEs in it.
     fs::create_dir(desk.path("run")).unwrap();
     fs::rename(desk.path("top_k"), desk.path("run/top_k")).unwrap();
     assert!(desk.refused(&["encode", "run", "--input", "x", "--output", "y"]).contains("run/top_k"));
@@ -346,20 +346,20 @@ fn another_run_is_not_overwritten() {
     let before = fs::read(desk.path("run/standard/ae.safetensors")).unwrap();
     let said = desk.refused(&["train", "config.yaml", "--set", "seed=3"]);
     assert!(said.contains("already holds a run") && said.contains("--output-dir"), "{said}");
-    // It is finished, and its state was not kept: to resume would be to train it anew.
+    // The finished run kept no checkpoint, so resuming it would train it again.
     let said = desk.refused(&["train", "config.yaml", "--resume"]);
     assert!(said.contains("no checkpoint to go on from"), "{said}");
     assert_eq!(fs::read(desk.path("run/standard/ae.safetensors")).unwrap(), before);
 }
 
-/// Writes the fixtures' activations with another number in one row.
+/// Writes the fixtures' activations with all values of one row replaced by `number`.
 fn poisoned(desk: &Desk, row: i64, number: f64) {
     let x = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
     let _ = x.get(row).fill_(number);
     tensors::write(&desk.path("x.safetensors"), &[("activations", x)]).unwrap();
 }
 
-/// A config that trains on those.
+/// A config that trains on the activations of [`poisoned`].
 fn on_poisoned(steps: u64, more: &str) -> String {
     tensor_file_config(steps, more).replace(&format!("{:?}", fixture("trainers/batches.safetensors")), "x.safetensors")
 }
@@ -371,12 +371,12 @@ fn nonfinite_activations_stop_the_run() {
     desk.write("config.yaml", &on_poisoned(20, TWO_SAES));
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("step 5") && said.contains("row 323"), "{said}");
-    // Nothing of use was trained, so nothing stands in the way of the next run.
+    // No folder is left that would stop the next run.
     assert!(!desk.path("run").exists());
     desk.write("run/mine.txt", "a file of the user's");
     desk.refused(&["train", "config.yaml"]);
     assert_eq!(desk.files(), ["config.yaml", "run/mine.txt", "x.safetensors"]);
-    // Neither is it written to disk as if it were data.
+    // `activations` does not write them to disk either.
     assert!(desk.refused(&["activations", "config.yaml", "--out", "all"]).contains("row 323"));
     assert!(!desk.path("all").exists());
 }
@@ -389,12 +389,12 @@ fn a_nonfinite_loss_stops_the_run_and_keeps_the_checkpoint() {
     let row = 64 * 5 + 3;
     poisoned(&desk, row, 1.0);
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
-    // Finite, and its square is not.
+    // Finite, but its square is not.
     poisoned(&desk, row, 1e25);
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("step 5: the loss of SAE `standard` is inf"), "{said}");
     assert!(!desk.path("run/standard/ae.safetensors").exists());
-    // From the checkpoint of step 2 or 4 it goes on as if nothing had been, once the data are mended.
+    // With repaired data it resumes from the checkpoint of step 2 or 4 and ends on the same weights.
     poisoned(&desk, row, 1.0);
     let run = desk.run(&["train", "config.yaml", "--resume"]);
     assert!(run.code == 0 && run.stderr.contains("resuming at step "), "{}", run.stderr);
@@ -402,12 +402,12 @@ fn a_nonfinite_loss_stops_the_run_and_keeps_the_checkpoint() {
     assert!(weights("run") == weights("whole"));
 }
 
-/// Signals a run that is under way, once it has logged some steps.
+/// Starts a run, signals it once it has logged five rows, and waits for it.
 fn signal(desk: &Desk, args: &[&str], signal: &str) -> Run {
     let child = desk.program().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let started = Instant::now();
     while fs::read_to_string(desk.path("run/metrics.jsonl")).map_or(0, |log| log.lines().count()) < 5 {
-        assert!(started.elapsed() < Duration::from_secs(120), "the run does not begin");
+        assert!(started.elapsed() < Duration::from_secs(120), "the run did not start");
         std::thread::sleep(Duration::from_millis(5));
     }
     let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
@@ -418,7 +418,7 @@ fn signal(desk: &Desk, args: &[&str], signal: &str) -> Run {
 #[test]
 fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
     let desk = Desk::new();
-    // Long enough to be met in the middle; the log is flushed at each checkpoint.
+    // Long enough to be interrupted; the log is flushed at each checkpoint.
     desk.write("config.yaml", &tensor_file_config(3000, &format!("checkpoint_every: 50\n{TWO_SAES}")));
     let run = signal(&desk, &["train", "config.yaml"], "-INT");
     assert_eq!(run.code, 130, "{}", run.stderr);
@@ -428,7 +428,7 @@ fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
     }
     let at = desk.log("run/metrics.jsonl").last().unwrap()["step"].as_u64().unwrap() + 1;
     assert!(at < 3000);
-    // To a nearer end: what matters is that it goes on as if nothing had been.
+    // 20 more steps suffice to compare the resumed run.
     let end = (at + 20).to_string();
     let resumed = desk.run(&["train", "config.yaml", "--resume", "--set", &format!("stop_after={end}")]);
     assert_eq!(resumed.code, 0, "{}", resumed.stderr);
@@ -443,7 +443,7 @@ fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
     assert!(changed.contains("`saes[0].trainer.lr`: 0.001 -> 1"), "{changed}");
 }
 
-/// On the bundled model, with a buffer that takes long to fill and is soon used up.
+/// A run on the bundled model whose buffer is slow to fill and soon used up.
 const LONG_FILLS: &str = "steps: 200\noutput_dir: run\nprecision: float32\nlog_every: 1\ncheckpoint_every: 2\n\
     source: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, pack: true, ctx_len: 64, \
     n_ctxs: N_CTXS, refresh_batch_size: 4, out_batch_size: BATCH, text: {type: embedded, name: austen}}\n\
@@ -460,7 +460,7 @@ fn a_run_can_be_interrupted_before_its_first_step() {
         let child = desk.program().args(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let started = Instant::now();
         while !desk.path("run/config.yaml").exists() {
-            assert!(started.elapsed() < Duration::from_secs(120), "the run does not begin");
+            assert!(started.elapsed() < Duration::from_secs(120), "the run did not start");
             std::thread::sleep(Duration::from_millis(5));
         }
         std::thread::sleep(Duration::from_millis(300));
@@ -476,7 +476,7 @@ fn a_run_can_be_interrupted_before_its_first_step() {
 #[test]
 fn a_run_interrupted_while_filling_the_buffer_resumes() {
     let desk = Desk::new();
-    // Each step uses half of the buffer, so that nearly all of the time goes into filling it.
+    // Each step uses half of the buffer, so nearly all time goes into filling it.
     desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "512").replace("BATCH", "16000"));
     let run = signal(&desk, &["train", "config.yaml"], "-INT");
     assert_eq!(run.code, 130, "{}", run.stderr);
@@ -491,7 +491,7 @@ fn a_run_interrupted_while_filling_the_buffer_resumes() {
 #[test]
 fn a_killed_run_leaves_no_partial_files() {
     let desk = Desk::new();
-    // Saving all the time, so that the kill falls into it.
+    // Saves at every step, so that the kill meets a write.
     let more = "checkpoint_every: 1\nsave_every: 1\n";
     desk.write("config.yaml", &tensor_file_config(3000, &format!("{more}{TWO_SAES}")));
     for _ in 0..3 {
@@ -502,7 +502,7 @@ fn a_killed_run_leaves_no_partial_files() {
             if name.ends_with(".safetensors") {
                 TensorFile::open(&path).unwrap_or_else(|error| panic!("{error:#}"));
             } else {
-                assert!(name.ends_with(".yaml") || name.ends_with(".jsonl"), "{name} is left");
+                assert!(name.ends_with(".yaml") || name.ends_with(".jsonl"), "{name} was left behind");
             }
         }
         let resumed = desk.run(&["train", "config.yaml", "--resume", "--set", "stop_after=1"]);
@@ -534,7 +534,7 @@ fn a_run_that_cannot_fit_in_memory_is_refused() {
     desk.write("config.yaml", &tensor_file_config(3000, config));
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("100000000000000 features of width 32 would take") && said.contains("dict_size"), "{said}");
-    // What does not fit is refused before anything is read or made, with what to change.
+    // The run is refused before anything is read or written, and the error names what to change.
     desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "500000000").replace("BATCH", "256"));
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("the run needs") && said.contains("change `n_ctxs`"), "{said}");
@@ -547,8 +547,8 @@ fn a_run_that_cannot_fit_in_memory_is_refused() {
     assert!(lines.next().is_some_and(|line| line.starts_with("expected peak memory (cpu): ")), "{}", first.stderr);
 }
 
-/// What one step lets go of the next one takes, where the selections of each of many rows are small beside what else is let go of; and
-/// no size of a product is kept of all that dead features give it.
+/// A step must reuse the memory that the step before it freed, also with many small selections. Memory must not be kept
+/// for every size of product that the number of dead features gives.
 #[test]
 #[cfg(target_os = "linux")]
 fn memory_does_not_grow_with_steps() {
@@ -565,7 +565,7 @@ fn memory_does_not_grow_with_steps() {
     }
 }
 
-/// The program's memory at its peak, in kB, when it trains for so many steps; no more than it expects.
+/// Peak memory of a run of `steps` steps in kB. Asserts that it stays below the program's estimate.
 #[cfg(target_os = "linux")]
 fn peak_memory(config: &str, steps: &str) -> u64 {
     let desk = Desk::new();
@@ -586,7 +586,7 @@ fn peak_memory(config: &str, steps: &str) -> u64 {
         if let Some(ended) = child.try_wait().unwrap() {
             assert!(ended.success() && kb > 0);
             let bytes = kb as f64 * 1024.0;
-            assert!(bytes < expected, "{bytes} bytes, and {expected} were expected: {config}");
+            assert!(bytes < expected, "{bytes} bytes exceed the expected {expected}: {config}");
             return kb;
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -615,7 +615,7 @@ fn parsed(text: &str) -> serde_json::Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
-/// The commands that stand in a text after a word, one a line.
+/// The commands on the indented lines after a heading.
 fn commands_after<'a>(text: &'a str, word: &str) -> Vec<&'a str> {
     let lines = text.lines().skip_while(|line| line.trim() != word).skip(1);
     lines.take_while(|line| line.starts_with("  ")).map(str::trim).collect()
@@ -634,7 +634,7 @@ fn eval_overrides_of_the_source_apply_to_eval_source() {
     assert_eq!(own, desk.json("run/top_k/eval.json"));
 
     desk.write("mine.txt", &"She was not in the least like a machine, and said so to everybody.\n\n".repeat(100));
-    // The example of the help, as it stands there.
+    // The example in the help text.
     let help = desk.ok(&["eval", "--help"]);
     let example = help.split("`--set '").nth(1).unwrap_or_else(|| panic!("{help}")).split("'`").next().unwrap();
     let example = example.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -643,7 +643,7 @@ fn eval_overrides_of_the_source_apply_to_eval_source() {
     let here = |json: &serde_json::Value| fs::canonicalize(json.as_str().unwrap()).unwrap();
     assert_eq!(here(&mine["measured"]["text"]["path"]), fs::canonicalize(&path).unwrap());
     assert_ne!(mine["loss_original"], own["loss_original"]);
-    // A variable does it too, and what is said of `eval_source` itself comes first.
+    // A variable works too; a setting of `eval_source` itself takes precedence.
     let mut program = desk.program();
     program.env("DICTLEARN_SOURCE__TEXT", "{type: text_files, path: mine.txt}");
     let run = Run::of(program.args(["eval", "run/top_k", "--json"]).output().unwrap());
@@ -651,10 +651,10 @@ fn eval_overrides_of_the_source_apply_to_eval_source() {
     let held_out = "eval_source.text={type: embedded, name: austen, split: held_out}";
     let said = parsed(&desk.ok(&["eval", "run/top_k", "--json", "--set", &example, "--set", held_out]));
     assert_eq!(said, own);
-    // Other keys than the text.
+    // Keys other than the text.
     let shorter = parsed(&desk.ok(&["eval", "run/top_k", "--json", "--set", "source.ctx_len=32"]));
     assert_eq!(shorter["measured"]["by_metric"]["loss_recovered"]["tokens"], 256);
-    // What is wrong with the data is said where it was set.
+    // Errors of the data point to the `--set` that chose them.
     desk.write("empty.txt", "");
     let said = desk.refused(&["eval", "run/top_k", "--set", "source.text={type: text_files, path: empty.txt}"]);
     assert!(said.contains("--set source.text={type: text_files, path: empty.txt}"), "{said}");
@@ -683,7 +683,7 @@ fn too_little_data_for_a_figure_gives_a_warning() {
     let run = desk.run(&["eval", "run/top_k", "--set", "metrics[0].n_batches=20"]);
     assert!(!run.stderr.contains("the figures rest on"), "{}", run.stderr);
     assert!(run.stdout.contains("batches.safetensors: 1280 tokens\n"), "{}", run.stdout);
-    // Of many features most have no occasion to fire in as many tokens.
+    // So few tokens give most of many features no chance to fire.
     let wide = "saes[1].dictionary.dict_size=1024";
     desk.ok(&["train", "config.yaml", "--output-dir", "wide", "--set", wide]);
     let run = desk.run(&["eval", "wide/top_k", "--set", "metrics[0].n_batches=20"]);
@@ -698,7 +698,7 @@ fn eval_measures_whole_runs_and_several_at_once() {
     let of_run = parsed(&desk.ok(&["eval", "runs/a", "--json"]));
     assert_eq!(of_run.as_array().unwrap().len(), 2);
     assert_eq!(of_run[0]["sae"], "runs/a/standard");
-    // Both runs, an SAE again, and one more config; each row is what the SAE has alone.
+    // Several runs, another config and a repeated SAE: each row has the SAE's own figures.
     desk.write("other.yaml", &tensor_file_config(20, &TWO_SAES.replace("n_batches: 2", "n_batches: 3")));
     desk.ok(&["train", "other.yaml", "--output-dir", "c"]);
     let all = parsed(&desk.ok(&["eval", "runs", "c", "runs/a/top_k", "--json"]));
@@ -787,7 +787,7 @@ fn comparing_figures_of_different_data_gives_a_warning() {
     let run = desk.run(&["compare", "a", "b"]);
     assert!(run.stderr.contains("were not measured on the same data"), "{}", run.stderr);
     assert!(!desk.run(&["compare", "a"]).stderr.contains("same data"));
-    // The advice of those that lack figures works as printed.
+    // The command suggested for missing figures works as printed.
     fs::remove_file(desk.path("a/top_k/eval.json")).unwrap();
     let run = desk.run(&["compare", "a"]);
     let command = run.stderr.split("this makes one: ").nth(1).unwrap_or_else(|| panic!("{}", run.stderr));
@@ -796,7 +796,7 @@ fn comparing_figures_of_different_data_gives_a_warning() {
     assert!(!desk.run(&["compare", "a"]).stderr.contains("eval.json"));
 }
 
-/// Runs what a user would paste.
+/// Runs a printed command in a shell; it must succeed.
 fn in_a_shell(desk: &Desk, command: &str) {
     let of_ours = desk.program();
     let mut shell = std::process::Command::new("sh");
@@ -830,7 +830,7 @@ fn commands_printed_after_a_run_work() {
         assert_eq!(named, commands, "{said}");
         next.iter().for_each(|command| in_a_shell(&desk, command));
     }
-    // The same again where all is done.
+    // Also for a finished run.
     desk.ok(&["train", "files.yaml", "--resume"]);
 }
 
