@@ -17,7 +17,7 @@ use dictlearn_process as _;
 /// The message with which the contract refuses a component.
 fn refusal(kind: ComponentKind, name: &'static str) -> String {
     let panic = catch_unwind(|| keep(kind, name)).expect_err("the contract accepted the component");
-    panic.downcast_ref::<String>().expect("a message").clone()
+    panic.downcast_ref::<String>().expect("the panic has a message").clone()
 }
 
 fn says(kind: ComponentKind, name: &'static str, parts: &[&str]) {
@@ -411,7 +411,8 @@ fn a_logger_without_a_fault_is_accepted() {
 named! {
     a_logger_that_drops_a_row_is_reported: Logger "sieve"
         ["every row in the run's folder", "is [101, 103], not [101, 102, 103]"];
-    a_logger_that_repeats_a_row_after_resuming_is_reported: Logger "echo" ["is [101, 102, 103, 203], not [101, 102, 203]"];
+    a_logger_that_repeats_a_row_after_resuming_is_reported: Logger "echo"
+        ["is [101, 102, 103, 203], not [101, 102, 203]"];
 }
 
 /// Llama's architecture, with one fault.

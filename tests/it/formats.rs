@@ -302,8 +302,8 @@ fn an_imported_sae_can_be_trained_further() {
             ),
         );
         desk.ok(&["train", "config.yaml"]);
-        // At almost no learning rate the SAE must stay the same. Decoder norms, which these trainers keep at 1, move into
-        // the encoder. For TopK that would change the selection, so its features are compared instead.
+        // At almost no learning rate the SAE must stay the same. Decoder norms, which these trainers keep at 1, move
+        // into the encoder. For TopK that would change the selection, so its features are compared instead.
         let tuned = desk.path(&format!("run-{case}/tuned"));
         let input = from.join("io.safetensors");
         desk.ok(&["encode", tuned.to_str().unwrap(), "--input", input.to_str().unwrap(), "--output", "y.safetensors"]);

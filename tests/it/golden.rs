@@ -98,8 +98,8 @@ impl Recorded {
         desk
     }
 
-    /// Compares each step's figures with the reference's: logged values, the next step's learning rate, and the error and
-    /// L0 of the batch under the updated weights. Every step must have at least one figure.
+    /// Compares each step's figures with the reference's: logged values, the next step's learning rate, and the error
+    /// and L0 of the batch under the updated weights. Every step must have at least one figure.
     fn same_log(&self, desk: &Desk) {
         let (log, reference) = (desk.log("run/metrics.jsonl"), read_json(&self.dir.join("log.json")));
         let reference = reference.as_array().unwrap();
@@ -234,8 +234,8 @@ fn random_runs_match_the_reference() {
     assert_eq!(methods, drawn, "no run of some trainers could be compared");
 }
 
-/// Repeats a run of the reference's early experiments: `standard` with the residual's norm as loss, modifiers, and pairs
-/// of inputs and targets.
+/// Repeats a run of the reference's early experiments: `standard` with the residual's norm as loss, modifiers, and
+/// pairs of inputs and targets.
 fn experimental_run(case: &str) {
     let desk = Desk::new();
     let dir = fixture("experimental").join(case);

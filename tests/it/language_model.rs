@@ -334,8 +334,8 @@ fn token_ids_outside_the_vocabulary_are_refused() {
     assert!(!desk.path("out").exists());
 }
 
-/// Writes a model with a word tokenizer into `model/`: `t17` has id 17. The first id beyond the model's vocabulary is an
-/// image placeholder, as in Gemma 3.
+/// Writes a model with a word tokenizer into `model/`: `t17` has id 17. The first id beyond the model's vocabulary is
+/// an image placeholder, as in Gemma 3.
 fn model_of_words(desk: &Desk) {
     let words: serde_json::Map<String, Value> = (0..128).map(|id| (format!("t{id}"), id.into())).collect();
     let place = json!({

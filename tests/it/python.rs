@@ -1,9 +1,9 @@
 //! Parity with Python libraries.
 //!
-//! `tests/fixtures/formats` holds files and results of other projects' code. Tests that run the libraries themselves need
-//! an interpreter: `DICTLEARN_TEST_PYTHON` with dictionary_learning, `DICTLEARN_TEST_PYTHON_SAE_LENS` with sae_lens.
-//! Without the variable they are ignored (build.rs). `cargo test -p dictlearn --test it python -- --nocapture` prints
-//! the differences.
+//! `tests/fixtures/formats` holds files and results of other projects' code. Tests that run the libraries themselves
+//! need an interpreter: `DICTLEARN_TEST_PYTHON` with dictionary_learning, `DICTLEARN_TEST_PYTHON_SAE_LENS` with
+//! sae_lens. Without the variable they are ignored (build.rs). To print the differences:
+//! `cargo test -p dictlearn --test it python -- --nocapture`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -242,8 +242,8 @@ fn what_it_writes(library: &'static str, cases: usize, refused: &[(&str, &str)])
             seen += 1;
             continue;
         }
-        // Half precision rounds at every operation, and our classes may order operations differently. A feature near its
-        // threshold may then fire in one of the two only.
+        // Half precision rounds at every operation, and our classes may order operations differently. A feature near
+        // its threshold may then fire in one of the two only.
         let tolerance = match name(&case).rsplit('.').next() {
             Some("bfloat16") => 5e-2,
             Some("float16") => 2e-3,

@@ -206,9 +206,9 @@ fn soak() {
     let third = calm_memory.len() / 3;
     let mean = |part: &[u64]| part.iter().sum::<u64>() / part.len().max(1) as u64;
     println!(
-        "soak: {minutes} minutes, {end} steps, checkpoint every {every} steps; {} starts: {kills} kills, {stops} stops, \
-         {full} full disks, {cuts} truncated texts; memory of the undisturbed run {} MB in the second third and {} MB in \
-         the last, of the disturbed run at most {} MB; longest time between starts {:.0} s",
+        "soak: {minutes} minutes, {end} steps, checkpoint every {every} steps; {} starts: {kills} kills, {stops} \
+         stops, {full} full disks, {cuts} truncated texts; memory of the undisturbed run {} MB in the second third and \
+         {} MB in the last, of the disturbed run at most {} MB; longest time between starts {:.0} s",
         lives.len(),
         mean(&calm_memory[third..2 * third]),
         mean(&calm_memory[2 * third..]),

@@ -2,8 +2,8 @@
 
     python reads.py sae_lens|dictionary_learning FOLDER
 
-Each folder in FOLDER is a case: the exported SAE in exported/ and activations `x` [N, d] in x.safetensors. The script writes
-the library's `features` and `recon` to theirs.safetensors beside them. tests/it/python.rs runs it.
+Each folder in FOLDER is a case: the exported SAE in exported/ and activations `x` [N, d] in x.safetensors. The script
+writes the library's `features` and `recon` to theirs.safetensors beside them. tests/it/python.rs runs it.
 """
 
 import contextlib

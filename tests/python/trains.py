@@ -2,9 +2,9 @@
 
     python trains.py dictionary_learning FOLDER COUNT
 
-Each case is a folder like those in tests/fixtures/trainers: case.json, init.safetensors, final.safetensors, log.json and
-config.json, with its activations in batches.safetensors. `noise` in case.json is the change of the reference's own weights
-when its batches' rows are reordered or differ in the last bit. tests/it/golden.rs runs this script.
+Each case is a folder like those in tests/fixtures/trainers: case.json, init.safetensors, final.safetensors, log.json
+and config.json, with its activations in batches.safetensors. `noise` in case.json is the change of the reference's own
+weights when its batches' rows are reordered or differ in the last bit. tests/it/golden.rs runs this script.
 """
 
 import contextlib

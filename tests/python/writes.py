@@ -2,9 +2,9 @@
 
     python writes.py sae_lens|dictionary_learning FOLDER
 
-Each case is a folder: the library's files, and io.safetensors with activations `x` [N, d], `features` [N, F] and `recon`
-[N, d_out]. SAEs that dictlearn cannot represent are in refused/, without io.safetensors. tests/it/python.rs runs this
-script; tests/fixtures/formats/make.py keeps its dictionary_learning output.
+Each case is a folder: the library's files, and io.safetensors with activations `x` [N, d], `features` [N, F] and
+`recon` [N, d_out]. SAEs that dictlearn cannot represent are in refused/, without io.safetensors. tests/it/python.rs
+runs this script; tests/fixtures/formats/make.py keeps its dictionary_learning output.
 """
 
 import contextlib
