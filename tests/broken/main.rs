@@ -1,5 +1,5 @@
-//! The contract catches components that break a promise, and says which. They are registered here, so these tests have a
-//! process of their own.
+//! The contract reports components that break a promise. They are registered here, so these tests need a process of
+//! their own.
 
 use std::fs;
 use std::marker::PhantomData;
@@ -16,8 +16,8 @@ use dictlearn_process as _;
 
 /// The message with which the contract refuses a component.
 fn refusal(kind: ComponentKind, name: &'static str) -> String {
-    let panic = catch_unwind(|| keep(kind, name)).expect_err("the contract accepts it");
-    panic.downcast_ref::<String>().expect("a message").clone()
+    let panic = catch_unwind(|| keep(kind, name)).expect_err("the contract accepted the component");
+    panic.downcast_ref::<String>().expect("the panic has a message").clone()
 }
 
 fn says(kind: ComponentKind, name: &'static str, parts: &[&str]) {
@@ -29,7 +29,7 @@ fn says(kind: ComponentKind, name: &'static str, parts: &[&str]) {
     }
 }
 
-/// A test for each fault: its name, and the component whose refusal says these parts.
+/// One test per fault: its name, the component, and parts of the contract's message.
 macro_rules! named {
     ($($test:ident: $slot:ident $name:literal [$($part:literal),+];)+) => {
         $(#[test]
@@ -39,7 +39,7 @@ macro_rules! named {
     };
 }
 
-/// A dictionary that keeps the k features of greatest magnitude, but for its fault.
+/// A dictionary that keeps the k features of largest magnitude, with one fault.
 trait Fault: Sized + Send + 'static {
     const NAME: &'static str;
 
@@ -235,21 +235,21 @@ fn a_dictionary_without_a_fault_is_accepted() {
 }
 
 named! {
-    a_selection_without_post_relu_is_named: Dictionary "no_post_relu"
+    a_selection_without_post_relu_is_reported: Dictionary "no_post_relu"
         ["a code without `post_relu`", "Selection::of_each"];
-    a_post_relu_of_another_shape_is_named: Dictionary "narrow_post_relu"
+    a_post_relu_of_the_wrong_shape_is_reported: Dictionary "narrow_post_relu"
         ["the shape of `post_relu` is [50, 8], not [50, 128]"];
-    negative_penalized_activations_are_named: Dictionary "negative_penalty"
+    negative_penalised_activations_are_reported: Dictionary "negative_penalty"
         ["never negative", "the smallest is -", "code.penalize(features.abs())"];
-    scale_biases_that_leaves_a_bias_is_named_with_the_bias: Dictionary "unscaled_bias"
+    scale_biases_that_skips_a_bias_is_reported: Dictionary "unscaled_bias"
         ["scale_biases(s)", "`b_dec` was left as it was", "`encoder.bias` was scaled", "thresholds"];
-    a_k_that_is_not_loaded_is_named: Dictionary "stale_k"
+    a_k_that_is_not_loaded_is_reported: Dictionary "stale_k"
         ["k can change during training, and is saved", "Selection::loaded"];
-    a_panic_of_the_component_is_named_with_the_promise: Dictionary "two_dimensions_only"
+    a_panic_is_reported_with_the_promise: Dictionary "two_dimensions_only"
         ["[B, L, d] works like [B, d]", "it panicked: not enough values to unpack: [5, 10, 32]"];
 }
 
-/// A trainer with a penalty on the features, but for its fault, which shows on no dictionary that another test accepts.
+/// A trainer with a sparsity penalty and one fault. The fault must not show on a dictionary that another test accepts.
 trait TrainerFault {
     const SPARSITY: bool = true;
 
@@ -277,7 +277,7 @@ macro_rules! trainer {
             /// A trainer with a fault.
             #[component(trainer $name, summary = "Faulty", example = EXAMPLE, default_dictionary = "auto_encoder")]
             pub struct Config {
-                /// How many steps were taken.
+                /// Number of steps taken.
                 #[serde(skip)]
                 steps: u64,
                 /// The learning rate.
@@ -349,19 +349,19 @@ trainer!(curt, "curt", {
 });
 
 named! {
-    a_trainer_that_does_not_save_its_count_is_named: Trainer "forgetful"
+    a_trainer_that_does_not_save_its_count_is_reported: Trainer "forgetful"
         ["a resumed run ends on the same weights", "weights that differ: ", "in `state`"];
-    a_sparsity_term_that_is_not_declared_is_named: Trainer "undeclared"
+    an_undeclared_sparsity_term_is_reported: Trainer "undeclared"
         ["`has_sparsity_term` is false, but the loss has a sparsity term"];
-    a_trainer_that_hardly_learns_is_named: Trainer "sluggish"
+    a_trainer_that_hardly_learns_is_reported: Trainer "sluggish"
         ["explains over 30% of the variance", "at the first step"];
-    a_gradient_that_is_not_the_loss_s_is_named: Trainer "twice_the_gradient"
+    a_wrong_gradient_is_reported: Trainer "twice_the_gradient"
         ["matches finite differences", "`mse_loss` by `"];
-    a_refusal_of_another_kind_is_named: Trainer "curt"
+    a_refusal_of_the_wrong_kind_is_reported: Trainer "curt"
         ["or refuses it in `build`", "not `InputError::incompatible`: the trainer `curt`"];
 }
 
-/// A logger that writes each row as a line, but for its fault.
+/// A logger that writes each row as a line, with one fault.
 macro_rules! logger {
     ($module:ident, $name:literal, resumes: $resumes:expr, keeps: $keeps:expr) => {
         mod $module {
@@ -409,12 +409,13 @@ fn a_logger_without_a_fault_is_accepted() {
 }
 
 named! {
-    a_row_that_a_logger_drops_is_named: Logger "sieve"
+    a_logger_that_drops_a_row_is_reported: Logger "sieve"
         ["every row in the run's folder", "is [101, 103], not [101, 102, 103]"];
-    a_row_that_is_logged_twice_after_resuming_is_named: Logger "echo" ["is [101, 102, 103, 203], not [101, 102, 203]"];
+    a_logger_that_repeats_a_row_after_resuming_is_reported: Logger "echo"
+        ["is [101, 102, 103, 203], not [101, 102, 203]"];
 }
 
-/// Llama's architecture, but for its fault.
+/// Llama's architecture, with one fault.
 trait ModelFault {
     fn layer(model: &lm::Decoder, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
         model.layer(index, hidden, hooks)
@@ -476,12 +477,12 @@ macro_rules! model {
         mod $module {
             use super::*;
 
-            /// The fields of its config.json.
+            /// Fields of config.json.
             #[component(model $name, summary = "A model with a fault")]
             pub struct Config {
                 #[serde(flatten)]
                 common: lm::config::CommonFields,
-                /// A bound of the scores, which nothing here reads.
+                /// Soft cap of the attention scores, which the model ignores.
                 #[allow(dead_code)]
                 attn_logit_softcapping: Option<f64>,
             }
@@ -531,18 +532,18 @@ model!(renaming, "renaming", {
 });
 
 named! {
-    a_field_of_config_json_that_a_model_ignores_is_named: Model "careless" ["`attn_logit_softcapping` is ignored"];
-    a_model_that_looks_ahead_is_named: Model "clairvoyant" ["another last token changes the logits before it by "];
-    logits_of_another_width_are_named: Model "narrow"
+    an_ignored_config_json_field_is_reported: Model "careless" ["`attn_logit_softcapping` is ignored"];
+    a_model_that_looks_ahead_is_reported: Model "clairvoyant" ["another last token changes the logits before it by "];
+    logits_of_the_wrong_width_are_reported: Model "narrow"
         ["shape and type of the logits is ([2, 9, 95], Float), not ([2, 9, 96], Float)"];
-    a_module_that_no_pass_meets_is_named: Model "deaf" ["no pass meets `model.layers.0.input_layernorm.in`"];
-    a_model_that_goes_on_with_the_value_before_the_hook_is_named: Model "headstrong"
+    a_module_that_never_calls_its_hook_is_reported: Model "deaf" ["no pass meets `model.layers.0.input_layernorm.in`"];
+    a_model_that_ignores_replaced_values_is_reported: Model "headstrong"
         ["`model.layers.0.input_layernorm.in` is replaced, but the logits do not change"];
-    weights_under_other_names_than_the_files_are_named: Model "renaming"
+    renamed_weights_are_reported: Model "renaming"
         ["opens from config.json and a file of its `parameters`", "self_attn"];
 }
 
-/// A source of waves that begins anew when it is restored.
+/// A source of waves that restarts when it is restored.
 #[component(source "restless", summary = "A source with a fault", example = "{type: restless}")]
 struct RestlessConfig {}
 
@@ -583,11 +584,11 @@ impl ActivationSource for Restless {
 }
 
 named! {
-    a_source_that_begins_anew_when_restored_is_named: Source "restless"
+    a_source_that_restarts_when_restored_is_reported: Source "restless"
         ["a restored source continues with other batches", "in `state`"];
 }
 
-/// Documents that count; to seek leads to the one after.
+/// Numbered documents; `seek` goes one too far.
 #[component(text "one_ahead", summary = "A text with a fault", example = "{type: one_ahead}")]
 struct OneAheadConfig {}
 
@@ -618,11 +619,11 @@ impl TextStream for OneAhead {
 }
 
 named! {
-    a_text_that_seeks_another_record_is_named: Text "one_ahead"
+    a_text_that_seeks_the_wrong_record_is_reported: Text "one_ahead"
         ["record 1 after `seek`", "This is document 3.", "This is document 2."];
 }
 
-/// A metric without figures.
+/// A metric that returns no figures.
 #[component(metric "silent", summary = "A metric with a fault", example = "{type: silent}")]
 struct SilentConfig {}
 
@@ -633,10 +634,10 @@ impl Metric for SilentConfig {
 }
 
 named! {
-    a_metric_without_figures_is_named: Metric "silent" ["a dictionary without figures"];
+    a_metric_without_figures_is_reported: Metric "silent" ["a dictionary without figures"];
 }
 
-/// A modifier that refuses to say why.
+/// A modifier that refuses every SAE with a plain input error.
 #[component(modifier "sulky", summary = "A modifier with a fault", example = "{type: sulky}")]
 struct SulkyConfig {}
 
@@ -647,6 +648,6 @@ impl ModifierConfig for SulkyConfig {
 }
 
 named! {
-    a_modifier_that_refuses_as_wrong_input_is_named: Modifier "sulky"
+    a_modifier_that_refuses_with_the_wrong_error_is_reported: Modifier "sulky"
         ["composes with at least one trainer", "the modifier `sulky` needs a rest"];
 }

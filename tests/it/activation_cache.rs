@@ -1,4 +1,4 @@
-//! Activations on disk: what is written comes back, shuffled or in order, and what is damaged is refused by name.
+//! Activation caches: they are read back in order or shuffled, and damaged files are refused by name.
 
 use std::fs;
 
@@ -25,7 +25,7 @@ fn cache(path: &str, more: &str) -> String {
     format!("{{type: activation_cache, path: {path}, batch_size: 96{more}}}")
 }
 
-/// A desk with activations of the bundled model in `cache`.
+/// A desk whose folder `cache` holds activations of the bundled model.
 fn desk(limit: &str, more: &[&str]) -> Desk {
     let desk = Desk::new();
     desk.write("model.yaml", &config("model", MODEL));
@@ -40,7 +40,7 @@ fn open(desk: &Desk, more: &str) -> Result<Box<dyn ActivationSource>> {
 }
 
 #[test]
-fn training_from_disk_is_training_from_the_model() {
+fn training_from_a_cache_matches_training_from_the_model() {
     let desk = desk("10000", &[]);
     desk.write("cache.yaml", &config("cached", &cache("cache", ", shuffle: false")));
     desk.ok(&["train", "model.yaml"]);
@@ -62,14 +62,14 @@ fn training_from_disk_is_training_from_the_model() {
     assert_eq!((&manifest["activations"], &manifest["dtype"]), (&10000.into(), &"float32".into()));
     assert_eq!(manifest["source"]["model"], "embedded:austen");
     assert_eq!(manifest["source"]["text"]["type"], "embedded");
-    // What is whole is not written over.
+    // A complete cache is not overwritten.
     let said = desk.refused(&["activations", "model.yaml", "--out", "cache"]);
     assert!(said.contains("cache"), "{said}");
     assert_eq!(desk.json("cache/meta.json"), manifest);
 }
 
 #[test]
-fn a_shuffled_pass_has_every_row_once_and_far_from_its_neighbours() {
+fn a_shuffled_pass_serves_every_row_once_and_separates_neighbours() {
     let desk = desk("5000", &[]);
     let (sites, tokens) = drain(&mut *open(&desk, ", shuffle: false").unwrap());
     assert_eq!(tokens.size(), [5000, 3]);
@@ -80,7 +80,7 @@ fn a_shuffled_pass_has_every_row_once_and_far_from_its_neighbours() {
         let row = mixed_tokens.select(1, 1) * 32 + mixed_tokens.select(1, 2);
         let (sorted, order) = row.sort(0, false);
         assert_eq!(sorted, tokens.select(1, 1) * 32 + tokens.select(1, 2));
-        // Rows of all sites stay together.
+        // Rows of all sites stay aligned.
         assert_eq!((mixed.len(), sites.len()), (2, 2));
         for (mixed, in_order) in mixed.iter().zip(&sites) {
             assert_eq!(mixed.index_select(0, &order), *in_order);
@@ -92,15 +92,15 @@ fn a_shuffled_pass_has_every_row_once_and_far_from_its_neighbours() {
         source.rewind().unwrap();
     }
     assert_ne!(orders[0], orders[1]);
-    // 1024 rows of two sites of width 192, and where they are from.
+    // 1024 rows of two sites of width 192, and their tokens.
     let bytes: u64 = source.memory().iter().map(|need| need.bytes).sum();
     assert!(bytes > 1024 * 1500 && bytes < 1024 * 1600, "{bytes}");
 }
 
 #[test]
-fn a_run_from_disk_resumes_bit_for_bit() {
+fn a_run_from_a_cache_resumes_bit_for_bit() {
     let desk = desk("700", &[]);
-    // Into the second pass, with fewer rows in the buffer than there are.
+    // The run reaches the second pass, and the buffer holds less than a pass.
     desk.write("cache.yaml", &config("whole", &cache("cache", ", buffer_size: 300")));
     desk.ok(&["train", "cache.yaml"]);
     desk.ok(&["train", "cache.yaml", "--output-dir", "parts", "--set", "stop_after=9"]);
@@ -111,7 +111,7 @@ fn a_run_from_disk_resumes_bit_for_bit() {
 }
 
 #[test]
-fn half_the_bytes_are_nearly_the_same() {
+fn a_bfloat16_cache_stays_close_to_float32() {
     let desk = desk("500", &["--dtype", "bfloat16"]);
     let (half, _) = drain(&mut *open(&desk, ", shuffle: false").unwrap());
     desk.ok(&["activations", "model.yaml", "--out", "whole", "--limit", "500"]);
@@ -129,7 +129,7 @@ fn half_the_bytes_are_nearly_the_same() {
 }
 
 #[test]
-fn what_is_not_as_it_was_written_is_refused_by_name() {
+fn a_damaged_cache_is_refused_with_the_file_name() {
     let desk = desk("500", &[]);
     let shard = desk.path("cache/activations-00000.safetensors");
     let good = fs::read(&shard).unwrap();
@@ -154,7 +154,7 @@ fn what_is_not_as_it_was_written_is_refused_by_name() {
     fs::write(&shard, &altered).unwrap();
     shard_said("is not as it was written", "");
     assert!(open(&desk, ", verify: false").unwrap().next_batch().unwrap().is_some());
-    // Of the right length, but of another model.
+    // The right length, but another tensor name.
     let foreign = String::from_utf8_lossy(&good[..200]).contains("gpt_neox.layers.1/activations");
     assert!(foreign);
     let mut renamed = good.clone();
@@ -169,7 +169,7 @@ fn what_is_not_as_it_was_written_is_refused_by_name() {
     assert!(said("").contains("activations-00007.safetensors: the folder's meta.json does not list it"));
     fs::remove_file(desk.path("cache/activations-00007.safetensors")).unwrap();
     assert!(open(&desk, "").unwrap().next_batch().unwrap().is_some());
-    // A manifest that is not itself any more.
+    // A manifest that was edited or truncated.
     for (from, to) in [("\"activations\": 500", "\"activations\": 501"), ("\"sha256\": \"", "\"sha256\": \"0")] {
         fs::write(desk.path("cache/meta.json"), meta.replacen(from, to, 1)).unwrap();
         assert!(said("").contains("meta.json"), "{from}");
@@ -178,15 +178,15 @@ fn what_is_not_as_it_was_written_is_refused_by_name() {
     assert!(said("").contains("meta.json"));
     fs::remove_file(desk.path("cache/meta.json")).unwrap();
     assert!(said("").contains("holds no meta.json"));
-    // And as a process: exit status 2, at its key, and nothing begun.
+    // As a process: exit status 2, the key's place, and no output folder.
     desk.write("cache.yaml", &config("cached", &cache("cache", "")));
     let said = desk.refused(&["train", "cache.yaml"]);
     assert!(said.contains("(source.path)") && !desk.path("cached").exists(), "{said}");
 }
 
-/// What `examples/write_activations.py` wrote of the recorded model, at the positions of its text.
+/// The fixture was written by `examples/write_activations.py` from the recorded model, at its text positions.
 #[test]
-fn what_python_writes_is_read() {
+fn a_cache_written_by_python_is_read() {
     let folder = fixture("activations");
     let source = format!("{{type: activation_cache, path: {folder:?}, shuffle: false}}");
     let config: Box<dyn TaggedSource> = from_yaml(&source).unwrap();
@@ -206,7 +206,7 @@ fn what_python_writes_is_read() {
         let apart = (python - ours).norm() / ours.norm();
         assert!(apart.double_value(&[]) < 1e-5, "{apart:?}");
     }
-    // By our own writer too.
+    // Our own writer makes the same manifest.
     let desk = Desk::with_config(&format!("precision: float32\nsource: {source}\n"));
     desk.ok(&["activations", "config.yaml", "--out", "out"]);
     let written = desk.json("out/meta.json");

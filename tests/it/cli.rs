@@ -1,4 +1,4 @@
-//! The program as a process: what it writes, prints and returns.
+//! The program as a process: files, output and exit status.
 
 use std::fs;
 use std::process::Stdio;
@@ -16,11 +16,11 @@ const TWO_SAES: &str = "saes:\n- trainer: {type: standard, warmup_steps: 2, spar
                         loggers: [{type: jsonl}]\n";
 
 #[test]
-fn a_run_leaves_what_is_promised() {
+fn a_run_writes_the_documented_files() {
     let desk = Desk::with_config(&tensor_file_config(20, &format!("save_every: 10\ncheckpoint_every: 8\n{TWO_SAES}")));
     let run = desk.run(&["train", "config.yaml"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
-    // The table and the place are the result, all else is talk.
+    // The table and the output folder go to standard output.
     assert!(run.stdout.contains("Variance explained") && run.stdout.contains("| standard |"), "{}", run.stdout);
     assert!(run.stdout.contains("saved to ") && run.stdout.contains("/run"), "{}", run.stdout);
     let expected: Vec<String> = ["config.yaml", "metrics.jsonl"]
@@ -34,7 +34,7 @@ fn a_run_leaves_what_is_promised() {
         .collect();
     let mut found = desk.files();
     found.retain(|name| name != "config.yaml");
-    // Others were due while one was being written.
+    // Others may have been due while one was being written.
     let checkpoints: Vec<String> = found.extract_if(.., |name| name.starts_with("run/checkpoints/")).collect();
     assert!(checkpoints.contains(&"run/checkpoints/step_20.safetensors".to_owned()), "{checkpoints:?}");
     assert!(checkpoints.len() <= 2, "{checkpoints:?}");
@@ -60,7 +60,7 @@ fn a_run_leaves_what_is_promised() {
 }
 
 #[test]
-fn a_sweep_trains_side_by_side_on_one_stream() {
+fn saes_of_a_sweep_share_a_stream_and_train_independently() {
     let desk = Desk::new();
     let sae = "- name: a\n  trainer: {type: batch_top_k, warmup_steps: 2, threshold_start_step: 2}\n  \
                dictionary: {dict_size: 64}\n";
@@ -82,18 +82,18 @@ fn a_sweep_trains_side_by_side_on_one_stream() {
         assert_eq!(steps, [0, 5, 10, 15, 19]);
         assert!(desk.json(&format!("sweep/{name}/eval.json"))["frac_features_recovered"].is_number());
     }
-    // One of them alone ends on the same weights: neighbours share the stream and nothing else.
+    // Trained alone, an SAE ends on the same weights: SAEs share only the stream.
     let name = names.iter().find(|name| name.contains("k=8") && name.contains("lr=0.003")).unwrap();
     let alone =
         format!("saes:\n{sae}").replace("warmup_steps", "lr: 3e-3, warmup_steps").replace("{dict", "{k: 8, dict");
     desk.write("alone.yaml", &format!("{head}output_dir: alone\n{alone}{rest}"));
     desk.ok(&["train", "alone.yaml"]);
     let weights = |sae: &str| fs::read(desk.path(&format!("{sae}/ae.safetensors"))).unwrap();
-    assert!(weights(&format!("sweep/{name}")) == weights("alone/a"), "a neighbour has changed something");
+    assert!(weights(&format!("sweep/{name}")) == weights("alone/a"), "another SAE changed the weights");
 }
 
 #[test]
-fn an_endless_source_is_written_as_far_as_is_said() {
+fn an_endless_source_is_written_up_to_the_limit() {
     let desk = Desk::with_config("source: {type: synthetic, batch_size: 64}\n");
     let said = desk.refused(&["activations", "config.yaml", "--out", "acts"]);
     assert!(said.contains("has no end") && said.contains("--limit"), "{said}");
@@ -105,7 +105,7 @@ fn an_endless_source_is_written_as_far_as_is_said() {
 
 #[test]
 fn a_batch_of_equal_activations_leaves_weights_finite() {
-    // Their residual has no variance for the auxiliary loss to be divided by.
+    // The auxiliary loss is divided by the residual's variance, which is 0 here.
     let desk = Desk::new();
     let x = Tensor::ones([40, 8], (Kind::Float, Device::Cpu));
     tensors::write(&desk.path("x.safetensors"), &[("activations", x)]).unwrap();
@@ -123,7 +123,7 @@ fn a_batch_of_equal_activations_leaves_weights_finite() {
 }
 
 #[test]
-fn an_annealed_k_loads_again() {
+fn an_annealed_k_is_saved_and_loaded() {
     let desk = Desk::new();
     tensors::write(&desk.path("x.safetensors"), &[("x", Tensor::randn([4, 32], (Kind::Float, Device::Cpu)))]).unwrap();
     for method in ["top_k", "batch_top_k"] {
@@ -141,7 +141,7 @@ fn an_annealed_k_loads_again() {
         assert_eq!(k(&sae).int64_value(&[]), 17);
         assert_eq!(desk.json(&format!("{sae}/config.json"))["trainer"]["k"], 17);
         desk.ok(&["encode", &sae, "--input", "x.safetensors", "--output", "y.safetensors"]);
-        // Started from it, a new run has the k of its config.
+        // A new run that starts from these weights has the k of its config.
         let init = format!("saes[0].init_from={sae}");
         let fields = ["--set", &init, "--set", "saes[0].trainer.k_anneal_steps=null"];
         desk.ok(&[&["train", "config.yaml", "--output-dir", "new"], &fields[..]].concat());
@@ -153,7 +153,7 @@ fn an_annealed_k_loads_again() {
 }
 
 #[test]
-fn a_baseline_runs_beside_the_others() {
+fn an_identity_baseline_trains_beside_other_saes() {
     let desk = Desk::new();
     let baseline = "- {name: baseline, dictionary: {type: identity}, trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}";
     desk.write("config.yaml", &tensor_file_config(20, &TWO_SAES.replace("saes:\n", &format!("saes:\n{baseline}\n"))));
@@ -164,7 +164,7 @@ fn a_baseline_runs_beside_the_others() {
 }
 
 #[test]
-fn what_fails_after_training_loses_nothing() {
+fn a_failed_evaluation_keeps_the_weights() {
     let desk = Desk::new();
     poisoned(&desk, 3, f64::NAN);
     let eval_source = "eval_source: {path: x.safetensors}\n";
@@ -177,14 +177,14 @@ fn what_fails_after_training_loses_nothing() {
 }
 
 #[test]
-fn weights_to_start_from_are_those_for_activations_as_they_are() {
+fn init_from_weights_are_for_unnormalised_activations() {
     let desk = Desk::new();
     let sae = desk.golden_sae("standard");
     let trainer = "trainer: {type: standard, lr: 0, warmup_steps: 1, sparsity_warmup_steps: null}";
     let saes = format!("saes: [{{name: a, {trainer}, dictionary: {{dict_size: 96}}, init_from: standard}}]\n");
     desk.write("config.yaml", &tensor_file_config(4, &format!("normalize_activations: true\n{saes}")));
     desk.ok(&["train", "config.yaml"]);
-    // Nothing is learnt at a rate of 0, so what is saved is what was loaded.
+    // With a learning rate of 0, the saved weights are the loaded ones.
     let (own, from) = (
         TensorFile::open(&desk.path("run/a/ae.safetensors")).unwrap(),
         TensorFile::open(&sae.join("ae.safetensors")).unwrap(),
@@ -196,7 +196,7 @@ fn weights_to_start_from_are_those_for_activations_as_they_are() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_error() {
+fn a_closed_stdout_is_not_an_error() {
     let desk = Desk::new();
     let mut child = desk.program().arg("schema").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
@@ -205,9 +205,9 @@ fn a_reader_that_has_seen_enough_is_no_error() {
 }
 
 #[test]
-fn eval_says_again_what_training_said() {
+fn eval_repeats_the_figures_of_training() {
     let desk = Desk::new();
-    // Twenty steps of 64 leave the rest of the data to the metrics; with an `eval_source` both see the same.
+    // Training's metrics would read the rows that 20 steps leave; with an `eval_source` they and `eval` read the same.
     let eval_source = "eval_source: {batch_size: 128}\n";
     desk.write(
         "config.yaml",
@@ -219,13 +219,13 @@ fn eval_says_again_what_training_said() {
     assert_eq!(again, trained);
     let table = desk.ok(&["eval", "run/top_k"]);
     assert!(table.contains("| top_k |"), "{table}");
-    // The metrics can be changed from outside.
+    // `--set` changes the metrics.
     let fewer = desk.ok(&["eval", "run/top_k", "--json", "--set", "metrics[0].n_batches=1"]);
     assert_ne!(serde_json::from_str::<serde_json::Value>(&fewer).unwrap(), trained);
 }
 
 #[test]
-fn eval_without_metrics_takes_those_that_apply() {
+fn eval_without_metrics_uses_all_that_apply() {
     let desk = Desk::new();
     desk.golden_sae("top_k");
     let model = fixture("models/gpt_neox");
@@ -268,7 +268,7 @@ fn encode_writes_features_and_reconstructions() {
     let (features, recon) = (y.tensor("features").unwrap(), y.tensor("recon").unwrap());
     assert_eq!(features.size(), [5120, 96]);
     assert_eq!(recon.size(), x.size());
-    // k of them, as the class has it.
+    // k = 6 features fire.
     let active = features.not_equal(0.0).sum_dim_intlist(1, false, Kind::Int64);
     assert_eq!(active.max().int64_value(&[]), 6);
     let weights = TensorFile::open(&desk.path("top_k/ae.safetensors")).unwrap();
@@ -277,7 +277,7 @@ fn encode_writes_features_and_reconstructions() {
 }
 
 #[test]
-fn encode_refuses_what_does_not_fit() {
+fn encode_refuses_unsuitable_input() {
     let desk = Desk::new();
     desk.golden_sae("top_k");
     let write = |name: &str, tensor: Tensor| tensors::write(&desk.path("x.safetensors"), &[(name, tensor)]).unwrap();
@@ -295,7 +295,7 @@ fn encode_refuses_what_does_not_fit() {
             .contains("--input")
     );
     assert!(desk.refused(&["encode", "nowhere", "--input", "x", "--output", "y"]).contains("nowhere does not exist"));
-    // A folder of a run is not an SAE's, but it is known where those are.
+    // A run's folder is not an SAE; the error names the SAEs in it.
     fs::create_dir(desk.path("run")).unwrap();
     fs::rename(desk.path("top_k"), desk.path("run/top_k")).unwrap();
     assert!(desk.refused(&["encode", "run", "--input", "x", "--output", "y"]).contains("run/top_k"));
@@ -337,7 +337,7 @@ fn activations_are_written_in_order() {
 }
 
 #[test]
-fn another_run_is_not_written_over() {
+fn another_run_is_not_overwritten() {
     let desk = Desk::with_config(&tensor_file_config(
         4,
         "saes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n",
@@ -346,55 +346,55 @@ fn another_run_is_not_written_over() {
     let before = fs::read(desk.path("run/standard/ae.safetensors")).unwrap();
     let said = desk.refused(&["train", "config.yaml", "--set", "seed=3"]);
     assert!(said.contains("already holds a run") && said.contains("--output-dir"), "{said}");
-    // It is finished, and its state was not kept: to resume would be to train it anew.
+    // The finished run kept no checkpoint, so resuming it would train it again.
     let said = desk.refused(&["train", "config.yaml", "--resume"]);
     assert!(said.contains("no checkpoint to resume from"), "{said}");
     assert_eq!(fs::read(desk.path("run/standard/ae.safetensors")).unwrap(), before);
 }
 
-/// Writes the fixtures' activations with another number in one row.
+/// Writes the fixtures' activations with all values of one row replaced by `number`.
 fn poisoned(desk: &Desk, row: i64, number: f64) {
     let x = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
     let _ = x.get(row).fill_(number);
     tensors::write(&desk.path("x.safetensors"), &[("activations", x)]).unwrap();
 }
 
-/// A config that trains on those.
+/// A config that trains on the activations of [`poisoned`].
 fn on_poisoned(steps: u64, more: &str) -> String {
     tensor_file_config(steps, more).replace(&format!("{:?}", fixture("trainers/batches.safetensors")), "x.safetensors")
 }
 
 #[test]
-fn activations_that_are_not_finite_end_the_run() {
+fn nonfinite_activations_stop_the_run() {
     let desk = Desk::new();
     poisoned(&desk, 64 * 5 + 3, f64::NAN);
     desk.write("config.yaml", &on_poisoned(20, TWO_SAES));
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("step 5") && said.contains("row 323"), "{said}");
-    // Nothing of use was trained, so nothing stands in the way of the next run.
+    // No folder is left that would stop the next run.
     assert!(!desk.path("run").exists());
     desk.write("run/mine.txt", "a file of the user's");
     desk.refused(&["train", "config.yaml"]);
     assert_eq!(desk.files(), ["config.yaml", "run/mine.txt", "x.safetensors"]);
-    // Neither is it written to disk as if it were data.
+    // `activations` does not write them to disk either.
     assert!(desk.refused(&["activations", "config.yaml", "--out", "all"]).contains("row 323"));
     assert!(!desk.path("all").exists());
 }
 
 #[test]
-fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint() {
+fn a_nonfinite_loss_stops_the_run_and_keeps_the_checkpoint() {
     let sae =
         "checkpoint_every: 2\nsaes: [{trainer: {type: standard, warmup_steps: 1, sparsity_warmup_steps: null}}]\n";
     let desk = Desk::with_config(&on_poisoned(20, sae));
     let row = 64 * 5 + 3;
     poisoned(&desk, row, 1.0);
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
-    // Finite, and its square is not.
+    // Finite, but its square is not.
     poisoned(&desk, row, 1e25);
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("step 5: the loss of SAE `standard` is inf"), "{said}");
     assert!(!desk.path("run/standard/ae.safetensors").exists());
-    // From the checkpoint of step 2 or 4 it goes on as if nothing had been, once the data are mended.
+    // With repaired data it resumes from the checkpoint of step 2 or 4 and ends on the same weights.
     poisoned(&desk, row, 1.0);
     let run = desk.run(&["train", "config.yaml", "--resume"]);
     assert!(run.code == 0 && run.stderr.contains("resuming at step "), "{}", run.stderr);
@@ -402,12 +402,12 @@ fn a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint() {
     assert!(weights("run") == weights("whole"));
 }
 
-/// Signals a run that is under way, once it has logged some steps.
+/// Starts a run, signals it once it has logged five rows, and waits for it.
 fn signal(desk: &Desk, args: &[&str], signal: &str) -> Run {
     let child = desk.program().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let started = Instant::now();
     while fs::read_to_string(desk.path("run/metrics.jsonl")).map_or(0, |log| log.lines().count()) < 5 {
-        assert!(started.elapsed() < Duration::from_secs(120), "the run does not begin");
+        assert!(started.elapsed() < Duration::from_secs(120), "the run did not start");
         std::thread::sleep(Duration::from_millis(5));
     }
     let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
@@ -418,7 +418,7 @@ fn signal(desk: &Desk, args: &[&str], signal: &str) -> Run {
 #[test]
 fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
     let desk = Desk::new();
-    // Long enough to be met in the middle; the log is flushed at each checkpoint.
+    // Long enough to be interrupted; the log is flushed at each checkpoint.
     desk.write("config.yaml", &tensor_file_config(3000, &format!("checkpoint_every: 50\n{TWO_SAES}")));
     let run = signal(&desk, &["train", "config.yaml"], "-INT");
     assert_eq!(run.code, 130, "{}", run.stderr);
@@ -428,7 +428,7 @@ fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
     }
     let at = desk.log("run/metrics.jsonl").last().unwrap()["step"].as_u64().unwrap() + 1;
     assert!(at < 3000);
-    // To a nearer end: what matters is that it goes on as if nothing had been.
+    // 20 more steps suffice to compare the resumed run.
     let end = (at + 20).to_string();
     let resumed = desk.run(&["train", "config.yaml", "--resume", "--set", &format!("stop_after={end}")]);
     assert_eq!(resumed.code, 0, "{}", resumed.stderr);
@@ -443,14 +443,14 @@ fn an_interrupted_run_is_saved_and_resumes_to_the_same_weights() {
     assert!(changed.contains("`saes[0].trainer.lr`: 0.001 -> 1"), "{changed}");
 }
 
-/// On the bundled model, with a buffer that takes long to fill and is soon used up.
+/// A run on the bundled model whose buffer is slow to fill and soon used up.
 const LONG_FILLS: &str = "steps: 200\noutput_dir: run\nprecision: float32\nlog_every: 1\ncheckpoint_every: 2\n\
     source: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, pack: true, ctx_len: 64, \
     n_ctxs: N_CTXS, refresh_batch_size: 4, out_batch_size: BATCH, text: {type: embedded, name: austen}}\n\
     saes: [{trainer: {type: top_k, warmup_steps: 1}, dictionary: {k: 4, dict_size: 64}}]\n";
 
 #[test]
-fn a_run_is_interrupted_before_its_first_step() {
+fn a_run_can_be_interrupted_before_its_first_step() {
     let desk = Desk::with_config(&LONG_FILLS.replace("N_CTXS", "20000").replace("BATCH", "256"));
     for (args, normalize) in
         [(vec!["train", "config.yaml"], "true"), (vec!["train", "config.yaml", "--resume"], "false")]
@@ -460,7 +460,7 @@ fn a_run_is_interrupted_before_its_first_step() {
         let child = desk.program().args(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let started = Instant::now();
         while !desk.path("run/config.yaml").exists() {
-            assert!(started.elapsed() < Duration::from_secs(120), "the run does not begin");
+            assert!(started.elapsed() < Duration::from_secs(120), "the run did not start");
             std::thread::sleep(Duration::from_millis(5));
         }
         std::thread::sleep(Duration::from_millis(300));
@@ -474,9 +474,9 @@ fn a_run_is_interrupted_before_its_first_step() {
 }
 
 #[test]
-fn a_filling_of_the_buffer_is_interrupted_and_taken_up() {
+fn a_run_interrupted_while_filling_the_buffer_resumes() {
     let desk = Desk::new();
-    // Each step uses half of the buffer, so that nearly all of the time goes into filling it.
+    // Each step uses half of the buffer, so nearly all time goes into filling it.
     desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "512").replace("BATCH", "16000"));
     let run = signal(&desk, &["train", "config.yaml"], "-INT");
     assert_eq!(run.code, 130, "{}", run.stderr);
@@ -489,9 +489,9 @@ fn a_filling_of_the_buffer_is_interrupted_and_taken_up() {
 }
 
 #[test]
-fn a_killed_run_leaves_nothing_half_written() {
+fn a_killed_run_leaves_no_partial_files() {
     let desk = Desk::new();
-    // Saving all the time, so that the kill falls into it.
+    // Saves at every step, so that the kill meets a write.
     let more = "checkpoint_every: 1\nsave_every: 1\n";
     desk.write("config.yaml", &tensor_file_config(3000, &format!("{more}{TWO_SAES}")));
     for _ in 0..3 {
@@ -502,7 +502,7 @@ fn a_killed_run_leaves_nothing_half_written() {
             if name.ends_with(".safetensors") {
                 TensorFile::open(&path).unwrap_or_else(|error| panic!("{error:#}"));
             } else {
-                assert!(name.ends_with(".yaml") || name.ends_with(".jsonl"), "{name} is left");
+                assert!(name.ends_with(".yaml") || name.ends_with(".jsonl"), "{name} was left behind");
             }
         }
         let resumed = desk.run(&["train", "config.yaml", "--resume", "--set", "stop_after=1"]);
@@ -512,7 +512,7 @@ fn a_killed_run_leaves_nothing_half_written() {
 }
 
 #[test]
-fn list_and_describe_tell_what_is_there() {
+fn list_and_describe_show_registered_components() {
     let desk = Desk::new();
     let all = desk.ok(&["list"]);
     for name in ["auto_encoder", "top_k", "language_model", "token_file", "reconstruction", "jsonl", "gpt_neox"] {
@@ -528,13 +528,13 @@ fn list_and_describe_tell_what_is_there() {
 }
 
 #[test]
-fn want_of_memory_is_said_in_a_sentence() {
+fn a_run_that_cannot_fit_in_memory_is_refused() {
     let desk = Desk::new();
     let config = "saes: [{trainer: {type: standard}, dictionary: {dict_size: 1e14}}]\n";
     desk.write("config.yaml", &tensor_file_config(3000, config));
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("100000000000000 features of width 32 would take") && said.contains("dict_size"), "{said}");
-    // What does not fit is refused before anything is read or made, with what to change.
+    // The run is refused before anything is read or written, and the error names what to change.
     desk.write("config.yaml", &LONG_FILLS.replace("N_CTXS", "500000000").replace("BATCH", "256"));
     let said = desk.refused(&["train", "config.yaml"]);
     assert!(said.contains("the run needs") && said.contains("change `n_ctxs`"), "{said}");
@@ -547,8 +547,8 @@ fn want_of_memory_is_said_in_a_sentence() {
     assert!(lines.next().is_some_and(|line| line.starts_with("expected peak memory (cpu): ")), "{}", first.stderr);
 }
 
-/// What one step lets go of the next one takes, where the selections of each of many rows are small beside what else is let go of; and
-/// no size of a product is kept of all that dead features give it.
+/// A step must reuse the memory that the step before it freed, also with many small selections. Memory must not be kept
+/// for every size of product that the number of dead features gives.
 #[test]
 #[cfg(target_os = "linux")]
 fn memory_does_not_grow_with_steps() {
@@ -565,7 +565,7 @@ fn memory_does_not_grow_with_steps() {
     }
 }
 
-/// The program's memory at its peak, in kB, when it trains for so many steps; no more than it expects.
+/// Peak memory of a run of `steps` steps in kB. Asserts that it stays below the program's estimate.
 #[cfg(target_os = "linux")]
 fn peak_memory(config: &str, steps: &str) -> u64 {
     let desk = Desk::new();
@@ -586,7 +586,7 @@ fn peak_memory(config: &str, steps: &str) -> u64 {
         if let Some(ended) = child.try_wait().unwrap() {
             assert!(ended.success() && kb > 0);
             let bytes = kb as f64 * 1024.0;
-            assert!(bytes < expected, "{bytes} bytes, and {expected} were expected: {config}");
+            assert!(bytes < expected, "{bytes} bytes exceed the expected {expected}: {config}");
             return kb;
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -594,7 +594,7 @@ fn peak_memory(config: &str, steps: &str) -> u64 {
 }
 
 #[test]
-fn wrong_arguments_are_wrong_input() {
+fn wrong_arguments_exit_with_status_2() {
     let desk = Desk::new();
     assert_eq!(desk.run(&["trian"]).code, 2);
     assert_eq!(desk.run(&["train"]).code, 2);
@@ -615,14 +615,14 @@ fn parsed(text: &str) -> serde_json::Value {
     serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
-/// The commands that stand in a text after a word, one a line.
+/// The commands on the indented lines after a heading.
 fn commands_after<'a>(text: &'a str, word: &str) -> Vec<&'a str> {
     let lines = text.lines().skip_while(|line| line.trim() != word).skip(1);
     lines.take_while(|line| line.starts_with("  ")).map(str::trim).collect()
 }
 
 #[test]
-fn what_is_set_of_the_source_is_what_is_measured() {
+fn eval_overrides_of_the_source_apply_to_eval_source() {
     let desk = Desk::with_config(ON_A_MODEL);
     let trained = desk.ok(&["train", "config.yaml"]);
     let on = "measured on embedded austen held_out: 1280 tokens in 20 contexts (reconstruction), 512 tokens in 8 contexts \
@@ -634,7 +634,7 @@ fn what_is_set_of_the_source_is_what_is_measured() {
     assert_eq!(own, desk.json("run/top_k/eval.json"));
 
     desk.write("mine.txt", &"She was not in the least like a machine, and said so to everybody.\n\n".repeat(100));
-    // The example of the help, as it stands there.
+    // The example in the help text.
     let help = desk.ok(&["eval", "--help"]);
     let example = help.split("`--set '").nth(1).unwrap_or_else(|| panic!("{help}")).split("'`").next().unwrap();
     let example = example.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -643,7 +643,7 @@ fn what_is_set_of_the_source_is_what_is_measured() {
     let here = |json: &serde_json::Value| fs::canonicalize(json.as_str().unwrap()).unwrap();
     assert_eq!(here(&mine["measured"]["text"]["path"]), fs::canonicalize(&path).unwrap());
     assert_ne!(mine["loss_original"], own["loss_original"]);
-    // A variable does it too, and what is said of `eval_source` itself comes first.
+    // A variable works too; a setting of `eval_source` itself takes precedence.
     let mut program = desk.program();
     program.env("DICTLEARN_SOURCE__TEXT", "{type: text_files, path: mine.txt}");
     let run = Run::of(program.args(["eval", "run/top_k", "--json"]).output().unwrap());
@@ -651,10 +651,10 @@ fn what_is_set_of_the_source_is_what_is_measured() {
     let held_out = "eval_source.text={type: embedded, name: austen, split: held_out}";
     let said = parsed(&desk.ok(&["eval", "run/top_k", "--json", "--set", &example, "--set", held_out]));
     assert_eq!(said, own);
-    // Other keys than the text.
+    // Keys other than the text.
     let shorter = parsed(&desk.ok(&["eval", "run/top_k", "--json", "--set", "source.ctx_len=32"]));
     assert_eq!(shorter["measured"]["by_metric"]["loss_recovered"]["tokens"], 256);
-    // What is wrong with the data is said where it was set.
+    // Errors of the data point to the `--set` that chose them.
     desk.write("empty.txt", "");
     let said = desk.refused(&["eval", "run/top_k", "--set", "source.text={type: text_files, path: empty.txt}"]);
     assert!(said.contains("--set source.text={type: text_files, path: empty.txt}"), "{said}");
@@ -663,7 +663,7 @@ fn what_is_set_of_the_source_is_what_is_measured() {
 }
 
 #[test]
-fn settings_that_measuring_does_not_use_are_refused() {
+fn settings_that_eval_does_not_use_are_refused() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml"]);
     for set in ["saes[0].dictionary.dict_size=32", "steps=10"] {
@@ -676,14 +676,14 @@ fn settings_that_measuring_does_not_use_are_refused() {
 }
 
 #[test]
-fn too_little_data_for_a_figure_is_a_warning() {
+fn too_little_data_for_a_figure_gives_a_warning() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     let run = desk.run(&["train", "config.yaml"]);
     assert!(run.stderr.contains("the metrics are computed on 128 tokens (reconstruction)"), "{}", run.stderr);
     let run = desk.run(&["eval", "run/top_k", "--set", "metrics[0].n_batches=20"]);
     assert!(!run.stderr.contains("the metrics are computed on"), "{}", run.stderr);
     assert!(run.stdout.contains("batches.safetensors: 1280 tokens\n"), "{}", run.stdout);
-    // Of many features most have no occasion to fire in as many tokens.
+    // So few tokens give most of many features no chance to fire.
     let wide = "saes[1].dictionary.dict_size=1024";
     desk.ok(&["train", "config.yaml", "--output-dir", "wide", "--set", wide]);
     let run = desk.run(&["eval", "wide/top_k", "--set", "metrics[0].n_batches=20"]);
@@ -691,14 +691,14 @@ fn too_little_data_for_a_figure_is_a_warning() {
 }
 
 #[test]
-fn runs_are_measured_whole_and_together() {
+fn eval_measures_whole_runs_and_several_at_once() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/b", "--set", "saes[1].dictionary.k=8"]);
     let of_run = parsed(&desk.ok(&["eval", "runs/a", "--json"]));
     assert_eq!(of_run.as_array().unwrap().len(), 2);
     assert_eq!(of_run[0]["sae"], "runs/a/standard");
-    // Both runs, an SAE again, and one more config; each row is what the SAE has alone.
+    // Several runs, another config and a repeated SAE: each row has the SAE's own figures.
     desk.write("other.yaml", &tensor_file_config(20, &TWO_SAES.replace("n_batches: 2", "n_batches: 3")));
     desk.ok(&["train", "other.yaml", "--output-dir", "c"]);
     let all = parsed(&desk.ok(&["eval", "runs", "c", "runs/a/top_k", "--json"]));
@@ -716,7 +716,7 @@ fn runs_are_measured_whole_and_together() {
 }
 
 #[test]
-fn runs_are_compared_in_one_table() {
+fn compare_shows_runs_in_one_table() {
     let desk = Desk::new();
     let swept = TWO_SAES.replace(
         "trainer: {type: top_k, warmup_steps: 2}",
@@ -764,7 +764,7 @@ fn runs_are_compared_in_one_table() {
 }
 
 #[test]
-fn what_can_be_measured_is_shown_whatever_is_wrong_with_the_rest() {
+fn eval_shows_valid_saes_when_others_are_damaged() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "runs/b", "--set", "seed=7"]);
@@ -780,14 +780,14 @@ fn what_can_be_measured_is_shown_whatever_is_wrong_with_the_rest() {
 }
 
 #[test]
-fn figures_of_different_data_are_not_compared_in_silence() {
+fn comparing_figures_of_different_data_gives_a_warning() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     desk.ok(&["train", "config.yaml", "--output-dir", "a"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "b", "--set", "metrics[0].n_batches=3"]);
     let run = desk.run(&["compare", "a", "b"]);
     assert!(run.stderr.contains("were evaluated on different data"), "{}", run.stderr);
     assert!(!desk.run(&["compare", "a"]).stderr.contains("different data"));
-    // The advice of those that lack figures works as printed.
+    // The command suggested for missing figures works as printed.
     fs::remove_file(desk.path("a/top_k/eval.json")).unwrap();
     let run = desk.run(&["compare", "a"]);
     let command = run.stderr.split("to create one: ").nth(1).unwrap_or_else(|| panic!("{}", run.stderr));
@@ -796,7 +796,7 @@ fn figures_of_different_data_are_not_compared_in_silence() {
     assert!(!desk.run(&["compare", "a"]).stderr.contains("eval.json"));
 }
 
-/// Runs what a user would paste.
+/// Runs a printed command in a shell; it must succeed.
 fn in_a_shell(desk: &Desk, command: &str) {
     let of_ours = desk.program();
     let mut shell = std::process::Command::new("sh");
@@ -812,7 +812,7 @@ fn in_a_shell(desk: &Desk, command: &str) {
 }
 
 #[test]
-fn a_run_ends_with_commands_that_work_as_printed() {
+fn commands_printed_after_a_run_work() {
     let desk = Desk::with_config(ON_A_MODEL);
     desk.write("files.yaml", &tensor_file_config(20, TWO_SAES).replace("output_dir: run", "output_dir: 'a run'"));
     for (config, commands) in
@@ -830,12 +830,12 @@ fn a_run_ends_with_commands_that_work_as_printed() {
         assert_eq!(named, commands, "{said}");
         next.iter().for_each(|command| in_a_shell(&desk, command));
     }
-    // The same again where all is done.
+    // Also for a finished run.
     desk.ok(&["train", "files.yaml", "--resume"]);
 }
 
 #[test]
-fn the_doctor_finds_a_healthy_machine() {
+fn doctor_reports_a_healthy_machine() {
     let desk = Desk::new();
     let mut program = desk.program();
     program
@@ -863,7 +863,7 @@ fn the_doctor_finds_a_healthy_machine() {
 }
 
 #[test]
-fn the_doctor_names_what_is_broken_and_what_to_do() {
+fn doctor_names_the_problem_and_its_fix() {
     let desk = Desk::new();
     desk.write("file", "");
     let file = desk.path("file/hf").display().to_string();
@@ -883,7 +883,7 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
 }
 
 #[test]
-fn a_reader_of_stderr_that_leaves_changes_nothing() {
+fn a_closed_stderr_does_not_change_the_exit_status() {
     let desk = Desk::with_config(&tensor_file_config(20, TWO_SAES));
     let code = |config: &str| {
         let mut program = desk.program();

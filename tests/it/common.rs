@@ -1,4 +1,4 @@
-//! Running the program, and what it runs on.
+//! Helpers that run the program in temporary folders.
 
 use std::fs;
 use std::io::Write;
@@ -15,7 +15,7 @@ pub fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
 }
 
-/// A JSON file.
+/// Reads a JSON file.
 pub fn read_json(path: &Path) -> Value {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
@@ -28,10 +28,10 @@ pub fn folders(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// A folder of a test's own, with the program ready to run in it.
+/// A temporary folder in which the program can be run.
 pub struct Desk {
     pub dir: TempDir,
-    /// The Hub that programs talk to, if any.
+    /// Endpoint of the Hub that the program uses, if any.
     hub: Option<String>,
 }
 
@@ -40,7 +40,7 @@ impl Desk {
         Desk { dir: TempDir::new().unwrap(), hub: None }
     }
 
-    /// With a config, `config.yaml`.
+    /// Creates a desk with a `config.yaml`.
     pub fn with_config(text: &str) -> Self {
         let desk = Self::new();
         desk.write("config.yaml", text);
@@ -76,11 +76,11 @@ impl Desk {
         self.read(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    /// The program, to be started in this folder.
+    /// A command that starts the program in this folder.
     pub fn program(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dictlearn"));
         command.current_dir(self.dir.path());
-        // What the tester has from the Hub, and whether it can be reached, changes nothing.
+        // The tester's Hub cache and network must not matter.
         command.env("HF_HOME", self.path("hf")).env("HF_HUB_OFFLINE", "1");
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
@@ -95,27 +95,27 @@ impl Desk {
         command
     }
 
-    /// Runs the program to its end.
+    /// Runs the program and waits for it.
     pub fn run(&self, args: &[&str]) -> Run {
         Run::of(self.program().args(args).output().unwrap())
     }
 
-    /// Runs the program, which must succeed; its standard output.
+    /// Runs the program, which must succeed; returns its standard output.
     pub fn ok(&self, args: &[&str]) -> String {
         let run = self.run(args);
         assert_eq!(run.code, 0, "dictlearn {}\n{}\n{}", args.join(" "), run.stdout, run.stderr);
         run.stdout
     }
 
-    /// Runs the program, which must refuse its input; what it says.
+    /// Runs the program, which must refuse its input; returns its standard error.
     pub fn refused(&self, args: &[&str]) -> String {
         let run = self.run(args);
         assert_eq!(run.code, 2, "dictlearn {}\n{}\n{}", args.join(" "), run.stdout, run.stderr);
-        assert_eq!(run.stdout, "", "results are printed of a command that failed");
+        assert_eq!(run.stdout, "", "a failed command printed results");
         run.stderr
     }
 
-    /// Every file below the folder, by its path from there.
+    /// Relative paths of all files below the folder, sorted.
     pub fn files(&self) -> Vec<String> {
         fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
             for entry in fs::read_dir(dir).unwrap() {
@@ -135,7 +135,7 @@ impl Desk {
         names
     }
 
-    /// An SAE's folder as a run leaves it, of the reference's results.
+    /// Writes a saved SAE with the reference's final weights; returns its folder.
     pub fn golden_sae(&self, case: &str) -> PathBuf {
         let dir = self.path(case);
         fs::create_dir_all(&dir).unwrap();
@@ -146,7 +146,7 @@ impl Desk {
     }
 }
 
-/// A run of the program that has ended.
+/// The result of a finished run of the program.
 pub struct Run {
     pub code: i32,
     pub stdout: String,
@@ -163,12 +163,12 @@ impl Run {
     }
 }
 
-/// A config that trains on the fixtures' activations [5120, 32].
+/// A config that trains on the fixtures' activations `[5120, 32]`.
 pub fn tensor_file_config(steps: u64, more: &str) -> String {
     tensor_file_config_of(&fixture("trainers/batches.safetensors"), 64, steps, more)
 }
 
-/// The same with activations of one's own, in batches of that many.
+/// A config that trains on the given activations.
 pub fn tensor_file_config_of(activations: &Path, batch_size: u64, steps: u64, more: &str) -> String {
     format!(
         "steps: {steps}\noutput_dir: run\nprecision: float32\nlog_every: 1\n\
@@ -176,11 +176,11 @@ pub fn tensor_file_config_of(activations: &Path, batch_size: u64, steps: u64, mo
     )
 }
 
-/// A small file system in memory, mounted as long as this is there.
+/// A small tmpfs, unmounted on drop.
 pub struct Disk<'a>(&'a Path);
 
 impl<'a> Disk<'a> {
-    /// Of so many kB; nothing where it cannot be mounted, which wants root.
+    /// Mounts a tmpfs of `size` kB. Returns `None` if mounting fails; it needs root.
     pub fn mount(at: &'a Path, size: u64) -> Option<Self> {
         fs::create_dir_all(at).unwrap();
         let options = format!("size={size}k");
@@ -189,7 +189,7 @@ impl<'a> Disk<'a> {
         mount.status().is_ok_and(|status| status.success()).then(|| Disk(at))
     }
 
-    /// Until nothing more has room.
+    /// Fills the file system.
     pub fn fill(&self) {
         let mut file = fs::File::create(self.0.join("ballast")).unwrap();
         while file.write_all(&[1; 1 << 16]).is_ok() {}
@@ -206,7 +206,7 @@ impl Drop for Disk<'_> {
     }
 }
 
-/// The rest of a source's pass: activations at each site, and tokens.
+/// Reads the rest of a source's pass: activations of each site, and tokens.
 pub fn drain(source: &mut dyn ActivationSource) -> (Vec<Tensor>, Tensor) {
     let mut sites: Vec<Vec<Tensor>> = source.sites().iter().map(|_| Vec::new()).collect();
     let mut tokens = Vec::new();

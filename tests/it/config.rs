@@ -1,4 +1,4 @@
-//! Configs: what is said of wrong ones, and how layers merge.
+//! Configs: error messages, and how layers merge.
 
 use dictlearn::config::{self, Sources};
 use dictlearn::run;
@@ -8,7 +8,7 @@ use serde_yaml::Value;
 
 use crate::common::{Desk, fixture};
 
-/// What stands around the wrong part of a config.
+/// Valid parts around the wrong part of a config.
 const SOURCE: &str = "source: {type: tensor_file, path: batches.safetensors, batch_size: 64}\n";
 const SAES: &str = "saes:\n- trainer: {type: top_k, warmup_steps: 5}\n  dictionary: {k: 4, dict_size: 64}\n";
 
@@ -18,8 +18,8 @@ fn desk() -> Desk {
     desk
 }
 
-/// The sources that `dictlearn train mine.yaml` with these arguments loads. Most tests here call the library: a process
-/// takes as long to load libtorch as to check ten configs.
+/// The sources that `dictlearn train mine.yaml` loads with these arguments. Most tests call the library, because a
+/// process takes as long to load libtorch as to check ten configs.
 fn sources(desk: &Desk, args: &[&str], variables: &[(&str, &str)]) -> Sources {
     let mut sources = Sources { file: desk.path("mine.yaml"), builds_rest: true, ..Sources::default() };
     for arg in args.chunks(2) {
@@ -33,7 +33,7 @@ fn sources(desk: &Desk, args: &[&str], variables: &[(&str, &str)]) -> Sources {
     sources
 }
 
-/// The message without the test's own folder.
+/// A message without the test's folder.
 fn without_folder(desk: &Desk, said: &str) -> String {
     let dir = desk.dir.path();
     let canonical = std::fs::canonicalize(dir).unwrap();
@@ -41,7 +41,7 @@ fn without_folder(desk: &Desk, said: &str) -> String {
     said.replace(&format!("{}/", dir.display()), "")
 }
 
-/// What a config is refused with, without the test's own folder.
+/// The library's error for a config, without the test's folder.
 fn refusal(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)]) -> String {
     desk.write("mine.yaml", config);
     let before = desk.files();
@@ -52,11 +52,11 @@ fn refusal(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)])
     };
     let error = train().expect_err(config);
     let error = InputError::take(error).unwrap_or_else(|error| panic!("{config}\n{error:?}"));
-    assert_eq!(desk.files(), before, "something stays behind");
+    assert_eq!(desk.files(), before, "files were left behind");
     without_folder(desk, &format!("error: {}\n", dictlearn_core::error::printable(&error.to_string())))
 }
 
-/// The same as the program refuses it.
+/// The program's error for the same config.
 fn refusal_of_the_program(desk: &Desk, config: &str, args: &[&str], variables: &[(&str, &str)]) -> String {
     desk.write("mine.yaml", config);
     let before = desk.files();
@@ -64,17 +64,17 @@ fn refusal_of_the_program(desk: &Desk, config: &str, args: &[&str], variables: &
     command.args(["train", "mine.yaml"]).args(args).envs(variables.iter().copied()).env("HF_HOME", "/nowhere");
     let run = crate::common::Run::of(command.output().unwrap());
     assert_eq!(run.code, 2, "{config}\n{}{}", run.stdout, run.stderr);
-    assert_eq!(desk.files(), before, "something stays behind");
+    assert_eq!(desk.files(), before, "files were left behind");
     without_folder(desk, &run.stderr)
 }
 
-/// The JSON Schema of a config, as an editor uses it.
+/// The JSON Schema of configs, as editors use it.
 fn schema(desk: &Desk) -> jsonschema::Validator {
     jsonschema::validator_for(&serde_json::from_str(&desk.ok(&["schema"])).unwrap()).unwrap()
 }
 
 #[test]
-fn an_editor_accepts_every_config() {
+fn every_config_satisfies_the_schema() {
     let schema = schema(&Desk::new());
     for path in crate::docs::configs() {
         let config = serde_yaml::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
@@ -85,7 +85,7 @@ fn an_editor_accepts_every_config() {
 }
 
 #[test]
-fn an_editor_sees_slips_in_what_is_only_a_part() {
+fn the_schema_checks_partial_configs() {
     let schema = schema(&Desk::new());
     let sweep = |sae: &str| format!("{SOURCE}saes: [{{sweep: {{dictionary.k: [4, 8]}}, {sae}}}]\n");
     for (yaml, right) in [
@@ -104,7 +104,7 @@ fn an_editor_sees_slips_in_what_is_only_a_part() {
 }
 
 #[test]
-fn the_schema_explains_every_field() {
+fn the_schema_describes_every_field() {
     let schema: serde_json::Value = serde_json::from_str(&Desk::new().ok(&["schema"])).unwrap();
     fn fields(schema: &serde_json::Value, count: &mut usize) {
         let Some(map) = schema.as_object() else {
@@ -112,7 +112,7 @@ fn the_schema_explains_every_field() {
             return;
         };
         for (name, field) in map.get("properties").and_then(|fields| fields.as_object()).into_iter().flatten() {
-            assert!(field["description"].is_string(), "`{name}` has no explanation: {field}");
+            assert!(field["description"].is_string(), "`{name}` has no description: {field}");
             *count += 1;
         }
         map.values().for_each(|part| fields(part, count));
@@ -126,9 +126,9 @@ fn the_schema_explains_every_field() {
     assert!(said.ends_with("Default: 1000"), "{said}");
 }
 
-/// Every way of getting a config wrong that we could think of, with what the program says.
+/// Wrong configs of every kind, with the program's errors.
 #[test]
-fn wrong_configs() {
+fn wrong_configs_are_refused_with_place_and_help() {
     let desk = desk();
     let fixtures = fixture("models/gpt_neox");
     let model = format!("{:?}", fixtures.display().to_string());
@@ -410,10 +410,10 @@ fn wrong_configs() {
             as_processes += 1;
         }
         let shown = shown.replace(&fixtures.display().to_string(), "MODEL");
-        // The tester's machine may have one.
+        // The tester's machine may have a GPU.
         let none = "this machine (or this libtorch) has no GPU; `device: auto` uses the best available";
         let shown = shown.replace("this machine has one GPU, cuda:0", none);
-        // What an editor says beforehand, of files that are wrong by themselves.
+        // Whether an editor reports a config that is wrong without arguments.
         let seen = match serde_yaml::from_str::<serde_json::Value>(yaml) {
             Ok(_) if !args.is_empty() || !variables.is_empty() => "",
             Ok(config) if !schema.is_valid(&config) => " (an editor sees it)",
@@ -425,7 +425,7 @@ fn wrong_configs() {
     insta::assert_snapshot!(all);
 }
 
-/// The wrong configs that the program is given too: of each way in which a message comes about.
+/// The wrong configs that the program is run on too: one for each origin of an error.
 const AS_PROCESSES: [&str; 5] = [
     "an unknown trainer",
     "k above dict_size",
@@ -434,7 +434,7 @@ const AS_PROCESSES: [&str; 5] = [
     "a mistake in the file, in a variable and in two arguments",
 ];
 
-/// The merged config with what follows from its source, as `--dry-run` prints it.
+/// The merged config with derived values, as `--dry-run` prints it.
 fn merged(desk: &Desk, args: &[&str], variables: &[(&str, &str)]) -> Value {
     let mut config = config::load(&sources(desk, args, variables)).unwrap();
     run::plan(&mut config).unwrap();
@@ -444,7 +444,7 @@ fn merged(desk: &Desk, args: &[&str], variables: &[(&str, &str)]) -> Value {
 #[test]
 fn later_layers_win() {
     let desk = desk();
-    // Each layer changes what all above it change as well; the last to change a key must win.
+    // Every layer sets keys that earlier layers set too; the last one must win.
     let keys = ["seed", "steps", "log_every", "save_every", "checkpoint_every", "stop_after"];
     let says = |value: u64, keys: &[&str]| keys.iter().map(|key| format!("{key}: {value}\n")).collect::<String>();
     desk.write("base.yaml", &says(11, &keys[1..]));
@@ -458,7 +458,7 @@ fn later_layers_win() {
 }
 
 #[test]
-fn values_of_every_spelling() {
+fn numbers_are_read_in_every_spelling() {
     let desk = desk();
     desk.write(
         "mine.yaml",
@@ -487,7 +487,7 @@ fn a_later_type_replaces_the_component() {
     let source = "source: {type: language_model, model: nowhere, submodule: a, text: {type: embedded, name: austen}}\n";
     desk.write("base.yaml", &format!("{source}saes:\n- trainer: {{type: standard, l1_penalty: 0.3}}\n"));
     desk.write("mine.yaml", &format!("include: base.yaml\n{SOURCE}"));
-    // Nothing of the other source or trainer is left to be refused.
+    // No field of the replaced source or trainer is left to be refused.
     let merged = merged(&desk, &["--set", "saes[0].trainer.type=top_k", "--set", "saes[0].dictionary.k=4"], &[]);
     assert_eq!(merged["source"]["type"], Value::from("tensor_file"));
     assert_eq!(merged["saes"][0]["trainer"]["type"], Value::from("top_k"));
@@ -514,7 +514,7 @@ fn a_sweep_is_the_cartesian_product() {
     assert_eq!(names.len(), 4);
     for (name, lr, k) in &found {
         assert!(
-            // In the order in which they are written.
+            // Keys appear in the order of the sweep.
             *name == format!("top_k-lr={lr}-k={k}"),
             "{name}"
         );
@@ -522,7 +522,7 @@ fn a_sweep_is_the_cartesian_product() {
 }
 
 #[test]
-fn anchors_and_merged_maps() {
+fn anchors_and_merge_keys_are_resolved() {
     let desk = desk();
     desk.write(
         "mine.yaml",
@@ -539,7 +539,7 @@ fn anchors_and_merged_maps() {
 }
 
 #[test]
-fn paths_are_relative_to_the_file_that_says_them() {
+fn paths_are_relative_to_the_file_that_contains_them() {
     let desk = desk();
     std::fs::create_dir_all(desk.path("data")).unwrap();
     std::fs::rename(desk.path("batches.safetensors"), desk.path("data/batches.safetensors")).unwrap();
@@ -553,7 +553,7 @@ fn paths_are_relative_to_the_file_that_says_them() {
 }
 
 #[test]
-fn the_merged_config_trains_the_same_run() {
+fn the_saved_config_reproduces_the_run() {
     let desk = desk();
     desk.write("mine.yaml", &format!("steps: 8\noutput_dir: one\n{SOURCE}{SAES}"));
     desk.ok(&["train", "mine.yaml", "--set", "seed=7"]);
@@ -577,23 +577,23 @@ fn byte_order_marks_are_skipped() {
     for config in ["marked.yaml", "including.yaml"] {
         assert_eq!(merged(config), merged("plain.yaml"));
     }
-    // Places are those of the text behind it.
+    // Positions do not count the mark.
     let said = refusal(&desk, &format!("\u{feff}setps: 1\n{SOURCE}{SAES}"), &[], &[]);
     assert!(said.contains("mine.yaml:1:1 (setps)"), "{said}");
 }
 
 #[test]
-fn errors_name_the_argument_that_was_typed() {
+fn errors_quote_the_argument_as_typed() {
     let desk = desk();
     let said = refusal(&desk, &format!("{SOURCE}{SAES}"), &["--set", "saes[0].seed=99999999999999999999999"], &[]);
     let place = "error: `saes[0].seed` is 99999999999999999999999, which is out of range\n \
                  --> --set saes[0].seed=99999999999999999999999 (saes[0].seed)\n";
     assert!(said.starts_with(place), "{said}");
-    // What is missing from a list that is given whole.
+    // A key missing from a list that an argument gives whole.
     let set = "saes=[{trainer: {type: top_k}}]";
     let said = refusal(&desk, &format!("{SOURCE}{SAES}"), &["--set", set], &[]);
     assert!(said.contains(&format!("\n --> --set {set} (saes[0].dictionary)\n")), "{said}");
-    // What `eval_source` takes from `source`.
+    // A value that `eval_source` takes from `source`.
     let other = format!("{SOURCE}eval_source: {{shuffle: false}}\n{SAES}");
     let said = refusal(&desk, &other, &["--set", "source.batch_size=0"], &[]);
     assert_eq!(errors(&said).len(), 1, "{said}");
@@ -601,13 +601,13 @@ fn errors_name_the_argument_that_was_typed() {
     assert!(said.contains("--set source.batch_size=0 (source.batch_size)"), "{said}");
 }
 
-/// A run on the bundled model, with its own SAE.
+/// A run on the bundled model.
 const LM: &str = "steps: 1000\nsource:\n  type: language_model\n  model: embedded:austen\n  submodule: gpt_neox.layers.2\n  \
                   text: {type: embedded, name: austen}\n  ctx_len: 64\n  n_ctxs: 64\n  out_batch_size: 256\n\
                   saes:\n- trainer: {type: top_k}\n  dictionary: {type: top_k, dict_size: 256, k: 16}\n";
 
 #[test]
-fn mistakes_of_source_and_saes_are_reported_together() {
+fn errors_of_source_and_saes_are_reported_together() {
     let desk = desk();
     let keys = |sets: &[&str]| {
         let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
@@ -635,7 +635,7 @@ fn mistakes_of_source_and_saes_are_reported_together() {
         keys(&["source.submodule=[gpt_neox.layers.8, gpt_neox.layers.1, gpt_neox.layers.9]"]),
         ["source.submodule[0]", "source.submodule[2]"]
     );
-    // How many features follow from the width, which is not known then.
+    // Without the width, the number of features is unknown.
     let unknown = "saes[0].dictionary={type: top_k, expansion_factor: 4, k: 200}";
     assert_eq!(keys(&["source.submodule=gpt_neox.layers.9", unknown]), ["source.submodule"]);
     let few = "saes[0].dictionary={type: auto_encoder, expansion_factor: 0.03}";
@@ -644,7 +644,7 @@ fn mistakes_of_source_and_saes_are_reported_together() {
 }
 
 #[test]
-fn what_is_written_rightly_is_checked_beside_wrong_keys() {
+fn valid_parts_are_checked_despite_wrong_keys() {
     let desk = desk();
     let two = format!("{LM}- trainer: {{type: standard, lr: fast}}\n");
     let said = |config: &str, sets: &[&str]| {
@@ -657,25 +657,25 @@ fn what_is_written_rightly_is_checked_beside_wrong_keys() {
         assert!(errors(&all).iter().any(|line| line.contains(error)), "{error}: {all}");
     }
     assert_eq!(errors(&all).len(), 4, "{all}");
-    // A warm-up is not compared with a number of steps that may not be meant.
+    // A warm-up is not compared with a number of steps that may be wrong.
     let warm = "saes[0].trainer.warmup_steps=15000";
     assert_eq!(errors(&said(LM, &[warm, "setps=20000"])).len(), 1);
     assert_eq!(errors(&said(LM, &[warm, "steps=many"])).len(), 1);
     assert_eq!(errors(&said(LM, &[warm, "sed=1"])).len(), 2);
-    // Of a wrong part nothing else is said: what `dict_size` was meant to be is not known.
+    // A wrong part gets no further errors: the intended `dict_size` is unknown.
     assert_eq!(errors(&said(LM, &["saes[0].dictionary.dict_size=many", "saes[0].dictionary.k=300"])).len(), 1);
     // Nothing is downloaded for a run that is refused.
     let hub = ["source.model=nobody/nothing", "sed=1"];
     assert_eq!(errors(&said(LM, &hub)).len(), 1);
 }
 
-/// The errors that a run is refused with.
+/// The error lines of a refusal.
 fn errors(said: &str) -> Vec<&str> {
     said.lines().filter(|line| line.starts_with("error: ")).collect()
 }
 
 #[test]
-fn all_mistakes_of_a_config_are_reported_at_once() {
+fn all_errors_of_a_config_are_reported_at_once() {
     let desk = desk();
     let saes = "saes:\n- trainer: {type: topk, lr: 1}\n- trainer: {type: standard, lr: fast, l1_penalti: 1}\n  modifiers: [{type: ghosts}]\n";
     let config = format!(
@@ -700,13 +700,13 @@ fn all_mistakes_of_a_config_are_reported_at_once() {
         "{said}"
     );
     assert_eq!(errors(&said).len(), places.len(), "{said}");
-    // No more than twenty.
+    // At most 20 are shown.
     let keys = |count: usize| (0..count).map(|key| format!("wrong{key}: 1\n")).collect::<String>();
     let said = |count| refusal(&desk, &format!("{SOURCE}{SAES}{}", keys(count)), &[], &[]);
     assert!(errors(&said(20)).len() == 20 && !said(20).contains("more mistake"));
     assert!(errors(&said(21)).len() == 21 && said(21).contains("error: there is 1 more mistake\n"), "{}", said(21));
     assert!(errors(&said(50)).len() == 21 && said(50).contains("error: there are 30 more mistakes\n"), "{}", said(50));
-    // A sweep and an `eval_source` repeat nothing.
+    // A sweep and an `eval_source` repeat no error.
     let sweep = format!(
         "{SOURCE}eval_source: {{shuffle: false}}\n{SAES}  sweep: {{trainer.lrr: [1, 2, 3], dictionary.k: [1, 2]}}\n"
     )
@@ -736,7 +736,7 @@ fn defaults_adapt_to_short_runs() {
     };
     let saes = trainers.iter().map(sae).collect::<String>();
     let config = |steps: u64| format!("steps: {steps}\nmetrics: []\n{SOURCE}saes:\n{saes}");
-    // However short.
+    // Runs of any length train.
     for steps in [1, 2, 7, 60] {
         desk.write("mine.yaml", &config(steps));
         let run = desk.run(&["train", "mine.yaml", "--output-dir", &format!("run{steps}")]);
@@ -751,7 +751,7 @@ fn defaults_adapt_to_short_runs() {
             );
         }
     }
-    // What is left is the whole truth.
+    // The saved config has the adapted values and gives the same weights.
     let run = desk.run(&["train", "run60/config.yaml", "--output-dir", "again"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(!run.stderr.contains("adapted"), "{}", run.stderr);
@@ -759,7 +759,7 @@ fn defaults_adapt_to_short_runs() {
         let weights = |run: &str| std::fs::read(desk.path(&format!("{run}/{name}/ae.safetensors"))).unwrap();
         assert!(weights("run60") == weights("again"), "{name}");
     }
-    // The reference's defaults stay in long runs, and what is written stays everywhere.
+    // Long runs keep the reference's defaults; written values never change.
     let default = |steps: u64, field: &str, more: &str| {
         desk.write("mine.yaml", &format!("steps: {steps}\n{SOURCE}saes: [{{trainer: {{type: p_anneal{more}}}}}, {{trainer: {{type: top_k}}, dictionary: {{k: 4}}}}]\n"));
         let merged = merged(&desk, &[], &[]);
@@ -793,7 +793,7 @@ fn defaults_adapt_to_short_runs() {
 }
 
 #[test]
-fn metrics_default_to_what_the_source_allows() {
+fn metrics_default_to_those_that_the_source_supports() {
     let desk = desk();
     let figures = |config: &str| {
         desk.write("mine.yaml", config);
@@ -809,13 +809,13 @@ fn metrics_default_to_what_the_source_allows() {
                  out_batch_size: 64, text: {type: embedded, name: austen}}";
     let found = figures(&plain.replace(SOURCE, &format!("source: {model}\n"))).unwrap();
     assert!(found["frac_variance_explained"].is_f64() && found["frac_recovered"].is_f64(), "{found}");
-    // They are spelled out.
+    // The saved config lists them.
     let merged: Value = serde_yaml::from_str(&desk.read("run/config.yaml")).unwrap();
     assert_eq!(merged["metrics"][0]["type"], Value::from("loss_recovered"));
 }
 
 #[test]
-fn an_sae_has_a_seed_of_its_own() {
+fn an_sae_can_have_its_own_seed() {
     let desk = desk();
     let source = SOURCE.replace("batch_size", "shuffle: false, batch_size");
     desk.write("mine.yaml", &format!("steps: 8\n{source}{SAES}  sweep: {{seed: [42, 1], dictionary.k: [4, 8]}}\n"));
@@ -832,14 +832,14 @@ fn an_sae_has_a_seed_of_its_own() {
 }
 
 #[test]
-fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
+fn variables_in_effect_are_reported_and_unknown_ones_give_a_warning() {
     let desk = desk();
     desk.write("mine.yaml", &format!("steps: 4\n{SOURCE}{SAES}").replace(", warmup_steps: 5", ""));
     let said = |variables: &[(&str, &str)], args: &[&str]| {
         let config = config::load(&sources(&desk, args, variables)).unwrap();
         config.written.notes().join("\n")
     };
-    // As the program shows it, with names of its tools among the variables.
+    // As the program prints it; variables of its tools are ignored.
     let acting = [("DICTLEARN_SEED", "7"), ("DICTLEARN_SOURCE__BATCH_SIZE", "32")];
     let tools =
         ["CACHE", "TEST_RUNS", "SOAK_MINUTES", "FUZZ_READER", "BENCH_X"].map(|name| format!("DICTLEARN_{name}"));
@@ -852,7 +852,7 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
     assert_eq!(said(&acting, &[]), text[0]);
     let merged: Value = serde_yaml::from_str(&run.stdout).unwrap();
     assert_eq!((&merged["seed"], &merged["source"]["batch_size"]), (&7.into(), &32.into()));
-    // One that something else overrides does not act.
+    // An overridden variable is not reported.
     assert_eq!(said(&[("DICTLEARN_SEED", "7")], &["--set", "seed=3"]), "");
     for (name, text) in [
         ("DICTLEARN_DEBUG", "warning: DICTLEARN_DEBUG matches no config key and is ignored"),
@@ -877,7 +877,7 @@ fn variables_that_act_are_said_and_unknown_ones_are_a_warning() {
 }
 
 #[test]
-fn weights_are_kept_at_chosen_steps() {
+fn weights_are_saved_at_chosen_steps() {
     let desk = desk();
     let config = |keys: &str| {
         format!(
@@ -902,11 +902,11 @@ fn weights_are_kept_at_chosen_steps() {
     assert!(last == weights("run/top_k/ae.safetensors"));
     desk.ok(&["train", "mine.yaml", "--output-dir", "stopped", "--set", "stop_after=12"]);
     assert!(at_12 == weights("stopped/top_k/ae.safetensors"));
-    // Those of step 0 are what training starts from.
+    // The weights of step 0 are those that training starts from.
     std::fs::copy(desk.path("run/top_k/checkpoints/ae_0.safetensors"), desk.path("init.safetensors")).unwrap();
     desk.ok(&["train", "mine.yaml", "--output-dir", "init", "--set", "saes[0].init_from=init.safetensors"]);
     assert!(last == weights("init/top_k/ae.safetensors"));
-    // 0%, 0.1%, 1% and 10%; of 40 steps the first three are one.
+    // 0%, 0.1%, 1% and 10% of the run; of 40 steps the first three are step 0.
     assert_eq!(kept("save_steps: {log: 4}\n"), [0, 4]);
     assert_eq!(kept("save_steps: {log: 1}\n"), [0]);
 }
@@ -918,9 +918,9 @@ fn a_dry_run_writes_nothing() {
     let before = desk.files();
     let said = desk.ok(&["train", "mine.yaml", "--dry-run"]);
     assert_eq!(desk.files(), before);
-    // Defaults are spelled out, and shapes and memory are told.
+    // The plan lists defaults, shapes and memory.
     assert!(said.contains("auxk_alpha: 0.03125") && said.contains("encoder.weight [64, 32]"), "{said}");
-    // And which way the steps go: modifiers look at what autograd keeps.
+    // It names the kind of gradients: modifiers need autograd.
     assert!(said.contains("of weights, analytic gradients"), "{said}");
     desk.write(
         "mine.yaml",

@@ -1,4 +1,4 @@
-//! What every registered component keeps, whoever wrote it.
+//! The contract, checked for every registered component.
 
 use dictlearn as _;
 use dictlearn::cli::reference;
@@ -47,7 +47,7 @@ fn every_component_is_listed_and_described() {
         assert!(!all.is_empty(), "no {kind} is registered");
         for (index, component) in all.into_iter().enumerate() {
             let mut described = reference::text(component, desk.dir.path());
-            // The program as a process, once for each kind.
+            // Starting the program is slow, so once per kind.
             if index == 0 {
                 let shown = desk.ok(&["describe", kind.name(), component.name]);
                 assert_eq!(shown.trim_end(), described.trim_end());
@@ -66,7 +66,7 @@ fn every_component_is_listed_and_described() {
                 continue;
             };
             assert!(example.contains(&format!("type: {}\n", component.name)), "{example}");
-            // That it trains is of the contract.
+            // The contract checks that it trains.
             desk.write("config.yaml", example);
             if index == 0 {
                 desk.ok(&["train", "config.yaml", "--dry-run"]);
@@ -76,7 +76,7 @@ fn every_component_is_listed_and_described() {
 }
 
 #[test]
-fn a_config_of_examples_trains() {
+fn a_config_made_of_examples_trains() {
     let desk = Desk::new();
     example_files(desk.dir.path());
     let source = find(ComponentKind::Source, "tensor_file").unwrap().example;
@@ -95,9 +95,9 @@ fn a_config_of_examples_trains() {
     }
 }
 
-/// The settings are stated where a trainer is registered; the config is what a user trains.
+/// A trainer registers its short-run settings; users train them with the config.
 #[test]
-fn the_short_runs_that_describe_shows_are_a_config() {
+fn short_runs_shown_by_describe_match_the_config() {
     let desk = Desk::new();
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/short-runs.yaml");
     let config: serde_yaml::Value = serde_yaml::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! What the pages say is so.
+//! README, guides, reference pages and configs agree with the program.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every config of the repository.
+/// Every config in `configs/`.
 pub fn configs() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> =
         fs::read_dir(root().join("configs")).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -108,7 +108,7 @@ fn python_of_the_pages_compiles() {
     }
 }
 
-/// Configs that want what the repository does not hold, and the key that says what.
+/// Configs that need files outside the repository, and the key that names them.
 const WANTING: [(&str, &str); 3] = [
     ("activation-cache.yaml", "source.path"),
     ("mix.yaml", "source.text.streams[0].text.repo"),
@@ -116,12 +116,12 @@ const WANTING: [(&str, &str); 3] = [
 ];
 
 #[test]
-fn every_config_is_sound() {
+fn every_config_passes_a_dry_run() {
     let desk = Desk::new();
     for path in configs() {
         let name = path.file_name().unwrap().to_str().unwrap();
         if let Some((_, key)) = WANTING.iter().find(|(wanting, _)| *wanting == name) {
-            // All else is right with it: what is built is the last to be looked at.
+            // Missing files are found last, so this error shows that the rest is valid.
             let set = format!("{key}=\"{}\"", desk.path("absent").display());
             let said = desk.refused(&["train", path.to_str().unwrap(), "--dry-run", "--set", &set]);
             assert!(said.contains(&format!("({key})")), "{said}");
@@ -136,9 +136,9 @@ fn every_config_is_sound() {
     assert!(desk.files().is_empty());
 }
 
-/// `cargo xtask ci` puts the guide's files together and calls its commands; what comes of it is the example.
+/// `cargo xtask ci` assembles the guide's files and runs its commands; this test compares them with the example.
 #[test]
-fn the_guide_writes_the_example() {
+fn the_plugin_guide_matches_the_example() {
     let guide = fs::read_to_string(root().join("docs/writing-plugins.md")).unwrap();
     for file in ["src/lib.rs", "config.yaml"] {
         let blocks = guide.split("\n```").skip(1).step_by(2);
@@ -148,15 +148,15 @@ fn the_guide_writes_the_example() {
         });
         let written = pieces.collect::<Vec<_>>().join("\n\n") + "\n";
         let example = fs::read_to_string(root().join("examples/out-of-tree-plugin").join(file)).unwrap();
-        assert!(written == example, "{file} of the guide is not the example's");
+        assert!(written == example, "{file} differs between guide and example");
     }
 }
 
 #[test]
-fn the_reference_pages_are_what_the_program_writes() {
+fn the_reference_pages_are_up_to_date() {
     let desk = Desk::new();
     let (written, out) = (root().join("docs/reference"), desk.path("reference"));
-    // Examples are made of what can be opened where the program stands.
+    // The examples depend on the files in the working directory.
     let status = desk.program().current_dir(root()).args(["docs", "--out", out.to_str().unwrap()]).status().unwrap();
     assert!(status.success());
     let files = |dir: &Path| {
@@ -191,7 +191,7 @@ fn the_readme_lists_every_trainer() {
     let mut found = 0;
     for line in listed.lines() {
         let name = line.split_whitespace().next().unwrap();
-        assert!(table.contains(&format!("`{name}`")), "the README's table does not have `{name}`");
+        assert!(table.contains(&format!("`{name}`")), "the README's table lacks `{name}`");
         found += 1;
     }
     assert!(found > 8, "{listed}");

@@ -1,4 +1,4 @@
-//! `dictlearn encode`: which files it takes, and features that are negative.
+//! `dictlearn encode`: input formats and negative features.
 
 use std::fs;
 
@@ -26,7 +26,7 @@ fn npy(rows: &Tensor) -> Vec<u8> {
 }
 
 #[test]
-fn numpy_files_and_other_names_are_encoded_alike() {
+fn numpy_files_and_named_tensors_encode_like_safetensors() {
     let desk = Desk::new();
     desk.golden_sae("top_k");
     let all = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
@@ -53,7 +53,7 @@ fn numpy_files_and_other_names_are_encoded_alike() {
 }
 
 #[test]
-fn an_input_that_cannot_be_read_says_what_is_taken() {
+fn unreadable_input_names_the_accepted_formats() {
     let desk = Desk::new();
     desk.golden_sae("top_k");
     let x = Tensor::zeros([4, 32], (Kind::Float, tch::Device::Cpu));
@@ -87,7 +87,7 @@ fn an_input_that_cannot_be_read_says_what_is_taken() {
 }
 
 #[test]
-fn negative_features_count_and_are_ranked_by_magnitude() {
+fn negative_features_are_counted_and_ranked_by_magnitude() {
     let desk = Desk::with_config(
         "steps: 1\noutput_dir: run\nprecision: float32\n\
          source: {type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, ctx_len: 32, n_ctxs: 8,\n  \
@@ -125,7 +125,7 @@ fn negative_features_count_and_are_ranked_by_magnitude() {
 }
 
 #[test]
-fn a_text_without_a_model_is_told_of_the_model() {
+fn encoding_text_without_a_model_is_refused() {
     let saes =
         "saes: [{name: a, trainer: {type: top_k, warmup_steps: 0}, dictionary: {dict_size: 64, k: 4}}]\nmetrics: []\n";
     let desk = Desk::with_config(&tensor_file_config(2, saes));
@@ -133,7 +133,7 @@ fn a_text_without_a_model_is_told_of_the_model() {
     let said = desk.refused(&["encode", "run/a", "--text", "a text"]);
     assert!(said.contains("language model") && said.contains("`tensor_file`"), "{said}");
     assert!(said.contains("--config") && said.contains("--input") && !said.contains("pack"), "{said}");
-    // A mistake of the user's own is still said as it is.
+    // A wrong setting is still reported as such.
     let said = desk.refused(&["encode", "run/a", "--text", "a text", "--set", "source.batch_sizee=3"]);
     assert!(said.contains("batch_sizee"), "{said}");
 }

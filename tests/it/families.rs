@@ -1,5 +1,5 @@
-//! Every family of language models against what Hugging Face's models computed: each recorded site, logits and loss; and
-//! what all of them keep: hooks, prefixes, names, reading no more than is needed.
+//! Every family of language models against recorded results of transformers: sites, logits and loss. Also what all
+//! families share: hooks, prefixes, names and lazy reading.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -37,7 +37,7 @@ fn open(case: &str) -> (Box<dyn LanguageModel>, Tokens, BTreeMap<String, Tensor>
     (model, Tokens { ids, mask }, io)
 }
 
-/// A model's folder with its files changed.
+/// A copy of a model's folder with changed config and weights.
 fn changed(case: &str, config: impl Fn(&mut Value), weights: impl Fn(&mut Vec<(String, Tensor)>)) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let from = fixture("models").join(case);
@@ -51,14 +51,14 @@ fn changed(case: &str, config: impl Fn(&mut Value), weights: impl Fn(&mut Vec<(S
     dir
 }
 
-/// A model's logits and the output of each of its layers.
+/// The output of each layer, and the logits.
 fn computed(model: &dyn LanguageModel, tokens: &Tokens) -> Vec<Tensor> {
     let outputs = (0..model.n_layers())
         .map(|layer| model.value_at(tokens, &HookPoint { module: model.names().layer(layer), io: Io::Out }));
     outputs.chain([model.forward(tokens, &mut Hooks::none()).unwrap()]).collect()
 }
 
-/// Why a folder's model is refused.
+/// The message with which a folder's model is refused.
 fn refusal(dir: &Path) -> String {
     let error = load(dir, Precision::Float32).err().unwrap_or_else(|| panic!("{} was loaded", dir.display()));
     assert!(error.chain().any(|cause| cause.is::<InputError>()), "{error:#}");
@@ -74,7 +74,7 @@ fn difference(found: &Tensor, expected: &Tensor, mask: &Tensor) -> f64 {
 }
 
 #[test]
-fn every_site_logits_and_loss() {
+fn sites_logits_and_loss_match_transformers() {
     for case in &cases() {
         let (model, tokens, io) = open(case);
         let mut compared = 0;
@@ -99,7 +99,7 @@ fn every_site_logits_and_loss() {
 }
 
 #[test]
-fn a_config_of_transformers_5_gives_the_same_numbers() {
+fn a_transformers_5_config_gives_the_same_numbers() {
     for case in &cases() {
         let (model, tokens, _) = open(case);
         let newer = read_json(&fixture("models").join(case).join("config.transformers5.json"));
@@ -110,7 +110,7 @@ fn a_config_of_transformers_5_gives_the_same_numbers() {
     }
 }
 
-/// What a config says of rotary embeddings, as `rope_parameters` has it, and the config without it.
+/// A config's rotary settings in the form of `rope_parameters`, and the config without them.
 fn without_rope(config: &Value) -> Option<(Map<String, Value>, Value)> {
     let mut rest = config.clone();
     let theta = ["rope_theta", "rotary_emb_base"].into_iter().find_map(|key| rest.as_object_mut()?.remove(key))?;
@@ -126,7 +126,7 @@ fn without_rope(config: &Value) -> Option<(Map<String, Value>, Value)> {
 }
 
 #[test]
-fn every_spelling_of_rotary_embeddings_is_the_same_model() {
+fn every_spelling_of_rotary_parameters_gives_the_same_model() {
     let mut tried = 0;
     for case in &cases() {
         let (model, tokens, _) = open(case);
@@ -148,7 +148,7 @@ fn every_spelling_of_rotary_embeddings_is_the_same_model() {
             ("both keys", vec![("rope_scaling", rope.clone().into()), ("rope_parameters", json!({"rope_theta": 3.0}))]),
             ("dtype", vec![("rope_parameters", rope.clone().into()), ("torch_dtype", "float32".into())]),
             ("an empty map", vec![("rope_parameters", rope.clone().into()), ("rope_scaling", json!({}))]),
-            // As the first releases of transformers 5 wrote what is nested: with values beside it that say nothing.
+            // The first releases of transformers 5 wrote values without meaning beside the nested ones.
             (
                 "nested, and more",
                 vec![(
@@ -173,7 +173,7 @@ fn every_spelling_of_rotary_embeddings_is_the_same_model() {
             assert_eq!(with(&keys), expected, "{case}: {spelling}");
             tried += 1;
         }
-        // It matters what is said, but where a single pair is rotated, whose frequency is 1 whatever the base is.
+        // The base matters, unless a single pair is rotated: its frequency is 1 for any base.
         let mut other = rope.clone();
         other["rope_theta"] = 7.0.into();
         assert_eq!(with(&[("rope_parameters", other.into())]) == expected, case == "gpt_neox", "{case}");
@@ -182,7 +182,7 @@ fn every_spelling_of_rotary_embeddings_is_the_same_model() {
 }
 
 #[test]
-fn layers_that_slide_have_a_rotary_base_of_their_own() {
+fn sliding_layers_have_their_own_rotary_base() {
     let (model, tokens, _) = open("gemma3_text");
     let expected = computed(&*model, &tokens);
     let config = read_json(&fixture("models/gemma3_text/config.transformers5.json"));
@@ -192,7 +192,7 @@ fn layers_that_slide_have_a_rotary_base_of_their_own() {
         let dir = changed("gemma3_text", |it| *it = config.clone(), |_| {});
         computed(&*load(dir.path(), Precision::Float32).unwrap(), &tokens)
     };
-    // What is absent is the default, which is another for each type.
+    // Absent values take the default, which differs between layer types.
     assert_eq!(with(json!({"full_attention": {}, "sliding_attention": {}})), expected);
     assert_eq!(with(json!({"full_attention": null})), expected);
     let other = with(json!({"sliding_attention": {"rope_theta": 1e6}}));
@@ -222,13 +222,13 @@ fn fields_equal_to_the_default_may_be_absent() {
     }
 }
 
-/// The folder of a model whose head is the embedding, with its weights changed and `tie_word_embeddings` as given.
+/// A copy of a tied model's folder with changed weights and the given `tie_word_embeddings`.
 fn tied(tie: bool, weights: impl Fn(&mut Vec<(String, Tensor)>)) -> tempfile::TempDir {
     changed("llama3", |config| config["tie_word_embeddings"] = tie.into(), weights)
 }
 
 #[test]
-fn the_weights_decide_whether_head_and_embedding_are_one() {
+fn the_weights_decide_whether_the_head_is_tied() {
     const EMBEDDING: &str = "model.embed_tokens.weight";
     let (model, tokens, _) = open("llama3");
     let expected = computed(&*model, &tokens);
@@ -243,11 +243,11 @@ fn the_weights_decide_whether_head_and_embedding_are_one() {
         let head = embedding(tensors).flip([0]);
         tensors.push(("lm_head.weight".to_owned(), head));
     };
-    // A head of its own is used, whatever the config says.
+    // A separate head is used, whatever the config says.
     let (untied, _) = of(&tied(false, own));
     assert_ne!(untied.last(), expected.last());
     assert_eq!(of(&tied(true, own)), (untied, true));
-    // The same numbers twice are one tensor, in another type as well.
+    // A head equal to the embedding is tied, also with another dtype.
     for kind in [Kind::Float, Kind::Double] {
         let twice = tied(true, |tensors| {
             let head = embedding(tensors).to_kind(kind);
@@ -255,7 +255,7 @@ fn the_weights_decide_whether_head_and_embedding_are_one() {
         });
         assert_eq!(of(&twice), (expected.iter().map(Tensor::shallow_clone).collect(), false), "{kind:?}");
     }
-    // Of a tied model only the head was saved.
+    // A tied model of which only the head was saved.
     let head = tied(true, |tensors| {
         tensors
             .iter_mut()
@@ -270,7 +270,7 @@ fn the_weights_decide_whether_head_and_embedding_are_one() {
     assert!(said.contains("no tensor `lm_head.weight`") && said.contains("tie_word_embeddings"), "{said}");
 }
 
-/// A folder with the config of a model and other files.
+/// A folder with a model's config and the given files.
 fn folder(case: &str, files: &[(&str, &Path)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::copy(fixture("models").join(case).join("config.json"), dir.path().join("config.json")).unwrap();
@@ -284,12 +284,15 @@ fn folder(case: &str, files: &[(&str, &Path)]) -> tempfile::TempDir {
 fn weights_are_read_from_pytorch_model_bin() {
     let (model, tokens, _) = open("gpt_neo");
     let expected = computed(&*model, &tokens);
-    // As TinyStories is published: head and embedding in one storage, masks among the weights.
+    // As TinyStories is published: head and embedding share a storage, and masks are among the weights.
     let bin = fixture("models_bin/gpt_neo/pytorch_model.bin");
     let whole = folder("gpt_neo", &[("pytorch_model.bin", &bin)]);
     let model = load(whole.path(), Precision::Float32).unwrap();
     assert_eq!(computed(&*model, &tokens), expected);
-    assert!(model.parameters().iter().all(|(name, _)| name != "lm_head.weight"), "head and embedding are one");
+    assert!(
+        model.parameters().iter().all(|(name, _)| name != "lm_head.weight"),
+        "head and embedding must be one tensor"
+    );
 
     let file = StateDictFile::open(&bin).unwrap();
     let shard = |part: usize| -> Vec<(String, Tensor)> {
@@ -311,7 +314,7 @@ fn weights_are_read_from_pytorch_model_bin() {
     fs::remove_file(sharded.path().join(names[1])).unwrap();
     let said = refusal(sharded.path());
     assert!(said.contains(names[1]) && said.contains("pytorch_model.bin.index.json"), "{said}");
-    // Safetensors come first, as in transformers.
+    // Safetensors take precedence, as in transformers.
     let both = folder(
         "gpt_neo",
         &[
@@ -323,7 +326,7 @@ fn weights_are_read_from_pytorch_model_bin() {
 }
 
 #[test]
-fn a_pytorch_model_bin_that_is_no_state_dict_is_refused() {
+fn a_pytorch_model_bin_without_a_state_dict_is_refused() {
     let bin = fs::read(fixture("models_bin/gpt_neo/pytorch_model.bin")).unwrap();
     let dir = folder("gpt_neo", &[]);
     let with = |bytes: &[u8]| {
@@ -335,7 +338,7 @@ fn a_pytorch_model_bin_that_is_no_state_dict_is_refused() {
     assert!(with(&bin[..bin.len() - 100]).contains("not a complete zip archive"));
     assert!(with(&fs::read(fixture("torch_file/legacy.pt")).unwrap()).contains("PyTorch before 1.6"));
     assert!(with(b"").contains("not a torch.save file"));
-    // A changed number is found before the first pass, not in it.
+    // A corrupted value is found before the first pass.
     let mut damaged = bin.clone();
     damaged[bin.len() / 2] ^= 1;
     assert!(with(&damaged).contains("checksum"));
@@ -345,7 +348,7 @@ fn a_pytorch_model_bin_that_is_no_state_dict_is_refused() {
 }
 
 #[test]
-fn an_adapter_is_no_model() {
+fn an_adapter_without_its_base_model_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("adapter_config.json"), "{\"base_model_name_or_path\": \"owner/base\"}").unwrap();
     let said = refusal(dir.path());
@@ -353,21 +356,21 @@ fn an_adapter_is_no_model() {
 }
 
 #[test]
-fn a_config_may_hold_numbers_that_only_python_writes() {
+fn infinity_and_nan_in_config_json_are_read() {
     let (model, tokens, _) = open("llama");
     let dir = changed("llama", |_| {}, |_| {});
     let path = dir.path().join("config.json");
     let config = fs::read_to_string(&path).unwrap();
     fs::write(&path, config.replacen('{', "{\"time_step_limit\": [0.0, Infinity], \"x\": NaN, ", 1)).unwrap();
     assert_eq!(computed(&*load(dir.path(), Precision::Float32).unwrap(), &tokens), computed(&*model, &tokens));
-    // A number that the model computes with is missed.
+    // A field that the model needs must be valid.
     fs::write(&path, config.replacen("\"hidden_size\":32", "\"hidden_size\":Infinity", 1)).unwrap();
     let said = refusal(dir.path());
     assert!(said.contains("hidden_size"), "{said}");
 }
 
 #[test]
-fn the_wrapper_that_a_model_was_saved_in_is_no_part_of_its_names() {
+fn wrapper_prefixes_are_stripped_from_weight_names() {
     for case in ["llama", "gpt2", "gpt_neox"] {
         let (model, tokens, _) = open(case);
         let expected = computed(&*model, &tokens);
@@ -407,7 +410,7 @@ fn the_wrapper_that_a_model_was_saved_in_is_no_part_of_its_names() {
 
 #[test]
 fn padding_on_either_side_changes_no_text_position() {
-    // Rotary attention knows only distances, so a row shifted by left padding computes the same.
+    // Rotary attention depends only on distances, so left padding changes nothing.
     let (model, _, _) = open("gpt_neox");
     let row = [5_i64, 17, 40, 3, 99];
     let tokens = |ids: &[i64], mask: &[i64]| Tokens {
@@ -430,14 +433,14 @@ fn a_pass_stops_after_the_last_hook() {
     let (model, tokens, _) = open("gpt_neox");
     let (point, _) = model.hook_point("gpt_neox.layers.0.mlp", Io::Out).unwrap();
     let mut hooks = Hooks::read(std::slice::from_ref(&point), true);
-    assert!(model.forward(&tokens, &mut hooks).is_err(), "the pass went on after the hook");
+    assert!(model.forward(&tokens, &mut hooks).is_err(), "the pass continued after the hook");
     assert!(hooks.take(&point).is_some());
     let mut hooks = Hooks::read(&[point], false);
     assert!(model.forward(&tokens, &mut hooks).is_ok());
 }
 
 #[test]
-fn continuing_from_a_layer_is_the_whole_pass() {
+fn continuing_from_a_hook_point_matches_the_whole_pass() {
     for case in &cases() {
         let (model, tokens, _) = open(case);
         let whole = model.forward(&tokens, &mut Hooks::none()).unwrap();
@@ -458,7 +461,7 @@ fn continuing_from_a_layer_is_the_whole_pass() {
 }
 
 #[test]
-fn transformer_lens_names_are_the_same_places() {
+fn transformer_lens_names_map_to_hook_points() {
     let (model, _, _) = open("gpt_neox_sequential");
     for (name, module, io) in [
         ("blocks.1.hook_resid_post", "gpt_neox.layers.1", Io::Out),
@@ -471,7 +474,7 @@ fn transformer_lens_names_are_the_same_places() {
         let (point, _) = model.hook_point(name, Io::Out).unwrap();
         assert_eq!(point, HookPoint { module: module.to_owned(), io }, "{name}");
     }
-    // With a parallel residual there is no stream in the middle.
+    // A parallel residual has no value between attention and MLP.
     let (model, _, _) = open("gpt_neox");
     assert!(model.hook_point("blocks.1.hook_resid_mid", Io::Out).is_err());
 }
@@ -498,7 +501,7 @@ fn every_module_can_be_hooked() {
 }
 
 #[test]
-fn weights_in_half_precision_and_in_shards() {
+fn half_precision_and_sharded_weights_are_read() {
     for (kind, most) in [(Kind::BFloat16, 2e-2), (Kind::Half, 2e-3)] {
         let (model, tokens, _) = open("llama");
         let exact = model.forward(&tokens, &mut Hooks::none()).unwrap();
@@ -511,7 +514,7 @@ fn weights_in_half_precision_and_in_shards() {
         let logits = rounded.forward(&tokens, &mut Hooks::none()).unwrap();
         let apart = difference(&logits, &exact, &tokens.mask);
         assert!(apart > 0.0 && apart < most, "{kind:?}: {apart}");
-        // The same weights in two files are the same model.
+        // The same weights in two shards are the same model.
         let file = TensorFile::open(&half.path().join("model.safetensors")).unwrap();
         let (mut map, mut shards) = (Map::new(), [Vec::new(), Vec::new()]);
         for (index, name) in file.names().into_iter().enumerate() {
@@ -531,7 +534,7 @@ fn weights_in_half_precision_and_in_shards() {
 }
 
 #[test]
-fn products_in_bfloat16_stay_near() {
+fn bfloat16_logits_stay_close() {
     for case in &cases() {
         let (_, tokens, io) = open(case);
         let model = load(&fixture("models").join(case), Precision::BFloat16).unwrap();
@@ -543,8 +546,8 @@ fn products_in_bfloat16_stay_near() {
 }
 
 #[test]
-fn names_without_their_first_part_are_found() {
-    // As in the files that were published of GPT-2, which have masks beside the weights, too.
+fn weight_names_without_their_prefix_are_found() {
+    // As in the published GPT-2 files, which also have masks among the weights.
     let (model, tokens, _) = open("gpt2");
     let bare = changed(
         "gpt2",
@@ -568,7 +571,7 @@ fn layers_past_the_hook_are_not_read() {
     let model = load(dir.path(), Precision::Float32).unwrap();
     let (point, _) = model.hook_point("model.layers.0", Io::Out).unwrap();
     let value = model.value_at(&tokens, &point);
-    // The file is overwritten under the model: what was read stays, what is read now is what the file says now.
+    // The file is overwritten with zeros: layers already read keep their weights, later layers get the zeros.
     let path = dir.path().join("model.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize + 8;
@@ -576,11 +579,11 @@ fn layers_past_the_hook_are_not_read() {
     std::io::Write::write_all(&mut fs::OpenOptions::new().write(true).open(&path).unwrap(), &bytes).unwrap();
     assert_eq!(model.value_at(&tokens, &point), value);
     let (last, _) = model.hook_point("model.layers.2", Io::Out).unwrap();
-    assert_eq!(model.value_at(&tokens, &last), value, "layers of zeros change nothing");
+    assert_eq!(model.value_at(&tokens, &last), value, "layers of zeros must change nothing");
 }
 
 #[test]
-fn what_is_not_implemented_is_refused_by_name() {
+fn unsupported_fields_are_refused_by_name() {
     let refused = |case: &str, change: &dyn Fn(&mut Value)| {
         let dir = changed(case, change, |_| {});
         refusal(dir.path())
@@ -628,12 +631,12 @@ fn what_is_not_implemented_is_refused_by_name() {
     assert!(message.contains("quantised"), "{message}");
 }
 
-/// SmolLM2-135M-Instruct against the Python library (transformers 4.57, float32): what it says next, greedily, and its
-/// loss on a page of Persuasion. `SMOLLM2=DIR cargo test --test it smollm2 -- --ignored`, where the folder has the model
-/// in float32 or bfloat16.
+/// SmolLM2-135M-Instruct against transformers 4.57 in float32: the greedy continuation, and the loss on a page of
+/// Persuasion. Run `SMOLLM2=DIR cargo test --test it smollm2 -- --ignored`; the folder has the model in float32 or
+/// bfloat16.
 #[test]
 #[ignore = "needs SmolLM2-135M-Instruct in the folder that SMOLLM2 names"]
-fn smollm2_says_what_it_says_in_python() {
+fn smollm2_matches_transformers() {
     let dir = std::env::var("SMOLLM2").expect("SMOLLM2 names the model's folder");
     let expected: Value = serde_json::from_slice(&fs::read(fixture("smollm2.json")).unwrap()).unwrap();
     let ids =
@@ -661,9 +664,9 @@ fn smollm2_says_what_it_says_in_python() {
     }
 }
 
-/// TransformerLens's `hook_normalized` is the value inside a norm: normalised, and not yet scaled by the norm's weights.
+/// TransformerLens's `hook_normalized` is the value inside a norm: normalised but not yet scaled by its weights.
 #[test]
-fn the_value_inside_a_norm_is_normalised() {
+fn hook_normalized_is_the_value_inside_the_norm() {
     let mut tried = 0;
     for case in &cases() {
         let (model, tokens, _) = open(case);
@@ -676,7 +679,7 @@ fn the_value_inside_a_norm_is_normalised() {
             let mean_square = value.square().mean_dim([-1].as_slice(), false, Kind::Float);
             let off = ((mean_square - 1.0).abs() * tokens.mask.to_kind(Kind::Float)).max().double_value(&[]);
             assert!(off < 0.05, "{case}: {name} has a mean square {off} away from 1");
-            // The weights come after it.
+            // Replacing it changes the rest of the pass.
             let mut moved = Hooks::replace(&point, |value| value + 1.0);
             let changed = model.forward(&tokens, &mut moved).unwrap();
             assert!(difference(&changed, &whole, &tokens.mask) > 1e-3, "{case}: {name}");

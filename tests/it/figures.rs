@@ -1,4 +1,4 @@
-//! docs/figures.md has every figure that is logged, measured or shown, and no other.
+//! docs/figures.md lists exactly the figures that are logged, measured or printed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,7 +11,7 @@ use tch::{Device, Kind as Type, Tensor};
 
 use crate::common::{Desk, fixture};
 
-/// The first cells of a section's table.
+/// The first column of a section's table.
 fn documented(section: &str) -> BTreeSet<String> {
     let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/figures.md")).unwrap();
     let body = page.split(&format!("\n## {section}\n")).nth(1).unwrap().split("\n## ").next().unwrap();
@@ -23,7 +23,7 @@ const MODIFIERS: &str = "- name: modified\n  trainer: {type: standard, lr: 1e-2,
                          resample_steps: null}\n  dictionary: {dict_size: 64}\n  modifiers: [{type: ghost_grads, \
                          threshold: 1}, {type: entropy_penalty, weight: 0.1}, {type: resample, every: 20}]\n";
 
-/// Trains with every trainer and every modifier on known features, and with crosscoders on files side by side.
+/// Trains with every trainer and modifier on synthetic features, and crosscoders on two files. Returns the tables.
 fn runs(desk: &Desk) -> Vec<String> {
     let mut single = MODIFIERS.to_owned();
     let mut joined = String::new();
@@ -56,7 +56,7 @@ fn runs(desk: &Desk) -> Vec<String> {
     tables
 }
 
-/// Keys of an object, those within it after a dot; parts have names of their own, which are left out.
+/// Collects the keys of an object; nested keys follow a dot. Names of parts are skipped.
 fn keys(figures: &Value, found: &mut BTreeSet<String>) {
     for (key, value) in figures.as_object().unwrap() {
         found.insert(key.clone());
@@ -74,7 +74,7 @@ fn keys(figures: &Value, found: &mut BTreeSet<String>) {
 }
 
 #[test]
-fn every_figure_is_documented_and_nothing_else() {
+fn docs_list_exactly_the_reported_figures() {
     let desk = Desk::new();
     let mut tables = runs(&desk);
     let rows: Vec<Value> =
@@ -107,9 +107,9 @@ fn every_figure_is_documented_and_nothing_else() {
     assert_eq!(columns, documented("The table"));
 }
 
-/// `l2_loss` is a norm in the model's units; the log's square of it, in training units, has another name.
+/// `l2_loss` is a norm in the model's units; the log has its square in training units under another name.
 #[test]
-fn the_log_and_eval_json_share_only_names_that_mean_the_same() {
+fn names_shared_by_log_and_eval_json_mean_the_same() {
     let shared: BTreeSet<String> = documented("The log").intersection(&documented("eval.json")).cloned().collect();
     assert_eq!(shared.into_iter().collect::<Vec<_>>(), ["frac_variance_explained", "l0"]);
 }

@@ -1,4 +1,4 @@
-//! Published SAEs in, ours out: what other libraries computed with their files, through `import` and `encode`.
+//! Import and export of published SAEs, compared with recorded results of other libraries.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ fn difference(found: &Tensor, wanted: &Tensor) -> f64 {
     ((found - &wanted).abs().max() / wanted.abs().max()).double_value(&[])
 }
 
-/// Encodes the fixture's activations with an SAE and compares with what its own library computed.
+/// Encodes the fixture's activations with an SAE and compares with its own library's results.
 fn matches(desk: &Desk, sae: &Path, io: &Path, tolerance: f64) {
     desk.ok(&["encode", sae.to_str().unwrap(), "--input", io.to_str().unwrap(), "--output", "y.safetensors"]);
     let (found, wanted) = (TensorFile::open(&desk.path("y.safetensors")).unwrap(), TensorFile::open(io).unwrap());
@@ -27,7 +27,7 @@ fn matches(desk: &Desk, sae: &Path, io: &Path, tolerance: f64) {
     }
 }
 
-/// The cases of sae_lens's fixtures.
+/// The sae_lens fixtures.
 fn cases() -> Vec<PathBuf> {
     let mut cases: Vec<PathBuf> =
         fs::read_dir(fixture("sae_lens")).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -42,7 +42,7 @@ fn name(path: &Path) -> &str {
 }
 
 #[test]
-fn every_sae_of_sae_lens_computes_what_it_did_there() {
+fn sae_lens_saes_match_sae_lens() {
     let desk = Desk::new();
     for case in cases() {
         let printed = desk.ok(&["import", "sae_lens", case.to_str().unwrap(), "--out", name(&case)]);
@@ -53,7 +53,7 @@ fn every_sae_of_sae_lens_computes_what_it_did_there() {
 }
 
 #[test]
-fn what_is_exported_to_sae_lens_is_imported_again_as_it_was() {
+fn export_to_sae_lens_round_trips() {
     let desk = Desk::new();
     for case in cases() {
         let (first, out, again) = ("first", "out", "again");
@@ -62,7 +62,7 @@ fn what_is_exported_to_sae_lens_is_imported_again_as_it_was() {
         desk.ok(&["import", "sae_lens", out, "--out", again]);
         let tolerance = if name(&case).ends_with("bf16") { 1e-2 } else { 1e-5 };
         matches(&desk, &desk.path(again), &case.join("io.safetensors"), tolerance);
-        // Our own folder is taken as it is too.
+        // A saved SAE can be imported too.
         desk.ok(&["import", "dictionary_learning", first, "--out", "own"]);
         matches(&desk, &desk.path("own"), &case.join("io.safetensors"), tolerance);
         fs::remove_dir_all(desk.path("own")).unwrap();
@@ -80,16 +80,16 @@ fn what_is_exported_to_sae_lens_is_imported_again_as_it_was() {
 }
 
 #[test]
-fn gemma_scope_is_read_from_its_folder_and_from_the_hubs_cache() {
+fn gemma_scope_is_read_from_a_folder_and_from_the_hub_cache() {
     let desk = Desk::new();
     let folder = fixture("sae_lens/gemma_scope");
     let sae = "layer_3/width_80/average_l0_7";
     let case = folder.join(sae);
     desk.ok(&["import", "gemma_scope", case.to_str().unwrap(), "--out", "here"]);
     matches(&desk, &desk.path("here"), &case.join("io.safetensors"), 1e-5);
-    assert!(!desk.path("here/config.yaml").exists(), "nothing says which model it is of");
+    assert!(!desk.path("here/config.yaml").exists(), "the folder does not name a model");
 
-    // Offline, by the name under which it was published, and by its release's.
+    // Offline, by its published name and by its release's.
     let repo = desk.path("hf/hub/models--google--gemma-scope-2b-pt-res");
     fs::create_dir_all(repo.join("refs")).unwrap();
     fs::write(repo.join("refs/main"), "c0").unwrap();
@@ -115,7 +115,7 @@ fn gemma_scope_is_read_from_its_folder_and_from_the_hubs_cache() {
     assert!(refused.contains("average_l0_7"), "{refused}");
 }
 
-/// A case of sae_lens's with its config changed and tensors added or replaced.
+/// A copy of an sae_lens fixture with a changed config and added or replaced tensors.
 fn changed(desk: &Desk, case: &str, change: impl FnOnce(&mut Value), tensors: &[(&str, Tensor)]) -> PathBuf {
     let (from, dir) = (fixture("sae_lens").join(case), desk.path("changed"));
     let _ = fs::remove_dir_all(&dir);
@@ -131,11 +131,11 @@ fn changed(desk: &Desk, case: &str, change: impl FnOnce(&mut Value), tensors: &[
 }
 
 #[test]
-fn what_has_no_class_is_refused_by_name() {
+fn unsupported_sae_lens_saes_are_refused_by_name() {
     let desk = Desk::new();
     let ones = |n: i64| Tensor::ones([n], tch::kind::FLOAT_CPU);
     let twos = || ("scaling_factor", ones(80) * 2.0);
-    /// The case, what is changed in cfg.json, what is added to the weights, and a word of the message.
+    /// Case, change of cfg.json, tensors added to the weights, and a word of the message.
     type Case = (&'static str, fn(&mut Value), Vec<(&'static str, Tensor)>, &'static str);
     let cases: [Case; 10] = [
         ("standard", |cfg| cfg["architecture"] = "temporal".into(), vec![], "`temporal`"),
@@ -158,12 +158,12 @@ fn what_has_no_class_is_refused_by_name() {
         let dir = changed(&desk, case, change, &tensors);
         let message = desk.refused(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]);
         assert!(message.contains(word), "{message}");
-        assert!(!desk.path("out").exists(), "{case}: something half-written stays behind");
+        assert!(!desk.path("out").exists(), "{case}: partial output was left behind");
     }
 }
 
 #[test]
-fn factors_are_folded() {
+fn scaling_factors_are_folded_into_the_weights() {
     let desk = Desk::new();
     let case = fixture("sae_lens/standard");
     let io = TensorFile::open(&case.join("io.safetensors")).unwrap();
@@ -177,7 +177,7 @@ fn factors_are_folded() {
         let y = TensorFile::open(&desk.path("y.safetensors")).unwrap();
         (y.tensor("features").unwrap(), y.tensor("recon").unwrap())
     };
-    // It was trained on activations three times as large.
+    // The SAE was trained on activations three times as large.
     let dir = changed(
         &desk,
         "standard",
@@ -190,12 +190,12 @@ fn factors_are_folded() {
     let (features, recon) = encoded(&dir, &[]);
     assert!(difference(&features, &io.tensor("features").unwrap()) < 1e-5);
     assert!(difference(&(recon * 3.0), &io.tensor("recon").unwrap()) < 1e-5);
-    // The factor is nowhere: as they are, with a warning.
+    // Without the factor the weights are imported unchanged, with a warning.
     let dir = changed(&desk, "standard", |cfg| cfg["normalize_activations"] = "expected_average_only_in".into(), &[]);
     let run = desk.run(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "unscaled"]);
     assert!(run.code == 0 && run.stderr.contains("expected_average_only_in"), "{}", run.stderr);
     matches(&desk, &desk.path("unscaled"), &case.join("io.safetensors"), 1e-5);
-    // A finetuned SAE's features stay as they are, and count twice when they are decoded.
+    // Finetuning factors leave the features unchanged; decoding doubles them.
     let twos = Tensor::ones([80], tch::kind::FLOAT_CPU) * 2.0;
     let dir = changed(
         &desk,
@@ -217,7 +217,7 @@ fn factors_are_folded() {
 }
 
 #[test]
-fn a_table_of_releases_names_what_the_cache_has() {
+fn a_release_table_resolves_names() {
     let desk = Desk::new();
     let case = fixture("sae_lens/jumprelu");
     let repo = desk.path("hf/hub/models--someone--saes");
@@ -267,13 +267,13 @@ fn a_table_of_releases_names_what_the_cache_has() {
         let refused = run(&["import", "sae_lens", name, "--out", "out"]);
         assert!(refused.code == 2 && refused.stderr.contains(word), "{}", refused.stderr);
     }
-    // A glob imports what it matches; the first that fails ends it.
+    // A glob imports what it matches.
     let several = run(&["import", "sae_lens", "--pretrained", "some-release:f*", "--out", "several"]);
     assert_eq!(several.stdout.trim(), "several", "{}", several.stderr);
 }
 
 #[test]
-fn an_imported_sae_trains_on() {
+fn an_imported_sae_can_be_trained_further() {
     let desk = Desk::new();
     for (case, dictionary, trainer) in [
         (
@@ -302,8 +302,8 @@ fn an_imported_sae_trains_on() {
             ),
         );
         desk.ok(&["train", "config.yaml"]);
-        // Nothing is thrown away that was learnt: at next to no learning rate it does what it did. Norms of the decoder,
-        // which these trainers keep at 1, have gone to the encoder; a selection by size would not survive that.
+        // At almost no learning rate the SAE must stay the same. Decoder norms, which these trainers keep at 1, move
+        // into the encoder. For TopK that would change the selection, so its features are compared instead.
         let tuned = desk.path(&format!("run-{case}/tuned"));
         let input = from.join("io.safetensors");
         desk.ok(&["encode", tuned.to_str().unwrap(), "--input", input.to_str().unwrap(), "--output", "y.safetensors"]);
@@ -317,7 +317,7 @@ fn an_imported_sae_trains_on() {
 }
 
 #[test]
-fn an_imported_sae_needs_no_config() {
+fn an_imported_sae_can_be_evaluated_without_a_config() {
     let desk = Desk::with_config(
         "steps: 30\noutput_dir: run\nprecision: float32\n\
          source: {type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, ctx_len: 64, n_ctxs: 64,\n  \
@@ -338,7 +338,7 @@ fn an_imported_sae_needs_no_config() {
 
     let text = "It is a truth universally acknowledged, that a single man";
     let tokens = |sae: &str| -> Value {
-        // What was imported knows no precision, and `auto` is another on another machine.
+        // An imported SAE has no precision setting, and `auto` depends on the machine.
         let args = ["encode", sae, "--text", text, "--top", "3", "--json", "--set", "precision=float32"];
         serde_json::from_str(&desk.ok(&args)).unwrap()
     };
@@ -368,7 +368,7 @@ fn an_imported_sae_needs_no_config() {
 }
 
 #[test]
-fn the_references_own_set_is_read_from_its_archive() {
+fn pretrained_dictionaries_of_the_reference_are_read_from_their_archive() {
     let desk = Desk::new();
     let repo = desk.path("hf/hub/models--saprmarks--pythia-70m-deduped-saes");
     fs::create_dir_all(repo.join("refs")).unwrap();
@@ -406,7 +406,7 @@ fn the_references_own_set_is_read_from_its_archive() {
         assert!(config.contains(line), "{config}");
     }
     assert_eq!(desk.json("one/config.json")["trainer"]["dict_class"], "AutoEncoder");
-    // The golden run's own final weights: what is encoded is what a run's folder encodes.
+    // The archive has the golden run's weights, so its features are those of the saved SAE.
     let x = Tensor::randn([7, 32], tch::kind::FLOAT_CPU);
     tensors::write(&desk.path("x.safetensors"), &[("x", x)]).unwrap();
     let golden = desk.golden_sae("standard");
@@ -425,7 +425,7 @@ fn the_references_own_set_is_read_from_its_archive() {
 }
 
 #[test]
-fn llama_scope_fires_where_the_authors_code_does() {
+fn llama_scope_matches_the_authors_code() {
     let desk = Desk::new();
     let cases = crate::common::folders(&fixture("formats/llama_scope_authors"));
     assert_eq!(cases.len(), 6);
@@ -433,7 +433,7 @@ fn llama_scope_fires_where_the_authors_code_does() {
         let about = crate::common::read_json(&case.join("case.json"));
         let (path, out) = (about["path"].as_str().unwrap(), name(&case));
         if out.contains("r1_distill") {
-            // Its factor stands in sae_lens's table.
+            // Its factor is in sae_lens's release table.
             let repo = desk.path("hf/hub/models--fnlp--Llama-Scope-R1-Distill");
             let snapshot = repo.join("snapshots/c0").join(path);
             fs::create_dir_all(&snapshot).unwrap();
@@ -453,14 +453,14 @@ fn llama_scope_fires_where_the_authors_code_does() {
             assert!(run.code == 0 && run.stderr.is_empty(), "{}", run.stderr);
         }
         matches(&desk, &desk.path(out), &case.join("io.safetensors"), 1e-5);
-        // Features fire in the same places, not only nearly as strongly.
+        // The same features must fire, not only with similar strength.
         let found = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("features").unwrap();
         let wanted = TensorFile::open(&case.join("io.safetensors")).unwrap().tensor("features").unwrap();
         assert_eq!(found.not_equal(0.0), wanted.not_equal(0.0), "{out}");
         let transcodes = out == "llama_scope_norm_in_out";
         let config = desk.read(&format!("{out}/config.yaml"));
         assert_eq!(config.contains("target: blocks.6.hook_mlp_out"), transcodes, "{config}");
-        // What sae_lens is given does the same.
+        // The export to sae_lens gives the same results.
         let exported = format!("{out}-sae_lens");
         desk.ok(&["export", out, "--format", "sae_lens", "--out", &exported]);
         let architecture = if transcodes { "jumprelu_transcoder" } else { "jumprelu" };
@@ -470,7 +470,7 @@ fn llama_scope_fires_where_the_authors_code_does() {
     }
 }
 
-/// A published SAE of `tests/fixtures/formats` with its config changed and, perhaps, a tensor more.
+/// A copy of a published SAE of `tests/fixtures/formats` with a changed config and, if given, one more tensor.
 fn published(desk: &Desk, place: &str, files: [&str; 2], change: &Value, tensor: Option<&str>) -> PathBuf {
     let (from, to) = (fixture("formats").join(place), desk.path("published").join(place));
     let _ = fs::remove_dir_all(desk.path("published"));
@@ -487,7 +487,7 @@ fn published(desk: &Desk, place: &str, files: [&str; 2], change: &Value, tensor:
 }
 
 #[test]
-fn keys_that_change_what_is_computed_are_refused_by_name() {
+fn unsupported_keys_that_change_the_result_are_refused_by_name() {
     let desk = Desk::new();
     let llama =
         ("llama_scope", "llama_scope/Llama3_1-8B-Base-L3R-8x", ["hyperparams.json", "checkpoints/final.safetensors"]);
@@ -522,9 +522,9 @@ fn keys_that_change_what_is_computed_are_refused_by_name() {
         let dir = published(&desk, place, files, &change, tensor);
         let message = desk.refused(&["import", format, dir.to_str().unwrap(), "--out", "out"]);
         assert!(message.contains(word), "{change}: {message}");
-        assert!(!desk.path("out").exists(), "{change}: something half-written stays behind");
+        assert!(!desk.path("out").exists(), "{change}: partial output was left behind");
     }
-    // What changes nothing is no reason to refuse, and is not passed over either.
+    // Keys without effect are accepted; unknown ones are reported.
     for (format, place, files) in [llama, sparsify, gemma] {
         let io = fixture("formats").join(place).join("io.safetensors");
         let off = json!({"use_glu_encoder": null, "normalize_io": false, "trained_by": "someone"});
@@ -536,7 +536,7 @@ fn keys_that_change_what_is_computed_are_refused_by_name() {
 }
 
 #[test]
-fn a_place_of_another_format_is_told_by_its_files() {
+fn an_sae_of_another_format_is_recognised() {
     let desk = Desk::new();
     let place = |path: &str| fixture(path).to_str().unwrap().to_owned();
     for (asked, path, other) in [
@@ -548,15 +548,15 @@ fn a_place_of_another_format_is_told_by_its_files() {
         let message = desk.refused(&["import", asked, &place(path), "--out", "out"]);
         assert!(message.contains(&format!("`dictlearn import {other} ")), "{asked}: {message}");
     }
-    // Where the files are the format's own, something else is wrong with them.
+    // Files of the requested format get no hint at another format.
     let cfg = |cfg: &mut Value| cfg["architecture"] = "standart".into();
     let dir = changed(&desk, "standard", cfg, &[]);
     assert!(!desk.refused(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]).contains("dictlearn import"));
 }
 
 #[test]
-fn weights_of_several_types_in_one_file_are_read() {
-    // Checkpoints that sparsify cannot load itself, since it takes the first tensor's type for all.
+fn weights_of_mixed_dtypes_are_read() {
+    // Sparsify cannot load such checkpoints itself: it assumes the first tensor's dtype for all.
     let desk = Desk::new();
     let (place, files) = ("sparsify/sae/layers.3", ["cfg.json", "sae.safetensors"]);
     let dir = published(&desk, place, files, &json!({}), None);
@@ -571,7 +571,7 @@ fn weights_of_several_types_in_one_file_are_read() {
 }
 
 #[test]
-fn an_entry_that_an_openai_sae_does_not_have_is_refused_by_name() {
+fn an_unknown_entry_of_an_openai_sae_is_refused_by_name() {
     let desk = Desk::new();
     let ones = |size: &[i64]| Tensor::ones(size, tch::kind::FLOAT_CPU);
     let mut tensors = vec![
@@ -591,13 +591,13 @@ fn an_entry_that_an_openai_sae_does_not_have_is_refused_by_name() {
 }
 
 #[test]
-fn what_sae_lens_passes_to_an_activation_function_is_not_passed_over() {
+fn unsupported_activation_fn_kwargs_are_refused() {
     let desk = Desk::new();
     let kwargs = |cfg: &mut Value| cfg["activation_fn_kwargs"] = json!({"k": 7, "postact_fn": "Identity"});
     let dir = changed(&desk, "legacy_v5_topk", kwargs, &[]);
     let message = desk.refused(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]);
     assert!(message.contains("`postact_fn: \"Identity\"`"), "{message}");
-    // A key of which sae_lens 6 knows as little as we do.
+    // A key that sae_lens 6 does not know either.
     let dir = changed(&desk, "standard", |cfg| cfg["trained_by"] = "someone".into(), &[]);
     let run = desk.run(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]);
     assert!(run.code == 0 && run.stderr.contains("`trained_by`"), "{}", run.stderr);

@@ -1,10 +1,9 @@
-//! Hostile files: every reader of a published format on damaged copies of good files, and every fuzz target on its corpus
-//! and damaged copies of that. What is damaged is refused or read; nothing panics, fills the memory, or leaves the folder
-//! that it is given.
+//! Fuzzing: readers of published formats on damaged copies of valid files, and fuzz targets on their corpus and damaged
+//! copies of it. Damaged files are refused or read; no reader panics, exhausts memory or writes files.
 //!
-//! `cargo test` gives each reader a second. A long run is
-//! `DICTLEARN_FUZZ_SECONDS=600 cargo test --release --test it fuzz -- --nocapture`, one reader of it
-//! `DICTLEARN_FUZZ_READER=sae_lens` beside that. A run is a process of its own, with little memory more than libtorch needs.
+//! `cargo test` gives each reader one second. A long run:
+//! `DICTLEARN_FUZZ_SECONDS=600 cargo test --release --test it fuzz -- --nocapture`. `DICTLEARN_FUZZ_READER=sae_lens`
+//! selects one reader. Each reader runs in its own process, with little more memory than libtorch needs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,7 +29,7 @@ mod targets;
 
 use targets::{TARGETS, limit_memory};
 
-/// Readers, each with its formats' good files in folders of their own.
+/// Readers of published formats; each has its valid files in a folder of its own.
 const READERS: [&str; 10] = [
     "sae_lens",
     "gemma_scope",
@@ -78,10 +77,10 @@ fn run_of_one_reader() {
     let until = Instant::now() + Duration::from_secs(seconds);
     let (mut tried, mut read) = (0_u64, 0_u64);
     let mut damage = Damage::new(&seeds);
-    // However slow a reader is, each file is read once as it is.
+    // Even a slow reader reads each undamaged file once.
     while tried < seeds.len() as u64 || Instant::now() < until {
         let (file, bytes) = damage.next();
-        // Beside it and renamed: a reader may have mapped the one before.
+        // Written beside it and renamed: a reader may still map the previous file.
         let beside = file.with_extension("next");
         fs::write(&beside, &bytes).unwrap();
         fs::rename(&beside, &file).unwrap();
@@ -106,14 +105,14 @@ fn run_of_one_reader() {
     println!("fuzz: {reader}: {tried} files, {read} of them read, in {seconds} s");
 }
 
-/// Reads the SAE that a damaged file belongs to, and uses it; or gives the file to a fuzz target.
+/// Reads the SAE that a damaged file belongs to and uses it, or passes the file to a fuzz target.
 fn open(reader: &str, file: &Path, root: &Path) -> anyhow::Result<()> {
     if let Some((_, target)) = TARGETS.iter().find(|(name, _)| *name == reader) {
         anyhow::ensure!(target(&fs::read(file)?));
         return Ok(());
     }
     let folder = |file: &Path| {
-        // The folder of the SAE: the seed's, two levels below the root.
+        // The SAE's folder is two levels below the root.
         let inner = file.strip_prefix(root).unwrap();
         root.join(inner.components().take(2).collect::<PathBuf>())
     };
@@ -155,7 +154,7 @@ fn use_it(dictionary: &dyn dictlearn_core::sae::Dictionary) -> anyhow::Result<()
     Ok(())
 }
 
-/// The good files of a reader, in `root/<reader>/<case>/...`; of a fuzz target, its corpus.
+/// Puts a reader's valid files into `root/<reader>/<case>/...`, or a fuzz target's corpus. Returns their paths.
 fn seeds(reader: &str, root: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut copy = |from: PathBuf, to: &str| {
@@ -310,18 +309,18 @@ fn inventory_of(dir: &Path) -> BTreeMap<PathBuf, u64> {
     found
 }
 
-/// Files as they are, each once, and then damaged copies of them: truncations and bit flips in random order, and worse in
-/// between.
+/// Serves each file once undamaged, then damaged copies in random order: truncations, bit flips, extreme values, and
+/// removed or repeated pieces.
 struct Damage {
     files: Vec<(PathBuf, Vec<u8>)>,
-    /// How many were given out as they are.
+    /// Number of files served undamaged.
     whole: usize,
     random: fastrand::Rng,
-    /// The file that is damaged now.
+    /// Index of the file last served.
     current: usize,
 }
 
-/// What numbers in text are replaced with.
+/// Replacements for values in text.
 const NUMBERS: [&str; 12] =
     ["-1", "0", "1", "1e400", "99999999999999999999", "9223372036854775807", "NaN", "null", "\"x\"", "[]", "{}", "1.5"];
 
@@ -331,7 +330,7 @@ impl Damage {
         Damage { files, whole: 0, random: fastrand::Rng::with_seed(7), current: 0 }
     }
 
-    /// A file and what is to stand in it.
+    /// A file and its new content.
     fn next(&mut self) -> (PathBuf, Vec<u8>) {
         if let Some(file) = self.files.get(self.whole) {
             (self.current, self.whole) = (self.whole, self.whole + 1);
@@ -342,7 +341,7 @@ impl Damage {
         let (path, whole) = &self.files[self.current];
         let mut bytes = whole.clone();
         let is_text = path.extension().is_some_and(|extension| extension == "json" || extension == "yaml");
-        // What describes the rest stands at the beginning, in archives at the end, and is the more dangerous part.
+        // Headers are the most dangerous part. They are at the start, in archives at the end.
         let place = |random: &mut fastrand::Rng, length: usize| match random.u8(..4) {
             0 => random.usize(..length),
             1 => length - 1 - random.usize(..length.min(600)),
@@ -358,7 +357,7 @@ impl Damage {
                 1..=3 => bytes[at] ^= 1 << random.u8(..8),
                 4 => bytes[at] = random.u8(..),
                 5 => {
-                    // A field of eight bytes at an end of its range.
+                    // An eight-byte field with an extreme value.
                     let end = bytes.len().min(at + 8);
                     let value = [u64::MAX, i64::MAX as u64, 1 << 32, 1 << 40, 0][random.usize(..5)].to_le_bytes();
                     bytes[at..end].copy_from_slice(&value[..end - at]);
@@ -379,7 +378,7 @@ impl Damage {
         (path.clone(), bytes)
     }
 
-    /// Puts the good file back.
+    /// Restores the undamaged file.
     fn mend(&self) {
         let (path, whole) = &self.files[self.current];
         let beside = path.with_extension("next");
@@ -388,7 +387,7 @@ impl Damage {
     }
 }
 
-/// Replaces a value of a text with another.
+/// Replaces a value of a JSON or YAML text.
 fn replace_a_value(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
     let starts: Vec<usize> = (1..bytes.len()).filter(|at| bytes[at - 1] == b':').collect();
     let Some(start) = random.choice(starts) else { return };
@@ -397,7 +396,7 @@ fn replace_a_value(bytes: &mut Vec<u8>, random: &mut fastrand::Rng) {
     bytes.splice(start..start + length, format!(" {value}").bytes());
 }
 
-/// Replaces the digits at or after a place, as headers of tensor files have them, with others.
+/// Replaces the first digits at or after `at`, for example a number in a tensor file's header.
 fn replace_a_number(bytes: &mut [u8], at: usize, random: &mut fastrand::Rng) {
     for byte in
         bytes[at..].iter_mut().skip_while(|byte| !byte.is_ascii_digit()).take_while(|byte| byte.is_ascii_digit())

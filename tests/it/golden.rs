@@ -1,4 +1,4 @@
-//! Equal to the reference's own results, through the program.
+//! Golden runs: the program reproduces the reference's results.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -20,19 +20,19 @@ fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
     TensorFile::open(path).unwrap().tensors().unwrap()
 }
 
-/// The name in a config of a component that the reference knows by its class.
+/// The config name of the trainer that has this class in the reference.
 fn trainer_name(class: &str) -> &'static str {
     let of = |component: &Component| from_yaml::<Box<dyn TaggedTrainer>>(component.example).unwrap().class();
     let found = components(ComponentKind::Trainer).into_iter().find(|component| of(component) == class);
-    found.unwrap_or_else(|| panic!("no trainer is the reference's {class}")).name
+    found.unwrap_or_else(|| panic!("no trainer has the reference's class {class}")).name
 }
 
 fn dictionary_name(class: &str) -> &'static str {
     let found = inventory::iter::<SavedClass>.into_iter().find(|saved| saved.class == class);
-    found.unwrap_or_else(|| panic!("no dictionary is the reference's {class}")).name
+    found.unwrap_or_else(|| panic!("no dictionary has the reference's class {class}")).name
 }
 
-/// What `run/sae` has is, tensor by tensor, what the reference's run ended with.
+/// Asserts that every tensor of `run/sae` is the reference's final one, up to a relative tolerance.
 fn same_weights(desk: &Desk, reference: &Path, tolerance: f64) {
     let own = tensors(&desk.path("run/sae/ae.safetensors"));
     let theirs = tensors(&reference.join("final.safetensors"));
@@ -47,7 +47,7 @@ fn same_weights(desk: &Desk, reference: &Path, tolerance: f64) {
     }
 }
 
-/// A run of the reference: its settings and what came of it.
+/// A recorded run of the reference: settings and results.
 struct Recorded {
     dir: PathBuf,
     batches: PathBuf,
@@ -64,11 +64,11 @@ impl Recorded {
         trainer_name(self.settings["trainer"].as_str().unwrap())
     }
 
-    /// Trains as it did.
+    /// Trains with the recorded settings.
     fn repeat(&self) -> Desk {
         let desk = Desk::new();
         let dictionary = dictionary_name(self.settings["dict_class"].as_str().unwrap());
-        // The constructor's arguments are our trainer's fields, but for those that belong elsewhere.
+        // The constructor's arguments are our trainer's fields, except those that belong elsewhere.
         let elsewhere = ["steps", "activation_dim", "dict_size", "dict_class", "layer", "lm_name", "device", "seed"];
         let on_dictionary = ["k", "group_fractions"];
         let fields = |on_the_dictionary: bool| -> String {
@@ -98,9 +98,8 @@ impl Recorded {
         desk
     }
 
-    /// Compares the figures of each step with those that the reference recorded: what both log, the learning rate of the
-    /// next step, and the error and L0 of the step's batch under the weights after it. At least one figure of each step is
-    /// compared.
+    /// Compares each step's figures with the reference's: logged values, the next step's learning rate, and the error
+    /// and L0 of the batch under the updated weights. Every step must have at least one figure.
     fn same_log(&self, desk: &Desk) {
         let (log, reference) = (desk.log("run/metrics.jsonl"), read_json(&self.dir.join("log.json")));
         let reference = reference.as_array().unwrap();
@@ -120,14 +119,14 @@ impl Recorded {
                 let own = match name.as_str() {
                     "mse_after" => mean_of_sums((&batches[step] - &x_hat).square()),
                     "l0_after" => mean_of_sums(features.not_equal(0.0)),
-                    // The run ends before the step that the last one would be of.
+                    // The last one belongs to a step after the run's end.
                     "lr_next" if step + 1 == log.len() => continue,
                     "lr_next" => log[step + 1]["lr"].as_f64().unwrap(),
                     logged => {
                         own[logged].as_f64().unwrap_or_else(|| panic!("{:?}: step {step} logs no {name}", self.dir))
                     }
                 };
-                // One feature at its edge changes L0, and nothing else, by more than rounding does.
+                // One feature at its threshold changes L0, and only L0, by more than rounding does.
                 let tolerance = if name.contains("l0") { 1e-3 } else { 1e-4 };
                 assert!(
                     (own - theirs).abs() <= tolerance * theirs.abs() + 1e-9,
@@ -136,24 +135,24 @@ impl Recorded {
                 );
                 compared += 1;
             }
-            assert!(compared > 0, "{:?}: step {step}: nothing was recorded of it", self.dir);
+            assert!(compared > 0, "{:?}: step {step}: no figure was recorded", self.dir);
         }
     }
 
-    /// config.json says of the trainer what the reference's does.
+    /// Asserts that config.json describes the trainer as the reference's does.
     fn same_config(&self, desk: &Desk) {
         let (own, theirs) = (desk.json("run/sae/config.json"), read_json(&self.dir.join("config.json")));
         for (name, value) in theirs["trainer"].as_object().unwrap() {
-            // Its April update calls every class `AutoEncoder`.
+            // The reference's April update writes `AutoEncoder` for every class.
             let wrong = name == "dict_class" && self.method() == "standard_april_update";
             if name == "device" {
-                // It trains on what the tester's machine has.
+                // The device depends on the tester's machine.
                 let own = own["trainer"][name].as_str().unwrap();
                 assert!(own == "cpu" || own.starts_with("cuda:"), "{own}");
             } else if !["layer", "lm_name", "wandb_name"].contains(&name.as_str()) && !wrong {
                 let own = &own["trainer"][name];
                 let same = match (own.as_f64(), value.as_f64()) {
-                    // What was annealed is as exact as the losses that it follows.
+                    // Annealed values are only as exact as the losses that drive them.
                     (Some(own), Some(theirs)) => (own - theirs).abs() <= 1e-5 * theirs.abs(),
                     _ => own == value,
                 };
@@ -163,7 +162,7 @@ impl Recorded {
     }
 }
 
-/// Trains as a golden run did and compares what is saved, tensor by tensor, and what was logged.
+/// Repeats a golden run and compares weights, log and config.
 fn golden_run(case: &str) {
     let run = Recorded::open(fixture("trainers").join(case), fixture("trainers/batches.safetensors"));
     let desk = run.repeat();
@@ -172,7 +171,7 @@ fn golden_run(case: &str) {
     run.same_config(&desk);
 }
 
-/// A test for each case, of its name.
+/// One test per case, named after it.
 macro_rules! each_case {
     ($test:ident: $($case:ident)*) => {
         $(#[test]
@@ -201,17 +200,17 @@ golden_runs! {
     standard_april_update top_k top_k_anneal
 }
 
-/// Runs by settings drawn at random, which the reference does now, where it is installed (see python.rs): forty, or as many
-/// as `DICTLEARN_TEST_RUNS` says.
+/// Runs with random settings against the installed reference (see python.rs). `DICTLEARN_TEST_RUNS` is their number,
+/// by default 40.
 #[test]
 #[cfg_attr(not(has_dictionary_learning), ignore = "needs DICTLEARN_TEST_PYTHON, a Python with dictionary_learning")]
-fn runs_drawn_at_random() {
+fn random_runs_match_the_reference() {
     let reference = Library::installed("dictionary_learning");
     let desk = Desk::new();
     let count = std::env::var("DICTLEARN_TEST_RUNS").unwrap_or_else(|_| "40".to_owned());
     reference.run("trains.py", desk.dir.path(), &[&count]);
     let count: usize = count.parse().unwrap();
-    assert!(count > 0, "no run is asked for");
+    assert!(count > 0, "DICTLEARN_TEST_RUNS is 0");
     let (mut compared, mut drawn, mut methods) = (0, BTreeSet::new(), BTreeSet::new());
     for dir in folders(desk.dir.path()) {
         let batches = dir.join("batches.safetensors");
@@ -219,7 +218,7 @@ fn runs_drawn_at_random() {
         let noise = run.settings["noise"].as_f64().unwrap();
         println!("{} {}: noise {noise:.1e}", run.dir.display(), run.method());
         drawn.insert(run.method());
-        // What rounding alone changes by more says nothing of us. To Adam a gradient of rounding is as good as any other.
+        // Runs that rounding alone changes by more show nothing: Adam scales gradients of pure rounding to full steps.
         if noise > 1e-5 {
             continue;
         }
@@ -232,11 +231,11 @@ fn runs_drawn_at_random() {
     }
     println!("{compared} of {count} runs could be compared");
     assert!(5 * compared >= 4 * count, "only {compared} of {count} runs could be compared");
-    assert_eq!(methods, drawn, "no run of some could be compared");
+    assert_eq!(methods, drawn, "no run of some trainers could be compared");
 }
 
-/// Trains as a golden run of the reference's early experiments did: `standard` with the norm of the residual, modifiers,
-/// and pairs of an input and an output.
+/// Repeats a run of the reference's early experiments: `standard` with the residual's norm as loss, modifiers, and
+/// pairs of inputs and targets.
 fn experimental_run(case: &str) {
     let desk = Desk::new();
     let dir = fixture("experimental").join(case);
@@ -278,13 +277,13 @@ fn experimental_run(case: &str) {
         assert!((loss - expected).abs() <= tolerance * expected, "{case}: step {}: {loss} {expected}", own["step"]);
         assert_eq!(own.get("ghosts"), theirs.get("ghosts").filter(|_| has_ghosts), "{case}: {own} {theirs}");
     }
-    // Features die in these runs: else nothing of ghost gradients would be compared.
+    // Features must die in these runs, or ghost gradients would not be compared.
     assert!(!has_ghosts || log.iter().any(|row| row["ghosts"] != 0), "{case}");
 }
 
 each_case! { experimental_run: entropy ghost_grads mlp_stretcher mlp_stretcher_ghost_entropy }
 
-/// Equal to 1e-4. A fraction of differences of losses is no better known than the reference's float32 losses are.
+/// Asserts equality to 1e-4. `frac_recovered` is a ratio of loss differences, so it adds their float32 rounding.
 fn close(own: &Value, theirs: &Value, what: &str) {
     let loss = |name: &str| theirs.get(name).and_then(Value::as_f64);
     let apart = loss("loss_original").zip(loss("loss_zero")).map_or(f64::INFINITY, |(a, b)| (a - b).abs());
@@ -306,7 +305,7 @@ fn reference_eval(part: &str) -> serde_json::Map<String, Value> {
 }
 
 #[test]
-fn evaluation_of_activations() {
+fn evaluation_of_activations_matches_the_reference() {
     let desk = Desk::new();
     for case in ["standard", "top_k"] {
         let expected = &reference_eval("activations")[case];
@@ -327,7 +326,7 @@ fn evaluation_of_activations() {
 }
 
 #[test]
-fn evaluation_in_a_language_model() {
+fn evaluation_in_a_language_model_matches_the_reference() {
     let desk = Desk::new();
     let mut checked = 0;
     for (case, expected) in reference_eval("loss_recovered") {

@@ -1,4 +1,4 @@
-//! Rows that a source holds out: never trained on, and all that is measured.
+//! Held-out rows of a source: never trained on, and the only rows that are measured.
 
 use dictlearn_core::data::{HeldOut, Purpose};
 use dictlearn_core::files::tensors;
@@ -10,7 +10,7 @@ use crate::common::{Desk, fixture};
 
 const ROWS: u64 = 1280;
 
-/// A desk with activations in x.safetensors and, in poisoned.safetensors, with no numbers in the rows for a purpose.
+/// A desk with activations in x.safetensors; poisoned.safetensors has NaN in the rows of one purpose.
 fn desk(poisoned: Purpose) -> Desk {
     let desk = Desk::new();
     let all = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
@@ -23,7 +23,7 @@ fn desk(poisoned: Purpose) -> Desk {
     desk
 }
 
-/// Sixty steps of 64 go over the rows three times.
+/// 60 steps with batches of 64: three passes over the rows.
 fn config(source: &str, more: &str) -> String {
     format!(
         "steps: 60\noutput_dir: run\nprecision: float32\nsource: {{type: tensor_file, batch_size: 64, {source}}}\n\
@@ -34,16 +34,16 @@ fn config(source: &str, more: &str) -> String {
 const METRICS: &str = "metrics: [{type: reconstruction, n_batches: 100}]";
 
 #[test]
-fn held_out_rows_are_never_trained_on_and_are_all_that_is_measured() {
+fn held_out_rows_are_measured_and_never_trained_on() {
     for shuffle in [true, false] {
-        // Training does not stumble over the rows that are held out, the metrics do.
+        // Training never reads the held-out rows, which hold NaN; the metrics do.
         let held = desk(Purpose::Evaluation);
         let source = format!("path: poisoned.safetensors, shuffle: {shuffle}, held_out: 0.1");
         held.write("config.yaml", &config(&source, "metrics: []\nnormalize_activations: true"));
         held.ok(&["train", "config.yaml"]);
         let said = held.refused(&["eval", "run/a", "--set", "metrics=[{type: reconstruction}]"]);
         assert!(said.contains("not finite"), "{said}");
-        // And the other way round.
+        // The metrics never read the training rows.
         let trained = desk(Purpose::Training);
         trained.write("config.yaml", &config(&source.replace("poisoned", "x"), METRICS));
         let run = trained.run(&["train", "config.yaml"]);
@@ -59,8 +59,8 @@ fn held_out_rows_are_never_trained_on_and_are_all_that_is_measured() {
     }
 }
 
-/// Checks the saved l2_loss of `run/a` against that of the rows that `held_out: 0.1` holds out of `x.safetensors`, computed
-/// here; returns it.
+/// Compares the saved `l2_loss` of `run/a` with that of the rows of `x.safetensors` that `held_out: 0.1` holds out.
+/// Returns it.
 fn measured_on_held_out_rows(desk: &Desk) -> f64 {
     let rows = HeldOut::new(0.1, 0).unwrap().wanted(0..ROWS, Purpose::Evaluation).into_iter().flatten();
     let rows = Tensor::from_slice(&rows.map(|row| row as i64).collect::<Vec<_>>());
@@ -76,14 +76,14 @@ fn measured_on_held_out_rows(desk: &Desk) -> f64 {
 }
 
 #[test]
-fn an_eval_source_over_the_same_file_measures_what_is_held_out() {
+fn an_eval_source_over_the_same_file_measures_the_held_out_rows() {
     let desk = desk(Purpose::Training);
     let eval_source = format!("eval_source: {{shuffle: false}}\n{METRICS}");
     desk.write("config.yaml", &config("path: x.safetensors, held_out: 0.1", &eval_source));
     let run = desk.run(&["train", "config.yaml"]);
     assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
     let found = measured_on_held_out_rows(&desk);
-    // Measuring them all is another thing, and is said.
+    // Measuring all rows gives another figure and a warning.
     let run = desk.run(&["eval", "run/a", "--json", "--set", "eval_source.held_out=0"]);
     assert!(run.code == 0 && run.stderr.contains("warning") && run.stderr.contains("held_out"), "{}", run.stderr);
     let all: Value = serde_json::from_str(&run.stdout).unwrap();
@@ -91,9 +91,9 @@ fn an_eval_source_over_the_same_file_measures_what_is_held_out() {
 }
 
 #[test]
-fn measuring_what_was_trained_on_is_said() {
+fn measuring_training_data_gives_a_warning() {
     let desk = desk(Purpose::Training);
-    // Three passes over the file leave nothing unread.
+    // Three passes over the file leave no row unread.
     desk.write("config.yaml", &config("path: x.safetensors", METRICS));
     let run = desk.run(&["train", "config.yaml"]);
     let warned =
@@ -101,7 +101,7 @@ fn measuring_what_was_trained_on_is_said() {
     assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
     let run = desk.run(&["eval", "run/a"]);
     assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
-    // What training does not get to is left for the metrics, as before.
+    // A short run leaves unread rows for the metrics.
     let run = desk.run(&[
         "train",
         "config.yaml",
@@ -113,7 +113,7 @@ fn measuring_what_was_trained_on_is_said() {
         "metrics[0].n_batches=3",
     ]);
     assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
-    // The same file for both, by another name of it.
+    // One file under two names.
     std::os::unix::fs::symlink(desk.path("x.safetensors"), desk.path("other.safetensors")).unwrap();
     desk.write(
         "same.yaml",
@@ -121,7 +121,7 @@ fn measuring_what_was_trained_on_is_said() {
     );
     let run = desk.run(&["train", "same.yaml", "--output-dir", "same"]);
     assert!(run.code == 0 && warned(&run.stderr), "{}", run.stderr);
-    // Another file.
+    // A copy is another file.
     std::fs::copy(desk.path("x.safetensors"), desk.path("copy.safetensors")).unwrap();
     let run =
         desk.run(&["eval", "run/a", "--set", &format!("source.path={}", desk.path("copy.safetensors").display())]);
@@ -129,7 +129,7 @@ fn measuring_what_was_trained_on_is_said() {
 }
 
 #[test]
-fn a_part_that_cannot_be_held_out_is_refused_with_its_place() {
+fn an_invalid_held_out_is_refused_with_its_place() {
     let desk = desk(Purpose::Training);
     for (source, words) in [
         ("held_out: 1", &["config.yaml", "held_out", "nothing is left"][..]),
@@ -147,7 +147,7 @@ fn a_part_that_cannot_be_held_out_is_refused_with_its_place() {
 }
 
 #[test]
-fn a_cache_of_activations_holds_rows_out() {
+fn an_activation_cache_holds_out_the_same_rows() {
     let desk = desk(Purpose::Training);
     desk.write("write.yaml", &config("path: x.safetensors", ""));
     desk.ok(&["activations", "write.yaml", "--out", "cache"]);
@@ -158,7 +158,7 @@ fn a_cache_of_activations_holds_rows_out() {
     desk.write("config.yaml", &cached);
     let run = desk.run(&["train", "config.yaml"]);
     assert!(run.code == 0 && !run.stderr.contains("trained on"), "{}", run.stderr);
-    // The same rows as of the file that it was written from.
+    // The same rows as those of the file that it was written from.
     let l2 = measured_on_held_out_rows(&desk);
     let again: Value = serde_json::from_str(&desk.ok(&["eval", "run/a", "--json"])).unwrap();
     assert!((again["l2_loss"].as_f64().unwrap() - l2).abs() < 1e-4 * l2);
@@ -170,7 +170,7 @@ fn a_cache_of_activations_holds_rows_out() {
 }
 
 #[test]
-fn texts_that_share_a_file_are_warned_of() {
+fn texts_that_share_a_file_give_a_warning() {
     let desk = Desk::new();
     for name in ["a", "b"] {
         desk.write(
@@ -204,7 +204,7 @@ fn texts_that_share_a_file_are_warned_of() {
 }
 
 #[test]
-fn an_overlap_is_said_once_for_all_metrics() {
+fn an_overlap_is_reported_once_for_all_metrics() {
     let desk = Desk::new();
     desk.write("a.txt", &"It is a truth universally acknowledged.\n\n".repeat(40));
     desk.write(
@@ -242,7 +242,7 @@ fn documents_of_a_text_are_held_out() {
     let (part, said) = measured(", held_out: 0.25");
     assert!(!said.contains("computed on data that the SAEs were trained on"), "{said}");
     assert!(part > all / 8 && part < all / 2, "{part} of {all}");
-    // The same documents, whatever is measured later.
+    // `eval` measures the same documents.
     let said = desk.run(&["eval", "run16/top_k", "--json"]);
     let found: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     assert_eq!(found["measured"]["tokens"], part);

@@ -1,4 +1,4 @@
-//! Models from the Hub: fetched, cached, broken off, refused.
+//! Models and datasets from the Hub: downloads, cache, interruptions and refusals.
 
 use std::fs;
 use std::path::Path;
@@ -41,7 +41,7 @@ fn harvest(command: &mut Command, out: &str) -> Run {
     Run::of(command.args(["activations", "config.yaml", "--out", out]).output().unwrap())
 }
 
-/// Harvests online, which must succeed; what is said.
+/// Harvests online, which must succeed; returns standard error.
 fn harvested(server: &HubServer, desk: &Desk, out: &str) -> String {
     let run = harvest(&mut online(server, desk), out);
     assert_eq!(run.code, 0, "{}", run.stderr);
@@ -53,10 +53,10 @@ fn shard(desk: &Desk, out: &str) -> Vec<u8> {
 }
 
 #[test]
-fn a_model_is_fetched_once_into_the_cache_and_used_offline() {
+fn a_model_is_downloaded_once_and_then_used_offline() {
     let (server, desk) = desk();
     let said = harvested(&server, &desk, "first");
-    // What is not needed is not fetched.
+    // Files that are not needed are not downloaded.
     assert!(server.log("io.safetensors").is_empty());
     let cache = desk.path("hf/hub/models--someone--tiny");
     assert_eq!(fs::read_to_string(cache.join("refs/main")).unwrap(), COMMIT);
@@ -67,7 +67,7 @@ fn a_model_is_fetched_once_into_the_cache_and_used_offline() {
     assert!(!desk.files().iter().any(|file| file.ends_with(".lock") || file.ends_with(".incomplete")), "{said}");
     assert_eq!(desk.json("first/meta.json")["source"]["commit"], COMMIT);
 
-    // Again: nothing but the repository's state is asked for.
+    // A second run requests only the repository's state.
     harvested(&server, &desk, "second");
     assert!(server.log("/resolve/").is_empty());
 
@@ -87,7 +87,7 @@ fn a_model_is_fetched_once_into_the_cache_and_used_offline() {
 }
 
 #[test]
-fn a_cache_elsewhere_and_a_pinned_commit() {
+fn hf_hub_cache_and_a_pinned_commit_are_honoured() {
     let (server, _) = desk();
     let desk = config_for(&format!("{MODEL}@{COMMIT}"));
     let mut command = online(&server, &desk);
@@ -95,17 +95,17 @@ fn a_cache_elsewhere_and_a_pinned_commit() {
     assert_eq!(run.code, 0, "{}", run.stderr);
     let snapshot = desk.path("elsewhere/models--someone--tiny/snapshots").join(COMMIT);
     assert!(snapshot.join("config.json").exists());
-    // Without a branch there is no reference to make; the commit names the snapshot.
+    // A commit names its snapshot, so no ref is written.
     assert!(!desk.path("elsewhere/models--someone--tiny/refs").exists());
     let run = harvest(desk.program().env("HF_HUB_CACHE", desk.path("elsewhere")), "second");
     assert_eq!(run.code, 0, "{}", run.stderr);
 }
 
 #[test]
-fn what_breaks_off_is_taken_up_where_it_broke() {
+fn an_interrupted_download_resumes_where_it_stopped() {
     let (server, desk) = desk();
     let whole = fs::read(fixture("models/gpt_neox/model.safetensors")).unwrap();
-    // An earlier program was killed in the middle of the weights.
+    // An earlier process was killed in the middle of the weights.
     let etag: String = {
         use sha2::{Digest, Sha256};
         Sha256::digest(&whole).iter().map(|byte| format!("{byte:02x}")).collect()
@@ -113,7 +113,7 @@ fn what_breaks_off_is_taken_up_where_it_broke() {
     desk.write(&format!("hf/hub/models--someone--tiny/blobs/{etag}.incomplete"), "");
     let part = desk.path("hf/hub/models--someone--tiny/blobs").join(format!("{etag}.incomplete"));
     fs::write(&part, &whole[..1000]).unwrap();
-    // The first fault is config.json's; the weights break off twice.
+    // The first two faults meet config.json, which then arrives; the other three interrupt the weights.
     server.fail([Fault::Cut(3), Fault::Cut(usize::MAX), Fault::Cut(500), Fault::Cut(0), Fault::Cut(1)]);
     harvested(&server, &desk, "first");
     let log = server.log("/elsewhere/someone/tiny/resolve");
@@ -123,13 +123,13 @@ fn what_breaks_off_is_taken_up_where_it_broke() {
     for (line, from) in ranges.iter().zip(expected) {
         assert!(line.contains(from), "{log:#?}");
     }
-    assert!(log.iter().all(|line| line.ends_with("token=")), "the token goes to the Hub alone: {log:#?}");
+    assert!(log.iter().all(|line| line.ends_with("token=")), "only the Hub may get the token: {log:#?}");
     let pointer = desk.path("hf/hub/models--someone--tiny/snapshots").join(COMMIT).join("model.safetensors");
     assert_eq!(fs::read(pointer).unwrap(), whole);
 }
 
 #[test]
-fn a_busy_hub_is_asked_again() {
+fn requests_to_a_busy_hub_are_retried() {
     let (server, desk) = desk();
     server.fail([Fault::Status(429, "Retry-After: 1\r\n"), Fault::Status(503, ""), Fault::Status(502, "")]);
     let said = harvested(&server, &desk, "first");
@@ -153,7 +153,7 @@ fn refused(server: &HubServer, desk: &Desk, token: Option<&str>) -> String {
 }
 
 #[test]
-fn refusals_say_what_would_do() {
+fn refused_models_name_the_fix() {
     let (server, desk) = desk();
     server.put_folder("someone/private", &fixture("models/gpt_neox"));
     server.put_folder("someone/gated", &fixture("models/gpt_neox")).gate("someone/gated");
@@ -170,7 +170,7 @@ fn refusals_say_what_would_do() {
         said += &format!("{model}, token {token:?}\n{}\n\n", refused(&server, &desk, token));
     }
     insta::with_settings!({filters => vec![(r"/\S*/\.tmp\w+", "DESK")]}, { insta::assert_snapshot!(said) });
-    // Who has been let in reads it; a token from the file that a login leaves will do.
+    // An account with access can read it; the token may come from the login's token file.
     let gated = config_for("someone/gated");
     gated.write("hf/token", "good\n");
     harvested(&server, &gated, "out");
@@ -178,7 +178,7 @@ fn refusals_say_what_would_do() {
 }
 
 #[test]
-fn without_the_hub_and_without_the_cache() {
+fn an_uncached_model_is_refused_offline() {
     let desk = config_for("someone/elsewhere");
     let run = harvest(&mut desk.program(), "out");
     assert_eq!(run.code, 2);
@@ -191,7 +191,7 @@ fn without_the_hub_and_without_the_cache() {
     assert!(!Path::new(&desk.path("out")).exists());
 }
 
-/// A config that harvests the bundled model, reading this text.
+/// A desk whose config harvests the bundled model on a text.
 fn reading(text: &str) -> Desk {
     Desk::with_config(&reading_config("embedded:austen", text))
 }
@@ -208,7 +208,7 @@ fn lines(name: &str, count: usize) -> String {
 }
 
 #[test]
-fn a_dataset_is_read_as_it_arrives() {
+fn a_dataset_is_streamed() {
     let server = HubServer::start();
     let dataset = "datasets/someone/texts";
     let head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: 'parts/*.jsonl'}\n---\n";
@@ -221,18 +221,18 @@ fn a_dataset_is_read_as_it_arrives() {
     server.put(dataset, "parts/notes.md", "not data").put(dataset, "parts/a empty.jsonl", "");
     local.ok(&["activations", "config.yaml", "--out", "out"]);
     let desk = reading("{type: hub_dataset, repo: someone/texts, column: content}");
-    // README.md whole, then breaks in the middle of lines.
+    // README.md arrives whole; the other faults cut in the middle of lines.
     server.fail([Fault::Cut(usize::MAX), Fault::Cut(10_000), Fault::Status(503, ""), Fault::Cut(77)]);
     harvested(&server, &desk, "out");
     assert_eq!(shard(&desk, "out"), shard(&local, "out"));
     let log = server.log("b.jsonl");
     assert!(
         !log.is_empty() && log.iter().all(|line| !line.contains("range=bytes=1")),
-        "read from its beginning only: {log:?}"
+        "every request must start at byte 0: {log:?}"
     );
     let kept: Vec<_> = desk.files().into_iter().filter(|file| file.contains(".jsonl")).collect();
     assert!(kept.is_empty(), "{kept:?}");
-    // A network that is gone for good ends the run; what is missing is no bad record.
+    // A lasting network failure stops the run; missing data are not bad records.
     server.fail((0..6).map(|_| Fault::Cut(0)));
     let run = harvest(&mut online(&server, &desk), "gone");
     assert_eq!(run.code, 1, "{}", run.stderr);
@@ -241,7 +241,7 @@ fn a_dataset_is_read_as_it_arrives() {
 }
 
 #[test]
-fn a_dataset_that_cannot_be_read_is_taken_from_its_conversion() {
+fn an_unreadable_dataset_is_read_from_its_parquet_conversion() {
     let server = HubServer::start();
     let parquet = fs::read(fixture("text/chats.parquet")).unwrap();
     let dataset = "datasets/someone/table";
@@ -252,12 +252,12 @@ fn a_dataset_that_cannot_be_read_is_taken_from_its_conversion() {
     let local = reading(&format!("{{type: text_files, path: {:?}}}", fixture("text/chats.parquet")));
     local.ok(&["activations", "config.yaml", "--out", "out"]);
     assert_eq!(shard(&desk, "out"), shard(&local, "out"));
-    // A table is fetched whole, so it is there without the Hub.
+    // A table is downloaded whole, so it can be read offline.
     desk.ok(&["activations", "config.yaml", "--out", "offline"]);
     assert_eq!(shard(&desk, "offline"), shard(&local, "out"));
 }
 
-/// The names in the texts that a split of a dataset was harvested from.
+/// Asserts that a split of a dataset has the lines of these names, in order.
 fn same_as(server: &HubServer, text: &str, names: &[&str]) {
     let desk = reading(text);
     harvested(server, &desk, "out");
@@ -270,7 +270,7 @@ fn same_as(server: &HubServer, text: &str, names: &[&str]) {
 }
 
 #[test]
-fn a_split_of_a_dataset_has_no_files_of_another() {
+fn a_split_excludes_files_of_other_splits() {
     let server = HubServer::start();
     let folder = "datasets/someone/folder";
     server.put(folder, "README.md", "---\nconfigs:\n- config_name: en\n  data_dir: en\n---\n");
@@ -289,7 +289,7 @@ fn a_split_of_a_dataset_has_no_files_of_another() {
         said.contains("has no split `train`") && said.contains("its splits: test_sft, train_gen, train_sft"),
         "{said}"
     );
-    // A split that is in part of another format is not read in part.
+    // A split with unreadable files is refused, not read in part.
     let mixed = "datasets/someone/mixed";
     server.put(mixed, "train-0.jsonl", lines("train", 5)).put(mixed, "train-1.jsonl.bz2", "");
     let said = refused(&server, &reading(&text("mixed")), None);
@@ -300,7 +300,7 @@ fn a_split_of_a_dataset_has_no_files_of_another() {
 }
 
 #[test]
-fn rows_of_token_ids_are_read_from_a_dataset() {
+fn token_ids_are_read_from_a_dataset() {
     let server = HubServer::start();
     let table = fs::read(fixture("text/pretokenized.parquet")).unwrap();
     let dataset = "datasets/someone/pretokenized";
@@ -314,7 +314,7 @@ fn rows_of_token_ids_are_read_from_a_dataset() {
 }
 
 #[test]
-fn datasets_that_are_not_there() {
+fn missing_datasets_are_refused() {
     let server = HubServer::start();
     let dataset = "datasets/someone/texts";
     server.put(dataset, "train.jsonl", lines("train", 3)).put(dataset, "validation.jsonl", lines("validation", 3));
@@ -341,7 +341,7 @@ fn datasets_that_are_not_there() {
 }
 
 #[test]
-fn a_chat_is_read_in_the_models_own_form() {
+fn a_chat_is_rendered_with_the_models_template() {
     use dictlearn_core::lm::EmbeddedModel;
     let model = Desk::new();
     let bundled = dictlearn_core::inventory::iter::<EmbeddedModel>.into_iter().next().unwrap();
@@ -377,7 +377,7 @@ fn a_chat_is_read_in_the_models_own_form() {
 }
 
 #[test]
-fn a_mirror_that_redirects_is_followed_and_tokens_stay_at_it() {
+fn mirror_redirects_are_followed_without_leaking_the_token() {
     let (server, desk) = desk();
     let mirror = server.mirror();
     let mut command = desk.program();
@@ -394,7 +394,7 @@ fn a_mirror_that_redirects_is_followed_and_tokens_stay_at_it() {
 }
 
 #[test]
-fn folders_of_the_environment_may_begin_with_a_tilde() {
+fn tilde_and_home_are_expanded_in_cache_variables() {
     for (name, value, cache) in [
         ("HF_HOME", "~/hugging", "home/hugging/hub"),
         ("HF_HUB_CACHE", "~/models", "home/models"),
@@ -410,7 +410,7 @@ fn folders_of_the_environment_may_begin_with_a_tilde() {
 }
 
 #[test]
-fn an_authority_of_a_company_is_trusted_if_it_is_named() {
+fn a_custom_certificate_authority_is_trusted_when_configured() {
     let (server, desk) = desk();
     let endpoint = server.tls();
     let authority = fixture("tls/authority.pem");
@@ -422,7 +422,7 @@ fn an_authority_of_a_company_is_trusted_if_it_is_named() {
         command.envs(set.iter().copied());
         harvest(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &endpoint), out)
     };
-    // Before anything is cached.
+    // With an empty cache.
     let refused = run("none", &[]);
     assert_eq!(refused.code, 2, "{}", refused.stderr);
     assert!(refused.stderr.contains("is not trusted: invalid peer certificate: UnknownIssuer"), "{}", refused.stderr);
@@ -438,7 +438,7 @@ fn an_authority_of_a_company_is_trusted_if_it_is_named() {
         assert!(refused.stderr.contains(&format!("SSL_CERT_FILE is `{}`", file.display())), "{}", refused.stderr);
         assert!(refused.stderr.contains(why), "{}", refused.stderr);
     }
-    // Of another authority than the server's.
+    // A certificate of another authority.
     let other = run("other", &[("SSL_CERT_FILE", &fixture("tls/server.pem"))]);
     assert!(
         other.stderr.contains("which SSL_CERT_FILE names") || other.stderr.contains("the cache has it"),
@@ -448,7 +448,7 @@ fn an_authority_of_a_company_is_trusted_if_it_is_named() {
 }
 
 #[test]
-fn a_host_that_refuses_connections_is_not_asked_again() {
+fn a_refused_connection_is_not_retried() {
     let desk = config_for("someone/elsewhere");
     let mut command = desk.program();
     let run = harvest(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", "http://127.0.0.1:9"), "out");

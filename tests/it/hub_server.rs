@@ -1,5 +1,5 @@
-//! A server on loopback that speaks as much of the Hub's protocol as reading and uploading need, and fails on
-//! demand. Who uploads does it with the token `good`; what is uploaded can be read.
+//! A loopback server with the part of the Hub's protocol that reading and uploading need, and failures on demand.
+//! Uploads need the token `good`; uploaded files can be read.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,39 +12,39 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-/// The commit that `main` stands for in every repository until something is uploaded to it.
+/// The commit of `main` in every repository until the first upload.
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// What goes wrong with a request: with the next for a file's content, or with what uploads.
+/// A failure of the next file download, or of an upload request.
 #[derive(Clone)]
 pub enum Fault {
-    /// This status, with a header.
+    /// Responds with this status and header.
     Status(u16, &'static str),
-    /// The connection ends after so many bytes of the body.
+    /// Closes the connection after this many bytes of the body.
     Cut(usize),
-    /// All is done that the request wants, and the connection ends without an answer.
+    /// Does what the request wants, and closes the connection without a response.
     Lost,
 }
 
 #[derive(Default)]
 struct Shared {
-    /// Files by the repository's path in URLs (`owner/name`, `datasets/owner/name`), revision and name.
+    /// Files by `repo@revision` and name; `repo` is the path in URLs (`owner/name`, `datasets/owner/name`).
     files: BTreeMap<String, BTreeMap<String, Vec<u8>>>,
     gated: Vec<String>,
     faults: VecDeque<Fault>,
-    /// Of requests with a body, by a part of their path.
+    /// Faults of requests with a body, by a part of their path.
     upload_faults: Vec<(String, Fault)>,
     /// Every request as `METHOD PATH range=... key=... token=...`.
     log: Vec<String>,
-    /// Large files by their SHA-256; parts of them by that and their number.
+    /// Large files by SHA-256; their parts by SHA-256 and number.
     store: BTreeMap<String, Vec<u8>>,
     parts: BTreeMap<(String, usize), Vec<u8>>,
-    /// Larger objects come in parts of this size.
+    /// Larger objects are uploaded in parts of this size.
     part_size: Option<usize>,
     private: BTreeSet<String>,
-    /// The last commits of `repo@branch` that was uploaded to.
+    /// The last commit of each `repo@branch` with uploads.
     heads: BTreeMap<String, String>,
-    /// What was said of them, in order.
+    /// Commit messages, in order.
     commits: Vec<String>,
 }
 
@@ -56,7 +56,7 @@ impl Shared {
         self.heads.get(at).cloned().unwrap_or_else(usual)
     }
 
-    /// A repository's branch that a revision stands for, as `repo@branch`.
+    /// The `repo@branch` that a revision names.
     fn at(&self, repo: &str, revision: &str) -> Option<String> {
         let is = |at: &&String| {
             let branch = at.strip_prefix(repo).and_then(|rest| rest.strip_prefix('@'));
@@ -87,7 +87,7 @@ impl HubServer {
                 let (state, address) = (state.clone(), address.clone());
                 thread::spawn(move || {
                     let connection = connection.unwrap();
-                    // A client that goes away early is no concern of the server's.
+                    // Clients may disconnect early.
                     let _ = answer(&connection, &state, &address);
                     let _ = connection.shutdown(std::net::Shutdown::Write);
                 });
@@ -96,8 +96,8 @@ impl HubServer {
         HubServer { endpoint, shared }
     }
 
-    /// A mirror that keeps nothing: it redirects every request to an address of its own, without the host, and from there
-    /// to this server.
+    /// A mirror that redirects every request to a path of its own, given without the host, and from there to this
+    /// server.
     pub fn mirror(&self) -> Mirror {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mirror = Mirror { endpoint: format!("http://{}", listener.local_addr().unwrap()), log: Arc::default() };
@@ -123,7 +123,7 @@ impl HubServer {
         mirror
     }
 
-    /// Another address of the server, under TLS, with the certificate of `tests/fixtures/tls`.
+    /// A TLS address of the server, with the certificate of `tests/fixtures/tls`.
     pub fn tls(&self) -> String {
         use rustls::pki_types::pem::PemObject;
         use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -140,7 +140,7 @@ impl HubServer {
             for connection in listener.incoming().flatten() {
                 let (config, target) = (config.clone(), target.clone());
                 thread::spawn(move || {
-                    // Who does not trust the certificate goes away.
+                    // Clients that do not trust the certificate disconnect.
                     let _ = pass_on(
                         rustls::StreamOwned::new(rustls::ServerConnection::new(config).unwrap(), connection),
                         &target,
@@ -161,7 +161,7 @@ impl HubServer {
         self
     }
 
-    /// A commit that replaces a file; what was there is read at [`COMMIT`] from now on.
+    /// Commits a new version of a file; the old one stays at [`COMMIT`].
     pub fn replace(&self, repo: &str, file: &str, content: impl Into<Vec<u8>>) -> &Self {
         {
             let mut shared = self.shared.lock().unwrap();
@@ -173,7 +173,7 @@ impl HubServer {
         self.put(repo, file, content)
     }
 
-    /// Every file of a folder.
+    /// Adds every file of a folder.
     pub fn put_folder(&self, repo: &str, folder: &Path) -> &Self {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
@@ -182,7 +182,7 @@ impl HubServer {
         self
     }
 
-    /// Only the token `good` may read the repository's files from now on.
+    /// From now on, only the token `good` may read the repository's files.
     pub fn gate(&self, repo: &str) -> &Self {
         self.shared.lock().unwrap().gated.push(repo.to_owned());
         self
@@ -193,41 +193,41 @@ impl HubServer {
         self
     }
 
-    /// The next request with a body whose path contains this fails so; several for the same path in this order.
+    /// Fails the next request with a body whose path contains `part`. Faults of the same path apply in order.
     pub fn fail_upload(&self, part: &str, fault: Fault) -> &Self {
         self.shared.lock().unwrap().upload_faults.push((part.to_owned(), fault));
         self
     }
 
-    /// Large files of more bytes come in parts from now on.
+    /// From now on, large files above this size are uploaded in parts.
     pub fn split(&self, part_size: usize) -> &Self {
         self.shared.lock().unwrap().part_size = Some(part_size);
         self
     }
 
-    /// Files of a repository at a branch, or `None` where there is no such.
+    /// Files of a repository at a branch, or `None` if it does not exist.
     pub fn files(&self, repo: &str, branch: &str) -> Option<BTreeMap<String, Vec<u8>>> {
         self.shared.lock().unwrap().files.get(&format!("{repo}@{branch}")).cloned()
     }
 
-    /// Whether it was made private.
+    /// Whether the repository is private.
     pub fn is_private(&self, repo: &str) -> bool {
         self.shared.lock().unwrap().private.contains(repo)
     }
 
-    /// What was said of the commits so far.
+    /// Commit messages so far.
     pub fn commits(&self) -> Vec<String> {
         self.shared.lock().unwrap().commits.clone()
     }
 
-    /// Requests since the last call whose path contains this.
+    /// Requests since the last call that contain `part`, as in [`Shared::log`].
     pub fn log(&self, part: &str) -> Vec<String> {
         let log = std::mem::take(&mut self.shared.lock().unwrap().log);
         log.into_iter().filter(|line| line.contains(part)).collect()
     }
 }
 
-/// A server that redirects.
+/// A server that redirects every request.
 pub struct Mirror {
     pub endpoint: String,
     log: Arc<Mutex<Vec<String>>>,
@@ -240,7 +240,7 @@ impl Mirror {
     }
 }
 
-/// Passes a request without a body on to the plain server, and its answer back.
+/// Forwards a request without a body to the plain server, and its response back.
 fn pass_on(mut client: rustls::StreamOwned<rustls::ServerConnection, TcpStream>, target: &str) -> std::io::Result<()> {
     let (mut request, mut byte) = (Vec::new(), [0]);
     while !request.ends_with(b"\r\n\r\n") {
@@ -288,7 +288,7 @@ fn answer(connection: &TcpStream, shared: &Mutex<Shared>, endpoint: &str) -> std
     if !["GET", "HEAD"].contains(&method) {
         let fault = shared.upload_faults.iter().position(|(part, _)| path.contains(part));
         let fault = fault.map(|index| shared.upload_faults.remove(index).1);
-        let length: usize = header("content-length").parse().expect("a body says its length");
+        let length: usize = header("content-length").parse().expect("a body has a content-length");
         let mut body = vec![0; if let Some(Fault::Cut(at)) = fault { at.min(length) } else { length }];
         reader.read_exact(&mut body)?;
         match fault {
@@ -304,7 +304,7 @@ fn answer(connection: &TcpStream, shared: &Mutex<Shared>, endpoint: &str) -> std
         let body = body.to_string();
         return say(status, &format!("Content-Type: application/json\r\n{headers}"), body.as_bytes(), body.len());
     }
-    // The content of large files comes from another place than the Hub, without the Hub's headers.
+    // Large files come from another host, without the Hub's headers.
     let elsewhere = path.strip_prefix("/elsewhere");
     if let Some(path) = path.strip_prefix("/api") {
         let path = path.trim_start_matches("/models/").trim_start_matches('/');
@@ -364,7 +364,7 @@ fn answer(connection: &TcpStream, shared: &Mutex<Shared>, endpoint: &str) -> std
     }
     let status = if range.is_some() { 206 } else { 200 };
     let body = &content[start..end];
-    // A request for the first byte asks for the headers.
+    // A request for the first byte only asks for headers.
     let fault = if range.as_deref() == Some("bytes=0-0") { None } else { shared.faults.pop_front() };
     match fault {
         Some(Fault::Status(status, header)) => say(status, &format!("{header}\r\n"), b"", 0),
@@ -377,7 +377,7 @@ fn sha256(content: &[u8]) -> String {
     Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The name that git gives a file's content: SHA-1 of it behind `blob LENGTH\0`.
+/// Git's object id of a file's content: SHA-1 of `blob LENGTH\0` and the content.
 fn git_oid(content: &[u8]) -> String {
     let mut data = [format!("blob {}\0", content.len()).as_bytes(), content].concat();
     let bits = 8 * data.len() as u64;
@@ -421,14 +421,14 @@ fn base64(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// Whether the Hub keeps a file in the store, as a new repository's .gitattributes says.
+/// Whether a new repository's .gitattributes sends a file to the store.
 fn is_large(path: &str) -> bool {
     [".safetensors", ".pt", ".bin"].iter().any(|end| path.ends_with(end))
 }
 
 type Answer = (u16, String, Value);
 
-/// Answers a request that brings something.
+/// Handles a request with a body.
 fn take(
     shared: &mut Shared,
     method: &str,
@@ -444,13 +444,13 @@ fn take(
     };
     let fine = |answer: Value| (200, String::new(), answer);
     if let (Some(object), "PUT") = (path.strip_prefix("/store/"), method) {
-        assert_eq!(token, "", "the Hub's token is not the store's");
+        assert_eq!(token, "", "the store got the Hub's token");
         if let Some((oid, number)) = object.split_once('/') {
             shared.parts.insert((oid.to_owned(), number.parse().unwrap()), body.to_vec());
             return (200, format!("ETag: \"{}\"\r\n", sha256(body)), Value::Null);
         }
         if sha256(body) != object {
-            return refuse(400, "", "the content is another");
+            return refuse(400, "", "the content has another SHA-256");
         }
         shared.store.insert(object.to_owned(), body.to_vec());
         return fine(Value::Null);
@@ -467,7 +467,7 @@ fn take(
             whole.extend_from_slice(there);
         }
         if text("oid") != oid || sha256(&whole) != oid {
-            return refuse(400, "", "the content is another");
+            return refuse(400, "", "the content has another SHA-256");
         }
         shared.store.insert(oid.to_owned(), whole);
         return fine(json!({"success": true}));
@@ -529,7 +529,7 @@ fn take(
                 if shared.store.contains_key(oid) {
                     return object.clone();
                 }
-                // Addresses at the Hub are the Hub's own, whatever it is called here.
+                // URLs of the Hub itself name huggingface.co, whatever the endpoint is.
                 let verify = json!({"href": format!("https://huggingface.co/{repo}.git/info/lfs/objects/verify")});
                 let upload = match shared.part_size.filter(|part| *part < size) {
                     None => json!({"href": format!("{endpoint}/store/{oid}"), "header": {"X-Store-Key": "basic"}}),
@@ -605,7 +605,7 @@ fn take(
                     None => return refuse(422, "", &format!("{} is not in the store", value("path"))),
                 };
             }
-            other => panic!("a commit's line of the kind `{other}`"),
+            other => panic!("unknown commit line `{other}`"),
         }
     }
     if summary.is_empty() {

@@ -1,4 +1,4 @@
-//! From text to activations: the source, the buffer, the bundled model, and models that are damaged.
+//! From text to activations: the source, the buffer, the bundled model, and damaged models.
 
 use std::fs;
 use std::path::Path;
@@ -47,7 +47,7 @@ fn difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
 
-/// The recorded values [rows, positions, d] at text positions, row by row: what a source must deliver.
+/// The recorded values `[rows, positions, d]` at text positions, as `[N, d]`: the expected output of a source.
 fn recorded(io: &TensorFile, name: &str) -> Tensor {
     let values = io.tensor(name).unwrap();
     let mask = io.tensor("attention_mask").unwrap().not_equal(0).reshape([-1]).nonzero().reshape([-1]);
@@ -55,7 +55,7 @@ fn recorded(io: &TensorFile, name: &str) -> Tensor {
 }
 
 #[test]
-fn activations_on_disk_are_the_models_in_order() {
+fn written_activations_match_the_model_in_order() {
     for model in MODELS {
         let desk = Desk::new();
         let folder = fixture("models").join(model);
@@ -89,7 +89,7 @@ fn activations_on_disk_are_the_models_in_order() {
     }
 }
 
-/// The same rows with their padding moved to the left.
+/// Writes the same rows with their padding moved to the left.
 fn padded_left(io: &TensorFile, path: &Path) {
     let (ids, mask) = (io.tensor("input_ids").unwrap(), io.tensor("attention_mask").unwrap());
     let left = |tensor: &Tensor| {
@@ -105,7 +105,7 @@ fn padded_left(io: &TensorFile, path: &Path) {
 }
 
 #[test]
-fn the_side_of_the_padding_changes_nothing() {
+fn the_padding_side_changes_nothing() {
     for model in MODELS {
         let desk = Desk::new();
         let (folder, left) = (fixture("models").join(model), desk.path("left.safetensors"));
@@ -128,7 +128,7 @@ fn the_side_of_the_padding_changes_nothing() {
 }
 
 #[test]
-fn the_first_token_is_left_out_whatever_its_id() {
+fn remove_bos_skips_the_first_token_whatever_its_id() {
     let desk = Desk::new();
     let folder = fixture("models/gpt_neox");
     let all = source(&tokens(&folder, &folder.join("io.safetensors"), "")).next_batch().unwrap().unwrap();
@@ -136,12 +136,12 @@ fn the_first_token_is_left_out_whatever_its_id() {
     let mut without = without;
     let all_rows = drain(&mut *source(&tokens(&folder, &folder.join("io.safetensors"), "")));
     let kept = drain(&mut *without);
-    // 12, 10 and 8 text positions, of which each row loses its first.
+    // The rows have 12, 10 and 8 text positions; each loses its first.
     let expected: Vec<i64> = (0..30).filter(|row| ![0, 12, 22].contains(row)).collect();
     assert_eq!(kept, all_rows.index_select(0, &Tensor::from_slice(&expected)));
     assert_eq!(all.sites[0].x, all_rows.narrow(0, 0, 5));
 
-    // A BOS whose id is 0, which padding has as well, and one that stands in the middle of a row again.
+    // The BOS has id 0, which is also the padding's and occurs within a row.
     let ids = Tensor::from_slice2(&[[0_i64, 5, 0, 6], [0, 7, 8, 0]]);
     let mask = Tensor::from_slice2(&[[1_i64, 1, 1, 1], [1, 1, 1, 0]]);
     let path = desk.path("tokens.safetensors");
@@ -152,7 +152,7 @@ fn the_first_token_is_left_out_whatever_its_id() {
 }
 
 #[test]
-fn activations_of_great_norm_are_left_out() {
+fn activations_of_large_norm_are_skipped() {
     let folder = fixture("models/gpt_neox");
     let file = folder.join("io.safetensors");
     // All rows in one pass, so that the median is known.
@@ -175,7 +175,7 @@ fn a_shuffled_pass_serves_every_activation_once() {
     tch::manual_seed(4);
     tensors::write(&path, &[("input_ids", Tensor::randint(128, [20, 10], (Kind::Int64, Device::Cpu)))]).unwrap();
     let in_order = drain(&mut *source(&tokens(&folder, &path, "")));
-    // A buffer of a third of them, so that it is filled several times.
+    // The buffer holds a third of the rows, so it is filled several times.
     let yaml = tokens(&folder, &path, ", n_ctxs: 6, ctx_len: 10").replace("shuffle: false", "shuffle: true");
     let mut shuffled = source(&yaml);
     let served = drain(&mut *shuffled);
@@ -189,7 +189,7 @@ fn a_shuffled_pass_serves_every_activation_once() {
 }
 
 #[test]
-fn a_short_text_is_read_as_often_as_the_run_needs() {
+fn a_short_text_is_repeated_as_the_run_needs() {
     let folder = fixture("models/gpt_neox");
     let desk = Desk::new();
     let run = |more: &str, out: &str| {
@@ -211,7 +211,7 @@ fn a_short_text_is_read_as_often_as_the_run_needs() {
 }
 
 #[test]
-fn text_becomes_contexts() {
+fn text_is_cut_or_packed_into_contexts() {
     let desk = Desk::new();
     let long = "It is a truth universally acknowledged, that a single man must be in want of a wife. ".repeat(6);
     let records =
@@ -229,12 +229,12 @@ fn text_becomes_contexts() {
         }
         (found, source.notes())
     };
-    // One document a context, cut.
+    // One document per context, truncated.
     let (truncated, notes) = rows("");
     assert_eq!(truncated.len(), 2);
     assert!(truncated[0].len() < 16 && truncated[1].len() == 16);
     assert!(notes[0].contains("1 bad record") && notes[0].contains("corpus.jsonl:3"), "{notes:?}");
-    // Documents joined: full contexts but for the last, and nothing of the text lost.
+    // Packed: every context but the last is full, and no text is lost.
     let (packed, _) = rows(", pack: true");
     assert!(packed.len() > 5 && packed[..packed.len() - 1].iter().all(|row| row.len() == 16));
     let joined: Vec<i64> = packed.concat();
@@ -244,7 +244,7 @@ fn text_becomes_contexts() {
 }
 
 #[test]
-fn the_bundled_model_has_learnt_english() {
+fn the_bundled_model_beats_a_unigram_model() {
     let mut source = source(
         "{type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, pack: true, ctx_len: 256, \
          text: {type: embedded, name: austen, split: held_out}}",
@@ -258,7 +258,7 @@ fn the_bundled_model_has_learnt_english() {
         count += predicted;
         all.extend(Vec::<i64>::try_from(tokens.ids.masked_select(&tokens.mask)).unwrap());
     }
-    // No unigram model can do better on these tokens than their own frequencies.
+    // The entropy of the token frequencies bounds the loss of any unigram model from below.
     let mut counts = std::collections::HashMap::new();
     for id in &all {
         *counts.entry(id).or_insert(0.0) += 1.0;
@@ -269,7 +269,7 @@ fn the_bundled_model_has_learnt_english() {
 }
 
 #[test]
-fn a_model_in_the_hubs_cache_is_found_by_its_name() {
+fn a_model_in_the_hub_cache_is_found_by_name() {
     let desk = Desk::new();
     let snapshot = "hub/models--tiny--neox/snapshots/0123abcd";
     for name in ["config.json", "model.safetensors"] {
@@ -323,7 +323,7 @@ fn damaged_models_are_refused() {
 }
 
 #[test]
-fn tokens_that_the_model_does_not_have_are_refused() {
+fn token_ids_outside_the_vocabulary_are_refused() {
     let desk = Desk::new();
     let ids = Tensor::from_slice2(&[[1_i64, 2, 3], [4, 500, 6]]);
     tensors::write(&desk.path("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
@@ -334,8 +334,8 @@ fn tokens_that_the_model_does_not_have_are_refused() {
     assert!(!desk.path("out").exists());
 }
 
-/// Puts a model with a tokenizer of words into the desk's `model/`: `t17` is 17, and the first id that the model does not
-/// embed is an image's place, as Gemma 3 has it.
+/// Writes a model with a word tokenizer into `model/`: `t17` has id 17. The first id beyond the model's vocabulary is
+/// an image placeholder, as in Gemma 3.
 fn model_of_words(desk: &Desk) {
     let words: serde_json::Map<String, Value> = (0..128).map(|id| (format!("t{id}"), id.into())).collect();
     let place = json!({
@@ -354,7 +354,7 @@ fn model_of_words(desk: &Desk) {
 }
 
 #[test]
-fn a_tokenizer_may_have_ids_that_no_text_gives() {
+fn tokenizer_ids_beyond_the_vocabulary_are_refused_only_when_used() {
     let desk = Desk::new();
     model_of_words(&desk);
     let config = |more: &str| {
@@ -373,7 +373,7 @@ fn a_tokenizer_may_have_ids_that_no_text_gives() {
     let said = desk.refused(&["activations", "config.yaml", "--out", "other"]);
     assert!(said.contains("corpus.txt:2: token id 128 (`<image_soft_token>`)") && said.contains("0 to 127"), "{said}");
     assert!(!desk.path("other").exists());
-    // Nor may it be what stands between documents.
+    // It cannot be the separator of documents either.
     desk.write("corpus.txt", "t1 t2 t3\nt4 t5\n");
     desk.write("model/tokenizer_config.json", "{\"eos_token\": \"<image_soft_token>\"}");
     desk.ok(&["activations", "config.yaml", "--out", "unpacked"]);
@@ -383,7 +383,7 @@ fn a_tokenizer_may_have_ids_that_no_text_gives() {
 }
 
 #[test]
-fn a_head_that_the_config_denies_is_used_with_a_warning() {
+fn an_untied_head_overrides_the_config_with_a_warning() {
     let desk = Desk::new();
     let from = fixture("models/gpt_neox");
     fs::create_dir(desk.path("model")).unwrap();
@@ -404,7 +404,7 @@ fn a_head_that_the_config_denies_is_used_with_a_warning() {
 }
 
 #[test]
-fn a_git_lfs_pointer_is_called_one_wherever_it_lies() {
+fn git_lfs_pointers_are_recognised_in_every_input() {
     const POINTER: &str = "version https://git-lfs.github.com/spec/v1\n\
                            oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n";
     let desk = Desk::new();
@@ -433,11 +433,11 @@ fn a_git_lfs_pointer_is_called_one_wherever_it_lies() {
         refused(&activations, file);
         fs::remove_file(desk.path("model").join(file)).unwrap();
     }
-    // What is left has no safetensors.
+    // Without safetensors, pytorch_model.bin is read.
     desk.write("model/config.json", &fs::read_to_string(fixture("models/gpt_neox/config.json")).unwrap());
     desk.write("model/pytorch_model.bin", POINTER);
     refused(&activations, "pytorch_model.bin");
-    // Texts, which would otherwise be trained on.
+    // Texts: the pointer would otherwise be trained on.
     model_of_words(&desk);
     for file in ["corpus.txt", "corpus.jsonl", "corpus.txt.gz", "corpus.jsonl.zst", "corpus.parquet"] {
         desk.write(file, POINTER);
@@ -452,7 +452,7 @@ fn a_git_lfs_pointer_is_called_one_wherever_it_lies() {
     }
     desk.write("config.yaml", &format!("source: {}\n", tokens(Path::new("model/"), Path::new("x.safetensors"), "")));
     refused(&activations, "x.safetensors");
-    // SAEs, ours and others'.
+    // Saved and published SAEs.
     desk.golden_sae("top_k");
     for (file, gone) in [("ae.safetensors", None), ("ae.pt", Some("ae.safetensors")), ("config.json", None)] {
         gone.iter().for_each(|gone| fs::remove_file(desk.path("top_k").join(gone)).unwrap());
@@ -470,7 +470,7 @@ fn a_git_lfs_pointer_is_called_one_wherever_it_lies() {
 }
 
 #[test]
-fn embedded_positions_are_activations_of_every_row() {
+fn position_embeddings_give_one_activation_per_token() {
     let dir = fixture("models/gpt2");
     let at = |submodule: &str| {
         let yaml = tokens(&dir, &dir.join("io.safetensors"), "").replace("gpt_neox.layers.1", submodule);
@@ -493,7 +493,7 @@ fn the_bundled_model_opens_by_name() {
 }
 
 #[test]
-fn activations_that_are_not_finite_are_traced_to_their_text_or_left_out() {
+fn nonfinite_activations_are_traced_to_their_text_or_skipped() {
     let desk = Desk::new();
     let from = fixture("models/gpt_neox");
     let mut weights: Vec<_> =
@@ -503,7 +503,7 @@ fn activations_that_are_not_finite_are_traced_to_their_text_or_left_out() {
     fs::create_dir(desk.path("model")).unwrap();
     fs::copy(from.join("config.json"), desk.path("model/config.json")).unwrap();
     tensors::write(&desk.path("model/model.safetensors"), &weights).unwrap();
-    // One token of the second row. Its neighbours take what they see of it 0 times, which is no number either.
+    // One token of the second row is infinite. Attention multiplies it by 0 for its neighbours, which gives NaN.
     let ids = Tensor::from_slice2(&[[1_i64, 2, 3, 4, 5], [1, 2, 7, 4, 5], [5, 4, 3, 2, 1]]);
     tensors::write(&desk.path("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
     let yaml = tokens(&desk.path("model"), &desk.path("tokens.safetensors"), "");
@@ -520,7 +520,7 @@ fn activations_that_are_not_finite_are_traced_to_their_text_or_left_out() {
         found.push(activations.tokens.unwrap());
     }
     let found = Tensor::cat(&found, 0);
-    // The other rows are whole.
+    // The other rows are complete.
     assert_eq!(found.select(1, 1).not_equal(1).sum(Kind::Int64).int64_value(&[]), 10);
     let left_out = 15 - found.size()[0];
     assert!(left_out > 0);

@@ -1,4 +1,4 @@
-//! The library without the command line.
+//! The library, used without the command line.
 
 use dictlearn::plugins::method_top_k::{TopKConfig, TopKDictionaryConfig};
 use dictlearn::{Batches, Error, Run, Sae, Trainer, evaluate, import};
@@ -17,17 +17,17 @@ fn x() -> Tensor {
     Tensor::arange(5 * 16, (Kind::Float, Device::Cpu)).view([5, 16]).sin()
 }
 
-/// The message of an error that is the caller's to mend.
+/// The message of an [`Error::Input`], which the caller can fix.
 fn refused<T>(result: dictlearn::Result<T>) -> String {
     match result {
         Err(Error::Input(error)) => error.message().to_owned(),
         Err(other) => panic!("not an input error: {other:?}"),
-        Ok(_) => panic!("it was accepted"),
+        Ok(_) => panic!("the input was accepted"),
     }
 }
 
 #[test]
-fn a_trainer_in_code_does_what_a_config_does() {
+fn a_trainer_in_code_matches_a_config() {
     let dir = TempDir::new().unwrap();
     let config = dir.path().join("config.yaml");
     let yaml = format!(
@@ -93,13 +93,13 @@ fn an_sae_encodes_without_a_graph_and_checks_shapes() {
 }
 
 #[test]
-fn errors_say_whose_they_are_to_mend() {
+fn input_errors_and_divergence_are_distinguished() {
     let place = refused(Sae::load("no/such/folder"));
     assert_eq!(place, "`no/such/folder` is neither a folder nor `FORMAT:NAME`");
     let dir = TempDir::new().unwrap();
     let config = dir.path().join("config.yaml");
     std::fs::write(&config, "steps: 10\nsteeps: 3\n").unwrap();
-    let Err(Error::Input(error)) = Run::from_yaml(&config) else { panic!("the config is wrong") };
+    let Err(Error::Input(error)) = Run::from_yaml(&config) else { panic!("the wrong config was accepted") };
     assert!(error.to_string().contains("config.yaml:2:1"), "{error}");
 
     let mut trainer = Trainer::builder(dictionary(), TopKConfig::default()).steps(5).build(16).unwrap();
@@ -108,7 +108,7 @@ fn errors_say_whose_they_are_to_mend() {
     assert!(before);
     match trainer.step(&(x() * f64::NAN)) {
         Err(Error::Diverged(_)) => {}
-        other => panic!("a batch that is not a number: {other:?}"),
+        other => panic!("a batch of NaN must diverge: {other:?}"),
     }
     trainer.step(&x()).unwrap();
     let source = "{type: synthetic, activation_dim: 16, n_features: 32, batch_size: 64}";

@@ -1,4 +1,4 @@
-//! What crosses crates: the program as a process, parity with the reference, the contract that every plugin keeps.
+//! Tests that cross crates: the program as a process, parity with the reference, and the contract of every plugin.
 
 use dictlearn_process as _;
 

@@ -1,4 +1,4 @@
-//! SAEs to the Hub: what arrives there, what is sent again, what is refused.
+//! `dictlearn push`: uploads, retries and refusals.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,7 @@ use crate::hub_server::{Fault, HubServer};
 
 const REPO: &str = "someone/saes";
 
-/// A desk with a short run of one SAE, in `run/top_k`.
+/// A desk with a trained SAE in `run/top_k`.
 fn trained() -> Desk {
     let desk = Desk::new();
     let saes = "saes:\n- trainer: {type: top_k, warmup_steps: 1}\n  dictionary: {k: 4, dict_size: 64}\n\
@@ -21,7 +21,7 @@ fn trained() -> Desk {
     desk
 }
 
-/// `push` to the server, with a token or without.
+/// `push` to the server; an empty token stands for none.
 fn command(server: &HubServer, desk: &Desk, token: &str, args: &[&str]) -> Command {
     let mut command = desk.program();
     command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", &server.endpoint).arg("push").args(args);
@@ -47,7 +47,7 @@ fn refused(server: &HubServer, desk: &Desk, token: &str, args: &[&str]) -> Strin
     run.stderr
 }
 
-/// Those of the SAE's files that are sent as they are.
+/// The SAE's files that are uploaded unchanged.
 fn local(desk: &Desk) -> BTreeMap<String, Vec<u8>> {
     let names = ["ae.pt", "ae.safetensors", "config.json", "eval.json"];
     names.map(|name| (name.to_owned(), fs::read(desk.path("run/top_k").join(name)).unwrap())).into()
@@ -58,7 +58,7 @@ fn text(files: &BTreeMap<String, Vec<u8>>, name: &str) -> String {
 }
 
 #[test]
-fn a_pushed_sae_is_there_as_it_is_here() {
+fn a_pushed_sae_matches_the_local_files() {
     let (server, desk) = (HubServer::start(), trained());
     let run = pushed(&server, &desk, &[]);
     assert!(run.stdout.starts_with(&format!("{}/{REPO}/commit/", server.endpoint)), "{}", run.stdout);
@@ -71,7 +71,7 @@ fn a_pushed_sae_is_there_as_it_is_here() {
     }
     assert_eq!(files.len(), 4 + 3, "{:?}", files.keys());
 
-    // The run's config, without where it lies; that it names other places is said.
+    // The run's config without its output folder; its local paths give a warning.
     let config = text(&files, "config.yaml");
     assert!(config.contains("type: top_k") && !config.contains("output_dir"), "{config}");
     assert!(desk.read("run/config.yaml").contains("output_dir"));
@@ -99,14 +99,14 @@ fn a_pushed_sae_is_there_as_it_is_here() {
     }
     assert!(!card.contains("sae_lens"), "{card}");
 
-    // Large files went to the store, without the Hub's token and with the headers that it wants.
+    // Large files went to the store, with its headers and without the Hub's token.
     let log = server.log("");
     let stored: Vec<_> = log.iter().filter(|line| line.starts_with("PUT /store/")).collect();
     assert_eq!(stored.len(), 2, "{log:#?}");
     assert!(stored.iter().all(|line| line.ends_with("key=basic token=")), "{log:#?}");
     assert_eq!(log.iter().filter(|line| line.contains("/lfs/objects/verify")).count(), 2, "{log:#?}");
 
-    // What is there is not sent again, and without a change there is no commit.
+    // Unchanged files are not uploaded again, and without a change there is no commit.
     let again = pushed(&server, &desk, &[]);
     assert_eq!(again.stdout, run.stdout);
     assert!(again.stderr.contains("`someone/saes` has all of it already"), "{}", again.stderr);
@@ -123,7 +123,7 @@ fn a_pushed_sae_is_there_as_it_is_here() {
 }
 
 #[test]
-fn what_the_store_has_is_not_sent_to_another_repository() {
+fn files_in_the_store_are_not_uploaded_again() {
     let (server, desk) = (HubServer::start(), trained());
     pushed(&server, &desk, &[]);
     server.log("");
@@ -134,13 +134,13 @@ fn what_the_store_has_is_not_sent_to_another_repository() {
     assert!(server.log("/store/").is_empty());
     assert!(server.is_private("someone/else"));
     assert_eq!(server.files("someone/else", "main").unwrap()["ae.pt"], local(&desk)["ae.pt"]);
-    // A repository that everybody sees gets nothing that is meant to be private.
+    // `--private` refuses a public repository.
     let said = refused(&server, &desk, "good", &["run/top_k", REPO, "--private"]);
     assert!(said.contains("the model `someone/saes` is there already, and it is public"), "{said}");
 }
 
 #[test]
-fn large_files_go_in_parts() {
+fn large_files_are_uploaded_in_parts() {
     let (server, desk) = (HubServer::start(), trained());
     server.split(5000).fail_upload("/3", Fault::Cut(700)).fail_upload("/api/complete/", Fault::Status(503, ""));
     pushed(&server, &desk, &[]);
@@ -155,14 +155,14 @@ fn large_files_go_in_parts() {
 }
 
 #[test]
-fn what_passes_is_tried_again() {
+fn transient_failures_are_retried() {
     let (server, desk) = (HubServer::start(), trained());
     server.fail_upload("/api/repos/create", Fault::Lost);
     server.fail_upload("/preupload/", Fault::Status(500, ""));
     server.fail_upload("/objects/batch", Fault::Status(429, "Retry-After: 1\r\n"));
     server.fail_upload("/store/", Fault::Cut(1000)).fail_upload("/store/", Fault::Status(500, ""));
     server.fail_upload("/objects/verify", Fault::Cut(0));
-    // The commit is made, and nobody hears of it: it is not made twice.
+    // The commit is made but the response is lost: it must not be made twice.
     server.fail_upload("/commit/", Fault::Lost);
     let run = pushed(&server, &desk, &[]);
     assert!(run.stderr.contains("status 429; trying again in 1 s"), "{}", run.stderr);
@@ -172,7 +172,7 @@ fn what_passes_is_tried_again() {
         assert_eq!(server.files(REPO, "main").unwrap()[&name], content, "{name}");
     }
 
-    // What does not pass ends it, and nothing is to be seen.
+    // A permanent failure stops the push without a commit.
     let server = HubServer::start();
     server.fail_upload("/store/", Fault::Status(403, ""));
     let run = Run::of(command(&server, &desk, "good", &["run/top_k", REPO]).output().unwrap());
@@ -182,7 +182,7 @@ fn what_passes_is_tried_again() {
 }
 
 #[test]
-fn below_a_folder_and_on_a_branch() {
+fn an_sae_can_be_pushed_to_a_folder_and_a_branch() {
     let (server, desk) = (HubServer::start(), trained());
     let lens = |name: &str| desk.path("run/top_k").join(name);
     fs::write(lens("cfg.json"), "{\"d_in\": 32}").unwrap();
@@ -199,7 +199,7 @@ fn below_a_folder_and_on_a_branch() {
     ] {
         assert!(card.contains(part), "`{part}` is not in\n{card}");
     }
-    // Pushed again, its card is where it was; another SAE's goes beside its files.
+    // A second push renews the card in place; another SAE's card goes beside its files.
     desk.write("run/top_k/eval.json", "{}");
     pushed(&server, &desk, &["--path", "layer_3/top_k"]);
     let renewed = server.files(REPO, "main").unwrap();
@@ -208,7 +208,7 @@ fn below_a_folder_and_on_a_branch() {
     let files = server.files(REPO, "main").unwrap();
     assert_eq!(files["README.md"], renewed["README.md"]);
     assert!(text(&files, "other/README.md").contains("+ \"/other\""));
-    // What somebody else wrote stays, unless the SAE's folder has another.
+    // An existing README.md stays unless the SAE's folder has its own.
     let run = pushed(&server, &desk, &[]);
     assert!(run.stderr.contains("the repository keeps its own README.md"), "{}", run.stderr);
     assert_eq!(server.files(REPO, "main").unwrap()["README.md"], renewed["README.md"]);
@@ -225,7 +225,7 @@ fn below_a_folder_and_on_a_branch() {
 }
 
 #[test]
-fn what_the_card_knows_of_a_model() {
+fn the_card_names_the_base_model_and_dataset() {
     let desk = Desk::new();
     let sae = desk.golden_sae("top_k");
     let mut config = desk.json("top_k/config.json");
@@ -248,7 +248,7 @@ fn what_the_card_knows_of_a_model() {
 }
 
 #[test]
-fn a_dry_run_touches_nothing() {
+fn a_dry_run_uploads_nothing() {
     let (server, desk) = (HubServer::start(), trained());
     let before = desk.files();
     let args = ["run/top_k", REPO, "--dry-run"];
@@ -267,7 +267,7 @@ fn a_dry_run_touches_nothing() {
 }
 
 #[test]
-fn what_cannot_be_uploaded_is_refused() {
+fn invalid_uploads_are_refused() {
     let (server, desk) = (HubServer::start(), trained());
     server.put("others/theirs", "README.md", "");
     let mut said = String::new();
@@ -307,7 +307,7 @@ fn what_cannot_be_uploaded_is_refused() {
 }
 
 #[test]
-fn a_folder_of_sae_lens_can_be_pushed() {
+fn an_sae_lens_folder_can_be_pushed() {
     let (server, desk) = (HubServer::start(), trained());
     let lens: PathBuf = desk.path("lens");
     fs::create_dir(&lens).unwrap();
@@ -321,7 +321,7 @@ fn a_folder_of_sae_lens_can_be_pushed() {
     assert_eq!(run.code, 0, "{}", run.stderr);
     let files = server.files(REPO, "main").unwrap();
     assert_eq!(files["sae_weights.safetensors"], fs::read(lens.join("sae_weights.safetensors")).unwrap());
-    // The config in the folder above is not its run's.
+    // The config in the parent folder is not the SAE's.
     assert!(desk.path("config.yaml").exists() && !files.contains_key("config.yaml"));
     let card = text(&files, "README.md");
     for part in [
@@ -339,7 +339,7 @@ fn a_folder_of_sae_lens_can_be_pushed() {
 #[test]
 fn an_interrupted_push_commits_nothing() {
     let (server, desk) = (HubServer::start(), trained());
-    // It waits for the store when the signal comes.
+    // The push waits for the store when the signal arrives.
     server.fail_upload("/store/", Fault::Status(503, "Retry-After: 60\r\n"));
     let mut push = command(&server, &desk, "good", &["run/top_k", REPO]).stderr(Stdio::piped()).spawn().unwrap();
     let until = Instant::now() + Duration::from_secs(20);

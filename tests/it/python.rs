@@ -1,9 +1,9 @@
-//! What Python code computes, and what we do.
+//! Parity with Python libraries.
 //!
-//! `tests/fixtures/formats` has what the code of other projects wrote and computed. The libraries themselves are asked where
-//! they are installed: `DICTLEARN_TEST_PYTHON` names an interpreter with dictionary_learning, and
-//! `DICTLEARN_TEST_PYTHON_SAE_LENS` one with sae_lens. Where a variable is not set those tests are ignored (build.rs). The
-//! differences are printed, `cargo test -p dictlearn --test it python -- --nocapture`.
+//! `tests/fixtures/formats` holds files and results of other projects' code. Tests that run the libraries themselves
+//! need an interpreter: `DICTLEARN_TEST_PYTHON` with dictionary_learning, `DICTLEARN_TEST_PYTHON_SAE_LENS` with
+//! sae_lens. Without the variable they are ignored (build.rs). To print the differences:
+//! `cargo test -p dictlearn --test it python -- --nocapture`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,10 +16,10 @@ use tch::Kind;
 
 use crate::common::{Desk, Run, fixture, folders, read_json};
 
-/// Relative to the largest value, sums in another order differ by less.
+/// Tolerance relative to the largest value; another order of summation differs by less.
 const TOLERANCE: f64 = 1e-5;
 
-/// The larger difference of features and reconstructions, each relative to its largest value.
+/// The larger of the differences in features and in reconstructions, each relative to the largest value.
 fn difference(found: &Path, wanted: &Path) -> f64 {
     let (found, wanted) = (TensorFile::open(found).unwrap(), TensorFile::open(wanted).unwrap());
     let of = |name: &str| {
@@ -31,7 +31,7 @@ fn difference(found: &Path, wanted: &Path) -> f64 {
     of("features").max(of("recon"))
 }
 
-/// What we compute with an SAE's folder, against what is in a file.
+/// Encodes with a saved SAE; returns the difference from the results in `io`.
 fn encoded(desk: &Desk, sae: &Path, io: &Path) -> f64 {
     desk.ok(&["encode", sae.to_str().unwrap(), "--input", io.to_str().unwrap(), "--output", "y.safetensors"]);
     difference(&desk.path("y.safetensors"), io)
@@ -45,7 +45,7 @@ fn class(sae: &Path) -> String {
     read_json(&sae.join("config.json"))["trainer"]["dict_class"].as_str().unwrap().to_owned()
 }
 
-/// Imports a fixture of `formats` and compares; its config.json.
+/// Imports a fixture of `formats` and compares its results. Returns the config.json.
 fn imported(desk: &Desk, format: &str, path: &str, io: &str) -> Value {
     let out = desk.path(&path.replace('/', "-"));
     desk.ok(&["import", format, fixture("formats").join(path).to_str().unwrap(), "--out", out.to_str().unwrap()]);
@@ -56,7 +56,7 @@ fn imported(desk: &Desk, format: &str, path: &str, io: &str) -> Value {
 }
 
 #[test]
-fn saes_of_openai_compute_what_its_code_did() {
+fn openai_saes_match_their_code() {
     let desk = Desk::new();
     for (path, class, submodule) in [
         ("resid_post_mlp_v5_32k", "AutoEncoderTopK", "blocks.8.hook_resid_post"),
@@ -70,7 +70,7 @@ fn saes_of_openai_compute_what_its_code_did() {
 }
 
 #[test]
-fn saes_of_sparsify_compute_what_its_code_did() {
+fn sparsify_saes_match_their_code() {
     let desk = Desk::new();
     for (path, class, io) in [
         ("sae/layers.3", "AutoEncoderTopK", "out"),
@@ -86,7 +86,7 @@ fn saes_of_sparsify_compute_what_its_code_did() {
         assert_eq!(config["buffer"]["io"], io);
         assert_eq!(config["buffer"]["ctx_len"], 2049);
     }
-    // All of a run at once.
+    // All SAEs of a run at once.
     let run = fixture("formats/sparsify/skip_transcoder");
     desk.ok(&["import", "sparsify", run.to_str().unwrap(), "--out", "run"]);
     let all = folders(&desk.path("run"));
@@ -97,7 +97,7 @@ fn saes_of_sparsify_compute_what_its_code_did() {
 }
 
 #[test]
-fn llama_and_gemma_scope_compute_what_the_loaders_of_sae_lens_did() {
+fn llama_and_gemma_scope_match_sae_lens_loaders() {
     let desk = Desk::new();
     let llama = "llama_scope/Llama3_1-8B-Base-L3R-8x";
     assert_eq!(imported(&desk, "llama_scope", llama, llama)["buffer"]["submodule"], "blocks.3.hook_resid_post");
@@ -130,7 +130,7 @@ fn llama_and_gemma_scope_compute_what_the_loaders_of_sae_lens_did() {
             "model.layers.5.pre_feedforward_layernorm",
             json!("model.layers.5.post_feedforward_layernorm"),
         ),
-        // A cross-layer transcoder's file for a layer, without config.json.
+        // One layer's file of a cross-layer transcoder, without config.json.
         (
             "2-1b-pt/clt/width_80_l0_medium_affine/params_layer_5.safetensors",
             "SkipTranscoder",
@@ -149,9 +149,9 @@ fn llama_and_gemma_scope_compute_what_the_loaders_of_sae_lens_did() {
     }
 }
 
-/// Folders that a user keeps things in say nothing about the SAE.
+/// The names of a user's own folders say nothing about the SAE.
 #[test]
-fn a_folder_named_for_embeddings_changes_no_gemma_scope_sae() {
+fn gemma_scope_ignores_the_names_of_parent_folders() {
     let desk = Desk::new();
     let sae = "layer_3/width_80/average_l0_7";
     let from = fixture("sae_lens/gemma_scope").join(sae);
@@ -164,14 +164,14 @@ fn a_folder_named_for_embeddings_changes_no_gemma_scope_sae() {
 }
 
 #[test]
-fn dictionaries_of_dictionary_learning_compute_what_its_code_did() {
+fn dictionary_learning_dictionaries_match_their_code() {
     let desk = Desk::new();
     let all = fixture("formats/dictionary_learning");
     for dictionary in folders(&all) {
         let path = format!("dictionary_learning/{}", name(&dictionary));
         let config = imported(&desk, "dictionary_learning", &path, &path);
         assert_eq!(config["trainer"]["dict_class"], name(&dictionary).split('.').next().unwrap());
-        // As it is: ae.pt and config.json are an SAE's folder too.
+        // Without import: ae.pt and config.json form a saved SAE too.
         let difference = encoded(&desk, &dictionary, &dictionary.join("io.safetensors"));
         assert!(difference < TOLERANCE, "{path}, not imported, differs by {difference:e}");
     }
@@ -179,22 +179,22 @@ fn dictionaries_of_dictionary_learning_compute_what_its_code_did() {
     assert_eq!(folders(&desk.path("all")).len(), 8);
 }
 
-/// Its activations were divided by a factor, which only the end of a training puts into biases and threshold.
+/// A backup's activations are divided by a factor, which only the end of training folds into biases and threshold.
 #[test]
-fn a_backup_of_dictionary_learning_computes_what_its_training_ended_as() {
+fn a_dictionary_learning_backup_matches_the_trained_dictionary() {
     let desk = Desk::new();
     imported(&desk, "dictionary_learning", "dictionary_learning_backup", "dictionary_learning_backup");
 }
 
-/// A library of Python that can be asked.
+/// An installed Python library.
 pub struct Library {
-    /// Its name, and that of the format.
+    /// Name of the library and of its format.
     name: &'static str,
     python: PathBuf,
 }
 
 impl Library {
-    /// The library of the interpreter that a variable names.
+    /// The library, with the interpreter that its environment variable names.
     pub fn installed(name: &'static str) -> Self {
         let variable = match name {
             "sae_lens" => "DICTLEARN_TEST_PYTHON_SAE_LENS",
@@ -214,14 +214,14 @@ impl Library {
         assert_eq!(run.code, 0, "{} {}\n{}", self.python.display(), script.display(), run.stderr);
     }
 
-    /// Says how much a case differs, which must be little.
+    /// Prints a case's difference, and asserts that it is below the tolerance.
     fn judge(&self, what: &str, case: &str, class: &str, difference: f64, tolerance: f64) {
         println!("{what:40} {case:50} {class:24} {difference:.1e}");
         assert!(difference < tolerance, "{what}: {case} ({class}) differs by {difference:e}");
     }
 }
 
-/// What the library writes today, read by us.
+/// Imports the files that the library writes today.
 fn what_it_writes(library: &'static str, cases: usize, refused: &[(&str, &str)]) {
     let library = Library::installed(library);
     let desk = Desk::new();
@@ -242,8 +242,8 @@ fn what_it_writes(library: &'static str, cases: usize, refused: &[(&str, &str)])
             seen += 1;
             continue;
         }
-        // Numbers of half the width round with every step, and a class of ours may take the steps in another order. One
-        // feature beside its threshold then fires or does not.
+        // Half precision rounds at every operation, and our classes may order operations differently. A feature near
+        // its threshold may then fire in one of the two only.
         let tolerance = match name(&case).rsplit('.').next() {
             Some("bfloat16") => 5e-2,
             Some("float16") => 2e-3,
@@ -263,7 +263,7 @@ fn what_it_writes(library: &'static str, cases: usize, refused: &[(&str, &str)])
 
 #[test]
 #[cfg_attr(not(has_sae_lens), ignore = "needs DICTLEARN_TEST_PYTHON_SAE_LENS, a Python with sae_lens")]
-fn what_sae_lens_writes_is_read() {
+fn sae_lens_files_are_read() {
     what_it_writes(
         "sae_lens",
         87,
@@ -280,27 +280,27 @@ fn what_sae_lens_writes_is_read() {
 
 #[test]
 #[cfg_attr(not(has_dictionary_learning), ignore = "needs DICTLEARN_TEST_PYTHON, a Python with dictionary_learning")]
-fn what_dictionary_learning_writes_is_read() {
+fn dictionary_learning_files_are_read() {
     what_it_writes("dictionary_learning", 8, &[]);
 }
 
-/// SAEs of ours of every class that can be exported to anything: case, its folder, and activations for it.
+/// Saved SAEs of every exportable class: case, folder, and a file of activations.
 fn ours(desk: &Desk) -> Vec<(String, PathBuf, PathBuf)> {
     let mut saes = Vec::new();
-    // What our trainers end as.
+    // Results of the trainers.
     let batches = TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
     let x = desk.path("x.safetensors");
     tensors::write(&x, &[("x", batches.narrow(0, 0, 20).contiguous())]).unwrap();
     for case in folders(&fixture("trainers")) {
         let sae = desk.golden_sae(&name(&case));
         if name(&case) == "standard_april_update" {
-            // The reference's trainer writes AutoEncoder here, whatever it trained.
+            // The reference's trainer writes AutoEncoder for every class.
             let config = fs::read_to_string(sae.join("config.json")).unwrap();
             fs::write(sae.join("config.json"), config.replace("\"AutoEncoder\"", "\"AutoEncoderNew\"")).unwrap();
         }
         saes.push((format!("trainers.{}", name(&case)), sae, x.clone()));
     }
-    // What was imported.
+    // Imported SAEs.
     let mut import = |case: String, format: &str, from: &Path, io: &Path| {
         let out = desk.path("imported").join(&case);
         desk.ok(&["import", format, from.to_str().unwrap(), "--out", out.to_str().unwrap()]);
@@ -331,7 +331,7 @@ fn ours(desk: &Desk) -> Vec<(String, PathBuf, PathBuf)> {
         let from = if file.is_empty() { folder.clone() } else { folder.join(file) };
         import(case.to_owned(), format, &from, &folder);
     }
-    // A transcoder that is as wide on both sides, of what normalises only what it reads.
+    // A transcoder with equal widths, made of an SAE that normalises its input only.
     let (from, square) = (fixture("sae_lens/jumprelu_layer_norm"), desk.path("square_transcoder"));
     fs::create_dir_all(&square).unwrap();
     fs::copy(from.join("sae_weights.safetensors"), square.join("sae_weights.safetensors")).unwrap();
@@ -344,7 +344,7 @@ fn ours(desk: &Desk) -> Vec<(String, PathBuf, PathBuf)> {
     saes
 }
 
-/// What is exported to the library, computed by it and by us.
+/// Exports SAEs to the library and compares its results with ours.
 fn what_it_loads(library: &'static str, refused: &[&str]) {
     let library = Library::installed(library);
     let desk = Desk::new();
@@ -368,12 +368,12 @@ fn what_it_loads(library: &'static str, refused: &[&str]) {
         desk.ok(&["encode", sae.to_str().unwrap(), "--input", x.to_str().unwrap(), "--output", y.to_str().unwrap()]);
         exported.push((case, sae, dir));
     }
-    assert_eq!(not, refused, "other SAEs than these are refused by {}", library.name);
+    assert_eq!(not, refused, "SAEs that {} cannot represent", library.name);
     library.run("reads.py", &cases, &[]);
     let what = format!("loaded by {}", library.name);
     for (case, sae, dir) in exported {
         let difference = difference(&dir.join("ours.safetensors"), &dir.join("theirs.safetensors"));
-        // dictionary_learning computes in float32, whatever the SAE's publishers did.
+        // dictionary_learning computes in float32, also for SAEs published in bfloat16.
         let narrow = case.ends_with("bf16") && library.name == "dictionary_learning";
         library.judge(&what, &case, &class(&sae), difference, if narrow { 0.1 } else { TOLERANCE });
     }
@@ -381,13 +381,13 @@ fn what_it_loads(library: &'static str, refused: &[&str]) {
 
 #[test]
 #[cfg_attr(not(has_sae_lens), ignore = "needs DICTLEARN_TEST_PYTHON_SAE_LENS, a Python with sae_lens")]
-fn what_is_exported_to_sae_lens_is_loaded_by_it() {
+fn sae_lens_loads_exported_saes() {
     what_it_loads("sae_lens", &["sparsify.transcoder", "sparsify.skip_transcoder"]);
 }
 
 #[test]
 #[cfg_attr(not(has_dictionary_learning), ignore = "needs DICTLEARN_TEST_PYTHON, a Python with dictionary_learning")]
-fn what_is_exported_to_dictionary_learning_is_loaded_by_it() {
+fn dictionary_learning_loads_exported_saes() {
     what_it_loads(
         "dictionary_learning",
         &[

@@ -1,4 +1,4 @@
-//! Killed at any moment and resumed, a run ends on the same bytes; what goes wrong on a bad day is survived or said.
+//! A run killed at any moment and resumed ends on the same bytes; other failures are survived or reported.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,10 +14,10 @@ use dictlearn_core::prelude::*;
 use crate::common::{Desk, Disk, Run, fixture, tensor_file_config};
 use crate::hub_server::HubServer;
 
-/// Trains fast, and long enough to be met in the middle.
+/// A small SAE that trains fast.
 const TOP_K: &str = "saes: [{trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}]\n";
 
-/// Every trainer, every modifier, and what a trainer has to remember: resampling, annealing, dead features, thresholds.
+/// Every trainer and modifier, with every kind of state: resampling, annealing, dead features, thresholds.
 const SAES: &str = "saes:\n\
     - {name: standard, dictionary: {dict_size: 96}, \
        trainer: {type: standard, lr: 1e-3, warmup_steps: 2, sparsity_warmup_steps: 9, resample_steps: 7}}\n\
@@ -47,7 +47,7 @@ const SAES: &str = "saes:\n\
        modifiers: [{type: resample, every: 6}, {type: entropy_penalty, weight: 0.1}], \
        trainer: {type: batch_top_k, warmup_steps: 2, threshold_start_step: 4}}\n";
 
-/// What predicts another vector than it reads, or reads several.
+/// SAEs whose target differs from their input.
 const TRANSCODERS: &str = "saes:\n\
     - {name: transcoder, dictionary: {type: transcoder, dict_size: 96}, \
        trainer: {type: standard, lr: 1e-3, warmup_steps: 2, sparsity_warmup_steps: 9}}\n\
@@ -55,6 +55,7 @@ const TRANSCODERS: &str = "saes:\n\
        trainer: {type: top_k, warmup_steps: 2, threshold_start_step: 4, dead_feature_threshold: 500}}\n\
     - {name: jump_relu, dictionary: {dict_size: 96}, \
        trainer: {type: jump_relu, lr: 1e-3, warmup_steps: 2, sparsity_warmup_steps: 9}}\n";
+/// SAEs on activations of several sources.
 const CROSSCODERS: &str = "saes:\n\
     - {name: crosscoder, dictionary: {dict_size: 96}, \
        trainer: {type: crosscoder, lr: 1e-3, warmup_steps: 2, sparsity_warmup_steps: 9}}\n\
@@ -62,7 +63,7 @@ const CROSSCODERS: &str = "saes:\n\
        trainer: {type: batch_top_k_crosscoder, warmup_steps: 2, threshold_start_step: 4, dead_feature_threshold: 500}}\n\
     - {name: standard, dictionary: {dict_size: 96}, trainer: {type: standard, lr: 1e-3, warmup_steps: 2, sparsity_warmup_steps: 9}}\n";
 
-/// The bundled model, its buffer filled again every few steps.
+/// The bundled model, with a buffer that is refilled every few steps.
 fn model(more: &str) -> String {
     format!(
         "{{type: language_model, model: 'embedded:austen', ctx_len: 32, n_ctxs: 48, refresh_batch_size: 8, \
@@ -70,7 +71,7 @@ fn model(more: &str) -> String {
     )
 }
 
-/// Kills a run so many times while it is under way, resumes it each time, and compares it with one that was let be.
+/// Kills a run [`KILLS`] times, resumes it each time, and compares it with an undisturbed run.
 fn killed_and_resumed(desk: &Desk, source: &str, saes: &str, more: &str) {
     desk.write(
         "config.yaml",
@@ -87,7 +88,7 @@ fn killed_and_resumed(desk: &Desk, source: &str, saes: &str, more: &str) {
     let mut kills = 0;
     while kills < KILLS {
         let mut child = start(desk, &["train", "config.yaml", "--output-dir", "killed", "--resume"]);
-        // Anywhere in it, also before its first step and in its evaluation.
+        // At any moment, also before the first step and during evaluation.
         let until = Instant::now() + whole.mul_f64(random.f64());
         while Instant::now() < until && child.try_wait().unwrap().is_none() {
             sleep(Duration::from_millis(1));
@@ -99,7 +100,7 @@ fn killed_and_resumed(desk: &Desk, source: &str, saes: &str, more: &str) {
         let run = Run::of(child.wait_with_output().unwrap());
         assert!(run.code == 0 || run.code == -1, "{}", run.stderr);
         if run.code == 0 {
-            // There is more to be killed.
+            // Starts again for the remaining kills.
             same(desk, "whole", "killed");
             fs::remove_dir_all(desk.path("killed")).unwrap();
         }
@@ -108,10 +109,10 @@ fn killed_and_resumed(desk: &Desk, source: &str, saes: &str, more: &str) {
     same(desk, "whole", "killed");
 }
 
-/// How often each run is killed: with nine sources 63 times in all.
+/// Number of kills per run; nine sources make 63.
 const KILLS: usize = 7;
 
-/// Whether two runs have left the same.
+/// Asserts that two runs wrote the same files, except checkpoints and config.yaml.
 pub fn same(desk: &Desk, one: &str, other: &str) {
     let files = |run: &str| -> Vec<String> {
         let prefix = format!("{run}/");
@@ -129,10 +130,10 @@ pub fn start(desk: &Desk, args: &[&str]) -> Child {
     use std::os::unix::process::CommandExt;
     let mut program = desk.program();
     program.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // SAFETY: what is called may be called between fork and exec.
+    // SAFETY: `signal` is async-signal-safe, so it may be called between fork and exec.
     unsafe {
         program.pre_exec(|| {
-            // Whatever the tests were started with: `nohup` has them not hear SIGHUP, nor what they start.
+            // Under `nohup` the tests ignore SIGHUP, and their children would inherit that.
             for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
                 libc::signal(signal, libc::SIG_DFL);
             }
@@ -142,7 +143,7 @@ pub fn start(desk: &Desk, args: &[&str]) -> Child {
     program.spawn().unwrap()
 }
 
-/// Texts, tokens and activations, for sources that read files.
+/// Writes a text and tokens for sources that read files.
 fn prepare(desk: &Desk) {
     desk.write("documents.jsonl", &documents("documents.jsonl", 400));
     tch::manual_seed(3);
@@ -173,23 +174,23 @@ macro_rules! killed_and_resumed {
 }
 
 killed_and_resumed! {
-    killed_with_a_buffer_of_a_model:
+    a_killed_run_resumes_with_a_model_buffer:
         model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}"), SAES, "";
-    killed_with_a_buffer_that_is_replayed:
+    a_killed_run_resumes_with_a_replayed_buffer:
         model("submodule: gpt_neox.layers.1, remove_bos: true, max_activation_norm_multiple: 2, \
                text: {type: text_files, path: documents.jsonl}"), SAES, "checkpoint_buffer: replay\n";
-    killed_with_a_model_in_order:
+    a_killed_run_resumes_with_an_unshuffled_model:
         model("submodule: [gpt_neox.layers.0, gpt_neox.layers.1.mlp], io: in_to_out, shuffle: false, \
                text: {type: mix, streams: [{weight: 2, text: {type: text_files, path: documents.jsonl}}, \
                                            {weight: 1, text: {type: embedded, name: austen}}]}"), TRANSCODERS, "";
-    killed_with_tokens:
+    a_killed_run_resumes_with_token_ids:
         model("submodule: gpt_neox.layers.3, text: {type: token_file, path: tokens.safetensors}"), SAES,
         "checkpoint_buffer: replay\n";
-    killed_with_files:
+    a_killed_run_resumes_with_tensor_files:
         format!("{{type: tensor_file, path: {:?}, batch_size: 192}}", fixture("trainers/batches.safetensors")), SAES, "";
-    killed_with_synthetic_activations:
+    a_killed_run_resumes_with_synthetic_activations:
         "{type: synthetic, activation_dim: 24, n_features: 64, n_active: 4, batch_size: 192}", SAES, "";
-    killed_with_joined_sources:
+    a_killed_run_resumes_with_joined_sources:
         format!("{{type: joined, sources: {{a: {}, b: {}}}}}",
             model("submodule: gpt_neox.layers.1, pack: true, text: {type: embedded, name: austen}"),
             model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}")), CROSSCODERS,
@@ -197,7 +198,7 @@ killed_and_resumed! {
 }
 
 #[test]
-fn killed_with_activations_from_disk() {
+fn a_killed_run_resumes_with_an_activation_cache() {
     let desk = Desk::new();
     let source = model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}");
     desk.write("model.yaml", &format!("source: {source}\n"));
@@ -207,7 +208,7 @@ fn killed_with_activations_from_disk() {
     killed_and_resumed(&desk, &source, SAES, "");
 }
 
-/// The Hub with a dataset.
+/// A Hub with a dataset.
 fn hub_with_texts() -> HubServer {
     let server = HubServer::start();
     let head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: '*.jsonl'}\n---\n";
@@ -219,14 +220,14 @@ fn hub_with_texts() -> HubServer {
 }
 
 #[test]
-fn killed_with_a_dataset_of_the_hub() {
+fn a_killed_run_resumes_with_a_hub_dataset() {
     let server = hub_with_texts();
     let source = model("submodule: gpt_neox.layers.1, text: {type: hub_dataset, repo: someone/texts}");
     killed_and_resumed(&Desk::with_hub(&server.endpoint), &source, SAES, "");
 }
 
 #[test]
-fn branches_of_the_hub_that_move_on_are_read_as_they_were() {
+fn a_resumed_run_keeps_its_hub_commits() {
     let server = hub_with_texts();
     let austen = Path::new(env!("CARGO_MANIFEST_DIR")).join("plugins/embedded-austen/model");
     server.put_folder("someone/austen", &austen);
@@ -243,22 +244,22 @@ fn branches_of_the_hub_that_move_on_are_read_as_they_were() {
     let model = fs::read(fixture("models/gpt2/model.safetensors")).unwrap();
     server.replace("someone/austen", "model.safetensors", model);
     server.replace("datasets/someone/texts", "a.jsonl", documents("a new one", 100));
-    // Twice: the commits are in the checkpoint of a run that was resumed too.
+    // Twice, because a resumed run's checkpoint must hold the commits too.
     desk.ok(&["train", "config.yaml", "--resume", "--set", "stop_after=8"]);
     desk.ok(&["train", "config.yaml", "--resume"]);
     same(&desk, "whole", "run");
     let cache = desk.path("hf/hub/models--someone--austen");
-    assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 1, "the new model is not fetched");
-    // A run that begins anew reads what is there now.
+    assert_eq!(fs::read_dir(cache.join("snapshots")).unwrap().count(), 1, "the new model must not be downloaded");
+    // A new run reads the new commits.
     let said = desk.refused(&["train", "config.yaml", "--output-dir", "new"]);
     assert!(said.contains("has neither `gpt_neox.embed_in.weight` nor `embed_out.weight`"), "{said}");
 }
 
-/// Waits for something that a run does.
+/// Waits for a condition, at most two minutes.
 pub fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
     let started = Instant::now();
     while !there() {
-        assert!(started.elapsed() < Duration::from_secs(120), "{what}: it does not come");
+        assert!(started.elapsed() < Duration::from_secs(120), "timed out waiting for {what}");
         sleep(Duration::from_millis(2));
     }
 }
@@ -272,7 +273,7 @@ fn logged_steps(desk: &Desk) -> usize {
     fs::read_to_string(desk.path("run/metrics.jsonl")).map_or(0, |log| log.lines().count())
 }
 
-/// The run's checkpoints, the last first.
+/// The run's checkpoints, newest first.
 fn checkpoints(desk: &Desk) -> Vec<PathBuf> {
     let step = |path: &Path| -> Option<u64> { path.file_stem()?.to_str()?.strip_prefix("step_")?.parse().ok() };
     let entries = fs::read_dir(desk.path("run/checkpoints")).into_iter().flatten();
@@ -283,7 +284,7 @@ fn checkpoints(desk: &Desk) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_damaged_checkpoint_is_passed_over() {
+fn a_damaged_checkpoint_is_skipped() {
     let desk = Desk::with_config(&tensor_file_config(40, &format!("checkpoint_every: 10\n{TOP_K}")));
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
     let stopped = || {
@@ -297,7 +298,7 @@ fn a_damaged_checkpoint_is_passed_over() {
         let found = stopped();
         let mut bytes = fs::read(&found[0]).unwrap();
         match damage {
-            // Of a number somewhere in a tensor, which no reader could tell from another number.
+            // Within a tensor's data, where only a checksum shows it.
             "a bit" => *bytes.iter_mut().nth_back(5000).unwrap() ^= 1,
             "cut" => bytes.truncate(bytes.len() - 1),
             "empty" => bytes.clear(),
@@ -310,9 +311,9 @@ fn a_damaged_checkpoint_is_passed_over() {
         assert!(run.stderr.contains("trying the checkpoint before it"), "{damage}: {}", run.stderr);
         assert!(run.stderr.contains("resuming at step 1"), "{damage}: {}", run.stderr);
         same(&desk, "whole", "run");
-        assert!(!found[0].exists(), "what is damaged is not kept");
+        assert!(!found[0].exists(), "the damaged checkpoint must be deleted");
     }
-    // One that has another's name, and what is no file.
+    // A checkpoint named for another step, and a pipe.
     let found = stopped();
     fs::rename(&found[0], desk.path("run/checkpoints/step_39.safetensors")).unwrap();
     let pipe = std::process::Command::new("mkfifo").arg(desk.path("run/checkpoints/step_38.safetensors")).status();
@@ -320,7 +321,7 @@ fn a_damaged_checkpoint_is_passed_over() {
     let run = desk.run(&["train", "config.yaml", "--resume"]);
     assert!(run.code == 0 && run.stderr.contains("step_39.safetensors is the checkpoint of step 15"), "{}", run.stderr);
     same(&desk, "whole", "run");
-    // With none that is whole it is not begun anew in silence.
+    // Without a valid checkpoint the run does not silently restart.
     for path in stopped() {
         fs::write(path, "nothing").unwrap();
     }
@@ -329,7 +330,7 @@ fn a_damaged_checkpoint_is_passed_over() {
 }
 
 #[test]
-fn what_cannot_be_written_is_written_later() {
+fn failed_writes_are_retried() {
     let desk = Desk::new();
     let two = "saes: [{name: a, trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}, \
                {name: b, trainer: {type: standard, warmup_steps: 2}, dictionary: {dict_size: 64}}]\n";
@@ -338,13 +339,13 @@ fn what_cannot_be_written_is_written_later() {
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
     let child = start(&desk, &["train", "config.yaml"]);
     wait_for("a checkpoint", || !checkpoints(&desk).is_empty());
-    // The whole directory is gone, as a file system is that was mounted, and a file is where it was.
+    // The folder disappears, as with an unmounted file system, and a file takes its place.
     fs::rename(desk.path("run"), desk.path("away")).unwrap();
     fs::write(desk.path("run"), "").unwrap();
     sleep(Duration::from_millis(700));
     fs::remove_file(desk.path("run")).unwrap();
     let at = desk.log("away/metrics.jsonl").last().unwrap()["step"].as_u64().unwrap();
-    assert!(at > 0 && at < 2490, "it is {at}");
+    assert!(at > 0 && at < 2490, "step {at}");
     fs::rename(desk.path("away"), desk.path("run")).unwrap();
     let run = Run::of(child.wait_with_output().unwrap());
     assert_eq!(run.code, 0, "{}", run.stderr);
@@ -358,17 +359,17 @@ fn what_cannot_be_written_is_written_later() {
 }
 
 #[test]
-fn small_disks_hold_what_matters_most() {
+fn a_small_disk_still_gets_the_weights() {
     let desk = Desk::new();
     let sae = "saes: [{trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 2048, k: 4}}]\n";
     desk.write("config.yaml", &tensor_file_config(60, &format!("checkpoint_every: 10\n{sae}")));
     desk.ok(&["train", "config.yaml"]);
     let checkpoint = checkpoints(&desk)[0].metadata().unwrap().len() / 1000;
     let at = desk.path("disk");
-    // Not for three checkpoints, but for two and the SAE, which is two thirds of one.
+    // Room for two checkpoints and the SAE, which is two thirds of one, but not for three checkpoints.
     let Some(disk) = Disk::mount(&at, checkpoint * 285 / 100) else {
-        assert!(std::env::var_os("CI").is_none(), "no tmpfs can be mounted here, which wants root");
-        println!("not tried: no tmpfs can be mounted here");
+        assert!(std::env::var_os("CI").is_none(), "cannot mount a tmpfs, which needs root");
+        println!("skipped: cannot mount a tmpfs");
         return;
     };
     let run = desk.run(&["train", "config.yaml", "--output-dir", "disk/run"]);
@@ -378,7 +379,7 @@ fn small_disks_hold_what_matters_most() {
     same(&desk, "run", "disk/run");
     drop(disk);
 
-    // Only for the SAE.
+    // Room for the SAE only.
     let _disk = Disk::mount(&at, checkpoint * 85 / 100).unwrap();
     let child = start(&desk, &["train", "config.yaml", "--output-dir", "disk/run"]);
     wait_for("weights", || desk.path("disk/run/top_k/ae.safetensors").exists());
@@ -393,7 +394,7 @@ fn small_disks_hold_what_matters_most() {
 }
 
 #[test]
-fn a_lost_log_or_config_is_said() {
+fn a_lost_log_or_config_is_reported() {
     let desk = Desk::with_config(&tensor_file_config(20, &format!("checkpoint_every: 10\n{TOP_K}")));
     for (lost, said) in [("", "has no rows of the steps before"), ("gone\n", "has lines that are no rows")] {
         let _ = fs::remove_dir_all(desk.path("run"));
@@ -414,7 +415,7 @@ fn a_lost_log_or_config_is_said() {
 }
 
 #[test]
-fn a_signal_near_the_end_loses_nothing() {
+fn a_signal_near_the_end_loses_no_progress() {
     let desk = Desk::new();
     let source = model("submodule: gpt_neox.layers.0, text: {type: embedded, name: austen}");
     let config = format!("steps: 5\noutput_dir: run\nsource: {source}\neval_source: {{shuffle: false}}\n{TOP_K}");
@@ -435,7 +436,7 @@ fn a_signal_near_the_end_loses_nothing() {
 }
 
 #[test]
-fn signals_end_a_run_in_good_order() {
+fn signals_stop_a_run_after_saving() {
     let desk = Desk::with_config(&tensor_file_config(100_000, &format!("checkpoint_every: null\n{TOP_K}")));
     for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
         let child = start(&desk, &["train", "config.yaml", "--resume"]);
@@ -449,7 +450,7 @@ fn signals_end_a_run_in_good_order() {
         assert!(run.stderr.contains("everything is saved"), "{}", run.stderr);
         assert!(checkpoints(&desk).first().unwrap().metadata().unwrap().len() > 1000);
     }
-    // Twice: at once, and what was there is as it was.
+    // A second signal stops the run at once; earlier checkpoints stay.
     let before = checkpoints(&desk);
     let child = start(&desk, &["train", "config.yaml", "--resume"]);
     let logged = logged_steps(&desk);
@@ -460,7 +461,7 @@ fn signals_end_a_run_in_good_order() {
     assert_eq!(run.code, 143, "{}", run.stderr);
     assert!(checkpoints(&desk).iter().any(|path| before.contains(path)));
     desk.ok(&["train", "config.yaml", "--resume", "--set", "stop_after=1"]);
-    // `nohup` lets a run go on when its terminal goes.
+    // Under `nohup` a run survives SIGHUP.
     let mut command = std::process::Command::new("nohup");
     let program = desk.program();
     command.arg(program.get_program()).args(["train", "config.yaml", "--resume"]).current_dir(desk.dir.path());
@@ -475,7 +476,7 @@ fn signals_end_a_run_in_good_order() {
 }
 
 #[test]
-fn a_second_process_is_refused() {
+fn a_second_process_in_the_same_folder_is_refused() {
     let desk = Desk::with_config(&tensor_file_config(100_000, &format!("checkpoint_every: 10\n{TOP_K}")));
     let mut first = start(&desk, &["train", "config.yaml"]);
     wait_for("a checkpoint", || !checkpoints(&desk).is_empty());
@@ -483,26 +484,26 @@ fn a_second_process_is_refused() {
         let said = desk.refused(args);
         assert!(said.contains("another process is training in"), "{said}");
     }
-    assert!(first.try_wait().unwrap().is_none(), "the first has gone");
+    assert!(first.try_wait().unwrap().is_none(), "the first process stopped");
     first.kill().unwrap();
     first.wait().unwrap();
-    // What was killed holds nothing.
+    // A killed process holds no lock.
     desk.ok(&["train", "config.yaml", "--resume", "--set", "stop_after=1"]);
 }
 
 #[test]
-fn a_job_queue_needs_one_command_line() {
+fn resume_can_start_continue_and_finish_a_run() {
     let desk = Desk::with_config(&tensor_file_config(30, &format!("metrics: [{{type: reconstruction}}]\n{TOP_K}")));
     fs::create_dir(desk.path("run")).unwrap();
     let first = desk.run(&["train", "config.yaml", "--resume"]);
     assert_eq!(first.code, 0, "{}", first.stderr);
     let before = desk.files();
-    // It is done, and started again.
+    // A finished run is started again.
     let again = desk.run(&["train", "config.yaml", "--resume"]);
     assert_eq!(again.code, 0, "{}", again.stderr);
     assert!(again.stderr.contains("finished already"), "{}", again.stderr);
     assert_eq!((&again.stdout, desk.files()), (&first.stdout, before));
-    // Other metrics are no other experiment.
+    // Changed metrics do not make another experiment.
     desk.write(
         "config.yaml",
         &tensor_file_config(30, &format!("metrics: [{{type: reconstruction, n_batches: 3}}]\n{TOP_K}")),
@@ -511,7 +512,7 @@ fn a_job_queue_needs_one_command_line() {
 }
 
 #[test]
-fn a_run_is_made_longer_where_its_schedule_allows() {
+fn a_run_can_be_extended_if_its_schedule_allows() {
     let desk = Desk::new();
     let config = |steps, decay: &str| {
         tensor_file_config(
@@ -541,7 +542,7 @@ fn a_run_is_made_longer_where_its_schedule_allows() {
     desk.ok(&["train", "short.yaml", "--output-dir", "decays"]);
     let said = desk.refused(&["train", "long.yaml", "--output-dir", "decays", "--resume"]);
     assert!(said.contains("the schedule of SAE `top_k` depends on it"), "{said}");
-    // The way that works is named.
+    // The help names the way that works.
     let weights = desk.path("decays/top_k").display().to_string();
     assert!(said.contains("init_from: ") && said.contains("decays/top_k"), "{said}");
     let init = format!("saes[0].init_from={weights}");
@@ -549,7 +550,7 @@ fn a_run_is_made_longer_where_its_schedule_allows() {
 }
 
 #[test]
-fn a_longer_run_keeps_the_defaults_that_it_began_with() {
+fn an_extended_run_keeps_its_original_defaults() {
     let desk = Desk::new();
     let sae = "saes: [{trainer: {type: batch_top_k}, dictionary: {dict_size: 64, k: 4}}]\n";
     desk.write("short.yaml", &tensor_file_config(20, sae));
@@ -565,13 +566,13 @@ fn a_longer_run_keeps_the_defaults_that_it_began_with() {
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(!run.stderr.contains("adapted"), "{}", run.stderr);
     assert_eq!(trainer("run"), begun);
-    // The same run with the same defaults, written.
+    // The saved config, with its defaults written out, gives the same run.
     desk.ok(&["train", "run/config.yaml", "--output-dir", "whole"]);
     same(&desk, "whole", "run");
 }
 
 #[test]
-fn another_machine_goes_on_and_says_so() {
+fn resuming_on_other_hardware_is_reported() {
     let desk = Desk::with_config(&tensor_file_config(30, TOP_K));
     desk.ok(&["train", "config.yaml", "--set", "stop_after=10"]);
     let threads = |count: &str| {
@@ -587,7 +588,7 @@ fn another_machine_goes_on_and_says_so() {
 }
 
 #[test]
-fn an_sae_that_diverges_stops_alone() {
+fn a_diverging_sae_stops_without_stopping_others() {
     let desk = Desk::new();
     let saes = "checkpoint_every: 5\nmetrics: [{type: reconstruction}]\nsaes:\n\
         - {name: wild, trainer: {type: standard, lr: 1e30, warmup_steps: 3, sparsity_warmup_steps: null}, \
@@ -601,10 +602,10 @@ fn an_sae_that_diverges_stops_alone() {
     assert!(whole.stderr.contains(&format!("warning: step 2: {said}")), "{}", whole.stderr);
     assert!(whole.stderr.contains(&format!("error: step 2: {said}")), "{}", whole.stderr);
     assert!(whole.stderr.contains("(term `"), "{}", whole.stderr);
-    // It is kept as it was before that step, and not as if it were trained.
+    // Its weights from before that step are kept, but not as a trained SAE.
     assert!(desk.path("whole/wild/checkpoints/ae_2.safetensors").exists());
     assert!(!desk.path("whole/wild/ae.safetensors").exists() && desk.path("whole/tame/eval.json").exists());
-    // The other one is what it is alone.
+    // The other SAE does not depend on it.
     desk.write(
         "alone.yaml",
         &tensor_file_config(40, &saes.replace("- {name: wild", "- {name: other").replace("1e30", "1e-3")),
@@ -612,14 +613,14 @@ fn an_sae_that_diverges_stops_alone() {
     desk.ok(&["train", "alone.yaml", "--output-dir", "alone"]);
     let weights = |run: &str| fs::read(desk.path(&format!("{run}/tame/ae.safetensors"))).unwrap();
     assert!(weights("whole") == weights("alone"));
-    // Resumed, it has stopped already.
+    // In a resumed run it stays stopped.
     let parts = desk.run(&["train", "config.yaml", "--set", "stop_after=17"]);
     assert_eq!(parts.code, 2, "{}", parts.stderr);
     let resumed = desk.run(&["train", "config.yaml", "--resume"]);
     assert_eq!(resumed.code, 2, "{}", resumed.stderr);
     assert!(resumed.stderr.contains(&format!("error: step 2: {said}")), "{}", resumed.stderr);
     same(&desk, "whole", "run");
-    // All of them: nothing is left to train.
+    // If every SAE diverges, nothing is left to train.
     let alone = saes
         .replace("- {name: tame, trainer: {type: top_k, warmup_steps: 2}, dictionary: {dict_size: 64, k: 4}}\n", "");
     desk.write("alone.yaml", &tensor_file_config(40, &alone));
@@ -628,7 +629,7 @@ fn an_sae_that_diverges_stops_alone() {
 }
 
 #[test]
-fn batches_that_are_not_finite_are_left_out() {
+fn nonfinite_batches_are_skipped() {
     let desk = Desk::new();
     let x = tensors::TensorFile::open(&fixture("trainers/batches.safetensors")).unwrap().tensor("activations").unwrap();
     for row in [64 * 5 + 3, 64 * 9 + 60] {
@@ -652,7 +653,7 @@ fn batches_that_are_not_finite_are_left_out() {
     desk.ok(&["train", "config.yaml", "--set", "stop_after=7"]);
     desk.ok(&["train", "config.yaml", "--resume"]);
     same(&desk, "whole", "run");
-    // What never gets better is not left out for ever.
+    // Skipping ends after 100 batches in a row.
     let saes = "saes: [{trainer: {type: standard, lr: 1e30, warmup_steps: 0, sparsity_warmup_steps: null}, \
                 on_nonfinite: skip_batch}]\n";
     desk.write("config.yaml", &tensor_file_config(300, saes));
@@ -661,7 +662,7 @@ fn batches_that_are_not_finite_are_left_out() {
 }
 
 #[test]
-fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
+fn truncation_during_read_is_an_error() {
     let desk = Desk::new();
     prepare(&desk);
     let source = model("submodule: gpt_neox.layers.1, text: {type: text_files, path: documents.jsonl}");
@@ -686,7 +687,7 @@ fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
 }
 
 #[test]
-fn a_buffer_is_kept_as_activations_or_as_their_tokens() {
+fn a_checkpoint_holds_the_buffer_as_activations_or_tokens() {
     let desk = Desk::new();
     let source = model("submodule: gpt_neox.layers.2, pack: true, text: {type: embedded, name: austen}");
     desk.write("config.yaml", &format!("steps: 24\nlog_every: 1\noutput_dir: run\nsource: {source}\n{TOP_K}"));
@@ -705,7 +706,7 @@ fn a_buffer_is_kept_as_activations_or_as_their_tokens() {
         run.stderr
     };
     let replays = "running the model over the text again";
-    // An activation has 192 numbers. What is in the checkpoint counts, not what the next ones will have.
+    // An activation has 192 values. The checkpoint's own content counts, not the new setting.
     let replayed = half("replay");
     assert!(resume("contents").contains(replays));
     let whole = half("contents");

@@ -46,7 +46,7 @@ const STANDARD: &str = "{name: b, trainer: {type: standard, warmup_steps: 2, spa
                         resample_steps: 5}, dictionary: {dict_size: 64}}";
 
 #[test]
-fn sites_of_one_run_train_as_if_each_were_alone() {
+fn sites_of_one_run_train_independently() {
     let desk = Desk::new();
     let sites = ["gpt_neox.layers.1", "gpt_neox.layers.2.mlp"];
     let both = format!("submodule: [{}, {}]", sites[0], sites[1]);
@@ -66,7 +66,7 @@ fn sites_of_one_run_train_as_if_each_were_alone() {
             assert_eq!(together_config["buffer"]["site"], site);
             assert_eq!(together_config["trainer"]["wandb_name"], format!("{sae}-{site}"));
             assert_eq!(together_config["trainer"]["submodule_name"], site);
-            // But for its name nothing says that it had neighbours.
+            // Apart from the name, the config is that of a run with one site.
             together_config["trainer"]["wandb_name"] = sae.into();
             together_config["buffer"].as_object_mut().unwrap().remove("site");
             assert_eq!(together_config, alone_config);
@@ -83,7 +83,7 @@ fn sites_of_one_run_train_as_if_each_were_alone() {
     let sae = format!("both/a-{}", sites[1]);
     let again: Value = serde_json::from_str(&desk.ok(&["eval", &sae, "--json"])).unwrap();
     assert_eq!(again, desk.json(&format!("{sae}/eval.json")));
-    // A source of one site is that site, whatever its name.
+    // A source with one site needs no matching name.
     let path = desk.path(&sae);
     desk.ok(&["eval", path.to_str().unwrap(), "--config", "one.yaml"]);
     let other = desk.refused(&["eval", &sae, "--set", "eval_source.submodule=[gpt_neox.layers.0, gpt_neox.layers.3]"]);
@@ -107,7 +107,7 @@ fn a_run_with_several_sites_resumes_bit_for_bit() {
 }
 
 #[test]
-fn an_sae_chooses_its_sites() {
+fn an_sae_can_choose_its_sites() {
     let desk = Desk::new();
     let source = "submodule: [gpt_neox.layers.0, gpt_neox.layers.1, gpt_neox.layers.2.mlp]";
     let saes = |site: &str| TOP_K.replace("name: a", &format!("name: a, site: {site}"));
@@ -122,7 +122,7 @@ fn an_sae_chooses_its_sites() {
         names.sort();
         names
     };
-    // One site, one folder, and the name as it is.
+    // With one site the name stays as it is.
     assert_eq!(folders("gpt_neox.layers.1"), ["a"]);
     assert_eq!(folders("'*.mlp'"), ["a"]);
     assert_eq!(folders("'*layers.?'"), ["a-gpt_neox.layers.0", "a-gpt_neox.layers.1"]);
@@ -134,14 +134,14 @@ fn an_sae_chooses_its_sites() {
     let said = refused(&saes("gpt_neox.layer.1"));
     assert!(said.contains("the source has no site `gpt_neox.layer.1`") && said.contains("(saes[0].site)"), "{said}");
     assert!(said.contains("did you mean `gpt_neox.layers.1`?") && said.contains("config.yaml:8:"), "{said}");
-    // Names that sites make may meet others.
+    // Names made from sites may collide with others.
     let named = TOP_K.replace("name: a", "name: a-gpt_neox.layers.1, site: gpt_neox.layers.0");
     let said = refused(&format!("{TOP_K}, {named}"));
     assert!(said.contains("two SAEs are named `a-gpt_neox.layers.1`") && said.contains("(saes[1].name)"), "{said}");
     let said = refused(&TOP_K.replace("name: a", &format!("name: {}", "a".repeat(195))));
     assert!(said.contains("cannot be named"), "{said}");
     assert!(!desk.path("run").exists());
-    // An `eval_source` must have what was trained on.
+    // An `eval_source` must have the trained sites.
     let text = config("run", source, TOP_K)
         .replace("eval_source: {", "eval_source: {submodule: [gpt_neox.layers.0, gpt_neox.layers.3], ");
     desk.write("config.yaml", &text);
@@ -150,7 +150,7 @@ fn an_sae_chooses_its_sites() {
 }
 
 #[test]
-fn submodules_that_make_no_sites_are_refused() {
+fn invalid_submodules_are_refused() {
     let desk = Desk::new();
     for (source, said) in [
         ("submodule: []", &["`submodule` is an empty list", "(source.submodule)"][..]),
@@ -184,7 +184,7 @@ fn submodules_that_make_no_sites_are_refused() {
 }
 
 #[test]
-fn heads_side_by_side_are_the_attentions_output() {
+fn separate_heads_concatenate_to_the_joined_site() {
     for submodule in ["blocks.1.attn.hook_z", "gpt_neox.layers.1.attention.dense"] {
         let mut joined = source(&in_order(submodule, ", io: in"));
         let mut separate = source(&in_order(submodule, ", io: in, heads: separate"));
@@ -205,7 +205,7 @@ fn number(figures: &Figures, name: &str) -> f64 {
 }
 
 #[test]
-fn a_heads_reconstruction_takes_the_place_of_that_head_alone() {
+fn replacing_a_head_leaves_the_other_heads_unchanged() {
     let mut separate = source(&in_order("blocks.1.attn.hook_z", ", heads: separate"));
     let width = separate.sites()[0].activation_dim;
     let identity: Box<dyn TaggedDictionary> = from_yaml("{type: identity}").unwrap();
@@ -225,7 +225,7 @@ fn a_heads_reconstruction_takes_the_place_of_that_head_alone() {
     for (figures, head) in found.iter().zip([2, 0]) {
         assert!((number(figures, "loss_reconstructed") - number(figures, "loss_original")).abs() < 1e-6);
         assert!((number(figures, "frac_recovered") - 1.0).abs() < 1e-3);
-        // Without that head, done by hand.
+        // The loss with that head set to zero by a hook.
         separate.rewind().unwrap();
         let source = separate.language_model().unwrap();
         let tokens = source.next_tokens(3).unwrap().unwrap();
@@ -241,7 +241,7 @@ fn a_heads_reconstruction_takes_the_place_of_that_head_alone() {
 }
 
 #[test]
-fn heads_train_each_its_own() {
+fn each_head_trains_its_own_sae() {
     let desk = Desk::new();
     let chosen = TOP_K.replace("name: a", "name: a, site: '*.head[13]'").replace("{dict_size: 64", "{dict_size: 32");
     desk.write("config.yaml", &config("run", "submodule: blocks.2.attn.hook_z, heads: separate", &chosen));
@@ -258,7 +258,7 @@ fn heads_train_each_its_own() {
     }
 }
 
-/// Tokens with padding on the left, on the right and none.
+/// Writes tokens padded on the left, on the right and not at all. Returns ids and mask.
 fn ragged(path: &Path) -> (Tensor, Tensor) {
     let ids = Tensor::from_slice2(&[[0_i64, 0, 5, 6, 7], [8, 9, 10, 0, 0], [11, 12, 13, 14, 15]]);
     let mask = Tensor::from_slice2(&[[0_i64, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]);
@@ -267,7 +267,7 @@ fn ragged(path: &Path) -> (Tensor, Tensor) {
 }
 
 #[test]
-fn every_activation_says_its_token() {
+fn every_activation_is_labelled_with_its_token() {
     let desk = Desk::new();
     let (ids, mask) = ragged(&desk.path("tokens.safetensors"));
     let yaml = |more: &str| {
@@ -280,7 +280,7 @@ fn every_activation_says_its_token() {
     assert_eq!(tokens.size(), [11, 3]);
     assert_eq!(tokens.select(1, 0), at(&tokens));
     assert_eq!(tokens.narrow(1, 1, 2), mask.nonzero());
-    // Shuffled they still do, also in a second pass over the text.
+    // Also when shuffled, in two passes over the text.
     let mut shuffled = source(
         &yaml(", ctx_len: 5, n_ctxs: 3")
             .replace("shuffle: false", "shuffle: true")
@@ -301,7 +301,7 @@ fn every_activation_says_its_token() {
         }
         shuffled.rewind().unwrap();
     }
-    // And on disk.
+    // Also on disk.
     desk.write("config.yaml", &format!("precision: float32\nsource: {}\n", yaml(", remove_bos: true")));
     desk.ok(&["activations", "config.yaml", "--out", "out"]);
     let shard = TensorFile::open(&desk.path("out/activations-00000.safetensors")).unwrap();
@@ -313,7 +313,7 @@ fn every_activation_says_its_token() {
 }
 
 #[test]
-fn a_token_left_out_at_one_site_is_left_out_at_all() {
+fn a_token_skipped_at_one_site_is_skipped_at_all() {
     let sites = "[gpt_neox.layers.0, gpt_neox.layers.2]";
     let whole = |more: &str| in_order(sites, more).replace("refresh_batch_size: 2", "refresh_batch_size: 3");
     let (all, tokens) = drain(&mut *source(&whole("")));
@@ -322,7 +322,7 @@ fn a_token_left_out_at_one_site_is_left_out_at_all() {
         norms.le_tensor(&(norms.median() * 1.03))
     };
     let expected = kept(&all[0]).logical_and(&kept(&all[1])).nonzero().reshape([-1]);
-    assert!(expected.size()[0] < kept(&all[0]).sum(Kind::Int64).int64_value(&[]), "each site leaves some out");
+    assert!(expected.size()[0] < kept(&all[0]).sum(Kind::Int64).int64_value(&[]), "each site must skip some tokens");
     let (found, found_tokens) = drain(&mut *source(&whole(", max_activation_norm_multiple: 1.03")));
     assert_eq!(found_tokens, tokens.index_select(0, &expected));
     assert_eq!((found.len(), all.len()), (2, 2));

@@ -1,9 +1,9 @@
-//! Hours of bad days: a run that is killed, stopped, whose disk fills up and whose text is cut under it, again and again,
-//! beside one that is let be. At the end both have the same weights. Not part of the usual tests:
+//! Soak test: one run is killed, stopped, has its disk filled and its text truncated, again and again. Another run is
+//! left undisturbed. Both must end on the same weights. Ignored by default:
 //!
 //!     DICTLEARN_SOAK_MINUTES=60 cargo test --release --test it soak -- --ignored --nocapture
 //!
-//! The disk is a small tmpfs, so it wants root on Linux; where it cannot be mounted, the disk does not fill up.
+//! The disk is a small tmpfs, which needs root on Linux; without it, the disk does not fill up.
 
 use std::fs;
 use std::process::{Child, Stdio};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::common::{Desk, Disk};
 use crate::resume::{same, send, wait_for};
 
-/// Of the file system that a run is on, in kB: three checkpoints and some.
+/// Size of the disturbed run's disk in kB: a little more than three checkpoints.
 const DISK: u64 = 400_000;
 
 const CONFIG: &str = "steps: 1000000\nlog_every: 20\ncheckpoint_every: EVERY\nnormalize_activations: true\n\
@@ -30,7 +30,7 @@ const CONFIG: &str = "steps: 1000000\nlog_every: 20\ncheckpoint_every: EVERY\nno
     - {name: ghosts, dictionary: {dict_size: 1536}, trainer: {type: standard, warmup_steps: 20, \
        sparsity_warmup_steps: 100}, modifiers: [{type: ghost_grads, threshold: 100}]}\n";
 
-/// A run of one thread, so that two do not keep each other from their cores.
+/// A run on one thread, so that two runs do not compete for cores.
 struct Trainee<'a> {
     desk: &'a Desk,
     dir: &'static str,
@@ -48,14 +48,14 @@ impl<'a> Trainee<'a> {
         Trainee { desk, dir, config, child, started: Instant::now() }
     }
 
-    /// The last step that it has logged.
+    /// The last logged step.
     fn step(&self) -> u64 {
         let log = fs::read_to_string(self.desk.path(&format!("{}/metrics.jsonl", self.dir))).unwrap_or_default();
         let row = log.lines().last().and_then(|line| serde_json::from_str::<serde_json::Value>(line).ok());
         row.and_then(|row| row["step"].as_u64()).unwrap_or(0)
     }
 
-    /// Its memory, in MB.
+    /// Resident memory in MB.
     fn memory(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
@@ -83,7 +83,7 @@ impl Drop for Trainee<'_> {
 }
 
 #[test]
-#[ignore = "takes as long as DICTLEARN_SOAK_MINUTES says"]
+#[ignore = "runs for DICTLEARN_SOAK_MINUTES minutes"]
 fn soak() {
     let number = |name: &str, usual: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
     let minutes = number("DICTLEARN_SOAK_MINUTES", 2);
@@ -105,7 +105,7 @@ fn soak() {
     let at = desk.path("disk");
     let disk = Disk::mount(&at, DISK);
     if disk.is_none() {
-        println!("soak: no tmpfs can be mounted here: the disk will not fill up");
+        println!("soak: cannot mount a tmpfs; the disk will not fill up");
     }
 
     let began = Instant::now();
@@ -122,7 +122,7 @@ fn soak() {
             *memory = stormy.memory().unwrap_or(0).max(*memory);
             calm_memory.extend(calm.memory());
             assert_eq!(calm.ended(), None, "{}", calm.said());
-            // It waits for the other, so that neither is far ahead at the end.
+            // The undisturbed run waits, so that neither is far ahead at the end.
             let ahead = calm.step() > stormy.step() + 100;
             if ahead != paused {
                 send(if ahead { "-STOP" } else { "-CONT" }, &calm.child);
@@ -139,7 +139,7 @@ fn soak() {
                 let disk = disk.as_ref().unwrap();
                 disk.fill();
                 waits(&mut calm, &mut stormy, 20.0 + 30.0 * random.f64(), &mut memory);
-                // Whatever happens while it is full: what was there before is still there.
+                // A kill while the disk is full must not damage earlier files.
                 if random.bool() {
                     kills += 1;
                     stormy.kill();
@@ -181,7 +181,7 @@ fn soak() {
         }
     }
 
-    // Both to the same step, the stormy one by its last resume.
+    // Resumes both and runs them to the same step.
     send("-CONT", &calm.child);
     send("-TERM", &calm.child);
     wait_for("the end", || calm.ended().is_some());
@@ -193,7 +193,7 @@ fn soak() {
         let step = |name: String| name.strip_prefix("step_")?.strip_suffix(".safetensors")?.parse::<u64>().ok();
         names.filter_map(|entry| step(entry.unwrap().file_name().into_string().unwrap())).max().unwrap()
     };
-    // One more, because the last step is logged whichever it is.
+    // One step more, because a run always logs its last step.
     let end = steps("calm").max(steps("disk/stormy")) + 1;
     for (dir, config) in [("calm", "calm.yaml"), ("disk/stormy", "stormy.yaml")] {
         let stop = format!("stop_after={end}");
@@ -206,9 +206,9 @@ fn soak() {
     let third = calm_memory.len() / 3;
     let mean = |part: &[u64]| part.iter().sum::<u64>() / part.len().max(1) as u64;
     println!(
-        "soak: {minutes} minutes, {end} steps, checkpoint every {every} steps; {} lives: {kills} killed, {stops} stopped, \
-         {full} full disks, {cuts} texts cut; memory of the calm run in its second and last third {} and {} MB, of the stormy \
-         one's lives at most {} MB; the longest life {:.0} s",
+        "soak: {minutes} minutes, {end} steps, checkpoint every {every} steps; {} starts: {kills} kills, {stops} \
+         stops, {full} full disks, {cuts} truncated texts; memory of the undisturbed run {} MB in the second third and \
+         {} MB in the last, of the disturbed run at most {} MB; longest time between starts {:.0} s",
         lives.len(),
         mean(&calm_memory[third..2 * third]),
         mean(&calm_memory[2 * third..]),
@@ -216,24 +216,24 @@ fn soak() {
         lives.iter().map(|(life, _)| life.as_secs_f64()).fold(0.0, f64::max),
     );
     for said in stormy_warnings(&desk) {
-        println!("soak: it said {} times: {}", said.1, said.0);
+        println!("soak: {} times: {}", said.1, said.0);
     }
     let (second, last) = (mean(&calm_memory[third..2 * third]), mean(&calm_memory[2 * third..]));
     assert!(last <= second + second / 10, "memory grows: {second} -> {last} MB");
-    // They name the texts, which are two files.
+    // These name the text, which is a different file for each run.
     for config in desk.files().iter().filter(|file| file.ends_with("/config.json")) {
         fs::remove_file(desk.path(config)).unwrap();
     }
     same(&desk, "calm", "disk/stormy");
-    println!("soak: the weights and the log are the same");
+    println!("soak: weights and log are the same");
 }
 
-/// What it warned of, and how often.
+/// The disturbed run's warnings and errors, and how often each occurred.
 fn stormy_warnings(desk: &Desk) -> std::collections::BTreeMap<String, usize> {
     let mut found = std::collections::BTreeMap::new();
     for line in desk.read("stormy.yaml.log").lines() {
         if ["warning:", "error:", "writing succeeds"].iter().any(|start| line.starts_with(start)) {
-            // Paths and steps are others each time.
+            // Paths vary.
             let words = line.split(' ').map(|word| if word.contains('/') { "…" } else { word });
             *found.entry(words.collect::<Vec<_>>().join(" ")).or_default() += 1;
         }

@@ -1,4 +1,4 @@
-//! What stands between, before and around texts: separators, BOS, the tokens of chats; and leaving them out.
+//! Special tokens: separators, BOS and chat templates, and how to exclude them.
 
 use std::fs;
 
@@ -41,7 +41,7 @@ fn edit(desk: &Desk, file: &str, edit: impl FnOnce(&mut Value)) {
     desk.write(file, &value.to_string());
 }
 
-/// The harvested tokens, and what was said.
+/// The harvested token ids, and standard error.
 fn harvested(desk: &Desk, out: &str) -> (Vec<i64>, String) {
     let run = desk.run(&["activations", "config.yaml", "--out", out]);
     assert_eq!(run.code, 0, "{}", run.stderr);
@@ -57,7 +57,7 @@ fn end_of_text(desk: &Desk) -> i64 {
 }
 
 #[test]
-fn special_tokens_can_be_left_out() {
+fn special_tokens_can_be_excluded() {
     let desk = desk();
     let end = end_of_text(&desk);
     let (all, _) = harvested(&desk, "all");
@@ -73,7 +73,7 @@ fn special_tokens_can_be_left_out() {
 }
 
 #[test]
-fn special_tokens_that_are_none_are_named() {
+fn unknown_special_tokens_are_named() {
     let desk = desk();
     edit(&desk, "model/tokenizer_config.json", |config| config["eos_token"] = json!("</nope>"));
     let (_, said) = harvested(&desk, "unknown");
@@ -84,7 +84,7 @@ fn special_tokens_that_are_none_are_named() {
 }
 
 #[test]
-fn leaving_out_every_token_names_the_option() {
+fn excluding_every_token_names_the_option() {
     let desk = desk();
     let every: Vec<i64> = (0..desk.json("model/config.json")["vocab_size"].as_i64().unwrap()).collect();
     config(&desk, &format!("exclude_special_tokens: {every:?}"));
@@ -94,7 +94,7 @@ fn leaving_out_every_token_names_the_option() {
 }
 
 #[test]
-fn documents_that_are_cut_are_counted() {
+fn truncated_documents_are_counted() {
     let desk = desk();
     let long = "Miss Bates was walking with her mother. ".repeat(400);
     let lines: String = ["Emma.", &long, &long].iter().map(|text| format!("{}\n", json!({"text": text}))).collect();
@@ -112,7 +112,7 @@ fn documents_that_are_cut_are_counted() {
 }
 
 #[test]
-fn tokens_to_leave_out_must_be_the_models() {
+fn excluded_tokens_must_be_in_the_vocabulary() {
     let desk = desk();
     for (written, found) in [("[0, 999999]", "token id 999999"), ("[-1]", "token id -1")] {
         config(&desk, &format!("exclude_special_tokens: {written}"));
@@ -125,7 +125,7 @@ fn tokens_to_leave_out_must_be_the_models() {
 }
 
 #[test]
-fn a_separator_is_the_first_of_several() {
+fn the_first_configured_separator_is_used() {
     let desk = desk();
     let (all, said) = harvested(&desk, "all");
     assert!(!said.contains("warning"), "{said}");
@@ -151,16 +151,16 @@ fn a_separator_is_the_first_of_several() {
 }
 
 #[test]
-fn tokenizer_files_that_disagree_on_bos_are_said() {
+fn tokenizer_files_that_disagree_on_bos_give_a_warning() {
     let desk = desk();
     config(&desk, "remove_bos: false");
     let (plain, _) = harvested(&desk, "plain");
     edit(&desk, "model/tokenizer_config.json", |config| config["add_bos_token"] = json!(true));
     let (still, said) = harvested(&desk, "still");
-    // As transformers 5 does.
+    // transformers 5 ignores it too.
     assert_eq!(still, plain);
     assert!(said.contains("`add_bos_token: true`, but its tokenizer.json adds no BOS"), "{said}");
-    // A tokenizer that begins texts with another token than BOS: one warning, not two that contradict each other.
+    // A tokenizer that starts texts with a token other than BOS gives one warning, not two contradictory ones.
     let tokenizer = desk.read("model/tokenizer.json");
     let end = end_of_text(&desk);
     edit(&desk, "model/tokenizer.json", |tokenizer| {
@@ -189,7 +189,7 @@ fn tokenizer_files_that_disagree_on_bos_are_said() {
 }
 
 #[test]
-fn chats_are_dated() {
+fn chat_templates_receive_the_configured_date() {
     let desk = desk();
     desk.write("model/chat_template.jinja", "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}");
     desk.write("text.jsonl", "{\"text\": {\"role\": [\"user\"], \"content\": [\"Hello.\"]}}\n");

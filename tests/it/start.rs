@@ -1,11 +1,11 @@
-//! What happens before `main`.
+//! Settings that take effect before `main`.
 
 use std::fs;
 use std::process::Command;
 
 use crate::common::Desk;
 
-/// The libraries in a folder on the loader's path that bear the names of libtorch's and hold nothing of it.
+/// The foreign folder holds empty libraries with libtorch's file names.
 #[test]
 fn a_foreign_libtorch_in_ld_library_path_is_not_loaded() {
     let desk = Desk::new();
@@ -21,9 +21,9 @@ fn a_foreign_libtorch_in_ld_library_path_is_not_loaded() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("top_k"));
 }
 
-/// `dictlearn_process` is linked for its effects alone, so nothing else fails where it is left out.
+/// `dictlearn_process` is linked only for its side effects, so no other test fails without it.
 #[test]
-fn the_program_has_its_allocator_mkl_kernels_and_wait_policy() {
+fn the_program_links_its_allocator_mkl_and_openmp_settings() {
     let program = fs::read(env!("CARGO_BIN_EXE_dictlearn")).unwrap();
     for part in ["mkl_serv_intel_cpu_true", "lg_extent_max_active_fit:30", "GOMP_SPINCOUNT=1000"] {
         let found = program.windows(part.len()).any(|window| window == part.as_bytes());

@@ -1,4 +1,4 @@
-//! Texts and rows of token ids from files, to contexts and activations.
+//! From files of text or token ids to contexts and activations.
 
 use std::fs;
 
@@ -11,10 +11,10 @@ use serde_json::json;
 
 use crate::common::{Desk, fixture, read_json};
 
-/// A model without a tokenizer, of 128 token ids.
+/// A model with 128 token ids and no tokenizer.
 const MODEL: &str = "models/gpt_neox";
 
-/// A config that harvests it, reading this text.
+/// A desk whose config harvests [`MODEL`] on a text.
 fn harvest(text: &str, more: &str) -> Desk {
     let desk = Desk::new();
     let model = fixture(MODEL);
@@ -34,7 +34,7 @@ fn activations(desk: &Desk) -> (Vec<u8>, String) {
     (fs::read(desk.path("out/activations-00000.safetensors")).unwrap(), run.stderr)
 }
 
-/// The contexts of a text, row by row.
+/// The contexts of a text, and the source's notes.
 fn contexts(text: &str, more: &str) -> (Vec<Vec<i64>>, Vec<String>) {
     let yaml = format!(
         "{{type: language_model, model: {:?}, submodule: gpt_neox.layers.0{more}, text: {text}}}",
@@ -58,14 +58,14 @@ fn parquet(name: &str) -> String {
 }
 
 #[test]
-fn token_ids_of_a_table_or_of_lines_are_contexts_without_a_tokenizer() {
+fn token_ids_in_tables_and_lines_need_no_tokenizer() {
     let rows = recorded("pretokenized");
     let ids = Tensor::from_slice2(&rows);
     let desk = harvest("{type: token_file, path: tokens.safetensors}", "");
     tensors::write(&desk.path("tokens.safetensors"), &[("input_ids", ids)]).unwrap();
     let (expected, _) = activations(&desk);
     assert_eq!(activations(&harvest(&parquet("pretokenized"), "")).0, expected);
-    // The column is found as sae_lens finds it.
+    // The column is found by sae_lens's rules.
     let desk = harvest("{type: text_files, path: tokens.jsonl}", "");
     for column in ["tokens", "input_ids"] {
         let lines: String = rows.iter().map(|row| format!("{}\n", json!({ column: row }))).collect();
@@ -76,10 +76,10 @@ fn token_ids_of_a_table_or_of_lines_are_contexts_without_a_tokenizer() {
 }
 
 #[test]
-fn rows_of_token_ids_are_cut_or_packed_and_padding_is_left_out() {
+fn token_id_rows_are_cut_or_packed_without_padding() {
     let (found, notes) = contexts(&parquet("padded"), ", ctx_len: 16");
     assert_eq!((found, notes.len()), (recorded("padded"), 0));
-    // Longer than a context, with a warning; packed, nothing is lost and nothing added.
+    // Long rows are cut with a warning; packing loses and adds nothing.
     let rows = recorded("pretokenized");
     let (cut, notes) = contexts(&parquet("pretokenized"), ", ctx_len: 8");
     assert_eq!(cut, rows.iter().map(|row| row[..8].to_vec()).collect::<Vec<_>>());
@@ -91,7 +91,7 @@ fn rows_of_token_ids_are_cut_or_packed_and_padding_is_left_out() {
 }
 
 #[test]
-fn token_ids_that_the_model_does_not_have_are_named_by_file_and_row() {
+fn out_of_range_token_ids_are_reported_by_file_and_row() {
     for id in [128_i64, -100] {
         let desk = harvest("{type: text_files, path: tokens.jsonl, column: input_ids}", "");
         desk.write("tokens.jsonl", &format!("{{\"input_ids\": [1, 2]}}\n{{\"input_ids\": [3, {id}]}}\n"));
@@ -102,7 +102,7 @@ fn token_ids_that_the_model_does_not_have_are_named_by_file_and_row() {
 }
 
 #[test]
-fn bad_token_ids_end_a_run_that_is_left_without_any() {
+fn a_text_without_valid_records_is_refused() {
     for (lines, why) in [
         (r#"{"input_ids": ["a", "b"]}"#, "`input_ids[0]` is a string, and a token id is an integer"),
         (r#"{"input_ids": [1, 2], "attention_mask": [1]}"#, "`attention_mask` has 1 positions, and `input_ids` 2"),
@@ -113,12 +113,12 @@ fn bad_token_ids_end_a_run_that_is_left_without_any() {
         let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
         assert!(said.contains(why) && said.contains("tokens.jsonl"), "{said}");
     }
-    // A table of no rows.
+    // A table without rows.
     let desk = harvest("{type: text_files, path: empty.parquet}", "");
     fs::copy(fixture("text/empty.parquet"), desk.path("empty.parquet")).unwrap();
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
     assert!(said.contains("there is no text in") && said.contains("empty.parquet"), "{said}");
-    // A text, for a model that has no tokenizer.
+    // Text for a model without a tokenizer.
     let desk = harvest("{type: text_files, path: a.txt}", "");
     desk.write("a.txt", "text");
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
@@ -126,7 +126,7 @@ fn bad_token_ids_end_a_run_that_is_left_without_any() {
 }
 
 #[test]
-fn a_damaged_file_ends_the_run_unless_the_config_allows_it() {
+fn a_damaged_file_stops_the_run_unless_strict_is_false() {
     let rows = recorded("pretokenized");
     let lines =
         |rows: &[Vec<i64>]| -> String { rows.iter().map(|row| format!("{}\n", json!({"input_ids": row}))).collect() };
@@ -149,7 +149,7 @@ fn a_damaged_file_ends_the_run_unless_the_config_allows_it() {
 }
 
 #[test]
-fn a_run_that_a_damaged_file_ended_goes_on_without_it() {
+fn a_run_stopped_by_a_damaged_file_resumes_without_it() {
     let rows = recorded("pretokenized");
     let lines: String = (0..4).flat_map(|_| &rows).map(|row| format!("{}\n", json!({ "input_ids": row }))).collect();
     let desk = Desk::new();
@@ -172,7 +172,7 @@ fn a_run_that_a_damaged_file_ended_goes_on_without_it() {
     let run = desk.run(&["train", "config.yaml", "--output-dir", "run", "--resume"]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(run.stderr.contains("b.jsonl.gz"), "{}", run.stderr);
-    // It is the run that skips the file from the beginning.
+    // It ends like a run that skips the file from the start.
     desk.ok(&["train", "config.yaml", "--output-dir", "whole"]);
     let weights = |run: &str| fs::read(desk.path(run).join("a/ae.safetensors")).unwrap();
     assert_eq!(weights("run"), weights("whole"));

@@ -1,4 +1,4 @@
-//! Dictionaries that read one thing and predict another: transcoders and crosscoders, through the program.
+//! Transcoders and crosscoders, trained with the program.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ use dictlearn_core::prelude::*;
 
 use crate::common::Desk;
 
-/// On the bundled model's second MLP, from its input to its output.
+/// The bundled model's second MLP, from input to output.
 const SOURCE: &str = "source: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.1.mlp, \
                       io: in_to_out, pack: true, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, \
                       text: {type: embedded, name: austen}}\n\
@@ -34,20 +34,20 @@ fn transcoders_replace_an_mlp() {
     let explained = |sae: &str| desk.json(&format!("run/{sae}/eval.json"))["frac_variance_explained"].as_f64().unwrap();
     for sae in ["plain", "top_k", "skip", "stretcher"] {
         let eval = desk.json(&format!("run/{sae}/eval.json"));
-        // The module's output was replaced: better than none at all.
+        // The reconstruction, in place of the module's output, must be better than zeros.
         assert!(eval["frac_recovered"].as_f64().unwrap() > 0.3, "{sae}: {eval}");
         assert!(explained(sae) > 0.2, "{sae}: {eval}");
-        // What is saved says the same of the same text.
+        // `eval` measures the saved SAE on the same text.
         let again: Value = serde_json::from_str(&desk.ok(&["eval", &format!("run/{sae}"), "--json"])).unwrap();
         assert_eq!(again["frac_recovered"], eval["frac_recovered"], "{sae}");
     }
-    assert!(explained("skip") > explained("top_k"), "what is linear is not left to the features");
+    assert!(explained("skip") > explained("top_k"), "the skip connection must take over the linear part");
     let modifiers = &desk.json("run/stretcher/config.json")["modifiers"];
     assert_eq!((&modifiers[0]["type"], &modifiers[1]["weight"]), (&"ghost_grads".into(), &0.01.into()));
 }
 
 #[test]
-fn a_transcoder_predicts_vectors_of_another_width() {
+fn a_transcoder_predicts_targets_of_another_width() {
     let desk = Desk::new();
     tch::manual_seed(3);
     let options = (Kind::Float, Device::Cpu);
@@ -76,7 +76,7 @@ fn a_transcoder_predicts_vectors_of_another_width() {
         assert_eq!(encoded.tensor("recon").unwrap().size(), [2000, 24], "{name}");
         fs::remove_file(desk.path("y.safetensors")).unwrap();
     }
-    // One that cannot says what can.
+    // `auto_encoder` cannot predict another width.
     let refused = desk.write(
         "refused.yaml",
         &format!("{config}- {{dictionary: {{type: auto_encoder, dict_size: 64}}, trainer: {{type: standard}}}}\n"),
@@ -85,8 +85,8 @@ fn a_transcoder_predicts_vectors_of_another_width() {
     assert!(said.contains("reconstructs vectors of width 16, but the source's targets have width 24"), "{said}");
 }
 
-/// Activations of two models that share most of their features, in directions of each model's own: 12 features are in
-/// both, 4 in the first alone and 4 in the second. The second's activations are ten times as large.
+/// Writes activations of two models: 12 features are shared, 4 are exclusive to each model. Each model has its own
+/// directions; the second's activations are ten times as large.
 fn two_models(desk: &Desk) {
     tch::manual_seed(4);
     let options = (Kind::Float, Device::Cpu);
@@ -105,7 +105,7 @@ fn two_models(desk: &Desk) {
 }
 
 #[test]
-fn crosscoders_tell_shared_features_from_those_of_one_model() {
+fn crosscoders_separate_shared_and_exclusive_features() {
     let desk = Desk::new();
     two_models(&desk);
     let source = "source:\n  type: joined\n  sources:\n    \
@@ -126,7 +126,7 @@ fn crosscoders_tell_shared_features_from_those_of_one_model() {
             assert!(part["frac_variance_explained"].as_f64().unwrap() > 0.8, "{sae}: {eval}");
             assert_eq!(part["relative_decoder_norms"].as_array().unwrap().len(), 20);
             let alone = part["features_alone"].as_u64().unwrap();
-            // Four; with features to spare some of them twice, with few some of them in one.
+            // Four are exclusive; spare features may duplicate some, too few may merge some.
             assert!((2..=8).contains(&alone), "{sae}: {eval}");
         }
         let again: Value = serde_json::from_str(&desk.ok(&["eval", &format!("run/{sae}"), "--json"])).unwrap();
@@ -134,14 +134,14 @@ fn crosscoders_tell_shared_features_from_those_of_one_model() {
         let config = desk.json(&format!("run/{sae}/config.json"));
         assert_eq!(config["buffer"]["parts"], serde_json::json!(["base", "chat"]));
     }
-    // Under other names they might be each other.
+    // Parts with other names might be swapped.
     desk.write("swapped.yaml", &desk.read("config.yaml").replace("base:", "other:"));
     let said = desk.refused(&["eval", "run/l1", "--config", "swapped.yaml"]);
     assert!(said.contains("was trained on the parts base, chat, but the source has chat, other"), "{said}");
     desk.write("typo.yaml", &desk.read("config.yaml").replace("base: {type: tensor_file", "base: {type: tensorfile"));
     let said = desk.refused(&["train", "typo.yaml", "--output-dir", "other"]);
     assert!(said.contains("did you mean `tensor_file`?") && said.contains("(source.sources.base.type)"), "{said}");
-    // Nothing knows how to start a crosscoder's feature anew: its parts have scales of their own.
+    // A crosscoder's features cannot be resampled: each part has its own scale.
     let saes = "saes: [{trainer: {type: crosscoder}, modifiers: [{type: resample, every: 50}]}]\n";
     desk.write("resample.yaml", &format!("steps: 3000\n{source}{saes}"));
     let said = desk.refused(&["train", "resample.yaml"]);
@@ -149,7 +149,7 @@ fn crosscoders_tell_shared_features_from_those_of_one_model() {
 }
 
 #[test]
-fn layers_of_one_model_are_parts_of_one_site() {
+fn layers_of_one_model_can_form_one_site() {
     let desk = Desk::new();
     let source = "source:\n  type: joined\n  sources:\n    model:\n      type: language_model\n      \
                   model: embedded:austen\n      submodule: [gpt_neox.layers.0, gpt_neox.layers.2]\n      \
@@ -168,14 +168,14 @@ fn layers_of_one_model_are_parts_of_one_site() {
     let parts: Vec<&String> = eval["parts"].as_object().unwrap().keys().collect();
     assert_eq!(parts, ["gpt_neox.layers.0", "gpt_neox.layers.2"]);
 
-    // Stopped and taken up again it ends on the same bytes.
+    // Stopped and resumed, the run ends on the same bytes.
     desk.ok(&["train", "config.yaml", "--output-dir", "parted", "--set", "stop_after=13"]);
     desk.ok(&["train", "config.yaml", "--output-dir", "parted", "--resume"]);
     assert!(whole == fs::read(desk.path("parted/crosscoder/ae.safetensors")).unwrap());
 }
 
 #[test]
-fn sources_of_other_tokens_are_not_joined() {
+fn sources_with_different_tokens_are_not_joined() {
     let desk = Desk::new();
     let model = |ctx_len: u64| {
         format!(

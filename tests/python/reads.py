@@ -1,9 +1,9 @@
-"""Loads SAEs that dictlearn exported with the library they were exported for, and computes with them.
+"""Loads SAEs that dictlearn exported, in the library they were exported for, and encodes activations.
 
     python reads.py sae_lens|dictionary_learning FOLDER
 
-Every folder in FOLDER is a case: the exported SAE in exported/ and activations `x` [N, d] in x.safetensors. What the library
-computes, `features` and `recon`, is written to theirs.safetensors beside them. tests/it/python.rs starts this.
+Each folder in FOLDER is a case: the exported SAE in exported/ and activations `x` [N, d] in x.safetensors. The script
+writes the library's `features` and `recon` to theirs.safetensors beside them. tests/it/python.rs runs it.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def dictionary_learning():
     from dictionary_learning.utils import load_dictionary
 
     def run(folder, x):
-        # Nothing but tensors is in it.
+        # The file must hold only tensors.
         state = torch.load(f"{folder}/ae.pt", weights_only=True)
         assert all(isinstance(value, torch.Tensor) for value in state.values()), state
         dictionary, _ = load_dictionary(folder, "cpu")

@@ -1,10 +1,10 @@
-"""Trains with the reference by settings drawn at random, and keeps what comes of it.
+"""Trains the reference with random settings and records the results.
 
     python trains.py dictionary_learning FOLDER COUNT
 
-Every case is a folder as those in tests/fixtures/trainers: case.json, init.safetensors, final.safetensors, log.json and
-config.json, and the activations in batches.safetensors. `noise` in case.json is how much the reference's own weights change
-when the rows of its batches are in another order, or differ in the last bit. tests/it/golden.rs starts this.
+Each case is a folder like those in tests/fixtures/trainers: case.json, init.safetensors, final.safetensors, log.json
+and config.json, with its activations in batches.safetensors. `noise` in case.json is the change of the reference's own
+weights when its batches' rows are reordered or differ in the last bit. tests/it/golden.rs runs this script.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ TRAINERS = {
 
 
 def drawn(draw, trainer):
-    """Arguments of a trainer's constructor, what is set afterwards, and the size of a batch."""
+    """Constructor arguments of a trainer, attributes to set afterwards, and the batch size."""
     one_of = lambda *choices: draw.choice(choices)
     steps, batch = one_of(30, 60, 90), one_of(16, 64, 100)
     args = {
@@ -77,7 +77,7 @@ def drawn(draw, trainer):
         args["dict_class"] = "AutoEncoderNew"
     if trainer is JumpReluTrainer:
         args |= {
-            # No threshold comes to half of it, where all features that are 0 enter the window at once.
+            # No threshold reaches half of it, where all features that are 0 would enter the window at once.
             "bandwidth": one_of(0.2, 0.4),
             "sparsity_penalty": one_of(0.1, 1.0),
             "target_l0": one_of(4.0, 20.0),
@@ -97,7 +97,7 @@ def drawn(draw, trainer):
 
 
 def activations(generator, rows, d):
-    """Sums of a few directions around a mean, as a model's activations are."""
+    """Sums of a few directions around a mean, like a model's activations."""
     rand = lambda *size: torch.rand(*size, generator=generator)
     randn = lambda *size: torch.randn(*size, generator=generator)
     directions = torch.nn.functional.normalize(randn(3 * d, d), dim=1)
@@ -110,11 +110,11 @@ def weights(trainer):
 
 
 class Differs(Exception):
-    """We do something else here, and say so."""
+    """Raised where dictlearn deliberately differs from the reference."""
 
 
 def trained(trainer, batches):
-    """The weights that it ends with, and what it logs after each step."""
+    """The final weights, and the figures logged after each step."""
     log = []
     for step, batch in enumerate(batches):
         trainer.update(step, batch.clone())
@@ -123,7 +123,7 @@ def trained(trainer, batches):
         values = {name: getattr(trainer, name) for name in getattr(trainer, "logging_parameters", [])}
         numbers = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
         if getattr(trainer, "auxk_alpha", None) == 0:
-            # Some compute what they then multiply by 0, and some do not.
+            # Not every trainer computes a loss that is then multiplied by 0.
             numbers = {"effective_l0": numbers["effective_l0"]}
         with torch.no_grad():
             numbers["mse_after"] = (batch - trainer.ae(batch)).pow(2).sum(dim=-1).mean().item()
@@ -133,13 +133,13 @@ def trained(trainer, batches):
 
 
 def apart(ours, theirs):
-    """The largest difference of a tensor's norm, relative to it."""
+    """The largest norm of a tensor's difference, relative to the tensor's norm."""
     differences = [(a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12) for a, b in zip(ours, theirs)]
     return max(differences).item()
 
 
 def case(number):
-    """The files of a run."""
+    """The files of one run."""
     draw = random.Random(number)
     cls = draw.choice(list(TRAINERS))
     args, overrides, rows = drawn(draw, cls)
@@ -149,12 +149,12 @@ def case(number):
 
     def trainer():
         classes = {"dict_class": AutoEncoderNew} if "dict_class" in args else {}
-        torch.manual_seed(args["seed"])  # Not every trainer does.
+        torch.manual_seed(args["seed"])  # Not every trainer seeds torch.
         made = cls(**args | classes)
         for name, value in overrides.items():
             setattr(made, name, value)
-        # Where the encoder is the decoder's transpose, the gradients of a feature that fires alone are rounding, of which Adam
-        # makes steps of full length.
+        # With the decoder's transpose as encoder, a feature that fires alone has gradients of pure rounding, which Adam
+        # scales to full steps.
         draw_weights = torch.Generator().manual_seed(args["seed"])
         for name, parameter in made.ae.named_parameters():
             if name in ("W_enc", "encoder.weight"):

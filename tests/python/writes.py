@@ -1,10 +1,10 @@
-"""Writes one SAE of every class as a library saves it today, with what the library computes with it.
+"""Writes one SAE of every class as a library saves it today, with the library's results.
 
     python writes.py sae_lens|dictionary_learning FOLDER
 
-Every case is a folder: the library's files, and io.safetensors with activations `x` [N, d], `features` [N, F] and `recon`
-[N, d_out]. What no class of ours can do lies below refused/, without io.safetensors. tests/it/python.rs starts this, and
-tests/fixtures/formats/make.py keeps what it writes of dictionary_learning.
+Each case is a folder: the library's files, and io.safetensors with activations `x` [N, d], `features` [N, F] and
+`recon` [N, d_out]. SAEs that dictlearn cannot represent are in refused/, without io.safetensors. tests/it/python.rs
+runs this script; tests/fixtures/formats/make.py keeps its dictionary_learning output.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ D, F, N, OUT, K = 24, 80, 20, 28, 6
 
 
 def activations(rows=N, seed=1):
-    """Sums of a few directions around a mean, as a model's activations are."""
+    """Sums of a few directions around a mean, like a model's activations."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(40, D, generator=generator)
     mean = torch.randn(D, generator=generator)
@@ -42,7 +42,7 @@ def save_io(folder, x, features, recon):
 
 
 def fill(sae, seed=0):
-    """Weights that make every term of the formulas count: biases, thresholds, decoder rows of other norms than 1."""
+    """Sets weights so that every term counts: biases, thresholds, decoder rows with norms other than 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape):
@@ -76,7 +76,7 @@ def sae_lens(root):
         return {"d_in": D, "d_sae": F, "metadata": SAEMetadata(**metadata)} | more
 
     def computed(folder, sae):
-        """What the library computes with the SAE, on numbers of its own width: skip connections do not convert them."""
+        """Saves the library's results for activations in the SAE's dtype, which skip connections do not convert."""
         x = activations().to(sae.dtype)
         heads = sae.cfg.reshape_activations == "hook_z"
         given = x.unflatten(-1, (2, D // 2)) if heads else x
@@ -106,7 +106,7 @@ def sae_lens(root):
         for dtype in ["bfloat16", "float16"]:
             save(f"{name}.{dtype}", kind, dtype=dtype, **more)
         for normalize in ["expected_average_only_in", "constant_norm_rescale", "layer_norm"]:
-            # A skip connection adds what stands before the normalisation, which no class of ours does.
+            # A skip connection adds the unnormalised input, which no class of dictlearn does.
             folder = "refused/" if "skip" in name and normalize != "expected_average_only_in" else ""
             save(f"{folder}{name}.{normalize}", kind, normalize_activations=normalize, **more)
         if "transcoder" not in name:
@@ -114,14 +114,14 @@ def sae_lens(root):
     save("topk.rescaled", "TopKSAE", k=K, rescale_acts_by_decoder_norm=True)
     save("topk.rescaled_layer_norm", "TopKSAE", k=K, rescale_acts_by_decoder_norm=True, normalize_activations="layer_norm")
     save("standard.hook_z", "StandardSAE", reshape_activations="hook_z", hook_name="blocks.3.attn.hook_z")
-    # As wide where it writes as where it reads, it is a transcoder all the same.
+    # With equal widths it is still a transcoder.
     save("jumprelu_transcoder.square", "JumpReLUTranscoder", d_out=D)
     save("jumprelu_transcoder.square_layer_norm", "JumpReLUTranscoder", d_out=D, normalize_activations="layer_norm")
     save("refused/covariance_whitening", "StandardSAE", normalize_activations="covariance_whitening")
     save("refused/abstopk", "AbsTopKSAE", k=K)
 
     def train(name, kind, scale=None, **more):
-        """A training SAE: the inference model that it ends as, and the checkpoint before, which must give the same."""
+        """Saves a training SAE as inference model and as checkpoint, which must give the same results."""
         if scale is not None:
             more["normalize_activations"] = "expected_average_only_in"
         made = getattr(saes, kind)(getattr(saes, kind + "Config")(**settings(**more)))
@@ -153,7 +153,7 @@ def sae_lens(root):
         train(f"training_batchtopk{end}", "BatchTopKTrainingSAE", **batch)
         train(f"training_batchtopk{end}_scaled", "BatchTopKTrainingSAE", scale=1.7, **batch)
         train(f"training_matryoshka{end}", "MatryoshkaBatchTopKTrainingSAE", matryoshka_widths=[20, F], **batch)
-    # On average that many.
+    # k is the mean number of features.
     train("training_batchtopk_fraction", "BatchTopKTrainingSAE", k=6.5, topk_threshold_lr=0.1)
     train("training_standard_scaled", "StandardTrainingSAE", scale=1.7)
     train("training_gated_scaled", "GatedTrainingSAE", scale=1.7)
@@ -164,7 +164,7 @@ def sae_lens(root):
 
 
 class Buffer:
-    """Activations, and what an ActivationBuffer says of itself in config.json."""
+    """Activations, with the config that an ActivationBuffer writes to config.json."""
 
     config = {
         "d_submodule": D,
@@ -199,7 +199,7 @@ def dictionary_learning(root):
     largest = {"k": K, "lr": 1e-2, "threshold_beta": 0.9, "threshold_start_step": 10}
     trainers = {
         "AutoEncoder": (StandardTrainer, penalty),
-        # Its decoder's columns have any norm, which loading moves into the encoder.
+        # Its decoder columns have any norm; loading moves the norms into the encoder.
         "AutoEncoder.april": (StandardTrainerAprilUpdate, penalty),
         "AutoEncoderNew": (StandardTrainerAprilUpdate, penalty | {"dict_class": AutoEncoderNew}),
         "GatedAutoEncoder": (GatedSAETrainer, penalty),
@@ -227,7 +227,7 @@ def dictionary_learning(root):
             for file in ["ae.pt", "config.json"]:
                 shutil.copyfile(f"{run}/trainer_0/{file}", f"{root}/{name}/{file}")
         if name == "AutoEncoderNew":
-            # No trainer writes this name by itself.
+            # No trainer writes this class name.
             with open(f"{root}/{name}/config.json") as file:
                 config = json.load(file)
             config["trainer"]["dict_class"] = name
@@ -242,6 +242,6 @@ def dictionary_learning(root):
 if __name__ == "__main__":
     library, folder = sys.argv[1:]
     warnings.simplefilter("ignore")
-    # What libraries print is of no use where nobody reads it.
+    # Keeps the libraries' prints out of standard output.
     with contextlib.redirect_stdout(sys.stderr):
         {"sae_lens": sae_lens, "dictionary_learning": dictionary_learning}[library](folder)
