@@ -391,7 +391,7 @@ fn small_disks_hold_what_matters_most() {
 #[test]
 fn a_lost_log_or_config_is_said() {
     let desk = Desk::with_config(&tensor_file_config(20, &format!("checkpoint_every: 10\n{TOP_K}")));
-    for (lost, said) in [("", "has no rows of the steps before"), ("gone\n", "has lines that are no rows")] {
+    for (lost, said) in [("", "has no rows of earlier steps"), ("gone\n", "has lines that are not JSON")] {
         let _ = fs::remove_dir_all(desk.path("run"));
         desk.ok(&["train", "config.yaml", "--set", "stop_after=15"]);
         desk.write("run/metrics.jsonl", lost);
