@@ -152,7 +152,7 @@ fn what_is_not_as_it_was_written_is_refused_by_name() {
     let mut altered = good.clone();
     *altered.last_mut().unwrap() ^= 1;
     fs::write(&shard, &altered).unwrap();
-    shard_said("is not as it was written", "");
+    shard_said("has changed: its hash differs from meta.json", "");
     assert!(open(&desk, ", verify: false").unwrap().next_batch().unwrap().is_some());
     // Of the right length, but of another model.
     let foreign = String::from_utf8_lossy(&good[..200]).contains("gpt_neox.layers.1/activations");

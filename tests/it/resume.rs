@@ -670,7 +670,7 @@ fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
     fs::OpenOptions::new().write(true).open(desk.path("documents.jsonl")).unwrap().set_len(900).unwrap();
     let run = Run::of(child.wait_with_output().unwrap());
     assert_eq!(run.code, 2, "{}", run.stderr);
-    assert!(run.stderr.contains("documents.jsonl was cut while it was read: it has 900 bytes"), "{}", run.stderr);
+    assert!(run.stderr.contains("documents.jsonl was truncated while being read: it has 900 bytes"), "{}", run.stderr);
     let said = desk.refused(&["train", "config.yaml", "--resume"]);
     assert!(
         said.contains("the text is not the one that the run was begun with") && said.contains("900 bytes"),

@@ -104,8 +104,11 @@ fn token_ids_that_the_model_does_not_have_are_named_by_file_and_row() {
 #[test]
 fn bad_token_ids_end_a_run_that_is_left_without_any() {
     for (lines, why) in [
-        (r#"{"input_ids": ["a", "b"]}"#, "`input_ids[0]` is a string, and a token id is an integer"),
-        (r#"{"input_ids": [1, 2], "attention_mask": [1]}"#, "`attention_mask` has 1 positions, and `input_ids` 2"),
+        (r#"{"input_ids": ["a", "b"]}"#, "`input_ids[0]` is a string, but token ids are integers"),
+        (
+            r#"{"input_ids": [1, 2], "attention_mask": [1]}"#,
+            "`attention_mask` has length 1, but `input_ids` has length 2",
+        ),
         ("", "there is no text in"),
     ] {
         let desk = harvest("{type: text_files, path: tokens.jsonl, column: input_ids}", "");
@@ -138,7 +141,7 @@ fn a_damaged_file_ends_the_run_unless_the_config_allows_it() {
     for strict in ["null", "true"] {
         desk.write("config.yaml", &config.replace("STRICT", strict));
         let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
-        assert!(said.contains("b.jsonl.gz") && said.contains("the file is damaged or breaks off"), "{said}");
+        assert!(said.contains("b.jsonl.gz") && said.contains("the file is damaged or truncated"), "{said}");
         assert!(said.contains("`strict: false`") && !desk.path("out").exists(), "{said}");
     }
     desk.write("config.yaml", &config.replace("STRICT", "false"));
