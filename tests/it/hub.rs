@@ -77,7 +77,7 @@ fn a_model_is_fetched_once_into_the_cache_and_used_offline() {
         let run = harvest(command.env_remove("HF_HUB_OFFLINE").env(set[0], set[1]), &out);
         assert_eq!(run.code, 0, "{}", run.stderr);
         assert_eq!(shard(&desk, &out), shard(&desk, "first"));
-        let warned = run.stderr.contains(&format!("the cache has it at commit {COMMIT}"));
+        let warned = run.stderr.contains(&format!("using the cached commit {COMMIT}"));
         assert_eq!(warned, index == 1, "{}", run.stderr);
     }
 
@@ -133,7 +133,7 @@ fn a_busy_hub_is_asked_again() {
     let (server, desk) = desk();
     server.fail([Fault::Status(429, "Retry-After: 1\r\n"), Fault::Status(503, ""), Fault::Status(502, "")]);
     let said = harvested(&server, &desk, "first");
-    assert!(said.contains("config.json of `someone/tiny`: status 429; trying again in 1 s"), "{said}");
+    assert!(said.contains("config.json of `someone/tiny`: status 429; retrying in 1 s"), "{said}");
 }
 
 fn refused(server: &HubServer, desk: &Desk, token: Option<&str>) -> String {
@@ -183,7 +183,7 @@ fn without_the_hub_and_without_the_cache() {
     let run = harvest(&mut desk.program(), "out");
     assert_eq!(run.code, 2);
     assert!(run.stderr.contains("the model `someone/elsewhere` is not in the Hub's cache"), "{}", run.stderr);
-    assert!(run.stderr.contains("HF_HUB_OFFLINE is set"), "{}", run.stderr);
+    assert!(run.stderr.contains("unset HF_HUB_OFFLINE"), "{}", run.stderr);
     let mut command = desk.program();
     let run = harvest(command.env("HF_HUB_OFFLINE", "").env("HF_ENDPOINT", "huggingface"), "out");
     assert_eq!(run.code, 2);
@@ -427,7 +427,7 @@ fn an_authority_of_a_company_is_trusted_if_it_is_named() {
     assert_eq!(refused.code, 2, "{}", refused.stderr);
     assert!(refused.stderr.contains("is not trusted: invalid peer certificate: UnknownIssuer"), "{}", refused.stderr);
     assert!(refused.stderr.contains("set SSL_CERT_FILE"), "{}", refused.stderr);
-    assert!(!refused.stderr.contains("trying again"), "{}", refused.stderr);
+    assert!(!refused.stderr.contains("retrying"), "{}", refused.stderr);
     for (index, name) in ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"].into_iter().enumerate() {
         let trusted = run(&format!("trusted{index}"), &[(name, &authority)]);
         assert_eq!(trusted.code, 0, "{}", trusted.stderr);
@@ -441,7 +441,7 @@ fn an_authority_of_a_company_is_trusted_if_it_is_named() {
     // Of another authority than the server's.
     let other = run("other", &[("SSL_CERT_FILE", &fixture("tls/server.pem"))]);
     assert!(
-        other.stderr.contains("which SSL_CERT_FILE names") || other.stderr.contains("the cache has it"),
+        other.stderr.contains("set by SSL_CERT_FILE") || other.stderr.contains("using the cached commit"),
         "{}",
         other.stderr
     );
@@ -454,5 +454,5 @@ fn a_host_that_refuses_connections_is_not_asked_again() {
     let run = harvest(command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", "http://127.0.0.1:9"), "out");
     assert_eq!(run.code, 1, "{}", run.stderr);
     assert!(run.stderr.contains("Connection refused"), "{}", run.stderr);
-    assert!(!run.stderr.contains("trying again"), "{}", run.stderr);
+    assert!(!run.stderr.contains("retrying"), "{}", run.stderr);
 }
