@@ -673,7 +673,7 @@ fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
     assert!(run.stderr.contains("documents.jsonl was truncated while being read: it has 900 bytes"), "{}", run.stderr);
     let said = desk.refused(&["train", "config.yaml", "--resume"]);
     assert!(
-        said.contains("the text is not the one that the run was begun with") && said.contains("900 bytes"),
+        said.contains("the text has changed since the run started") && said.contains("900 bytes"),
         "{said}"
     );
     desk.write("documents.jsonl", &documents);
@@ -700,7 +700,7 @@ fn a_buffer_is_kept_as_activations_or_as_their_tokens() {
         same(&desk, "whole", "run");
         run.stderr
     };
-    let replays = "running the model over the text again";
+    let replays = "running the model again to restore the buffer";
     // An activation has 192 numbers. What is in the checkpoint counts, not what the next ones will have.
     let replayed = half("replay");
     assert!(resume("contents").contains(replays));

@@ -89,7 +89,7 @@ fn leaving_out_every_token_names_the_option() {
     let every: Vec<i64> = (0..desk.json("model/config.json")["vocab_size"].as_i64().unwrap()).collect();
     config(&desk, &format!("exclude_special_tokens: {every:?}"));
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
-    assert!(said.contains("`exclude_special_tokens` leaves out every token of the text"), "{said}");
+    assert!(said.contains("`exclude_special_tokens` excludes every token of the text"), "{said}");
     assert!(!said.contains("add data"), "{said}");
 }
 
