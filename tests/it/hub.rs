@@ -352,7 +352,7 @@ fn a_chat_is_read_in_the_models_own_form() {
     let chats = format!("{{type: text_files, path: {:?}, column: messages}}", fixture("text/chats.parquet"));
     let desk = Desk::with_config(&reading_config(model_path, &chats));
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
-    assert!(said.contains("chats.parquet:1 is a chat, and the tokenizer of"), "{said}");
+    assert!(said.contains("chats.parquet:1 is a chat, but the tokenizer of"), "{said}");
     assert!(said.contains("has no chat template"), "{said}");
 
     let template = "{% for m in messages %}\n{% if '3' in m.content %}\n{{ raise_exception('not three') }}\n{% endif %}\n\

@@ -672,10 +672,7 @@ fn a_text_that_is_cut_under_a_run_is_not_just_shorter() {
     assert_eq!(run.code, 2, "{}", run.stderr);
     assert!(run.stderr.contains("documents.jsonl was truncated while being read: it has 900 bytes"), "{}", run.stderr);
     let said = desk.refused(&["train", "config.yaml", "--resume"]);
-    assert!(
-        said.contains("the text has changed since the run started") && said.contains("900 bytes"),
-        "{said}"
-    );
+    assert!(said.contains("the text has changed since the run started") && said.contains("900 bytes"), "{said}");
     desk.write("documents.jsonl", &documents);
     desk.ok(&["train", "config.yaml", "--resume"]);
     same(&desk, "whole", "run");
