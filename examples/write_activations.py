@@ -1,12 +1,12 @@
 """Write activations of any PyTorch model to a folder that dictlearn's source `activation_cache` reads.
 
-For a model that dictlearn does not run itself. From your own code:
+Use it for models that dictlearn does not run. From your own code:
 
     from write_activations import write_activations
-    batches = ((ids, mask) for ids, mask in ...)  # token ids [B, L]; mask [B, L], true where there is text, or None
+    batches = ((ids, mask) for ids, mask in ...)  # token ids [B, L]; mask [B, L], True at text positions, or None
     write_activations(model, batches, ["encoder.layers.3"], "activations")
 
-or, for a causal language model of transformers, over a text file:
+Or, for a causal language model of transformers and a text file:
 
     python write_activations.py MODEL --submodule model.layers.3 --text FILE --out activations
 
@@ -30,7 +30,7 @@ def sha256(data):
 
 
 def write_whole(path, data):
-    """Under another name first, so that nobody ever sees half a file."""
+    """Writes under a temporary name and renames, so that readers never see a partial file."""
     partial = path.with_name(f".partial-{path.name}")
     with open(partial, "wb") as file:
         file.write(data)
@@ -40,7 +40,7 @@ def write_whole(path, data):
 
 
 class Writer:
-    """Shards of activations, and the manifest once all are written."""
+    """Writes shards of activations, then the manifest."""
 
     def __init__(self, out, dtype="float32", shard_rows=65_536):
         self.out, self.dtype, self.shard_rows = Path(out), dtype, shard_rows
@@ -50,7 +50,7 @@ class Writer:
             raise SystemExit(f"{self.out} is not empty: choose another folder")
 
     def add(self, activations, token_ids, contexts, positions):
-        """Rows: `activations` maps the names of tensors to [n, d], the others are [n]."""
+        """Adds rows: `activations` maps tensor names to values [n, d]; the other arguments are [n]."""
         tensors = {}
         for name, value in activations.items():
             tensors[name] = value.detach().to("cpu", DTYPES[self.dtype])
@@ -79,7 +79,7 @@ class Writer:
         self.pending, self.rows = [], 0
 
     def finish(self, sites, source):
-        """Writes `meta.json`, without which the folder is not read."""
+        """Writes `meta.json`, which marks the folder as complete."""
         self.write_shard()
         manifest = {
             "activations": sum(shard["activations"] for shard in self.shards),
@@ -95,7 +95,7 @@ class Writer:
 
 
 def first_tensor(value):
-    """A module's value, where it may be a tuple or a transformers output."""
+    """Returns the tensor of a module's value, which may be a tuple or a transformers output."""
     return value if isinstance(value, torch.Tensor) else value[0]
 
 
@@ -103,10 +103,10 @@ def first_tensor(value):
 def write_activations(
     model, batches, submodules, out, io="out", run=None, source=None, dtype="float32", shard_rows=65_536
 ):
-    """Runs `model` on every batch and writes what its submodules read or give at text positions.
+    """Runs `model` on every batch and writes its submodules' inputs or outputs at text positions.
 
-    `io` is "in", "out" or "in_to_out", as in dictlearn. `run(ids, mask)` calls the model; by default `model(ids)`.
-    `source` is a map of what is to be remembered of model and text; it goes into each SAE's config.json.
+    `io` is "in", "out" or "in_to_out", as in dictlearn. `run(ids, mask)` calls the model; the default is `model(ids)`.
+    `source` is a map that describes the model and the text; it goes into each SAE's config.json.
     """
     run = run or (lambda ids, mask: model(ids))
     wanted = {"in": ["in"], "out": ["out"], "in_to_out": ["in", "out"]}[io]
@@ -114,7 +114,7 @@ def write_activations(
     for name in submodules:
         module = model.get_submodule(name)
 
-        # Copies, because what comes after may change a value in place.
+        # Clone: later modules may change the value in place.
         def read_input(_module, args, kwargs, name=name):
             seen[name, "in"] = first_tensor(args[0] if args else next(iter(kwargs.values()))).clone()
 
@@ -149,7 +149,7 @@ def write_activations(
         for hook in hooks:
             hook.remove()
     if contexts == 0:
-        raise SystemExit("there was not one batch")
+        raise SystemExit("`batches` is empty")
     sites = [
         {
             "name": name,
@@ -165,13 +165,13 @@ def write_activations(
 
 def main():
     parser = argparse.ArgumentParser(description="Write a transformers model's activations for dictlearn.")
-    parser.add_argument("model", help="a folder or a Hub repository")
-    parser.add_argument("--submodule", action="append", required=True, help="a module path; say it again for more")
+    parser.add_argument("model", help="model folder or Hub repository")
+    parser.add_argument("--submodule", action="append", required=True, help="module path; repeat for several modules")
     parser.add_argument("--io", choices=["in", "out", "in_to_out"], default="out")
-    parser.add_argument("--text", required=True, help="a text file")
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--text", required=True, help="text file to read")
+    parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--ctx-len", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=16, help="contexts in a forward pass")
+    parser.add_argument("--batch-size", type=int, default=16, help="contexts per forward pass")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--shard-rows", type=int, default=65_536)
     args = parser.parse_args()

@@ -152,7 +152,7 @@ fn a_damaged_cache_is_refused_with_the_file_name() {
     let mut altered = good.clone();
     *altered.last_mut().unwrap() ^= 1;
     fs::write(&shard, &altered).unwrap();
-    shard_said("is not as it was written", "");
+    shard_said("has changed: its hash differs from meta.json", "");
     assert!(open(&desk, ", verify: false").unwrap().next_batch().unwrap().is_some());
     // The right length, but another tensor name.
     let foreign = String::from_utf8_lossy(&good[..200]).contains("gpt_neox.layers.1/activations");

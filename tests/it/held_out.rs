@@ -251,5 +251,5 @@ fn documents_of_a_text_are_held_out() {
     assert!(run.stderr.contains("computed on data that the SAEs were trained on"), "{}", run.stderr);
     desk.write("config.yaml", &config(", held_out: 1"));
     let said = desk.refused(&["train", "config.yaml"]);
-    assert!(said.contains("nothing is left to train on") && said.contains("(source.held_out)"), "{said}");
+    assert!(said.contains("no documents are left to train on") && said.contains("(source.held_out)"), "{said}");
 }

@@ -525,6 +525,6 @@ fn nonfinite_activations_are_traced_to_their_text_or_skipped() {
     let left_out = 15 - found.size()[0];
     assert!(left_out > 0);
     let notes = source.notes().join("; ");
-    assert!(notes.contains(&format!("{left_out} activations were left out, the first: ")), "{notes}");
+    assert!(notes.contains(&format!("{left_out} activations were skipped, the first: ")), "{notes}");
     assert!(notes.contains("for row 1, token "), "{notes}");
 }

@@ -62,7 +62,7 @@ fn a_pushed_sae_matches_the_local_files() {
     let (server, desk) = (HubServer::start(), trained());
     let run = pushed(&server, &desk, &[]);
     assert!(run.stdout.starts_with(&format!("{}/{REPO}/commit/", server.endpoint)), "{}", run.stdout);
-    assert!(run.stderr.contains("made the model `someone/saes`"), "{}", run.stderr);
+    assert!(run.stderr.contains("created the model `someone/saes`"), "{}", run.stderr);
     assert!(!server.is_private(REPO));
     assert_eq!(server.commits(), ["Upload top_k with dictlearn"]);
     let files = server.files(REPO, "main").unwrap();
@@ -109,11 +109,11 @@ fn a_pushed_sae_matches_the_local_files() {
     // Unchanged files are not uploaded again, and without a change there is no commit.
     let again = pushed(&server, &desk, &[]);
     assert_eq!(again.stdout, run.stdout);
-    assert!(again.stderr.contains("`someone/saes` has all of it already"), "{}", again.stderr);
+    assert!(again.stderr.contains("`someone/saes` already has all files"), "{}", again.stderr);
     desk.write("run/top_k/eval.json", "{\"l0\": 4.0}");
     let changed = pushed(&server, &desk, &["--message", "Measured again\n\non other text"]);
     assert!(
-        changed.stdout != run.stdout && changed.stderr.contains("4 of 6 files are there already"),
+        changed.stdout != run.stdout && changed.stderr.contains("4 of 6 files are already uploaded"),
         "{}",
         changed.stderr
     );
@@ -130,13 +130,13 @@ fn files_in_the_store_are_not_uploaded_again() {
     let args = ["run/top_k", "someone/else", "--private"];
     let run = Run::of(command(&server, &desk, "good", &args).output().unwrap());
     assert_eq!(run.code, 0, "{}", run.stderr);
-    assert!(run.stderr.contains("ae.pt: the store has it already"), "{}", run.stderr);
+    assert!(run.stderr.contains("ae.pt is already in the store"), "{}", run.stderr);
     assert!(server.log("/store/").is_empty());
     assert!(server.is_private("someone/else"));
     assert_eq!(server.files("someone/else", "main").unwrap()["ae.pt"], local(&desk)["ae.pt"]);
     // `--private` refuses a public repository.
     let said = refused(&server, &desk, "good", &["run/top_k", REPO, "--private"]);
-    assert!(said.contains("the model `someone/saes` is there already, and it is public"), "{said}");
+    assert!(said.contains("the model `someone/saes` already exists and is public"), "{said}");
 }
 
 #[test]
@@ -165,7 +165,7 @@ fn transient_failures_are_retried() {
     // The commit is made but the response is lost: it must not be made twice.
     server.fail_upload("/commit/", Fault::Lost);
     let run = pushed(&server, &desk, &[]);
-    assert!(run.stderr.contains("status 429; trying again in 1 s"), "{}", run.stderr);
+    assert!(run.stderr.contains("status 429; retrying in 1 s"), "{}", run.stderr);
     assert_eq!(server.commits().len(), 1);
     assert!(run.stdout.contains("/commit/"), "{}", run.stdout);
     for (name, content) in local(&desk) {
@@ -219,7 +219,7 @@ fn an_sae_can_be_pushed_to_a_folder_and_a_branch() {
     let args = ["run/top_k", "someone/saes@next/one", "--path", "new"];
     let run = Run::of(command(&server, &desk, "good", &args).output().unwrap());
     assert_eq!(run.code, 0, "{}", run.stderr);
-    assert!(run.stderr.contains("`someone/saes` has a new branch, next/one"), "{}", run.stderr);
+    assert!(run.stderr.contains("created in `someone/saes` the branch next/one"), "{}", run.stderr);
     assert!(server.files(REPO, "next/one").unwrap().contains_key("new/ae.pt"));
     assert!(!server.files(REPO, "main").unwrap().contains_key("new/ae.pt"));
 }

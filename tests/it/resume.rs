@@ -396,7 +396,7 @@ fn a_small_disk_still_gets_the_weights() {
 #[test]
 fn a_lost_log_or_config_is_reported() {
     let desk = Desk::with_config(&tensor_file_config(20, &format!("checkpoint_every: 10\n{TOP_K}")));
-    for (lost, said) in [("", "has no rows of the steps before"), ("gone\n", "has lines that are no rows")] {
+    for (lost, said) in [("", "has no rows of earlier steps"), ("gone\n", "has lines that are not JSON")] {
         let _ = fs::remove_dir_all(desk.path("run"));
         desk.ok(&["train", "config.yaml", "--set", "stop_after=15"]);
         desk.write("run/metrics.jsonl", lost);
@@ -675,12 +675,9 @@ fn truncation_during_read_is_an_error() {
     fs::OpenOptions::new().write(true).open(desk.path("documents.jsonl")).unwrap().set_len(900).unwrap();
     let run = Run::of(child.wait_with_output().unwrap());
     assert_eq!(run.code, 2, "{}", run.stderr);
-    assert!(run.stderr.contains("documents.jsonl was cut while it was read: it has 900 bytes"), "{}", run.stderr);
+    assert!(run.stderr.contains("documents.jsonl was truncated while being read: it has 900 bytes"), "{}", run.stderr);
     let said = desk.refused(&["train", "config.yaml", "--resume"]);
-    assert!(
-        said.contains("the text is not the one that the run was begun with") && said.contains("900 bytes"),
-        "{said}"
-    );
+    assert!(said.contains("the text has changed since the run started") && said.contains("900 bytes"), "{said}");
     desk.write("documents.jsonl", &documents);
     desk.ok(&["train", "config.yaml", "--resume"]);
     same(&desk, "whole", "run");
@@ -705,7 +702,7 @@ fn a_checkpoint_holds_the_buffer_as_activations_or_tokens() {
         same(&desk, "whole", "run");
         run.stderr
     };
-    let replays = "running the model over the text again";
+    let replays = "running the model again to restore the buffer";
     // An activation has 192 values. The checkpoint's own content counts, not the new setting.
     let replayed = half("replay");
     assert!(resume("contents").contains(replays));

@@ -154,10 +154,10 @@ fn invalid_submodules_are_refused() {
     let desk = Desk::new();
     for (source, said) in [
         ("submodule: []", &["`submodule` is an empty list", "(source.submodule)"][..]),
-        ("submodule: [gpt_neox.layers.1, gpt_neox.layers.1]", &["named twice", "(source.submodule[1])"]),
+        ("submodule: [gpt_neox.layers.1, gpt_neox.layers.1]", &["listed twice", "(source.submodule[1])"]),
         (
             "submodule: [gpt_neox.layers.1, blocks.1.hook_resid_post]",
-            &["`blocks.1.hook_resid_post` is the same place as `gpt_neox.layers.1`"],
+            &["`blocks.1.hook_resid_post` is the same hook point as `gpt_neox.layers.1`"],
         ),
         ("submodule: blocks.1.hook_resid_post, io: in", &["names an output", "(source.submodule)"]),
         ("submodule: [gpt_neox.layers.1, gpt_neox.layer.2]", &["no module `gpt_neox.layer.2`", "config.yaml:6:"]),

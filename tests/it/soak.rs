@@ -154,7 +154,7 @@ fn soak() {
                 waits(&mut calm, &mut stormy, 120.0, &mut memory);
                 if let Some(code) = stormy.ended() {
                     assert_eq!(code, 2, "{}", stormy.said());
-                    assert!(stormy.said().contains("was cut while it was read"), "{}", stormy.said());
+                    assert!(stormy.said().contains("was truncated while being read"), "{}", stormy.said());
                 }
                 stormy.kill();
                 fs::write(desk.path("stormy.jsonl"), &text).unwrap();

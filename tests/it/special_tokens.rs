@@ -77,10 +77,10 @@ fn unknown_special_tokens_are_named() {
     let desk = desk();
     edit(&desk, "model/tokenizer_config.json", |config| config["eos_token"] = json!("</nope>"));
     let (_, said) = harvested(&desk, "unknown");
-    assert!(said.contains("says `eos_token: </nope>`, which its tokenizer.json does not have"), "{said}");
+    assert!(said.contains("has `eos_token: </nope>`, which its tokenizer.json does not have"), "{said}");
     edit(&desk, "model/config.json", |config| config["eos_token_id"] = json!("abc"));
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
-    assert!(said.contains("has `eos_token_id: \"abc\"`, and a token id is an integer"), "{said}");
+    assert!(said.contains("has `eos_token_id: \"abc\"`, but token ids are integers"), "{said}");
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn excluding_every_token_names_the_option() {
     let every: Vec<i64> = (0..desk.json("model/config.json")["vocab_size"].as_i64().unwrap()).collect();
     config(&desk, &format!("exclude_special_tokens: {every:?}"));
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
-    assert!(said.contains("`exclude_special_tokens` leaves out every token of the text"), "{said}");
+    assert!(said.contains("`exclude_special_tokens` excludes every token of the text"), "{said}");
     assert!(!said.contains("add data"), "{said}");
 }
 
@@ -144,7 +144,7 @@ fn the_first_configured_separator_is_used() {
     });
     let (glued, said) = harvested(&desk, "glued");
     assert!(!glued.contains(&end));
-    assert!(said.contains("warning: documents are packed with nothing between them"), "{said}");
+    assert!(said.contains("warning: packing documents without a separator"), "{said}");
     edit(&desk, "model/config.json", |config| config["eos_token_id"] = json!([999_999]));
     let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
     assert!(said.contains("EOS is token 999999") && said.contains("eos_token_id"), "{said}");
@@ -173,7 +173,7 @@ fn tokenizer_files_that_disagree_on_bos_give_a_warning() {
     });
     edit(&desk, "model/tokenizer_config.json", |config| config["bos_token"] = json!("the"));
     let (_, said) = harvested(&desk, "other");
-    assert!(said.contains("begins a text with `<|endoftext|>`") && !said.contains("adds no BOS"), "{said}");
+    assert!(said.contains("starts a text with `<|endoftext|>`") && !said.contains("adds no BOS"), "{said}");
     edit(&desk, "model/tokenizer_config.json", |config| {
         (config["bos_token"], config["add_bos_token"]) = (json!(END_OF_TEXT), json!(false));
     });

@@ -104,8 +104,11 @@ fn out_of_range_token_ids_are_reported_by_file_and_row() {
 #[test]
 fn a_text_without_valid_records_is_refused() {
     for (lines, why) in [
-        (r#"{"input_ids": ["a", "b"]}"#, "`input_ids[0]` is a string, and a token id is an integer"),
-        (r#"{"input_ids": [1, 2], "attention_mask": [1]}"#, "`attention_mask` has 1 positions, and `input_ids` 2"),
+        (r#"{"input_ids": ["a", "b"]}"#, "`input_ids[0]` is a string, but token ids are integers"),
+        (
+            r#"{"input_ids": [1, 2], "attention_mask": [1]}"#,
+            "`attention_mask` has length 1, but `input_ids` has length 2",
+        ),
         ("", "there is no text in"),
     ] {
         let desk = harvest("{type: text_files, path: tokens.jsonl, column: input_ids}", "");
@@ -138,12 +141,12 @@ fn a_damaged_file_stops_the_run_unless_strict_is_false() {
     for strict in ["null", "true"] {
         desk.write("config.yaml", &config.replace("STRICT", strict));
         let said = desk.refused(&["activations", "config.yaml", "--out", "out"]);
-        assert!(said.contains("b.jsonl.gz") && said.contains("the file is damaged or breaks off"), "{said}");
+        assert!(said.contains("b.jsonl.gz") && said.contains("the file is damaged or truncated"), "{said}");
         assert!(said.contains("`strict: false`") && !desk.path("out").exists(), "{said}");
     }
     desk.write("config.yaml", &config.replace("STRICT", "false"));
     let (found, said) = activations(&desk);
-    assert!(said.contains("1 file was skipped from where it breaks off: ") && said.contains("b.jsonl.gz"), "{said}");
+    assert!(said.contains("1 unreadable file was skipped, at least in part: ") && said.contains("b.jsonl.gz"), "{said}");
     assert!(!said.contains("bad record"), "{said}");
     assert_eq!(found, activations(&harvest(&parquet("pretokenized"), "")).0);
 }

@@ -193,6 +193,6 @@ fn sources_with_different_tokens_are_not_joined() {
         ),
     );
     let said = desk.refused(&["train", "config.yaml"]);
-    assert!(said.contains("the source `b` gives other tokens than the first"), "{said}");
+    assert!(said.contains("the source `b` returned different tokens from the first source"), "{said}");
     assert!(!desk.path("run").exists());
 }

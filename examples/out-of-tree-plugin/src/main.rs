@@ -1,4 +1,4 @@
-//! dictlearn with this plugin in it.
+//! dictlearn with this plugin linked in.
 
 // Linking a plugin registers it.
 use dictlearn as _;

@@ -1,13 +1,13 @@
-//! Trains a small GPT-NeoX language model and its tokenizer on a folder of texts, one of them held out. The bundled
-//! model `embedded:austen` was made with it from six public-domain novels by Jane Austen:
+//! Trains a small GPT-NeoX language model and its tokenizer on a folder of texts, one of them held out. It made the
+//! bundled model `embedded:austen` from six public-domain novels by Jane Austen:
 //!
 //! ```sh
 //! cargo run --release -p train_tiny_lm -- --data NOVELS --held-out persuasion --out plugins/embedded-austen
 //! ```
 //!
-//! `NOVELS` holds one .txt file a novel, as Project Gutenberg has them, without its header and footer. The program
-//! writes a model in Hugging Face's layout to `OUT/model`, with a model card that has the measured losses, and the
-//! texts to `OUT/text`.
+//! `NOVELS` holds one Project Gutenberg .txt file per novel, without its header and footer. The program writes a model
+//! in Hugging Face's layout to `OUT/model`, with a model card that reports the measured losses. It writes the texts to
+//! `OUT/text`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,16 +35,16 @@ const SEED: u64 = 1817;
 /// Trains a small GPT-NeoX and its tokenizer on a folder of texts.
 #[derive(Debug, Parser)]
 struct Args {
-    /// A folder of .txt files.
+    /// Folder of .txt files.
     #[arg(long)]
     data: PathBuf,
-    /// The file (without .txt) that is kept from training, to measure on.
+    /// File (without .txt) to hold out from training and evaluate on.
     #[arg(long)]
     held_out: String,
-    /// Files (without .txt) of the training text that is shipped beside the model for SAEs.
+    /// Training files (without .txt) to ship with the model as text for SAEs.
     #[arg(long, value_delimiter = ',', default_value = "emma,prideprejudice")]
     ship: Vec<String>,
-    /// Where `model/` and `text/` are written.
+    /// Output folder for `model/` and `text/`.
     #[arg(long)]
     out: PathBuf,
     /// Number of token ids.
@@ -56,13 +56,13 @@ struct Args {
     /// Number of layers.
     #[arg(long, default_value_t = 4)]
     layers: usize,
-    /// Attention heads.
+    /// Attention heads per layer.
     #[arg(long, default_value_t = 6)]
     heads: i64,
-    /// Tokens in a context.
+    /// Tokens per context.
     #[arg(long, default_value_t = 256)]
     context: usize,
-    /// Contexts in a batch.
+    /// Contexts per batch.
     #[arg(long, default_value_t = 8)]
     batch: usize,
     /// Training steps.
@@ -71,7 +71,7 @@ struct Args {
     /// Peak learning rate.
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
-    /// Decoder decay of the matrices.
+    /// Weight decay of the matrices.
     #[arg(long, default_value_t = 0.1)]
     weight_decay: f64,
     /// Compute products in bfloat16.
@@ -123,7 +123,7 @@ fn main() -> Result<()> {
     train_model(&args, &model, &train_tokens, &held_out_tokens)?;
 
     save(&model, &config, &model_dir)?;
-    // What is shipped is what is measured: the half-precision weights, read back.
+    // Measure the half-precision weights that are shipped.
     let (saved, _) = open_model(&model_dir.to_string_lossy(), Device::cuda_if_available(), Precision::Float32)?;
     let loss = held_out_loss(&*saved, &held_out_tokens, args.context);
     let parameters: usize = saved.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
@@ -204,7 +204,7 @@ fn train_tokenizer(novels: &[(String, Vec<String>)], vocab_size: usize) -> Resul
     json.parse().map_err(|error: tokenizers::Error| anyhow::anyhow!(error))
 }
 
-/// All chapters as one row of token ids, the end-of-text token before each.
+/// Returns all chapters as one row of token ids, with the end-of-text token before each.
 fn encode(tokenizer: &Tokenizer, novels: &[(String, Vec<String>)]) -> Result<Vec<i64>> {
     let end = tokenizer.token_to_id(END_OF_TEXT).context("the tokenizer has no end-of-text token")?;
     let mut tokens = Vec::new();
@@ -216,7 +216,7 @@ fn encode(tokenizer: &Tokenizer, novels: &[(String, Vec<String>)]) -> Result<Vec
     Ok(tokens)
 }
 
-/// Mean loss on `held_out`, in nats per token, of the frequencies in `train` with one added to each count.
+/// Returns the mean loss on `held_out`, in nats per token, of an add-one smoothed unigram model of `train`.
 fn unigram_loss(train: &[i64], held_out: &[i64], vocab_size: usize) -> f64 {
     let mut counts = vec![1.0_f64; vocab_size];
     train.iter().for_each(|token| counts[*token as usize] += 1.0);
@@ -283,7 +283,7 @@ fn train_model(args: &Args, model: &Decoder, train: &[i64], held_out: &[i64]) ->
     Ok(())
 }
 
-/// Mean loss in nats per token over consecutive contexts.
+/// Returns the mean loss over consecutive contexts, in nats per token.
 fn held_out_loss(model: &dyn LanguageModel, held_out: &[i64], context: usize) -> f64 {
     tch::no_grad(|| {
         let (mut sum, mut count) = (0.0, 0);

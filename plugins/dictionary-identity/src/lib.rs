@@ -1,13 +1,13 @@
-//! The identity: features are the activations themselves. A baseline for metrics and a check of a pipeline: it
-//! reconstructs everything and explains nothing.
+//! The identity dictionary: its features are the activations themselves. It is a baseline for metrics and a check of a
+//! pipeline: it reconstructs everything and explains nothing.
 //!
-//! It stands beside others in a run as `{name: identity, dictionary: {type: identity}, trainer: {type: standard}}`: there
-//! is nothing to train, and it is measured with them.
+//! Add it to a run as `{name: identity, dictionary: {type: identity}, trainer: {type: standard}}`. It has nothing to
+//! train, and the metrics evaluate it like every other SAE.
 
 use dictlearn_core::prelude::*;
 
-/// The identity dictionary. It has nothing to train and nothing to set.
-#[component(dictionary "identity", summary = "Features are the activations: a baseline, nothing to train",
+/// The identity dictionary. It has no parameters and no settings.
+#[component(dictionary "identity", summary = "Features are the activations: a baseline without parameters",
     example = "{type: identity}")]
 pub struct IdentityConfig {}
 

@@ -1,5 +1,5 @@
 //! The bundled language model and its text: a small GPT-NeoX trained by `examples/train_tiny_lm` on five novels by Jane
-//! Austen, with *Persuasion* held out. `model/README.md` has the measured losses.
+//! Austen, with *Persuasion* held out. `model/README.md` reports the measured losses.
 
 use dictlearn_core::data::text::EmbeddedText;
 use dictlearn_core::lm::EmbeddedModel;

@@ -1,13 +1,13 @@
-//! The Hugging Face Hub: files of models, datasets and published dictionaries, fetched once into the cache that every
-//! library of Hugging Face's shares, or read as they arrive; and dictionaries uploaded.
+//! The Hugging Face Hub. Downloads files of models, datasets and published dictionaries into the cache that all Hugging
+//! Face libraries share, or streams them. Uploads dictionaries.
 //!
-//! Everything is asked of the commit that a revision stands for, which is looked up once in a run: files that are used
-//! together are of one state of the repository. Without the Hub, or with `HF_HUB_OFFLINE`, what the cache has is used.
-//! A connection that breaks off is taken up where it broke; a busy Hub is asked again after a while.
+//! A run resolves each revision to a commit once, so that files used together come from one state of the repository.
+//! Without the Hub, or with `HF_HUB_OFFLINE`, only the cache is used. A broken connection resumes at the byte where it
+//! broke; requests to a busy Hub are retried after a pause.
 //!
-//! The environment is that of Hugging Face's own library: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH,
-//! HF_HUB_OFFLINE; SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE for the certificates to trust instead of the
-//! system's; HTTPS_PROXY and NO_PROXY.
+//! The environment variables are those of Hugging Face's own library: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN,
+//! HF_TOKEN_PATH, HF_HUB_OFFLINE; SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE for certificates to trust instead
+//! of the system's; HTTPS_PROXY and NO_PROXY.
 
 mod net;
 mod reader;
@@ -43,29 +43,29 @@ inventory::submit! {
     }
 }
 
-/// The Hub as it calls itself, whatever address it is asked at.
+/// The Hub's own address, which its answers use even through a mirror.
 const PUBLIC: &str = "https://huggingface.co";
-/// How long a connection may take to be made.
+/// Timeout for connecting.
 const CONNECT: Duration = Duration::from_secs(20);
-/// How long a connection may be silent.
+/// Timeout for a silent connection.
 const SILENCE: Duration = Duration::from_secs(60);
-/// How long the Hub may take to put a large file together, or to make a commit.
+/// Timeout for the Hub to assemble a large file or make a commit.
 const LONG: Duration = Duration::from_secs(600);
-/// What stays as it is in a segment of a file's URL.
+/// Characters to percent-encode in a segment of a file's URL.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// Speaks with the Hub, or reads its cache.
+/// A client of the Hub or, offline, of its cache.
 #[derive(Clone)]
 struct Client {
     agent: Agent,
-    /// The cache's folder.
+    /// Folder of the cache.
     cache: PathBuf,
     endpoint: String,
     token: Option<String>,
     offline: bool,
-    /// What was looked up in this run.
+    /// Repositories resolved in this run.
     snapshots: Arc<Mutex<HashMap<Repo, Arc<Snapshot>>>>,
-    /// What revisions are to stand for.
+    /// Commits that revisions must resolve to.
     pins: Arc<Mutex<HashMap<Repo, String>>>,
 }
 
@@ -74,16 +74,16 @@ struct Snapshot {
     commit: String,
     /// Paths of its files, sorted.
     files: Vec<String>,
-    /// Whether the Hub was not asked, so that `files` are those in the cache.
+    /// True if `files` come from the cache, not from the Hub.
     cached: bool,
 }
 
-/// The path that the first of these environment variables names.
+/// Returns the path in the first of these environment variables that is set.
 fn path_variable(names: &[&str]) -> Option<PathBuf> {
     variable(names).map(|(_, path)| expanded(&path))
 }
 
-/// Hugging Face's folder, where the cache and the token are.
+/// Returns Hugging Face's folder, which holds the cache and the token.
 fn home() -> Option<PathBuf> {
     let cache = || path_variable(&["XDG_CACHE_HOME"]).or_else(|| Some(env::home_dir()?.join(".cache")));
     path_variable(&["HF_HOME"]).or_else(|| Some(cache()?.join("huggingface")))
@@ -91,7 +91,7 @@ fn home() -> Option<PathBuf> {
 
 impl Client {
     fn from_environment() -> Result<Self> {
-        let home = home().context("no folder for the Hub's cache: set HF_HOME")?;
+        let home = home().context("cannot find a folder for the Hub's cache: set HF_HOME")?;
         let cache = path_variable(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).unwrap_or_else(|| home.join("hub"));
         let value = |names: &[&str]| variable(names).map(|(_, value)| value);
         let endpoint = value(&["HF_ENDPOINT"]).unwrap_or_else(|| PUBLIC.to_owned());
@@ -99,7 +99,7 @@ impl Client {
         if !endpoint.starts_with("http://") && !endpoint.starts_with("https://") {
             bail!(
                 InputError::new(format!("HF_ENDPOINT is `{endpoint}`, which is not an address"))
-                    .help("give it as http://... or https://..., or unset it")
+                    .help("set it to http://... or https://..., or unset it")
             );
         }
         let file = path_variable(&["HF_TOKEN_PATH"]).unwrap_or_else(|| home.join("token"));
@@ -111,7 +111,7 @@ impl Client {
         Ok(Client { agent, endpoint, token, offline, ..Client::of_cache(cache) })
     }
 
-    /// Reads a cache alone.
+    /// Makes an offline client of a cache.
     fn of_cache(cache: PathBuf) -> Self {
         Client {
             agent: Agent::new_with_defaults(),
@@ -124,48 +124,48 @@ impl Client {
         }
     }
 
-    /// The repository's folder in the cache.
+    /// Returns the repository's folder in the cache.
     fn folder(&self, repo: &Repo) -> PathBuf {
         let kind = if repo.kind == RepoKind::Dataset { "datasets" } else { "models" };
         self.cache.join(format!("{kind}--{}", repo.id.replace('/', "--")))
     }
 
-    /// A file of the repository at a commit in the cache, or the folder of all of them.
+    /// Returns the cache's path of a file at a commit, or of the commit's folder if `path` is empty.
     fn pointer(&self, repo: &Repo, commit: &str, path: &str) -> PathBuf {
         let files = self.folder(repo).join("snapshots").join(commit);
         if path.is_empty() { files } else { files.join(path) }
     }
 
-    /// The file of the cache that says which commit the repository's revision stands for.
+    /// Returns the cache's file that maps the repository's revision to a commit.
     fn reference(&self, repo: &Repo) -> PathBuf {
         self.folder(repo).join("refs").join(&repo.revision)
     }
 
-    /// The repository's page.
+    /// Returns the URL of the repository's page.
     fn page(&self, repo: &Repo) -> String {
         let kind = if repo.kind == RepoKind::Dataset { "datasets/" } else { "" };
         format!("{}/{kind}{}", self.endpoint, repo.id)
     }
 
-    /// The address at which the Hub takes something about the repository's revision.
+    /// Returns the URL of an API method for the repository's revision.
     fn api(&self, repo: &Repo, what: &str) -> String {
         let kind = if repo.kind == RepoKind::Dataset { "datasets" } else { "models" };
         format!("{}/api/{kind}/{}/{what}/{}", self.endpoint, repo.id, segment(&repo.revision))
     }
 
-    /// What the Hub says of the repository at its revision.
+    /// Fetches the Hub's information about the repository at its revision.
     fn info(&self, repo: &Repo) -> Result<Value, Failure> {
         Ok(self.get(&self.api(repo, "revision"), 0)?.body_mut().read_json::<Value>()?)
     }
 
-    /// The repository at the commit that its revision is to stand for, if one is said.
+    /// Returns the repository with its revision replaced by the pinned commit, if any.
     fn pinned(&self, repo: &Repo) -> Repo {
         let pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
         let revision = pins.get(repo).unwrap_or(&repo.revision);
         Repo { revision: revision.clone(), ..repo.clone() }
     }
 
-    /// The snapshot of a repository and the place in the cache of a file that it has.
+    /// Returns the snapshot of a repository and the cache's path of a file; `None` if the repository lacks the file.
     fn located(&self, repo: &Repo, path: &str) -> Result<Option<(Arc<Snapshot>, PathBuf)>> {
         let snapshot = self.snapshot(repo)?;
         if !snapshot.files.iter().any(|file| file == path) {
@@ -175,7 +175,7 @@ impl Client {
         Ok(Some((snapshot, pointer)))
     }
 
-    /// The repository's files and commit, as the Hub knows them or, if it cannot be asked, as the cache has them.
+    /// Returns the repository's files and commit, from the Hub or, if it does not answer, from the cache.
     fn snapshot(&self, repo: &Repo) -> Result<Arc<Snapshot>> {
         let mut known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(snapshot) = known.get(repo) {
@@ -192,19 +192,18 @@ impl Client {
         if self.offline {
             return cached.ok_or_else(|| {
                 InputError::new(format!("the {kind} `{repo}` is not in the Hub's cache, {}", self.cache.display()))
-                    .help("HF_HUB_OFFLINE is set, so it is not fetched")
+                    .help("unset HF_HUB_OFFLINE to download it")
                     .into()
             });
         }
-        // Who has it need not wait long for the Hub.
+        // With a cached copy, do not wait long for the Hub.
         let patience = if cached.is_some() { &PATIENT[..1] } else { &PATIENT };
         let info = patiently(patience, &format!("the {kind} `{repo}`"), || self.info(repo));
         let info = match (info, cached) {
             (Ok(info), _) => info,
             (Err(failure), Some(cached)) if failure.is_silence() => {
                 tracing::warn!(
-                    "the Hub cannot be asked for the {kind} `{repo}` ({failure}); the cache has it at commit {}, \
-                     which is used",
+                    "the Hub does not answer for the {kind} `{repo}` ({failure}); using the cached commit {}",
                     cached.commit
                 );
                 return Ok(cached);
@@ -212,8 +211,8 @@ impl Client {
             (Err(failure), _) => return Err(self.explain(repo, failure)),
         };
         let commit = info.get("sha").and_then(Value::as_str);
-        let commit = commit.with_context(|| format!("the Hub names no commit of the {kind} `{repo}`"))?;
-        ensure!(commit.chars().all(|c| c.is_ascii_alphanumeric()), "the Hub names a strange commit, `{commit}`");
+        let commit = commit.with_context(|| format!("the Hub returned no commit of the {kind} `{repo}`"))?;
+        ensure!(commit.chars().all(|c| c.is_ascii_alphanumeric()), "the Hub returned an invalid commit, `{commit}`");
         let files = info.get("siblings").and_then(Value::as_array).into_iter().flatten();
         let mut files: Vec<String> = files
             .filter_map(|file| file.get("rfilename")?.as_str())
@@ -224,7 +223,7 @@ impl Client {
         Ok(Snapshot { commit: commit.to_owned(), files, cached: false })
     }
 
-    /// The repository as far as the cache has it.
+    /// Returns the cached part of a repository; `None` if the cache has nothing of it.
     fn cached(&self, repo: &Repo) -> Option<Snapshot> {
         let commit = fs::read_to_string(self.reference(repo));
         let commit = commit.map_or_else(|_| repo.revision.clone(), |commit| commit.trim().to_owned());
@@ -248,45 +247,42 @@ impl Client {
         Some(Snapshot { commit, files, cached: true })
     }
 
-    /// What the user is told when a repository cannot be read.
+    /// Returns the error for a repository that cannot be read.
     fn explain(&self, repo: &Repo, failure: Failure) -> anyhow::Error {
         let kind = repo.kind;
         let login = match self.token.is_some() {
-            true => "with the account that your token is of",
+            true => "with the account of your token",
             false => "then set HF_TOKEN to a token of that account (or run `hf auth login`)",
         };
         let error = match (failure.status(), failure.code()) {
             (Some(401 | 403), "GatedRepo") => {
-                InputError::new(format!("the {kind} `{repo}` is gated: only who has accepted its terms may read it"))
+                InputError::new(format!("the {kind} `{repo}` is gated: you must accept its terms to read it"))
                     .help(format!("accept them at {}, {login}", self.page(repo)))
             }
             (Some(404), "RevisionNotFound") => {
                 InputError::new(format!("the {kind} `{}` has no revision `{}`", repo.id, repo.revision))
-                    .help(format!("its revisions are at {}/tree/main", self.page(repo)))
+                    .help(format!("its revisions are listed at {}/tree/main", self.page(repo)))
             }
-            // To who may not see it the Hub does not say that there is such a repository.
+            // The Hub does not reveal private repositories.
             (Some(404), _) | (Some(401), "RepoNotFound") => {
                 let token = match self.token.is_some() {
                     true => "and whether your token may read it",
                     false => "or set HF_TOKEN to read a private one",
                 };
-                // A model's name is tried as a folder's first.
+                // A model's name is first tried as a folder.
                 let folder = if kind == RepoKind::Model { "; there is no folder of that name" } else { "" };
                 InputError::new(format!("the Hub has no {kind} `{}`, or it is private", repo.id))
                     .help(format!("check the name, {token}{folder}"))
             }
             (Some(401), _) if self.token.is_some() => {
                 InputError::new(format!("the Hub does not accept your token: {failure}"))
-                    .help("make a new one at the Hub, and set HF_TOKEN or run `hf auth login`")
+                    .help("create a new token on the Hub, and set HF_TOKEN or run `hf auth login`")
             }
-            (Some(401 | 403), _) => {
-                InputError::new(format!("the Hub does not let you read the {kind} `{repo}`: {failure}"))
-                    .help(format!("ask for access at {}, {login}", self.page(repo)))
-            }
+            (Some(401 | 403), _) => InputError::new(format!("you have no access to the {kind} `{repo}`: {failure}"))
+                .help(format!("request access at {}, {login}", self.page(repo))),
             (Some(429), _) => {
-                let help =
-                    if self.token.is_some() { "" } else { ", or set HF_TOKEN: who is logged in may ask more often" };
-                return anyhow!("the Hub wants fewer requests ({failure}): wait some minutes{help}");
+                let help = if self.token.is_some() { "" } else { ", or set HF_TOKEN: a token raises the limit" };
+                return anyhow!("the Hub's rate limit is exceeded ({failure}): wait a few minutes{help}");
             }
             (None, trouble::CERTIFICATE) => {
                 InputError::new(format!("the certificate of {} is not trusted: {failure}", self.endpoint))
@@ -294,7 +290,7 @@ impl Client {
             }
             _ => {
                 return anyhow!(
-                    "the {kind} `{repo}` cannot be read from the Hub at {}: {failure}; the cache, {}, does not have it",
+                    "cannot read the {kind} `{repo}` from the Hub at {}: {failure}; it is not in the cache, {}",
                     self.endpoint,
                     self.cache.display()
                 );
@@ -303,7 +299,7 @@ impl Client {
         error.into()
     }
 
-    /// A file as it arrives, from byte `from` on.
+    /// Streams a file from byte `from` on. Also returns its version (etag).
     fn remote(&self, repo: &Repo, commit: &str, path: &str, from: u64) -> Result<(Remote, String)> {
         let segments: Vec<String> = path.split('/').map(segment).collect();
         let url = format!("{}/resolve/{}/{}", self.page(repo), segment(commit), segments.join("/"));
@@ -315,16 +311,16 @@ impl Client {
             let response = client.get(&url, from)?;
             let skip = if response.status() == 206 { 0 } else { from };
             let mut body = response.into_body().into_reader();
-            // Who answers with the whole file all the same is heard to where it broke off.
+            // A server that ignores the range sends the whole file: skip its beginning.
             std::io::copy(&mut body.by_ref().take(skip), &mut std::io::sink())?;
             Ok(Box::new(body) as Box<dyn Read + Send>)
         };
         Ok((Remote::new(what, size, from, open), etag))
     }
 
-    /// Size and version of a file.
+    /// Returns the size and version (etag) of a file.
     fn about(&self, url: &str) -> Result<(u64, String), Failure> {
-        // Of a large file the Hub says them as it redirects to where the file lies; of others whoever has it.
+        // For a large file they are in the Hub's redirection; for others, in the final response.
         let is_linked = |response: &Response<Body>| response.headers().contains_key("x-linked-etag");
         let mut response = self.follow(url, Some("bytes=0-0"), is_linked)?;
         // An empty file has no first byte.
@@ -341,16 +337,17 @@ impl Client {
         let etag = header("x-linked-etag").or_else(|| header("etag"));
         match (size, etag) {
             (Some(size), Some(etag)) => Ok((size, etag.trim_start_matches("W/").replace('"', ""))),
-            _ => Err(Failure::lasting(format!("{url} does not say how long the file is, and of which version"))),
+            _ => Err(Failure::lasting(format!("the response from {url} lacks the file's size or version"))),
         }
     }
 
-    /// The same of a file. What a file is refused with does not say why, so the repository is asked.
+    /// Returns the error for a file that cannot be read. Refusals of files give no reason, so this asks for the
+    /// repository.
     fn explain_file(&self, repo: &Repo, failure: Failure) -> anyhow::Error {
         if !matches!(failure.status(), Some(401 | 403)) {
             return self.explain(repo, failure);
         }
-        // Everybody may read about a gated repository.
+        // The information about a gated repository is public.
         let gated = Failure::refused(failure.status(), "GatedRepo");
         match self.info(repo) {
             Ok(info) if info.get("gated").is_none_or(|gated| *gated == Value::Bool(false)) => {
@@ -361,10 +358,10 @@ impl Client {
         }
     }
 
-    /// Fetches a file into the cache, or what is missing of it.
+    /// Downloads a file into the cache, resuming a partial download.
     fn fetch(&self, repo: &Repo, commit: &str, path: &str) -> Result<PathBuf> {
         let (mut remote, etag) = self.remote(repo, commit, path, 0)?;
-        ensure!(is_plain(&etag), "the Hub names a strange version of {path}, `{etag}`");
+        ensure!(is_plain(&etag), "the Hub returned an invalid version of {path}, `{etag}`");
         let (blob, pointer) = (self.folder(repo).join("blobs").join(&etag), self.pointer(repo, commit, path));
         let made =
             |at: &Path, done: std::io::Result<()>| done.with_context(|| format!("cannot write {}", at.display()));
@@ -372,11 +369,11 @@ impl Client {
             let folder = file.parent().context("a file of the cache lies in a folder")?;
             made(folder, fs::create_dir_all(folder))?;
         }
-        // Two programs that want the same file fetch it once. The lock ends with the file that it is on.
+        // The lock lets concurrent programs download the file only once. It is released when the file is closed.
         let lock = blob.with_extension("lock");
         let lock = File::create(&lock).with_context(|| format!("cannot write {}", lock.display()))?;
         if lock.try_lock().is_err() {
-            tracing::info!("another program is fetching {path} of `{repo}`; waiting for it");
+            tracing::info!("waiting for another program that is downloading {path} of `{repo}`");
             lock.lock().context("cannot wait for the other program")?;
         }
         if !blob.exists() {
@@ -385,7 +382,7 @@ impl Client {
             made(&blob, fs::rename(&part, &blob))?;
         }
         let _ = fs::remove_file(blob.with_extension("lock"));
-        // A pointer whose blob was removed is in the way of a new one.
+        // Remove a dangling pointer, whose blob was deleted.
         if !pointer.exists() {
             let _ = fs::remove_file(&pointer);
             made(&pointer, point(&pointer, &blob, Path::new(path)))?;
@@ -398,7 +395,7 @@ impl Client {
         Ok(pointer)
     }
 
-    /// Writes what is missing of a file.
+    /// Appends the missing bytes to a partial download.
     fn fetch_to(&self, part: &Path, path: &str, remote: &mut Remote) -> std::io::Result<()> {
         let mut file = OpenOptions::new().append(true).create(true).open(part)?;
         let mut there = file.metadata()?.len();
@@ -421,11 +418,11 @@ impl Client {
     }
 }
 
-/// Makes a pointer of a snapshot to its blob, as Hugging Face's own library does: `path` is the pointer's in the snapshot.
+/// Links a snapshot's file to its blob, as Hugging Face's own library does. `path` is the file's path in the snapshot.
 fn point(pointer: &Path, blob: &Path, path: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     {
-        // Out of the file's folders, of the commit and of `snapshots`.
+        // Up through the file's folders, the commit and `snapshots`.
         let up: PathBuf = std::iter::repeat_n("..", path.components().count() + 1).collect();
         let blob = blob.strip_prefix(blob.parent().and_then(Path::parent).unwrap_or(blob)).unwrap_or(blob);
         std::os::unix::fs::symlink(up.join(blob), pointer)
@@ -437,12 +434,12 @@ fn point(pointer: &Path, blob: &Path, path: &Path) -> std::io::Result<()> {
     }
 }
 
-/// A name as it stands in a URL's path.
+/// Percent-encodes a segment of a URL's path.
 fn segment(text: &str) -> String {
     utf8_percent_encode(text, SEGMENT).to_string()
 }
 
-/// Whether a path stays below the folder that it is put in.
+/// True if a path is relative and has no `.` or `..`, so that it stays below any folder it is joined to.
 fn is_plain(path: &str) -> bool {
     !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
 }
@@ -463,7 +460,7 @@ impl Hub for Client {
         if pointer.exists() {
             return Ok(Some(pointer));
         }
-        ensure!(!snapshot.cached, "{} has gone from the Hub's cache", pointer.display());
+        ensure!(!snapshot.cached, "{} was deleted from the Hub's cache", pointer.display());
         self.fetch(repo, &snapshot.commit, path).map(Some)
     }
 
@@ -519,7 +516,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_that_leave_their_folder() {
+    fn paths_that_leave_their_folder_are_not_plain() {
         for path in ["", "..", "../a", "a/../../b", "/a", "."] {
             assert!(!is_plain(path), "{path}");
         }

@@ -1,4 +1,4 @@
-//! Requests: whose certificates are trusted, where redirections lead, and who gets the token.
+//! HTTP requests: trusted certificates, redirections, and which hosts receive the token.
 
 use std::env;
 use std::path::PathBuf;
@@ -12,18 +12,18 @@ use ureq::{Agent, Body};
 use crate::trouble::{self, Failure};
 use crate::{CONNECT, Client, LONG, PUBLIC, SILENCE};
 
-/// The variables that name trusted certificates, by precedence: OpenSSL's, those of Python's requests, and curl's.
+/// Variables that name trusted certificates, in order of precedence: OpenSSL's, those of Python's requests, curl's.
 const CERTIFICATES: [&str; 4] = ["SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"];
-/// Redirections that are followed.
+/// Maximum number of redirections to follow.
 const REDIRECTIONS: usize = 10;
 
-/// The name and value of the first of these environment variables that is set and not empty.
+/// Returns the name and value of the first of these environment variables that is set and not empty.
 pub fn variable<'a>(names: &[&'a str]) -> Option<(&'a str, String)> {
     let set = names.iter().filter_map(|name| Some((*name, env::var(name).ok()?)));
     set.into_iter().find(|(_, value)| !value.trim().is_empty())
 }
 
-/// A path from the environment with `~`, `$NAME` and `${NAME}` expanded, as Hugging Face's library does.
+/// Expands `~`, `$NAME` and `${NAME}` in a path from the environment, as Hugging Face's library does.
 pub fn expanded(path: &str) -> PathBuf {
     let (mut out, mut rest) = (String::new(), path);
     while let Some((before, after)) = rest.split_once('$') {
@@ -50,7 +50,7 @@ pub fn expanded(path: &str) -> PathBuf {
     }
 }
 
-/// What sends all requests. Redirections are not its business: they would lose a body, or take the token elsewhere.
+/// Makes the agent that sends all requests. It follows no redirections: these could lose a body or leak the token.
 pub fn agent() -> Result<Agent> {
     let agent = Agent::config_builder()
         .tls_config(TlsConfig::builder().root_certs(trusted()?).build())
@@ -65,7 +65,7 @@ pub fn agent() -> Result<Agent> {
     Ok(agent.into())
 }
 
-/// The certificates to trust: those that the environment names, or the system's, or Mozilla's where the system has none.
+/// Returns the certificates to trust: those named by the environment, else the system's, else Mozilla's.
 fn trusted() -> Result<RootCerts> {
     let named = variable(&CERTIFICATES);
     let found = match &named {
@@ -79,10 +79,10 @@ fn trusted() -> Result<RootCerts> {
     let certificates = found.certs.iter().map(|certificate| Certificate::from_der(certificate).to_owned());
     match named {
         Some((name, path)) if found.certs.is_empty() => {
-            let why = found.errors.first().map_or("there is no certificate in it".to_owned(), ToString::to_string);
+            let why = found.errors.first().map_or("it has no certificates".to_owned(), ToString::to_string);
             bail!(
                 InputError::new(format!("{name} is `{path}`: {why}"))
-                    .help("name a file of certificates in PEM form (-----BEGIN CERTIFICATE-----), or unset it")
+                    .help("set it to a file of PEM certificates (-----BEGIN CERTIFICATE-----), or unset it")
             )
         }
         None if found.certs.is_empty() => Ok(RootCerts::WebPki),
@@ -90,26 +90,24 @@ fn trusted() -> Result<RootCerts> {
     }
 }
 
-/// What to do about a server whose certificate nobody trusted has signed.
+/// Returns the help for a server whose certificate is not trusted.
 pub fn certificate_help() -> String {
     match variable(&CERTIFICATES) {
         Some((name, path)) => {
-            format!("add the certificate of the authority that signed it to {path}, which {name} names")
+            format!("add the certificate of the signing authority to {path}, set by {name}")
         }
-        None => {
-            "if your network inspects TLS, set SSL_CERT_FILE to a file with the certificate of its authority".to_owned()
-        }
+        None => "if your network inspects TLS, set SSL_CERT_FILE to a file with its authority's certificate".to_owned(),
     }
 }
 
-/// Scheme, host and port of an address.
+/// Returns scheme, host and port of a URL.
 fn origin(url: &str) -> Option<&str> {
     let (scheme, rest) = url.split_once("://")?;
     let host = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     (["http", "https"].contains(&scheme) && host > 0).then(|| &url[..scheme.len() + 3 + host])
 }
 
-/// The address that a redirection from `base` leads to.
+/// Returns the URL that a redirection from `base` leads to; `None` if it is not http or https.
 fn joined(base: &str, location: &str) -> Option<String> {
     let own = origin(base)?;
     let location = location.split('#').next().unwrap_or_default();
@@ -127,14 +125,14 @@ fn joined(base: &str, location: &str) -> Option<String> {
 }
 
 impl Client {
-    /// Gets what is at an address, from byte `from` on.
+    /// Sends a GET request for the bytes from `from` on.
     pub(crate) fn get(&self, url: &str, from: u64) -> Result<Response<Body>, Failure> {
         let range = (from > 0).then(|| format!("bytes={from}-"));
         Failure::check(self.follow(url, range.as_deref(), |_| false)?)
     }
 
-    /// Gets what is at an address, following redirections as far as the first answer that is `enough`. The token goes to
-    /// the Hub alone, by the address that is in use or by its own, to which mirrors redirect.
+    /// Sends a GET request, and follows redirections up to the first response that is `enough`. The token is sent only
+    /// to the endpoint, and to the Hub's own address, to which mirrors redirect.
     pub(crate) fn follow(
         &self,
         url: &str,
@@ -173,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn redirections_lead_to_addresses() {
+    fn redirections_resolve_to_http_urls_only() {
         let base = "https://mirror:8443/hub/a/resolve/x?y=1";
         for (location, url) in [
             ("https://cdn.example/b?c=d#e", "https://cdn.example/b?c=d"),
@@ -190,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_of_the_environment_are_expanded() {
+    fn home_and_variables_in_paths_are_expanded() {
         let home = env::home_dir().unwrap();
         assert_eq!(expanded("~"), home);
         assert_eq!(expanded("~/hf"), home.join("hf"));

@@ -1,4 +1,4 @@
-//! A file of the Hub, read as it arrives, over connections that may break.
+//! Streams a file of the Hub over connections that may break.
 
 use std::io::{self, Read};
 
@@ -9,21 +9,21 @@ use crate::trouble::{Failure, PATIENT, pause};
 type Body = Box<dyn Read + Send>;
 type Open = dyn FnMut(u64) -> Result<Body, Failure> + Send;
 
-/// A file that is read over the network and taken up where the connection broke.
+/// A file read over the network. After a broken connection, reading resumes at the same byte.
 pub struct Remote {
-    /// Which file, for messages.
+    /// Name of the file, for messages.
     what: String,
     size: u64,
     position: u64,
-    /// Connects from a byte on.
+    /// Opens a connection that starts at a given byte.
     open: Box<Open>,
     body: Option<Body>,
-    /// Failures since something was read last.
+    /// Failures since the last successful read.
     failures: usize,
 }
 
 impl Remote {
-    /// A file of `size` bytes that is read from byte `position` on. `open` connects from a given byte.
+    /// Makes a reader of a file of `size` bytes, from byte `position` on. `open` connects from a given byte.
     pub fn new(
         what: String,
         size: u64,
@@ -33,17 +33,17 @@ impl Remote {
         Remote { what, size, position, open: Box::new(open), body: None, failures: 0 }
     }
 
-    /// The length of the file.
+    /// Returns the length of the file in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// How far it is read.
+    /// Returns the position of the next byte.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Reads on from byte `position`.
+    /// Continues at byte `position`.
     pub fn skip_to(&mut self, position: u64) {
         (self.position, self.body) = (position, None);
     }
@@ -62,7 +62,7 @@ impl Remote {
 
 impl Read for Remote {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        // A server that goes on past the end of the file is not listened to.
+        // Ignore bytes beyond the end of the file.
         let left = usize::try_from(self.size - self.position).unwrap_or(usize::MAX);
         let wanted = bytes.len().min(left);
         if wanted == 0 {

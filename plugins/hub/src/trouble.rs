@@ -1,4 +1,4 @@
-//! What goes wrong with a request: what passes and is tried again, and what does not.
+//! Failures of requests: transient ones are retried, lasting ones are not.
 
 use std::fmt;
 use std::io;
@@ -13,28 +13,28 @@ use ureq::http::Response;
 
 /// Pauses between attempts, in milliseconds.
 pub const PATIENT: [u64; 4] = [250, 1_000, 4_000, 16_000];
-/// The longest pause that a server may ask for: the Hub counts requests in windows of five minutes.
+/// Maximum pause that a server may request: the Hub's rate limits use windows of five minutes.
 const LONGEST: Duration = Duration::from_secs(300);
 
-/// The code of a failure to trust a server's certificate.
+/// Code of a failure to trust a server's certificate.
 pub const CERTIFICATE: &str = "Certificate";
-/// Whether a server has answered since the program began.
+/// True once a server has answered in this process.
 static REACHED: AtomicBool = AtomicBool::new(false);
 
-/// Notes that a server has answered: one that refuses connections later is down for a moment, and not elsewhere.
+/// Records that a server has answered. Refused connections then count as transient.
 pub fn reached() {
     REACHED.store(true, Ordering::Relaxed);
 }
 
-/// Why a request gave nothing.
+/// Why a request failed.
 #[derive(Debug)]
 pub struct Failure {
     why: String,
     passing: bool,
     status: Option<u16>,
-    /// The Hub's own name for it: `GatedRepo`.
+    /// The Hub's error code, such as `GatedRepo`.
     code: String,
-    /// How long the server wants to be left alone.
+    /// Pause that the server requests.
     pause: Option<Duration>,
 }
 
@@ -48,31 +48,31 @@ impl Failure {
         Failure { status: Some(status), ..Failure::new(format!("status {status}"), passing) }
     }
 
-    /// A refusal that the Hub gives this name.
+    /// A refusal with this error code of the Hub.
     pub fn refused(status: Option<u16>, code: &str) -> Self {
         Failure { status, code: code.to_owned(), ..Failure::new(code.to_owned(), false) }
     }
 
-    /// What stays as it is: an answer that makes no sense, a file that cannot be read.
+    /// A failure that retrying does not fix: an invalid response, an unreadable file.
     pub fn lasting(why: impl Into<String>) -> Self {
         Failure::new(why.into(), false)
     }
 
-    /// The user breaks it off.
+    /// An interruption by the user.
     pub fn interrupted() -> Self {
         Failure::lasting("interrupted")
     }
 
-    /// The same, which passes.
+    /// Marks the failure as transient.
     pub fn passing(self) -> Self {
         Failure { passing: true, ..self }
     }
 
-    /// A connection that could not be made, or broke.
+    /// A failure to connect, or a broken connection.
     fn of_connection(error: &io::Error) -> Self {
         let why = error.to_string();
         let passing = match error.kind() {
-            // What TLS does not accept; a name that is not there, other than a name server that does not answer.
+            // A TLS error. Below: an unknown host is lasting, a name server that does not answer is transient.
             io::ErrorKind::InvalidData => false,
             _ if why.contains("failed to lookup") => why.contains("Temporary failure"),
             io::ErrorKind::ConnectionRefused => REACHED.load(Ordering::Relaxed),
@@ -82,7 +82,7 @@ impl Failure {
         Failure { code, ..Failure::new(why, passing) }
     }
 
-    /// Passes on a response that is a success.
+    /// Returns a successful response unchanged, and any other as a failure.
     pub fn check(mut response: Response<Body>) -> Result<Response<Body>, Failure> {
         let status = response.status();
         if status.is_success() {
@@ -105,22 +105,22 @@ impl Failure {
         Err(failure)
     }
 
-    /// Whether it may be otherwise a little later.
+    /// True if retrying may succeed.
     pub fn is_passing(&self) -> bool {
         self.passing
     }
 
-    /// Whether the server gave no answer, or none that says anything about what was asked.
+    /// True if the server did not answer, or its answer says nothing about the request itself.
     pub fn is_silence(&self) -> bool {
         self.passing || self.status.is_none()
     }
 
-    /// The HTTP status, if there was an answer.
+    /// Returns the HTTP status, if there was a response.
     pub fn status(&self) -> Option<u16> {
         self.status
     }
 
-    /// The Hub's own name for it, or nothing.
+    /// Returns the Hub's error code; may be empty.
     pub fn code(&self) -> &str {
         &self.code
     }
@@ -139,7 +139,7 @@ impl From<ureq::Error> for Failure {
             StatusCode(status) => Failure::of_status(status),
             Io(error) => Failure::of_connection(&error),
             Timeout(_) | ConnectionFailed | Protocol(_) => Failure::new(error.to_string(), true),
-            HostNotFound => Failure::new("there is no host of that name".to_owned(), false),
+            HostNotFound => Failure::new("host not found".to_owned(), false),
             other => Failure::new(other.to_string(), false),
         }
     }
@@ -151,11 +151,11 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// Waits before the next attempt, and says so.
+/// Waits before the next attempt, and logs pauses of a second or more.
 pub fn pause(what: &str, failure: &Failure, milliseconds: u64) {
     let pause = failure.pause.unwrap_or(Duration::from_millis(milliseconds)).min(LONGEST);
     if pause >= Duration::from_secs(1) {
-        tracing::info!("{what}: {failure}; trying again in {} s", pause.as_secs());
+        tracing::info!("{what}: {failure}; retrying in {} s", pause.as_secs());
     }
     let until = Instant::now() + pause;
     while Instant::now() < until && !interrupt::asked() {
@@ -163,7 +163,7 @@ pub fn pause(what: &str, failure: &Failure, milliseconds: u64) {
     }
 }
 
-/// Tries again, after these pauses in milliseconds, what fails in a way that passes.
+/// Calls `attempt`, and retries transient failures after these pauses in milliseconds.
 pub fn patiently<T>(pauses: &[u64], what: &str, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
     for milliseconds in pauses {
         if interrupt::asked() {
@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_pass_is_not_tried_again() {
+    fn only_transient_failures_are_retried() {
         let error =
             |kind: io::ErrorKind, why: &str| Failure::from(ureq::Error::Io(io::Error::new(kind, why.to_owned())));
         let other = io::ErrorKind::Other;
@@ -207,7 +207,7 @@ mod tests {
         ] {
             assert!(passing.is_passing(), "{passing}");
         }
-        // A host that has answered is down for a moment.
+        // After a server has answered, a refused connection is transient.
         reached();
         assert!(error(io::ErrorKind::ConnectionRefused, "refused").is_passing());
     }

@@ -1,8 +1,8 @@
-//! Files to the Hub: large ones go into its store first, then one commit names all of them.
+//! Uploads files to the Hub: first large files into its store, then one commit of all files.
 //!
-//! The Hub says of each file whether it is large. A large one is known by its SHA-256: what the store has is not sent
-//! again. Until the commit nothing that was sent can be seen, so that whatever breaks off before it leaves no trace but
-//! an empty repository or branch, where that was made.
+//! The Hub decides which files are large. It identifies them by SHA-256, and files already in the store are not sent
+//! again. Uploaded files are invisible until the commit. An upload that fails before it leaves at most a new empty
+//! repository or branch.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -26,41 +26,41 @@ use ureq::{Body, SendBody};
 use crate::trouble::{self, Failure, PATIENT, patiently};
 use crate::{Client, PUBLIC};
 
-/// How much of a file the Hub wants to see to say whether it is large.
+/// Bytes of a file's beginning that the Hub inspects to decide whether it is large.
 const SAMPLE: u64 = 512;
-/// Files in one question.
+/// Maximum number of files in one request.
 const AT_ONCE: usize = 256;
-/// The type of what the large files' store is asked.
+/// Content type of requests to the store of large files.
 const LFS: &str = "application/vnd.git-lfs+json";
 
-/// A file on its way.
+/// A file to upload.
 struct Pending<'a> {
     file: &'a Upload,
     size: u64,
-    /// Whether it goes into the store of large files.
+    /// True if it goes into the store of large files.
     large: bool,
-    /// SHA-256 of a large file; of another the name that git gives its content.
+    /// SHA-256 of a large file, git's blob hash of any other.
     oid: String,
-    /// Whether the branch has it with this content.
+    /// True if the branch already has the file with this content.
     unchanged: bool,
 }
 
-/// What the Hub says of a file before it is sent.
+/// The Hub's answer about a file before it is sent.
 struct Mode {
     large: bool,
     ignored: bool,
-    /// What the branch has there now.
+    /// Hash of the file on the branch.
     oid: Option<String>,
 }
 
-/// A file's bytes on their way, some of them or all.
+/// Reader of a range of a file's bytes that are being sent.
 struct Sending<'a> {
     from: Box<dyn Read>,
     left: u64,
-    /// How much of the whole file is sent.
+    /// Bytes sent of the whole file.
     done: u64,
     progress: &'a mut Progress,
-    /// Why it ended early, if that is not the network's fault.
+    /// Why sending stopped early, if the cause is local.
     broken: Option<Failure>,
 }
 
@@ -73,7 +73,7 @@ impl Read for Sending<'_> {
         let read = match interrupt::asked() {
             true => Err(Failure::interrupted()),
             false => match self.from.read(&mut bytes[..wanted]) {
-                Ok(0) => Err(Failure::lasting("the file has become shorter")),
+                Ok(0) => Err(Failure::lasting("the file was truncated during the upload")),
                 Ok(count) => Ok(count),
                 Err(error) => Err(Failure::lasting(error.to_string())),
             },
@@ -94,7 +94,7 @@ impl Read for Sending<'_> {
     }
 }
 
-/// A file's bytes from one on.
+/// Opens a file at byte `from`.
 fn open(content: &Content, from: u64) -> io::Result<Box<dyn Read>> {
     Ok(match content {
         Content::Bytes(bytes) => {
@@ -117,7 +117,7 @@ fn size(content: &Content) -> io::Result<u64> {
     })
 }
 
-/// Where a file lies, for messages.
+/// Returns where a file is, for messages.
 fn place(file: &Upload) -> String {
     match &file.content {
         Content::Bytes(_) => file.path.clone(),
@@ -129,7 +129,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The hash of a file's bytes after `head`.
+/// Returns the hash of `head` followed by the file's bytes, in hex.
 fn hash<D: Digest>(content: &Content, head: &str) -> Result<String> {
     let mut from = open(content, 0)?;
     let mut hash = D::new_with_prefix(head);
@@ -148,7 +148,7 @@ fn json_of(mut response: Response<Body>) -> Result<Value, Failure> {
     Ok(response.body_mut().read_json::<Value>()?)
 }
 
-/// Tries again what passes, unless the user breaks it off.
+/// Retries transient failures, unless the user interrupts.
 fn persist<T>(what: &str, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, Failure> {
     patiently(&PATIENT, what, || match interrupt::asked() {
         true => Err(Failure::interrupted()),
@@ -181,13 +181,13 @@ impl Client {
         pending.retain(|one| {
             let ignored = modes.get(&one.file.path).is_some_and(|mode| mode.ignored);
             if ignored {
-                tracing::warn!("{} is left out: the repository's .gitignore names it", one.file.path);
+                tracing::warn!("skipping {}: the repository's .gitignore excludes it", one.file.path);
             }
             !ignored
         });
         for one in &mut pending {
             let mode = modes.get(&one.file.path).with_context(|| strange(&format!("nothing of {}", one.file.path)))?;
-            // The store takes no empty files.
+            // The store does not accept empty files.
             one.large = mode.large && one.size > 0;
             let content = &one.file.content;
             let oid = match one.large {
@@ -199,11 +199,11 @@ impl Client {
         }
         let unchanged = pending.iter().filter(|one| one.unchanged).count();
         if unchanged == pending.len() {
-            tracing::info!("`{repo}` has all of it already");
+            tracing::info!("`{repo}` already has all files");
             return self.last_commit(repo).map_err(refused);
         }
         if unchanged > 0 {
-            tracing::info!("{unchanged} of {} files are there already", pending.len());
+            tracing::info!("{unchanged} of {} files are already uploaded", pending.len());
         }
         let large: Vec<&Pending> = pending.iter().filter(|one| one.large && !one.unchanged).collect();
         for some in large.chunks(AT_ONCE) {
@@ -211,27 +211,27 @@ impl Client {
         }
         interrupt::check()?;
         let url = self.commit_to(repo, &pending, message).map_err(refused)?;
-        // What was looked up is of the commit before.
+        // Snapshots resolved earlier are of the previous commit.
         let mut known = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|known, _| known.id != repo.id && known.id != asked.id);
         Ok(url)
     }
 
-    /// Refuses what cannot succeed, before the Hub is asked.
+    /// Returns an error if an upload cannot succeed, before any request.
     fn may_upload(&self) -> Result<()> {
         if self.offline {
-            bail!(InputError::new("nothing can be uploaded offline, and HF_HUB_OFFLINE is set").help("unset it"));
+            bail!(InputError::new("cannot upload while HF_HUB_OFFLINE is set").help("unset it"));
         }
         if self.token.is_none() {
-            bail!(InputError::new("the Hub takes uploads only with a token, and there is none").help(format!(
-                "make one with the role `write` at {}/settings/tokens, and set HF_TOKEN or run `hf auth login`",
+            bail!(InputError::new("uploads to the Hub need a token, but none is set").help(format!(
+                "create one with the role `write` at {}/settings/tokens, and set HF_TOKEN or run `hf auth login`",
                 self.endpoint
             )));
         }
         Ok(())
     }
 
-    /// Sends a body, and passes on any answer. The token is the Hub's and goes to no other address.
+    /// Sends a POST request, and returns any response. The token is sent only to the endpoint.
     fn ask(&self, url: &str, content_type: &str, body: &[u8]) -> Result<Response<Body>, Failure> {
         let mut request = self.agent.post(url).header("Content-Type", content_type);
         if content_type == LFS {
@@ -254,7 +254,7 @@ impl Client {
         self.post(url, "application/json", body.to_string().as_bytes())
     }
 
-    /// What the Hub says of a repository at a revision, if there is one.
+    /// Fetches the Hub's information about a repository at a revision; `None` if it does not exist.
     fn info_now(&self, repo: &Repo, revision: &str) -> Result<Option<Value>> {
         let at = Repo { revision: revision.to_owned(), ..repo.clone() };
         let info = persist(&format!("the {} `{repo}`", repo.kind), || self.info(&at));
@@ -267,7 +267,7 @@ impl Client {
         }
     }
 
-    /// The repository by the name that it has now, made if need be, with the branch that is wanted.
+    /// Creates the repository and its branch if necessary. Returns the repository with its current name.
     fn ready(&self, repo: &Repo, private: bool) -> Result<Repo> {
         let main = "main";
         let (info, made) = match self.info_now(repo, main)? {
@@ -278,19 +278,19 @@ impl Client {
             }
         };
         let kind = repo.kind;
-        let info = info.with_context(|| format!("the Hub does not show the {kind} `{}` that it has made", repo.id))?;
+        let info = info.with_context(|| format!("the Hub does not list the {kind} `{}` that it created", repo.id))?;
         if private && info.get("private") != Some(&Value::Bool(true)) {
-            ensure!(!made, "the Hub has made the {kind} `{}` public; nothing was uploaded", repo.id);
+            ensure!(!made, "the Hub created the {kind} `{}` as public; nothing was uploaded", repo.id);
             bail!(
-                InputError::new(format!("the {kind} `{}` is there already, and it is public", repo.id))
-                    .help(format!("make it private at {}/settings, or leave `--private` out", self.page(repo)))
+                InputError::new(format!("the {kind} `{}` already exists and is public", repo.id))
+                    .help(format!("make it private at {}/settings, or remove `--private`", self.page(repo)))
             );
         }
         let mut repo = repo.clone();
-        // A repository that was renamed is found by its old name too, but takes nothing under it.
+        // A renamed repository can be read by its old name, but not written.
         let now = info.get("id").and_then(Value::as_str).filter(|now| Repo::parse(kind, now).is_some());
         if let Some(now) = now.filter(|now| *now != repo.id) {
-            tracing::info!("`{}` is `{now}` now", repo.id);
+            tracing::info!("`{}` was renamed to `{now}`", repo.id);
             now.clone_into(&mut repo.id);
         }
         if repo.revision != main && self.info_now(&repo, &repo.revision)?.is_none() {
@@ -301,7 +301,7 @@ impl Client {
                 }
             });
             made.map_err(|failure| self.explain_upload(&repo, failure))?;
-            tracing::info!("`{}` has a new branch, {}", repo.id, repo.revision);
+            tracing::info!("created in `{}` the branch {}", repo.id, repo.revision);
         }
         Ok(repo)
     }
@@ -317,7 +317,7 @@ impl Client {
         }
         let made = persist(&format!("the {} `{}`", repo.kind, repo.id), || {
             match self.post_json(&format!("{}/api/repos/create", self.endpoint), &body) {
-                // Of a user's repositories one is made at a time.
+                // The Hub creates only one of a user's repositories at a time.
                 Err(failure) if failure.to_string().contains("conflicting operation is in progress") => {
                     Err(failure.passing())
                 }
@@ -327,7 +327,7 @@ impl Client {
         });
         match made {
             Ok(true) => {
-                tracing::info!("made the {} `{}`", repo.kind, repo.id);
+                tracing::info!("created the {} `{}`", repo.kind, repo.id);
                 Ok(())
             }
             Ok(false) => Ok(()),
@@ -335,7 +335,8 @@ impl Client {
         }
     }
 
-    /// Lets the Hub read a model card's head before anything is sent, of which it would refuse the commit.
+    /// Asks the Hub to validate a model card's YAML header before anything is sent. An invalid one would fail the
+    /// commit.
     fn check_card(&self, repo: &Repo, files: &[Upload]) -> Result<()> {
         let Some(card) = files.iter().find(|file| file.path == "README.md") else { return Ok(()) };
         let mut text = String::new();
@@ -354,7 +355,7 @@ impl Client {
         });
         let answer = match answer {
             Ok(answer) => answer,
-            // The commit is what matters; a mirror of the Hub may lack this.
+            // A mirror of the Hub may lack this method, and the commit checks the card again.
             Err(failure) if failure.status() == Some(404) => return Ok(()),
             Err(failure) => return Err(self.explain_upload(repo, failure)),
         };
@@ -362,14 +363,14 @@ impl Client {
         let errors: Vec<&str> = errors.filter_map(|error| error.get("message")?.as_str()).collect();
         if !answer.is_null() {
             bail!(
-                InputError::new(format!("the Hub does not take the head of {}: {}", place(card), errors.join("; ")))
-                    .help("mend the YAML between its `---` lines")
+                InputError::new(format!("the Hub rejects the header of {}: {}", place(card), errors.join("; ")))
+                    .help("correct the YAML between its `---` lines")
             );
         }
         Ok(())
     }
 
-    /// How the Hub wants each file, by path.
+    /// Asks the Hub for the mode of each file, by path.
     fn modes(&self, repo: &Repo, pending: &[Pending]) -> Result<BTreeMap<String, Mode>, Failure> {
         let mut modes = BTreeMap::new();
         for some in pending.chunks(AT_ONCE) {
@@ -397,9 +398,9 @@ impl Client {
         Ok(modes)
     }
 
-    /// Sends large files to the store, as far as it does not have them.
+    /// Sends to the store the large files that it lacks.
     fn store(&self, repo: &Repo, large: &[&Pending]) -> Result<()> {
-        // Files of the same content are one object.
+        // Files with the same content are one object.
         let objects: BTreeMap<&str, &Pending> = large.iter().map(|one| (one.oid.as_str(), *one)).collect();
         let body = json!({
             "operation": "upload",
@@ -419,11 +420,11 @@ impl Client {
             let one = objects.get(oid).with_context(|| strange(&format!("the object `{oid}`")))?;
             let path = &one.file.path;
             if let Some(error) = answer.get("error") {
-                let why = error.get("message").and_then(Value::as_str).unwrap_or("it does not say why");
-                bail!("the Hub's store does not take {path}: {why}");
+                let why = error.get("message").and_then(Value::as_str).unwrap_or("no reason given");
+                bail!("the Hub's store rejects {path}: {why}");
             }
             let Some(upload) = answer.pointer("/actions/upload") else {
-                tracing::info!("{path}: the store has it already");
+                tracing::info!("{path} is already in the store");
                 continue;
             };
             let sent = self.send_object(one, upload).and_then(|()| match answer.pointer("/actions/verify") {
@@ -438,7 +439,7 @@ impl Client {
         Ok(())
     }
 
-    /// The address of an action, at the Hub that is in use: a mirror passes on the Hub's own.
+    /// Returns the URL of an action at the endpoint in use, because a mirror returns the Hub's own URL.
     fn address(&self, action: &Value) -> Result<String, Failure> {
         let href = action.get("href").and_then(Value::as_str);
         let href = href.ok_or_else(|| Failure::lasting(strange("an action without an address")))?;
@@ -479,7 +480,7 @@ impl Client {
         persist(&one.file.path, || self.post(&address, LFS, body.as_bytes()).map(drop))
     }
 
-    /// Puts some of a file's bytes to an address, from the first of them again where that fails.
+    /// Sends a range of a file's bytes in a PUT request, restarting the range on a transient failure.
     fn put(
         &self,
         one: &Pending,
@@ -499,7 +500,7 @@ impl Client {
                     request = request.header(name, value);
                 }
             }
-            // A body whose length is not known is sent in pieces, which the store does not take.
+            // Without a length, the body would be sent chunked, which the store does not accept.
             let request = request.header("Content-Length", left.to_string());
             let response = request.send(SendBody::from_reader(&mut sending));
             match (response, sending.broken) {
@@ -509,13 +510,13 @@ impl Client {
         })
     }
 
-    /// Asks the Hub to look whether the store has what was sent.
+    /// Asks the Hub to verify that the store has the file.
     fn verify(&self, one: &Pending, verify: &Value) -> Result<(), Failure> {
         let (address, body) = (self.address(verify)?, json!({"oid": one.oid, "size": one.size}));
         persist(&one.file.path, || self.post_json(&address, &body).map(drop))
     }
 
-    /// Makes the commit; its URL.
+    /// Makes the commit. Returns its URL.
     fn commit_to(&self, repo: &Repo, pending: &[Pending], message: &CommitMessage) -> Result<String, Failure> {
         let head = json!({"summary": message.summary, "description": message.description});
         let mut body = json!({"key": "header", "value": head}).to_string() + "\n";
@@ -535,7 +536,7 @@ impl Client {
         }
         let mut tried = false;
         persist(&format!("the commit to `{repo}`"), || {
-            // The answer to a commit that was made may have been lost.
+            // The commit may have succeeded even if its response was lost.
             if std::mem::replace(&mut tried, true) {
                 let modes = self.modes(repo, pending)?;
                 let there =
@@ -550,7 +551,7 @@ impl Client {
         })
     }
 
-    /// The URL of a branch's last commit.
+    /// Returns the URL of a branch's last commit.
     fn last_commit(&self, repo: &Repo) -> Result<String, Failure> {
         let info = persist(&format!("`{repo}`"), || self.info(repo))?;
         let commit = info.get("sha").and_then(Value::as_str);
@@ -558,7 +559,7 @@ impl Client {
         Ok(format!("{}/commit/{commit}", self.page(repo)))
     }
 
-    /// What the user is told when a repository cannot be uploaded to.
+    /// Returns the error for a failed upload.
     fn explain_upload(&self, repo: &Repo, failure: Failure) -> anyhow::Error {
         let kind = repo.kind;
         if interrupt::asked() {
@@ -568,19 +569,19 @@ impl Client {
             Some(401 | 403) if failure.status() == Some(403) || !failure.code().is_empty() => {
                 InputError::new(format!("your token may not write to the {kind} `{}`: {failure}", repo.id)).help(
                     format!(
-                        "make one with the role `write`, or with write access to it, at {}/settings/tokens, and set \
-                     HF_TOKEN or run `hf auth login`; check the name too",
+                        "check the name, or create a token with write access at {}/settings/tokens and set HF_TOKEN \
+                     or run `hf auth login`",
                         self.endpoint
                     ),
                 )
             }
             Some(404) => {
-                InputError::new(format!("the Hub finds no {kind} `{repo}` that your token may write to: {failure}"))
-                    .help("check the name, its owner, and that your token has the role `write`")
+                InputError::new(format!("the Hub has no {kind} `{repo}` that your token may write to: {failure}"))
+                    .help("check the name, the owner, and that your token has the role `write`")
             }
             Some(400 | 402 | 409 | 412 | 413 | 422) => {
-                InputError::new(format!("the Hub does not take this for the {kind} `{repo}`: {failure}"))
-                    .help("mend what it names, and push again; nothing was committed")
+                InputError::new(format!("the Hub rejects this upload to the {kind} `{repo}`: {failure}"))
+                    .help("correct the problem and push again; nothing was committed")
             }
             Some(401 | 429) => return self.explain(repo, failure),
             _ => {
@@ -591,7 +592,7 @@ impl Client {
     }
 }
 
-/// What is said of an answer that makes no sense.
+/// Returns the message for an unexpected response.
 fn strange(what: &str) -> String {
-    format!("the Hub's answer makes no sense: {what}")
+    format!("unexpected response from the Hub: {what}")
 }

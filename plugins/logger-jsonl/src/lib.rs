@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use dictlearn_core::prelude::*;
 
-/// Figures as lines of JSON.
+/// Writes logged values as lines of JSON.
 #[component(logger "jsonl", summary = "metrics.jsonl: one JSON object per SAE and logged step",
     example = "{type: jsonl}", default)]
 pub struct JsonlConfig {
-    /// The file's name in the run's folder.
+    /// File name in the run's folder; it must end in .jsonl.
     #[default("metrics.jsonl")]
     pub file: String,
 }
@@ -23,7 +23,7 @@ impl LoggerConfig for JsonlConfig {
             bail!(
                 InputError::new(format!("`file` is \"{}\"", self.file))
                     .field("file")
-                    .help("it is a name in the run's folder that ends in .jsonl")
+                    .help("give a file name without a folder, ending in .jsonl")
             );
         }
         let path = run_dir.join(&self.file);
@@ -36,8 +36,8 @@ impl LoggerConfig for JsonlConfig {
     }
 }
 
-/// Cuts the log off before the first row from `step` on: they will be logged again. A half-written last line goes too. Cut and
-/// not written anew, so that a full disk is no hindrance.
+/// Truncates the log at the first row of `step` or later, which the resumed run logs again. Also drops a partial last
+/// line. Truncating, unlike rewriting, works on a full disk.
 fn drop_from(path: &Path, step: u64) -> Result<()> {
     let bytes = fs::read(path).unwrap_or_default();
     let mut kept = 0;
@@ -52,8 +52,8 @@ fn drop_from(path: &Path, step: u64) -> Result<()> {
         kept += line.len();
     }
     if step > 0 && (kept == 0 || strange) {
-        let what = if strange { "has lines that are no rows" } else { "has no rows of the steps before" };
-        tracing::warn!("{} {what}: something that was logged before step {step} is lost", path.display());
+        let what = if strange { "has lines that are not JSON" } else { "has no rows of earlier steps" };
+        tracing::warn!("{} {what}: rows logged before step {step} are lost", path.display());
     }
     if kept == bytes.len() {
         return Ok(());
@@ -64,11 +64,11 @@ fn drop_from(path: &Path, step: u64) -> Result<()> {
 
 struct Jsonl {
     path: PathBuf,
-    /// Opened anew after an error: its file system may have been gone.
+    /// Reopened after an error, because its file system may have been unmounted.
     file: Option<File>,
-    /// Its length with the last line that is whole, once it was opened.
+    /// Length up to the last complete line; `None` until the file is first opened.
     length: Option<u64>,
-    /// Lines that are not written yet, because they could not be.
+    /// Lines still to be written, kept after a failed write.
     waiting: Vec<u8>,
 }
 
@@ -84,15 +84,15 @@ impl Jsonl {
         let file = match &mut self.file {
             Some(file) => file,
             None => {
-                // Made only once: where it is gone, so may be the folder that it was in.
+                // Create it only once: if it has disappeared, its file system may be unmounted.
                 let file = OpenOptions::new().create(self.length.is_none()).append(true).open(&self.path)?;
                 let length = *self.length.get_or_insert(file.metadata()?.len());
-                // A part of what could not be written may be there.
+                // A failed write may have left a partial line.
                 file.set_len(length)?;
                 self.file.insert(file)
             }
         };
-        // One write for whole lines, so that whoever looks in the middle of a run sees those.
+        // Write whole lines at once, so that readers during a run never see a partial line.
         file.write_all(&self.waiting)?;
         self.length = self.length.map(|length| length + self.waiting.len() as u64);
         self.waiting.clear();
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_wait_until_they_can_be_written() {
+    fn lines_are_kept_until_they_can_be_written() {
         let dir = std::env::temp_dir().join(format!("dictlearn-jsonl-waiting-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let path = dir.join("metrics.jsonl");
@@ -127,7 +127,7 @@ mod tests {
         let row = |step: u64| Map::from_iter([("step".to_owned(), step.into())]);
         log.log(&row(0)).unwrap();
         let mut log = Jsonl { path: path.clone(), file: None, length: Some(11), waiting: Vec::new() };
-        // Gone for a while, with its folder; a part of a line was written before.
+        // The file disappears for a while, and a partial line was written before.
         fs::rename(&path, dir.join("other")).unwrap();
         assert!(log.log(&row(1)).is_err() && log.log(&row(2)).is_err() && log.flush().is_err());
         fs::write(&path, "{\"step\":0}\n{\"st").unwrap();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn resuming_drops_what_will_be_logged_again() {
+    fn resuming_drops_rows_that_will_be_logged_again() {
         let dir = std::env::temp_dir().join(format!("dictlearn-jsonl-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let path = dir.join("metrics.jsonl");

@@ -1,4 +1,4 @@
-//! A folder of activations: shards checked against the manifest, rows read from them.
+//! A folder of activations: checks shards against the manifest and reads rows from them.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -13,22 +13,22 @@ pub struct Folder {
     path: PathBuf,
     manifest: Manifest,
     shards: Vec<Open>,
-    /// What is read of each row.
+    /// The tensors to read for each row.
     columns: Vec<Column>,
 }
 
 /// One shard.
 struct Open {
     file: TensorFile,
-    /// Whether its hash is still to be checked.
+    /// True until its hash is checked.
     unverified: bool,
 }
 
-/// A tensor of every shard.
+/// A tensor that every shard has.
 struct Column {
     name: String,
     kind: Kind,
-    /// Shape without the rows.
+    /// Width of a row; `None` for a scalar.
     width: Option<i64>,
 }
 
@@ -39,13 +39,13 @@ impl Column {
 }
 
 impl Folder {
-    /// Opens a folder, refusing by name what the manifest does not describe.
+    /// Opens a folder. Returns an error that names any shard that does not match the manifest.
     pub fn open(path: &Path, verify: bool) -> Result<Self> {
         let manifest = Manifest::read(path)?;
         if let Some(other) = shards_in(path).into_iter().find(|name| !manifest.shards.iter().any(|s| s.file == *name)) {
             bail!(
                 InputError::new(format!("{}: the folder's meta.json does not list it", path.join(other).display()))
-                    .help("a shard of other activations has no place here: move it away")
+                    .help("move this shard to another folder")
             );
         }
         let kind = manifest.dtype.kind();
@@ -71,22 +71,22 @@ impl Folder {
         Ok(Folder { path: path.to_owned(), manifest, shards, columns })
     }
 
-    /// Its manifest.
+    /// Returns the manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// Rows in all shards.
+    /// Returns the number of rows in all shards.
     pub fn rows(&self) -> u64 {
         self.manifest.activations
     }
 
-    /// Rows in each shard.
+    /// Returns the number of rows in each shard.
     pub fn shard_rows(&self) -> Vec<u64> {
         self.manifest.shards.iter().map(|shard| shard.activations).collect()
     }
 
-    /// Bytes of one row in memory.
+    /// Returns the size of one row in memory, in bytes.
     pub fn row_bytes(&self) -> u64 {
         self.columns
             .iter()
@@ -94,7 +94,7 @@ impl Folder {
             .sum()
     }
 
-    /// Reads rows of several shards: a tensor [n, width] for each column, in the type of the disk.
+    /// Reads rows of several shards. Returns a tensor [n, width] for each column, in the stored dtype.
     pub fn read(&mut self, places: &[(usize, Range<u64>)]) -> Result<Vec<Tensor>> {
         let count: u64 = places.iter().map(|(_, rows)| rows.end - rows.start).sum();
         let empty =
@@ -117,7 +117,7 @@ impl Folder {
                             column.name
                         ))
                         .help(
-                            "a dictionary trained on it would be NaN throughout: write the activations anew without it"
+                            "a dictionary trained on it would become NaN: write the activations again without this row"
                         )
                     );
                 }
@@ -131,7 +131,7 @@ impl Folder {
         Ok(read)
     }
 
-    /// Refuses a shard that is not the one that was written, the first time that it is read.
+    /// Checks a shard's hash the first time that it is read. Returns an error if the shard has changed.
     fn verify(&mut self, shard: usize) -> Result<()> {
         if !std::mem::take(&mut self.shards[shard].unverified) {
             return Ok(());
@@ -140,14 +140,14 @@ impl Folder {
         let path = self.path.join(file);
         if hash_of_file(&path)? != *sha256 {
             bail!(
-                InputError::new(format!("{} is not as it was written: its hash is another", path.display()))
-                    .help("copy the file again, or write the activations anew")
+                InputError::new(format!("{} has changed: its hash differs from meta.json", path.display()))
+                    .help("copy the file again, or write the activations again")
             );
         }
         Ok(())
     }
 
-    /// What each site has of rows of every column.
+    /// Returns the activations of each site, and the tokens, from rows of every column.
     pub fn activations(&self, columns: &[Tensor], device: Device) -> Activations {
         let mut columns = columns.iter();
         let mut next = || columns.next().expect("a column for each tensor of the manifest");
@@ -167,10 +167,11 @@ impl Folder {
     }
 }
 
-/// Opens a shard and sees that it is what the manifest says.
+/// Opens a shard and checks it against the manifest.
 fn open_shard(path: &Path, shard: &Shard, columns: &[Column]) -> Result<TensorFile> {
     let refused = |why: String| {
-        InputError::new(format!("{}: {why}", path.display())).help("copy the file again, or write the activations anew")
+        InputError::new(format!("{}: {why}", path.display()))
+            .help("copy the file again, or write the activations again")
     };
     if !path.exists() {
         bail!(refused("the shard is missing".to_owned()));
@@ -183,7 +184,7 @@ fn open_shard(path: &Path, shard: &Shard, columns: &[Column]) -> Result<TensorFi
     for column in columns {
         let expected = (column.shape(shard.activations), column.kind);
         let Some(shape) = file.shape(&column.name) else {
-            bail!(refused(format!("it has no tensor `{}`; it has: {}", column.name, file.names().join(", "))));
+            bail!(refused(format!("the shard has no tensor `{}`; it has: {}", column.name, file.names().join(", "))));
         };
         let found = (shape, file.kind(&column.name)?);
         if found != expected {

@@ -1,14 +1,16 @@
-//! Activations that `dictlearn activations` wrote, or `examples/write_activations.py` for a model that we lack.
+//! Activations written by `dictlearn activations`, or by `examples/write_activations.py` for models that dictlearn does
+//! not run.
 //!
-//! Memory is `buffer_size` activations and a batch, however large the folder. It is read in pieces of consecutive rows,
-//! whose order is drawn anew for each pass; as many pieces as the buffer holds are read at once, and their rows served
-//! in an order drawn for them. Neighbours in the text are far apart in the stream, and a folder that fits into the buffer
-//! is shuffled perfectly. With `shuffle: false` activations come in the order in which they were written.
+//! Memory is `buffer_size` activations and a batch, whatever the size of the folder. The folder is divided into pieces
+//! of consecutive rows, whose order is drawn anew for each pass. The source reads as many pieces as fit into the buffer
+//! and serves their rows in random order. Neighbours in the text are far apart in the stream, and a folder that fits
+//! into the buffer is shuffled perfectly. With `shuffle: false`, activations come in the order in which they were
+//! written.
 //!
-//! With `held_out: 0.1` training never reads a tenth of the rows, and metrics read these alone.
+//! With `held_out: 0.1`, training never reads a tenth of the rows, and metrics read only these.
 //!
-//! The folder's manifest says what each shard must be. Names, lengths, types and shapes are checked when it is opened, and
-//! a shard's hash when it is first read.
+//! The folder's manifest describes each shard. Names, lengths, dtypes and shapes are checked on opening, and a shard's
+//! hash when it is first read.
 
 mod folder;
 
@@ -20,40 +22,40 @@ use rand::seq::SliceRandom;
 
 use folder::Folder;
 
-/// The longest piece that is read at once: consecutive rows of one shard.
+/// Maximum rows in a piece: consecutive rows of one shard.
 const PIECE: u64 = 64;
-/// Pieces in the buffer, at least, so that it mixes rows of many places.
+/// Minimum pieces in a buffer, so that it mixes rows from many places.
 const PIECES: u64 = 1024;
 
-/// Activations that `dictlearn activations` wrote.
+/// Activations written by `dictlearn activations`.
 #[component(source "activation_cache",
-    summary = "Activations that `dictlearn activations` wrote, shuffled across shards",
+    summary = "Activations written by `dictlearn activations`, shuffled across shards",
     example = "{type: activation_cache, path: activations, batch_size: 64}")]
 pub struct ActivationCacheConfig {
-    /// The folder, with its `meta.json`.
+    /// Folder of activations, with its `meta.json`.
     pub path: ConfigPath,
-    /// Activations in a training batch.
+    /// Activations per training batch.
     #[default(2048)]
     #[schemars(range(min = 1))]
     pub batch_size: u64,
-    /// Whether each pass has a random order of its own.
+    /// Draw a new random order for each pass. `false` serves the rows in the order in which they were written.
     #[default(true)]
     pub shuffle: bool,
-    /// Activations held in memory, among which they are shuffled.
+    /// Number of activations held in memory and shuffled together. More memory shuffles better.
     #[default(131_072)]
     #[schemars(range(min = 1))]
     pub buffer_size: u64,
-    /// Whether a shard's hash is checked when it is first read; names, lengths, types and shapes always are.
+    /// Check a shard's hash when it is first read. Names, lengths, dtypes and shapes are always checked.
     #[default(true)]
     pub verify: bool,
-    /// Part of the rows that training never reads and metrics are measured on, from 0 to 1; `0.1` is a good choice. With
-    /// 0 the metrics go on with the rows that training has not read, and take the same rows again when there are none. An
-    /// `eval_source` with a `path` of its own needs `held_out: 0`, unless it is to be measured in part.
+    /// Fraction of the rows, from 0 to 1, that training never reads and metrics are computed on; `0.1` is a good
+    /// choice. With 0, metrics continue with the rows that training has not read, and reuse rows once none are left.
+    /// For an `eval_source` with its own `path`, set `held_out: 0` to evaluate on all of its rows.
     #[default]
     #[schemars(range(min = 0, max = 1))]
     pub held_out: f64,
-    /// Seed that draws the held-out rows. The run's own `seed` has no part in it, so that runs with different seeds are
-    /// measured on the same rows.
+    /// Seed that draws the held-out rows. It is independent of the run's `seed`, so that runs with different seeds are
+    /// evaluated on the same rows.
     #[default]
     pub held_out_seed: u64,
 }
@@ -98,15 +100,15 @@ impl SourceConfig for ActivationCacheConfig {
     }
 }
 
-/// The rows of all shards in pieces of consecutive rows, none of which crosses from one shard to the next.
+/// The rows of all shards, divided into pieces of consecutive rows. No piece crosses a shard boundary.
 struct Pieces {
-    /// Rows of each shard.
+    /// Number of rows in each shard.
     shards: Vec<u64>,
-    /// The number of each shard's first row.
+    /// Index of each shard's first row in the folder.
     starts: Vec<u64>,
-    /// Rows in a piece, but for the last of a shard.
+    /// Rows in a piece; the last piece of a shard may be shorter.
     length: u64,
-    /// The number of each shard's first piece, and last how many there are.
+    /// Index of each shard's first piece, followed by the number of pieces.
     firsts: Vec<u64>,
 }
 
@@ -124,7 +126,7 @@ impl Pieces {
         self.firsts[self.shards.len()]
     }
 
-    /// The shard of a piece and its rows there.
+    /// Returns a piece's shard, and its rows within the shard.
     fn get(&self, piece: u32) -> (usize, Range<u64>) {
         let piece = u64::from(piece);
         let shard = self.firsts.partition_point(|first| *first <= piece) - 1;
@@ -132,11 +134,11 @@ impl Pieces {
         (shard, start..(start + self.length).min(self.shards[shard]))
     }
 
-    /// The rows of a piece that are wanted, of those that are held out or of the others.
+    /// Returns the rows of a piece for a purpose: the held-out rows for metrics, the others for training.
     fn wanted(&self, piece: u32, held_out: Option<HeldOut>, purpose: Purpose) -> Vec<(usize, Range<u64>)> {
         let (shard, rows) = self.get(piece);
         let Some(held_out) = held_out else { return vec![(shard, rows)] };
-        // Rows are held out by their number in the folder.
+        // Rows are held out by their index in the folder, not in the shard.
         let start = self.starts[shard];
         let wanted = held_out.wanted(start + rows.start..start + rows.end, purpose).into_iter();
         wanted.map(|rows| (shard, rows.start - start..rows.end - start)).collect()
@@ -154,20 +156,20 @@ struct ActivationCache {
     /// The order of the pieces in this pass.
     order: Vec<u32>,
     pass: u64,
-    /// How many buffers of this pass are served.
+    /// Index of the current buffer in this pass.
     window: usize,
-    /// Rows served of the one after them.
+    /// Rows of the current buffer already served.
     served: usize,
-    /// That one, once it is read.
+    /// The current buffer, once it is read.
     held: Option<Held>,
     cx: SourceCx,
 }
 
-/// Rows in memory.
+/// A buffer of rows.
 struct Held {
-    /// A tensor [n, width] for each of the folder's.
+    /// A tensor [n, width] for each column of the folder.
     columns: Vec<Tensor>,
-    /// The order in which they are served, where it is not the folder's.
+    /// The order in which rows are served; `None` for the order of the folder.
     order: Option<Tensor>,
 }
 
@@ -194,17 +196,17 @@ impl ActivationCache {
         (self.window, self.served, self.held) = (0, 0, None);
         self.order = (0..self.pieces.count() as u32).collect();
         if self.shuffle {
-            // A generator for each pass and each buffer, so that any place in the stream can be gone to.
+            // One generator for each pass and each buffer makes every position of the stream seekable.
             self.order.shuffle(&mut rng(self.cx.seed, &format!("{} pass {pass}", ActivationCacheConfig::NAME)));
         }
     }
 
-    /// Pieces in one buffer.
+    /// Returns the number of pieces in a buffer.
     fn window_pieces(&self) -> usize {
         (self.buffer_size / self.pieces.length).max(1) as usize
     }
 
-    /// The rows that are being served, read if need be; `None` at the end of the pass.
+    /// Returns the current buffer, reading it first if necessary; `None` at the end of the pass.
     fn held(&mut self) -> Result<Option<&Held>> {
         if self.held.is_none() {
             let pieces: Vec<u32> =
@@ -218,7 +220,7 @@ impl ActivationCache {
     }
 
     fn read(&mut self, mut pieces: Vec<u32>) -> Result<Held> {
-        // In the order of the disk; it is the rows that are shuffled.
+        // Read in disk order: the rows are shuffled afterwards.
         pieces.sort_unstable();
         let wanted = |piece: &u32| self.pieces.wanted(*piece, self.held_out, self.cx.purpose);
         let places: Vec<(usize, Range<u64>)> = pieces.iter().flat_map(wanted).collect();
@@ -301,7 +303,7 @@ impl ActivationSource for ActivationCache {
         let parted = ["held_out", "held_out_seed"].iter().all(|key| self.described[key] == trained[key]);
         let apart = self.held_out.is_some() && self.cx.purpose == Purpose::Evaluation && parted;
         (!apart)
-            .then(|| format!("rows of {}: `held_out: 0.1` in `source` keeps rows back from training", own.display()))
+            .then(|| format!("rows of {}: set `held_out: 0.1` in `source` to hold rows out of training", own.display()))
     }
 
     fn state(&self) -> Result<State> {
@@ -316,9 +318,9 @@ impl ActivationSource for ActivationCache {
     fn restore(&mut self, state: &State) -> Result<()> {
         if state.get::<String>("sha256")? != self.folder.manifest().sha256 {
             bail!(
-                InputError::new("the folder of activations is not the one that the run was begun with")
+                InputError::new("the folder of activations has changed since the run started")
                     .field("source")
-                    .help("put that one back, or train anew in another `--output-dir`")
+                    .help("restore the original folder, or start a new run in another `--output-dir`")
             );
         }
         self.begin_pass(state.get("pass")?);

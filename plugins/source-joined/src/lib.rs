@@ -1,25 +1,25 @@
-//! Activations of the same tokens at several places, side by side: for crosscoders, and for any dictionary that is to read
-//! several places at once.
+//! Concatenates activations of the same tokens from several sites: for crosscoders, and for any dictionary that reads
+//! several sites at once.
 //!
-//! Each inner source has a name, and every one of its sites becomes a part: a model and its fine-tune that read the same
-//! text, or one model with several submodules. The parts of a row are the same token, which is checked where the sources
-//! know their tokens. They do because all of them shuffle by the run's seed: give them the same text, contexts and buffer.
+//! Each inner source has a name, and each of its sites becomes a part: a model and its fine-tune on the same text, or
+//! several submodules of one model. All parts of a row must be of the same token; this is checked if the sources know
+//! their tokens. All sources shuffle with the run's seed, so the same text, contexts and buffer give the same tokens.
 
 use std::collections::BTreeMap;
 
 use dictlearn_core::prelude::*;
 
-/// Activations of the same tokens at several places, side by side: of several models, or of several submodules of one. Each
-/// site of each source is a part, called by the source's name, the site's, or both with a slash between. That the tokens are
-/// the same is checked where the sources know them.
-#[component(source "joined", summary = "The same tokens at several places or in several models, side by side",
+/// Concatenated activations of the same tokens, from several models or from several submodules of one model. Each site
+/// of each source is a part, named after the source, the site, or both (`source/site`). Training stops with an error if
+/// the sources know their tokens and these differ.
+#[component(source "joined", summary = "Concatenated activations of the same tokens from several sites or models",
     example = "{type: joined, sources: {model: {type: language_model, model: \"embedded:austen\", submodule: \
         [gpt_neox.layers.1, gpt_neox.layers.2], text: {type: embedded, name: austen}, ctx_len: 64, n_ctxs: 64, \
         out_batch_size: 256, pack: true}}}")]
 pub struct JoinedConfig {
-    /// The sources, by name; their parts lie side by side in the order of the names' letters. They must give the same tokens
-    /// in the same order: language models that read the same text with the same `ctx_len`, `n_ctxs` and batch sizes do, and
-    /// so do files of equal length.
+    /// The sources, by name; their parts are concatenated in alphabetical order of the names. They must return the same
+    /// tokens in the same order. Language models do so with the same text, `ctx_len`, `n_ctxs` and batch sizes. Files
+    /// do so if they have equal lengths.
     #[schemars(extend("minProperties" = 1))]
     pub sources: BTreeMap<String, Box<dyn TaggedSource>>,
 }
@@ -30,9 +30,9 @@ impl SourceConfig for JoinedConfig {
         for (name, config) in &self.sources {
             if name.is_empty() || name.contains('/') {
                 bail!(
-                    InputError::new(format!("`{name}` cannot be the name of a source"))
+                    InputError::new(format!("`{name}` is not a valid name of a source"))
                         .field("sources")
-                        .help("names have letters and no slash")
+                        .help("give a name that is not empty and has no slash")
                 );
             }
             let source = config.build(cx).under(name).under("sources")?;
@@ -76,7 +76,7 @@ struct Joined {
     parts: Vec<SitePart>,
 }
 
-/// Tensors [B, ..] side by side.
+/// Concatenates tensors [B, ..] along their second dimension.
 fn side_by_side<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Tensor {
     Tensor::cat(&tensors.collect::<Vec<_>>(), 1)
 }
@@ -97,7 +97,7 @@ impl ActivationSource for Joined {
         if given.iter().all(Option::is_none) {
             return Ok(None);
         }
-        // Whether the rows are known to be of tokens must be so for all or for none.
+        // Either all sources know their tokens, or none does.
         let known = given.iter().flatten().any(|activations| activations.tokens.is_some());
         for ((name, _), activations) in self.sources.iter().zip(given) {
             let Some(activations) = activations else {
@@ -109,23 +109,23 @@ impl ActivationSource for Joined {
             };
             if known && activations.tokens.is_none() {
                 bail!(
-                    InputError::new(format!("the source `{name}` does not know its tokens, and others do"))
+                    InputError::new(format!("the source `{name}` does not know its tokens, but others do"))
                         .field("sources")
                         .help("join language models with each other, or files with files")
                 );
             }
             let other = *rows.get_or_insert(activations.len());
             let same = match (&tokens, &activations.tokens) {
-                // Token, context and position.
+                // Compares token, context and position.
                 (Some(tokens), Some(others)) => other == activations.len() && tokens.equal(others),
                 _ => other == activations.len(),
             };
             if !same {
                 bail!(
-                    InputError::new(format!("the source `{name}` gives other tokens than the first"))
+                    InputError::new(format!("the source `{name}` returned different tokens from the first source"))
                         .field("sources")
                         .help(
-                            "give all of them the same text, tokenizer, contexts and batch sizes, and leave out \
+                            "give all of them the same text, tokenizer, contexts and batch sizes, and remove \
                          `max_activation_norm_multiple`"
                         )
                 );

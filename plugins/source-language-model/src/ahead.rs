@@ -1,4 +1,4 @@
-//! Tokenising beside the forward pass: a thread makes the contexts that the model reads next.
+//! Tokenises the next contexts on a thread, in parallel to the forward pass.
 
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle};
@@ -8,18 +8,18 @@ use dictlearn_core::prelude::*;
 
 use crate::contexts::{Contexts, Place, Row};
 
-/// Stack of a thread that renders chats: a template can nest lists as deep as its instructions allow, and freeing or
-/// comparing them takes stack for each level.
+/// Stack of a thread that renders chats. A template can nest lists as deep as its instructions allow, and freeing or
+/// comparing them uses stack for each level.
 pub const CHAT_STACK: usize = 512 << 20;
 
-/// Contexts that are made ahead of their use, the same and in the same order as without a thread.
+/// Prepares contexts ahead of their use. They are the same, in the same order, as without a thread.
 pub struct Ahead {
-    /// While no thread has them.
+    /// `None` while the thread owns them.
     contexts: Option<Contexts>,
     worker: Option<Worker>,
-    /// How many are made ahead at most.
+    /// Maximum number of contexts prepared ahead.
     count: usize,
-    /// Where the stream stands for who uses it.
+    /// Position after the last context that was returned.
     place: Place,
     note: Option<String>,
 }
@@ -29,7 +29,7 @@ struct Worker {
     thread: JoinHandle<Contexts>,
 }
 
-/// A context, or the end of the text, and what stands after it.
+/// A context, or the end of the text, with the position and the note after it.
 struct Made {
     row: Option<Row>,
     place: Place,
@@ -37,12 +37,12 @@ struct Made {
 }
 
 impl Ahead {
-    /// Up to `count` contexts ahead.
+    /// Prepares up to `count` contexts ahead.
     pub fn new(contexts: Contexts, count: usize) -> Self {
         Ahead { contexts: Some(contexts), worker: None, count, place: Place::default(), note: None }
     }
 
-    /// The next contexts, at most `count`; none at the end of the text.
+    /// Returns the next contexts, at most `count`; none at the end of the text.
     pub fn next_rows(&mut self, count: usize) -> Result<Vec<Row>> {
         let mut rows = Vec::with_capacity(count);
         let before = self.place;
@@ -51,12 +51,12 @@ impl Ahead {
                 self.start()?;
                 continue;
             };
-            // A thread that ends without a word has panicked.
+            // If the thread ended without a message, it panicked.
             let made = match worker.made.recv() {
                 Ok(Ok(made)) => made,
                 Ok(Err(error)) => {
                     self.stop();
-                    // The rows before it were not handed on.
+                    // The rows before the error are not returned.
                     self.place = before;
                     return Err(error);
                 }
@@ -86,7 +86,7 @@ impl Ahead {
                 let row = contexts.next_row();
                 let last = !matches!(row, Ok(Some(_)));
                 let row = row.map(|row| Made { row, place: contexts.place(), note: contexts.note() });
-                // Who goes away takes no more.
+                // Receiver dropped: stop producing.
                 if send.send(row).is_err() || last {
                     return contexts;
                 }
@@ -109,17 +109,17 @@ impl Ahead {
         }
     }
 
-    /// Goes back to the beginning.
+    /// Seeks to the beginning.
     pub fn rewind(&mut self) -> Result<()> {
         self.seek(Place::default())
     }
 
-    /// Where the stream stands.
+    /// Returns the current position.
     pub fn place(&self) -> Place {
         self.place
     }
 
-    /// Goes to a place.
+    /// Seeks to a position.
     pub fn seek(&mut self, place: Place) -> Result<()> {
         self.stop();
         if let Some(contexts) = &mut self.contexts {
@@ -129,7 +129,7 @@ impl Ahead {
         Ok(())
     }
 
-    /// Sets the date that chat templates see.
+    /// Sets today's date for chat templates.
     pub fn set_today(&mut self, today: NaiveDate) {
         self.stop();
         if let Some(contexts) = &mut self.contexts {
@@ -137,13 +137,13 @@ impl Ahead {
         }
     }
 
-    /// Lets the stream stand where it stood, for a state to be saved; there is no more to be read.
+    /// Sets the position to be saved in a checkpoint. Nothing can be read afterwards.
     pub fn end_at(&mut self, place: Place) {
         self.stop();
         (self.contexts, self.place) = (None, place);
     }
 
-    /// What the user should know: records skipped.
+    /// Returns warnings for the user: skipped records and files, truncated documents.
     pub fn note(&self) -> Option<String> {
         self.note.clone()
     }

@@ -1,29 +1,29 @@
-//! The buffer of activations: filled, served in random batches, filled again when half of it is served.
+//! The buffer of activations. It serves random batches, and is refilled when half of it is served.
 
 use dictlearn_core::machine::rng::Rng;
 use dictlearn_core::prelude::*;
 use rand::seq::SliceRandom;
 
-/// Rows copied at a time when the buffer is compacted: what it needs beside itself.
+/// Rows copied at a time when the buffer is compacted, which bounds the extra memory.
 const CHUNK: usize = 16_384;
 
 /// A buffer of rows of several tensors.
 pub struct Buffer {
-    /// [capacity, width] each.
+    /// Tensors [capacity, width].
     columns: Vec<Tensor>,
     capacity: usize,
-    /// Rows in the order in which they are served.
+    /// Row indices in serving order.
     order: Vec<u32>,
-    /// The same where the rows are, int64, once it is wanted: sent batch by batch, a GPU would have to be waited for each time.
+    /// A copy of `order` on the device, int64. Sending it once instead of batch by batch avoids a GPU sync per batch.
     order_on_device: Option<Tensor>,
     served: usize,
-    /// Whether a filling broke off: what is there is not shuffled yet, and served only after the rest has come.
+    /// True after an interrupted refill: the rows are not shuffled, and are served only after the refill is complete.
     unfilled: bool,
     rng: Rng,
 }
 
 impl Buffer {
-    /// An empty buffer; memory is taken at once, so that too little of it shows at the beginning.
+    /// Makes an empty buffer. Allocates all memory now, so that a shortage shows at the start.
     pub fn new(columns: &[(i64, Kind)], capacity: usize, device: Device, rng: Rng) -> Self {
         let column = |(width, kind): &(i64, Kind)| Tensor::empty([capacity as i64, *width], (*kind, device));
         Buffer {
@@ -37,24 +37,24 @@ impl Buffer {
         }
     }
 
-    /// Rows not yet served.
+    /// Returns the number of rows not yet served.
     pub fn unread(&self) -> usize {
         self.order.len() - self.served
     }
 
-    /// Whether less than half of the capacity is unread.
+    /// True if less than half of the capacity is unread, or a refill was interrupted.
     pub fn wants_more(&self) -> bool {
         self.unfilled || self.unread() < self.capacity / 2
     }
 
-    /// Fills the buffer up: unread rows move to its front, then `more` writes rows behind them until there are none or no
-    /// room. `more` is given the free rows of each column and returns how many of the first it wrote. Then all is shuffled.
+    /// Refills the buffer: moves unread rows to the front, appends rows from `more` until it ends or the buffer is
+    /// full, and shuffles. `more` gets the free rows of each column, and returns how many of them it wrote.
     ///
-    /// Where `more` fails, what it gave is kept, and the next filling goes on there, to the same end.
+    /// If `more` fails, the rows so far are kept. The next refill continues there, with the same result.
     pub fn fill(&mut self, mut more: impl FnMut(&[Tensor]) -> Result<Option<i64>>) -> Result<()> {
         let mut unread = self.order.split_off(self.served);
         unread.sort_unstable();
-        // Sorted, a row never moves behind where a later one still waits to be read.
+        // In sorted order, no move overwrites a row that is still to be moved.
         for (chunk, start) in unread.chunks(CHUNK).zip((0..).step_by(CHUNK)) {
             let from: Vec<i64> = chunk.iter().map(|row| i64::from(*row)).collect();
             for column in &self.columns {
@@ -82,7 +82,7 @@ impl Buffer {
         Ok(())
     }
 
-    /// The next rows in serving order, which are read thereby; `None` if there are not so many.
+    /// Serves the next `count` rows; `None` if fewer are left.
     pub fn take(&mut self, count: usize) -> Option<Vec<Tensor>> {
         self.order.get(self.served..self.served + count)?;
         let (device, order) = (self.columns[0].device(), &self.order);
@@ -95,7 +95,7 @@ impl Buffer {
         Some(self.columns.iter().map(|column| column.index_select(0, &rows)).collect())
     }
 
-    /// Mean squared norm of a part of the unread rows of a column.
+    /// Returns the mean squared norm of a part of a column over the unread rows.
     pub fn mean_squared_norm(&self, column: usize, part: &Part) -> f64 {
         let filled = self.columns[column].narrow(0, 0, self.order.len() as i64);
         let mut sum = 0.0;
@@ -107,23 +107,23 @@ impl Buffer {
         sum / self.unread().max(1) as f64
     }
 
-    /// Forgets all rows.
+    /// Drops all rows.
     pub fn clear(&mut self) {
         self.order.clear();
         self.order_on_device = None;
         (self.served, self.unfilled) = (0, false);
     }
 
-    /// The first of the rows that are there, of one column: of those that came first.
+    /// Returns one column of the first row, which is the oldest.
     pub fn first_row(&self, column: usize) -> Option<Tensor> {
         (!self.order.is_empty()).then(|| self.columns[column].get(0))
     }
 
-    /// The unread rows, without the columns before the first that is `kept`, their order and the generator.
+    /// Returns the state: the unread rows of the columns from `kept` on, their order and the generator.
     pub fn state(&self, kept: usize) -> Result<State> {
         let mut unread = self.order[self.served..].to_vec();
         unread.sort_unstable();
-        // Ranks among the unread: what the rows' numbers become when only the unread are kept.
+        // Ranks among the unread rows are their indices once only these are saved.
         let rank = |row: &u32| unread.binary_search(row).unwrap_or_default() as u32;
         let order: Vec<u32> = self.order[self.served..].iter().map(rank).collect();
         let rows: Vec<i64> = unread.iter().map(|row| i64::from(*row)).collect();
@@ -139,11 +139,11 @@ impl Buffer {
         Ok(state)
     }
 
-    /// Takes back what [`Buffer::state`] gave, with all columns of the rows.
+    /// Restores a state from [`Buffer::state`], with all columns of its rows.
     pub fn restore(&mut self, state: &State, columns: &[Tensor]) -> Result<()> {
         let order = Vec::<i32>::try_from(state.tensor("order")?)?;
         if order.len() > self.capacity {
-            bail!(InputError::new("the saved buffer is larger than this run's"));
+            bail!(InputError::new("the buffer in the checkpoint is larger than this run's"));
         }
         for (column, rows) in self.columns.iter().zip(columns) {
             column.narrow(0, 0, order.len() as i64).copy_(rows);
@@ -170,7 +170,7 @@ mod tests {
         count
     }
 
-    /// A buffer of 10 rows, filled from rows that are numbered.
+    /// Refills a buffer with numbered rows, from `next` on.
     fn refill(buffer: &mut Buffer, next: &mut i64) {
         buffer
             .fill(|room| {
@@ -196,12 +196,13 @@ mod tests {
         all
     }
 
-    /// A buffer of ten rows; `name` draws its order.
+    /// Makes a buffer of ten rows; `name` seeds its order.
     fn small(name: &str) -> Buffer {
         Buffer::new(&[(1, Kind::Float)], 10, Device::Cpu, rng(1, name))
     }
 
-    /// The state of a buffer that has served `count` rows, the next row to fill in, and the 15 rows that it served then.
+    /// Returns the state of a buffer after `count` batches, the next row to fill in, and the rows of the 15 batches
+    /// that follow.
     fn interrupted(count: usize) -> (State, i64, Vec<f32>) {
         let mut buffer = small("buffer");
         let mut next = 0;
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filling_that_breaks_off_is_taken_up() {
+    fn an_interrupted_refill_continues_with_the_same_result() {
         let (state, at, expected) = interrupted(3);
         let new = || small("other");
         let mut broken = new();
@@ -247,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_buffer_goes_on_bit_for_bit() {
+    fn a_restored_buffer_serves_the_same_rows() {
         let (state, mut next, expected) = interrupted(2);
         let mut other = small("other");
         other.restore(&state, &columns(&state)).unwrap();

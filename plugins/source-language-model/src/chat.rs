@@ -1,4 +1,4 @@
-//! Chats as the text that a model was trained on: the tokenizer's template, rendered as transformers renders it.
+//! Renders chats to text with the tokenizer's chat template, as transformers does.
 
 mod python;
 
@@ -13,33 +13,33 @@ use minijinja::{Environment, Error, ErrorKind};
 use serde_json::Map;
 
 const NAME: &str = "chat";
-/// Instructions that a template may run for one chat: enough for thousands of messages, and done in a fraction of a
-/// second. They bound how deep a template can nest lists, and with it the stack that freeing them takes.
+/// Maximum instructions that a template may run for one chat: enough for thousands of messages, and run in a fraction
+/// of a second. This also bounds how deeply a template can nest lists, and the stack needed to free them.
 const INSTRUCTIONS: u64 = 2_000_000;
-/// The tokens of tokenizer_config.json that templates know by name.
+/// Tokens of tokenizer_config.json that templates can refer to by name.
 const SPECIAL: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-/// The names of a message's reasoning. Templates read the first; gpt-oss's reads the second.
+/// Keys of a message's reasoning. Templates read the first; gpt-oss's template reads the second.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// A tokenizer's template for chats (<https://huggingface.co/docs/transformers/chat_templating>).
 ///
-/// It renders what `apply_chat_template(messages, tokenize=False)` of transformers 5 does: no tools, no documents, no
-/// prompt for an answer. `strftime_now` gives the date that the source is built with.
+/// It renders like `apply_chat_template(messages, tokenize=False)` of transformers 5: no tools, no documents, no
+/// generation prompt. `strftime_now` formats the date that the source is built with.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special: Map<String, Value>,
-    /// Whether it asks for today's date.
+    /// True if the template uses today's date.
     is_dated: bool,
 }
 
-/// The text of a special token, which is a string or an object with the string as `content`.
+/// Returns the text of a special token, which is a string or an object with the string as `content`.
 pub fn special_token<'a>(tokenizer_config: &'a Value, name: &str) -> Option<&'a str> {
     let token = tokenizer_config.get(name)?;
     token.as_str().or_else(|| token.get("content")?.as_str())
 }
 
 impl ChatTemplate {
-    /// The template of a model's tokenizer, or why there is none.
+    /// Reads the template of a model's tokenizer. Returns the reason if there is no usable one.
     pub fn read(
         files: &ModelFiles,
         tokenizer_config: &Value,
@@ -77,30 +77,30 @@ impl ChatTemplate {
         Ok(self)
     }
 
-    /// Whether the text of chats depends on the date.
+    /// True if the text of chats depends on the date.
     pub fn is_dated(&self) -> bool {
         self.is_dated
     }
 
-    /// Sets the date that `strftime_now` gives.
+    /// Sets the date that `strftime_now` formats.
     pub fn set_today(&mut self, today: NaiveDate) {
         self.environment.add_function("strftime_now", move |format: &str| {
             let mut text = String::new();
             match write!(text, "{}", today.and_time(Default::default()).format(format)) {
                 Ok(()) => Ok(text),
                 Err(_) => {
-                    let why = format!("strftime_now cannot write a date as `{format}`");
+                    let why = format!("strftime_now does not support the format `{format}`");
                     Err(Error::new(ErrorKind::InvalidOperation, why))
                 }
             }
         });
     }
 
-    /// A chat's text, or why the template refuses it.
+    /// Returns a chat's text, or why the template rejects it.
     pub fn render(&self, messages: &[Value]) -> std::result::Result<String, String> {
         let messages: Vec<Value> = messages.iter().map(message).collect();
         let mut values = self.special.clone();
-        // What transformers passes is defined, if none.
+        // transformers passes these as None, so templates find them defined.
         values.insert("tools".to_owned(), Value::Null);
         values.insert("documents".to_owned(), Value::Null);
         values.insert("add_generation_prompt".to_owned(), false.into());
@@ -108,13 +108,14 @@ impl ChatTemplate {
         let values = minijinja::Value::from(Serde(values));
         let text = self.environment.get_template(NAME).and_then(|template| template.render(values));
         text.map_err(|error| match error.kind() {
-            ErrorKind::OutOfFuel => format!("it does not end within {INSTRUCTIONS} instructions"),
+            ErrorKind::OutOfFuel => format!("it does not finish within {INSTRUCTIONS} instructions"),
             _ => error.to_string(),
         })
     }
 }
 
-/// The text of a model's template, or why there is none. Files of their own take precedence over tokenizer_config.json.
+/// Returns the source of a model's template, or why there is none. Template files take precedence over
+/// tokenizer_config.json.
 fn source(files: &ModelFiles, tokenizer_config: &Value) -> Result<std::result::Result<String, String>> {
     for file in ["chat_template.jinja", "additional_chat_templates/default.jinja"] {
         if let Some(bytes) = files.read(file)? {
@@ -129,8 +130,8 @@ fn source(files: &ModelFiles, tokenizer_config: &Value) -> Result<std::result::R
             if default.is_none() && !several.is_empty() {
                 let names: Vec<&str> = several.iter().filter_map(|template| template["name"].as_str()).collect();
                 return Ok(Err(format!(
-                    "the tokenizer of {} has several chat templates ({}), of which none is the default; put the one to \
-                     use into its chat_template.jinja",
+                    "the tokenizer of {} has several chat templates ({}) but no default; copy one of them into \
+                     chat_template.jinja",
                     files.name(),
                     names.join(", ")
                 )));
@@ -141,7 +142,7 @@ fn source(files: &ModelFiles, tokenizer_config: &Value) -> Result<std::result::R
     };
     let written = match written {
         Some(template) => Some(template),
-        // Of models that read pictures too, the processor has it.
+        // In multimodal models, the processor has the template.
         None => files
             .json("chat_template.json")?
             .and_then(|processor| processor["chat_template"].as_str().map(str::to_owned)),
@@ -149,7 +150,7 @@ fn source(files: &ModelFiles, tokenizer_config: &Value) -> Result<std::result::R
     Ok(written.ok_or_else(|| format!("the tokenizer of {} has no chat template", files.name())))
 }
 
-/// A message as transformers hands it to a template: without what is null, and with its reasoning under the names that
+/// Returns a message as transformers passes it to a template: without nulls, and with its reasoning under the keys that
 /// templates read.
 fn message(message: &Value) -> Value {
     let Some(message) = message.as_object() else { return message.clone() };
@@ -164,7 +165,7 @@ fn message(message: &Value) -> Value {
     message.into()
 }
 
-/// A template whose `{% generation %}` blocks, which mark for transformers what the assistant says, are plain scopes.
+/// Replaces `{% generation %}` blocks, which mark the assistant's text for transformers, with plain scopes.
 fn without_generation(template: &str) -> String {
     let (mut out, mut rest) = (String::new(), template);
     while let Some(start) = rest.find("{%") {
@@ -193,24 +194,24 @@ mod tests {
         std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
-    /// A template on the day of the fixtures.
+    /// Makes a template with the date of the fixtures.
     fn template(text: &str, special: &Value) -> std::result::Result<ChatTemplate, String> {
         let today = NaiveDate::from_ymd_opt(2026, 3, 9).unwrap();
         let template = ChatTemplate::new(text, special.as_object().unwrap().clone(), today);
         template.map_err(|error| error.to_string())
     }
 
-    /// Fails if ours is not what transformers rendered, or if only one of the two refused.
+    /// Checks that our rendering equals that of transformers, or that both are errors.
     fn compare(what: &str, ours: &std::result::Result<String, String>, theirs: &Value) {
         match (ours, theirs["text"].as_str()) {
             (Ok(ours), Some(theirs)) => assert_eq!(ours, theirs, "{what}"),
             (Err(_), None) => {}
-            _ => panic!("{what}: {ours:?}, and in Python {theirs}"),
+            _ => panic!("{what}: {ours:?}, but in Python {theirs}"),
         }
     }
 
     #[test]
-    fn published_templates_render_what_transformers_renders() {
+    fn published_templates_render_as_in_transformers() {
         let all: Value = serde_json::from_str(&fixture("rendered.json")).unwrap();
         let rendered = all["rendered"].as_object().unwrap();
         assert!(rendered.len() >= 30);
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn expressions_give_what_python_gives() {
+    fn expressions_evaluate_as_in_python() {
         let all: Value = serde_json::from_str(&fixture("expressions.json")).unwrap();
         for (expression, theirs) in all["expressions"].as_object().unwrap() {
             let text = format!("{{%- set m = messages[0] -%}}{{{{ {expression} }}}}");
@@ -242,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn templates_that_do_not_end_are_refused() {
+    fn endless_templates_are_errors() {
         let forever = |text: &str| template(text, &json!({})).unwrap().render(&[]).unwrap_err();
         for text in [
             "{% for a in range(10000) %}{% for b in range(10000) %}{% endfor %}{% endfor %}",
@@ -252,14 +253,14 @@ mod tests {
             "{% set n = namespace(x=[]) %}{% for i in range(300) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
         ] {
             let error = forever(text);
-            assert!(error.contains("does not end within 2000000 instructions"), "{text}: {error}");
+            assert!(error.contains("does not finish within 2000000 instructions"), "{text}: {error}");
         }
         let error = forever("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}");
         assert!(error.contains("recursion limit"), "{error}");
     }
 
     #[test]
-    fn lists_that_a_template_nests_deeply_fit_into_the_threads_stack() {
+    fn deeply_nested_lists_fit_into_the_chat_stack() {
         let deep = "{% set n = namespace(x=[]) %}{% for a in range(100) %}{% for i in range(1000) %}\
                     {% set n.x = [n.x] %}{% endfor %}{% endfor %}{{ n.x|tojson }}";
         let render = || template(deep, &json!({})).unwrap().render(&[]).unwrap_err();
@@ -269,11 +270,11 @@ mod tests {
     }
 
     #[test]
-    fn what_a_template_refuses_is_said() {
+    fn errors_of_templates_are_reported() {
         let error = template("{{ raise_exception('roles must alternate') }}", &json!({})).unwrap().render(&[]);
         assert!(error.unwrap_err().contains("roles must alternate"));
         let error = template("{{ strftime_now('%Q') }}", &json!({})).unwrap().render(&[]).unwrap_err();
-        assert!(error.contains("strftime_now cannot write a date as `%Q`"), "{error}");
+        assert!(error.contains("strftime_now does not support the format `%Q`"), "{error}");
         let error = template("{{ [1]|tojson(indnt=2) }}", &json!({})).unwrap().render(&[]).unwrap_err();
         assert!(error.contains("indnt"), "{error}");
     }

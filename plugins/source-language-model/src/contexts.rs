@@ -1,4 +1,4 @@
-//! From a text stream to contexts: rows of token ids.
+//! Turns a text stream into contexts: rows of token ids.
 
 mod tokenizer;
 
@@ -11,30 +11,30 @@ use tokenizers::Tokenizer;
 
 use crate::chat::{self, ChatTemplate};
 
-/// Bytes that are tokenised at once. The tokenizer takes about a hundred times as much memory.
+/// Maximum bytes tokenised at once. The tokenizer needs about a hundred times as much memory.
 const PIECE: usize = 1 << 18;
 
-/// More bytes than a token has, on average, in any text.
+/// Upper bound on the average bytes per token in any text.
 const BYTES_OF_A_TOKEN: usize = 64;
 
-/// How documents become contexts.
+/// Settings for turning documents into contexts.
 #[derive(Debug, Clone, Copy)]
 pub struct ContextsCx {
-    /// Tokens in a context.
+    /// Tokens per context.
     pub ctx_len: usize,
-    /// Whether documents are joined and cut into full contexts, instead of one document a context.
+    /// Join documents and cut them into full contexts, instead of one context per document.
     pub pack: bool,
-    /// Whether the tokenizer adds its special tokens to each document.
+    /// Let the tokenizer add its special tokens to each document.
     pub add_special_tokens: bool,
-    /// Whether every context begins with the BOS token, whatever the tokenizer does.
+    /// Start every context with the BOS token, whatever the tokenizer does.
     pub prepend_bos: bool,
     /// Number of token ids that the model embeds.
     pub vocab_size: i64,
-    /// The longest context that the model takes.
+    /// Maximum context length of the model.
     pub max_positions: Option<i64>,
-    /// The date that chat templates see.
+    /// Today's date for chat templates.
     pub today: NaiveDate,
-    /// Whether the user chose that date.
+    /// True if the user set the date.
     pub date_is_chosen: bool,
 }
 
@@ -43,25 +43,25 @@ pub struct ContextsCx {
 pub struct Row {
     ids: Vec<i64>,
     mask: Vec<bool>,
-    /// Where its text is from, for messages.
+    /// Where its text comes from, for messages.
     pub origin: String,
 }
 
 impl Row {
-    /// Positions, padding among them.
+    /// Returns the number of positions, including padding.
     pub fn len(&self) -> usize {
         self.ids.len()
     }
 }
 
-/// Where a stream of contexts stands.
+/// Position in a stream of contexts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
-    /// Items of the text that are in contexts with all their tokens.
+    /// Records of the text that are completely used.
     position: u64,
-    /// Tokens of the item after them that are in contexts.
+    /// Tokens used of the next record.
     used: usize,
-    /// Rows of tokens that were delivered.
+    /// Rows of token ids returned.
     rows: u64,
 }
 
@@ -69,51 +69,51 @@ pub struct Place {
 pub struct Contexts {
     text: Box<dyn TextStream>,
     tokenizer: Option<Tokenizer>,
-    /// The special tokens that the tokenizer puts before and after a document.
+    /// Special tokens that the tokenizer adds before and after a document.
     special: [Vec<i64>; 2],
-    /// The form of chats, or why there is none.
+    /// The chat template, or why there is none.
     chats: std::result::Result<ChatTemplate, String>,
     cx: ContextsCx,
-    /// The token between documents.
+    /// Token between packed documents.
     end_of_text: Option<i64>,
-    /// The token that begins every context.
+    /// Token that starts every context.
     bos: Option<i64>,
-    /// The ids of BOS, EOS, padding and separator.
+    /// Ids of BOS, EOS, padding and separator.
     special_ids: Vec<i64>,
-    /// Documents that were read and are not, or not wholly, in a context yet.
+    /// Documents with tokens that are not in a context yet.
     carry: VecDeque<Tokenised>,
     rows: u64,
-    /// Documents that were read.
+    /// Number of documents read.
     documents: u64,
-    /// Those of which only the beginning is in a context, and where the first is from.
+    /// Number of truncated documents, and the origin of the first.
     cut: (u64, Option<String>),
 }
 
-/// A document as tokens.
+/// A tokenised document.
 struct Tokenised {
     ids: Vec<i64>,
     origin: String,
-    /// Items of the text before it.
+    /// Number of records of the text before it.
     position: u64,
-    /// Tokens of it that are in a context.
+    /// Number of its tokens that are already in a context.
     used: usize,
-    /// Whether it ends with these tokens: one that is longer than its context is not tokenised to its end.
+    /// True if these are all of its tokens. A document longer than its context is tokenised only in part.
     whole: bool,
 }
 
 impl Contexts {
-    /// Contexts of a text for a model.
+    /// Makes the contexts of a text for a model.
     pub fn new(mut text: Box<dyn TextStream>, files: &ModelFiles, cx: ContextsCx) -> Result<Self> {
         let tokenizer = tokenizer(files)?;
         if tokenizer.is_none() && !text.is_tokenized() && begins_with_text(&mut *text)? {
             bail!(
                 InputError::new(format!("the model {} has no tokenizer.json", files.name()))
-                    .help("add it to the model's folder, or give tokens: `text: {type: token_file, path: ...}`")
+                    .help("add it to the model's folder, or give token ids: `text: {type: token_file, path: ...}`")
             );
         }
         let mut tokenizer_config =
             files.json("tokenizer_config.json")?.unwrap_or_else(|| Value::Object(Default::default()));
-        // Older models have special tokens in a file of their own, which takes precedence.
+        // Older models list special tokens in a separate file, which takes precedence.
         let older = files.json("special_tokens_map.json")?;
         if let (Some(config), Some(Value::Object(older))) = (tokenizer_config.as_object_mut(), older) {
             for (name, token) in older {
@@ -125,7 +125,7 @@ impl Contexts {
         for name in ["bos", "eos", "pad", "sep"] {
             let id = special_id(&model_config, name).map_err(|(key, value)| {
                 InputError::new(format!(
-                    "the config.json of {} has `{key}: {value}`, and a token id is an integer",
+                    "the config.json of {} has `{key}: {value}`, but token ids are integers",
                     files.name()
                 ))
                 .help(format!("correct `{key}` in that file: an integer, a list of them, or null"))
@@ -145,7 +145,7 @@ impl Contexts {
             if let Some(id) = id.filter(|id| !embedded(id) && !text.is_tokenized()) {
                 bail!(
                     InputError::new(format!(
-                        "the files of {} say that {} is token {id}, but the model embeds only the ids 0 to {}",
+                        "in the files of {}, {} is token {id}, but the model embeds only the ids 0 to {}",
                         files.name(),
                         name.to_uppercase(),
                         cx.vocab_size - 1
@@ -158,8 +158,8 @@ impl Contexts {
         }
         if cx.prepend_bos && bos.is_none() && !text.is_tokenized() {
             bail!(
-                InputError::new(format!("{} does not say which token is BOS", files.name()))
-                    .help("leave `prepend_bos` out, or add `bos_token` to its tokenizer_config.json")
+                InputError::new(format!("the files of {} do not define a BOS token", files.name()))
+                    .help("remove `prepend_bos`, or add `bos_token` to its tokenizer_config.json")
             );
         }
         let chats = ChatTemplate::read(files, &tokenizer_config, cx.today)?;
@@ -181,7 +181,7 @@ impl Contexts {
         if contexts.tokenizer.is_some() && cx.add_special_tokens {
             let [with, plain] = [true, false].map(|special| contexts.piece("a", special, files.name()));
             let (with, plain) = (with?, plain?);
-            // The plain tokens stand in the middle of the others.
+            // The plain tokens are in the middle, between the special ones.
             let start = with.windows(plain.len().max(1)).position(|window| window == plain).unwrap_or(0);
             contexts.special = [with[..start].to_vec(), with[(start + plain.len()).min(with.len())..].to_vec()];
         }
@@ -191,7 +191,7 @@ impl Contexts {
         Ok(contexts)
     }
 
-    /// Warns of files that disagree about special tokens, and of documents that nothing separates.
+    /// Warns of files that disagree about special tokens, and of packed documents without a separator.
     fn warn(&self, files: &ModelFiles, tokenizer_config: &Value, bos: Option<i64>) {
         let [before, after] = &self.special;
         let name = files.name();
@@ -201,32 +201,32 @@ impl Contexts {
             let known = |token: &&str| self.tokenizer.as_ref().is_none_or(|known| known.token_to_id(token).is_some());
             if let Some(token) = token.filter(|token| !known(token)) {
                 tracing::warn!(
-                    "the tokenizer_config.json of {name} says `{key}_token: {token}`, which its tokenizer.json does not \
+                    "the tokenizer_config.json of {name} has `{key}_token: {token}`, which its tokenizer.json does not \
                      have: {}",
                     match id {
-                        Some(id) => format!("`{key}_token_id: {id}` of its config.json is taken"),
-                        None => format!("it has no {}", key.to_uppercase()),
+                        Some(id) => format!("using `{key}_token_id: {id}` of its config.json"),
+                        None => format!("continuing without {}", key.to_uppercase()),
                     }
                 );
             }
         }
         if self.cx.add_special_tokens && !self.cx.prepend_bos {
-            // Another token than BOS at the beginning is a fault of its own, of which is warned below.
+            // A first token other than BOS has its own warning below.
             let other = bos.zip(before.first()).filter(|(bos, _)| !before.contains(bos));
             for (key, token, place) in [("bos", bos, before), ("eos", eos, after)] {
                 let setting = tokenizer_config.get(format!("add_{key}_token")).filter(|value| !value.is_null());
                 if let Some(value) = setting.filter(|value| !value.is_boolean()) {
                     tracing::warn!(
-                        "the tokenizer_config.json of {name} says `add_{key}_token: {value}`, which is neither true nor \
-                         false: it is ignored"
+                        "the tokenizer_config.json of {name} has `add_{key}_token: {value}`, which is neither true nor \
+                         false: ignoring it"
                     );
                 }
                 let says = setting.and_then(Value::as_bool);
                 let does = token.is_some_and(|token| place.contains(&token));
                 if says.is_some_and(|says| says != does) && !(key == "bos" && other.is_some()) {
                     tracing::warn!(
-                        "the tokenizer_config.json of {name} says `add_{key}_token: {}`, but its tokenizer.json \
-                         adds {} {}; tokenizer.json is followed, as in transformers 5 (4 follows the other for some \
+                        "the tokenizer_config.json of {name} has `add_{key}_token: {}`, but its tokenizer.json \
+                         adds {} {}; using tokenizer.json, as transformers 5 does (4 uses the other for some \
                          classes); `prepend_bos` on the source overrides both",
                         !does,
                         match key {
@@ -244,9 +244,9 @@ impl Contexts {
                     known.and_then(|(tokenizer, id)| tokenizer.id_to_token(id)).unwrap_or_else(|| id.to_string())
                 };
                 tracing::warn!(
-                    "the tokenizer.json of {name} begins a text with `{}`, but its tokenizer_config.json names \
-                     `{}` as BOS; tokenizer.json is followed, as in transformers; `prepend_bos: true` on the source \
-                     takes the other",
+                    "the tokenizer.json of {name} starts a text with `{}`, but its tokenizer_config.json names \
+                     `{}` as BOS; using tokenizer.json, as transformers does; `prepend_bos: true` on the source \
+                     uses the other",
                     text(*first),
                     text(bos)
                 );
@@ -254,23 +254,23 @@ impl Contexts {
         }
         if self.cx.pack && eos.is_none() && self.bos.is_none() && before.is_empty() && after.is_empty() {
             tracing::warn!(
-                "documents are packed with nothing between them: the files of {name} name no end-of-text token; \
+                "packing documents without a separator: the files of {name} name no end-of-text token; \
                  add `eos_token` to its tokenizer_config.json, or `eos_token_id` to its config.json"
             );
         }
     }
 
-    /// The ids of BOS, EOS, padding and separator, as far as the model's files name them.
+    /// Returns the ids of BOS, EOS, padding and separator that the model's files name.
     pub fn special_ids(&self) -> &[i64] {
         &self.special_ids
     }
 
-    /// The date that chat templates see.
+    /// Returns today's date for chat templates.
     pub fn today(&self) -> NaiveDate {
         self.cx.today
     }
 
-    /// Sets the date that chat templates see.
+    /// Sets today's date for chat templates.
     pub fn set_today(&mut self, today: NaiveDate) {
         self.cx.today = today;
         if let Ok(chats) = &mut self.chats {
@@ -278,12 +278,12 @@ impl Contexts {
         }
     }
 
-    /// Whether chats can be rendered, which takes a large stack.
+    /// True if chats can be rendered, which needs a large stack.
     pub fn has_chat_template(&self) -> bool {
         self.chats.is_ok()
     }
 
-    /// The next context; `None` at the end of the text.
+    /// Returns the next context; `None` at the end of the text.
     pub fn next_row(&mut self) -> Result<Option<Row>> {
         if self.text.is_tokenized() {
             return self.row_of_tokens();
@@ -294,7 +294,7 @@ impl Contexts {
             if there >= length || (there > 0 && !self.cx.pack) {
                 return Ok(Some(self.row_of_carry(length)));
             }
-            // The end of the text is a context too, if a shorter one.
+            // The rest of the text makes a shorter context.
             match self.document()? {
                 None => return Ok((there > 0).then(|| self.row_of_carry(length))),
                 Some(document) => self.carry.push_back(document),
@@ -312,10 +312,10 @@ impl Contexts {
         Ok(Some(Row { ids, mask, origin }))
     }
 
-    /// A context of what is carried: up to `length` tokens, or of a document of its own its beginning.
+    /// Makes a context of up to `length` carried tokens: of several documents, or without `pack` the beginning of one.
     fn row_of_carry(&mut self, length: usize) -> Row {
         let mut ids = Vec::with_capacity(length);
-        // The tokenizer may have put it there already.
+        // The tokenizer may already have added BOS.
         let begun = self.carry.front().and_then(|document| document.ids.get(document.used)).copied();
         ids.extend(self.bos.filter(|bos| begun != Some(*bos)));
         let origin = self.carry.front().map_or_else(String::new, |document| document.origin.clone());
@@ -334,7 +334,7 @@ impl Contexts {
         Row { mask: vec![true; ids.len()], ids, origin }
     }
 
-    /// The next document of the text as tokens.
+    /// Returns the next document of the text, tokenised.
     fn document(&mut self) -> Result<Option<Tokenised>> {
         loop {
             let position = self.text.position();
@@ -342,7 +342,7 @@ impl Contexts {
             let (ids, whole, origin) = match self.text.next_record().under("text")? {
                 None => return Ok(None),
                 Some(Record::Tokens { mut ids, mask, origin }) => {
-                    // Who tokenized it has put special tokens where they belong.
+                    // Pretokenised rows already have their special tokens.
                     separator = None;
                     let mut is_text = mask.into_iter();
                     ids.retain(|_| is_text.next().unwrap_or(true));
@@ -354,24 +354,24 @@ impl Contexts {
                 }
                 Some(Record::Chat(Chat { messages, origin })) => {
                     let template = self.chats.as_ref().map_err(|why| {
-                        InputError::new(format!("{origin} is a chat, and {why}"))
-                            .help("use a model that is made for chats, or a text")
+                        InputError::new(format!("{origin} is a chat, but {why}"))
+                            .help("use a chat model, or a text without chats")
                     })?;
                     if template.is_dated() && !std::mem::replace(&mut self.cx.date_is_chosen, true) {
                         tracing::info!(
-                            "the chat template writes today's date, {today}, into chats; `chat_date: {today}` on the \
-                             source gives the same text on another day",
+                            "the chat template writes today's date, {today}, into chats; set `chat_date: {today}` on \
+                             the source to get the same text on another day",
                             today = self.cx.today
                         );
                     }
                     match template.render(&messages) {
-                        // The template has put special tokens where they belong.
+                        // The template already adds the special tokens.
                         Ok(text) => {
                             let (ids, whole) = self.encode(&text, false, &origin)?;
                             (ids, whole, origin)
                         }
                         Err(why) => {
-                            self.text.refuse(&origin, &format!("the model's chat template refuses it: {why}"))?;
+                            self.text.refuse(&origin, &format!("the model's chat template rejects it: {why}"))?;
                             continue;
                         }
                     }
@@ -386,8 +386,8 @@ impl Contexts {
         }
     }
 
-    /// A document as tokens, and whether that is all of them: where a context holds one document, it may be as many as the
-    /// context holds.
+    /// Tokenises a document. Also returns whether the tokens are complete: without `pack`, it stops once a context is
+    /// full.
     fn encode(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<(Vec<i64>, bool)> {
         let (piece, enough) = match self.cx.pack {
             true => (PIECE, usize::MAX),
@@ -408,22 +408,22 @@ impl Contexts {
         Ok((ids, rest.is_empty()))
     }
 
-    /// A part of a document as tokens.
+    /// Tokenises a piece of a document.
     fn piece(&self, text: &str, add_special_tokens: bool, origin: &str) -> Result<Vec<i64>> {
         let Some(tokenizer) = &self.tokenizer else {
             bail!(
-                InputError::new(format!("{origin} is a text, and the model has no tokenizer.json"))
-                    .help("add it to the model's folder, or give token ids alone")
+                InputError::new(format!("{origin} is text, but the model has no tokenizer.json"))
+                    .help("add it to the model's folder, or give only token ids")
             );
         };
         tokenizer::ids(tokenizer, text, add_special_tokens).map_err(|why| {
-            InputError::new(format!("{origin}: the model's tokenizer cannot tokenise it: {why}"))
-                .help("its tokenizer.json is damaged, or of a kind that is not known: fetch it again")
+            InputError::new(format!("{origin}: the model's tokenizer fails: {why}"))
+                .help("its tokenizer.json is damaged or of an unsupported type: download it again")
                 .into()
         })
     }
 
-    /// Refuses tokens that the model does not embed.
+    /// Returns an error if the model does not embed one of the tokens.
     fn check(&self, ids: &[i64], origin: &str) -> Result<()> {
         let Some(wrong) = ids.iter().find(|id| !(0..self.cx.vocab_size).contains(*id)) else { return Ok(()) };
         let name = u32::try_from(*wrong).ok().and_then(|id| self.tokenizer.as_ref()?.id_to_token(id));
@@ -434,13 +434,13 @@ impl Contexts {
         ));
         bail!(match name {
             Some(name) => error.help(format!(
-                "take `{name}` out of the text; if ordinary words give such ids, the tokenizer is another model's"
+                "remove `{name}` from the text; if ordinary words have such ids, the tokenizer is another model's"
             )),
-            None => error.help("the tokens and the model do not belong together"),
+            None => error.help("the token ids are of another model's tokenizer"),
         })
     }
 
-    /// Rows as one batch, padded on the right to the longest.
+    /// Combines rows into a batch, padded on the right to the longest.
     pub fn batch(rows: &[&Row], device: Device) -> Tokens {
         let length = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
         let (mut ids, mut mask) = (Vec::new(), Vec::new());
@@ -457,12 +457,12 @@ impl Contexts {
         }
     }
 
-    /// The files of this machine that the text is read from, with their lengths.
+    /// Returns the local files of the text, with their lengths.
     pub fn files(&self) -> BTreeMap<String, u64> {
         self.text.files()
     }
 
-    /// Where the stream stands.
+    /// Returns the current position.
     pub fn place(&self) -> Place {
         let (position, used) = match self.carry.front() {
             Some(document) => (document.position, document.used),
@@ -471,7 +471,7 @@ impl Contexts {
         Place { position, used, rows: self.rows }
     }
 
-    /// Goes to a place.
+    /// Seeks to a position.
     pub fn seek(&mut self, place: Place) -> Result<()> {
         self.carry.clear();
         self.text.seek(place.position)?;
@@ -483,7 +483,7 @@ impl Contexts {
         Ok(())
     }
 
-    /// What the user should know: records and files skipped, documents cut.
+    /// Returns warnings for the user: skipped records and files, truncated documents.
     pub fn note(&self) -> Option<String> {
         let (count, first) = self.text.skipped();
         let records = first.map(|first| match count {
@@ -492,8 +492,8 @@ impl Contexts {
         });
         let (count, first) = self.text.skipped_files();
         let files = first.map(|first| match count {
-            1 => format!("warning: 1 file was skipped from where it breaks off: {first}"),
-            _ => format!("warning: {count} files were skipped from where they break off, the first is {first}"),
+            1 => format!("warning: 1 unreadable file was skipped, at least in part: {first}"),
+            _ => format!("warning: {count} unreadable files were skipped, at least in part, the first is {first}"),
         });
         let (count, first) = &self.cut;
         let cut = first.as_ref().map(|first| {
@@ -501,7 +501,7 @@ impl Contexts {
             let is_longest = self.cx.max_positions.is_some_and(|most| length as i64 >= most);
             let raise = if is_longest { "" } else { "raise `ctx_len`, or " };
             format!(
-                "warning: {count} of {documents} documents are longer than `ctx_len` {length}, and the rest of each is left out \
+                "warning: {count} of {documents} documents are longer than `ctx_len` {length} and were truncated \
                  (the first is {first}); {raise}set `pack: true`"
             )
         });
@@ -509,11 +509,11 @@ impl Contexts {
     }
 }
 
-/// The id of a special token in a model's config: the first, where there are several. Fails with the key and a value that is
-/// no id.
+/// Returns the id of a special token in a model's config, the first of several. The error is the key with a value that
+/// is not an id.
 fn special_id(model_config: &Value, name: &str) -> std::result::Result<Option<i64>, (String, Value)> {
     let key = format!("{name}_token_id");
-    // Models that read pictures too have a config of their text part.
+    // Multimodal models have a separate config for text.
     for config in [Some(model_config), model_config.get("text_config")].into_iter().flatten() {
         let id = match config.get(&key) {
             Some(Value::Array(several)) => several.first(),
@@ -526,14 +526,15 @@ fn special_id(model_config: &Value, name: &str) -> std::result::Result<Option<i6
     Ok(None)
 }
 
-/// Whether a stream's first item needs a tokenizer. A stream that cannot be read says so when it is read in earnest.
+/// True if a stream's first record needs a tokenizer. A stream that cannot be read returns its error at the first real
+/// read.
 fn begins_with_text(text: &mut dyn TextStream) -> Result<bool> {
     let begins = matches!(text.next_record(), Ok(Some(Record::Text(_) | Record::Chat(_))));
     text.seek(0)?;
     Ok(begins)
 }
 
-/// The model's tokenizer, if it has one.
+/// Reads the model's tokenizer, if it has one.
 fn tokenizer(files: &ModelFiles) -> Result<Option<Tokenizer>> {
     let Some(bytes) = files.read("tokenizer.json")? else { return Ok(None) };
     let tokenizer = tokenizer::read(&bytes)
@@ -541,12 +542,12 @@ fn tokenizer(files: &ModelFiles) -> Result<Option<Tokenizer>> {
     Ok(Some(tokenizer))
 }
 
-/// The text of each of these tokens; their numbers where there is no tokenizer.
+/// Returns the text of each of these tokens, or the id of a token that has none.
 pub fn token_texts(files: &ModelFiles, ids: &[i64]) -> Result<Vec<String>> {
     let tokenizer = tokenizer(files)?;
     let text = |id: &i64| {
         let known = tokenizer.as_ref().zip(u32::try_from(*id).ok());
-        // A token that begins in the middle of a character has no text of its own; its name in the vocabulary says more.
+        // A token that starts within a character has no text of its own; show its name in the vocabulary.
         let decoded = known.and_then(|(tokenizer, id)| {
             let text = tokenizer::text(tokenizer, id).filter(|text| !text.is_empty() && !text.contains('\u{fffd}'));
             text.or_else(|| tokenizer.id_to_token(id))
@@ -556,8 +557,8 @@ pub fn token_texts(files: &ModelFiles, ids: &[i64]) -> Result<Vec<String>> {
     Ok(ids.iter().map(text).collect())
 }
 
-/// Where to end a piece of at most so many bytes: before a space that stands alone between two words, where tokenizers do
-/// not join what is on its sides; where there is none, after a letter.
+/// Returns where to end a piece of at most `at_most` bytes: before a single space between two words, across which
+/// tokenizers make no token; without one, after a character.
 fn between_words(text: &str, at_most: usize) -> usize {
     if text.len() <= at_most {
         return text.len();
@@ -574,7 +575,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn special_ids_of_configs() {
+    fn special_ids_are_read_from_every_form_of_config() {
         let of = |json: &str| special_id(&serde_json::from_str(json).unwrap(), "eos");
         assert_eq!(of(r#"{"eos_token_id": 7}"#), Ok(Some(7)));
         assert_eq!(of(r#"{"eos_token_id": [128001, 128008, 128009]}"#), Ok(Some(128_001)));
@@ -594,7 +595,7 @@ mod tests {
     fn pieces_end_between_words() {
         assert_eq!(between_words("one two three", 9), 7);
         assert_eq!(between_words("one two", 100), 7);
-        // Runs of spaces are tokens of their own.
+        // Runs of spaces may be tokens.
         assert_eq!(between_words("one two   three", 11), 3);
         assert_eq!(between_words("äääää", 3), 2);
     }

@@ -1,12 +1,12 @@
-//! The activations of one forward pass, and where they go.
+//! The activations of one forward pass, put into the text's order.
 
 use dictlearn_core::prelude::*;
 
-/// Activations of rows that ran through the model together, [n, width] for each point, and last their tokens, [n, 3].
+/// Activations of rows that ran together, [n, width] for each hook point, and last their tokens, [n, 3].
 pub type Columns = Vec<Tensor>;
 
-/// What a pass over several contexts harvested. Contexts of like length ran together, so their order is not the text's until
-/// they are written.
+/// Activations of a forward pass over several contexts. Contexts of similar length ran together; writing restores the
+/// text's order.
 pub struct Harvested {
     parts: Vec<Part>,
     count: i64,
@@ -14,12 +14,13 @@ pub struct Harvested {
 
 struct Part {
     columns: Columns,
-    /// Where each row stands in the text's order, int64 `[n]`.
+    /// Index of each row in the text's order, int64 `[n]`.
     at: Tensor,
 }
 
 impl Harvested {
-    /// Of parts with the contexts that each ran, as indices, and how many rows each context has; `contexts` is the number of all.
+    /// Combines parts. Each comes with the indices of its contexts and their numbers of rows; `contexts` is the number
+    /// of all contexts.
     pub fn new(parts: Vec<(Columns, Vec<(usize, i64)>)>, contexts: usize) -> Self {
         let mut starts = vec![0; contexts + 1];
         for (context, count) in parts.iter().flat_map(|(_, counts)| counts) {
@@ -36,7 +37,7 @@ impl Harvested {
         Harvested { count: starts[contexts], parts: parts.into_iter().map(part).collect() }
     }
 
-    /// How many rows there are.
+    /// Returns the number of rows.
     pub fn count(&self) -> i64 {
         self.count
     }
@@ -50,7 +51,7 @@ impl Harvested {
         }
     }
 
-    /// The rows in the text's order, in memory of their own.
+    /// Returns the rows in the text's order, in new tensors.
     pub fn in_order(&self, columns: &[(i64, Kind)], device: Device) -> Columns {
         let column = |(width, kind): &(i64, Kind)| Tensor::empty([self.count, *width], (*kind, device));
         let columns: Columns = columns.iter().map(column).collect();
@@ -58,7 +59,7 @@ impl Harvested {
         columns
     }
 
-    /// Without rows whose norm, in any of the columns `of`, is above `multiple` times the median of all rows.
+    /// Removes rows whose norm, in any of the columns `of`, exceeds `multiple` times the median over all rows.
     pub fn without_outliers(self, multiple: f64, of: &[usize]) -> Self {
         let Some(first) = self.parts.first() else { return self };
         let kept = Tensor::ones([self.count], (Kind::Bool, first.at.device()));
@@ -90,7 +91,7 @@ mod tests {
         Tensor::from_slice(rows).unsqueeze(1)
     }
 
-    /// Contexts 0 and 2 ran together, then 1 alone, which was longer.
+    /// Contexts 0, 2 and 3 ran together, then the longer context 1 alone.
     fn harvested() -> Harvested {
         let together = (vec![column(&[0.0, 1.0, 5.0])], vec![(2, 0), (0, 2), (3, 1)]);
         Harvested::new(vec![together, (vec![column(&[-2.0, 3.0, 90.0])], vec![(1, 3)])], 4)
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn outliers_leave_no_gap() {
+    fn removed_outliers_leave_no_gap() {
         // The median of the norms 0, 1, 2, 3, 5, 90 is 2.
         assert_eq!(numbers(&harvested().without_outliers(2.0, &[0])), [0.0, 1.0, -2.0, 3.0]);
         assert_eq!(numbers(&harvested().without_outliers(2.5, &[0])), [0.0, 1.0, -2.0, 3.0, 5.0]);

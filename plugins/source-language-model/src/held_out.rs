@@ -1,16 +1,16 @@
-//! The part of a text that is wanted for a purpose: its documents are held out as the rows of other sources are.
+//! Splits a text's documents into a training part and a held-out part, as other sources split their rows.
 
 use std::collections::BTreeMap;
 
 use dictlearn_core::prelude::*;
 
-/// The documents, chats or rows of token ids of a text that training reads, or those that metrics read.
+/// The records of a text that training reads, or those that metrics read.
 pub struct PartOfText {
     /// The whole text.
     pub text: Box<dyn TextStream>,
-    /// Which part of it is held out.
+    /// The records to hold out.
     pub held_out: HeldOut,
-    /// What the part is for.
+    /// Training or evaluation.
     pub purpose: Purpose,
 }
 
@@ -33,7 +33,7 @@ impl TextStream for PartOfText {
     fn files(&self) -> BTreeMap<String, u64> {
         self.text.files()
     }
-    /// Counted over the whole text.
+    /// Returns the position in the whole text.
     fn position(&self) -> u64 {
         self.text.position()
     }
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn documents_are_trained_on_or_measured_on() {
+    fn each_document_is_either_trained_on_or_evaluated() {
         let (trained, measured) = (rest(&mut part(Purpose::Training, 0)), rest(&mut part(Purpose::Evaluation, 0)));
         assert_eq!((trained.len(), measured.len()), (80, 20));
         let mut all = [trained, measured.clone()].concat();
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_goes_on_from_where_it_was() {
+    fn a_part_continues_after_seeking() {
         let mut text = part(Purpose::Training, 0);
         let all = rest(&mut part(Purpose::Training, 0));
         for _ in 0..30 {

@@ -1,17 +1,17 @@
-//! Activations of a language model, through the reference's buffer.
+//! Activations of a language model, served from the reference's buffer.
 //!
-//! Text becomes contexts, the model runs over them as far as the hooked module, and the activations at text positions
-//! go into a buffer of `n_ctxs · ctx_len` rows. Batches are drawn from it at random without replacement; when less than
-//! half of it is unread, it is filled again. Memory is the buffer, one forward pass and one batch.
+//! The text is tokenised into contexts. The model runs on them up to the hooked module, and the activations at text
+//! positions go into a buffer of `n_ctxs · ctx_len` rows. Batches are drawn from it at random without replacement. When
+//! less than half of it is unread, it is refilled. Memory is the buffer, one forward pass and one batch.
 //!
-//! With `shuffle: false` there is no buffer: activations come in order, row by row.
+//! With `shuffle: false` there is no buffer: activations come in the text's order.
 //!
-//! Several submodules, or the heads of an attention, are sites: one forward pass feeds them all, and a row is the same
-//! token at each of them.
+//! Several submodules, or the heads of an attention, are sites: one forward pass feeds all of them, and a row is the
+//! same token at each.
 //!
-//! Where this differs from the reference: `remove_bos` removes each context's first token and not every token of the
-//! BOS id, `max_activation_norm_multiple` takes the median over text positions and not over padding as well,
-//! and activations that do not fit into the buffer any more wait for the next filling instead of being dropped.
+//! Where this differs from the reference: `remove_bos` removes each context's first token, not every token with the BOS
+//! id. `max_activation_norm_multiple` takes the median over text positions, without padding. Activations that do not
+//! fit into the buffer wait for the next refill instead of being dropped.
 
 mod ahead;
 mod buffer;
@@ -39,104 +39,106 @@ use held_out::PartOfText;
 pub use sites::{Heads, IoChoice, Submodules};
 use sites::{LanguageModelSite, sites};
 
-/// Tokens that a CPU runs through the model at once: few enough for a layer's intermediate values to stay in its caches,
-/// enough for products to be efficient.
+/// Maximum tokens per forward pass on a CPU: few enough that a layer's intermediate values stay in the caches, and
+/// enough for efficient products.
 const AT_ONCE: usize = 1024;
 
 /// Activations of a language model.
-#[component(source "language_model", summary = "Activations of a language model, through a shuffling buffer",
+#[component(source "language_model", summary = "Activations of a language model, served from a shuffling buffer",
     example = "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, text: {type: \
         embedded, name: austen}, ctx_len: 64, n_ctxs: 64, out_batch_size: 256, pack: true}", default)]
 pub struct LanguageModelConfig {
-    /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`. Weights
-    /// are read from `model.safetensors`, or else from `pytorch_model.bin`; either may be sharded.
+    /// The model: a folder in Hugging Face's layout, a Hub repository `owner/name[@revision]`, or `embedded:NAME`.
+    /// Weights are read from `model.safetensors` or, without it, from `pytorch_model.bin`; both may be sharded.
     pub model: PathOrName,
-    /// The module whose value is harvested: its path in the Hugging Face model (`gpt_neox.layers.1.mlp`), or a
-    /// TransformerLens name (`blocks.1.hook_mlp_out`). A list of them makes as many sites.
+    /// Module to harvest: its path in the Hugging Face model (`gpt_neox.layers.1.mlp`), or a TransformerLens name
+    /// (`blocks.1.hook_mlp_out`). A list makes one site for each entry.
     pub submodule: Submodules,
-    /// The module's input, its output, or pairs of both. A TransformerLens name means one of them by itself.
+    /// Harvest the module's output (`out`), its input (`in`), or both as pairs (`in_to_out`). A TransformerLens name
+    /// already implies one of them.
     #[default]
     pub io: IoChoice,
-    /// Another place, whose value is to be predicted from the submodule's: a module, of which it is the output, or a
-    /// TransformerLens name.
+    /// Hook point to predict from the submodule: a module, whose output is the target, or a TransformerLens name. Null
+    /// reconstructs the submodule's own value.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
-    /// Take the mean over dimensions off every activation, as TransformerLens's `center_writing_weights` does to what is
-    /// written to the residual stream.
+    /// Subtract from every activation its mean over dimensions. This matches TransformerLens's `center_writing_weights`
+    /// for values written to the residual stream.
     #[default]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub center: bool,
-    /// Whether the outputs of attention heads (`blocks.1.attn.hook_z`) are one site, side by side, or a site each:
-    /// `<submodule>.head0` and so on.
+    /// Treat the outputs of attention heads (`blocks.1.attn.hook_z`) as one concatenated site (`joined`), or as one
+    /// site per head (`separate`), named `<submodule>.head0` and so on.
     #[default]
     pub heads: Heads,
     /// The text that the model reads.
     pub text: Box<dyn TaggedText>,
-    /// Tokens in a context. The rows of a `token_file` are contexts as they stand.
+    /// Tokens per context. Rows of a `token_file` keep their own length.
     #[default(128)]
     #[schemars(range(min = 1))]
     pub ctx_len: u64,
-    /// Contexts held in the buffer, which is filled again when half of it is used.
+    /// Contexts held in the buffer. It is refilled when half of it is used.
     #[default(3000)]
     #[schemars(range(min = 1))]
     pub n_ctxs: u64,
-    /// Contexts in a forward pass.
+    /// Contexts per forward pass.
     #[default(64)]
     #[schemars(range(min = 1))]
     pub refresh_batch_size: u64,
-    /// Activations in a training batch.
+    /// Activations per training batch.
     #[default(2048)]
     #[schemars(range(min = 1))]
     pub out_batch_size: u64,
-    /// Leave out the activation at the first text position of each context: there stands the BOS token, if there is
-    /// one, and there models put their attention sink.
+    /// Skip the activation at the first text position of each context. This is the BOS token, if there is one, and
+    /// usually the model's attention sink.
     #[default]
     pub remove_bos: bool,
     /// Let the tokenizer add its special tokens to each document.
     #[default(true)]
     pub add_special_tokens: bool,
-    /// Begin every context with the BOS token (`true`), whatever the tokenizer does, or let the tokenizer add nothing
-    /// (`false`); null to leave it to the tokenizer.
+    /// `true`: start every context with the BOS token, whatever the tokenizer does. `false`: the tokenizer adds no
+    /// special tokens. Null: the tokenizer decides.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prepend_bos: Option<bool>,
-    /// Leave out the activations of special tokens: `true` for BOS, EOS, padding and separator as the model's files name
-    /// them, or a list of token ids. The model still reads those tokens.
+    /// Skip the activations of special tokens: `true` for BOS, EOS, padding and separator as named by the model's
+    /// files, or a list of token ids. The model still reads these tokens.
     #[default]
     #[serde(skip_serializing_if = "Exclude::is_none")]
     pub exclude_special_tokens: Exclude,
-    /// Date that chat templates see as today, `YYYY-MM-DD`; null for the day on which the run begins. Some templates
-    /// write it into the system message (Llama 3.1 and later, gpt-oss): set it for the same tokens on another day.
+    /// Today's date for chat templates, `YYYY-MM-DD`; null uses the day on which the run starts. Some templates write
+    /// it into the system message (Llama 3.1 and later, gpt-oss). Set it to get the same tokens on another day.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_date: Option<String>,
-    /// Leave out activations whose norm is more than so many times the median of their forward pass; 10 is usual. With
-    /// several submodules, a token that is left out at one is left out at all.
+    /// Skip activations whose norm exceeds this multiple of the median norm in their forward pass; 10 is common. With
+    /// several submodules, a token skipped at one is skipped at all. Null keeps every activation.
     #[schemars(range(min = 0))]
     pub max_activation_norm_multiple: Option<f64>,
-    /// Draw batches at random from the buffer; false for activations in order.
+    /// Draw batches from the buffer at random. `false` serves activations in the text's order, without a buffer.
     #[default(true)]
     pub shuffle: bool,
-    /// Join documents with the end-of-text token and cut them into full contexts, instead of one document a context,
-    /// cut to `ctx_len`.
+    /// Join documents with the end-of-text token and cut them into full contexts. `false` makes one context of each
+    /// document, truncated to `ctx_len`.
     #[default]
     pub pack: bool,
-    /// Part of the text's documents that training never reads and metrics are measured on, from 0 to 1. With 0 the metrics go on
-    /// with the text that training has not read. An `eval_source` with a `text` of its own needs `held_out: 0`, unless it is to
-    /// be measured in part. Documents of one book or page may fall into both parts: where that matters, name an `eval_source`.
+    /// Fraction of the documents, from 0 to 1, that training never reads and metrics are computed on. With 0, metrics
+    /// continue with the text that training has not read. For an `eval_source` with its own `text`, set `held_out: 0`
+    /// to evaluate on all of it. Documents of one book or page may fall into both parts; use an `eval_source` if that
+    /// matters.
     #[default]
     #[serde(skip_serializing_if = "is_zero")]
     #[schemars(range(min = 0, max = 1))]
     pub held_out: f64,
-    /// Seed that draws the held-out documents. The run's own `seed` has no part in it, so that runs with different seeds are
-    /// measured on the same documents.
+    /// Seed that draws the held-out documents. It is independent of the run's `seed`, so that runs with different seeds
+    /// are evaluated on the same documents.
     #[default]
     #[serde(skip_serializing_if = "is_first")]
     pub held_out_seed: u64,
-    /// How often the text is read at most; null for as often as the run needs.
+    /// Maximum number of passes over the text; null for as many as the run needs.
     #[schemars(range(min = 1))]
     pub epochs: Option<u64>,
 }
 
-/// Tokens whose activations are left out.
+/// Tokens whose activations are skipped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Exclude {
@@ -159,7 +161,7 @@ impl Exclude {
         *self == Exclude::Special(false)
     }
 
-    /// The ids, of which a model embeds `vocab_size`.
+    /// Returns the token ids. Returns an error for ids outside `0..vocab_size`.
     fn ids(&self, contexts: &Contexts, vocab_size: i64) -> Result<Vec<i64>> {
         let field = "exclude_special_tokens";
         match self {
@@ -181,7 +183,7 @@ impl Exclude {
                             vocab_size - 1
                         ))
                         .field(format!("{field}[{index}]"))
-                        .help("give ids that the model's tokenizer has")
+                        .help("give ids from the model's tokenizer")
                     );
                 }
                 Ok(ids.clone())
@@ -224,7 +226,7 @@ impl SourceConfig for LanguageModelConfig {
         let mut mistakes = Mistakes::new();
         self.check(&mut mistakes);
         let text = mistakes.keep(self.text.build().under("text"))?;
-        // A model that may have to be downloaded is not, if the run is refused anyway.
+        // Do not download a model if the config already has mistakes.
         let at_hand = self.model.0.starts_with("embedded:") || Path::new(&self.model.0).exists();
         let mut opened = None;
         if mistakes.is_empty() || at_hand {
@@ -315,12 +317,12 @@ impl SourceConfig for LanguageModelConfig {
 }
 
 impl LanguageModelConfig {
-    /// Activations that the buffer holds.
+    /// Returns the number of activations that the buffer holds.
     fn capacity(&self) -> u64 {
         self.n_ctxs.saturating_mul(self.ctx_len)
     }
 
-    /// Adds the mistakes that show without the model and the text.
+    /// Adds the mistakes that can be found without the model and the text.
     fn check(&self, mistakes: &mut Mistakes) {
         let capacity = self.capacity();
         if self.shuffle && self.out_batch_size.saturating_mul(2) > capacity {
@@ -330,19 +332,19 @@ impl LanguageModelConfig {
                     self.out_batch_size
                 ))
                 .field("out_batch_size")
-                .help("make `n_ctxs` larger or `out_batch_size` smaller"),
+                .help("raise `n_ctxs` or lower `out_batch_size`"),
             );
         }
         if self.held_out >= 1.0 {
             mistakes.add(
-                InputError::new("nothing is left to train on")
+                InputError::new("no documents are left to train on")
                     .field("held_out")
-                    .help("`held_out` is the part of the documents kept for the metrics, such as 0.1"),
+                    .help("`held_out` is the fraction of the documents reserved for metrics, such as 0.1"),
             );
         }
         if self.prepend_bos == Some(true) && self.ctx_len < 2 {
             mistakes.add(
-                InputError::new("a context of one token is the BOS token alone")
+                InputError::new("a context of one token holds only the BOS token")
                     .field("ctx_len")
                     .help("set it to 2 or more"),
             );
@@ -356,14 +358,14 @@ impl LanguageModelConfig {
         }
     }
 
-    /// Adds contexts that are too long for the model.
+    /// Adds the mistakes of contexts that are too long for the model.
     fn check_lengths(&self, text: &dyn TextStream, model: &dyn LanguageModel, mistakes: &mut Mistakes) {
         let Some(most) = model.max_positions() else { return };
         if let Some(row) = text.longest_row().filter(|row| *row > most) {
             mistakes.add(
                 InputError::new(format!("the rows of tokens have {row} positions, but the model takes at most {most}"))
                     .field("text")
-                    .help("cut the rows, or choose a model with longer contexts"),
+                    .help("shorten the rows, or choose a model with longer contexts"),
             );
         }
         if !text.is_tokenized() && self.ctx_len as i64 > most {
@@ -379,55 +381,55 @@ impl LanguageModelConfig {
 struct LanguageModelSource {
     settings: Value,
     files: ModelFiles,
-    /// Of the text, with their lengths.
+    /// The text's files, with their lengths.
     text_files: BTreeMap<String, u64>,
     sites: Vec<LanguageModelSite>,
-    /// The date that chat templates see.
+    /// Today's date for chat templates.
     today: NaiveDate,
     harvest: Harvest,
-    /// Made at the first batch: a source that is only asked for tokens needs none.
+    /// Allocated at the first batch: reading only tokens needs no buffer.
     buffer: Option<Buffer>,
-    /// Of the buffer; `None` for activations in order.
+    /// Capacity of the buffer; `None` without `shuffle`.
     capacity: Option<usize>,
     batch_size: usize,
     epochs: Option<u64>,
-    /// Positions of the longest contexts.
+    /// Positions of the longest context.
     context_length: i64,
     cx: SourceCx,
 }
 
-/// The model and the text: activations in the text's order.
+/// Runs the model over the text, and returns activations in the text's order.
 struct Harvest {
     remove_bos: bool,
-    /// The token ids whose activations are left out.
+    /// Token ids whose activations are skipped.
     excluded: Option<Tensor>,
     max_norm: Option<f64>,
     rows: usize,
     contexts: Ahead,
     model: Box<dyn LanguageModel>,
-    /// The places that are read, each once, with their widths.
+    /// The hook points to read, each once, with their widths.
     points: Vec<(HookPoint, i64)>,
-    /// Which of them dictionaries read; others they reconstruct.
+    /// Indices of the points that dictionaries read; the others are only reconstructed.
     inputs: Vec<usize>,
-    /// What is harvested but not yet handed on: a tensor of activations for each point, and one that says which tokens
-    /// they are of. None, or all of the same length.
+    /// Harvested rows that are not in the buffer yet: a tensor of activations for each point, and last their tokens.
+    /// Empty, or all of the same length.
     pending: Vec<Tensor>,
     /// Contexts read so far in this pass over the text.
     context: i64,
-    /// Where the text stood before each forward pass of which there is something in the buffer, with the number of its first
+    /// Position in the text before each forward pass that still has rows in the buffer, with the index of its first
     /// context.
     starts: VecDeque<(i64, Place)>,
     ended: bool,
-    /// Whether an activation was harvested, ever.
+    /// True once an activation was harvested.
     gave: bool,
-    /// Whether activations that are not finite are left out; otherwise they are an error.
+    /// True if non-finite activations are skipped; otherwise they are an error.
     leaves_out: bool,
-    /// How many were, and why the first.
+    /// Number of skipped activations, and the reason for the first.
     left_out: Option<(u64, String)>,
 }
 
 impl Harvest {
-    /// The next contexts of the text, and the number of the first.
+    /// Returns the next contexts of the text, and the index of the first.
     fn next_rows(&mut self, count: usize) -> Result<(Vec<Row>, i64)> {
         let rows = self.contexts.next_rows(count)?;
         let first = self.context;
@@ -435,7 +437,7 @@ impl Harvest {
         Ok((rows, first))
     }
 
-    /// Activations at the text positions of the next forward pass; `None` at the end of the text.
+    /// Runs the next forward pass. Returns the activations at its text positions; `None` at the end of the text.
     fn forward(&mut self) -> Result<Option<Harvested>> {
         interrupt::check()?;
         let start = (self.context, self.contexts.place());
@@ -446,14 +448,14 @@ impl Harvest {
         }
         self.starts.push_back(start);
         let points: Vec<HookPoint> = self.points.iter().map(|(point, _)| point.clone()).collect();
-        // Rows of like length go together, so that little is padded, and no more of them than the caches hold.
+        // Run rows of similar length together, to minimise padding, and only as many as fit into the caches.
         let mut order: Vec<usize> = (0..rows.len()).collect();
         order.sort_by_key(|row| rows[*row].len());
         let mut parts = Vec::new();
         let mut rest = &order[..];
         while !rest.is_empty() {
             if interrupt::asked() {
-                // As if the pass had not begun: what it has read so far is read again when the run goes on.
+                // Undo the pass: a resumed run reads its contexts again.
                 self.starts.pop_back();
                 self.context = start.0;
                 self.contexts.end_at(start.1);
@@ -473,16 +475,17 @@ impl Harvest {
         }))
     }
 
-    /// How many of the first `order`ed rows to run together.
+    /// Returns how many rows to run together, from the start of `order`.
     fn rows_at_once(&self, rows: &[Row], order: &[usize]) -> usize {
         if !matches!(self.model.device(), Device::Cpu) {
             return order.len();
         }
-        // Lengths ascend: row n is the longest of the first n + 1.
+        // Lengths are ascending, so row n is the longest of the first n + 1.
         order.iter().enumerate().take_while(|(n, row)| (n + 1) * rows[**row].len() <= AT_ONCE).count()
     }
 
-    /// Activations at the text positions of some rows, one after the other, and how many each has.
+    /// Runs some rows together. Returns the activations at their text positions, row by row, and the number of each
+    /// row.
     fn forward_at_once(
         &mut self,
         rows: &[&Row],
@@ -493,7 +496,7 @@ impl Harvest {
         tch::no_grad(|| {
             let mut hooks = Hooks::read(points, true);
             let _ = self.model.forward(&tokens, &mut hooks);
-            // What is the same for all rows (embedded positions) has one row.
+            // Values that all rows share (embedded positions) have one row.
             let count = rows.len() as i64;
             let of_all =
                 |value: Tensor| if value.size()[0] < count { value.expand([count, -1, -1], true) } else { value };
@@ -505,7 +508,7 @@ impl Harvest {
             };
             let mask = self.finite(&values, mask, rows)?;
             let counts = Vec::<i64>::try_from(mask.sum_dim_intlist([1].as_slice(), false, Kind::Int64))?;
-            // Each kept position by its row and its place in the row, and by its number among all positions.
+            // Each kept position as its row, its position in the row, and its flat index.
             let kept = mask.nonzero();
             let (row, position) = (kept.select(1, 0), kept.select(1, 1));
             let all = &row * mask.size()[1] + &position;
@@ -517,8 +520,8 @@ impl Harvest {
         })
     }
 
-    /// The positions of a mask whose values are finite; where others are an error, all or none. They are checked here and not
-    /// as batches: only here is it known of which document they are, and single tokens can be left out.
+    /// Returns the mask without the positions of non-finite values, or an error for these. Only here, not in batches,
+    /// the document of a value is known, and single tokens can be skipped.
     fn finite(&mut self, values: &[Tensor], mut mask: Tensor, rows: &[&Row]) -> Result<Tensor> {
         for (value, (point, _)) in values.iter().zip(&self.points) {
             let bad = value.isfinite().all_dim(-1, false).logical_not().logical_and(&mask);
@@ -532,7 +535,7 @@ impl Harvest {
             if !self.leaves_out {
                 bail!(
                     InputError::new(why)
-                        .help("try `precision: float32`, leave that text out, or set `on_nonfinite: skip_batch`")
+                        .help("try `precision: float32`, remove that text, or set `on_nonfinite: skip_batch`")
                 );
             }
             self.left_out.get_or_insert((0, why)).0 += at.size()[0] as u64;
@@ -541,14 +544,13 @@ impl Harvest {
         Ok(mask)
     }
 
-    /// Harvests once more what was harvested of these tokens [n, 3], in the text's order, from a place before the first.
+    /// Harvests the activations of these tokens [n, 3] again, in the text's order, starting at a place before the
+    /// first.
     fn replay(&mut self, tokens: &Tensor, start: (i64, Place)) -> Result<Columns> {
         let changed = || {
-            InputError::new(
-                "the text or the model is not what it was when the checkpoint was saved: it gives other tokens",
-            )
-            .field("source")
-            .help("put it back as it was, or train anew in another `--output-dir`")
+            InputError::new("the text or the model has changed since the checkpoint was saved: the tokens differ")
+                .field("source")
+                .help("restore the original, or start a new run in another `--output-dir`")
         };
         (self.context, self.ended) = (start.0, false);
         self.contexts.seek(start.1)?;
@@ -556,7 +558,7 @@ impl Harvest {
         let (count, mut done) = (contexts.len(), 0);
         let mut parts: Vec<Columns> = Vec::new();
         while done < count {
-            // Passes of which nothing is left are read, for what comes after them, and not run.
+            // Skip passes without wanted tokens: read their contexts, but do not run the model.
             if self.context + self.rows as i64 <= contexts[done] {
                 interrupt::check()?;
                 if self.next_rows(self.rows)?.0.is_empty() {
@@ -570,7 +572,7 @@ impl Harvest {
             let wanted = tokens.narrow(0, done as i64, here as i64);
             done += here;
             let Some(given) = columns.last() else { bail!(changed()) };
-            // Both ascend.
+            // Both are ascending.
             let key = |tokens: &Tensor| (tokens.select(1, 1) * (1_i64 << 32) + tokens.select(1, 2)).contiguous();
             let (keys, wanted_keys) = (key(given), key(&wanted));
             let at = wanted_keys.searchsorted(&keys, false, false, "left", None::<&Tensor>);
@@ -589,8 +591,8 @@ impl Harvest {
         Ok((0..=self.points.len()).map(column).collect())
     }
 
-    /// Writes activations, at least one, to the first rows of `out`, [rows, width] for each column. Returns how many; `None` at
-    /// the end of the text.
+    /// Writes at least one activation to the first rows of `out`, [rows, width] for each column. Returns their number;
+    /// `None` at the end of the text.
     fn take(&mut self, out: &[Tensor]) -> Result<Option<i64>> {
         let room = out[0].size()[0];
         while self.available() == 0 {
@@ -599,11 +601,11 @@ impl Harvest {
                 None if self.excluded.is_some() && !self.gave && self.context > 0 => {
                     bail!(
                         InputError::new(format!(
-                            "`exclude_special_tokens` leaves out every token of the text ({} contexts)",
+                            "`exclude_special_tokens` excludes every token of the text ({} contexts)",
                             self.context
                         ))
                         .field("exclude_special_tokens")
-                        .help("list fewer token ids, or give a text with other tokens")
+                        .help("list fewer token ids, or choose another text")
                     );
                 }
                 None => return Ok(None),
@@ -625,7 +627,7 @@ impl Harvest {
         Ok(Some(here))
     }
 
-    /// Width and type of what is harvested for each point, and of the tokens.
+    /// Returns width and dtype of the activations at each point, and last of the tokens.
     fn columns(&self) -> Vec<(i64, Kind)> {
         let activations = self.points.iter().map(|(_, width)| (*width, Kind::Float));
         activations.chain([(3, Kind::Int64)]).collect()
@@ -637,7 +639,7 @@ impl Harvest {
 }
 
 impl LanguageModelSource {
-    /// A file that this text and the one of that config both read. One that cannot be opened (any more) shares none.
+    /// Returns a file that both this text and another config's text read. A text that cannot be opened shares no file.
     fn shared_file(&self, theirs: &Value) -> Option<String> {
         if self.text_files.is_empty() || !names_files(theirs) {
             return None;
@@ -650,7 +652,7 @@ impl LanguageModelSource {
         own.intersection(&theirs).next().map(|file| file.display().to_string())
     }
 
-    /// What each site has of a row of every column.
+    /// Returns the batch of each site, and the tokens, from rows of every column.
     fn activations(&self, columns: &[Tensor]) -> Activations {
         let part = |part: &Part| part.of(&columns[self.column(part)]);
         let batch = |site: &LanguageModelSite| match site.reads == site.writes {
@@ -661,13 +663,13 @@ impl LanguageModelSource {
         Activations { sites: self.sites.iter().map(batch).collect(), tokens }
     }
 
-    /// The number of the point that a part is of.
+    /// Returns the index of a part's hook point.
     fn column(&self, part: &Part) -> usize {
         let found = self.harvest.points.iter().position(|(point, _)| *point == part.point);
         found.expect("the point of every site is harvested")
     }
 
-    /// The next batch in the text's order; the last of a pass may be smaller.
+    /// Returns the next batch in the text's order; the last one of a pass may be smaller.
     fn next_in_order(&mut self) -> Result<Option<Activations>> {
         let rows = self.batch_size as i64;
         let column = |(width, kind): (i64, Kind)| Tensor::empty([rows, width], (kind, self.harvest.model.device()));
@@ -692,7 +694,7 @@ impl LanguageModelSource {
         });
         if buffer.wants_more() && !(harvest.ended && harvest.available() == 0) {
             buffer.fill(|free| harvest.take(free))?;
-            // Rows lie in the text's order.
+            // The buffer's rows are in the text's order.
             let oldest = buffer.first_row(harvest.points.len()).map_or(harvest.context, |row| row.int64_value(&[1]));
             while harvest.starts.get(1).is_some_and(|(context, _)| *context <= oldest) {
                 harvest.starts.pop_front();
@@ -702,7 +704,7 @@ impl LanguageModelSource {
     }
 }
 
-/// Whether a text's config is another's, or that of one of the texts that it mixes.
+/// True if a text's config equals another one, or one of the texts that the other mixes.
 fn is_part_of(part: &Value, whole: &Value) -> bool {
     part == whole
         || match whole {
@@ -712,7 +714,7 @@ fn is_part_of(part: &Value, whole: &Value) -> bool {
         }
 }
 
-/// Whether a text's config names files of this machine.
+/// True if a text's config names local files.
 fn names_files(config: &Value) -> bool {
     match config {
         Value::Object(fields) => fields.iter().any(|(name, value)| name == "path" || names_files(value)),
@@ -730,7 +732,7 @@ impl ActivationSource for LanguageModelSource {
         let Some(capacity) = self.capacity else { return self.next_in_order() };
         let batch_size = self.batch_size;
         let buffer = self.filled_buffer(capacity)?;
-        // At the end of the text what is left makes a smaller batch.
+        // At the end of the text, the rest is a smaller batch.
         let count = batch_size.min(buffer.unread());
         let columns = if count == 0 { None } else { buffer.take(count) };
         Ok(columns.map(|columns| self.activations(&columns)))
@@ -780,19 +782,18 @@ impl ActivationSource for LanguageModelSource {
             Device::Cpu => (AT_ONCE as i64).max(length).min(contexts * length),
             _ => contexts * length,
         };
-        // What a layer holds at once: the residual stream a few times, and the widest of its values (logits are of no
-        // interest here).
+        // Peak of a layer: several copies of the residual stream and of its widest value, ignoring logits.
         let widths = model.modules().into_iter().flat_map(|module| [module.input, module.output]);
         let widest = widths.filter(|width| *width != model.vocab_size()).max().unwrap_or(0);
         let pass = at_once * (4 * model.hidden_size() + 3 * widest) * 4;
-        // In parts, and then in one.
+        // First in parts, then joined.
         let harvested = 2 * contexts * length * row;
         let mut needs = vec![
             MemoryNeed::lasting("the model", model.memory(), "`model`, or `precision` to bfloat16"),
             MemoryNeed::passing("a pass of the model", (pass + harvested) as u64, "`refresh_batch_size`"),
         ];
         if let Some(capacity) = self.capacity {
-            // With the order in which it is served.
+            // Includes the order in which rows are served.
             let buffer = capacity as u64 * (row as u64 + 12);
             needs.push(MemoryNeed::lasting("the buffer of activations", buffer, "`n_ctxs`"));
             let copy = match self.cx.checkpoint_buffer {
@@ -821,8 +822,7 @@ impl ActivationSource for LanguageModelSource {
         if apart && own == theirs {
             return None;
         }
-        let keep_apart =
-            ": `held_out: 0.1` in `source`, or an `eval_source` with a `text` of its own, keeps the two apart";
+        let keep_apart = ": set `held_out: 0.1` in `source`, or give an `eval_source` its own `text`, to separate them";
         if same {
             return Some(format!("the same text{keep_apart}"));
         }
@@ -841,7 +841,7 @@ impl ActivationSource for LanguageModelSource {
         state.put("pending", harvest.pending.len())?;
         let replay = self.cx.checkpoint_buffer == CheckpointBuffer::Replay;
         state.put("replay", replay)?;
-        // The last column says which tokens the others are of.
+        // The last column holds the tokens of the others.
         let kept = if replay { harvest.points.len() } else { 0 };
         for (index, tensor) in harvest.pending.iter().enumerate().skip(kept) {
             state.put_tensor(format!("pending{index}"), tensor);
@@ -863,12 +863,12 @@ impl ActivationSource for LanguageModelSource {
                 .map(|file| format!("{file}: {} -> {}", show(before.get(file)), show(self.text_files.get(file))))
                 .collect();
             bail!(
-                InputError::new(format!("the text is not the one that the run was begun with: {}", changed.join(", ")))
+                InputError::new(format!("the text has changed since the run started: {}", changed.join(", ")))
                     .field("text")
-                    .help("put its files back as they were, or train anew in another `--output-dir`")
+                    .help("restore the original files, or start a new run in another `--output-dir`")
             );
         }
-        // A chat is the same text when the run goes on on another day.
+        // Chats keep their text when the run resumes on another day.
         if let Ok(today) = state.get::<String>("today")?.parse() {
             self.today = today;
             self.harvest.contexts.set_today(today);
@@ -877,7 +877,7 @@ impl ActivationSource for LanguageModelSource {
         let saved = |name: String| Ok(state.tensor(&name)?.to_device(device));
         let pending: usize = state.get("pending")?;
         let filled = state.get("buffer")? && self.capacity.is_some();
-        // What is in the buffer, and then what is harvested and not in it yet.
+        // The rows in the buffer, and the harvested rows that are not in it yet.
         let (mut buffered, mut harvested): (Columns, Columns) = (Vec::new(), Vec::new());
         if state.get("replay")? {
             let none = Tensor::empty([0, 3], (Kind::Int64, device));
@@ -889,7 +889,7 @@ impl ActivationSource for LanguageModelSource {
             ];
             let starts: VecDeque<(i64, Place)> = state.get("starts")?;
             if let Some(start) = starts.front() {
-                tracing::info!("running the model over the text again, for what is in the buffer");
+                tracing::info!("running the model again to restore the buffer");
                 let columns = self.harvest.replay(&Tensor::cat(&parts, 0), *start)?;
                 let split = [parts[0].size()[0], parts[1].size()[0]];
                 for mut column in columns.into_iter().map(|column| column.split_with_sizes(split, 0)) {
@@ -924,7 +924,7 @@ impl ActivationSource for LanguageModelSource {
     fn notes(&self) -> Vec<String> {
         let left_out = self.harvest.left_out.as_ref();
         let left_out =
-            left_out.map(|(count, why)| format!("warning: {count} activations were left out, the first: {why}"));
+            left_out.map(|(count, why)| format!("warning: {count} activations were skipped, the first: {why}"));
         self.harvest.contexts.note().into_iter().chain(left_out).collect()
     }
 }

@@ -1,10 +1,10 @@
-//! Which places of a model a config means: submodules, their inputs and outputs, attention heads.
+//! Resolves the hook points of a config: submodules, their inputs and outputs, attention heads.
 
 use dictlearn_core::prelude::*;
 
 use crate::LanguageModelConfig;
 
-/// Module paths or TransformerLens names: one, or a list.
+/// One module path or TransformerLens name, or a list of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "OneOrMany", into = "OneOrMany")]
 pub struct Submodules(Vec<String>);
@@ -36,29 +36,29 @@ impl From<Submodules> for OneOrMany {
 
 dictlearn_core::inline_schema!(Submodules, {"type": ["string", "array"], "items": {"type": "string"}, "minItems": 1});
 
-/// Which value of a module is harvested.
+/// The value of a module to harvest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
 pub enum IoChoice {
-    /// Its input.
+    /// The module's input.
     In,
-    /// Its output.
+    /// The module's output.
     #[default]
     Out,
-    /// Its input, to predict its output.
+    /// Both: the input, to predict the output.
     InToOut,
 }
 
-/// What becomes of the outputs of attention heads.
+/// How the outputs of attention heads form sites.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
 pub enum Heads {
-    /// One site, all heads side by side.
+    /// One site with all heads concatenated.
     #[default]
     Joined,
-    /// A site for each head.
+    /// One site for each head.
     Separate,
 }
 
@@ -67,9 +67,9 @@ pub enum Heads {
 pub struct LanguageModelSite {
     /// Its name and widths.
     pub site: Site,
-    /// What a dictionary reads.
+    /// The value that a dictionary reads.
     pub reads: Part,
-    /// What it reconstructs.
+    /// The value that it reconstructs.
     pub writes: Part,
 }
 
@@ -85,7 +85,7 @@ impl LanguageModelSite {
     }
 }
 
-/// The sites of a config, in its order; or the mistakes of all its submodules.
+/// Returns the sites of a config, in its order, or the mistakes of all its submodules.
 pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<Vec<LanguageModelSite>> {
     let Submodules(names) = &config.submodule;
     if names.is_empty() {
@@ -95,7 +95,7 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
         let name = &names[index];
         let key = if names.len() == 1 { "submodule".to_owned() } else { format!("submodule[{index}]") };
         if names[..index].contains(name) {
-            bail!(InputError::new(format!("`{name}` is named twice")).field(key).help("leave one of them out"));
+            bail!(InputError::new(format!("`{name}` is listed twice")).field(key).help("remove one of them"));
         }
         let part_of = |name: &str, io| {
             model.hook_point(name, io).map(|(point, width)| Part { center: config.center, ..Part::whole(point, width) })
@@ -104,9 +104,9 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
         if let Some(target) = &config.target {
             if names.len() > 1 || config.heads == Heads::Separate {
                 bail!(
-                    InputError::new("`target` goes with one submodule, whole")
+                    InputError::new("`target` needs exactly one submodule, without separate heads")
                         .field("target")
-                        .help("give each pair of places a run of its own")
+                        .help("use a separate run for each pair of hook points")
                 );
             }
             let reads = part(if config.io == IoChoice::Out { Io::Out } else { Io::In })?;
@@ -119,15 +119,15 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
         let writes = part(if config.io == IoChoice::In { Io::In } else { Io::Out })?;
         if config.io == IoChoice::In && writes.point.io != Io::In {
             bail!(
-                InputError::new(format!("`{name}` names an output, {}, and `io` says `in`", writes.point))
+                InputError::new(format!("`{name}` names an output, {}, but `io` is `in`", writes.point))
                     .field(key)
-                    .help(format!("leave `io` out, or name the module, `{}`", writes.point.module))
+                    .help(format!("remove `io`, or name the module, `{}`", writes.point.module))
             );
         }
         let reads = if config.io == IoChoice::InToOut { part(Io::In)? } else { writes.clone() };
         if config.io == IoChoice::InToOut && reads == writes {
             bail!(
-                InputError::new(format!("`{name}` names one value, and `in_to_out` needs two"))
+                InputError::new(format!("`{name}` names one value, but `in_to_out` needs two"))
                     .field(key)
                     .help(format!("name the module, `{}`", writes.point.module))
             );
@@ -135,9 +135,9 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
         let same = |site: &LanguageModelSite| (&site.reads.point, &site.writes.point) == (&reads.point, &writes.point);
         if let Some(other) = sites.iter().find(|site| same(site)) {
             bail!(
-                InputError::new(format!("`{name}` is the same place as `{}`", other.site.name))
+                InputError::new(format!("`{name}` is the same hook point as `{}`", other.site.name))
                     .field(key)
-                    .help("leave one of them out")
+                    .help("remove one of them")
             );
         }
         match config.heads {
@@ -161,7 +161,7 @@ pub fn sites(model: &dyn LanguageModel, config: &LanguageModelConfig) -> Result<
     Ok(sites)
 }
 
-/// Width of one head's output, if that is what the site has.
+/// Returns the width of one head's output. Returns an error if the site is not the output of attention heads.
 fn head_width(model: &dyn LanguageModel, name: &str, reads: &Part, writes: &Part) -> Result<i64> {
     let layer = model.names().layer_of(&reads.point.module);
     let heads = |layer| model.names().transformer_lens(&format!("blocks.{layer}.attn.hook_z"));
@@ -173,7 +173,7 @@ fn head_width(model: &dyn LanguageModel, name: &str, reads: &Part, writes: &Part
         InputError::new(format!("`{name}` ({}) is not the output of attention heads", reads.point))
             .field("heads")
             .help(format!(
-                "separate heads are those of `blocks.{}.attn.hook_z`{}",
+                "separate heads need `blocks.{}.attn.hook_z`{}",
                 layer.unwrap_or(0),
                 example.unwrap_or_default()
             ))

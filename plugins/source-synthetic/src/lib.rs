@@ -1,70 +1,72 @@
-//! Activations made of known features, to see whether a dictionary finds them (as in Sharkey et al. 2022, *Taking
-//! features out of superposition with sparse autoencoders*).
+//! Synthetic activations with known features, to test whether a dictionary recovers them (as in Sharkey et al. 2022,
+//! *Taking features out of superposition with sparse autoencoders*).
 //!
-//! n directions gᵢ of norm 1 in d dimensions, random, are the features. An activation is
+//! The features are n random directions gᵢ of norm 1 in d dimensions. An activation is
 //!
 //! ```text
 //! x = Σᵢ sᵢ mᵢ gᵢ + noise · ε      sᵢ = 1 with probability pᵢ, else 0;  mᵢ uniform in `magnitude`;  ε standard normal
 //! pᵢ ∝ i^(−frequency_exponent)     Σ pᵢ = n_active, none above 1
 //! ```
 //!
-//! With a `correlation` ρ the features of each group of `correlation_group` tend to be active together: they are active
-//! where √ρ u + √(1 − ρ) vᵢ, with u the group's and vᵢ the feature's own standard normal number, is among its pᵢ
-//! largest values (a Gaussian copula), so that their frequencies stay what they are. Every such group has common and
-//! rare features: i counts through the groups in turn.
+//! With a `correlation` ρ, the features of each group of `correlation_group` tend to be active together (a Gaussian
+//! copula). Feature i is active if √ρ u + √(1 − ρ) vᵢ exceeds Φ⁻¹(1 − pᵢ), where u is the group's and vᵢ the
+//! feature's own standard normal number. The frequencies pᵢ do not change. Features are assigned to groups in turn, so
+//! every group has common and rare features.
 //!
-//! The stream has no end, and the same seeds give the same features and the same activations on every machine.
+//! The stream has no end. The same seeds give the same features and the same activations on every machine.
 
 use dictlearn_core::machine::rng::{Rng, rng};
 use dictlearn_core::prelude::*;
 use rand::Rng as _;
 use rand_distr::StandardNormal;
 
-/// Activations made of known features.
-#[component(source "synthetic", summary = "Activations made of known features, sparse, some more frequent than others",
+/// Synthetic activations with known features.
+#[component(source "synthetic", summary = "Sparse synthetic activations with known features of unequal frequency",
     paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
         https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
     example = "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}")]
 pub struct SyntheticConfig {
-    /// Width of an activation, d.
+    /// Activation width d.
     #[default(64)]
     #[schemars(range(min = 1))]
     pub activation_dim: i64,
-    /// Number of features that activations are made of.
+    /// Number of features n.
     #[default(256)]
     #[schemars(range(min = 1))]
     pub n_features: i64,
-    /// Mean number of features in an activation.
+    /// Mean number of active features per activation.
     #[default(8.0)]
     #[schemars(range(min = 0))]
     pub n_active: f64,
-    /// How unequal the features' frequencies are: the i-th has one in proportion to i to the power of minus this.
+    /// Exponent a of the features' frequencies: the frequency of feature i is proportional to i^(−a). 0 makes them
+    /// equal.
     #[default(0.5)]
     #[schemars(range(min = 0))]
     pub frequency_exponent: f64,
-    /// Least and greatest magnitude of an active feature.
+    /// Smallest and largest magnitude of an active feature.
     #[default([0.5, 1.5])]
     #[schemars(length(min = 2, max = 2))]
     pub magnitude: [f64; 2],
-    /// Correlation ρ of what makes the features of a group active, between 0 and 1.
+    /// Correlation ρ of the normal variables that activate the features of a group, from 0 to 1.
     #[default]
     #[schemars(range(min = 0, max = 1))]
     pub correlation: f64,
-    /// Features in a group.
+    /// Number of features in a correlated group.
     #[default(8)]
     #[schemars(range(min = 1))]
     pub correlation_group: i64,
-    /// Standard deviation of the noise in each dimension.
+    /// Standard deviation of the Gaussian noise in each dimension.
     #[default]
     #[schemars(range(min = 0))]
     pub noise: f64,
-    /// Activations in a batch.
+    /// Activations per batch.
     #[default(1024)]
     #[schemars(range(min = 1))]
     pub batch_size: i64,
-    /// Seed of the activations; null for the run's. Held-out ones have another, of the same features.
+    /// Seed of the activations; null uses the run's seed. Give `eval_source` a different seed for held-out activations
+    /// of the same features.
     pub seed: Option<u64>,
-    /// Seed of the features; null for the run's.
+    /// Seed of the features; null uses the run's seed.
     pub features_seed: Option<u64>,
 }
 
@@ -75,7 +77,7 @@ impl SourceConfig for SyntheticConfig {
             bail!(
                 InputError::new(format!("`magnitude` is [{least}, {greatest}]"))
                     .field("magnitude")
-                    .help("it must be the least and the greatest, none negative")
+                    .help("give the smallest and then the largest magnitude, neither of them negative")
             );
         }
         if self.n_active > self.n_features as f64 {
@@ -93,7 +95,7 @@ impl SourceConfig for SyntheticConfig {
         let directions = normal(&mut rng(features_seed, "synthetic features"), [self.n_features, self.activation_dim]);
         let directions = &directions / directions.norm_scalaropt_dim(2.0, [1], true);
         let frequencies = frequencies(self.n_features as usize, self.n_active, self.frequency_exponent);
-        // Φ⁻¹(1 − p): what a standard normal number exceeds with probability p.
+        // Φ⁻¹(1 − p): a standard normal number exceeds it with probability p.
         let quantiles = -Tensor::from_slice(&frequencies).special_ndtri();
         Ok(Box::new(Synthetic {
             config: serde_json::to_value(self)?,
@@ -115,17 +117,18 @@ impl SourceConfig for SyntheticConfig {
 impl SyntheticConfig {
     fn memory(&self) -> Vec<MemoryNeed> {
         let [batch, features, width] = [self.batch_size, self.n_features, self.activation_dim].map(|size| size as u64);
-        // Frequencies, and directions three times while they are made.
+        // Frequencies, and three copies of the directions during construction.
         let lasting = features.saturating_mul(width.saturating_mul(12).saturating_add(40));
         let passing = batch.saturating_mul(features.saturating_add(width).saturating_mul(8));
         vec![
             MemoryNeed::lasting(format!("{features} true features"), lasting, "`n_features`"),
-            MemoryNeed::passing(format!("{batch} activations being made"), passing, "`batch_size`").on_host(),
+            MemoryNeed::passing(format!("{batch} activations during generation"), passing, "`batch_size`").on_host(),
         ]
     }
 }
 
-/// pᵢ ∝ i^(−exponent) with sum `active`; those that would exceed 1 are 1, and the others have the rest.
+/// Returns pᵢ ∝ i^(−exponent) with sum `active`. Frequencies that would exceed 1 become 1, and the others share the
+/// rest.
 fn frequencies(count: usize, active: f64, exponent: f64) -> Vec<f64> {
     let weights: Vec<f64> = (1..=count).map(|i| (i as f64).powf(-exponent)).collect();
     let mut certain = 0;
@@ -140,7 +143,7 @@ fn frequencies(count: usize, active: f64, exponent: f64) -> Vec<f64> {
     }
 }
 
-/// Independent standard normal numbers [rows, columns].
+/// Draws independent standard normal numbers [rows, columns].
 fn normal(rng: &mut Rng, [rows, columns]: [i64; 2]) -> Tensor {
     let values: Vec<f32> = (0..rows * columns).map(|_| rng.sample(StandardNormal)).collect();
     Tensor::from_slice(&values).view([rows, columns])
@@ -153,7 +156,7 @@ struct Synthetic {
     directions: Tensor,
     /// pᵢ
     frequencies: Vec<f32>,
-    /// What a feature's normal number must exceed for it to be active.
+    /// Φ⁻¹(1 − pᵢ): a feature is active if its normal number exceeds this.
     thresholds: Vec<f32>,
     magnitude: (f32, f32),
     correlation: f32,
@@ -165,7 +168,7 @@ struct Synthetic {
 }
 
 impl Synthetic {
-    /// sᵢ mᵢ of a batch, [B, n].
+    /// Draws sᵢ mᵢ of a batch, [B, n].
     fn features(&mut self) -> Tensor {
         let (least, greatest) = self.magnitude;
         let features = self.frequencies.len();
@@ -211,7 +214,7 @@ impl ActivationSource for Synthetic {
         true
     }
 
-    /// There is no beginning to go back to: what comes is new.
+    /// Does nothing: the stream has no beginning, and every batch is new.
     fn rewind(&mut self) -> Result<()> {
         Ok(())
     }
@@ -266,7 +269,7 @@ mod tests {
         assert_eq!(frequencies(3, 3.0, 2.0), [1.0; 3]);
     }
 
-    /// How often each feature was active, and how often the first and the second of a group were together.
+    /// Returns how often each feature is active, and how often the first two of a group are active together.
     fn measured(yaml: &str) -> (Vec<f64>, f64) {
         let config: SyntheticConfig = serde_json::from_str(yaml).unwrap();
         let cx = SourceCx { seed: 1, ..SourceCx::default() };
@@ -297,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_fit_is_refused_before_it_is_made() {
+    fn sizes_beyond_memory_are_refused_before_allocation() {
         for (field, size) in [("n_features", i64::MAX), ("batch_size", 1 << 50)] {
             let config: SyntheticConfig = serde_json::from_value(serde_json::json!({field: size})).unwrap();
             let error = InputError::take(config.build(&SourceCx::default()).err().unwrap()).unwrap();
@@ -306,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn correlated_features_are_active_together_and_as_often_as_before() {
+    fn correlated_features_fire_together_at_unchanged_frequencies() {
         let config = |correlation: f64| {
             format!(
                 "{{\"n_features\": 16, \"n_active\": 4, \"frequency_exponent\": 0, \"correlation_group\": 4, \

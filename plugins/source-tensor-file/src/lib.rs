@@ -1,10 +1,10 @@
-//! Activations from files: .safetensors (read in place, never whole), .npy and .npz.
+//! Activations from files: .safetensors (mapped, never loaded whole), .npy and .npz.
 //!
-//! A pass is every row once. With `shuffle: false` batches are the rows in order; with `shuffle: true` each pass has an
-//! order of its own. The last partial batch of a pass is dropped. Training passes over the file as often as it needs.
+//! A pass serves every row once. With `shuffle: true` each pass has its own random order; with `shuffle: false` rows
+//! come in file order. The last partial batch of a pass is dropped. Training repeats passes as often as it needs.
 //!
-//! With `held_out: 0.1` training never reads a tenth of the rows, and metrics read these alone, the last partial batch
-//! too.
+//! With `held_out: 0.1` training never reads a tenth of the rows. Metrics read only these rows, including the last
+//! partial batch.
 
 use std::path::{Path, PathBuf};
 
@@ -18,28 +18,28 @@ use rand::seq::SliceRandom;
 #[component(source "tensor_file", summary = "Activations from .safetensors, .npy and .npz files",
     example = "{type: tensor_file, path: activations.safetensors, batch_size: 64}")]
 pub struct TensorFileConfig {
-    /// A file, or a glob of files that are read one after the other.
+    /// A file, or a glob of files to concatenate.
     pub path: ConfigPath,
-    /// The tensor [N, d] of a .safetensors or .npz file.
+    /// Name of the tensor [N, d] in a .safetensors or .npz file.
     #[default("activations")]
     pub tensor: String,
-    /// The tensor [N, d_out] to reconstruct, for dictionaries whose output is not their input.
+    /// Name of the tensor [N, d_out] to reconstruct, for dictionaries whose target differs from their input.
     pub target_tensor: Option<String>,
-    /// Activations in a training batch.
+    /// Activations per training batch.
     #[default(2048)]
     #[schemars(range(min = 1))]
     pub batch_size: u64,
-    /// Whether each pass has a random order of its own.
+    /// Draw a new random order of the rows for each pass. `false` serves them in file order.
     #[default(true)]
     pub shuffle: bool,
-    /// Part of the rows that training never reads and metrics are measured on, from 0 to 1; `0.1` is a good choice. With
-    /// 0 the metrics go on with the rows that training has not read, and take the same rows again when there are none. An
-    /// `eval_source` with a `path` of its own needs `held_out: 0`, unless it is to be measured in part.
+    /// Fraction of the rows, from 0 to 1, that training never reads and metrics are computed on; `0.1` is a good
+    /// choice. With 0, metrics continue with the rows that training has not read, and reuse rows once none are left.
+    /// For an `eval_source` with its own `path`, set `held_out: 0` to evaluate on all of its rows.
     #[default]
     #[schemars(range(min = 0, max = 1))]
     pub held_out: f64,
-    /// Seed that draws the held-out rows. The run's own `seed` has no part in it, so that runs with different seeds are
-    /// measured on the same rows.
+    /// Seed that draws the held-out rows. It is independent of the run's `seed`, so that runs with different seeds are
+    /// evaluated on the same rows.
     #[default]
     pub held_out_seed: u64,
 }
@@ -56,7 +56,7 @@ impl SourceConfig for TensorFileConfig {
                     self.path, self.tensor, inputs.count, targets.name, targets.count
                 ))
                 .field("target_tensor")
-                .help("each row of the one is the target of the same row of the other")
+                .help("give a target for each activation: row i of one tensor belongs to row i of the other")
             );
         }
         let part: Option<Vec<u32>> = match self.held_out() {
@@ -78,7 +78,7 @@ impl SourceConfig for TensorFileConfig {
                     self.path
                 ))
                 .field("batch_size")
-                .help("make `batch_size` smaller")
+                .help("lower `batch_size`")
             );
         }
         let mut source = TensorFileSource {
@@ -107,14 +107,14 @@ impl SourceConfig for TensorFileConfig {
     }
 }
 
-/// The files of a path or glob.
+/// Lists the files of a path or glob.
 fn files(path: &Path) -> Result<Vec<PathBuf>> {
     let pattern = path.to_string_lossy();
     let paths: Vec<PathBuf> = if path.exists() {
         vec![path.to_owned()]
     } else {
         let found = glob::glob(&pattern).map_err(|error| {
-            InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")).field("path")
+            InputError::new(format!("`{pattern}` is neither a path nor a glob: {error}")).field("path")
         })?;
         found.filter_map(Result::ok).collect()
     };
@@ -124,7 +124,7 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// The rows of one tensor over all files.
+/// The rows of one tensor, concatenated over all files.
 struct Rows {
     name: String,
     parts: Vec<(PathBuf, usize, Part)>,
@@ -139,7 +139,7 @@ enum Part {
 }
 
 impl Rows {
-    /// `field` is the config's that says `name`.
+    /// Opens the tensor `name` of all files; `field` is the config's field with that name.
     fn open(path: &Path, name: &str, field: &str) -> Result<Self> {
         let paths = files(path)?;
         let mut rows = Rows { name: name.to_owned(), parts: Vec::new(), count: 0, width: 0 };
@@ -165,9 +165,9 @@ impl Rows {
         Ok(rows)
     }
 
-    /// The rows with these numbers, counted over all files, float32 [n, d].
+    /// Returns the rows `wanted`, numbered across all files, as float32 [n, d].
     fn take(&self, wanted: &[usize]) -> Result<Tensor> {
-        // Runs of rows from the same file are read at once; the order is kept.
+        // Read each run of rows from the same file at once, in the given order.
         let mut pieces = Vec::new();
         let mut rest = wanted;
         while let Some(first) = rest.first() {
@@ -188,7 +188,7 @@ impl Rows {
         Ok(if pieces.len() == 1 { pieces.remove(0) } else { Tensor::cat(&pieces, 0) })
     }
 
-    /// The file that a row is in, and the number of its first row.
+    /// Returns the file of a row, and the number of that file's first row.
     fn file_of(&self, row: usize) -> Option<(usize, &(PathBuf, usize, Part))> {
         let mut start = 0;
         let found = self.parts.iter().find(|(_, count, _)| {
@@ -199,7 +199,7 @@ impl Rows {
         found.map(|part| (start, part))
     }
 
-    /// Refuses values of some rows that are not finite.
+    /// Returns an error if a value of these rows is not finite.
     fn check(&self, values: &Tensor, rows: &[usize]) -> Result<()> {
         if bool::try_from(values.isfinite().all())? {
             return Ok(());
@@ -207,7 +207,7 @@ impl Rows {
         let bad = values.isfinite().all_dim(1, false).logical_not().nonzero().int64_value(&[0, 0]);
         bail!(
             InputError::new(format!("{} has a value that is not finite", self.origin(rows[bad as usize])))
-                .help("mend or remove the row, or set `on_nonfinite: skip_batch`")
+                .help("repair or remove the row, or set `on_nonfinite: skip_batch`")
         );
     }
 
@@ -226,8 +226,8 @@ impl Part {
             "npy" => Ok(Part::Memory(numpy::read_npy(path)?)),
             "npz" => Ok(Part::Memory(numpy::Npz::open(path)?.array(name)?)),
             other => bail!(
-                InputError::new(format!("{}: files of type `{other}` are not read", path.display()))
-                    .help("activations are read from .safetensors, .npy and .npz")
+                InputError::new(format!("{}: files of type `{other}` are not supported", path.display()))
+                    .help("give a .safetensors, .npy or .npz file")
             ),
         }
     }
@@ -254,23 +254,23 @@ struct TensorFileSource {
     config: Value,
     inputs: Rows,
     targets: Option<Rows>,
-    /// The rows that it gives, where they are not all.
+    /// The rows to serve; `None` for all rows.
     part: Option<Vec<u32>>,
-    /// How many it gives in a pass, but for the last partial batch.
+    /// Number of rows in a pass, including those of a dropped partial batch.
     count: usize,
-    /// Whether it gives what is held out, and then all of it.
+    /// Serves the held-out rows, including the last partial batch.
     evaluates_part: bool,
     batch_size: usize,
     shuffle: bool,
-    /// The rows in the order of this pass, where it is not the file's.
+    /// The rows in the order of this pass; empty for all rows in file order.
     order: Vec<u32>,
     rng: Rng,
-    /// The generator as it was before it made `order`: enough to make it again.
+    /// The generator before it drew `order`: a checkpoint saves it instead of the order.
     rng_at_pass: Rng,
-    /// Rows of this pass already given.
+    /// Rows already served in this pass.
     position: usize,
     device: Device,
-    /// Whether batches with values that are not finite are given, to be left out.
+    /// Serves batches with non-finite values, which the run then skips.
     gives_all: bool,
     /// The rows of the last batch.
     last: Vec<usize>,
@@ -375,9 +375,8 @@ impl ActivationSource for TensorFileSource {
         }
         let file = shared.file_name().unwrap_or_default().to_string_lossy();
         Some(match self.config["held_out"].as_f64().filter(|part| *part > 0.0) {
-            // Held out of another set of rows than was trained on.
-            Some(_) => format!("rows of {file}: another `held_out`, `held_out_seed` or `path` was trained with"),
-            None => format!("rows of {file}: `held_out: 0.1` in `source` keeps rows back from training"),
+            Some(_) => format!("rows of {file}: training used another `held_out`, `held_out_seed` or `path`"),
+            None => format!("rows of {file}: set `held_out: 0.1` in `source` to hold rows out of training"),
         })
     }
 
@@ -394,12 +393,12 @@ impl ActivationSource for TensorFileSource {
         if rows != self.inputs.count {
             bail!(
                 InputError::new(format!(
-                    "{} has {} activations, and had {rows} when the run was begun",
+                    "{} has {} activations, but had {rows} when the run started",
                     self.config["path"].as_str().unwrap_or_default(),
                     self.inputs.count
                 ))
                 .field("path")
-                .help("put the files back as they were, or train anew in another `--output-dir`")
+                .help("restore the original files, or start a new run in another `--output-dir`")
             );
         }
         self.rng = state.get("rng_at_pass")?;
@@ -446,9 +445,9 @@ mod tests {
     }
 
     #[test]
-    fn in_order_across_files_without_the_partial_batch() {
+    fn without_shuffle_rows_come_in_file_order_without_the_partial_batch() {
         let (_dir, mut source) = source(false);
-        // 14 rows in batches of 4: three batches, the second across the two files.
+        // 14 rows in batches of 4 make three batches; the second spans both files.
         let expected: Vec<f32> = (0..12).map(|row| row as f32 * 2.0).collect();
         assert_eq!(pass(&mut *source), expected);
         source.rewind().unwrap();
@@ -456,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn shuffled_anew_in_each_pass_and_continued_where_it_was() {
+    fn each_pass_has_a_new_order_that_restore_continues() {
         let (_dir, mut source) = source(true);
         let first = pass(&mut *source);
         source.rewind().unwrap();
@@ -473,13 +472,13 @@ mod tests {
     }
 
     #[test]
-    fn held_out_rows_are_measured_on_and_never_trained_on() {
+    fn held_out_rows_are_evaluated_and_never_trained_on() {
         let (dir, _) = source(false);
         let open = |shuffle, purpose, seed, held_out_seed| {
             let config = TensorFileConfig { batch_size: 2, held_out: 0.25, held_out_seed, ..config(&dir, shuffle) };
             config.build(&SourceCx { seed, purpose, ..SourceCx::default() }).unwrap()
         };
-        // One of each four of the 14 rows: three of them, and perhaps one of the last two.
+        // One of every four rows: three of the first 12, and perhaps one of the last two.
         let held = pass(&mut *open(false, Purpose::Evaluation, 1, 0));
         assert!((3..=4).contains(&held.len()), "{held:?}");
         for shuffle in [false, true] {
@@ -491,14 +490,14 @@ mod tests {
                 trained.rewind().unwrap();
             }
         }
-        // The run's seed does not decide which they are; their own does.
+        // `held_out_seed` decides which rows are held out; the run's seed does not.
         let sorted = |mut rows: Vec<f32>| {
             rows.sort_by(f32::total_cmp);
             rows
         };
         assert_eq!(sorted(pass(&mut *open(true, Purpose::Evaluation, 2, 0))), held);
         assert!((1..5).any(|seed| pass(&mut *open(false, Purpose::Evaluation, 1, seed)) != held));
-        // What is resumed goes on with the same rows.
+        // A resumed source continues with the same rows.
         let mut one = open(true, Purpose::Training, 1, 0);
         one.next_batch().unwrap();
         let state = one.state().unwrap();
@@ -509,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlap_with_training_is_noticed() {
+    fn an_overlap_with_training_rows_is_reported() {
         let (dir, all) = source(false);
         let described = |file: &str, held_out: f64| {
             let config = TensorFileConfig {

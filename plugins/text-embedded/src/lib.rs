@@ -1,15 +1,15 @@
-//! Text that a plugin ships with the program, so that a first run needs no download.
+//! Text bundled with the program, so that a first run needs no download.
 
 use dictlearn_core::data::text::{EmbeddedText, Wanted, WrittenText};
 use dictlearn_core::prelude::*;
 use dictlearn_core::suggest::nearest;
 
-/// Text that ships with the program.
-#[component(text "embedded", summary = "Text that ships with the program", example = "{type: embedded, name: austen}")]
+/// Text bundled with the program.
+#[component(text "embedded", summary = "Text bundled with the program", example = "{type: embedded, name: austen}")]
 pub struct EmbeddedConfig {
-    /// Which text: `austen`.
+    /// Name of the text: `austen`.
     pub name: String,
-    /// `train`, or `held_out` for what the bundled model never saw.
+    /// `train`, or `held_out` for text that the bundled model was not trained on.
     #[default("train")]
     pub split: String,
 }

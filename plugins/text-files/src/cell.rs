@@ -1,10 +1,10 @@
-//! One value of a text's column, and why a file cannot be read.
+//! A value of a text column, and the error of an unreadable file.
 
 use std::fmt;
 
 use serde_json::Value;
 
-/// Why a file cannot be read, with its name.
+/// Why a file cannot be read; the message names the file.
 #[derive(Debug)]
 pub struct Unreadable(pub String);
 
@@ -16,9 +16,9 @@ impl fmt::Display for Unreadable {
 
 impl std::error::Error for Unreadable {}
 
-/// What a record holds.
+/// The value of a record's text field.
 pub struct Cell {
-    /// The field that was read.
+    /// Name of the field.
     pub column: String,
     /// Its value.
     pub value: Value,

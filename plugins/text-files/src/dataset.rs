@@ -1,8 +1,8 @@
-//! The files of a dataset of the Hub.
+//! The files of a dataset on the Hub.
 //!
-//! Which files are a split's is decided in `splits.rs`, as Hugging Face's `datasets` does. A split with files that cannot be
-//! read here (a loading script, CSV) is taken from the conversion to parquet that the Hub keeps of most datasets. Lines are
-//! read as they arrive and not kept on disk; a .parquet file is fetched into the cache when the stream comes to it.
+//! `splits.rs` decides which files belong to a split, as Hugging Face's `datasets` does. If a split has unsupported
+//! files (a loading script, CSV), the stream reads the parquet conversion that the Hub keeps of most datasets. Lines
+//! are streamed and not kept on disk; a .parquet file is downloaded into the cache when the stream reaches it.
 
 use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
@@ -13,30 +13,30 @@ use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
 /// The branch with the Hub's own conversion.
 const CONVERTED: &str = "refs/convert/parquet";
 
-/// Text of a dataset of the Hub, as it arrives.
+/// Text streamed from a dataset on the Hub.
 #[component(text "hub_dataset",
-    summary = "Text of a dataset of the Hub, as it arrives: .txt, .jsonl (plain, .gz, .zst) and .parquet",
+    summary = "Text streamed from a dataset on the Hub: .txt, .jsonl (plain, .gz, .zst) and .parquet",
     example = "{type: hub_dataset, repo: monology/pile-uncopyrighted, split: train, column: text}")]
 pub struct HubDatasetConfig {
-    /// The dataset: `owner/name[@revision]`.
+    /// The dataset, as `owner/name[@revision]`.
     pub repo: String,
-    /// Which split of it. Files belong to splits as Hugging Face's `load_dataset` has it: by the `configs` in README.md, by
-    /// shards (`data/train-00000-of-00002.parquet`), by names of folders, or by names of files.
+    /// Split to read. Files are assigned to splits as in Hugging Face's `load_dataset`: by the `configs` in README.md,
+    /// shards (`data/train-00000-of-00002.parquet`), folder names, or file names.
     #[default("train")]
     pub split: String,
-    /// Which subset of it (`name` of `load_dataset`), where it has several. In a dataset without `configs`, a folder
+    /// Subset to read, if the dataset has several (`name` of `load_dataset`). In a dataset without `configs`: a folder
     /// (`data_dir` of `load_dataset`).
     pub subset: Option<String>,
-    /// The files to read, as a glob over the dataset's paths, instead of a split: `data/CC-MAIN-2024-*/*.parquet`.
+    /// Glob over the dataset's paths, to read these files instead of a split: `data/CC-MAIN-2024-*/*.parquet`.
     pub files: Option<String>,
-    /// The field or column that holds the text, the messages of a chat, or token ids (a list of integers); `translation.en`
-    /// for a field within a field. Default: `text`, or where there is none `input_ids` or `tokens`.
+    /// Field or column with the text, the messages of a chat, or token ids (a list of integers). A nested field is
+    /// written `translation.en`. Default: the first of `text`, `input_ids` and `tokens` that exists.
     pub column: Option<String>,
-    /// What a document is in a .txt file.
+    /// Unit of a document in a .txt file.
     #[default]
     pub documents: Documents,
-    /// `true`: end with an error at the first bad record. `false`: also skip a file that cannot be read, or the rest of it.
-    /// Default: skip and count bad records, and end with an error at a file that cannot be read.
+    /// `true`: stop with an error at the first bad record. `false`: skip bad records, unreadable files and the rest of
+    /// damaged files. Default: skip and count bad records, but stop with an error at an unreadable file.
     pub strict: Option<bool>,
 }
 
@@ -44,7 +44,7 @@ impl TextConfig for HubDatasetConfig {
     fn build(&self) -> Result<Box<dyn TextStream>> {
         let Some(repo) = Repo::parse(RepoKind::Dataset, &self.repo) else {
             bail!(
-                InputError::new(format!("`{}` is not the name of a dataset", self.repo))
+                InputError::new(format!("`{}` is not a valid name of a dataset", self.repo))
                     .field("repo")
                     .help("give it as `owner/name` or `owner/name@revision`")
             );
@@ -60,7 +60,7 @@ impl HubDatasetConfig {
         let converted = Repo { revision: CONVERTED.to_owned(), ..repo.clone() };
         let files = match hub.list(repo) {
             Ok(files) => files,
-            // The cache may have nothing of the dataset but its conversion.
+            // The cache may hold only the conversion.
             Err(error) => match hub.list(&converted) {
                 Ok(_) => Vec::new(),
                 Err(_) => return Err(error).under("repo"),
@@ -76,9 +76,9 @@ impl HubDatasetConfig {
             let found: Vec<&str> = readable.filter(|file| glob.matches(file)).collect();
             if found.is_empty() {
                 bail!(
-                    InputError::new(format!("no file of `{repo}` that can be read is named `{text}`"))
+                    InputError::new(format!("`{repo}` has no supported file that matches `{text}`"))
                         .field("files")
-                        .help(format!("files are read that end in .{}; {}", ENDINGS.join(", ."), some_of(&files)))
+                        .help(format!("supported endings: .{}; {}", ENDINGS.join(", ."), some_of(&files)))
                 );
             }
             return Ok(places(repo, found));
@@ -88,8 +88,8 @@ impl HubDatasetConfig {
             Ok(path.and_then(|path| std::fs::read_to_string(path).ok()))
         };
         let card = Card::read(text("README.md")?.as_deref(), text(".huggingface.yaml")?.as_deref())
-            .map_err(|error| error.field("repo").help("name its files instead, with `files`"))?;
-        // A loading script may divide the files otherwise; what it gave is in the conversion.
+            .map_err(|error| error.field("repo").help("select files with `files` instead"))?;
+        // A loading script may divide the files differently; the conversion has its result.
         let script = format!("{}.py", repo.id.rsplit('/').next().unwrap_or_default());
         let own = match card.subsets.is_empty() && files.contains(&script.as_str()) {
             true => Err(Missing::Unreadable(vec![script])),
@@ -100,7 +100,7 @@ impl HubDatasetConfig {
             Err(Missing::Card(error)) => bail!(error),
             Err(missing) => missing,
         };
-        // What the Hub converted, `<subset>/<split>/0000.parquet`.
+        // Converted files are named `<subset>/<split>/0000.parquet`.
         let listed = hub.list(&converted).unwrap_or_default();
         let mut found = Vec::new();
         for file in listed.iter().filter(|file| ending(file).is_some()) {
@@ -137,7 +137,7 @@ impl HubDatasetConfig {
     }
 }
 
-/// Names, and those of others that are not among them.
+/// Returns `names`, followed by those of `others` that are not among them.
 fn joined<'a>(mut names: Vec<String>, others: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     for name in others {
         if !names.iter().any(|known| known == name) {

@@ -1,4 +1,4 @@
-//! Files on this machine.
+//! Text from local files.
 
 use std::path::{Path, PathBuf};
 
@@ -10,26 +10,26 @@ use crate::stream::{Documents, ENDINGS, Options, Place, TextFiles, ending};
 
 /// Text from .txt, .jsonl and .parquet files.
 #[component(text "text_files",
-    summary = "Text from .txt, .jsonl, .json (plain, .gz, .zst) and .parquet, folders and globs",
+    summary = "Text from .txt, .jsonl, .json (plain, .gz, .zst) and .parquet files, folders and globs",
     example = "{type: text_files, path: corpus.txt}")]
 pub struct TextFilesConfig {
-    /// A file, a folder, or a glob; several files are read in the order of their names. Hidden files and metadata
-    /// (README.md, config.json, sae_lens.json) in a folder are left out.
+    /// A file, a folder, or a glob. Several files are read in order of their names. Hidden files and metadata
+    /// (README.md, config.json, sae_lens.json) of a folder are skipped.
     pub path: ConfigPath,
-    /// Which split of a folder that holds a dataset, as Hugging Face's `load_dataset` divides it. Default: all files, if they
-    /// are of one split.
+    /// Split to read from a folder that holds a dataset, as in Hugging Face's `load_dataset`. Default: all files, which
+    /// must then belong to one split.
     pub split: Option<String>,
-    /// Which subset of such a folder, where its README.md has several.
+    /// Subset to read from such a folder, if its README.md lists several.
     pub subset: Option<String>,
-    /// The field of a .jsonl record, or the column of a .parquet file, that holds the text, the messages of a chat, or token
-    /// ids (a list of integers); `translation.en` for a field within a field. Default: `text`, or where there is none
-    /// `input_ids` or `tokens`.
+    /// Field of a .jsonl record or column of a .parquet file with the text, the messages of a chat, or token ids (a
+    /// list of integers). A nested field is written `translation.en`. Default: the first of `text`, `input_ids` and
+    /// `tokens` that exists.
     pub column: Option<String>,
-    /// What a document is in a .txt file.
+    /// Unit of a document in a .txt file.
     #[default]
     pub documents: Documents,
-    /// `true`: end with an error at the first bad record. `false`: also skip a file that cannot be read, or the rest of it.
-    /// Default: skip and count bad records, and end with an error at a file that cannot be read.
+    /// `true`: stop with an error at the first bad record. `false`: skip bad records, unreadable files and the rest of
+    /// damaged files. Default: skip and count bad records, but stop with an error at an unreadable file.
     pub strict: Option<bool>,
 }
 
@@ -42,7 +42,7 @@ impl TextConfig for TextFilesConfig {
 }
 
 impl TextFilesConfig {
-    /// The files that are read, in order.
+    /// Returns the files to read, in order.
     fn files(&self) -> Result<Vec<PathBuf>> {
         let path = self.path.as_path();
         if path.is_dir() {
@@ -51,18 +51,18 @@ impl TextFilesConfig {
         for (key, given) in [("split", &self.split), ("subset", &self.subset)] {
             if given.is_some() {
                 bail!(
-                    InputError::new(format!("`{key}` is given, but {} is not a folder", path.display()))
+                    InputError::new(format!("`{key}` is set, but {} is not a folder", path.display()))
                         .field(key)
-                        .help(format!("leave `{key}` out, or set `path` to the dataset's folder"))
+                        .help(format!("remove `{key}`, or set `path` to the dataset's folder"))
                 );
             }
         }
-        let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
+        let help = format!("supported endings: .{}", ENDINGS.join(", ."));
         let supported = |path: &Path| ending(&path.to_string_lossy()).is_some();
         if path.is_file() {
             if !supported(path) {
                 bail!(
-                    InputError::new(format!("{}: files of this kind are not read", path.display()))
+                    InputError::new(format!("{}: files of this type are not supported", path.display()))
                         .field("path")
                         .help(help)
                 );
@@ -76,12 +76,12 @@ impl TextFilesConfig {
             if !pattern.contains(['*', '?', '[']) {
                 bail!(InputError::no_file(path).field("path"));
             }
-            bail!(InputError::new(format!("there is no text at {}", path.display())).field("path").help(help));
+            bail!(InputError::new(format!("{} matches no text files", path.display())).field("path").help(help));
         }
         Ok(found)
     }
 
-    /// The files of a folder that are read.
+    /// Returns the files to read from a folder.
     fn of_folder(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         let found = listed(&format!("{}/**/*", Pattern::escape(&folder.to_string_lossy()))).under("path")?;
         let name = |path: &PathBuf| path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
@@ -105,28 +105,26 @@ impl TextFilesConfig {
         let chosen = match &self.split {
             Some(split) => {
                 let card = Card::read(head("README.md").as_deref(), head(".huggingface.yaml").as_deref());
-                let card = card.map_err(|error| error.field("path").help("name files with a glob as `path`"))?;
+                let card = card.map_err(|error| error.field("path").help("select files with a glob as `path`"))?;
                 splits::find(&names, &card, split, self.subset.as_deref())
                     .map_err(|missing| missing.refused(&what, "path", split, self.subset.as_deref(), &names))?
             }
             None if self.subset.is_some() => {
-                bail!(InputError::new("`subset` is given without `split`").field("subset").help("add `split: train`"));
+                bail!(InputError::new("`subset` is set without `split`").field("subset").help("add `split: train`"));
             }
             None => {
                 let all = all(&names)?;
                 if all.is_empty() {
-                    let help = format!("text is read from files that end in .{}", ENDINGS.join(", ."));
-                    bail!(
-                        InputError::new(format!("there is no text at {}", folder.display())).field("path").help(help)
-                    );
+                    let help = format!("supported endings: .{}", ENDINGS.join(", ."));
+                    bail!(InputError::new(format!("{} has no text files", folder.display())).field("path").help(help));
                 }
                 one_split(&all).map_err(|splits| {
                     let held = match &splits[..] {
-                        [one] => format!("{what} holds files of the split `{one}` beside others"),
-                        several => format!("{what} holds several splits: {}", several.join(", ")),
+                        [one] => format!("{what} has files of the split `{one}` and other files"),
+                        several => format!("{what} has several splits: {}", several.join(", ")),
                     };
                     InputError::new(held).field("path").help(format!(
-                        "name one (`split: {}`), or the files with a glob; `path: {}/**/*` reads all of them",
+                        "choose one (`split: {}`), or select files with a glob: `path: {}/**/*` reads all of them",
                         splits[0],
                         folder.display()
                     ))
@@ -138,11 +136,12 @@ impl TextFilesConfig {
     }
 }
 
-/// The files that a glob means, sorted. A link to a file that is gone is one of them, so that it is not missed in silence.
+/// Returns the files that match a glob, sorted. Includes broken links, so that they cause an error instead of being
+/// skipped.
 fn listed(pattern: &str) -> Result<Vec<PathBuf>> {
     let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
     let found = glob_with(pattern, options)
-        .map_err(|error| InputError::new(format!("`{pattern}` is not a path and not a glob: {error}")))?;
+        .map_err(|error| InputError::new(format!("`{pattern}` is neither a path nor a glob: {error}")))?;
     let mut files = Vec::new();
     for path in found {
         let path = path.map_err(|error| InputError::new(format!("cannot list {pattern}: {error}")))?;
@@ -154,7 +153,7 @@ fn listed(pattern: &str) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The files of a folder that can be read, without metadata.
+/// Returns the supported files of a folder, without metadata.
 fn all<'a>(names: &[&'a str]) -> Result<Vec<&'a str>, InputError> {
     const MORE_METADATA: [&str; 2] = ["sae_lens.json", "state.json"];
     let glob = Glob::new("**")?;
@@ -166,8 +165,8 @@ fn all<'a>(names: &[&'a str]) -> Result<Vec<&'a str>, InputError> {
     Ok(kept.collect())
 }
 
-/// Whether files are all of one split by their names; if not, the names of the splits. Files for testing are not trained
-/// on because a folder was given.
+/// Checks by their names that all files belong to one split; otherwise returns the names of the splits. This keeps test
+/// files out of training when `path` is a folder.
 fn one_split(files: &[&str]) -> Result<(), Vec<String>> {
     let splits = splits::splits(files, &splits::Subset::default()).unwrap_or_default();
     let splits: Vec<_> = splits.into_iter().filter(|split| !split.files.is_empty()).collect();
@@ -206,12 +205,12 @@ mod tests {
         }
     }
 
-    /// An error of the input, with its help.
+    /// Returns the text of an `InputError`, with its help.
     fn said(error: anyhow::Error) -> String {
         InputError::take(error).expect("an error of the input").to_string()
     }
 
-    /// What is said where the records end with an error.
+    /// Reads records until one is an error, and returns its text.
     fn refused(stream: &mut dyn TextStream) -> String {
         loop {
             match stream.next_record() {
@@ -263,7 +262,7 @@ mod tests {
 
     #[test]
     fn a_long_document_is_cut_between_words() {
-        // Five million bytes without a line's end, and as many lines without an empty one.
+        // Five million bytes without a line break, and then without an empty line.
         for text in ["word ".repeat(1_000_000), "word\n".repeat(1_000_000)] {
             for documents in [Documents::Paragraph, Documents::File] {
                 let (_dir, mut stream) = stream("a.txt", text.as_bytes(), documents, None);
@@ -277,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_only_be_wrong_is_refused_at_once() {
+    fn a_hopeless_file_is_an_error_after_its_first_records() {
         let refused = |name: &str, content: &[u8]| {
             let (_dir, mut stream) = stream(name, content, Documents::Paragraph, None);
             format!("{:#}", stream.next_record().unwrap_err())
@@ -292,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_order_mark_is_no_text() {
+    fn a_byte_order_mark_is_not_part_of_the_text() {
         for (name, content) in [("a.txt", "\u{feff}a"), ("a.jsonl", "\u{feff}{\"text\": \"a\"}\n")] {
             let (_dir, mut stream) = stream(name, content.as_bytes(), Documents::Paragraph, Some(true));
             assert_eq!(texts(&mut *stream), ["a"]);
@@ -300,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn chats_in_every_spelling() {
+    fn chats_are_read_in_every_supported_format() {
         let content = br#"{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 {"text": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
 {"text": {"role": ["user", "assistant"], "content": ["a", "b"], "tool_calls": null}}
@@ -320,7 +319,7 @@ mod tests {
         }
         assert_eq!(stream.next_record().unwrap(), None);
         assert_eq!(stream.skipped().0, 5);
-        // What only the model finds wrong with a record counts as well.
+        // Records that only the model rejects are counted too.
         stream.refuse("a.jsonl:1", "roles must alternate").unwrap();
         assert_eq!(stream.skipped().0, 6);
     }
@@ -350,13 +349,13 @@ mod tests {
     }
 
     #[test]
-    fn compressed_files_are_the_same_text() {
+    fn compressed_files_give_the_same_text() {
         for ending in ["gz", "zst"] {
             let name = format!("a.txt.{ending}");
             let (_dir, mut text) = stream(&name, &packed(ending, TEXT), Documents::Line, Some(true));
             assert_eq!(texts(&mut *text), ["one", "two", "three", "four"], "{name}");
             let name = format!("a.jsonl.{ending}");
-            // Two members, as files have that were joined.
+            // Two members, as in concatenated archives.
             let json = [packed(ending, b"{\"text\": \"a\"}\n"), packed(ending, b"{\"text\": \"b\"}\n")].concat();
             let (_dir, mut text) = stream(&name, &json, Documents::Paragraph, Some(true));
             assert_eq!(texts(&mut *text), ["a", "b"], "{name}");
@@ -364,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_breaks_off_ends_the_run_unless_that_is_allowed() {
+    fn a_truncated_file_is_an_error_unless_strict_is_false() {
         let lines: String = (0..20_000).map(|line| format!("{{\"text\": \"{} {line}\"}}\n", line * 7919)).collect();
         for ending in ["gz", "zst"] {
             let whole = packed(ending, lines.as_bytes());
@@ -374,41 +373,41 @@ mod tests {
                 let (_dir, mut ends) = stream(&name, cut, Documents::Paragraph, strict);
                 let said = refused(&mut *ends);
                 assert!(
-                    said.contains(&format!("{name}:")) && said.contains("the file is damaged or breaks off"),
+                    said.contains(&format!("{name}:")) && said.contains("the file is damaged or truncated"),
                     "{said}"
                 );
                 assert!(said.contains("`strict: false`"), "{said}");
                 assert!(ends.position() > 5_000, "{}", ends.position());
             }
-            // What stands before the break is used.
+            // Records before the truncation are used.
             let (dir, mut goes_on) = stream(&name, cut, Documents::Paragraph, Some(false));
             let found = texts(&mut *goes_on);
             assert!(found.len() > 5_000 && found.len() < 15_000, "{name}: {}", found.len());
-            assert_eq!(goes_on.skipped(), (0, None), "a file is no record");
+            assert_eq!(goes_on.skipped(), (0, None), "an unreadable file is not counted as a record");
             let (skipped, first) = goes_on.skipped_files();
             assert_eq!(skipped, 1, "{name}: {first:?}");
-            assert!(first.unwrap().contains(&format!("{name}:{}: the file is damaged or breaks off", found.len() + 1)));
+            assert!(first.unwrap().contains(&format!("{name}:{}: the file is damaged or truncated", found.len() + 1)));
             // So are the files after it.
             std::fs::write(dir.path().join("b.jsonl"), "{\"text\": \"b\"}\n").unwrap();
             let mut both = TextFilesConfig { strict: Some(false), ..config(dir.path()) }.build().unwrap();
             assert_eq!(texts(&mut *both).last().unwrap(), "b");
-            // No byte of it can be read.
+            // Not one byte can be decompressed.
             for (bytes, what) in [(&b"plainly no archive"[..], "damaged"), (&whole[..5], "damaged")] {
                 let (_dir, mut none) = stream(&name, bytes, Documents::Paragraph, None);
                 let said = refused(&mut *none);
                 assert!(said.contains(&name) && said.contains(what), "{said}");
             }
         }
-        // The beginning of a document is one, in a file without records.
+        // With `documents: file`, the part before the truncation is a document.
         let whole = packed("zst", "a line of text\n".repeat(100_000).as_bytes());
         let (_dir, mut text) = stream("a.txt.zst", &whole[..whole.len() - 4], Documents::File, Some(false));
         assert!(!texts(&mut *text).is_empty());
     }
 
     #[test]
-    fn a_long_window_is_read() {
+    fn a_zstd_file_with_a_long_window_is_read() {
         let mut packer = zstd::Encoder::new(Vec::new(), 1).unwrap();
-        // The longest that decoders accept unasked is 27.
+        // By default, decoders accept at most 27.
         packer.window_log(28).unwrap();
         std::io::Write::write_all(&mut packer, b"{\"text\": \"a\"}\n").unwrap();
         let packed = packer.finish().unwrap();
@@ -421,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn utf_16_is_decoded_or_refused_by_name() {
+    fn utf_16_is_decoded_with_a_byte_order_mark_and_refused_without() {
         let json = "{\"text\": \"Grüße, 世界 🌍\"}\n{\"text\": \"b\"}\r\n";
         for order in [u16::to_le_bytes, u16::to_be_bytes] {
             let marked = utf16(&format!("\u{feff}{json}"), order);
@@ -438,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_text_is_refused_by_name() {
+    fn files_that_are_not_text_are_errors_that_name_them() {
         let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n";
         for (name, content, why) in [
             ("a.jsonl", &pointer[..], "this is a Git LFS pointer, not the file that it stands for; run `git lfs pull`"),
@@ -449,13 +448,13 @@ mod tests {
             ),
             ("a.jsonl", &packed("gz", b"{}\n"), "name that ends in .gz"),
             ("a.txt", &packed("zst", b"text"), "name that ends in .zst"),
-            ("a.parquet", b"", "is not a whole parquet file"),
+            ("a.parquet", b"", "is not a valid parquet file"),
         ] {
             let (_dir, mut text) = stream(name, content, Documents::Paragraph, None);
             let said = refused(&mut *text);
             assert!(said.contains(name) && said.contains(why), "{said}");
         }
-        // A link to a file that is gone.
+        // A broken link.
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a.jsonl"), "{\"text\": \"a\"}\n").unwrap();
         std::os::unix::fs::symlink(dir.path().join("nowhere"), dir.path().join("b.jsonl")).unwrap();
@@ -465,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_not_utf_8_are_a_file_that_cannot_be_read() {
+    fn bytes_that_are_not_utf_8_make_the_file_unreadable() {
         // Latin-1, in the middle of a file.
         let text = b"one\n\ntwo\n\nna\xefve\n\nfour\n".to_vec();
         let json =
@@ -492,23 +491,23 @@ mod tests {
             let mut both = TextFilesConfig { strict: Some(false), ..config(dir.path()) }.build().unwrap();
             assert_eq!(texts(&mut *both).last().unwrap(), "b", "the files after it are read");
         }
-        // A picture is no Latin-1.
+        // An image is not mistaken for Latin-1.
         let (_dir, mut picture) = stream("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", Documents::Line, None);
         let said = refused(&mut *picture);
         assert!(said.contains("a.txt is not a text") && !said.contains("iconv"), "{said}");
-        // Characters that stand for lost ones, and zeros, are text.
+        // Replacement characters and zero bytes are text.
         let (_dir, mut text) = stream("a.txt", "a \u{fffd} b\0c".as_bytes(), Documents::Line, Some(true));
         assert_eq!(texts(&mut *text), ["a \u{fffd} b\0c"]);
-        // A character that the first look at the file ends within.
+        // A character that crosses the end of the inspected bytes.
         let long = format!("{}é\0", "a".repeat(4095));
         let (_dir, mut text) = stream("a.txt", long.as_bytes(), Documents::Line, Some(true));
         assert_eq!(texts(&mut *text), [long]);
     }
 
     #[test]
-    fn utf_16_that_breaks_off_or_is_damaged_is_a_file_that_cannot_be_read() {
+    fn truncated_or_damaged_utf_16_makes_the_file_unreadable() {
         for order in [u16::to_le_bytes, u16::to_be_bytes] {
-            // Longer than what is decoded at once, so that characters fall on the border, and pairs of surrogates too.
+            // Longer than one decoded block, so that characters and surrogate pairs cross block boundaries.
             let whole: String = (0..5_000).map(|line| format!("{line} \u{fffd}🌍🌍\n")).collect();
             let bytes = utf16(&format!("\u{feff}{whole}"), order);
             let (_dir, mut text) = stream("a.txt", &bytes, Documents::Line, Some(true));
@@ -518,21 +517,21 @@ mod tests {
             for content in [&bytes[..bytes.len() - 1], &half[..], &swapped[..]] {
                 let (_dir, mut text) = stream("a.txt", content, Documents::Line, None);
                 let said = refused(&mut *text);
-                assert!(said.contains("a.txt:") && said.contains("it is not UTF-16 from here on"), "{said}");
+                assert!(said.contains("a.txt:") && said.contains("not UTF-16 from here on"), "{said}");
                 assert!(text.position() > 4_900, "{}", text.position());
             }
         }
     }
 
     #[test]
-    fn a_text_without_records_says_what_would_do() {
+    fn the_error_of_a_text_without_records_says_how_to_fix_it() {
         let said = |name: &str, content: &str| {
             let (_dir, mut text) = stream(name, content.as_bytes(), Documents::Paragraph, None);
             refused(&mut *text)
         };
         for (name, content) in [("a.txt", ""), ("a.jsonl", ""), ("a.txt", " \n\n")] {
             let said = said(name, content);
-            assert!(said.contains("it is empty, or holds nothing but blanks") && !said.contains("column"), "{said}");
+            assert!(said.contains("the file is empty or has only blanks") && !said.contains("column"), "{said}");
         }
         for line in [
             r#"{"input_ids": [1, 2], "attention_mask": [1]}"#,
@@ -555,7 +554,7 @@ mod tests {
     fn rows(stream: &mut dyn TextStream) -> Vec<Vec<i64>> {
         let mut rows = Vec::new();
         while let Some(record) = stream.next_record().unwrap() {
-            let Record::Tokens { ids, mask, .. } = record else { panic!("no row of tokens: {record:?}") };
+            let Record::Tokens { ids, mask, .. } = record else { panic!("not a row of tokens: {record:?}") };
             assert_eq!(mask, vec![true; ids.len()]);
             rows.push(ids);
         }
@@ -580,14 +579,14 @@ mod tests {
         assert_eq!(rows(&mut *text), [vec![1, 2, 3], vec![4, 5], vec![6], vec![8]]);
         let (skipped, first) = text.skipped();
         assert_eq!(skipped, 7);
-        assert!(first.unwrap().ends_with("a.jsonl:5: `input_ids[1]` is a string, and a token id is an integer"));
+        assert!(first.unwrap().ends_with("a.jsonl:5: `input_ids[1]` is a string, but token ids are integers"));
         for (line, why) in [
-            (6, "`input_ids[1]` is 1.5, and a token id is an integer"),
+            (6, "`input_ids[1]` is 1.5, but token ids are integers"),
             (7, "`input_ids[1]` is null"),
-            (8, "`attention_mask` has 1 positions, and `input_ids` 2"),
+            (8, "`attention_mask` has length 1, but `input_ids` has length 2"),
             (9, "`attention_mask[1]` is 0 between tokens"),
             (10, "`attention_mask` is 0 everywhere"),
-            (11, "`attention_mask` is not a list of 0 and 1"),
+            (11, "`attention_mask` is not a list of 0s and 1s"),
         ] {
             let line = content.split_inclusive(|byte| *byte == b'\n').nth(line - 1).unwrap();
             let (_dir, mut text) = stream("a.jsonl", line, Documents::Paragraph, Some(true));
@@ -597,7 +596,7 @@ mod tests {
     }
 
     #[test]
-    fn a_field_within_a_field_is_named_with_a_dot() {
+    fn a_nested_field_is_named_with_a_dot() {
         let content = br#"{"translation": {"en": "one", "de": "eins"}, "a.b": {"c": "x"}}
 {"translation.en": "two"}
 {"translation": {"de": "drei"}}
@@ -609,10 +608,10 @@ mod tests {
         assert_eq!(texts(&mut *of("translation.en")), ["one", "two"]);
         assert_eq!(texts(&mut *of("a.b.c")), ["x"]);
         let said = refused(&mut *of("translation"));
-        assert!(said.contains("has fields of its own: name one, `translation."), "{said}");
+        assert!(said.contains("it has nested fields: choose one, such as `translation."), "{said}");
     }
 
-    /// A folder with such files, each with its own name for a text.
+    /// Makes a folder with these files; the text of each is its name.
     fn folder(files: &[&str]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for file in files {
@@ -624,12 +623,12 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_not_read_beyond_one_split() {
+    fn a_folder_with_several_splits_requires_a_choice() {
         let said = |config: TextFilesConfig| said(config.build().err().unwrap());
         let dir = folder(&["train.jsonl", "test.jsonl", "x/validation.jsonl"]);
         let found = said(config(dir.path()));
         assert!(
-            found.contains("holds several splits: train, validation, test\nhelp: name one (`split: train`)"),
+            found.contains("has several splits: train, validation, test\nhelp: choose one (`split: train`)"),
             "{found}"
         );
         let of = |split: &str| TextFilesConfig { split: Some(split.into()), ..config(dir.path()) };
@@ -643,13 +642,13 @@ mod tests {
         assert_eq!(texts(&mut *all.build().unwrap()).len(), 3);
         let dir = folder(&["a.jsonl", "b.jsonl", "held-out-test.jsonl"]);
         let found = said(config(dir.path()));
-        assert!(found.contains("holds files of the split `test` beside others"), "{found}");
+        assert!(found.contains("has files of the split `test` and other files"), "{found}");
         let found = said(TextFilesConfig { split: Some("train".into()), ..config(&dir.path().join("a.jsonl")) });
-        assert!(found.contains("`split` is given, but") && found.contains("a.jsonl is not a folder"), "{found}");
+        assert!(found.contains("`split` is set, but") && found.contains("a.jsonl is not a folder"), "{found}");
     }
 
     #[test]
-    fn a_folder_is_read_without_what_is_no_data() {
+    fn hidden_files_and_metadata_of_a_folder_are_skipped() {
         let dir = folder(&[
             "b.jsonl",
             "x/a.jsonl",
@@ -662,17 +661,17 @@ mod tests {
             "dataset_info.json",
         ]);
         assert_eq!(texts(&mut *config(dir.path()).build().unwrap()), ["b.jsonl", "x/a.jsonl"]);
-        // A folder's name is no glob.
+        // A folder's name is not a glob.
         let dir = folder(&["a[1]/b.jsonl"]);
         assert_eq!(texts(&mut *config(&dir.path().join("a[1]")).build().unwrap()), ["a[1]/b.jsonl"]);
-        // As sae_lens and `save_to_disk` write to disk.
+        // The layout that sae_lens and `save_to_disk` write.
         let dir = folder(&["data-00000-of-00001.arrow", "dataset_info.json", "state.json", "sae_lens.json"]);
         let said = said(config(dir.path()).build().err().unwrap());
         assert!(said.contains("was written by `save_to_disk`") && said.contains("to_parquet"), "{said}");
     }
 
     #[test]
-    fn a_folder_of_a_dataset_is_divided_by_its_readme() {
+    fn the_readme_of_a_folder_defines_its_splits() {
         let dir = folder(&["x/one.jsonl", "x/two.jsonl", "three.jsonl"]);
         let readme = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: x/t*.jsonl}\n  - \
                       {split: test, path: x/o*.jsonl}\n---\n";
@@ -684,7 +683,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_cut_while_it_is_read_is_no_shorter_text() {
+    fn truncation_during_read_is_an_error() {
         let lines: String = (0..200_000).map(|line| format!("{{\"text\": \"{} {line}\"}}\n", line * 7919)).collect();
         for ending in ["", ".gz", ".zst"] {
             let whole = if ending.is_empty() { lines.clone().into_bytes() } else { packed(ending, lines.as_bytes()) };
@@ -698,16 +697,16 @@ mod tests {
             let error = loop {
                 match text.next_record() {
                     Ok(Some(_)) => count += 1,
-                    Ok(None) => panic!("{name}: it just ended, after {count} records"),
+                    Ok(None) => panic!("{name}: ended without an error after {count} records"),
                     Err(error) => break error.to_string(),
                 }
             };
-            assert!(error.contains(&format!("{name} was cut while it was read")), "{error}");
+            assert!(error.contains(&format!("{name} was truncated while being read")), "{error}");
         }
     }
 
     #[test]
-    fn seeking_continues_where_it_was() {
+    fn seeking_continues_at_the_position() {
         let (_dir, mut stream) = stream("a.txt", TEXT, Documents::Line, None);
         stream.next_record().unwrap();
         let position = stream.position();

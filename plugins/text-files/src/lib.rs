@@ -1,13 +1,13 @@
-//! Text from .txt, .jsonl and .parquet files, on this machine or of a dataset of the Hub, read as a stream: memory does not
-//! grow with the files. Text and JSON may be compressed (.gz, .zst) and in UTF-8, or in UTF-16 with a byte order mark.
+//! Text streamed from .txt, .jsonl and .parquet files, local or on the Hub: memory does not grow with the files. Text
+//! and JSON may be compressed (.gz, .zst). They are in UTF-8, or in UTF-16 with a byte order mark.
 //!
-//! In a .txt file documents are paragraphs, lines or the whole file; in a .jsonl file each line is a JSON object with
-//! the text in one field; in a .parquet file it is a column. A field may hold a chat instead of a text, a list of messages
-//! `{role, content}` (or `{from, value}`), which the model's tokenizer turns into text, or a list of token ids, with an
-//! `attention_mask` beside it where there is padding.
+//! In a .txt file, documents are paragraphs, lines or the whole file. In a .jsonl file, each line is a JSON object with
+//! the text in one field. In a .parquet file, the text is a column. Instead of text, a field may hold a chat: a list of
+//! messages `{role, content}` (or `{from, value}`), which the model's tokenizer turns into text. It may also hold a
+//! list of token ids, with an `attention_mask` beside it if there is padding.
 //!
-//! A bad record is skipped and counted, or ends the run with `strict: true`; the message names file and line (or row). A file
-//! that cannot be read ends the run, unless `strict: false` lets it go on without that file or its rest.
+//! A bad record is skipped and counted, or stops the run with `strict: true`; the message names file and line (or row).
+//! An unreadable file stops the run. With `strict: false` the run continues without that file or the rest of it.
 
 mod cell;
 mod dataset;

@@ -1,4 +1,4 @@
-//! The values of one column of a .parquet file, row group by row group.
+//! Reads the values of one column of a .parquet file, row group by row group.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -12,24 +12,24 @@ use parquet::schema::types::Type;
 
 use crate::cell::{Cell, Unreadable};
 
-/// The column that says which token ids are padding.
+/// Name of the column that marks padding with 0.
 const MASK: &str = "attention_mask";
 
 /// The values of a column: strings, or lists of messages or token ids.
 pub struct Rows {
     name: String,
     rows: RowIter<'static>,
-    /// The names of the column and of the groups that it is in, from the outside in.
+    /// Names of the enclosing groups, outermost first, and of the column.
     path: Vec<String>,
     column: String,
     ended: bool,
 }
 
 impl Rows {
-    /// Opens a file at the first of these columns that it has.
+    /// Opens a file to read the first of `columns` that it has.
     pub fn open(name: &str, file: File, columns: &[String]) -> Result<Self> {
         let refused =
-            |error: parquet::errors::ParquetError| Unreadable(format!("{name} is not a whole parquet file: {error}"));
+            |error: parquet::errors::ParquetError| Unreadable(format!("{name} is not a valid parquet file: {error}"));
         let reader = SerializedFileReader::new(file).map_err(refused)?;
         let schema = reader.metadata().file_metadata().schema();
         let found = columns.iter().find_map(|column| Some((column, path(schema, column)?)));
@@ -39,7 +39,7 @@ impl Rows {
             bail!(
                 InputError::new(format!("{name} has no column `{column}` of strings or lists")).field("column").help(
                     match known.is_empty() {
-                        true => "it has no column of strings or lists at all".to_owned(),
+                        true => "it has no columns of strings or lists".to_owned(),
                         false => format!("its columns of strings and lists are: {}", known.join(", ")),
                     }
                 )
@@ -62,7 +62,7 @@ impl Rows {
         Ok(Rows { name: name.to_owned(), rows, path, column, ended: false })
     }
 
-    /// The next row's value, or why it has none; `None` at the end.
+    /// Returns the next row's value, or why it has none; `None` at the end.
     pub fn next_row(&mut self) -> Result<Option<std::result::Result<Cell, String>>, Unreadable> {
         if self.ended {
             return Ok(None);
@@ -70,21 +70,21 @@ impl Rows {
         let Some(row) = self.rows.next() else { return Ok(None) };
         let row = row.map_err(|error| {
             self.ended = true;
-            Unreadable(format!("{} is damaged or breaks off: {error}", self.name))
+            Unreadable(format!("{} is damaged or truncated: {error}", self.name))
         })?;
         let value = match field(&row, &self.path) {
             Some(Field::Str(text)) => Ok(text.clone().into()),
-            // A file may not say that its bytes are text.
+            // The schema need not declare that bytes are text.
             Some(Field::Bytes(bytes)) => match String::from_utf8(bytes.data().to_vec()) {
                 Ok(text) => Ok(text.into()),
                 Err(_) => {
                     self.ended = true;
-                    let why = "holds bytes that are not UTF-8: if they are Latin-1, decode the column and write the file anew";
+                    let why = "has bytes that are not UTF-8: if it is Latin-1, decode the column and rewrite the file";
                     return Err(Unreadable(format!("{}: column `{}` {why}", self.name, self.column)));
                 }
             },
             Some(list @ (Field::ListInternal(_) | Field::Group(_))) => Ok(list.to_json_value()),
-            _ => Err("no text in this row".to_owned()),
+            _ => Err("this row has no text".to_owned()),
         };
         let mut mask = self.path.clone();
         mask.pop();
@@ -101,7 +101,7 @@ fn is_string(column: &Type) -> bool {
     column.is_primitive() && column.get_physical_type() == Physical::BYTE_ARRAY
 }
 
-/// Whether a column may hold a text, a chat or token ids.
+/// True if a column may hold text, a chat or token ids.
 fn is_readable(column: &Type) -> bool {
     let info = column.get_basic_info();
     is_string(column)
@@ -109,14 +109,14 @@ fn is_readable(column: &Type) -> bool {
         || (info.has_repetition() && info.repetition() == parquet::basic::Repetition::REPEATED)
 }
 
-/// Whether a column is a group of named fields, rather than a list or a map.
+/// True if a column is a group of named fields, rather than a list or a map.
 fn is_struct(column: &Type) -> bool {
     let info = column.get_basic_info();
     let plain = info.logical_type_ref().is_none() && info.converted_type() == parquet::basic::ConvertedType::NONE;
     column.is_group() && plain && info.repetition() != parquet::basic::Repetition::REPEATED
 }
 
-/// The column of that name with the groups that it is in: `text`, or `translation.en`.
+/// Returns the column of that name, `text` or `translation.en`, preceded by its enclosing groups.
 fn path(group: &Type, column: &str) -> Option<Vec<Arc<Type>>> {
     let fields = group.get_fields();
     if let Some(found) = fields.iter().find(|field| field.name() == column && is_readable(field)) {
@@ -130,7 +130,7 @@ fn path(group: &Type, column: &str) -> Option<Vec<Arc<Type>>> {
     })
 }
 
-/// The names of the columns that may hold a text, a chat or token ids.
+/// Returns the names of the columns that may hold text, a chat or token ids.
 fn readable(group: &Type) -> Vec<String> {
     let names = |field: &Arc<Type>| -> Vec<String> {
         match is_struct(field) {
@@ -141,7 +141,7 @@ fn readable(group: &Type) -> Vec<String> {
     group.get_fields().iter().flat_map(names).collect()
 }
 
-/// The field of a row at the end of a path.
+/// Returns the field of a row at the end of a path.
 fn field<'a>(row: &'a Row, path: &[String]) -> Option<&'a Field> {
     let (name, rest) = path.split_first()?;
     let (_, field) = row.get_column_iter().find(|(known, _)| *known == name)?;
@@ -163,7 +163,7 @@ mod tests {
     use parquet::file::writer::SerializedFileWriter;
     use parquet::schema::parser::parse_message_type;
 
-    /// Two row groups of a number and a text, every third text missing.
+    /// Writes two row groups of a number and a text; every third text is missing.
     fn write(path: &Path, compression: Compression) {
         let schema = "message m { required int64 n; optional byte_array text (UTF8); }";
         let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn token_ids_are_read_as_sae_lens_and_datasets_write_them() {
+    fn token_ids_of_sae_lens_and_datasets_are_read() {
         let expected: Value = serde_json::from_slice(&std::fs::read(fixture("rows.json")).unwrap()).unwrap();
         for name in ["pretokenized", "padded"] {
             let rows = read(&fixture(&format!("{name}.parquet")), "input_ids").unwrap();
@@ -223,7 +223,7 @@ mod tests {
         }
     }
 
-    /// A cell's token ids without padding.
+    /// Returns a cell's token ids without padding.
     fn unpadded(cell: Cell) -> Value {
         let ids = cell.value.as_array().unwrap().iter();
         let Some(mask) = cell.mask else { return ids.cloned().collect() };
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_column_within_a_column_is_named_with_a_dot() {
+    fn a_nested_column_is_named_with_a_dot() {
         let rows = read(&fixture("nested.parquet"), "translation.en").unwrap();
         let texts: Vec<_> = rows.into_iter().map(|row| row.unwrap().value).collect();
         assert_eq!(texts, ["one 0", "one 1", "one 2", "one 3"]);
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_of_a_column_that_are_not_utf_8_are_a_file_that_cannot_be_read() {
+    fn a_column_that_is_not_utf_8_makes_the_file_unreadable() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
         let schema = Arc::new(parse_message_type("message m { required byte_array text; }").unwrap());
@@ -259,12 +259,12 @@ mod tests {
         let mut rows = open(&path, "text").unwrap();
         assert_eq!(rows.next_row().unwrap().unwrap().unwrap().value, "one");
         let why = rows.next_row().err().unwrap().to_string();
-        assert!(why.contains("a.parquet: column `text` holds bytes that are not UTF-8"), "{why}");
+        assert!(why.contains("a.parquet: column `text` has bytes that are not UTF-8"), "{why}");
         assert!(rows.next_row().unwrap().is_none());
     }
 
     #[test]
-    fn another_column_or_a_damaged_file_is_refused() {
+    fn a_missing_column_or_a_damaged_file_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
         write(&path, Compression::SNAPPY);
@@ -275,6 +275,6 @@ mod tests {
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
         let error = open(&path, "text").err().unwrap();
-        assert!(error.to_string().contains("not a whole parquet file"), "{error}");
+        assert!(error.to_string().contains("not a valid parquet file"), "{error}");
     }
 }

@@ -1,12 +1,13 @@
-//! Which files each split of a dataset has, decided as Hugging Face's `datasets` 5.0 decides it.
+//! Assigns the files of a dataset to splits, as Hugging Face's `datasets` 5.0 does.
 //!
-//! The `configs` in the head of README.md (or .huggingface.yaml) come first. Without them, the first of these that
-//! finds data decides: shards (`data/train_sft-00000-of-00002.parquet`: any split), `.eval` logs, folders named after
-//! splits, files named after splits, and otherwise every file is in `train`. Hidden files, `__folders__` and metadata
-//! files are no data unless a pattern names them, and of several formats the most common one counts.
+//! The `configs` in the YAML header of README.md (or .huggingface.yaml) come first. Without them, the first of these
+//! rules that finds data applies: shards (`data/train_sft-00000-of-00002.parquet`, any split), `.eval` logs, folders
+//! named after splits, files named after splits. Otherwise every file is in `train`. Hidden files, `__folders__` and
+//! metadata files are not data unless a pattern names them. Of several formats, only the most common one is read.
 //!
-//! Three differences, all where `datasets` fails or repeats itself: files that are no data (`train.py`) do not count when
-//! a rule is chosen, splits may have different formats, and a file that two patterns of a split match is read once.
+//! Three differences, all where `datasets` fails or repeats data: files that are not data (`train.py`) do not count
+//! when a rule is chosen, splits may have different formats, and a file that two patterns of a split match is read
+//! once.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::LazyLock;
@@ -18,24 +19,24 @@ use glob::{MatchOptions, Pattern};
 
 use crate::stream::{ENDINGS, ending};
 
-/// Words in names of files and folders that name a split.
+/// The splits, each with the words that mark it in file and folder names.
 const KEYWORDS: [(&str, &[&str]); 3] = [
     ("train", &["train", "training"]),
     ("validation", &["validation", "valid", "dev", "val"]),
     ("test", &["test", "testing", "eval", "evaluation"]),
 ];
 
-/// What may stand beside such a word.
+/// Characters that separate such a word from the rest of the name.
 const SEPARATORS: &str = "[-._ 0-9]";
 
-/// Files that are no data, unless a pattern names them.
+/// Files that are not data, unless a pattern names them.
 pub const METADATA: [&str; 6] =
     ["README.md", "config.json", "dataset_info.json", "dataset_infos.json", "dummy_data.zip", "dataset_dict.json"];
 
-/// Files that describe media; they count last when the format is chosen.
+/// Files that describe media; they have the lowest priority in choosing the format.
 const MEDIA_METADATA: [&str; 4] = ["latest_version_hint.json", "metadata.csv", "metadata.jsonl", "metadata.parquet"];
 
-/// Formats of `datasets`, each with the endings of its files.
+/// Formats of `datasets`, each with its file endings.
 const FORMATS: [(&str, &str); 14] = [
     ("csv", "csv tsv"),
     ("json", "json jsonl ndjson"),
@@ -50,7 +51,7 @@ const FORMATS: [(&str, &str); 14] = [
     ("lance", "lance"),
     ("tsfile", "tsfile"),
     ("zip", "zip"),
-    // Pictures, sound, video, meshes, documents: none of them is text, so one name will do.
+    // Images, sound, video, meshes, documents: none of them is text, so they share one name.
     (
         "media",
         "blp bmp dib bufr cur pcx dcx dds ps eps fit fits fli flc ftc ftu gbr gif grib png apng jp2 j2k jpc jpf jpx j2c \
@@ -61,20 +62,20 @@ const FORMATS: [(&str, &str); 14] = [
     ),
 ];
 
-/// The format that files of an ending have.
+/// Maps a file ending to its format.
 static FORMAT_OF: LazyLock<HashMap<&str, &str>> = LazyLock::new(|| {
     let each = FORMATS.iter().flat_map(|(format, endings)| endings.split_whitespace().map(|ending| (ending, *format)));
     each.collect()
 });
 
-/// What the head of a dataset's README.md says of its files.
+/// The parts of a dataset's README.md header that describe its files.
 #[derive(Debug, Default)]
 pub struct Card {
-    /// Its `configs`; empty where there are none.
+    /// Its `configs`; may be empty.
     pub subsets: Vec<Subset>,
 }
 
-/// One of the `configs`, or the whole of a dataset without them.
+/// One of the `configs`, or the whole dataset if it has none.
 #[derive(Debug, Default)]
 pub struct Subset {
     /// Its `config_name`.
@@ -82,38 +83,38 @@ pub struct Subset {
     default: bool,
     /// The folder that its patterns are relative to.
     folder: String,
-    /// The patterns of each split; absent, they follow from the names of files.
+    /// The patterns of each split; `None` derives them from the file names.
     patterns: Option<Vec<(String, Vec<String>)>>,
 }
 
 /// A split with its files.
 #[derive(Debug)]
 pub struct Split<'a> {
-    /// Its name.
+    /// Name of the split.
     pub name: String,
-    /// Its files, in the order in which they are read.
+    /// Its files, in reading order.
     pub files: Vec<&'a str>,
-    /// Files that the README names and that are not there.
+    /// Files that the README names but that do not exist.
     missing: Vec<String>,
 }
 
 /// Why a split was not found.
 #[derive(Debug)]
 pub enum Missing {
-    /// There is no such subset, or none was chosen of these.
+    /// The subset does not exist, or the config does not choose one; holds the known subsets.
     Subset(Vec<String>),
-    /// There is no such split, but these.
+    /// The split does not exist; holds the known splits.
     Split(Vec<String>),
-    /// These files of the split cannot be read here.
+    /// The split has these unsupported files.
     Unreadable(Vec<String>),
-    /// The README's head is wrong.
+    /// The README's header is invalid.
     Card(InputError),
 }
 
 impl Missing {
-    /// The error for `what`, a dataset or a folder with these files, which the config names with `key`.
+    /// Returns the error for `what`, a dataset or folder with these files, which the config names with `key`.
     pub fn refused(self, what: &str, key: &str, split: &str, subset: Option<&str>, files: &[&str]) -> InputError {
-        let readable = format!("files are read that end in .{}", ENDINGS.join(", ."));
+        let readable = format!("supported endings: .{}", ENDINGS.join(", ."));
         let nothing = !files.iter().any(|file| ending(file).is_some());
         match self {
             Missing::Card(error) => error,
@@ -123,7 +124,7 @@ impl Missing {
                     None => format!("{what} has several subsets"),
                 };
                 InputError::new(found).field("subset").help(match known.is_empty() {
-                    true => "it has none: leave `subset` out".to_owned(),
+                    true => "it has no subsets: remove `subset`".to_owned(),
                     false => format!("its subsets: {}", known.join(", ")),
                 })
             }
@@ -132,7 +133,7 @@ impl Missing {
                 let near = nearest(split, known.iter().map(String::as_str));
                 let near = near.map(|near| format!("did you mean `{near}`? ")).unwrap_or_default();
                 let slice = match split.contains(['[', '+']) {
-                    true => "slices and sums of splits are not read; ",
+                    true => "slices and sums of splits are not supported; ",
                     false => "",
                 };
                 error.help(match known.is_empty() {
@@ -142,20 +143,18 @@ impl Missing {
             }
             Missing::Unreadable(unreadable) if !nothing && !unreadable.is_empty() => {
                 let unreadable: Vec<&str> = unreadable.iter().map(String::as_str).collect();
-                InputError::new(format!("the split `{split}` of {what} has files that cannot be read"))
+                InputError::new(format!("the split `{split}` of {what} has unsupported files"))
                     .field("split")
                     .help(format!("{}; {readable}", some_of(&unreadable)))
             }
-            Missing::Split(_) | Missing::Unreadable(_) => {
-                InputError::new(format!("{what} has no files that can be read"))
-                    .field(key)
-                    .help(format!("{readable}; {}", some_of(files)))
-            }
+            Missing::Split(_) | Missing::Unreadable(_) => InputError::new(format!("{what} has no supported files"))
+                .field(key)
+                .help(format!("{readable}; {}", some_of(files))),
         }
     }
 }
 
-/// Some of a dataset's files, for a message.
+/// Lists the first files of a dataset, for a message.
 pub fn some_of(files: &[&str]) -> String {
     const SHOWN: usize = 8;
     let more = if files.len() > SHOWN { format!(" and {} more", files.len() - SHOWN) } else { String::new() };
@@ -163,7 +162,7 @@ pub fn some_of(files: &[&str]) -> String {
 }
 
 impl Card {
-    /// The heads of README.md and .huggingface.yaml, where there are such files; the latter's `configs` win.
+    /// Reads the header of README.md, and .huggingface.yaml, whose `configs` take precedence.
     pub fn read(readme: Option<&str>, own: Option<&str>) -> Result<Card, InputError> {
         let heads = [(".huggingface.yaml", own), ("README.md", readme.and_then(head))];
         for (file, yaml) in heads {
@@ -171,9 +170,9 @@ impl Card {
             let refused = |what: String| InputError::new(format!("the dataset's {file} {what}"));
             let head: Value = match from_yaml(yaml) {
                 Ok(head) => head,
-                // What else a head says does not matter here.
+                // A header without `configs` is irrelevant, even if it is invalid.
                 Err(_) if !yaml.lines().any(|line| line.starts_with("configs:")) => continue,
-                Err(error) => return Err(refused(format!("has a head that cannot be read: {}", error.message()))),
+                Err(error) => return Err(refused(format!("has an invalid YAML header: {}", error.message()))),
             };
             match head.get("configs") {
                 None | Some(Value::Null) => continue,
@@ -181,13 +180,13 @@ impl Card {
                     let subset = |(index, config)| subset(config, index).map_err(refused);
                     return Ok(Card { subsets: configs.iter().enumerate().map(subset).collect::<Result<_, _>>()? });
                 }
-                Some(other) => return Err(refused(format!("has `configs: {other}`, which is no list"))),
+                Some(other) => return Err(refused(format!("has `configs: {other}`, which is not a list"))),
             }
         }
         Ok(Card::default())
     }
 
-    /// The subset that is read where none is named.
+    /// Returns the subset to read if the config names none.
     fn default_subset(&self) -> Result<Option<&Subset>, InputError> {
         if let [one] = &self.subsets[..] {
             return Ok(Some(one));
@@ -199,13 +198,13 @@ impl Card {
                 one.name, other.name
             ))
             .field("subset")
-            .help("name one of them")),
+            .help("set `subset` to one of them")),
             (default, _) => Ok(default),
         }
     }
 }
 
-/// What stands between the first two lines of dashes.
+/// Returns the YAML header: the text between the first two lines of dashes.
 fn head(readme: &str) -> Option<&str> {
     let text = readme.trim_start_matches('\u{feff}').trim_start().strip_prefix("---")?;
     let text = text.strip_prefix("\r\n").or_else(|| text.strip_prefix('\n'))?;
@@ -219,7 +218,7 @@ fn head(readme: &str) -> Option<&str> {
     None
 }
 
-/// One of the `configs`, or what is wrong with it.
+/// Reads one of the `configs`. The error says what is wrong with it.
 fn subset(config: &Value, index: usize) -> Result<Subset, String> {
     let text = |value: &Value| match value {
         Value::String(text) => Some(text.clone()),
@@ -229,13 +228,13 @@ fn subset(config: &Value, index: usize) -> Result<Subset, String> {
     let name = match config.get("config_name") {
         None => "default".to_owned(),
         Some(name) => {
-            text(name).ok_or_else(|| format!("has `configs[{index}].config_name: {name}`, which is no name"))?
+            text(name).ok_or_else(|| format!("has `configs[{index}].config_name: {name}`, which is not a name"))?
         }
     };
     let folder = match config.get("data_dir") {
         None | Some(Value::Null) => String::new(),
         Some(Value::String(folder)) => folder.clone(),
-        Some(other) => return Err(format!("has `configs[{index}].data_dir: {other}`, which is no folder")),
+        Some(other) => return Err(format!("has `configs[{index}].data_dir: {other}`, which is not a folder")),
     };
     let folder = folder.trim_start_matches("./").trim_matches('/');
     let patterns = match config.get("data_files") {
@@ -255,7 +254,7 @@ fn subset(config: &Value, index: usize) -> Result<Subset, String> {
     })
 }
 
-/// The patterns of each split, as `data_files` may have them.
+/// Returns the patterns of each split from any form of `data_files`; `None` if it is invalid.
 fn patterns(files: &Value) -> Option<Vec<(String, Vec<String>)>> {
     let paths = |value: &Value| match value {
         Value::String(path) => Some(vec![path.clone()]),
@@ -277,7 +276,7 @@ fn patterns(files: &Value) -> Option<Vec<(String, Vec<String>)>> {
     (names.len() == splits.len()).then_some(splits)
 }
 
-/// The files of a split of a dataset that has these files; all of them can be read here.
+/// Returns the files of a split, out of all files of a dataset. All of the returned files are supported.
 pub fn find<'a>(files: &[&'a str], card: &Card, split: &str, subset: Option<&str>) -> Result<Vec<&'a str>, Missing> {
     let names = || card.subsets.iter().map(|subset| subset.name.clone()).collect();
     let whole;
@@ -304,7 +303,8 @@ pub fn find<'a>(files: &[&'a str], card: &Card, split: &str, subset: Option<&str
         return Err(Missing::Split(known.collect()));
     };
     if let Some(missing) = found.missing.first() {
-        let what = format!("the dataset's README.md names `{missing}` for `{}`, and there is no such file", found.name);
+        let what =
+            format!("the dataset's README.md names `{missing}` for `{}`, but that file does not exist", found.name);
         return Err(Missing::Card(InputError::new(what)));
     }
     let unreadable: Vec<String> =
@@ -315,7 +315,7 @@ pub fn find<'a>(files: &[&'a str], card: &Card, split: &str, subset: Option<&str
     Ok(found.files.clone())
 }
 
-/// A file's path within a folder, if it is there.
+/// Returns a file's path relative to a folder, or `None` if it is elsewhere.
 fn below<'a>(file: &'a str, folder: &str) -> Option<&'a str> {
     if folder.is_empty() {
         return Some(file);
@@ -323,9 +323,9 @@ fn below<'a>(file: &'a str, folder: &str) -> Option<&'a str> {
     file.strip_prefix(folder)?.strip_prefix('/')
 }
 
-/// All splits of a subset; a split may be without files.
+/// Returns all splits of a subset; a split may have no files.
 pub fn splits<'a>(files: &[&'a str], subset: &Subset) -> Result<Vec<Split<'a>>, InputError> {
-    // Each file within the folder, and in the dataset.
+    // Pairs of a file's path relative to the folder and its path in the dataset.
     let mut inside: Vec<(&'a str, &'a str)> =
         files.iter().filter_map(|file| Some((below(file, &subset.folder)?, *file))).collect();
     inside.sort_unstable();
@@ -359,7 +359,8 @@ pub fn splits<'a>(files: &[&'a str], subset: &Subset) -> Result<Vec<Split<'a>>, 
     Ok(splits)
 }
 
-/// Whether a file's name ends as data does, perhaps with a compression's ending after that. Cameras write capitals.
+/// True if a file name has an ending of a data format, possibly followed by a compression's. Media endings may be in
+/// capitals, as cameras write them.
 fn is_data(path: &str) -> bool {
     endings(path).any(|ending| {
         let capitals = || ending == ending.to_uppercase() && format_of(ending) == Some("media");
@@ -367,7 +368,7 @@ fn is_data(path: &str) -> bool {
     })
 }
 
-/// The format of an ending, in either case.
+/// Returns the format of an ending, ignoring case.
 fn format_of(ending: &str) -> Option<&'static str> {
     FORMAT_OF.get(ending.to_lowercase().as_str()).copied()
 }
@@ -380,7 +381,7 @@ fn name(path: &str) -> &str {
     path.rsplit_once('/').map_or(path, |(_, name)| name)
 }
 
-/// The patterns of each split where the README says nothing: those of the first rule that finds any data.
+/// Returns the patterns of each split if the README has none: those of the first rule that finds data.
 fn default_patterns(inside: &[(&str, &str)]) -> Result<Vec<(String, Vec<String>)>, InputError> {
     let mut sharded: Vec<&str> = inside.iter().filter_map(|(file, _)| split_of_shard(file)).collect();
     if !sharded.is_empty() {
@@ -425,7 +426,7 @@ fn default_patterns(inside: &[(&str, &str)]) -> Result<Vec<(String, Vec<String>)
     Ok(vec![("train".to_owned(), vec!["**".to_owned()])])
 }
 
-/// The split that a shard's name begins with: `data/train_sft-00000-of-00002.parquet`.
+/// Returns the split that a shard's name starts with: `train_sft` in `data/train_sft-00000-of-00002.parquet`.
 fn split_of_shard(file: &str) -> Option<&str> {
     const SHAPE: &[u8] = b"-00000-of-00000";
     let name = file.strip_prefix("data/").filter(|name| !name.contains('/') && !name.starts_with('.'))?;
@@ -441,7 +442,7 @@ fn split_of_shard(file: &str) -> Option<&str> {
     bytes[at + SHAPE.len()..].contains(&b'.').then(|| &name[..at])
 }
 
-/// Leaves the files of the most common format. In a draw parquet is preferred, then others in an order of `datasets`.
+/// Keeps only the files of the most common format. Ties go to parquet, then to the others in the order of `datasets`.
 fn keep_one_format(files: &mut Vec<&str>) {
     let mut counts: BTreeMap<(String, bool), usize> = BTreeMap::new();
     for file in files.iter() {
@@ -463,16 +464,16 @@ fn keep_one_format(files: &mut Vec<&str>) {
     });
 }
 
-/// A pattern of `data_files` or `files`. `*` and `?` match within a name, `**` any folders; what is hidden, in a `__folder__`
-/// or a metadata file is matched only by a pattern that says so.
+/// A pattern of `data_files` or `files`. `*` and `?` match within a name, `**` matches any folders. Hidden files, files
+/// in a `__folder__` and metadata files only match patterns that name them explicitly.
 pub struct Glob {
-    /// Absent where the text is a path as it stands.
+    /// `None` if the text is a plain path.
     pattern: Option<Pattern>,
     text: String,
 }
 
 impl Glob {
-    /// Reads a pattern.
+    /// Parses a pattern.
     pub fn new(text: &str) -> Result<Glob, InputError> {
         let text = text.trim_start_matches("./").to_owned();
         let magic = text.contains(['*', '?', '[']);
@@ -481,7 +482,7 @@ impl Glob {
         Ok(Glob { pattern, text })
     }
 
-    /// Whether it matches a path.
+    /// True if the pattern matches a path.
     pub fn matches(&self, path: &str) -> bool {
         let options = MatchOptions { require_literal_separator: true, ..MatchOptions::new() };
         let matched = match &self.pattern {
@@ -495,12 +496,12 @@ impl Glob {
     }
 }
 
-/// How many parts of a path are hidden.
+/// Returns the number of hidden parts of a path.
 fn hidden(path: &str) -> usize {
     path.split('/').filter(|part| part.starts_with('.') && part.chars().any(|c| c != '.')).count()
 }
 
-/// How many folders of a path are `__special__`.
+/// Returns the number of `__special__` folders of a path.
 fn special(path: &str) -> usize {
     path.rsplit_once('/').map_or(0, |(folders, _)| folders.split('/').filter(|part| part.starts_with("__")).count())
 }
@@ -517,7 +518,7 @@ mod tests {
         value.as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect()
     }
 
-    /// Every split of a layout by its name, as this crate resolves it, or why it is refused.
+    /// Returns every split of a layout by name, as this crate resolves it, or its error.
     fn resolved(layout: &Value) -> Result<BTreeMap<String, Vec<String>>, String> {
         let own = layout["text"].get(".huggingface.yaml").and_then(Value::as_str);
         let card = Card::read(layout["readme"].as_str(), own).map_err(|error| error.message().to_owned())?;
@@ -547,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn splits_are_those_of_the_real_datasets() {
+    fn splits_equal_those_of_hugging_face_datasets() {
         let table = table();
         let mut compared = 0;
         for layout in table["layouts"].as_array().unwrap().iter().filter(|layout| layout.get("splits").is_some()) {
@@ -568,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_real_datasets_refuses_is_refused_or_unambiguous() {
+    fn layouts_that_hugging_face_datasets_refuses_are_refused_or_unambiguous() {
         let table = table();
         let mut said = Vec::new();
         for layout in table["layouts"].as_array().unwrap().iter().filter(|layout| layout.get("error").is_some()) {
@@ -581,10 +582,10 @@ mod tests {
         let no_data_files =
             "neither a pattern, nor a list of patterns, nor a list of `{split, path}` with each split once";
         let expected = [
-            // Names of splits that `datasets` does not take.
+            // Split names that `datasets` does not accept.
             r#"shards of a split with a dash: {"my-split":["data/my-split-00000-of-00001.parquet"]}"#,
             r#"shards of two numbers: {"a-00000-of-00001":["data/a-00000-of-00001-00000-of-00002.parquet"]}"#,
-            // Files that are no data.
+            // Files that are not data.
             r#"folders, one without data: {"train":["train/a.jsonl"]}"#,
             r#"other files: {"train":["a.jsonl"]}"#,
             "nothing: no data",
@@ -605,12 +606,12 @@ mod tests {
         assert_eq!(said.len(), expected.len(), "{said:?}");
         for (said, expected) in said.iter().zip(expected) {
             let (name, what) = expected.rsplit_once(": ").unwrap();
-            assert!(said.starts_with(name) && said.ends_with(what), "{said}, and not {expected}");
+            assert!(said.starts_with(name) && said.ends_with(what), "{said}, expected {expected}");
         }
     }
 
     #[test]
-    fn formats_are_those_of_the_real_datasets() {
+    fn formats_equal_those_of_hugging_face_datasets() {
         let table = table();
         for (module, endings) in table["extensions"].as_object().unwrap() {
             for ending in strings(endings) {
@@ -625,20 +626,20 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_split_or_subset_comes_with_the_known_ones() {
+    fn the_error_of_an_unknown_split_or_subset_lists_the_known_ones() {
         let files = ["data/train_sft-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet"];
         let found = |split, subset| find(&files, &Card::default(), split, subset);
         assert_eq!(found("train_sft", None).unwrap(), files[..1]);
         let Err(Missing::Split(known)) = found("train", None) else { panic!("train was found") };
         assert_eq!(known, ["test_sft", "train_sft"]);
         assert!(matches!(found("train", Some("en")), Err(Missing::Subset(known)) if known.is_empty()));
-        // A synonym of the split's own name.
+        // A synonym of the split's name.
         let files = ["val.jsonl", "train.jsonl"];
         assert_eq!(find(&files, &Card::default(), "dev", None).unwrap(), ["val.jsonl"]);
     }
 
     #[test]
-    fn a_part_of_a_split_is_not_left_out_in_silence() {
+    fn missing_or_unsupported_files_of_a_split_are_errors() {
         let files = ["train-0.jsonl", "train-1.jsonl.bz2", "train-2.zip"];
         let Err(Missing::Unreadable(files)) = find(&files, &Card::default(), "train", None) else { panic!("found") };
         assert_eq!(files, ["train-1.jsonl.bz2", "train-2.zip"]);
@@ -649,7 +650,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_cannot_be_read_is_refused_where_it_matters() {
+    fn an_invalid_header_is_an_error_only_if_it_has_configs() {
         let bad = |yaml: &str| Card::read(Some(&format!("---\n{yaml}\n---\n")), None);
         assert!(bad("license: [mit").unwrap().subsets.is_empty());
         for yaml in

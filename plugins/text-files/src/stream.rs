@@ -1,4 +1,4 @@
-//! Records out of files, one file after the other.
+//! Streams records from files, one file after the other.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,32 +14,32 @@ use serde_json::json;
 use crate::cell::{Cell, Unreadable};
 use crate::rows;
 
-/// What a file's name may end with.
+/// Supported file endings.
 pub const ENDINGS: [&str; 10] =
     ["txt", "txt.gz", "txt.zst", "jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst", "parquet"];
 
-/// Bytes of a .txt file's longest document. What is longer is cut between two words, so that memory has a bound whatever
-/// a file holds.
+/// Maximum bytes of a document in a .txt file. Longer ones are split between two words, so that memory is bounded for
+/// any file.
 const LONGEST_DOCUMENT: usize = 1 << 20;
 
-/// Bytes of the longest line of a .jsonl file.
+/// Maximum bytes of a line in a .jsonl file.
 const LONGEST_RECORD: usize = 1 << 28;
 
-/// Base-two logarithm of the longest window that a .zst file may refer back over: what `zstd --long=31` writes.
+/// Maximum window of a .zst file as a power of two: the window of `zstd --long=31`.
 const LONGEST_WINDOW: u32 = 31;
 
-/// Bytes at the beginning of a file by which it is judged.
+/// Bytes at the start of a file that are inspected to detect its type.
 const SNIFFED: u64 = 4096;
 
-/// Bad records at the beginning after which it is the config that is wrong.
+/// Bad records without a single good one after which the stream stops: the config must be wrong.
 const HOPELESS: u64 = 100;
 
-/// What a document is in a .txt file.
+/// Unit of a document in a .txt file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
 pub enum Documents {
-    /// What stands between empty lines.
+    /// Text between empty lines.
     #[default]
     Paragraph,
     /// A line.
@@ -48,18 +48,18 @@ pub enum Documents {
     File,
 }
 
-/// How records are read.
+/// Options for reading records.
 #[derive(Debug)]
 pub struct Options {
-    /// Fields that may hold the text, the messages or the token ids; the first that a record has is read.
+    /// Fields that may hold the text, the messages or the token ids; the first that exists is read.
     columns: Vec<String>,
     documents: Documents,
-    /// Whether a bad record ends the run; absent, only a file that cannot be read does.
+    /// `true`: bad records are errors. `None`: only unreadable files are errors. `false`: neither is.
     strict: Option<bool>,
 }
 
 impl Options {
-    /// As a config has them.
+    /// Makes the options from the fields of a config.
     pub fn new(column: Option<&str>, documents: Documents, strict: Option<bool>) -> Self {
         let columns = match column {
             Some(column) => vec![column.to_owned()],
@@ -74,7 +74,7 @@ impl Options {
 pub enum Place {
     /// On this machine.
     Local(PathBuf),
-    /// In a repository of the Hub, by its path there.
+    /// In a repository of the Hub, at this path.
     Hub(Repo, String),
 }
 
@@ -88,24 +88,24 @@ impl fmt::Display for Place {
 }
 
 impl Place {
-    /// The file as it arrives.
+    /// Streams the file.
     fn stream(&self) -> Result<Box<dyn Read + Send>> {
         match self {
             Place::Local(_) => Ok(Box::new(self.file()?)),
             Place::Hub(repo, path) => match hub()?.stream(repo, path)? {
                 Some(file) => Ok(file),
-                None => bail!(InputError::new(format!("there is no file {self} (any more)"))),
+                None => bail!(InputError::new(format!("the file {self} no longer exists"))),
             },
         }
     }
 
-    /// The file on this machine, wherever it is from.
+    /// Opens the file locally, downloading it first if necessary.
     fn file(&self) -> Result<File> {
         let path = match self {
             Place::Local(path) => path.clone(),
             Place::Hub(repo, path) => match hub()?.file(repo, path)? {
                 Some(path) => path,
-                None => bail!(InputError::new(format!("there is no file {self} (any more)"))),
+                None => bail!(InputError::new(format!("the file {self} no longer exists"))),
             },
         };
         let unreadable = |error: InputError| {
@@ -116,7 +116,7 @@ impl Place {
     }
 }
 
-/// Which of the endings a file's name has.
+/// Returns the supported ending of a file's name, if any.
 pub fn ending(path: &str) -> Option<&'static str> {
     ENDINGS.into_iter().find(|ending| path.strip_suffix(ending).is_some_and(|stem| stem.ends_with('.')))
 }
@@ -125,42 +125,42 @@ pub fn ending(path: &str) -> Option<&'static str> {
 pub struct TextFiles {
     options: Options,
     places: Vec<Place>,
-    /// The lengths that the files of this machine had at the beginning.
+    /// Lengths of the local files at the start.
     lengths: BTreeMap<String, u64>,
-    /// The number of the file to open next.
+    /// Index of the next file to open.
     next: usize,
     open: Option<OpenFile>,
     position: u64,
     bad: Bad,
 }
 
-/// What was skipped: how many records and files, and the place and reason of the first of each.
+/// Counts skipped records and files, and keeps the place and reason of the first of each.
 #[derive(Default)]
 struct Bad {
     count: u64,
     first: Option<String>,
-    /// What to do about the first record.
+    /// How to fix the first record.
     help: &'static str,
     files: u64,
     first_file: Option<String>,
 }
 
-/// Why a line or row is no record, and what to do about it.
+/// Why a line or row is not a record, and how to fix it.
 struct Fault {
     why: String,
     help: &'static str,
 }
 
 impl Fault {
-    /// The field that is read is missing, or holds something else.
+    /// The field is missing, or has an unsupported value.
     fn of_field(why: String) -> Self {
-        Fault { why, help: "`column` names the field that holds the text, the messages of a chat or the token ids" }
+        Fault { why, help: "`column` names the field with the text, the messages of a chat or the token ids" }
     }
 
-    /// A row of token ids that is none.
+    /// The token ids or their mask are invalid.
     fn of_ids(why: String) -> Self {
-        const HELP: &str = "write a row of token ids as a flat list of integers, and an `attention_mask` beside it as as many 1s \
-                            and 0s, with 0 only at its ends";
+        const HELP: &str = "write a row of token ids as a flat list of integers, with an `attention_mask` of the same \
+                            length that has 0s only at its ends";
         Fault { why, help: HELP }
     }
 }
@@ -168,13 +168,13 @@ impl Fault {
 struct OpenFile {
     name: String,
     content: Content,
-    /// Whether it is on this machine, where no failure is the network's.
+    /// True for a local file, whose errors are never the network's.
     is_local: bool,
-    /// The beginning of the next line, where a line was cut.
+    /// Remainder of a line that was split.
     rest: Vec<u8>,
     /// Lines or rows read so far.
     line: u64,
-    /// Whether its end was reached, or where it breaks off.
+    /// True at its end, or after an error.
     ended: bool,
 }
 
@@ -184,10 +184,10 @@ enum Content {
     Rows(rows::Rows),
 }
 
-/// One line or row of a file, or why it is none.
+/// One line or row of a file, or why it is not a record.
 enum Line {
     Text(String),
-    /// What a row holds.
+    /// The value of a row.
     Cell(Cell),
     Bad(Fault),
 }
@@ -241,16 +241,16 @@ impl OpenFile {
             Content::Json(reader) => (reader, LONGEST_RECORD),
         };
         let mut bytes = std::mem::take(&mut self.rest);
-        // What is left of a line that was cut is no line of its own.
+        // The remainder of a split line does not count as a new line.
         self.line += u64::from(bytes.is_empty());
         match reader.by_ref().take((longest - bytes.len()) as u64).read_until(b'\n', &mut bytes) {
             Ok(0) if bytes.is_empty() => {
                 self.ended = true;
                 return Ok(None);
             }
-            // The last line need not have an end.
+            // The last line need not end in a line break.
             Ok(_) => self.ended = bytes.last() != Some(&b'\n') && bytes.len() < longest,
-            // What a record before the break said has been read.
+            // All records before the error have been read.
             Err(error) => {
                 *reader = Box::new(std::io::empty());
                 self.ended = true;
@@ -263,8 +263,8 @@ impl OpenFile {
                     self.ended = true;
                     return Err(failure(&error, &self.origin(self.line), self.is_local));
                 }
-                let why = format!("a record of more than {} MB", LONGEST_RECORD >> 20);
-                return Ok(Some(Line::Bad(Fault { why, help: "write each record on a line of its own" })));
+                let why = format!("the record is longer than {} MB", LONGEST_RECORD >> 20);
+                return Ok(Some(Line::Bad(Fault { why, help: "write each record on its own line" })));
             }
             self.rest = bytes.split_off(between_words(&bytes));
         }
@@ -279,8 +279,8 @@ impl OpenFile {
                 self.ended = true;
                 let byte = error.as_bytes()[error.utf8_error().valid_up_to()];
                 Err(Unreadable(format!(
-                    "{}: not UTF-8 (byte {byte:#04x}): if the file is Latin-1, `iconv -f LATIN1 -t UTF-8 FILE > NEW` writes it as \
-                     UTF-8",
+                    "{}: not UTF-8 (byte {byte:#04x}): if the file is Latin-1, convert it with \
+                     `iconv -f LATIN1 -t UTF-8 FILE > NEW`",
                     self.origin(self.line)
                 ))
                 .into())
@@ -293,23 +293,23 @@ impl OpenFile {
     }
 }
 
-/// What an error while reading is: of the file, or of the network.
+/// Classifies a read error as the file's (`Unreadable`) or the network's.
 fn failure(error: &std::io::Error, place: &str, is_local: bool) -> anyhow::Error {
     let of_file = matches!(
         error.kind(),
         ErrorKind::UnexpectedEof | ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::Other
     );
     if error.to_string().contains("Allocation error") {
-        return Unreadable(format!("{place}: its window needs more memory than there is: {error}")).into();
+        return Unreadable(format!("{place}: not enough memory for the zstd window: {error}")).into();
     }
     match is_local || of_file {
-        true => Unreadable(format!("{place}: the file is damaged or breaks off: {error}")).into(),
+        true => Unreadable(format!("{place}: the file is damaged or truncated: {error}")).into(),
         false => anyhow::anyhow!("cannot read {place}: {error}"),
     }
 }
 
-/// A file's content as UTF-8, whatever its byte order mark says; without one it is UTF-8 already. What is plainly no text is
-/// refused.
+/// Returns a reader of a file's content as UTF-8, decoding UTF-16 with a byte order mark. Returns an error for content
+/// that is not text.
 fn decoded(mut content: Box<dyn Read + Send>, name: &str, is_local: bool) -> Result<Box<dyn BufRead + Send>> {
     let mut head = Vec::new();
     let read = content.by_ref().take(SNIFFED).read_to_end(&mut head);
@@ -319,7 +319,7 @@ fn decoded(mut content: Box<dyn Read + Send>, name: &str, is_local: bool) -> Res
     if let Some(why) = no_text(&head) {
         bail!(Unreadable(format!("{name} {why}")));
     }
-    // An error that came after some text comes again after that text.
+    // An error after some text is repeated after that text is read.
     let rest: Box<dyn Read + Send> = match read {
         Ok(_) => content,
         Err(error) => Box::new(Failed(Some(error))),
@@ -331,7 +331,7 @@ fn decoded(mut content: Box<dyn Read + Send>, name: &str, is_local: bool) -> Res
     };
     let is_utf8 = std::str::from_utf8(&head).map_or_else(|error| error.error_len().is_none(), |_| true);
     if order.is_none() && !is_utf8 && head.contains(&0) {
-        bail!(Unreadable(format!("{name} is not a text: it has zero bytes, and bytes that are not UTF-8")));
+        bail!(Unreadable(format!("{name} is not text: it has zero bytes, and bytes that are not UTF-8")));
     }
     let mark = match order {
         Some(_) => 2,
@@ -345,18 +345,18 @@ fn decoded(mut content: Box<dyn Read + Send>, name: &str, is_local: bool) -> Res
     })
 }
 
-/// UTF-16 as UTF-8. What is not UTF-16 is an error, where a library's decoder would put U+FFFD.
+/// Decodes UTF-16 to UTF-8. Invalid UTF-16 is an error; a library's decoder would replace it with U+FFFD.
 struct Utf16<R> {
     bytes: R,
     unit: fn([u8; 2]) -> u16,
-    /// The beginning of a character whose other bytes have not arrived.
+    /// Bytes of an incomplete character.
     rest: Vec<u8>,
     text: Cursor<Vec<u8>>,
 }
 
 impl<R: Read> Read for Utf16<R> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let broken = || std::io::Error::new(ErrorKind::InvalidData, "it is not UTF-16 from here on");
+        let broken = || std::io::Error::new(ErrorKind::InvalidData, "not UTF-16 from here on");
         loop {
             let count = self.text.read(buffer)?;
             if count > 0 || buffer.is_empty() {
@@ -380,10 +380,10 @@ impl<R: Read> Read for Utf16<R> {
                         text.push(character);
                         used += character.len_utf16();
                     }
-                    // The second half of a pair may be still to come.
+                    // The second surrogate may not have been read yet.
                     Err(half) if used + 1 == units.len() && half.unpaired_surrogate() < 0xdc00 => break,
                     Err(_) if text.is_empty() => return Err(broken()),
-                    // The text before it goes first.
+                    // Return the text before the error first.
                     Err(_) => break,
                 }
             }
@@ -393,20 +393,20 @@ impl<R: Read> Read for Utf16<R> {
     }
 }
 
-/// Why the first bytes of a file are not those of a text, if they are not.
+/// Returns why the first bytes of a file are not text; `None` if they may be.
 fn no_text(head: &[u8]) -> Option<String> {
     const FOREIGN: [(&[u8], &str); 7] = [
         (b"\x1f\x8b", "is compressed: give it a name that ends in .gz"),
         (b"\x28\xb5\x2f\xfd", "is compressed: give it a name that ends in .zst"),
         (b"PAR1", "is a parquet file: give it a name that ends in .parquet"),
         (b"PK\x03\x04", "is a zip archive: unpack it"),
-        (b"%PDF-", "is a PDF: take the text out of it"),
+        (b"%PDF-", "is a PDF: extract its text"),
         (b"\xff\xfe\0\0", "is UTF-32: write it as UTF-8"),
         (b"\0\0\xfe\xff", "is UTF-32: write it as UTF-8"),
     ];
-    // From a mirror of the Hub; files on disk were refused when they were opened.
+    // From a mirror of the Hub; `files::open` refuses local pointers.
     if files::is_pointer(head) {
-        return Some("is a Git LFS pointer, not the file that it stands for".to_owned());
+        return Some("is a Git LFS pointer, not the file itself".to_owned());
     }
     if let Some((_, why)) = FOREIGN.iter().find(|(magic, _)| head.starts_with(magic)) {
         return Some((*why).to_owned());
@@ -414,7 +414,7 @@ fn no_text(head: &[u8]) -> Option<String> {
     if head.starts_with(b"\xff\xfe") || head.starts_with(b"\xfe\xff") {
         return None;
     }
-    // Of UTF-16, every other byte of Latin letters, digits and line ends is zero.
+    // In UTF-16, every other byte of Latin letters, digits and line breaks is zero.
     let zeros = |from: usize| head.iter().skip(from).step_by(2).filter(|byte| **byte == 0).count();
     let (order, count) = match (zeros(0), zeros(1)) {
         (0, count) => ("LE", count),
@@ -423,7 +423,7 @@ fn no_text(head: &[u8]) -> Option<String> {
     };
     (count >= 4 && count * 16 >= head.len()).then(|| {
         format!(
-            "looks like UTF-16 without a byte order mark: write it as UTF-8, `iconv -f UTF-16{order} -t UTF-8 FILE > NEW`"
+            "looks like UTF-16 without a byte order mark: convert it with `iconv -f UTF-16{order} -t UTF-8 FILE > NEW`"
         )
     })
 }
@@ -437,7 +437,7 @@ impl Read for Failed {
     }
 }
 
-/// Reads to the end of a line and keeps nothing of it.
+/// Skips to the end of a line.
 fn skip_line(reader: &mut dyn BufRead) -> std::io::Result<()> {
     loop {
         let buffer = reader.fill_buf()?;
@@ -450,25 +450,25 @@ fn skip_line(reader: &mut dyn BufRead) -> std::io::Result<()> {
     }
 }
 
-/// Where to cut a text that is too long: before its last space, or where there is none, before its last letter.
+/// Returns where to split a text that is too long: before its last space, or without a space before its last character.
 fn between_words(bytes: &[u8]) -> usize {
     let space = bytes.iter().rposition(|byte| *byte == b' ').filter(|at| *at > 0);
-    // A byte of the form 10xxxxxx continues a letter.
+    // A byte of the form 10xxxxxx continues a character.
     let letter = || bytes.iter().rposition(|byte| byte & 0xc0 != 0x80).filter(|at| *at > 0);
     space.or_else(letter).unwrap_or(bytes.len())
 }
 
-/// The first of these fields that a JSON record has, or why there is none.
+/// Returns the first of `columns` that a JSON record has, or why it has none.
 fn field(line: &str, columns: &[String]) -> std::result::Result<Cell, Fault> {
     let mut record: Value = serde_json::from_str(line).map_err(|error| Fault {
         why: format!("not JSON: {error}"),
-        help: "write a JSON object on each line, as `{\"text\": \"...\"}`",
+        help: "write a JSON object on each line, such as `{\"text\": \"...\"}`",
     })?;
     let found = columns.iter().find_map(|column| Some((column, path(&record, column)?)));
     let Some((column, path)) = found else {
         let column = columns.first().map_or("", String::as_str);
         return Err(Fault::of_field(match names(&record) {
-            names if names.is_empty() => format!("no field `{column}`, and no other"),
+            names if names.is_empty() => format!("no field `{column}`, and no other fields"),
             names => format!("no field `{column}`, it has: {}", names.join(", ")),
         }));
     };
@@ -481,7 +481,7 @@ fn field(line: &str, columns: &[String]) -> std::result::Result<Cell, Fault> {
     Ok(Cell { column: column.clone(), value, mask: take("attention_mask") })
 }
 
-/// The names from the outside in of a field of that name: `translation.en` may be a field of `translation`.
+/// Returns the path to a field as names, outermost first: `translation.en` may be the field `en` of `translation`.
 fn path<'a>(record: &Value, column: &'a str) -> Option<Vec<&'a str>> {
     let fields = record.as_object()?;
     if fields.contains_key(column) {
@@ -494,7 +494,7 @@ fn path<'a>(record: &Value, column: &'a str) -> Option<Vec<&'a str>> {
     })
 }
 
-/// The names of a record's fields, as `column` takes them.
+/// Returns the names of a record's fields, in the notation of `column`.
 fn names(record: &Value) -> Vec<String> {
     let below = |(name, value): (&String, &Value)| match names(value) {
         below if below.is_empty() => vec![name.clone()],
@@ -503,13 +503,12 @@ fn names(record: &Value) -> Vec<String> {
     record.as_object().into_iter().flatten().flat_map(below).collect()
 }
 
-/// Token ids without their padding, or what is wrong with them.
+/// Returns token ids without padding, or what is wrong with them.
 fn token_ids(column: &str, ids: &[Value], mask: Option<&Value>) -> std::result::Result<Vec<i64>, String> {
     let mut found = Vec::with_capacity(ids.len());
     for (at, id) in ids.iter().enumerate() {
-        found.push(
-            id.as_i64().ok_or_else(|| format!("`{column}[{at}]` is {}, and a token id is an integer", shown(id)))?,
-        );
+        found
+            .push(id.as_i64().ok_or_else(|| format!("`{column}[{at}]` is {}, but token ids are integers", shown(id)))?);
     }
     let Some(mask) = mask.filter(|mask| !mask.is_null()) else { return Ok(found) };
     let is_text = |value: &Value| match value {
@@ -517,34 +516,32 @@ fn token_ids(column: &str, ids: &[Value], mask: Option<&Value>) -> std::result::
         value => value.as_i64().filter(|text| matches!(text, 0 | 1)).map(|text| text == 1),
     };
     let mask: Option<Vec<bool>> = mask.as_array().and_then(|mask| mask.iter().map(is_text).collect());
-    let mask = mask.ok_or("`attention_mask` is not a list of 0 and 1")?;
+    let mask = mask.ok_or("`attention_mask` is not a list of 0s and 1s")?;
     if mask.len() != found.len() {
-        return Err(format!("`attention_mask` has {} positions, and `{column}` {}", mask.len(), found.len()));
+        return Err(format!("`attention_mask` has length {}, but `{column}` has length {}", mask.len(), found.len()));
     }
     let start = mask.iter().position(|text| *text).ok_or("`attention_mask` is 0 everywhere")?;
     let end = mask.iter().rposition(|text| *text).map_or(start, |last| last + 1);
     if let Some(hole) = mask[start..end].iter().position(|text| !text) {
         let hole = start + hole;
-        return Err(format!(
-            "`attention_mask[{hole}]` is 0 between tokens, and only padding at an end can be left out"
-        ));
+        return Err(format!("`attention_mask[{hole}]` is 0 between tokens, but only padding at an end can be removed"));
     }
     Ok(found[start..end].to_vec())
 }
 
-/// Why a field's value is no record.
+/// Returns why a field's value is not a record.
 fn neither(column: &str, value: &Value) -> String {
     if value.as_array().is_some_and(Vec::is_empty) {
         return format!("field `{column}` is an empty list");
     }
     let what = format!("field `{column}` is neither a string, the messages of a chat nor token ids");
     match names(value).first() {
-        Some(first) => format!("{what}, but has fields of its own: name one, `{column}.{first}`"),
+        Some(first) => format!("{what}; it has nested fields: choose one, such as `{column}.{first}`"),
         None => what,
     }
 }
 
-/// A value, for a message.
+/// Describes a value in a message.
 fn shown(value: &Value) -> String {
     match value {
         Value::String(_) => "a string".to_owned(),
@@ -554,8 +551,8 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// The messages of a chat as `{role, content}`, however they were written: a list of messages, or an object of equally
-/// long lists, which is how `datasets` keeps them.
+/// Returns the messages of a chat as `{role, content}`. The value is a list of messages, or an object of equally long
+/// lists, as `datasets` stores them. Returns `None` if it is neither.
 fn messages(value: &Value) -> Option<Vec<Value>> {
     let rows = match value {
         Value::Array(messages) => messages.clone(),
@@ -573,12 +570,12 @@ fn messages(value: &Value) -> Option<Vec<Value>> {
         _ => return None,
     };
     let message = |message: &Value| {
-        // A message that calls tools may say nothing.
+        // A message that calls tools may have no content.
         let says = message.get("content").is_some() || message.get("tool_calls").is_some_and(Value::is_array);
         if says && message.get("role").is_some_and(Value::is_string) {
             return Some(message.clone());
         }
-        // As ShareGPT writes them.
+        // ShareGPT's format.
         let role = match message.get("from")?.as_str()? {
             "human" | "user" => "user",
             "gpt" | "chatgpt" | "assistant" | "model" => "assistant",
@@ -590,7 +587,7 @@ fn messages(value: &Value) -> Option<Vec<Value>> {
 }
 
 impl TextFiles {
-    /// The records of these files, in this order.
+    /// Makes a stream of the records of these files, in this order.
     pub fn new(places: Vec<Place>, options: Options) -> Self {
         let length = |place: &Place| match place {
             Place::Local(path) => Some((place.to_string(), path.metadata().ok()?.len())),
@@ -600,7 +597,7 @@ impl TextFiles {
         TextFiles { options, places, lengths, next: 0, open: None, position: 0, bad: Bad::default() }
     }
 
-    /// What is said of files that hold no record.
+    /// Returns the error for files without a single record.
     fn no_text(&self) -> InputError {
         let first = self.places.first().map(Place::to_string).unwrap_or_default();
         let more = match self.places.len() {
@@ -613,19 +610,19 @@ impl TextFiles {
             count => format!("{count} bad records, the first {first}"),
         });
         let files = bad.first_file.iter().map(|first| match bad.files {
-            1 => format!("1 file that cannot be read, {first}"),
-            count => format!("{count} files that cannot be read, the first {first}"),
+            1 => format!("1 unreadable file, {first}"),
+            count => format!("{count} unreadable files, the first {first}"),
         });
         let why: Vec<String> = records.chain(files).collect();
         let why = if why.is_empty() { String::new() } else { format!(": {}", why.join("; ")) };
         InputError::new(format!("there is no text in {first}{more}{why}")).help(match () {
             () if of_record => bad.help,
-            () if bad.files > 0 => "mend the file, or fetch it again",
-            () => "it is empty, or holds nothing but blanks: fetch it again, or name another file",
+            () if bad.files > 0 => "repair the file, or download it again",
+            () => "the file is empty or has only blanks: download it again, or choose another file",
         })
     }
 
-    /// The next record of the open file; `None` at its end.
+    /// Returns the next record of the open file; `None` at its end.
     fn record(&mut self) -> Result<Option<Record>> {
         let Some(file) = &mut self.open else { return Ok(None) };
         let columns = &self.options.columns;
@@ -636,7 +633,7 @@ impl TextFiles {
                 Err(Ok(why)) => {
                     check_length(&self.lengths, &file.name)?;
                     self.bad.skip_file(&self.options, why)?;
-                    // The text before the break is a document.
+                    // The text before the error is a document.
                     continue;
                 }
                 Err(Err(error)) => return Err(error),
@@ -650,7 +647,7 @@ impl TextFiles {
                 (Some(Line::Text(line)), Content::Json(_)) if file.line == 1 && line.trim_start().starts_with('[') => {
                     bail!(
                         InputError::new(format!("{} is a JSON array, not a record on each line", file.name))
-                            .help("write each element on a line of its own: `jq -c '.[]' FILE > FILE.jsonl`")
+                            .help("write each element on its own line: `jq -c '.[]' FILE > FILE.jsonl`")
                     );
                 }
                 (Some(Line::Text(line)), Content::Json(_)) => field(&line, columns).map(Some),
@@ -711,25 +708,25 @@ impl TextFiles {
     }
 }
 
-/// Refuses a file that is shorter than it was: what is missing would be missed in silence.
+/// Returns an error if a file is shorter than at the start; otherwise its missing part would go unnoticed.
 fn check_length(lengths: &BTreeMap<String, u64>, name: &str) -> Result<()> {
     let Some(before) = lengths.get(name) else { return Ok(()) };
     let now = std::fs::metadata(name).map_err(|error| InputError::new(format!("cannot read {name}: {error}")))?.len();
     if now < *before {
         bail!(
-            InputError::new(format!("{name} was cut while it was read: it has {now} bytes, and had {before}"))
-                .help("put the file back as it was; `--resume` goes on from the last checkpoint")
+            InputError::new(format!("{name} was truncated while being read: it has {now} bytes, but had {before}"))
+                .help("restore the original file; `--resume` continues from the last checkpoint")
         );
     }
     Ok(())
 }
 
 impl Bad {
-    /// Counts a bad record, or ends with it. `delivered` is how many good ones there were.
+    /// Counts a bad record, or returns it as an error. `delivered` is the number of good records so far.
     fn skip(&mut self, options: &Options, delivered: u64, place: &str, fault: Fault) -> Result<()> {
         let place = format!("{place}: {}", fault.why);
         if options.strict == Some(true) {
-            bail!(InputError::new(place).help("mend the record, or leave `strict` out to skip such records"));
+            bail!(InputError::new(place).help("repair the record, or remove `strict` to skip such records"));
         }
         self.count += 1;
         if self.first.is_none() {
@@ -745,12 +742,12 @@ impl Bad {
         Ok(())
     }
 
-    /// Ends with a file that cannot be read, or counts it.
+    /// Counts an unreadable file, or returns it as an error.
     fn skip_file(&mut self, options: &Options, why: Unreadable) -> Result<()> {
         if options.strict != Some(false) {
             bail!(
                 InputError::new(why.0)
-                    .help("mend the file or fetch it again, or go on without it with `strict: false`")
+                    .help("repair the file or download it again, or continue without it with `strict: false`")
             );
         }
         self.files += 1;
@@ -801,7 +798,7 @@ impl TextStream for TextFiles {
     }
 
     fn refuse(&mut self, origin: &str, why: &str) -> Result<()> {
-        let help = "take such chats out of the text, or choose a model whose chat template takes them";
+        let help = "remove such chats from the text, or choose a model whose chat template accepts them";
         self.bad.skip(&self.options, self.position, origin, Fault { why: why.to_owned(), help })
     }
 

@@ -1,8 +1,8 @@
-//! Several texts mixed by weight: pretraining text with a part of chats, say.
+//! Several texts mixed by weight, such as pretraining text with some chats.
 //!
-//! Weights are of documents. The next document comes from the text that is furthest behind its share, so that every
-//! stretch of the stream holds the texts in their proportion, the same way each time. A text that ends begins again, and
-//! the mix ends when all of them have ended once, or, if that is wanted, where the first ends.
+//! Weights count documents. The next document comes from the text that is furthest behind its share, so every stretch
+//! of the stream has the given proportions, without randomness. A text that ends restarts. The mix ends when all texts
+//! have ended at least once, or with `first_exhausted` when the first one ends.
 
 use std::collections::BTreeMap;
 
@@ -13,11 +13,11 @@ use dictlearn_core::prelude::*;
     example = "{type: mix, streams: [{weight: 0.9, text: {type: embedded, name: austen}}, {weight: 0.1, text: \
         {type: embedded, name: austen, split: held_out}}]}")]
 pub struct MixConfig {
-    /// The texts, each with its `weight` and the `text` itself.
+    /// The texts, each as a `text` with its `weight`.
     #[schemars(length(min = 1))]
     pub streams: Vec<Weighted>,
-    /// When the mix ends: when each text has been read to its end at least once (`all_exhausted`; those that end earlier
-    /// begin again), or where the first ends (`first_exhausted`).
+    /// When the mix ends: when every text has ended at least once (`all_exhausted`; texts that end earlier restart), or
+    /// when the first text ends (`first_exhausted`).
     #[default]
     pub stopping_strategy: StoppingStrategy,
 }
@@ -27,18 +27,18 @@ pub struct MixConfig {
 #[serde(rename_all = "snake_case")]
 #[schemars(inline)]
 pub enum StoppingStrategy {
-    /// When all have ended once.
+    /// When every text has ended at least once.
     #[default]
     AllExhausted,
-    /// Where the first ends.
+    /// When the first text ends.
     FirstExhausted,
 }
 
-/// A text and its share.
+/// A text with its weight.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Weighted {
-    /// How many of its documents (not tokens) there are in proportion to the others'.
+    /// Weight relative to the other texts. It counts documents, not tokens.
     #[schemars(range(min = 0.0))]
     pub weight: f64,
     /// The text.
@@ -50,9 +50,9 @@ impl TextConfig for MixConfig {
         let streams = self.streams.iter().enumerate().map(|(index, Weighted { weight, text })| {
             if weight.is_nan() || *weight <= 0.0 {
                 bail!(
-                    InputError::new(format!("a weight of {weight} gives the text no share"))
+                    InputError::new(format!("the weight {weight} is not above 0"))
                         .field(format!("streams[{index}].weight"))
-                        .help("give a number above 0, or leave the text out")
+                        .help("give a number above 0, or remove the text")
                 );
             }
             let text = text.build().under("text").under(format_args!("streams[{index}]"))?;
@@ -60,14 +60,14 @@ impl TextConfig for MixConfig {
                 bail!(
                     InputError::new("rows of tokens cannot be mixed with documents")
                         .field(format!("streams[{index}].text"))
-                        .help("mix texts, or harvest the rows by themselves")
+                        .help("mix texts only, or use the rows of tokens without a mix")
                 );
             }
             Ok(Part { text, weight: *weight, given: 0, ended: false })
         });
         let parts: Vec<Part> = streams.collect::<Result<_>>()?;
         if parts.is_empty() {
-            bail!(InputError::new("a mix of no texts").field("streams").help("list texts, each with a weight"));
+            bail!(InputError::new("the mix has no texts").field("streams").help("list texts, each with a weight"));
         }
         Ok(Box::new(Mix { parts, stopping: self.stopping_strategy, position: 0, last: 0 }))
     }
@@ -77,7 +77,7 @@ struct Part {
     text: Box<dyn TextStream>,
     weight: f64,
     given: u64,
-    /// Whether it was read to its end, and began again.
+    /// Whether the text has ended and restarted.
     ended: bool,
 }
 
@@ -90,13 +90,13 @@ struct Mix {
 }
 
 impl Part {
-    /// Goes to where so many documents were given, over the end if need be.
+    /// Seeks to the position after `given` documents, restarting the text as often as needed.
     fn seek(&mut self) -> Result<()> {
         self.text.seek(self.given)?;
         let length = self.text.position();
         if (1..self.given).contains(&length) {
             self.ended = true;
-            // After a last document comes the end, and not the beginning.
+            // A position after the last document is the end, not the beginning.
             self.text.seek((self.given - 1) % length + 1)?;
         }
         Ok(())
@@ -104,7 +104,7 @@ impl Part {
 }
 
 impl Mix {
-    /// The part whose next document is due first.
+    /// Returns the index of the part whose next document is due first.
     fn due(&self) -> Option<usize> {
         let due = |part: &Part| (part.given as f64 + 0.5) / part.weight;
         let parts = self.parts.iter().enumerate();
@@ -122,7 +122,7 @@ impl TextStream for Mix {
             if part.given == 0 {
                 let why = part.text.skipped().1.or(part.text.skipped_files().1);
                 let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
-                bail!(InputError::new(format!("streams[{due}] of the mix has not one document{why}")));
+                bail!(InputError::new(format!("streams[{due}] of the mix has no documents{why}")));
             }
             part.ended = true;
             let over = match self.stopping {
@@ -153,7 +153,7 @@ impl TextStream for Mix {
 
     fn seek(&mut self, position: u64) -> Result<()> {
         self.parts.iter_mut().for_each(|part| (part.given, part.ended) = (0, false));
-        // Who is due depends on nothing but what was given.
+        // The part that is due depends only on the counts.
         for _ in 0..position {
             if let Some(due) = self.due() {
                 self.parts[due].given += 1;
@@ -176,7 +176,7 @@ impl TextStream for Mix {
     }
 }
 
-/// Counts added up, with the first of what they count.
+/// Returns the sum of the counts and the first message.
 fn sum(counts: impl Iterator<Item = (u64, Option<String>)>) -> (u64, Option<String>) {
     counts.fold((0, None), |(count, first), (more, other)| (count + more, first.or(other)))
 }
@@ -185,7 +185,7 @@ fn sum(counts: impl Iterator<Item = (u64, Option<String>)>) -> (u64, Option<Stri
 mod tests {
     use super::*;
 
-    /// So many documents, numbered.
+    /// A text of numbered documents: prefix, position and length.
     struct Numbered(&'static str, u64, u64);
 
     impl TextStream for Numbered {
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn every_stretch_is_in_proportion_until_the_first_ends() {
+    fn every_stretch_has_the_given_proportions() {
         let all = rest(&mut mix(StoppingStrategy::FirstExhausted));
         assert!(all.len() >= 92 && all.len() <= 94, "70 of 3 in 4: {}", all.len());
         for stretch in all.chunks_exact(8) {
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_ends_begins_again_until_all_have_ended() {
+    fn texts_that_end_restart_until_all_have_ended() {
         let all = rest(&mut mix(StoppingStrategy::AllExhausted));
         let of = |text: char| all.iter().filter(move |other| other.starts_with(text)).cloned();
         assert_eq!(of('b').collect::<Vec<_>>(), (1..=100).map(|n| format!("b{n}")).collect::<Vec<_>>());
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn seeking_continues_where_it_was() {
+    fn seeking_continues_at_the_position() {
         for stopping in [StoppingStrategy::AllExhausted, StoppingStrategy::FirstExhausted] {
             let all = rest(&mut mix(stopping));
             for position in [0, 1, 13, 92, 93, 94, 95, 187, 200, all.len()] {

@@ -1,5 +1,5 @@
-//! Token ids from a .safetensors file, instead of text: `input_ids` [B, L] and, if there is padding, `attention_mask`
-//! [B, L]. Each row is a context as it stands.
+//! Token ids from a .safetensors file: `input_ids` [B, L] and, if there is padding, `attention_mask` [B, L]. Each row
+//! is one context.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +8,7 @@ use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::prelude::*;
 
 /// Token ids from a .safetensors file.
-#[component(text "token_file", summary = "Token ids from a .safetensors file, each row a context",
+#[component(text "token_file", summary = "Token ids from a .safetensors file, one context per row",
     example = "{type: token_file, path: tokens.safetensors}")]
 pub struct TokenFileConfig {
     /// A .safetensors file with `input_ids` [B, L] and, if there is padding, `attention_mask` [B, L].
@@ -34,7 +34,7 @@ fn read(path: &Path) -> Result<(Tensor, Tensor)> {
     if ids.dim() != 2 || !integers {
         bail!(
             refused(format!("`input_ids` has shape {:?} and type {:?}", ids.size(), ids.kind()))
-                .help("it must be integers [rows, positions]")
+                .help("give integers of shape [rows, positions]")
         );
     }
     let mask = match file.has("attention_mask") {
@@ -42,7 +42,11 @@ fn read(path: &Path) -> Result<(Tensor, Tensor)> {
         false => ids.ones_like().to_kind(Kind::Bool),
     };
     if mask.size() != ids.size() {
-        bail!(refused(format!("`attention_mask` has shape {:?}, `input_ids` {:?}", mask.size(), ids.size())));
+        bail!(refused(format!(
+            "`attention_mask` has shape {:?}, but `input_ids` has shape {:?}",
+            mask.size(),
+            ids.size()
+        )));
     }
     Ok((ids.to_kind(Kind::Int64), mask))
 }

@@ -1,4 +1,4 @@
-//! Python's values in templates: how they print, `tojson`, and the methods of strings, lists and dictionaries.
+//! Python's semantics in templates: printing, `tojson`, and the methods of strings, lists and dictionaries.
 
 use std::fmt::Write;
 
@@ -6,21 +6,21 @@ use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
 use minijinja_contrib::pycompat;
 
-/// Deepest nesting of lists and dictionaries that is written.
+/// Maximum nesting depth of lists and dictionaries in output.
 const DEEPEST: usize = 500;
 
 fn refused(why: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, why.into())
 }
 
-/// Charges a result of this many bytes before it is made.
+/// Charges fuel for a result of this many bytes.
 fn charge(state: &State, bytes: usize) -> Result<(), Error> {
     state.consume_fuel(bytes as u64 / 64)
 }
 
 // ---- Printing
 
-/// Lets an environment print, filter and test values as Jinja2 does in Python, and call their methods.
+/// Makes an environment print, filter and test values, and call their methods, as Jinja2 does in Python.
 pub fn extend(environment: &mut Environment) {
     minijinja_contrib::add_to_environment(environment);
     environment.set_unknown_method_callback(method);
@@ -30,7 +30,7 @@ pub fn extend(environment: &mut Environment) {
         print(&mut text, state, value).map(|()| text)
     });
     environment.add_filter("tojson", tojson);
-    // What is no number gives 0 there and an error here.
+    // For a value that is not a number, Jinja2 returns 0, minijinja an error.
     environment.add_filter("int", |state: &State, value: &Value, default: Option<Value>, named: Kwargs| {
         let default = default.or_else(|| (!named.has("default")).then(|| 0.into()));
         filters::int(state, value, default, None, named)
@@ -64,8 +64,8 @@ fn print(out: &mut impl Write, state: &State, value: &Value) -> Result<(), Error
     out.write_str(&text).map_err(Error::from)
 }
 
-/// A float as Python's `repr` writes it: the shortest digits that give it back, with an exponent where it is large or
-/// small.
+/// Formats a float as Python's `repr` does: the shortest digits that round-trip, with an exponent for large and small
+/// values.
 fn float(value: &Value) -> String {
     let value = f64::try_from(value.clone()).unwrap_or(f64::NAN);
     if value.is_nan() {
@@ -82,10 +82,10 @@ fn float(value: &Value) -> String {
     }
 }
 
-/// A value as Python's `repr` writes it.
+/// Writes a value as Python's `repr` does.
 fn repr(state: &State, value: &Value, out: &mut String, depth: usize) -> Result<(), Error> {
     if depth > DEEPEST {
-        return Err(refused("a list or dictionary is nested too deeply to be printed"));
+        return Err(refused("a list or dictionary is nested too deeply to print"));
     }
     let before = out.len();
     match value.kind() {
@@ -123,7 +123,7 @@ fn repr(state: &State, value: &Value, out: &mut String, depth: usize) -> Result<
     charge(state, out.len() - before)
 }
 
-/// A string between the quotes that Python chooses, with escapes for what it does not hold printable.
+/// Writes a string in the quotes that Python chooses, with escapes for characters that Python considers unprintable.
 fn quoted(text: &str, out: &mut String) {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     out.push(quote);
@@ -135,7 +135,7 @@ fn quoted(text: &str, out: &mut String) {
             '\\' => out.push_str("\\\\"),
             c if c == quote => out.extend(['\\', c]),
             '\'' | '"' => out.push(c),
-            // Rust escapes the same ones, but for an accent at the beginning.
+            // Rust escapes the same characters, except a combining mark at the start, hence the `a`.
             c if format!("a{c}").escape_debug().count() == 2 => out.push(c),
             c => out.push_str(&match u32::from(c) {
                 code @ ..=0xff => format!("\\x{code:02x}"),
@@ -149,19 +149,19 @@ fn quoted(text: &str, out: &mut String) {
 
 // ---- JSON
 
-/// How `json.dumps` lays out JSON.
+/// Writes JSON in the layout of `json.dumps`.
 struct Json<'a> {
     state: &'a State<'a, 'a>,
     ensure_ascii: bool,
-    /// Of a level; `None` for everything on one line.
+    /// Indent of a level; `None` writes one line.
     indent: Option<String>,
-    /// Between items, and between a key and its value.
+    /// Separators between items, and between a key and its value.
     separators: [String; 2],
     sort_keys: bool,
     out: String,
 }
 
-/// The filter `tojson` as transformers defines it: `json.dumps`, without HTML's escapes.
+/// The filter `tojson` as transformers defines it: `json.dumps`, without HTML escapes.
 fn tojson(state: &State, value: &Value, options: Rest<Value>, named: Kwargs) -> Result<Value, Error> {
     type Given = Option<Value>;
     let (ensure_ascii, indent, separators, sort_keys): (Given, Given, Given, Given) = from_args(&options)?;
@@ -192,7 +192,7 @@ fn tojson(state: &State, value: &Value, options: Rest<Value>, named: Kwargs) -> 
         Some(pair) => {
             let texts = pair.try_iter()?.checked().map(|text| Ok(text?.as_str().unwrap_or_default().to_owned()));
             let texts: Vec<String> = texts.collect::<Result<_, Error>>()?;
-            texts.try_into().map_err(|_| refused("`separators` of tojson are two strings: (',', ':')"))?
+            texts.try_into().map_err(|_| refused("`separators` of tojson must be two strings: (',', ':')"))?
         }
     };
     let sort_keys = is_true(option(sort_keys, "sort_keys")?);
@@ -233,7 +233,7 @@ impl Json<'_> {
                 let items = items.collect::<Result<Vec<_>, Error>>()?;
                 self.items('[', items, ']', depth)?;
             }
-            other => return Err(refused(format!("tojson cannot write a value of the kind `{other}`"))),
+            other => return Err(refused(format!("tojson does not support values of type `{other}`"))),
         }
         charge(self.state, self.out.len() - before)
     }
@@ -260,7 +260,7 @@ impl Json<'_> {
                         self.value(&key, depth + 1)?;
                         self.out.push('"');
                     }
-                    other => return Err(refused(format!("tojson cannot write a key of the kind `{other}`"))),
+                    other => return Err(refused(format!("tojson does not support keys of type `{other}`"))),
                 }
                 self.out.push_str(&self.separators[1]);
             }
@@ -273,7 +273,7 @@ impl Json<'_> {
         Ok(())
     }
 
-    /// Begins a line of its own, if there is an indent.
+    /// Starts a new line, if there is an indent.
     fn line(&mut self, depth: usize) -> Result<(), Error> {
         let Some(indent) = &self.indent else { return Ok(()) };
         charge(self.state, depth * indent.len())?;
@@ -310,7 +310,7 @@ impl Json<'_> {
 
 // ---- Methods
 
-/// Calls a method of a Python value that minijinja does not have, or has otherwise.
+/// Calls a method of a Python value that minijinja lacks or implements differently.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let result = match (value.kind(), value.as_str()) {
         (ValueKind::String, Some(text)) => of_string(state, text, name, args)?,
@@ -336,7 +336,7 @@ fn of_list(value: &Value, name: &str, args: &[Value]) -> Result<Option<Value>, E
             }
             return Err(refused(format!("{wanted} is not in the list")));
         }
-        // As in transformers' sandbox.
+        // transformers' sandbox forbids these too.
         "append" | "clear" | "extend" | "insert" | "pop" | "remove" | "reverse" | "sort" => {
             return Err(refused(format!("templates may not change a list (`{name}`)")));
         }
@@ -344,12 +344,13 @@ fn of_list(value: &Value, name: &str, args: &[Value]) -> Result<Option<Value>, E
     })
 }
 
-/// What Python holds to be white space.
+/// True for characters that Python considers white space.
 fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// The part of a text that `find(..., start, end)` and its like look at, with the number of its first letter.
+/// Returns the part of a text that `find(..., start, end)` and similar methods search, with the index of its first
+/// character.
 fn bounded(text: &str, start: Option<i64>, end: Option<i64>) -> (&str, usize) {
     if start.is_none() && end.is_none() {
         return (text, 0);
@@ -488,7 +489,7 @@ fn of_string(state: &State, text: &str, name: &str, args: &[Value]) -> Result<Op
     }))
 }
 
-/// The words of a text, at most `most` cut off it and the rest as it stands.
+/// Splits a text at white space, at most `most` times; the last part keeps the rest.
 fn words(text: &str, most: usize, from_the_end: bool) -> Vec<&str> {
     let mut words = Vec::new();
     let trim = |text| match from_the_end {
@@ -520,7 +521,7 @@ fn words(text: &str, most: usize, from_the_end: bool) -> Vec<&str> {
     words
 }
 
-/// The lines of a text, with all that Python ends a line at.
+/// Returns the lines of a text, with all line breaks that Python recognises.
 fn lines(text: &str, keep_ends: bool) -> Vec<&str> {
     const ENDS: [char; 10] = ['\n', '\r', '\x0b', '\x0c', '\x1c', '\x1d', '\x1e', '\u{85}', '\u{2028}', '\u{2029}'];
     let (mut lines, mut rest) = (Vec::new(), text);

@@ -1,5 +1,5 @@
-//! Reading a tokenizer.json, and tokenising. The tokenizers crate takes a file at its word: it takes memory for a table as
-//! long as the file says, replaces a letter with a megabyte where it is told to, and panics where parts do not fit together.
+//! Reads tokenizer.json, and tokenises. The tokenizers crate trusts the file: it allocates tables of any stated length,
+//! replaces a character with a megabyte if told to, and panics on inconsistent parts. This module guards against that.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -7,14 +7,15 @@ use base64::prelude::{BASE64_STANDARD, Engine};
 use dictlearn_core::prelude::*;
 use tokenizers::Tokenizer;
 
-/// How many times longer a text may become before it is cut into tokens. The normalizers of published models make a letter 34
-/// bytes at most and then replace spaces, and their pre-tokenizers write bytes as letters or spaces as signs.
+/// Maximum factor by which normalizers and pre-tokenizers may lengthen a text. Published normalizers turn a character
+/// into at most 34 bytes and then replace spaces; published pre-tokenizers turn bytes into characters or spaces into
+/// symbols.
 const GROWTH: usize = 1024;
 
-/// How many special tokens a template may put around a text.
+/// Maximum number of special tokens that a template may add to a text.
 const SPECIAL: usize = 1 << 12;
 
-/// The tokenizer of a file's bytes, or what is wrong with it.
+/// Reads a tokenizer from a file's bytes, or returns what is wrong with it.
 pub fn read(bytes: &[u8]) -> std::result::Result<Tokenizer, String> {
     #[derive(Deserialize)]
     struct Growing {
@@ -31,23 +32,23 @@ pub fn read(bytes: &[u8]) -> std::result::Result<Tokenizer, String> {
         return Err(format!("it may make a text more than {GROWTH} times longer"));
     }
     if specials(&post_processor) > SPECIAL {
-        return Err(format!("it puts more than {SPECIAL} special tokens around a text"));
+        return Err(format!("it adds more than {SPECIAL} special tokens to a text"));
     }
     let mut tokenizer = caught(|| Tokenizer::from_bytes(bytes))?;
-    // Length and padding are ours to decide, whatever the file was saved with.
+    // Ignore the file's padding and truncation: contexts are made here.
     tokenizer.with_padding(None);
     let _ = tokenizer.with_truncation(None);
     Ok(tokenizer)
 }
 
-/// A text as token ids, or what is wrong with the tokenizer.
+/// Returns the token ids of a text, or what is wrong with the tokenizer.
 pub fn ids(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> std::result::Result<Vec<i64>, String> {
-    // Without the places of tokens in the text, which nobody asks for.
+    // `encode_fast` skips the offsets of tokens, which are not needed.
     let encoding = caught(|| tokenizer.encode_fast(text, add_special_tokens))?;
     Ok(encoding.get_ids().iter().map(|id| i64::from(*id)).collect())
 }
 
-/// The text of a token, if the tokenizer knows it.
+/// Returns the text of a token; `None` if the tokenizer cannot decode it.
 pub fn text(tokenizer: &Tokenizer, id: u32) -> Option<String> {
     caught(|| tokenizer.decode(&[id], false)).ok()
 }
@@ -55,23 +56,23 @@ pub fn text(tokenizer: &Tokenizer, id: u32) -> Option<String> {
 fn caught<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(|error| error.to_string()),
-        Err(_) => Err("its parts do not fit together".to_owned()),
+        Err(_) => Err("its parts are inconsistent".to_owned()),
     }
 }
 
-/// How many times longer a normalizer or a pre-tokenizer may make a text, one or a sequence of them.
+/// Returns the maximum factor by which a normalizer, a pre-tokenizer or a sequence of them may lengthen a text.
 fn growth(normalizer: &Value) -> std::result::Result<usize, String> {
     match normalizer.get("type").and_then(Value::as_str) {
-        // A byte becomes a letter of two.
+        // A byte becomes a character of two bytes.
         Some("ByteLevel") => return Ok(2),
-        // A space becomes a sign of three, and one stands before each piece.
+        // A space becomes a symbol of three bytes, and one is added before each piece.
         Some("Metaspace") => return Ok(4),
         _ => {}
     }
     let length = |key: &str| normalizer.get(key).and_then(Value::as_str).map_or(0, str::len);
     let mut growth = (1 + length("content")).saturating_mul(1 + length("prepend"));
     if let Some(charsmap) = normalizer.get("precompiled_charsmap").and_then(Value::as_str) {
-        growth = growth.saturating_mul(longest_replacement(charsmap).ok_or("its precompiled_charsmap is cut short")?);
+        growth = growth.saturating_mul(longest_replacement(charsmap).ok_or("its precompiled_charsmap is truncated")?);
     }
     let inner = ["normalizers", "pretokenizers"].into_iter().filter_map(|key| normalizer.get(key)?.as_array());
     for inner in inner.flatten() {
@@ -80,7 +81,7 @@ fn growth(normalizer: &Value) -> std::result::Result<usize, String> {
     Ok(growth)
 }
 
-/// How many special tokens a post-processor, one or a sequence of them, puts around a text by its templates.
+/// Returns how many special tokens the templates of a post-processor, or of a sequence of them, add to a text.
 fn specials(processor: &Value) -> usize {
     let ids = |piece: &Value| -> Option<usize> {
         let name = piece.get("SpecialToken")?.get("id")?.as_str()?;
@@ -92,8 +93,8 @@ fn specials(processor: &Value) -> usize {
     inner.map(specials).fold(own, usize::saturating_add)
 }
 
-/// The longest text that SentencePiece's table of replacements has, if the table is as long as it says: its length, a trie
-/// of that many bytes, and texts that end with 0.
+/// Returns the length of the longest text in SentencePiece's table of replacements; `None` if the table is truncated.
+/// The table is a length, a trie of that many bytes, and texts that end with 0.
 fn longest_replacement(charsmap: &str) -> Option<usize> {
     let bytes = BASE64_STANDARD.decode(charsmap).ok()?;
     let (length, rest) = bytes.split_first_chunk()?;
@@ -106,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn growth_of_normalizers() {
+    fn growth_and_special_tokens_are_bounded() {
         let of = |json: &str| growth(&serde_json::from_str(json).unwrap());
         assert_eq!(of("null"), Ok(1));
         assert_eq!(of(r#"{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}"#), Ok(4));
