@@ -112,6 +112,6 @@ impl Progress {
             seconds @ 0..=119 => format!("{seconds} s"),
             seconds => format!("{} min {} s", seconds / 60, seconds % 60),
         };
-        format!("{} activations in {took}, {rate:.0} a second", self.activations)
+        format!("{} activations in {took}, {rate:.0} per second", self.activations)
     }
 }

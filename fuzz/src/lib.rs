@@ -123,7 +123,7 @@ pub fn manifest(data: &[u8]) -> bool {
     })
 }
 
-/// Limits this process to [`MEMORY`] more bytes, so that excessive allocations fail without affecting other processes.
+/// Limits this process to `MEMORY` more bytes, so that excessive allocations fail without affecting other processes.
 pub fn limit_memory() {
     #[cfg(target_os = "linux")]
     {

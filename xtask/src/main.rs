@@ -239,7 +239,7 @@ fn guide_crates(guide: &str) -> Result<Vec<GuideCrate<'_>>> {
 fn guide(root: &Path, dir: &Path) -> Result<()> {
     let guide = std::fs::read_to_string(root.join("docs/writing-plugins.md")).context("cannot read the guide")?;
     let crates = guide_crates(&guide)?;
-    ensure!(crates.len() == 2, "the guide writes {} crates, not a trainer and a dictionary", crates.len());
+    ensure!(crates.len() == 2, "the guide has {} crates, expected a trainer and a dictionary", crates.len());
     let program = target_dir(root)?.join("debug");
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = std::env::join_paths(std::iter::once(program).chain(std::env::split_paths(&path)))?;

@@ -89,9 +89,9 @@ impl Args {
             }
         }
         let short_run = match (span("short_run"), span("measured")) {
-            (Some(span), None) => return Err(Error::new(span, "give `measured` too: what the short run reached")),
+            (Some(span), None) => return Err(Error::new(span, "add `measured`: the result of the short run")),
             (None, Some(span)) => {
-                return Err(Error::new(span, "give `short_run` too: the settings that were measured"));
+                return Err(Error::new(span, "add `short_run`: the settings that were measured"));
             }
             (short_run, _) => short_run.is_some(),
         };

@@ -63,7 +63,7 @@ fn errors_name_the_place_and_the_fix() {
             format!("#[component(text {GOOD},\n default_dictionary = \"b\")]\nstruct Config {{}}"),
             "3:2 `default_dictionary` is only for trainers, but this is a text",
         ),
-        (with(",\n short_run = \"{}\"", ""), "3:2 give `measured` too: what the short run reached"),
+        (with(",\n short_run = \"{}\"", ""), "3:2 add `measured`: the result of the short run"),
         (
             with(",\n fields(witdh)", ""),
             "3:9 there is no shared field `witdh`: name a group (width, schedule, resampling",

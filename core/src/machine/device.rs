@@ -265,8 +265,8 @@ impl PrecisionChoice {
     /// Resolves the choice on a device. Returns the precision and the reason.
     pub fn precision(self, device: Device) -> (Precision, &'static str) {
         match self {
-            PrecisionChoice::Float32 => (Precision::Float32, "as the config says"),
-            PrecisionChoice::BFloat16 => (Precision::BFloat16, "as the config says"),
+            PrecisionChoice::Float32 => (Precision::Float32, "set in the config"),
+            PrecisionChoice::BFloat16 => (Precision::BFloat16, "set in the config"),
             PrecisionChoice::Auto if device.is_cuda() => (Precision::BFloat16, "auto: the device is a GPU"),
             PrecisionChoice::Auto if bfloat16_is_faster() => {
                 (Precision::BFloat16, "auto: the CPU multiplies bfloat16 faster")
