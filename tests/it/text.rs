@@ -146,7 +146,10 @@ fn a_damaged_file_ends_the_run_unless_the_config_allows_it() {
     }
     desk.write("config.yaml", &config.replace("STRICT", "false"));
     let (found, said) = activations(&desk);
-    assert!(said.contains("1 unreadable file was skipped, at least in part: ") && said.contains("b.jsonl.gz"), "{said}");
+    assert!(
+        said.contains("1 unreadable file was skipped, at least in part: ") && said.contains("b.jsonl.gz"),
+        "{said}"
+    );
     assert!(!said.contains("bad record"), "{said}");
     assert_eq!(found, activations(&harvest(&parquet("pretokenized"), "")).0);
 }
