@@ -79,7 +79,7 @@ class Writer:
         self.pending, self.rows = [], 0
 
     def finish(self, sites, source):
-        """Writes `meta.json`, which marks the folder as complete."""
+        """Writes `meta.json`, which dictlearn needs to read the folder."""
         self.write_shard()
         manifest = {
             "activations": sum(shard["activations"] for shard in self.shards),

@@ -520,8 +520,8 @@ impl Harvest {
         })
     }
 
-    /// Returns the mask without the positions of non-finite values, or an error for these. Only here, not in batches,
-    /// the document of a value is known, and single tokens can be skipped.
+    /// Returns the mask without the positions of non-finite values, or an error for these. The check is done here because
+    /// batches no longer know the document of a value, and cannot skip single tokens.
     fn finite(&mut self, values: &[Tensor], mut mask: Tensor, rows: &[&Row]) -> Result<Tensor> {
         for (value, (point, _)) in values.iter().zip(&self.points) {
             let bad = value.isfinite().all_dim(-1, false).logical_not().logical_and(&mask);
