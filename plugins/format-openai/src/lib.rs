@@ -13,7 +13,7 @@ use dictlearn_core::formats::{AffineSae, Format, ModelSite, Place, Published, Sa
 use dictlearn_core::prelude::*;
 
 /// A .pt file of openai/sparse_autoencoder, with ReLU, or TopK and its layer norm. No code in the file is run.
-#[component(format "openai", summary = ".pt files of openai/sparse_autoencoder, with their layer norm",
+#[component(format "openai", summary = "openai/sparse_autoencoder's .pt files, with their layer norm",
     paper = "Gao et al. 2024, https://github.com/openai/sparse_autoencoder",
     example = "dictlearn import openai resid_post_mlp_v5_32k/autoencoders/8.pt")]
 pub struct OpenAi {}

@@ -20,7 +20,7 @@ const EPSILON: f64 = 1e-8;
 /// Penalises the entropy of each activation's features, normalised to sum to 1. Where the sparsity penalty falls on
 /// something else (a gate's activations, features times decoder norms), it takes the entropy of that.
 #[component(modifier "entropy_penalty",
-    summary = "Penalises the entropy of each activation's features, beside or instead of the sparsity term",
+    summary = "Entropy penalty on each activation's features, beside or instead of the sparsity term",
     example = "{type: entropy_penalty, weight: 0.02}")]
 pub struct EntropyPenaltyConfig {
     /// Weight in the loss of the mean entropy, in nats.
