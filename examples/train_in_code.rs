@@ -10,13 +10,13 @@ fn main() -> Result<()> {
     // Any loop over tensors [B, d] will do; this source runs a language model.
     let source = "{type: language_model, model: embedded:austen, submodule: gpt_neox.layers.2, \
                   text: {type: embedded, name: austen}, n_ctxs: 500, out_batch_size: 1024}";
-    let mut batches = Batches::from_yaml(source)?;
-    let first = batches.next().expect("the source has at least one batch")?;
+    let batches = Batches::from_yaml(source)?;
+    let width = batches.sites()[0].activation_dim;
 
     let dictionary = TopKDictionaryConfig { k: 32, dict_size: None, expansion_factor: Some(4.0) };
     let trainer = TopKConfig { lr: Some(2e-3), warmup_steps: 20, ..Default::default() };
-    let mut trainer = Trainer::builder(dictionary, trainer).steps(STEPS).build(first.sites[0].x.size()[1])?;
-    for (step, batch) in (1..=STEPS).zip(std::iter::once(Ok(first)).chain(batches)) {
+    let mut trainer = Trainer::builder(dictionary, trainer).steps(STEPS).build(width)?;
+    for (step, batch) in (1..=STEPS).zip(batches) {
         let x = &batch?.sites[0].x;
         if step % 50 == 0 {
             let stats = trainer.step_with_stats(x)?;

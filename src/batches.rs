@@ -1,6 +1,6 @@
 //! The batches of a source of activations.
 
-use dictlearn_core::data::{Activations, SourceConfig, SourceCx, Stream, TaggedSource};
+use dictlearn_core::data::{Activations, Site, SourceConfig, SourceCx, Stream, TaggedSource};
 use dictlearn_core::files::from_yaml;
 
 use crate::Result;
@@ -35,6 +35,11 @@ impl Batches {
     pub fn from_yaml(yaml: &str) -> Result<Self> {
         let source: Box<dyn TaggedSource> = from_yaml(yaml)?;
         Batches::new(&*source, &SourceCx::default())
+    }
+
+    /// Returns the places that each batch has activations of, with their widths.
+    pub fn sites(&self) -> Vec<Site> {
+        self.0.source_ref().sites()
     }
 }
 

@@ -52,7 +52,7 @@ pub struct TrainedSae {
 impl TrainedSae {
     /// Loads the SAE. Errors as [`Sae::load`].
     pub fn load(&self) -> Result<Sae> {
-        Sae::load(self.dir.to_string_lossy())
+        Sae::load(&self.dir)
     }
 }
 

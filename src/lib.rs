@@ -24,7 +24,7 @@
 //! }
 //! let dir = tempfile::tempdir().unwrap();
 //! trainer.save(dir.path().join("sae"))?;
-//! let sae = Sae::load(dir.path().join("sae").to_string_lossy())?;
+//! let sae = Sae::load(dir.path().join("sae"))?;
 //! assert_eq!(sae.dims().features, 64);
 //! # Ok::<(), dictlearn::Error>(())
 //! ```
@@ -44,6 +44,9 @@
 //! | [`cli`] | the command line, for a program with plugins of your own |
 //!
 //! Plugins build on the traits and tools of the crate [`dictlearn_core`].
+//!
+//! Building needs libtorch 2.11: `cargo xtask setup` in a clone fetches it, or set `LIBTORCH`, or `LIBTORCH_USE_PYTORCH=1`. A program
+//! that trains should also link `dictlearn-process`, which sets the allocator, MKL's kernels and OpenMP's waiting.
 //!
 //! The library prints nothing. Messages are [`tracing`](https://docs.rs/tracing) events whose targets begin with
 //! `dictlearn`. A program displays progress through [`progress::show_with`](dictlearn_core::progress::show_with).

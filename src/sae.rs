@@ -1,5 +1,6 @@
 //! A trained SAE, for encoding and decoding.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use dictlearn_core::error::InputError;
@@ -31,19 +32,18 @@ impl Sae {
     /// # Errors
     ///
     /// [`Error::Input`](crate::Error::Input) if the SAE does not exist or is damaged, [`Error::Hub`](crate::Error::Hub)
-    /// if the Hub
-    /// cannot be reached.
-    pub fn load(place: impl AsRef<str>) -> Result<Self> {
+    /// if the Hub cannot be reached.
+    pub fn load(place: impl AsRef<OsStr>) -> Result<Self> {
         Sae::load_on(place, dictlearn_core::machine::device::best())
     }
 
     /// As [`Sae::load`], onto a given device.
-    pub fn load_on(place: impl AsRef<str>, device: Device) -> Result<Self> {
-        let place = place.as_ref();
-        let dir = Path::new(place);
+    pub fn load_on(place: impl AsRef<OsStr>, device: Device) -> Result<Self> {
+        let dir = Path::new(place.as_ref());
         if dir.is_dir() {
             return Ok(Sae { saved: saved::read(dir, device, Precision::Float32)? });
         }
+        let place = dir.to_string_lossy();
         let named = place.split_once(':').filter(|(format, _)| registry::find(ComponentKind::Format, format).is_some());
         let Some((format, name)) = named else {
             let known = registry::names(ComponentKind::Format).join(", ");

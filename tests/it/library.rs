@@ -65,7 +65,7 @@ fn an_sae_encodes_without_a_graph_and_checks_shapes() {
     assert!(stats.loss() > 0.0 && stats.l0() <= 4.0 && stats.step == 1, "{stats:?}");
     let sae = trainer.finish().unwrap();
     sae.save(dir.path().join("sae")).unwrap();
-    let read = Sae::load(dir.path().join("sae").to_string_lossy()).unwrap();
+    let read = Sae::load(dir.path().join("sae")).unwrap();
     let features = read.encode(&x().set_requires_grad(true)).unwrap();
     assert!(!features.requires_grad());
     assert_eq!(features, sae.encode(&x()).unwrap());
@@ -89,7 +89,7 @@ fn an_sae_encodes_without_a_graph_and_checks_shapes() {
     );
     let folders = import("sae_lens", &out.to_string_lossy(), dir.path().join("back")).unwrap();
     assert_eq!(folders, [dir.path().join("back")]);
-    assert_eq!(Sae::load(folders[0].to_string_lossy()).unwrap().class(), published.class());
+    assert_eq!(Sae::load(&folders[0]).unwrap().class(), published.class());
 }
 
 #[test]

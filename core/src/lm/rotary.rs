@@ -165,6 +165,9 @@ impl Rope {
     fn read(&self, spelled: Option<&Spelled>, head_dim: i64, theta: f64, max_positions: i64) -> Result<Rotary> {
         let number = |name| spelled.map_or(Ok(None), |spelled| spelled.number(name));
         let part = number("partial_rotary_factor")?.or(self.partial_rotary_factor).unwrap_or(1.0);
+        if !(0.0..=1.0).contains(&part) {
+            bail!(InputError::new(format!("config.json: `partial_rotary_factor` is {part}, not from 0 to 1")));
+        }
         let theta = number("rope_theta")?.unwrap_or(theta);
         let mut rotary = Rotary::new((head_dim as f64 * part) as i64, theta)?;
         if let Some(spelled) = spelled {
@@ -205,12 +208,15 @@ impl Rope {
         Ok(match kind.as_str() {
             "default" => Scaling::None,
             "linear" => Scaling::Linear { factor: positive("factor")? },
-            "llama3" => Scaling::Llama3 {
-                factor: positive("factor")?,
-                low: positive("low_freq_factor")?,
-                high: positive("high_freq_factor")?,
-                original: original()?,
-            },
+            "llama3" => {
+                let (low, high) = (positive("low_freq_factor")?, positive("high_freq_factor")?);
+                if low >= high {
+                    bail!(InputError::new(format!(
+                        "config.json: `{key}.low_freq_factor` is {low}, not below `high_freq_factor`, {high}"
+                    )));
+                }
+                Scaling::Llama3 { factor: positive("factor")?, low, high, original: original()? }
+            }
             // Phi-3 has used all three names.
             "longrope" | "su" | "yarn" if kind != "yarn" || map.contains_key("short_factor") => {
                 let list = |name: &str| -> Result<Vec<f64>> {
@@ -225,6 +231,11 @@ impl Rope {
                     Ok(list)
                 };
                 let original = original()?;
+                if original <= 1.0 {
+                    bail!(InputError::new(format!(
+                        "config.json: `original_max_position_embeddings` is {original}, not above 1"
+                    )));
+                }
                 let factor = match spelled.number("factor")? {
                     Some(_) => positive("factor")?,
                     None => max_positions as f64 / original,
@@ -313,5 +324,27 @@ impl Rotary {
             return rotated;
         }
         Tensor::cat(&[rotated, x.narrow(-1, width, rest)], -1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn refused(config: Value) -> String {
+        let rope: Rope = serde_json::from_value(config).unwrap();
+        rope.rotary(8, 10_000.0, 64).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn sizes_that_divide_by_zero_are_refused() {
+        assert!(refused(json!({"partial_rotary_factor": 1.5})).contains("`partial_rotary_factor` is 1.5"));
+        let equal = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0});
+        assert!(refused(json!({"rope_scaling": equal})).contains("low_freq_factor` is 4, not below"));
+        let long = json!({"rope_type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [1, 1, 1, 1],
+            "original_max_position_embeddings": 1});
+        assert!(refused(json!({"rope_scaling": long})).contains("original_max_position_embeddings` is 1"));
     }
 }

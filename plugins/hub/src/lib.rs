@@ -22,9 +22,9 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use dictlearn_core::error::InputError;
-use dictlearn_core::hub::{About, CommitMessage, Hub, HubPlugin, Repo, RepoKind, Upload};
+use dictlearn_core::hub::{About, CommitMessage, Hub, HubError, HubPlugin, Repo, RepoKind, Upload};
 use dictlearn_core::progress::Progress;
 use dictlearn_core::tracing;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -282,18 +282,21 @@ impl Client {
                 .help(format!("request access at {}, {login}", self.page(repo))),
             (Some(429), _) => {
                 let help = if self.token.is_some() { "" } else { ", or set HF_TOKEN: a token raises the limit" };
-                return anyhow!("the Hub's rate limit is exceeded ({failure}): wait a few minutes{help}");
+                let message = format!("the Hub's rate limit is exceeded ({failure}): wait a few minutes{help}");
+                return HubError(message).into();
             }
             (None, trouble::CERTIFICATE) => {
                 InputError::new(format!("the certificate of {} is not trusted: {failure}", self.endpoint))
                     .help(net::certificate_help())
             }
             _ => {
-                return anyhow!(
-                    "cannot read the {kind} `{repo}` from the Hub at {}: {failure}; it is not in the cache, {}",
+                let folder = if kind == RepoKind::Model { ", and there is no folder of that name" } else { "" };
+                return HubError(format!(
+                    "cannot read the {kind} `{repo}` from the Hub at {}: {failure}; it is not in the cache, {}{folder}",
                     self.endpoint,
                     self.cache.display()
-                );
+                ))
+                .into();
             }
         };
         error.into()
@@ -521,5 +524,16 @@ mod tests {
             assert!(!is_plain(path), "{path}");
         }
         assert!(is_plain("data/train-0.parquet"));
+    }
+
+    #[test]
+    fn an_unreachable_hub_is_a_hub_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let endpoint = format!("http://{closed}");
+        let client = Client { endpoint, offline: false, ..Client::of_cache(dir.path().to_owned()) };
+        let repo = Repo::parse(RepoKind::Model, "owner/name").unwrap();
+        let error = client.file(&repo, "config.json").unwrap_err();
+        assert!(error.chain().any(|cause| cause.is::<HubError>()), "{error:#}");
     }
 }

@@ -9,12 +9,12 @@ use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::sync::PoisonError;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use dictlearn_core::error::InputError;
-use dictlearn_core::hub::{CommitMessage, Content, Repo, Upload};
-use dictlearn_core::interrupt;
+use dictlearn_core::hub::{CommitMessage, Content, HubError, Repo, Upload};
+use dictlearn_core::interrupt::{self, Interrupted};
 use dictlearn_core::progress::Progress;
 use dictlearn_core::tracing;
 use serde_json::{Map, Value, json};
@@ -421,7 +421,7 @@ impl Client {
             let path = &one.file.path;
             if let Some(error) = answer.get("error") {
                 let why = error.get("message").and_then(Value::as_str).unwrap_or("no reason given");
-                bail!("the Hub's store rejects {path}: {why}");
+                bail!(HubError(format!("the Hub's store rejects {path}: {why}")));
             }
             let Some(upload) = answer.pointer("/actions/upload") else {
                 tracing::info!("{path} is already in the store");
@@ -432,8 +432,8 @@ impl Client {
                 None => Ok(()),
             });
             sent.map_err(|failure| match interrupt::asked() {
-                true => anyhow!("interrupted"),
-                false => anyhow!("cannot upload {path}: {failure}; nothing was committed"),
+                true => anyhow::Error::new(Interrupted),
+                false => HubError(format!("cannot upload {path}: {failure}; nothing was committed")).into(),
             })?;
         }
         Ok(())
@@ -563,7 +563,7 @@ impl Client {
     fn explain_upload(&self, repo: &Repo, failure: Failure) -> anyhow::Error {
         let kind = repo.kind;
         if interrupt::asked() {
-            return anyhow!("interrupted");
+            return Interrupted.into();
         }
         let error = match failure.status() {
             Some(401 | 403) if failure.status() == Some(403) || !failure.code().is_empty() => {
@@ -585,7 +585,8 @@ impl Client {
             }
             Some(401 | 429) => return self.explain(repo, failure),
             _ => {
-                return anyhow!("cannot upload to the {kind} `{repo}` at {}: {failure}", self.endpoint);
+                let message = format!("cannot upload to the {kind} `{repo}` at {}: {failure}", self.endpoint);
+                return HubError(message).into();
             }
         };
         error.into()

@@ -47,6 +47,18 @@ pub struct TensorFileConfig {
 impl SourceConfig for TensorFileConfig {
     fn build(&self, cx: &SourceCx) -> Result<Box<dyn ActivationSource>> {
         let inputs = Rows::open(self.path.as_path(), &self.tensor, "tensor")?;
+        if u32::try_from(inputs.count).is_err() {
+            bail!(
+                InputError::new(format!(
+                    "{} has {} rows, more than the supported {}",
+                    self.path,
+                    inputs.count,
+                    u32::MAX
+                ))
+                .field("path")
+                .help("split it, or write it as an `activation_cache`")
+            );
+        }
         let targets = self.target_tensor.as_ref();
         let targets = targets.map(|name| Rows::open(self.path.as_path(), name, "target_tensor")).transpose()?;
         if let Some(targets) = targets.as_ref().filter(|targets| targets.count != inputs.count) {
