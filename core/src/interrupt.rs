@@ -80,7 +80,7 @@ impl Interrupt {
     }
 }
 
-/// Returns the exit status of a process that this signal ended.
+/// Returns the exit status of a process that this signal terminated.
 pub fn status(signal: u8) -> u8 {
     128 + signal
 }
