@@ -781,7 +781,9 @@ fn trains_as_on_a_gpu(trainer: &Component) {
         let state = RESUMES.of(&who, default.state());
         RESUMES.of(&who, moved.restore(&state));
         let again = RESUMES.of(&who, moved.state());
-        RESUMES.check(&who, again == state, || "restored as on a GPU, it has another state".to_owned());
+        RESUMES.check(&who, again == state, || {
+            "its state differs after restoring it with the code path of a GPU".to_owned()
+        });
         silent_step(&who, &mut moved, 30, &batches[30]);
         AS_ON_A_GPU.of(&who, moved.settle());
         silent_step(&who, &mut training, 30, &with_a(f64::NAN, &batches[30]));

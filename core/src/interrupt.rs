@@ -27,7 +27,7 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// Forgets the request, for a process that continues after the run that was asked to end.
+/// Clears the request, for a process that continues after an interrupted run.
 pub fn forget() {
     ASKED.store(0, Ordering::Relaxed);
 }

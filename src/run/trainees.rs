@@ -1,4 +1,4 @@
-//! The SAEs of a run. One whose loss or gradients are not finite skips the batch or stops alone.
+//! The SAEs of a run. One whose loss or gradients are not finite skips the batch, or stops while the others continue.
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
