@@ -113,7 +113,7 @@ const BREAKS: &str = "breaks the contract";
 
 /// A promise that a component keeps.
 pub struct Promise {
-    /// What it promises.
+    /// Text of the promise.
     says: &'static str,
     /// How to fix a component that breaks it.
     remedy: &'static str,
@@ -429,7 +429,7 @@ fn example_trains(component: &Component) {
         EXAMPLE_TRAINS.broken(&who(component), "no linked source or dictionary suits it")
     };
     let dir = TempDir::new().unwrap();
-    // Paths are relative to the config file, so it lies beside the files of the examples.
+    // Paths are relative to the config file, so it is in the folder of the examples' files.
     let file = examples_folder().join(format!("{}-{}.yaml", component.kind, component.name));
     std::fs::write(&file, &example).unwrap();
     // Fewer steps, for a fast test; the schedules of examples fit in.
@@ -579,7 +579,7 @@ fn scaled_biases_take_scaled_activations(component: &Component) {
     // A dictionary trained on activations divided by s, then scaled, maps x to s times what it mapped x / s to.
     let x = activations(50);
     let (who, mut dictionary) = (who(component), dictionary(component));
-    // With other numbers than a new one has: what starts at 0 may be scaled wrongly without a difference.
+    // Parameters that start at 0 would hide wrong scaling, so give them other values.
     for (_, tensor) in dictionary.parameters() {
         let _ = tch::no_grad(|| match tensor.dim() {
             1 => tensor.shallow_clone().uniform_(0.0, 0.1),
@@ -781,7 +781,9 @@ fn trains_as_on_a_gpu(trainer: &Component) {
         let state = RESUMES.of(&who, default.state());
         RESUMES.of(&who, moved.restore(&state));
         let again = RESUMES.of(&who, moved.state());
-        RESUMES.check(&who, again == state, || "restored as on a GPU, it has another state".to_owned());
+        RESUMES.check(&who, again == state, || {
+            "its state differs after restoring it with the code path of a GPU".to_owned()
+        });
         silent_step(&who, &mut moved, 30, &batches[30]);
         AS_ON_A_GPU.of(&who, moved.settle());
         silent_step(&who, &mut training, 30, &with_a(f64::NAN, &batches[30]));
@@ -1003,13 +1005,13 @@ enum AnalyticCase {
     DeadFeatures,
     /// With products in bfloat16.
     BFloat16,
-    /// As on a GPU: with libtorch's operations in place of our own loops.
+    /// With the GPU's code path: libtorch's operations in place of our own loops.
     OnGpu,
-    /// The same in bfloat16.
+    /// With the GPU's code path in bfloat16.
     OnGpuBFloat16,
 }
 
-/// Checks a trainer's analytic step, if it has one, on every dictionary that it trains.
+/// Compares a trainer's analytic step, if it has one, with autograd on every dictionary that it trains.
 fn analytic_steps_are_autograds(trainer: &Component) {
     for dictionary in components(ComponentKind::Dictionary) {
         use AnalyticCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, OnGpuBFloat16, Usual};

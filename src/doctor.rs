@@ -105,7 +105,7 @@ struct Libtorch {
     version: Option<String>,
     /// The loaded file.
     path: Option<PathBuf>,
-    /// Its path when the program was built.
+    /// Path when the program was built.
     built_with: Option<&'static str>,
     cuda: bool,
     openmp: Option<PathBuf>,

@@ -32,7 +32,7 @@ pub fn evaluate(saes: &[impl AsRef<Path>], config: Option<&Path>) -> crate::Resu
     Ok(results)
 }
 
-/// Groups SAEs, by index, that are measured alike: one pass over the source serves a group.
+/// Groups SAEs, by index, that are measured in the same way: one pass over the source serves a group.
 pub(crate) fn measured_alike(
     dirs: &[PathBuf],
     named: Option<&Path>,

@@ -41,11 +41,11 @@ pub struct Outcome {
 /// An SAE of a run.
 #[derive(Debug)]
 pub struct TrainedSae {
-    /// Its name in the run.
+    /// Name in the run.
     pub name: String,
-    /// Its folder.
+    /// Folder.
     pub dir: PathBuf,
-    /// Its results from the run's metrics.
+    /// Results from the run's metrics.
     pub figures: Map<String, Value>,
 }
 

@@ -10,7 +10,7 @@
 //! # Ok::<(), dictlearn::Error>(())
 //! ```
 //!
-//! Train an SAE on batches of your own, with the config structs that YAML names:
+//! Train an SAE on your own batches, with the config structs that YAML names:
 //!
 //! ```
 //! use dictlearn::plugins::method_top_k::{TopKConfig, TopKDictionaryConfig};
@@ -32,16 +32,16 @@
 //! | | |
 //! | --- | --- |
 //! | [`Sae`] | load, encode, decode, reconstruct, save, export |
-//! | [`import`] | published SAEs into folders |
-//! | [`Trainer`] | one SAE in training, step by step |
-//! | [`Batches`] | the batches of a source of activations |
-//! | [`Run`] | an experiment from YAML: `dictlearn train` |
-//! | [`evaluate`] | the metrics of trained SAEs |
+//! | [`import`] | import published SAEs into folders |
+//! | [`Trainer`] | train one SAE, step by step |
+//! | [`Batches`] | read the batches of a source of activations |
+//! | [`Run`] | run an experiment from YAML: `dictlearn train` |
+//! | [`evaluate`] | compute the metrics of trained SAEs |
 //! | [`Error`] | errors, by kind |
 //! | [`config`] | the YAML of a run: its layers, checks and schema |
 //! | [`plugins`] | every bundled plugin, with its config structs |
 //! | [`contract`](mod@contract) | the promises that every component keeps, as a test |
-//! | [`cli`] | the command line, for a program with plugins of your own |
+//! | [`cli`] | the command line, for a program with your own plugins |
 //!
 //! Plugins build on the traits and tools of the crate [`dictlearn_core`].
 //!

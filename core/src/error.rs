@@ -33,7 +33,7 @@ pub enum InputKind {
     Incompatible,
 }
 
-/// Number of mistakes that an error shows.
+/// Maximum number of mistakes that an error shows.
 const SHOWN: usize = 20;
 
 /// Collects mistakes, so that the user sees all of them at once.

@@ -74,9 +74,9 @@ impl fmt::Display for Repo {
 /// A file to upload.
 #[derive(Debug, Clone)]
 pub struct Upload {
-    /// Its path in the repository: `layer_3/ae.safetensors`.
+    /// Path in the repository: `layer_3/ae.safetensors`.
     pub path: String,
-    /// Its content.
+    /// Content.
     pub content: Content,
 }
 

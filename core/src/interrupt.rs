@@ -27,7 +27,7 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// Forgets the request, for a process that continues after the run that was asked to end.
+/// Clears the request, for a process that continues after an interrupted run.
 pub fn forget() {
     ASKED.store(0, Ordering::Relaxed);
 }
@@ -80,7 +80,7 @@ impl Interrupt {
     }
 }
 
-/// Returns the exit status of a process that this signal ended.
+/// Returns the exit status of a process that this signal terminated.
 pub fn status(signal: u8) -> u8 {
     128 + signal
 }

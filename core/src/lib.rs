@@ -4,7 +4,7 @@
 //! implements its trait. Once it is linked into a binary, YAML can name it. Users depend on the crate `dictlearn`,
 //! which holds the library and the program.
 //!
-//! Rooms, lowest first. A room imports only from rooms above it in this list.
+//! Modules, lowest layer first. A module imports only from modules above it in this list.
 //!
 //! | | |
 //! | --- | --- |

@@ -91,7 +91,7 @@ impl fmt::Display for ComponentKind {
 
 /// A registered component, declared with [`component`](macro@crate::component).
 pub struct Component {
-    /// Its kind.
+    /// Kind.
     pub kind: ComponentKind,
     /// Name in a config: the value of `type`.
     pub name: &'static str,

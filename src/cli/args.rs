@@ -150,7 +150,7 @@ pub(super) enum Command {
     },
     /// Print the JSON Schema of configs, for completion in an editor.
     Schema,
-    /// Create a plugin crate for a component of your own: it builds, and its test passes.
+    /// Create a plugin crate for your own component: it builds, and its test passes.
     NewPlugin {
         /// `dictionary` (with its trainer), `modifier`, `source`, `text`, `metric`, `logger`, `model` or `format`.
         kind: String,

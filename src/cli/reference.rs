@@ -13,9 +13,9 @@ use dictlearn_core::train::TaggedModifier;
 /// A field of a component's config.
 struct Field {
     name: String,
-    /// Its type in words.
+    /// Type in words.
     type_name: String,
-    /// Its default, as JSON, if it has one.
+    /// Default, as JSON, if it has one.
     default: Option<String>,
     required: bool,
     doc: String,

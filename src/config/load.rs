@@ -1,4 +1,4 @@
-//! Loading a config: merge its layers, fill in what follows from the rest, check, deserialise.
+//! Loading a config: merge its layers, fill in derived values, check, deserialise.
 
 use std::collections::BTreeSet;
 use std::path::Path;

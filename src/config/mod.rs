@@ -62,9 +62,9 @@ pub struct RunConfig {
     #[serde(default = "default_checkpoint_every")]
     #[schemars(range(min = 1))]
     pub checkpoint_every: Option<u64>,
-    /// What a checkpoint stores of the activation buffer: its `contents`, or only which tokens the model runs again on
-    /// resuming (`replay`). `contents` takes as much disk as the buffer takes memory, and resumes at once. `replay`
-    /// takes hardly any disk; resuming takes as long as filling the buffer a few times.
+    /// How a checkpoint stores the activation buffer. `contents` saves its activations: as much disk as the buffer
+    /// takes memory, and resuming only reads them. `replay` saves only their tokens: 28 bytes per activation, and
+    /// resuming runs the model over their contexts again.
     #[serde(default)]
     pub checkpoint_buffer: CheckpointBuffer,
     /// What to do if a loss, gradient or activation is not finite. `stop` undoes that SAE's step and stops the SAE,

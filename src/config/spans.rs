@@ -10,7 +10,8 @@ pub(super) enum Step {
     Index(usize),
 }
 
-/// Returns the steps of `saes[1].trainer.lr`, or of `saes[1].sweep.[trainer.lr]`, whose last key contains a dot.
+/// Splits a path into keys and indices: `saes[1].trainer.lr`, or `saes[1].sweep.[trainer.lr]`, whose last key contains
+/// a dot.
 pub(super) fn steps(path: &str) -> Vec<Step> {
     if let Some((before, key)) = path.strip_suffix(']').and_then(|path| path.split_once(".[")) {
         let mut steps = steps(before);

@@ -1,7 +1,7 @@
 //! `example_name`: a family of language models with Llama's architecture. Change it into your own.
 //!
 //! A model belongs to this family if its config.json has `"model_type": "example_name"`. Define here what differs from
-//! Llama: where norms are, how projections are named, what attention sees (`dictlearn_core::lm::decoder`).
+//! Llama: where norms are, how projections are named, which positions attention covers (`dictlearn_core::lm::decoder`).
 
 use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
 use dictlearn_core::lm::config::CommonFields;

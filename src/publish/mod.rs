@@ -214,13 +214,13 @@ fn parse_path(path: &str) -> Result<String> {
 /// Facts about an SAE.
 struct About {
     name: String,
-    /// Its config.json, or null.
+    /// config.json, or null.
     config: Value,
-    /// Its cfg.json, as sae_lens writes it, or null.
+    /// cfg.json, as sae_lens writes it, or null.
     lens: Value,
-    /// Its eval.json, or null.
+    /// eval.json, or null.
     eval: Value,
-    /// The formats of its files.
+    /// Formats of the files.
     formats: Vec<&'static str>,
     /// Python code that loads it with the same features.
     python: Vec<Python>,

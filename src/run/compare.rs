@@ -25,7 +25,7 @@ struct Compared {
     name: String,
     /// Every key of its config.json with a plain value.
     config: Map<String, Value>,
-    /// Its eval.json; empty if it has none.
+    /// eval.json; empty if it has none.
     figures: Map<String, Value>,
 }
 

@@ -44,7 +44,7 @@ struct Weights {
 }
 
 enum Job {
-    /// With the weights from before it: a run resumed from it does not repeat their steps.
+    /// With the weights of earlier steps, which a run resumed from this checkpoint does not repeat.
     Checkpoint(u64, State, VecDeque<Weights>),
     Weights(Weights),
 }
@@ -99,7 +99,7 @@ impl Saver {
         self.due = true;
     }
 
-    /// True if a checkpoint is due and can be written now. Taken no earlier, there is never more than one in memory.
+    /// True if a checkpoint is due and can be written now. Until then none is taken, so at most one is in memory.
     pub fn wants_checkpoint(&self) -> bool {
         self.due
             && self.writing.is_none()

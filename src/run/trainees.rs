@@ -1,4 +1,4 @@
-//! The SAEs of a run. One whose loss or gradients are not finite skips the batch or stops alone.
+//! The SAEs of a run. One whose loss or gradients are not finite skips the batch, or stops while the others continue.
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -171,7 +171,7 @@ impl Trainees {
         self.0.iter().filter_map(|sae| sae.skipped.note(&format!("SAE `{}`", sae.name())))
     }
 
-    /// Puts its state into a checkpoint.
+    /// Adds the SAE's state to a checkpoint.
     pub(super) fn put_state(&self, state: &mut State) -> Result<()> {
         for sae in &self.0 {
             let name = sae.name();

@@ -270,10 +270,10 @@ fn sae_lens_files_are_read() {
         &[
             ("abstopk", "`abstopk`"),
             ("covariance_whitening", "covariance_whitening"),
-            ("skip_transcoder.layer_norm", "a skip connection beside"),
-            ("skip_transcoder.constant_norm_rescale", "a skip connection beside"),
-            ("jumprelu_skip_transcoder.layer_norm", "a skip connection beside"),
-            ("jumprelu_skip_transcoder.constant_norm_rescale", "a skip connection beside"),
+            ("skip_transcoder.layer_norm", "a skip connection with"),
+            ("skip_transcoder.constant_norm_rescale", "a skip connection with"),
+            ("jumprelu_skip_transcoder.layer_norm", "a skip connection with"),
+            ("jumprelu_skip_transcoder.constant_norm_rescale", "a skip connection with"),
         ],
     );
 }

@@ -1,5 +1,5 @@
 //! Checks the layers of ARCHITECTURE.md: no import cycle between the files of a crate, core names no plugin, no plugin
-//! depends on another, rooms of core import only from lower rooms, and only the command line prints.
+//! depends on another, modules of core import only from lower layers, and only the command line prints.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use syn::visit::Visit;
 
-/// Core's rooms, lowest first; unlisted modules are below them all.
+/// Core's layers, lowest first; unlisted modules are below them all.
 const ROOMS: [&str; 8] = ["machine", "files", "lm", "data", "sae", "train", "report", "formats"];
 
 /// Fails if an import breaks a layer, and lists all that do.
@@ -212,7 +212,7 @@ impl Crate {
         circles.into_iter().map(|circle| format!("import cycle: {circle}")).collect()
     }
 
-    /// Lists imports of core from a room above.
+    /// Lists imports of core from a layer above.
     fn upward(&self) -> Vec<String> {
         let floor = |module: &[String]| {
             module.first().and_then(|room| ROOMS.iter().position(|known| known == room)).map_or(0, |floor| floor + 1)

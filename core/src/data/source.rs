@@ -185,7 +185,7 @@ pub struct Site {
 /// A part of a joined site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SitePart {
-    /// Its name.
+    /// Name.
     pub name: String,
     /// Number of its columns in an activation.
     pub activation_dim: i64,
@@ -469,7 +469,7 @@ pub trait ModelSource {
     /// Returns the part of the model that a dictionary at this site reads.
     fn reads(&self, site: usize) -> &Part;
 
-    /// Returns the part that a dictionary at this site reconstructs; the same unless the source has pairs.
+    /// Returns the part that a dictionary at this site reconstructs: the one it reads, unless the source has pairs.
     fn writes(&self, site: usize) -> &Part;
 
     /// Returns the maximum length of a context, in tokens.
@@ -495,7 +495,7 @@ pub struct Part {
     pub start: i64,
     /// Number of columns.
     pub width: i64,
-    /// True if the mean over its columns is subtracted.
+    /// True if the mean over the columns is subtracted.
     pub center: bool,
 }
 

@@ -35,7 +35,7 @@ pub enum Record {
         ids: Vec<i64>,
         /// True for text positions, false for padding.
         mask: Vec<bool>,
-        /// Its origin, for messages: `tokens.parquet:120`.
+        /// Origin, for messages: `tokens.parquet:120`.
         origin: String,
     },
 }
@@ -45,24 +45,24 @@ pub enum Record {
 pub struct Document {
     /// The text.
     pub text: String,
-    /// Its origin, for messages: `emma.txt:120`.
+    /// Origin, for messages: `emma.txt:120`.
     pub origin: String,
 }
 
 /// A chat of a text stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chat {
-    /// Its messages, objects with `role` and `content`.
+    /// Messages, objects with `role` and `content`.
     pub messages: Vec<Value>,
-    /// Its origin, for messages: `chats.jsonl:120`.
+    /// Origin, for messages: `chats.jsonl:120`.
     pub origin: String,
 }
 
 /// A text that a plugin ships: `text: {type: embedded, name: NAME}`. Documents are separated by empty lines.
 pub struct EmbeddedText {
-    /// Its name.
+    /// Name.
     pub name: &'static str,
-    /// Its split: `train` or `held_out`.
+    /// Split: `train` or `held_out`.
     pub split: &'static str,
     /// The text.
     pub text: &'static str,

@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::InputError;
 use crate::files;
 
-/// Writes a file atomically: writes beside it, syncs, renames over it, then syncs the directory.
+/// Writes a file atomically: writes a temporary file next to it, syncs, renames it, then syncs the directory.
 ///
 /// On Linux the new file has no name until it is complete, so that a killed program leaves nothing behind.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -87,7 +87,7 @@ fn refuse_other(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Creates a folder atomically: fills a temporary folder beside it, then renames that.
+/// Creates a folder atomically: fills a temporary folder next to it, then renames that.
 pub fn whole_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     // Replace the target of a symlink, not the symlink.
     let dir = fs::canonicalize(dir).or_else(|_| std::path::absolute(dir))?;

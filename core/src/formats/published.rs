@@ -13,7 +13,7 @@ use crate::sae::Normalization;
 /// A published SAE in memory.
 #[derive(Debug, Default)]
 pub struct Published {
-    /// Name of its registered class, such as `JumpReluAutoEncoder`.
+    /// Name of the registered class, such as `JumpReluAutoEncoder`.
     pub class: String,
     /// The class's tensors.
     pub tensors: BTreeMap<String, Tensor>,
@@ -21,13 +21,13 @@ pub struct Published {
     pub normalization: Option<Normalization>,
     /// `bfloat16` or `float16`, if its publishers compute in that dtype.
     pub dtype: Option<&'static str>,
-    /// Its site in a language model, as far as known.
+    /// Site in a language model, as far as known.
     pub site: Option<ModelSite>,
     /// Further entries for the `trainer` section of config.json.
     pub trainer: Map<String, Value>,
     /// log10 of each feature's firing frequency, `[F]`, if published.
     pub sparsity: Option<Tensor>,
-    /// Factor that biases and thresholds still need, in backups of training on scaled activations.
+    /// Factor by which to scale biases and thresholds: for backups of training on scaled activations.
     pub scale: Option<f64>,
     /// True for a file of the reference, whose `from_pretrained` changes some weights on loading.
     pub pretrained: bool,

@@ -119,7 +119,7 @@ impl NormConfig {
 /// Attention of a layer.
 #[derive(Debug, Clone)]
 pub struct AttentionConfig {
-    /// Its path in a layer.
+    /// Path in a layer.
     pub path: &'static str,
     /// Number of heads.
     pub heads: i64,
@@ -192,11 +192,11 @@ pub enum QkNorm {
 /// MLP of a layer.
 #[derive(Debug, Clone)]
 pub struct MlpConfig {
-    /// Its path in a layer.
+    /// Path in a layer.
     pub path: &'static str,
-    /// Its width.
+    /// Width.
     pub width: i64,
-    /// Its projections.
+    /// Projections.
     pub layout: MlpLayout,
     /// Path of the activation function in the MLP.
     pub act_path: &'static str,
@@ -254,7 +254,7 @@ pub enum MlpLayout {
 /// Head: from the residual stream to logits.
 #[derive(Debug, Clone)]
 pub struct HeadConfig {
-    /// Its path.
+    /// Path.
     pub path: &'static str,
     /// Whether it shares the token embedding's weight.
     pub tied: bool,

@@ -16,9 +16,9 @@ use crate::suggest::nearest;
 
 /// A model embedded in a plugin: `model: embedded:NAME`.
 pub struct EmbeddedModel {
-    /// Its name.
+    /// Name.
     pub name: &'static str,
-    /// Its files in Hugging Face's layout: config.json, model.safetensors, tokenizer.json, ...
+    /// Files in Hugging Face's layout: config.json, model.safetensors, tokenizer.json, ...
     pub files: &'static [(&'static str, &'static [u8])],
 }
 

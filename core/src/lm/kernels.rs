@@ -2,8 +2,8 @@
 //!
 //! libtorch takes several passes for a norm, a rotation or a gate, with a temporary tensor between each two. On a CPU
 //! that costs a fifth (float32) to a third (bfloat16) of a model's forward pass. Every function here takes tensors that
-//! [`fit`] and computes the plain expression beside its caller, in float32, rounded once at the end. libtorch's threads
-//! share the rows; their assignment changes no result.
+//! [`fit`] and computes the same as the plain expression next to its call, in float32, rounded once at the end.
+//! libtorch's threads share the rows; their assignment changes no result.
 
 use std::slice;
 

@@ -79,12 +79,12 @@ const SCALINGS: [&str; 4] = ["default", "linear", "llama3", "longrope"];
 struct Spelled<'a> {
     /// The key: `rope_scaling` or `rope_parameters`.
     key: &'static str,
-    /// Its value.
+    /// Value.
     map: &'a Map<String, Value>,
 }
 
 impl<'a> Spelled<'a> {
-    /// Returns the entries by layer type; `None` if the map is not nested. Ignores other keys beside them.
+    /// Returns the entries by layer type; `None` if the map is not nested. Ignores other keys.
     fn nested(&self) -> Result<Option<BTreeMap<&'a str, Self>>> {
         let Spelled { key, map } = *self;
         if !map.iter().any(|(name, value)| value.is_object() || LAYER_TYPES.contains(&name.as_str())) {

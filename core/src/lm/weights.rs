@@ -36,9 +36,9 @@ pub struct Weights {
 /// Location of a tensor.
 #[derive(Clone)]
 struct Place {
-    /// Index of its file.
+    /// Index of the file that holds the tensor.
     file: usize,
-    /// Its name in the file.
+    /// Name in the file.
     name: String,
 }
 

@@ -85,7 +85,7 @@ impl<T> Output<T> {
         Output { start: slice.as_mut_ptr(), len: slice.len() }
     }
 
-    /// Returns a range of the elements, to write.
+    /// Returns a range of the elements for writing.
     ///
     /// # Safety
     /// Ranges requested by different threads must not overlap.

@@ -3,12 +3,12 @@
 //! There is one rank today, so every function here returns its argument. Each call marks a place at which replicas would
 //! otherwise drift apart, and passes what a collective operation needs:
 //!
-//! | what | function | called by |
+//! | exchanged values | function | called by |
 //! | --- | --- | --- |
 //! | gradients | [`mean_in_place`] | a step, before modifiers and clipping |
 //! | which features fired, and in how many activations | [`any`], [`gather_rows`], [`total`] | `Firing` |
 //! | penalties that a schedule or a target reads (p-annealing, JumpReLU's L0) | [`mean_of`] | `Penalty` |
-//! | what moves the threshold | [`gather_rows`] | `TopKTrainer` |
+//! | values that move the threshold | [`gather_rows`] | `TopKTrainer` |
 //! | activations that resampling draws from | [`gather_rows`] | `Resampling` |
 //! | the first batch | [`gather_rows`] | a step, before weights are initialised from it |
 //! | logged losses, norms of activations | [`mean`] | a logged step, the start of a run |

@@ -282,7 +282,7 @@ impl SavedTensors<'_> {
         Ok(Affine::zeros(layout, Dims { input, features, output }, self.device, self.precision))
     }
 
-    /// Makes a parameter of zeros, for classes with tensors beside the affine maps.
+    /// Makes a parameter of zeros, for classes with tensors besides the affine maps.
     pub fn zeros(&self, size: &[i64]) -> Tensor {
         trained(Tensor::zeros(size, (Kind::Float, self.device)))
     }

@@ -10,7 +10,7 @@ use tch::Tensor;
 pub struct Code {
     /// Features `[B, F]` as training uses them.
     pub features: Tensor,
-    /// Activations that a sparsity penalty falls on, if not the features. Read through [`Code::penalized`].
+    /// Activations that a sparsity penalty applies to, if not the features. Read through [`Code::penalized`].
     penalized: Option<Tensor>,
     /// Other tensors that a method's loss needs, by name (`pre_activations`, `top_indices`, ...).
     extras: BTreeMap<&'static str, Tensor>,
@@ -22,14 +22,14 @@ impl Code {
         Code { features, penalized: None, extras: BTreeMap::new() }
     }
 
-    /// Makes sparsity penalties fall on these activations `[B, F]` instead of the features.
+    /// Makes sparsity penalties apply to these activations `[B, F]` instead of the features.
     #[must_use]
     pub fn penalize(mut self, activations: Tensor) -> Self {
         self.penalized = Some(activations);
         self
     }
 
-    /// Returns the activations `[B, F]` that a sparsity penalty falls on, never negative. These are the features,
+    /// Returns the activations `[B, F]` that a sparsity penalty applies to, never negative. These are the features,
     /// unless the dictionary says otherwise (a gate's activations, or features times decoder norms).
     pub fn penalized(&self) -> &Tensor {
         self.penalized.as_ref().unwrap_or(&self.features)

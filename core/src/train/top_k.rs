@@ -66,7 +66,7 @@ pub struct Prefixes {
 pub struct TopKTrainer {
     settings: TopKSettings,
     schedule: Schedule,
-    /// Final k of the annealing.
+    /// k after annealing.
     k: i64,
     top_k_aux: i64,
     fired: Firing,
@@ -86,7 +86,7 @@ struct Seen {
     smallest: Option<Tensor>,
 }
 
-/// Figures that the reference's trainers log beside their losses.
+/// Figures that the reference's trainers log besides their losses.
 #[derive(Default)]
 struct Log {
     effective_l0: i64,

@@ -179,7 +179,7 @@ pub trait Trainer: Send {
         None
     }
 
-    /// Returns the activations that the penalty of [`Trainer::objective`] falls on, `[B, F]`. Default: the code's.
+    /// Returns the activations that the penalty of [`Trainer::objective`] applies to, `[B, F]`. Default: the code's.
     /// Override it if training needs other gradients. An analytic step uses [`ActivationFunction::penalized`].
     fn penalized(&self, pass: &Pass) -> Result<Tensor> {
         Ok(pass.code.penalized().shallow_clone())

@@ -124,7 +124,7 @@ impl Training {
         let trainer = config.trainer.build(&trainer_cx).under("trainer")?;
         let goes_on = config.init_from.as_ref().is_some_and(|path| path.as_path().is_dir());
         if goes_on && trainer.constraints().unit_norm_decoder {
-            // The first step would discard the norms and change what the SAE has learnt, so they are folded into the
+            // The first step would discard the norms and change what the SAE has learned, so they are folded into the
             // encoder.
             let far = |dictionary: &dyn Dictionary| {
                 let norms = dictionary.decoder().map(|decoder| decoder.norms().detach());

@@ -231,7 +231,7 @@ fn read(place: &Place) -> Result<Published> {
     // The class applies W_skip to its input; sae_lens applies it to the input before normalisation.
     if affine.w_skip.is_some() && cfg.normalization().is_some() {
         bail!(InputError::new(format!(
-            "a skip connection beside `normalize_activations: {}` is not supported",
+            "a skip connection with `normalize_activations: {}` is not supported",
             cfg.normalize.name()
         )));
     }

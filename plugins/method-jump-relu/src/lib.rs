@@ -1,7 +1,7 @@
 //! The JumpReLU autoencoder: Rajamanoharan et al. 2024, *Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU
 //! Sparse Autoencoders*, <https://arxiv.org/abs/2407.14435>.
 //!
-//! Each feature has a learnt threshold: below it the feature is 0, above it the pre-activation passes unchanged. With
+//! Each feature has a learned threshold: below it the feature is 0, above it the pre-activation passes unchanged. With
 //! activations x `[d]`, features f `[F]`, thresholds θ `[F]` and a decoder W_d `[F, d]` whose rows have norm 1:
 //!
 //! ```text
@@ -31,7 +31,7 @@ use dictlearn_core::prelude::*;
 const PAPER: &str = "Rajamanoharan et al. 2024, Jumping Ahead: JumpReLU SAEs, https://arxiv.org/abs/2407.14435";
 
 /// The JumpReLU autoencoder.
-#[component(dictionary "jump_relu", summary = "Each feature is 0 below its own learnt threshold",
+#[component(dictionary "jump_relu", summary = "Each feature is 0 below its own learned threshold",
     paper = PAPER, example = "{type: jump_relu, expansion_factor: 8}", fields(width))]
 pub struct JumpReluDictionaryConfig {}
 
@@ -135,7 +135,7 @@ impl Pointwise<1, 0> for Jump {
     }
 }
 
-/// `Jump` with the straight-through estimators; the penalty falls on H(π − θ).
+/// `Jump` with the straight-through estimators; the penalty applies to H(π − θ).
 struct StraightThrough {
     bandwidth: f64,
     ste_on: SteOn,
@@ -292,7 +292,7 @@ impl Trainer for JumpReluTrainer {
         code
     }
 
-    /// The penalty falls on the number of active features.
+    /// The penalty applies to the number of active features.
     fn objective(&self, step: u64) -> Option<Objective<'_>> {
         let penalty = Penalty::l1(self.sparsity_penalty * self.schedule.sparsity_factor(step));
         Some(Objective::squared_error(penalty.of_mean(|l0| (l0 / self.target_l0 - 1.0).square())))

@@ -24,7 +24,7 @@ use dictlearn_core::train::top_k::{Prefixes, TopKTrainer};
 
 /// The Matryoshka autoencoder on BatchTopK.
 #[component(dictionary "matryoshka_batch_top_k",
-    summary = "BatchTopK with nested groups of features; each prefix is a dictionary of its own",
+    summary = "BatchTopK with nested groups of features; each prefix is itself a dictionary",
     paper = "Bussmann et al. 2025, Learning Multi-Level Features with Matryoshka SAEs, \
         https://arxiv.org/abs/2503.17547",
     example = "{type: matryoshka_batch_top_k, expansion_factor: 8, k: 8, group_fractions: [0.125, 0.125, 0.25, 0.5]}",

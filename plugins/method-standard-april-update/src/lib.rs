@@ -16,7 +16,7 @@
 //! In the reference, a forward pass of this autoencoder returns features already multiplied by ‖dᵢ‖, and the trainer
 //! multiplies by it again: the penalty is Σᵢ fᵢ ‖dᵢ‖². `norm_weight: reference`, the default, reproduces this on this
 //! dictionary; `paper` weights by ‖dᵢ‖ once. On `auto_encoder` both weight once. Gated dictionaries are refused: the
-//! penalty falls on the gate, so columns could shrink while magnitudes grow.
+//! penalty applies to the gate, so columns could shrink while magnitudes grow.
 //! Where this differs from the reference: the autoencoder has `scale_biases`, so that it can train on normalised
 //! activations, and config.json names the trained class (there always `AutoEncoder`).
 

@@ -1,6 +1,6 @@
 //! How many of a synthetic source's true features a dictionary has recovered.
 //!
-//! Each true direction gᵢ is matched with a decoder direction dⱼ of its own, to maximise the sum of the cosines (an
+//! Each true direction gᵢ is matched with a distinct decoder direction dⱼ, to maximise the sum of the cosines (an
 //! optimal assignment, by the Hungarian method). Then
 //!
 //! ```text
@@ -17,7 +17,7 @@ use pathfinding::prelude::{Matrix, kuhn_munkres};
 /// Fraction of true features that a dictionary has recovered.
 #[component(metric "ground_truth_recovery",
     summary = "Fraction of a synthetic source's true features that the decoder has recovered",
-    paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
+    paper = "Sharkey et al. 2022 (adapted), Taking features out of superposition with sparse autoencoders, \
         https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj", example = "{type: ground_truth_recovery}", default)]
 pub struct RecoveryConfig {
     /// Cosine above which a feature counts as recovered.

@@ -18,7 +18,7 @@ pub struct Gemma3Config {
     attn_logit_softcapping: Option<f64>,
     /// Soft cap of the logits: bounds them to ± this value.
     final_logit_softcapping: Option<f64>,
-    /// Without `layer_types`, every n-th layer has full attention. Default: 6.
+    /// n: without `layer_types`, every n-th layer has full attention. Default: 6.
     sliding_window_pattern: Option<usize>,
     /// Another name of `sliding_window_pattern`, in some files.
     #[serde(rename = "_sliding_window_pattern")]

@@ -64,7 +64,7 @@ fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
             "local" => Some(config.window_size),
             other => bail!(
                 InputError::new(format!("config.json: the kind of attention `{other}` is not supported"))
-                    .help("supported are global and local")
+                    .help("supported: global, local")
             ),
         };
         Ok(LayerConfig { window, rotary: None, scale: 1.0 })

@@ -17,10 +17,10 @@ use dictlearn_core::prelude::*;
 /// Keeps quotients and logarithms of zeros finite; the reference's value.
 const EPSILON: f64 = 1e-8;
 
-/// Penalises the entropy of each activation's features, normalised to sum to 1. Where the sparsity penalty falls on
+/// Penalises the entropy of each activation's features, normalised to sum to 1. Where the sparsity penalty applies to
 /// something else (a gate's activations, features times decoder norms), it takes the entropy of that.
 #[component(modifier "entropy_penalty",
-    summary = "Entropy penalty on each activation's features, beside or instead of the sparsity term",
+    summary = "Entropy penalty on each activation's features, added to or replacing the sparsity term",
     example = "{type: entropy_penalty, weight: 0.02}")]
 pub struct EntropyPenaltyConfig {
     /// Weight in the loss of the mean entropy, in nats.

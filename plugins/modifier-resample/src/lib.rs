@@ -2,7 +2,7 @@
 //! "Neuron resampling", <https://transformer-circuits.pub/2023/monosemantic-features>.
 //!
 //! Every `every` steps, each dead feature is reinitialised from an activation that the dictionary reconstructs badly
-//! ([`Resampling`]). As in the reference, the new encoder row is the activation times a fifth of the living rows' mean
+//! ([`Resampling`]). As in the reference, the new encoder row is the activation times a fifth of the live rows' mean
 //! norm; the paper normalises the activation first. With `normalize_activations` the two nearly agree; without it,
 //! large activations make large features. The learning rate keeps the trainer's schedule. `standard`, `p_anneal` and
 //! `gated_anneal` have their own field `resample_steps`, which also restarts the warm-up.

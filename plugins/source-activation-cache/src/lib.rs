@@ -2,7 +2,7 @@
 //! not run.
 //!
 //! Memory is `buffer_size` activations and a batch, whatever the size of the folder. The folder is divided into pieces
-//! of consecutive rows, whose order is drawn anew for each pass. The source reads as many pieces as fit into the buffer
+//! of consecutive rows, whose order is redrawn for each pass. The source reads as many pieces as fit into the buffer
 //! and serves their rows in random order. Neighbours in the text are far apart in the stream, and a folder that fits
 //! into the buffer is shuffled perfectly. With `shuffle: false`, activations come in the order in which they were
 //! written.

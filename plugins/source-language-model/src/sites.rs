@@ -65,7 +65,7 @@ pub enum Heads {
 /// A site of a language model.
 #[derive(Debug)]
 pub struct LanguageModelSite {
-    /// Its name and widths.
+    /// Name and widths.
     pub site: Site,
     /// The value that a dictionary reads.
     pub reads: Part,

@@ -22,7 +22,7 @@ use rand_distr::StandardNormal;
 
 /// Synthetic activations with known features.
 #[component(source "synthetic", summary = "Sparse synthetic activations with known features of unequal frequency",
-    paper = "after Sharkey et al. 2022, Taking features out of superposition with sparse autoencoders, \
+    paper = "Sharkey et al. 2022 (adapted), Taking features out of superposition with sparse autoencoders, \
         https://www.alignmentforum.org/posts/z6QQJbtpkEAX3Aojj",
     example = "{type: synthetic, activation_dim: 32, n_features: 64, n_active: 4, batch_size: 256}")]
 pub struct SyntheticConfig {

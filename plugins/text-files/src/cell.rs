@@ -20,8 +20,8 @@ impl std::error::Error for Unreadable {}
 pub struct Cell {
     /// Name of the field.
     pub column: String,
-    /// Its value.
+    /// Value.
     pub value: Value,
-    /// The `attention_mask` beside it.
+    /// The record's `attention_mask`.
     pub mask: Option<Value>,
 }

@@ -4,7 +4,7 @@
 //! In a .txt file, documents are paragraphs, lines or the whole file. In a .jsonl file, each line is a JSON object with
 //! the text in one field. In a .parquet file, the text is a column. Instead of text, a field may hold a chat: a list of
 //! messages `{role, content}` (or `{from, value}`), which the model's tokenizer turns into text. It may also hold a
-//! list of token ids, with an `attention_mask` beside it if there is padding.
+//! list of token ids, with an `attention_mask` in the same record if there is padding.
 //!
 //! A bad record is skipped and counted, or stops the run with `strict: true`; the message names file and line (or row).
 //! An unreadable file stops the run. With `strict: false` the run continues without that file or the rest of it.

@@ -71,14 +71,14 @@ static FORMAT_OF: LazyLock<HashMap<&str, &str>> = LazyLock::new(|| {
 /// The parts of a dataset's README.md header that describe its files.
 #[derive(Debug, Default)]
 pub struct Card {
-    /// Its `configs`; may be empty.
+    /// `configs`; may be empty.
     pub subsets: Vec<Subset>,
 }
 
 /// One of the `configs`, or the whole dataset if it has none.
 #[derive(Debug, Default)]
 pub struct Subset {
-    /// Its `config_name`.
+    /// `config_name`.
     pub name: String,
     default: bool,
     /// The folder that its patterns are relative to.
@@ -92,7 +92,7 @@ pub struct Subset {
 pub struct Split<'a> {
     /// Name of the split.
     pub name: String,
-    /// Its files, in reading order.
+    /// Files, in reading order.
     pub files: Vec<&'a str>,
     /// Files that the README names but that do not exist.
     missing: Vec<String>,

@@ -661,7 +661,7 @@ impl<'a> Machine<'a> {
         pairs.into_iter().map(entry).collect()
     }
 
-    /// Builds what a known function or class returns for its arguments.
+    /// Evaluates a call of a known function or class.
     fn call(&mut self, callee: Item<'a>, arguments: Item<'a>) -> Result<Item<'a>> {
         let Item::Global(global) = callee else {
             return Err(Fault::damaged("its pickle calls something that is not a function"));

@@ -77,7 +77,7 @@ impl Slope {
 
 /// Function of one pre-activation z and of `P` parameters of its feature (thresholds, biases), with its derivative.
 pub trait Pointwise<const P: usize, const G: usize>: Sync {
-    /// Whether a sparsity penalty falls on [`Pointwise::penalized`] instead of the feature.
+    /// Whether a sparsity penalty applies to [`Pointwise::penalized`] instead of the feature.
     const PENALIZED: bool = false;
 
     /// See [`ActivationFunction::auxiliary`].
@@ -89,14 +89,14 @@ pub trait Pointwise<const P: usize, const G: usize>: Sync {
     /// Returns the feature, never negative.
     fn feature(&self, z: f32, of_feature: [f32; P]) -> f32;
 
-    /// Returns the activation that a sparsity penalty falls on, never negative.
+    /// Returns the activation that a sparsity penalty applies to, never negative.
     fn penalized(&self, z: f32, of_feature: [f32; P]) -> f32 {
         self.feature(z, of_feature)
     }
 
     /// Returns ∂L/∂z, and this entry's contribution to the gradients of the feature's `G` parameters. `by_feature` is
     /// ∂L/∂f, including a penalty on the feature. `by_penalized` is the derivative by [`Pointwise::penalized`], or 0 if
-    /// the penalty falls on the feature.
+    /// the penalty applies to the feature.
     fn backward(&self, z: f32, of_feature: [f32; P], by_feature: f32, by_penalized: f32) -> (f32, [f32; G]);
 }
 
