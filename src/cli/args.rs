@@ -27,7 +27,7 @@ pub(super) enum Command {
         /// Write the run to this folder instead of the config's `output_dir`.
         #[arg(long, value_name = "DIR")]
         output_dir: Option<PathBuf>,
-        /// Resume from the run's last checkpoint, or start from scratch if there is none.
+        /// Resume from the run's last checkpoint; start if there is no run yet.
         #[arg(long)]
         resume: bool,
         /// Print the merged config with every default, shapes and memory use; do not train.

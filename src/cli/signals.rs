@@ -27,7 +27,9 @@ pub fn listen() -> Result<Arc<Interrupt>> {
                     say!("\nstopping after this step; interrupt again to quit now");
                     continue;
                 }
-                Response::NothingToLose => say!("\nstopped during evaluation; the trained SAEs are saved"),
+                Response::NothingToLose => say!(
+                    "\nstopped during evaluation; the trained SAEs are saved, and `dictlearn eval RUN --save` evaluates them"
+                ),
                 Response::AtOnce => {}
             }
             // SAFETY: ends the process. `exit` would run libtorch's destructors while its threads compute.

@@ -70,6 +70,7 @@ pub(crate) fn eval_site(source: &dyn ActivationSource, site: &Site) -> Result<us
                 sites[found].activation_dim, site.activation_dim
             ))
             .field("eval_source")
+            .help("name the same model and site in both, or set `eval_source: null`")
         );
     }
     Ok(found)

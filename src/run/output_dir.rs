@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::run::checkpoint::Checkpoints;
+use crate::run::compare::shell_quoted;
 use dictlearn_core::error::InputError;
 
 /// Locks a directory against other processes that train in it, until the file is dropped.
@@ -47,8 +48,13 @@ pub(super) fn refuse_other_run(run_dir: &Path, resume: bool, checkpoints: &Check
     let trained = entries(run_dir).iter().any(|sae| sae.join("ae.safetensors").exists());
     if resume && trained {
         bail!(
-            InputError::new(format!("{} holds trained SAEs but no checkpoint to resume from", run_dir.display()))
-                .help("to start from scratch, choose another `--output-dir` or remove it")
+            InputError::new(format!("{} holds trained SAEs but no checkpoint to resume from", run_dir.display())).help(
+                format!(
+                    "`dictlearn eval {} --save` evaluates them; to start from scratch, choose another `--output-dir` or \
+                     remove it",
+                    shell_quoted(&run_dir.to_string_lossy())
+                )
+            )
         );
     }
     if run_dir.join("config.yaml").exists() && !resume {

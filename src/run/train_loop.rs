@@ -137,7 +137,9 @@ impl TrainLoop {
     /// Saves and evaluates the trained SAEs.
     fn end(&mut self, config: &RunConfig, step: u64, outputs: &mut Outputs) -> Result<Ending> {
         outputs.finish_progress(self.batches.notes().into_iter().chain(self.trainees.notes()));
-        let missing = self.save_all(config, config.checkpoint_every.map(|_| step), outputs)?;
+        // An earlier checkpoint, of a signal, must not be resumed from.
+        let checkpoint = config.checkpoint_every.is_some() || outputs.checkpoints().exist();
+        let missing = self.save_all(config, checkpoint.then_some(step), outputs)?;
         outputs.interrupt.nothing_to_lose();
         // From here on a signal ends the process; this one came before.
         if outputs.interrupt.asked() {

@@ -379,7 +379,7 @@ fn tokenizer_ids_beyond_the_vocabulary_are_refused_only_when_used() {
     desk.ok(&["activations", "config.yaml", "--out", "unpacked"]);
     config(", pack: true");
     let said = desk.refused(&["activations", "config.yaml", "--out", "other"]);
-    assert!(said.contains("say that EOS is token 128") && said.contains("0 to 127"), "{said}");
+    assert!(said.contains("EOS is token 128") && said.contains("0 to 127"), "{said}");
 }
 
 #[test]

@@ -122,7 +122,8 @@ fn input_errors_and_divergence_are_distinguished() {
     assert!(refused(Trainer::builder(k, TopKConfig::default()).build(16)).contains("`k` is 33"));
     for k in [0, -3] {
         let k = TopKDictionaryConfig { k, dict_size: Some(32), expansion_factor: None };
-        assert!(refused(Trainer::builder(k, TopKConfig::default()).build(16)).contains("`k`"));
+        let said = refused(Trainer::builder(k, TopKConfig::default()).build(16));
+        assert!(said.contains("dictionary.k"), "{said}");
     }
     let rate = TopKConfig { lr: Some(-1.0), ..Default::default() };
     assert!(refused(Trainer::builder(dictionary(), rate).build(16)).contains("lr"));

@@ -429,10 +429,23 @@ fn a_signal_near_the_end_loses_no_progress() {
         send("-TERM", &child);
         let run = Run::of(child.wait_with_output().unwrap());
         assert_eq!(run.code, 143, "{}", run.stderr);
-        assert!(run.stderr.contains("is saved"), "{}", run.stderr);
+        assert!(run.stderr.contains("saved"), "{}", run.stderr);
         desk.ok(&["train", "config.yaml", "--resume"]);
         same(&desk, "whole", "run");
     }
+}
+
+#[test]
+fn a_finished_run_that_was_interrupted_has_nothing_left_to_do() {
+    let desk = Desk::with_config(&tensor_file_config(3000, &format!("checkpoint_every: null\n{TOP_K}")));
+    let child = start(&desk, &["train", "config.yaml"]);
+    wait_for("a step", || logged_steps(&desk) > 5);
+    send("-TERM", &child);
+    assert_eq!(Run::of(child.wait_with_output().unwrap()).code, 143);
+    desk.ok(&["train", "config.yaml", "--resume"]);
+    let again = desk.run(&["train", "config.yaml", "--resume"]);
+    assert_eq!(again.code, 0, "{}", again.stderr);
+    assert!(!again.stderr.contains("resuming at step"), "{}", again.stderr);
 }
 
 #[test]

@@ -87,7 +87,7 @@ fn sites_of_one_run_train_independently() {
     let path = desk.path(&sae);
     desk.ok(&["eval", path.to_str().unwrap(), "--config", "one.yaml"]);
     let other = desk.refused(&["eval", &sae, "--set", "eval_source.submodule=[gpt_neox.layers.0, gpt_neox.layers.3]"]);
-    assert!(other.contains("was trained at gpt_neox.layers.2.mlp") && other.contains("its sites: "), "{other}");
+    assert!(other.contains("was trained at gpt_neox.layers.2.mlp") && other.contains("sites: gpt_neox"), "{other}");
 }
 
 #[test]

@@ -547,10 +547,13 @@ pub fn token_texts(files: &ModelFiles, ids: &[i64]) -> Result<Vec<String>> {
     let tokenizer = tokenizer(files)?;
     let text = |id: &i64| {
         let known = tokenizer.as_ref().zip(u32::try_from(*id).ok());
-        // A token that starts within a character has no text of its own; show its name in the vocabulary.
+        // A part of a character has no text of its own: show its bytes, or its name in the vocabulary.
         let decoded = known.and_then(|(tokenizer, id)| {
             let text = tokenizer::text(tokenizer, id).filter(|text| !text.is_empty() && !text.contains('\u{fffd}'));
-            text.or_else(|| tokenizer.id_to_token(id))
+            text.or_else(|| {
+                let name = tokenizer.id_to_token(id)?;
+                Some(tokenizer::bytes_of(&name).unwrap_or(name))
+            })
         });
         decoded.unwrap_or_else(|| id.to_string())
     };

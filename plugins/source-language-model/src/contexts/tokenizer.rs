@@ -53,6 +53,20 @@ pub fn text(tokenizer: &Tokenizer, id: u32) -> Option<String> {
     caught(|| tokenizer.decode(&[id], false)).ok()
 }
 
+/// Returns the bytes of a byte-level token that is part of a character, as `<0xC3>`; `None` for other names. The names are
+/// those of GPT-2's `bytes_to_unicode`: bytes that do not print are the characters from U+0100 on.
+pub fn bytes_of(name: &str) -> Option<String> {
+    let prints = |byte: u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let unprinted: Vec<u8> = (0..=255).filter(|byte| !prints(*byte)).collect();
+    let byte = |c: char| match u32::from(c) {
+        code @ 0..=255 => u8::try_from(code).ok().filter(|byte| prints(*byte)),
+        code => unprinted.get(code as usize - 256).copied(),
+    };
+    let bytes = name.chars().map(byte).collect::<Option<Vec<u8>>>()?;
+    let text = bytes.iter().map(|byte| format!("<0x{byte:02X}>")).collect();
+    (!bytes.is_ascii()).then_some(text)
+}
+
 fn caught<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(|error| error.to_string()),
@@ -105,6 +119,15 @@ fn longest_replacement(charsmap: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_of_characters_are_shown_as_bytes() {
+        assert_eq!(bytes_of("Ã").as_deref(), Some("<0xC3>"));
+        assert_eq!(bytes_of("Ģ").as_deref(), Some("<0x80>"));
+        assert_eq!(bytes_of("âĢ").as_deref(), Some("<0xE2><0x80>"));
+        assert_eq!(bytes_of("<0xC3>"), None);
+        assert_eq!(bytes_of("語"), None);
+    }
 
     #[test]
     fn growth_and_special_tokens_are_bounded() {
