@@ -998,7 +998,7 @@ fn has_gradients_of_finite_differences(trainer: &Component) {
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum AnalyticCase {
     /// As in training.
-    Usual,
+    Dense,
     /// With so few active features that they are stored as lists.
     FewFeatures,
     /// With features that count as dead.
@@ -1014,8 +1014,8 @@ enum AnalyticCase {
 /// Compares a trainer's analytic step, if it has one, with autograd on every dictionary that it trains.
 fn analytic_steps_are_autograds(trainer: &Component) {
     for dictionary in components(ComponentKind::Dictionary) {
-        use AnalyticCase::{BFloat16, DeadFeatures, FewFeatures, OnGpu, OnGpuBFloat16, Usual};
-        for case in [Usual, FewFeatures, DeadFeatures, BFloat16, OnGpu, OnGpuBFloat16] {
+        use AnalyticCase::{BFloat16, DeadFeatures, Dense, FewFeatures, OnGpu, OnGpuBFloat16};
+        for case in [Dense, FewFeatures, DeadFeatures, BFloat16, OnGpu, OnGpuBFloat16] {
             analytic_step_is_autograds(trainer, dictionary, case);
         }
     }

@@ -67,10 +67,10 @@ pub(crate) fn own_config(sae_dir: &Path, named: Option<PathBuf>) -> anyhow::Resu
     let dir = std::path::absolute(sae_dir)?;
     let own = [Some(&*dir), dir.parent()].into_iter().flatten().map(|dir| dir.join("config.yaml"));
     let Some(file) = named.or_else(|| own.into_iter().find(|file| file.exists())) else {
-        bail!(
-            InputError::new(format!("no config says which model and hook point {} is for", sae_dir.display()))
-                .help("give a config with a `source`: `--config CONFIG.yaml`")
-        );
+        bail!(InputError::new(format!("no config says which model and hook point {} is for", sae_dir.display())).help(
+            "give a config that names them with `--config CONFIG.yaml`: `source: {type: language_model, model: ..., \
+                     submodule: ..., text: ...}`"
+        ));
     };
     Ok(file)
 }

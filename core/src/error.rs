@@ -16,7 +16,7 @@ pub struct InputError {
     message: String,
     /// Config key at fault, relative to the component being built: `path`, then `source.path` further out.
     key: String,
-    place: Option<Box<Place>>,
+    place: Option<Box<Location>>,
     help: Option<String>,
     /// Further mistakes.
     others: Vec<InputError>,
@@ -98,7 +98,7 @@ impl Mistakes {
     /// Returns all mistakes as one error, ordered by place; `Ok` if there are none.
     pub fn into_result(mut self) -> Result<(), InputError> {
         self.0.sort_by_key(|one| match one.place() {
-            Some(Place { origin: Origin::File(file, at), .. }) => (0, file.clone(), *at),
+            Some(Location { origin: Origin::File(file, at), .. }) => (0, file.clone(), *at),
             Some(_) => (1, PathBuf::new(), None),
             None => (2, PathBuf::new(), None),
         });
@@ -112,7 +112,7 @@ impl Mistakes {
 
 /// Location of an error in the input.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct Location {
     /// A file, a variable or `--set`.
     pub origin: Origin,
     /// Config key: `saes[1].trainer.type`.
@@ -202,7 +202,7 @@ impl InputError {
     /// Sets the location.
     #[must_use]
     pub fn at(mut self, origin: Origin, key: impl Into<String>) -> Self {
-        self.place = Some(Box::new(Place { origin, key: key.into() }));
+        self.place = Some(Box::new(Location { origin, key: key.into() }));
         self
     }
 
@@ -253,7 +253,7 @@ impl InputError {
     }
 
     /// Returns the location, if known.
-    pub fn place(&self) -> Option<&Place> {
+    pub fn place(&self) -> Option<&Location> {
         self.place.as_deref()
     }
 }

@@ -11,7 +11,7 @@ use dictlearn_core::machine::{device, ranks};
 use dictlearn_core::train::{Found, Watch, is_finite};
 
 /// The batches of a run.
-pub(super) struct Batches {
+pub(super) struct Incoming {
     pub(super) stream: Stream,
     pub(super) sites: Vec<Site>,
     /// Norms that each site's activations are divided by during training.
@@ -22,9 +22,9 @@ pub(super) struct Batches {
     skips: bool,
 }
 
-impl Batches {
+impl Incoming {
     pub(super) fn new(source: Box<dyn ActivationSource>, sites: Vec<Site>, on_nonfinite: OnNonfinite) -> Self {
-        Batches {
+        Incoming {
             stream: Stream::new(source),
             norms: vec![1.0; sites.len()],
             watches: sites.iter().map(|_| Watch::default()).collect(),
@@ -159,7 +159,7 @@ impl Batches {
         Ok(())
     }
 
-    /// Restores what [`Batches::put_state`] put.
+    /// Restores what [`Incoming::put_state`] put.
     pub(super) fn restore(&mut self, state: &State) -> Result<()> {
         self.norms = state.get("norms")?;
         self.skipped = state.get("skipped")?;

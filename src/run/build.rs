@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use tch::Device;
 
 use crate::config::{self, RunConfig, SaveSteps, folder_name};
-use crate::run::batches::Batches;
+use crate::run::batches::Incoming;
 use crate::run::checkpoint::Machine;
 use crate::run::evaluate::{self, Measured, eval_site};
 use crate::run::memory;
@@ -99,7 +99,7 @@ pub(super) fn build(config: &mut RunConfig, begun: Option<&str>) -> Result<Train
         tracing::info!("defaults adapted to {} steps: {}", config.steps, adapted.join(", "));
     }
     let machine = Machine::here(device, precision);
-    let batches = Batches::new(source, sites, config.on_nonfinite);
+    let batches = Incoming::new(source, sites, config.on_nonfinite);
     Ok(TrainLoop { device, batches, trainees: Trainees(saes), machine, memory: plan, wrote_weights: false })
 }
 

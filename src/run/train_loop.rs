@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use tch::Device;
 
 use crate::config::RunConfig;
-use crate::run::batches::Batches;
+use crate::run::batches::Incoming;
 use crate::run::checkpoint::{self, Checkpoints, Machine, make_dir};
 use crate::run::evaluate::{self, ALL_READ, Measured, eval_site};
 use crate::run::outputs::Outputs;
@@ -45,7 +45,7 @@ pub enum Ending {
 /// A run built from a config: the batches, and the SAEs that train on them.
 pub(super) struct TrainLoop {
     pub(super) device: Device,
-    pub(super) batches: Batches,
+    pub(super) batches: Incoming,
     pub(super) trainees: Trainees,
     pub(super) machine: Machine,
     pub(super) memory: Plan,

@@ -229,6 +229,63 @@ dictionary!(two_dimensions_only, "two_dimensions_only", {
     }
 });
 
+/// f = relu(W x) (1 + G x), x̂ = D f. G starts at 0 and should be divided by the scale, but is not.
+#[component(dictionary "unscaled_matrix", summary = "A dictionary with a fault", example = "{type: unscaled_matrix}")]
+pub struct UnscaledMatrixConfig {}
+
+struct UnscaledMatrix([(&'static str, Tensor); 3]);
+
+impl UnscaledMatrix {
+    fn new(features: i64, width: i64) -> Self {
+        let matrix = |shape: [i64; 2]| Tensor::randn(shape, tch::kind::FLOAT_CPU) * 0.1;
+        let [encoder, decoder] = [[features, width], [width, features]].map(matrix);
+        let trained = |tensor: Tensor| tensor.set_requires_grad(true);
+        let gate = encoder.zeros_like();
+        UnscaledMatrix([("encoder", trained(encoder)), ("gate", trained(gate)), ("decoder", trained(decoder))])
+    }
+}
+
+impl DictionaryConfig for UnscaledMatrixConfig {
+    fn build(&self, cx: &DictionaryCx) -> Result<Box<dyn Dictionary>> {
+        if cx.activation_dim != cx.output_dim {
+            bail!(InputError::new("inputs and targets must have one width"));
+        }
+        Ok(Box::new(UnscaledMatrix::new(64, cx.activation_dim)))
+    }
+}
+
+inventory::submit! {
+    SavedClass {
+        class: "UnscaledMatrix",
+        name: "unscaled_matrix",
+        shaped: |saved| {
+            let [features, width] = saved.tensors["encoder"].size()[..] else { bail!(InputError::new("not a matrix")) };
+            Ok(Box::new(UnscaledMatrix::new(features, width)))
+        },
+    }
+}
+
+impl Dictionary for UnscaledMatrix {
+    fn class(&self) -> &'static str {
+        "UnscaledMatrix"
+    }
+    fn dims(&self) -> Dims {
+        let [(_, encoder), ..] = &self.0;
+        Dims { input: encoder.size()[1], features: encoder.size()[0], output: encoder.size()[1] }
+    }
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        self.0.iter().map(|(name, tensor)| (*name, tensor.shallow_clone())).collect()
+    }
+    fn encode(&self, x: &Tensor) -> Tensor {
+        let [(_, encoder), (_, gate), _] = &self.0;
+        x.matmul(&encoder.tr()).relu() * (x.matmul(&gate.tr()) + 1.0)
+    }
+    fn decode(&self, features: &Tensor) -> Tensor {
+        features.matmul(&self.0[2].1.tr())
+    }
+    fn scale_biases(&mut self, _: f64) {}
+}
+
 #[test]
 fn a_dictionary_without_a_fault_is_accepted() {
     keep(ComponentKind::Dictionary, "faultless");
@@ -243,6 +300,8 @@ named! {
         ["never negative", "the smallest is -", "code.penalize(features.abs())"];
     scale_biases_that_skips_a_bias_is_reported: Dictionary "unscaled_bias"
         ["scale_biases(s)", "`b_dec` was left as it was", "`encoder.bias` was scaled", "thresholds"];
+    scale_biases_that_skips_a_matrix_of_zeros_is_reported: Dictionary "unscaled_matrix"
+        ["scale_biases(s)", "`gate` was left as it was"];
     a_k_that_is_not_loaded_is_reported: Dictionary "stale_k"
         ["k can change during training, and is saved", "Selection::loaded"];
     a_panic_is_reported_with_the_promise: Dictionary "two_dimensions_only"
@@ -252,6 +311,7 @@ named! {
 /// A trainer with a sparsity penalty and one fault. The fault must not show on a dictionary that another test accepts.
 trait TrainerFault {
     const SPARSITY: bool = true;
+    const COUNTS_IN_LOSS: bool = false;
 
     fn accepts(dictionary: &dyn Dictionary) -> Result<()> {
         penalizable(dictionary, "faulty")
@@ -300,6 +360,19 @@ macro_rules! trainer {
             }
 
             impl Trainer for Config {
+                fn state(&self) -> Result<State> {
+                    let mut state = State::new();
+                    if Self::COUNTS_IN_LOSS {
+                        state.put("steps", self.steps)?;
+                    }
+                    Ok(state)
+                }
+                fn restore(&mut self, state: &State) -> Result<()> {
+                    if Self::COUNTS_IN_LOSS {
+                        self.steps = state.get("steps")?;
+                    }
+                    Ok(())
+                }
                 fn schedule(&self) -> Schedule {
                     Schedule::constant(self.lr)
                 }
@@ -309,11 +382,14 @@ macro_rules! trainer {
                 fn loss(&mut self, pass: &Pass, terms: &mut Terms) -> Result<()> {
                     terms.add_reconstruction("mse_loss", Self::error(mean_of_sums(&pass.residual().square())));
                     let weight = Self::weight(self.steps);
+                    if Self::COUNTS_IN_LOSS {
+                        self.steps += 1;
+                    }
                     terms.add_sparsity("sparsity_loss", mean_of_sums(pass.code.penalized()), weight);
                     Ok(())
                 }
                 fn after_step(&mut self, _: &mut AfterStep) -> Result<()> {
-                    self.steps += 1;
+                    self.steps += u64::from(!Self::COUNTS_IN_LOSS);
                     Ok(())
                 }
             }
@@ -325,6 +401,9 @@ trainer!(forgetful, "forgetful", {
     fn weight(steps: u64) -> f64 {
         1e-4 * steps as f64
     }
+});
+trainer!(hasty, "hasty", {
+    const COUNTS_IN_LOSS: bool = true;
 });
 trainer!(undeclared, "undeclared", {
     const SPARSITY: bool = false;
@@ -351,6 +430,8 @@ trainer!(curt, "curt", {
 named! {
     a_trainer_that_does_not_save_its_count_is_reported: Trainer "forgetful"
         ["a resumed run ends on the same weights", "weights that differ: ", "in `state`"];
+    a_trainer_that_counts_in_loss_is_reported: Trainer "hasty"
+        ["loss or gradients are not finite", "changes nothing", "apply them in `after_step`"];
     an_undeclared_sparsity_term_is_reported: Trainer "undeclared"
         ["`has_sparsity_term` is false, but the loss has a sparsity term"];
     a_trainer_that_hardly_learns_is_reported: Trainer "sluggish"

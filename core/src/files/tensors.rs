@@ -126,23 +126,23 @@ pub fn write_with_metadata<S: AsRef<str>>(
     tensors: &[(S, Tensor)],
     metadata: &[(&str, &str)],
 ) -> Result<()> {
-    let layout = Layout::new(tensors, metadata)?;
+    let layout = FileLayout::new(tensors, metadata)?;
     write_pieces(path, &layout.pieces())
 }
 
 /// Returns the bytes of a safetensors file.
 pub fn serialize<S: AsRef<str>>(tensors: &[(S, Tensor)], metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
-    Ok(Layout::new(tensors, metadata)?.pieces().concat())
+    Ok(FileLayout::new(tensors, metadata)?.pieces().concat())
 }
 
 /// A safetensors file to write. It does not copy the tensors: a checkpoint is too large for that.
-struct Layout {
+struct FileLayout {
     header: Vec<u8>,
     /// In file order.
     tensors: Vec<Tensor>,
 }
 
-impl Layout {
+impl FileLayout {
     fn new<S: AsRef<str>>(tensors: &[(S, Tensor)], metadata: &[(&str, &str)]) -> Result<Self> {
         let mut named = tensors
             .iter()
@@ -164,7 +164,7 @@ impl Layout {
         header.resize(header.len().next_multiple_of(8), b' ');
         let length = (header.len() as u64).to_le_bytes();
         let tensors = named.iter().map(|(_, _, tensor)| tensor.detach().to_device(Device::Cpu).contiguous());
-        Ok(Layout { header: [length.as_slice(), &header].concat(), tensors: tensors.collect() })
+        Ok(FileLayout { header: [length.as_slice(), &header].concat(), tensors: tensors.collect() })
     }
 
     fn pieces(&self) -> Vec<&[u8]> {

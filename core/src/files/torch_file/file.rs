@@ -8,7 +8,7 @@ use anyhow::{Result, anyhow};
 use memmap2::Mmap;
 use tch::{Kind, Tensor};
 
-use super::pickle::{self, Fault, Item, Layout, Node, Pickle, View};
+use super::pickle::{self, Fault, Item, Node, Pickle, Strided, View};
 use super::read::{self, Budget, TENSOR_OVERHEAD, contiguous, dims};
 use crate::files;
 
@@ -99,7 +99,7 @@ fn tensors(bytes: &[u8]) -> std::result::Result<BTreeMap<String, Stored>, Fault>
     for (name, value) in entries {
         let (Item::Text(name), Item::Node(node)) = (name, value) else { continue };
         let Node::Tensor(layout) = &nodes[*node] else { continue };
-        let Layout { storage, view } = &**layout;
+        let Strided { storage, view } = &**layout;
         let bytes = read::reach(layout)?;
         budget.charge(bytes.saturating_add(TENSOR_OVERHEAD))?;
         let place = if bytes == 0 { 0..0 } else { archive.storage(*storage)? };

@@ -90,7 +90,7 @@ pub(super) enum Node<'a> {
     NumpyType(NumpyType),
     Storage(Storage<'a>),
     /// Boxed, because it is larger than the other variants, and a hostile pickle has millions of those.
-    Tensor(Box<Layout<'a>>),
+    Tensor(Box<Strided<'a>>),
 }
 
 /// The archive entry that holds a tensor's elements.
@@ -104,7 +104,7 @@ pub(super) struct Storage<'a> {
 
 /// A tensor: a view of a storage.
 #[derive(Debug)]
-pub(super) struct Layout<'a> {
+pub(super) struct Strided<'a> {
     pub(super) storage: Storage<'a>,
     pub(super) view: View,
 }
@@ -723,7 +723,7 @@ impl<'a> Machine<'a> {
         offset: Item<'a>,
         sizes: Item<'a>,
         strides: Item<'a>,
-    ) -> Result<Layout<'a>> {
+    ) -> Result<Strided<'a>> {
         let Some(Node::Storage(storage)) = self.held(storage) else {
             return Err(Fault::damaged("a tensor in its pickle has no storage"));
         };
@@ -739,7 +739,7 @@ impl<'a> Machine<'a> {
             let (sizes, strides) = (sizes.len(), strides.len());
             return Err(Fault::damaged(format!("a tensor in its pickle has {sizes} sizes and {strides} strides")));
         }
-        Ok(Layout { storage, view: View { offset, sizes, strides } })
+        Ok(Strided { storage, view: View { offset, sizes, strides } })
     }
 
     fn numpy_scalar(&self, kind: Item<'a>, bytes: Item<'a>) -> Result<Item<'a>> {

@@ -12,7 +12,7 @@ use tch::{Kind, TchError, Tensor};
 use zip::{CompressionMethod, ZipArchive};
 
 use super::Value;
-use super::pickle::{self, Fault, Item, Layout, Node, Storage, View, quoted};
+use super::pickle::{self, Fault, Item, Node, Storage, Strided, View, quoted};
 use crate::error::InputError;
 use crate::files;
 
@@ -235,7 +235,7 @@ impl<'p> Values<'_, 'p> {
                 Node::Storage(storage) => {
                     self.budget.charge(TENSOR_OVERHEAD)?;
                     let view = View { offset: 0, sizes: vec![storage.elements], strides: vec![1] };
-                    Value::Tensor(self.tensor(&Layout { storage: *storage, view })?)
+                    Value::Tensor(self.tensor(&Strided { storage: *storage, view })?)
                 }
             },
         })
@@ -246,7 +246,7 @@ impl<'p> Values<'_, 'p> {
         Ok(Value::Bytes(bytes.to_vec()))
     }
 
-    fn tensor(&mut self, layout: &Layout) -> std::result::Result<Tensor, Fault> {
+    fn tensor(&mut self, layout: &Strided) -> std::result::Result<Tensor, Fault> {
         let bytes = reach(layout)?;
         self.budget.charge(bytes)?;
         let place = if bytes == 0 { 0..0 } else { self.archive.storage(layout.storage)? };
@@ -255,8 +255,8 @@ impl<'p> Values<'_, 'p> {
 }
 
 /// Returns the number of bytes of a tensor's elements. Fails unless all of them lie in its storage.
-pub(super) fn reach(layout: &Layout) -> std::result::Result<usize, Fault> {
-    let Layout { storage, view: View { offset, sizes, strides } } = layout;
+pub(super) fn reach(layout: &Strided) -> std::result::Result<usize, Fault> {
+    let Strided { storage, view: View { offset, sizes, strides } } = layout;
     let too_large = || Fault::damaged(format!("a tensor has the impossible size {sizes:?}"));
     let element = storage.kind.elt_size_in_bytes();
     // libtorch computes strides, so a size of 0 must not hide sizes that are too large.
