@@ -494,7 +494,7 @@ mod tests {
         // An image is not mistaken for Latin-1.
         let (_dir, mut picture) = stream("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", Documents::Line, None);
         let said = refused(&mut *picture);
-        assert!(said.contains("a.txt is not a text") && !said.contains("iconv"), "{said}");
+        assert!(said.contains("a.txt is not text") && !said.contains("iconv"), "{said}");
         // Replacement characters and zero bytes are text.
         let (_dir, mut text) = stream("a.txt", "a \u{fffd} b\0c".as_bytes(), Documents::Line, Some(true));
         assert_eq!(texts(&mut *text), ["a \u{fffd} b\0c"]);
