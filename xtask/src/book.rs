@@ -214,6 +214,11 @@ mod tests {
     }
 
     #[test]
+    fn the_repository_has_no_such_fault() {
+        check(&crate::root().unwrap()).unwrap();
+    }
+
+    #[test]
     fn the_summary_lists_the_reference() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("docs/reference")).unwrap();

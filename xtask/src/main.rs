@@ -97,6 +97,9 @@ fn run(cli: &Cli) -> Result<()> {
             cargo(&root, &["run", "--quiet", "--", "docs", "--out", "docs/reference"], &[])?;
             book::write_summary(&root)?;
             book::check(&root)?;
+            // The pages' commands, configs and Python; then their Rust.
+            cargo(&root, &["test", "--quiet", "--package", "dictlearn", "--test", "it", "--", "docs::"], &[])?;
+            cargo(&root, &["test", "--quiet", "--package", "dictlearn", "--doc"], &[])?;
             book::build(&root)
         }
     }
