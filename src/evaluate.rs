@@ -109,7 +109,7 @@ pub(crate) fn measure(sae_dirs: &[&Path], config: &RunConfig) -> anyhow::Result<
     } else {
         &config.metrics
     };
-    // Imported SAEs are evaluated on the data they were trained on.
+    // An overlap with the training data is known only for SAEs trained here.
     let own = all.iter().filter(|saved| saved.config["imported"].is_null());
     if let Some(shared) = own.filter_map(|saved| source.overlap(&saved.config["buffer"])).next() {
         measuring::warn_of_overlap(&shared);

@@ -1,7 +1,7 @@
 //! Suggestions for misspelt names.
 
-/// Returns the known name that is nearest to `found`; `None` if none is near. Ignores case, hyphens and underscores, and knows
-/// initials: `lr` for `learning_rate`.
+/// Returns the known name that is nearest to `found`; `None` if none is near. Ignores case, hyphens and underscores.
+/// Suggests initials: `lr` for `learning_rate`.
 pub fn nearest<'a>(found: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let plain = |name: &str| name.to_lowercase().replace(['-', ' '], "_");
     let squeezed = |name: &str| plain(name).replace('_', "");

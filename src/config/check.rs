@@ -37,7 +37,7 @@ pub(super) struct Check<'a> {
     ignored: RefCell<Vec<(String, String)>>,
 }
 
-/// Checks a component's config that code has made, by the types and ranges of its schema. `path` names it in messages.
+/// Checks a config struct that was built in code against its component's schema. `path` is its name in messages.
 pub(crate) fn check_component(kind: ComponentKind, config: &impl Serialize, path: &str) -> anyhow::Result<()> {
     let merged = Merged::of_code();
     let schema = schema_for!(RunConfig);

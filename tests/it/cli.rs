@@ -681,7 +681,7 @@ fn too_little_data_for_a_figure_gives_a_warning() {
     let run = desk.run(&["train", "config.yaml"]);
     assert!(run.stderr.contains("the metrics are computed on 128 tokens (reconstruction)"), "{}", run.stderr);
     let run = desk.run(&["eval", "run/top_k", "--set", "metrics[0].n_batches=20"]);
-    assert!(!run.stderr.contains("the metrics are computed on 1"), "{}", run.stderr);
+    assert!(!run.stderr.contains("tokens (reconstruction)"), "{}", run.stderr);
     assert!(run.stdout.contains("batches.safetensors: 1280 tokens\n"), "{}", run.stdout);
     // So few tokens give most of many features no chance to fire.
     let wide = "saes[1].dictionary.dict_size=1024";

@@ -126,7 +126,7 @@ fn input_errors_and_divergence_are_distinguished() {
         assert!(said.contains("dictionary.k"), "{said}");
     }
     let rate = TopKConfig { lr: Some(-1.0), ..Default::default() };
-    assert!(refused(Trainer::builder(dictionary(), rate).build(16)).contains("lr"));
+    assert!(refused(Trainer::builder(dictionary(), rate).build(16)).contains("`trainer.lr`"));
     assert!(refused(Trainer::builder(dictionary(), TopKConfig::default()).build(0)).contains("width 0"));
     let whole = Tensor::zeros([4, 16], (Kind::Int64, Device::Cpu));
     let mut trainer = Trainer::builder(dictionary(), TopKConfig::default()).steps(5).build(16).unwrap();

@@ -14,8 +14,8 @@
 //! | logged losses, norms of activations | [`mean`] | a logged step, the start of a run |
 //! | stop, end of the data, not finite | [`vote`] | the loop of a run |
 //!
-//! Two places are not marked yet: the selection of BatchTopK over the whole batch, and the variance in the auxiliary loss of the
-//! TopK family.
+//! Three places are not marked yet: the selection of BatchTopK over the whole batch, the variance in the auxiliary loss of
+//! the TopK family, and the scale of ghost gradients.
 //!
 //! Every rank must make the same calls, or the ranks deadlock: no call may depend on a
 //! rank's own numbers.
@@ -32,7 +32,7 @@ pub fn mean(number: f64) -> f64 {
     number
 }
 
-/// The mean over ranks of a scalar tensor. Its gradient concerns this rank's own rows.
+/// Averages a scalar tensor over ranks. Gradients flow to this rank's own rows.
 pub fn mean_of(scalar: &Tensor) -> Tensor {
     scalar.shallow_clone()
 }

@@ -440,26 +440,26 @@ pub fn step(
     if on_gpu && !activation.on_gpu() {
         return Ok(None);
     }
-    let Some(mut hand) = AnalyticParts::new(pass) else { return Ok(None) };
+    let Some(mut parts) = AnalyticParts::new(pass) else { return Ok(None) };
     let blocks = if on_gpu {
-        vec![Block::dense(hand.whole(), 0, hand.precision)]
+        vec![Block::dense(parts.whole(), 0, parts.precision)]
     } else {
-        hand.encode(activation.bounds().as_ref())
+        parts.encode(activation.bounds().as_ref())
     };
-    let mut error = hand.begin(pass.batch);
+    let mut error = parts.begin(pass.batch);
     let mut auxiliary = activation.auxiliary().then(|| error.copy());
-    let mut fired = (count || pass.logging).then(|| hand.by_z.zeros_like());
+    let mut fired = (count || pass.logging).then(|| parts.by_z.zeros_like());
     let mut penalty = Sums::new(&objective.penalty, &error);
     let mut watched = objective.watched.as_ref().map(|watched| Sums::new(watched, &error));
     for block in &blocks {
         let features = activation.features(block);
-        hand.decode(block, &features, &mut error);
+        parts.decode(block, &features, &mut error);
         let penalized = activation.penalized(block);
         for penalty in std::iter::once(&mut penalty).chain(&mut watched) {
             penalty.see(block, penalized.as_ref().unwrap_or(&features));
         }
         if let (Some(auxiliary), Some(penalized)) = (&mut auxiliary, &penalized) {
-            hand.decode(block, penalized, auxiliary);
+            parts.decode(block, penalized, auxiliary);
         }
         if let Some(fired) = fired.as_mut().filter(|_| on_gpu) {
             // These features are not negative.
@@ -476,26 +476,26 @@ pub fn step(
     penalty.differentiate();
     let by_auxiliary = auxiliary.map(|error| {
         terms.add("aux_loss", mean_square(&error), 1.0);
-        hand.operand(&(error * (2.0 / pass.batch.len() as f64)))
+        parts.operand(&(error * (2.0 / pass.batch.len() as f64)))
     });
 
     let error = pass.logging.then_some(error);
     let by_sum = sum_of_rows(&by_x_hat);
-    let by_x_hat = hand.operand(&by_x_hat);
+    let by_x_hat = parts.operand(&by_x_hat);
     for block in blocks {
         let features = activation.features(&block);
-        block.accumulate(&features, &by_x_hat, &mut hand.by_w_dec);
+        block.accumulate(&features, &by_x_hat, &mut parts.by_w_dec);
         let penalized = penalty.slope(&block, || activation.penalized(&block).unwrap_or(features));
         let by = Derivatives {
-            features: block.products(&by_x_hat, &hand.w_dec),
+            features: block.products(&by_x_hat, &parts.w_dec),
             penalized,
-            auxiliary: by_auxiliary.as_ref().map(|by_auxiliary| block.products(by_auxiliary, &hand.w_dec)),
+            auxiliary: by_auxiliary.as_ref().map(|by_auxiliary| block.products(by_auxiliary, &parts.w_dec)),
         };
         let by_z = activation.backward(&block, &by);
         drop(by);
-        hand.backward_of_encoder(&block, &by_z);
+        parts.backward_of_encoder(&block, &by_z);
     }
-    let mut gradients = hand.gradients(by_sum);
+    let mut gradients = parts.gradients(by_sum);
     gradients.extend(activation.gradients());
     Ok(Some((AnalyticStep { fired, error, gradients }, values)))
 }

@@ -224,14 +224,14 @@ impl TopKTrainer {
     /// any.
     fn auxk_analytic<'a>(
         &mut self,
-        hand: &AnalyticParts<'a>,
+        parts: &AnalyticParts<'a>,
         fired: &mut Firing,
         error: &Tensor,
     ) -> (Tensor, Option<(Tensor, AnalyticParts<'a>)>) {
         let Some(dead) = fired.silent_indices(self.settings.dead_feature_threshold) else {
             return (Tensor::zeros([0_i64; 0], (error.kind(), error.device())), None);
         };
-        let mut part = hand.of_features(&dead);
+        let mut part = parts.of_features(&dead);
         let block = part.select_of_each(self.top_k_aux.min(dead.size()[0]));
         // ê − e
         let mut off = error.copy();
@@ -290,31 +290,31 @@ impl Trainer for TopKTrainer {
 
     fn analytic(&mut self, pass: &AnalyticPass, terms: &mut Terms) -> Result<Option<AnalyticStep>> {
         let Some(Between::Selection(selection)) = pass.dictionary.between() else { return Ok(None) };
-        let Some(mut hand) = AnalyticParts::new(pass) else { return Ok(None) };
-        let (block, indices) = hand.select(selection);
+        let Some(mut parts) = AnalyticParts::new(pass) else { return Ok(None) };
+        let (block, indices) = parts.select(selection);
         let smallest = self.selected(pass.step, selection, || {
             let smallest = ranks::gather_rows(&block.smallest_positive());
             if selection.by_threshold() { smallest.amin([0], true) } else { smallest }
         });
-        let mut counts = Tensor::zeros([hand.features()], (Kind::Float, block.z.device()));
+        let mut counts = Tensor::zeros([parts.features()], (Kind::Float, block.z.device()));
         block.sum_by_feature(&block.z.gt(0.0).to_kind(Kind::Float), &mut counts);
         let mut fired = self.fired.after(&counts.gt(0.0), pass.batch.len());
         if !selection.by_threshold() {
-            let selected = indices.unwrap_or_else(|| hand.selected_at_zero(&block, selection.k()));
+            let selected = indices.unwrap_or_else(|| parts.selected_at_zero(&block, selection.k()));
             fired.reset_indices(&selected);
         }
 
-        let groups = hand.groups(block, &self.prefixes.ends);
-        let mut error = hand.begin(pass.batch);
+        let groups = parts.groups(block, &self.prefixes.ends);
+        let mut error = parts.begin(pass.batch);
         let mut losses = Vec::with_capacity(groups.len());
         for group in &groups {
-            hand.decode(group, &group.z.relu(), &mut error);
+            parts.decode(group, &group.z.relu(), &mut error);
             losses.push(mean_square(&error));
         }
         self.reconstruction(&losses, pass.logging, terms);
         let mut revived = None;
         if self.settings.auxk_alpha > 0.0 {
-            let (auxk, part) = self.auxk_analytic(&hand, &mut fired, &error);
+            let (auxk, part) = self.auxk_analytic(&parts, &mut fired, &error);
             terms.add("auxk_loss", auxk, self.settings.auxk_alpha);
             revived = part;
         }
@@ -331,17 +331,17 @@ impl Trainer for TopKTrainer {
                 None if index == 0 => error.g_mul_scalar_(scale),
                 None => &error * scale,
             };
-            hand.backward_of_selected(group, &by_x_hat);
+            parts.backward_of_selected(group, &by_x_hat);
             if index > 0 {
-                hand.decode(group, &group.z.relu().neg(), &mut error);
+                parts.decode(group, &group.z.relu().neg(), &mut error);
             }
             of_longer = Some(by_x_hat);
         }
         let by_sum = sum_of_rows(&of_longer.context("there are no prefixes")?);
         if let Some((dead, part)) = revived {
-            hand.add(&dead, &part);
+            parts.add(&dead, &part);
         }
-        let gradients = hand.gradients(by_sum);
+        let gradients = parts.gradients(by_sum);
         self.seen = Some(Seen { fired, smallest });
         Ok(Some(AnalyticStep { fired: Some(counts), error: logged, gradients }))
     }
