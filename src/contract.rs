@@ -1481,7 +1481,7 @@ fn has_field(component: &Component, field: &str) -> bool {
 }
 
 fn random_model(config: Map<String, Value>) -> Result<Box<dyn LanguageModel>> {
-    lm::random_model(&config.into(), &ModelCx { device: Device::Cpu, precision: Precision::Float32 })
+    lm::random_model(&config.into(), &ModelCx::new(Device::Cpu, Precision::Float32))
 }
 
 /// Returns a small model of a family, with random weights, and two rows of nine tokens.

@@ -40,7 +40,7 @@ mod tests {
         let mut config: Map<String, Value> =
             config.into_iter().map(|(name, number)| (name.to_owned(), number.into())).collect();
         config.insert("model_type".to_owned(), ExampleNameConfig::NAME.into());
-        let cx = ModelCx { device: Device::Cpu, precision: Precision::Float32 };
+        let cx = ModelCx::new(Device::Cpu, Precision::Float32);
         let random = |_: &str, shape: &[i64]| Ok(Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.1);
         let config: ExampleNameConfig = read(&config.into()).unwrap();
         let model = Decoder::with(config.decoder().unwrap(), &cx, random).unwrap();

@@ -445,7 +445,7 @@ fn continuing_from_a_hook_point_matches_the_whole_pass() {
         let (model, tokens, _) = open(case);
         let whole = model.forward(&tokens, &mut Hooks::none()).unwrap();
         let names = model.names();
-        let attention = format!("{}.{}", names.layer(1), names.attention_out);
+        let attention = format!("{}.{}", names.layer(1), names.of_layer[1].attention_out.as_ref().unwrap());
         let mut modules = vec![names.embed.clone(), attention, names.final_norm.clone()];
         modules.extend(names.positions.clone());
         for module in modules {
@@ -589,7 +589,7 @@ fn unsupported_fields_are_refused_by_name() {
         refusal(dir.path())
     };
     for (case, key, value, expected) in [
-        ("llama", "rope_scaling", json!({"rope_type": "yarn", "factor": 2.0}), "yarn"),
+        ("llama", "rope_scaling", json!({"rope_type": "yarm", "factor": 2.0}), "did you mean `yarn`?"),
         ("llama", "rope_parameters", json!({"rope_type": "lama3", "factor": 2.0}), "did you mean `llama3`?"),
         ("llama", "rope_parameters", json!({"factor": 2.0}), "has `factor` but no `rope_type`"),
         ("llama", "rope_parameters", json!({"full_atention": {}}), "did you mean `full_attention`?"),

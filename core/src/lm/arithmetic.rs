@@ -51,6 +51,10 @@ pub(super) fn refuse_unknown_arithmetic(config: &Value, family: &str) -> Result<
         Value::Array(types) => types.iter().all(|layer| layer == "full_attention"),
         _ => false,
     };
+    // The family of a multimodal model leaves its fields to that of the text model.
+    if fields.get("additionalProperties").and_then(Value::as_bool) == Some(true) {
+        return Ok(());
+    }
     let known = |name: &str| fields.get("properties").is_some_and(|known| known.get(name).is_some());
     let given = config.as_object().into_iter().flatten();
     for (name, value) in given.filter(|(name, _)| ARITHMETIC.contains(&name.as_str())) {

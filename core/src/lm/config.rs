@@ -1,21 +1,29 @@
 //! Fields of a Hugging Face config.json that several families share.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::blocks::{NormKind, activation};
-use super::decoder::{
-    AttentionConfig, DecoderConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, MlpLayout, NormConfig, Projections,
-};
+use super::attention::{AttentionConfig, Projections};
+use super::blocks::{Activation, activation};
+use super::decoder::{DecoderConfig, EmbedConfig, FeedForward, HeadConfig, LayerConfig, NormNames};
+use super::family::ModelConfig;
+use super::mlp::MlpConfig;
+use super::norm::{NormConfig, NormKind};
 use super::rotary::{Rope, Rotary};
 use crate::error::InputError;
 
 /// Reads a family's fields from a config.json.
-pub fn read<T: DeserializeOwned + JsonSchema>(config: &Value) -> Result<T> {
-    T::deserialize(config).map_err(|error| {
+pub fn read<T: ModelConfig>(config: &Value) -> Result<T> {
+    let mut whole = config.clone();
+    let defaults: Map<String, Value> = serde_json::from_str(T::DEFAULTS).context("a family's defaults are no JSON")?;
+    if let Some(fields) = whole.as_object_mut() {
+        for (name, value) in defaults {
+            fields.entry(name).or_insert(value);
+        }
+    }
+    T::deserialize(&whole).map_err(|error| {
         // serde does not name the field.
         let schema = schemars::schema_for!(T);
         let fields = schema.get("properties").and_then(Value::as_object).into_iter().flatten();
@@ -89,41 +97,45 @@ impl CommonFields {
 
     /// Returns the same decoder with other rotary embeddings; all layers use the first.
     pub fn decoder_with(&self, rotary: Vec<Rotary>) -> Result<DecoderConfig> {
-        let (heads, head_dim) = (self.num_attention_heads, self.head_dim()?);
-        let input = Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" };
-        let scale = (head_dim as f64).powf(-0.5);
-        let layer = LayerConfig { window: None, rotary: Some(0), scale };
+        let layer = LayerConfig::new(
+            self.attention()?,
+            FeedForward::Mlp(self.mlp()?),
+            NormNames::before("input_layernorm", "post_attention_layernorm"),
+        );
         Ok(DecoderConfig {
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
             max_positions: Some(self.max_position_embeddings),
             layers: vec![layer; self.num_hidden_layers],
             rotary,
-            layers_path: "model.layers",
-            embed: EmbedConfig::tokens("model.embed_tokens"),
-            norm: NormConfig::before(
-                NormKind::Rms,
-                self.rms_norm_eps.unwrap_or(1e-6),
-                "input_layernorm",
-                "post_attention_layernorm",
-            ),
-            attention: AttentionConfig {
-                kv_heads: self.num_key_value_heads.unwrap_or(heads),
-                ..AttentionConfig::new("self_attn", (heads, head_dim), input, "o_proj")
-            },
-            mlp: MlpConfig {
-                path: "mlp",
-                width: self.intermediate_size,
-                layout: MlpLayout::Gated { gate: "gate_proj", up: "up_proj", down: "down_proj" },
-                act_path: "act_fn",
-                act: activation(self.hidden_act.as_deref().unwrap_or("silu"))?,
-                bias: false,
-                transposed: false,
-            },
-            parallel: false,
-            final_norm: "model.norm",
-            head: HeadConfig { path: "lm_head", tied: self.tie_word_embeddings.unwrap_or(false), soft_cap: None },
+            root: "model",
+            layers_name: "layers",
+            embed: EmbedConfig::tokens("embed_tokens"),
+            norm: NormConfig { kind: NormKind::Rms, eps: self.rms_norm_eps.unwrap_or(1e-6) },
+            final_norm: Some("norm"),
+            head: HeadConfig::new(self.tie_word_embeddings.unwrap_or(false)),
+            aliases: Vec::new(),
         })
+    }
+
+    /// Returns the attention of Llama: rotary, without biases.
+    pub fn attention(&self) -> Result<AttentionConfig> {
+        let (heads, head_dim) = (self.num_attention_heads, self.head_dim()?);
+        Ok(AttentionConfig {
+            kv_heads: self.num_key_value_heads.unwrap_or(heads),
+            rotary: Some(0),
+            ..AttentionConfig::new("self_attn", (heads, head_dim), Projections::SEPARATE, "o_proj")
+        })
+    }
+
+    /// Returns the MLP of Llama: gated, without biases.
+    pub fn mlp(&self) -> Result<MlpConfig> {
+        Ok(MlpConfig::gated(self.intermediate_size, self.act()?))
+    }
+
+    /// Returns the activation function of the MLP.
+    pub fn act(&self) -> Result<Activation> {
+        activation(self.hidden_act.as_deref().unwrap_or("silu"))
     }
 }
 
@@ -168,22 +180,18 @@ impl Sandwich {
                     .help("only causal models are supported")
             );
         }
-        decoder.mlp.act = activation(self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"))?;
+        let act = activation(self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"))?;
+        decoder.mlps().for_each(|mlp| mlp.act = act);
         decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
-        decoder.attention.input_bias = self.attention_bias;
-        decoder.attention.output_bias = self.attention_bias;
-        decoder.norm = NormConfig {
-            kind: NormKind::RmsPlusOne,
-            eps: decoder.norm.eps,
-            before_attention: Some("input_layernorm"),
-            after_attention: Some("post_attention_layernorm"),
-            before_mlp: Some("pre_feedforward_layernorm"),
-            after_mlp: Some("post_feedforward_layernorm"),
-        };
+        decoder.norm.kind = NormKind::RmsPlusOne;
         let sliding = sliding_layers(self.layer_types.as_deref(), decoder.layers.len(), slides)?;
-        for (layer, sliding) in decoder.layers.iter_mut().zip(&sliding) {
-            layer.scale = self.query_pre_attn_scalar.powf(-0.5);
-            layer.window = sliding.then_some(self.sliding_window);
+        for layer in &mut decoder.layers {
+            layer.norms = NormNames::sandwich();
+        }
+        for (attention, sliding) in decoder.attentions().zip(&sliding) {
+            attention.bias(self.attention_bias);
+            attention.scale = self.query_pre_attn_scalar.powf(-0.5);
+            attention.window = sliding.then_some(self.sliding_window);
         }
         Ok(sliding)
     }
@@ -217,8 +225,8 @@ impl UpperWindow {
         let window = self.use_sliding_window.then_some(self.sliding_window).flatten();
         let upper = |layer| layer >= self.max_window_layers;
         let sliding = sliding_layers(self.layer_types.as_deref(), decoder.layers.len(), upper)?;
-        for (layer, sliding) in decoder.layers.iter_mut().zip(sliding) {
-            layer.window = window.filter(|_| sliding);
+        for (attention, sliding) in decoder.attentions().zip(sliding) {
+            attention.window = window.filter(|_| sliding);
         }
         Ok(())
     }

@@ -1,29 +1,33 @@
 //! The decoder-only transformer that most families are variants of.
 //!
-//! A family's [`DecoderConfig`] states its norms, the layout and names of its projections, and its attention windows;
-//! this module does the rest. Modules have Hugging Face's paths, so that a hook means the same as in Python. Any other
-//! architecture implements [`LanguageModel`] from the same blocks.
+//! A family's [`DecoderConfig`] states what each layer is made of: its norms, its attention, its MLP or experts, each with the
+//! layout and names of its projections. This module connects them. Modules have Hugging Face's paths, so that a hook
+//! means the same as in Python. Any other architecture implements [`LanguageModel`] from the same blocks.
 //!
 //! A layer is read from its file when a pass first reaches it: layers past the last hook are never loaded.
 
-use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::{Activation, Attention, Context, Linear, Norm, NormKind, residual, shape_only};
+use super::attention::{Attention, AttentionConfig};
+use super::blocks::{Linear, residual};
+use super::build::{Builder, Lazy, ModelWeights, Wanted, shape_only};
+use super::context::{Context, ContextConfig, KeysValues};
+use super::experts::{Experts, ExpertsConfig};
 use super::hook_point::Tokens;
-use super::kernels;
+use super::mlp::{Mlp, MlpConfig};
 use super::model::{Hidden, Hooks, LanguageModel, Stop, Visit};
+use super::names::{LayerNames, Names};
+use super::norm::{Norm, NormConfig};
 use super::rotary::Rotary;
-use super::weights::Weights;
-use super::{ModelCx, Names};
+use super::weights::{ModelCx, Weights};
 use crate::error::InputError;
-use crate::files::tensors::kind_size;
-use crate::machine::device::Precision;
+use crate::files::tensors::{bytes, kind_size};
 
-/// Config of a decoder: widths, module names, and the choices that distinguish its family.
+/// Config of a decoder.
 #[derive(Debug, Clone)]
 pub struct DecoderConfig {
     /// Width of the residual stream.
@@ -32,223 +36,229 @@ pub struct DecoderConfig {
     pub vocab_size: i64,
     /// Longest context, if there is a limit.
     pub max_positions: Option<i64>,
-    /// Settings of each layer.
+    /// The layers.
     pub layers: Vec<LayerConfig>,
     /// Rotary embeddings that layers refer to.
     pub rotary: Vec<Rotary>,
-    /// Path of the list of layers: `model.layers`.
-    pub layers_path: &'static str,
+    /// Path of the module that holds embeddings and layers: `model`.
+    pub root: &'static str,
+    /// Name of the list of layers in it: `layers`.
+    pub layers_name: &'static str,
     /// Token and position embeddings.
     pub embed: EmbedConfig,
-    /// Norms of a layer.
+    /// Kind and epsilon of all norms that state no other.
     pub norm: NormConfig,
-    /// Attention of a layer.
-    pub attention: AttentionConfig,
-    /// MLP of a layer.
-    pub mlp: MlpConfig,
-    /// Whether attention and MLP both read the layer's input, instead of one after the other.
-    pub parallel: bool,
-    /// Path of the final norm.
-    pub final_norm: &'static str,
+    /// Final norm, in `root`; `None` if there is none.
+    pub final_norm: Option<&'static str>,
     /// Head.
     pub head: HeadConfig,
+    /// Other names of modules, and the names that the model uses.
+    pub aliases: Vec<(&'static str, &'static str)>,
 }
 
-/// Settings that differ between layers.
-#[derive(Debug, Clone, Copy)]
+/// Config of a layer.
+#[derive(Debug, Clone)]
 pub struct LayerConfig {
-    /// Number of positions that a query sees, including its own; `None` for all up to its own.
-    pub window: Option<i64>,
-    /// Index into [`DecoderConfig::rotary`]; `None` without rotary embedding.
-    pub rotary: Option<usize>,
-    /// Factor on attention scores.
-    pub scale: f64,
+    /// What mixes positions.
+    pub mixer: Mixer,
+    /// What follows.
+    pub feed_forward: FeedForward,
+    /// Norms.
+    pub norms: NormNames,
+    /// Whether attention and MLP both read the layer's input, instead of one after the other. Without a norm of its own,
+    /// the MLP reads what attention reads.
+    pub parallel: bool,
+    /// How the outputs of attention and MLP enter the residual stream.
+    pub residual: Residual,
+    /// Factor on the outputs of attention and MLP.
+    pub branch_scale: f64,
+}
+
+/// What mixes positions in a layer.
+#[derive(Debug, Clone)]
+pub enum Mixer {
+    /// Softmax attention.
+    Attention(AttentionConfig),
+}
+
+impl Mixer {
+    fn path(&self) -> &'static str {
+        match self {
+            Mixer::Attention(attention) => attention.path,
+        }
+    }
+
+    fn as_attention(&self) -> Option<&AttentionConfig> {
+        match self {
+            Mixer::Attention(attention) => Some(attention),
+        }
+    }
+}
+
+/// What a layer applies to each position.
+#[derive(Debug, Clone)]
+pub enum FeedForward {
+    /// One MLP.
+    Mlp(MlpConfig),
+    /// A mixture of experts.
+    Experts(ExpertsConfig),
+}
+
+impl FeedForward {
+    fn path(&self) -> &'static str {
+        match self {
+            FeedForward::Mlp(mlp) => mlp.path,
+            FeedForward::Experts(experts) => experts.path,
+        }
+    }
+}
+
+/// How the outputs of attention and MLP enter the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residual {
+    /// The layer adds them.
+    Outside,
+    /// Attention and MLP add their output to the residual stream themselves, so that hooks on them see the sum (BLOOM).
+    Inside,
+    /// As `Inside`, but they add it to their normalised input.
+    InsideToNormed,
+}
+
+/// Norms of a layer, by name; `None` for those that a family lacks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NormNames {
+    /// Norm of attention's input.
+    pub before_attention: Option<&'static str>,
+    /// Norm of attention's output.
+    pub after_attention: Option<&'static str>,
+    /// Norm of the residual stream after attention's output is added.
+    pub after_attention_sum: Option<&'static str>,
+    /// Norm of the MLP's input.
+    pub before_mlp: Option<&'static str>,
+    /// Norm of the MLP's output.
+    pub after_mlp: Option<&'static str>,
+    /// Norm of the residual stream after the MLP's output is added.
+    pub after_mlp_sum: Option<&'static str>,
+}
+
+impl NormNames {
+    /// Returns norms of the inputs only.
+    pub fn before(attention: &'static str, mlp: &'static str) -> Self {
+        NormNames { before_attention: Some(attention), before_mlp: Some(mlp), ..NormNames::default() }
+    }
+
+    /// Returns norms of the outputs only.
+    pub fn after(attention: &'static str, mlp: &'static str) -> Self {
+        NormNames { after_attention: Some(attention), after_mlp: Some(mlp), ..NormNames::default() }
+    }
+
+    /// Returns norms of inputs and outputs, as Gemma 2 names them.
+    pub fn sandwich() -> Self {
+        NormNames {
+            before_attention: Some("input_layernorm"),
+            after_attention: Some("post_attention_layernorm"),
+            before_mlp: Some("pre_feedforward_layernorm"),
+            after_mlp: Some("post_feedforward_layernorm"),
+            ..NormNames::default()
+        }
+    }
+
+    fn all(self) -> [Option<&'static str>; 6] {
+        let NormNames { before_attention, after_attention, after_attention_sum, .. } = self;
+        let NormNames { before_mlp, after_mlp, after_mlp_sum, .. } = self;
+        [before_attention, after_attention, after_attention_sum, before_mlp, after_mlp, after_mlp_sum]
+    }
+}
+
+impl LayerConfig {
+    /// Returns a layer that adds the outputs of attention and MLP one after the other.
+    pub fn new(attention: AttentionConfig, feed_forward: FeedForward, norms: NormNames) -> Self {
+        LayerConfig {
+            mixer: Mixer::Attention(attention),
+            feed_forward,
+            norms,
+            parallel: false,
+            residual: Residual::Outside,
+            branch_scale: 1.0,
+        }
+    }
+
+    fn names(&self) -> LayerNames {
+        let inside = |path: &str, name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+        let norms = self.norms;
+        let own = |name: Option<&str>| name.map(str::to_owned);
+        let attention = self.mixer.as_attention();
+        let attention_out = attention.map(|attention| inside(attention.path, attention.output));
+        let mlp_path = self.feed_forward.path();
+        let in_mlp = |name: &str| inside(mlp_path, name);
+        let (mlp_in, mlp_up, mlp_out) = match &self.feed_forward {
+            FeedForward::Mlp(mlp) => {
+                let (first, up, last) = mlp.layout.names();
+                (first.map(in_mlp), up.map(in_mlp), Some(in_mlp(last)))
+            }
+            FeedForward::Experts(_) => (None, None, None),
+        };
+        // Where a module adds the residual stream itself, its projection's output is what it adds.
+        let outside = self.residual == Residual::Outside;
+        let attention_added = own(norms.after_attention)
+            .or_else(|| attention_out.clone().filter(|_| !outside))
+            .unwrap_or_else(|| self.mixer.path().to_owned());
+        let mlp_added = own(norms.after_mlp)
+            .or_else(|| mlp_out.clone().filter(|_| !outside || mlp_path.is_empty()))
+            .unwrap_or_else(|| mlp_path.to_owned());
+        let first_of_mlp = if mlp_path.is_empty() { mlp_in.clone() } else { Some(mlp_path.to_owned()) };
+        LayerNames {
+            attention_out,
+            attention_added,
+            mlp_in,
+            mlp_up,
+            mlp_out,
+            mlp_added,
+            norm1: own(norms.before_attention),
+            norm2: own(norms.before_mlp),
+            middle: own(norms.before_mlp).or(first_of_mlp).filter(|_| !self.parallel),
+        }
+    }
 }
 
 /// Embeddings of tokens and positions.
 #[derive(Debug, Clone)]
 pub struct EmbedConfig {
-    /// Path of the token embedding.
+    /// Name of the token embedding, in the root.
     pub tokens: &'static str,
-    /// Path of the learned position embedding, if there is one.
-    pub positions: Option<&'static str>,
+    /// Width of the token embedding, if it is not that of the residual stream: `project_in` maps to it then.
+    pub width: Option<i64>,
+    /// Learned position embedding, if there is one.
+    pub positions: Option<PositionsConfig>,
     /// Factor on token embeddings.
     pub scale: f64,
     /// Whether a hook on the token embedding sees its output with this factor applied.
     pub scale_inside: bool,
+    /// Norm of the token embedding, in the root, if there is one.
+    pub norm: Option<&'static str>,
+}
+
+/// A learned position embedding.
+#[derive(Debug, Clone, Copy)]
+pub struct PositionsConfig {
+    /// Name, in the root.
+    pub name: &'static str,
+    /// Added to a position to find its row of the table.
+    pub offset: i64,
+    /// Whether positions count the text tokens of a row, instead of all its columns.
+    pub of_text: bool,
 }
 
 impl EmbedConfig {
     /// Returns token embeddings alone, without a factor.
-    pub fn tokens(path: &'static str) -> Self {
-        EmbedConfig { tokens: path, positions: None, scale: 1.0, scale_inside: false }
+    pub fn tokens(name: &'static str) -> Self {
+        EmbedConfig { tokens: name, width: None, positions: None, scale: 1.0, scale_inside: false, norm: None }
     }
-}
 
-/// Norms of a layer, by name; `None` for those that a family lacks.
-#[derive(Debug, Clone)]
-pub struct NormConfig {
-    /// Kind of all norms, including the final one.
-    pub kind: NormKind,
-    /// Epsilon added to the variance or the mean square.
-    pub eps: f64,
-    /// Norm of attention's input.
-    pub before_attention: Option<&'static str>,
-    /// Norm of attention's output.
-    pub after_attention: Option<&'static str>,
-    /// Norm of the MLP's input.
-    pub before_mlp: Option<&'static str>,
-    /// Norm of the MLP's output.
-    pub after_mlp: Option<&'static str>,
-}
-
-impl NormConfig {
-    /// Returns norms of the inputs only.
-    pub fn before(kind: NormKind, eps: f64, attention: &'static str, mlp: &'static str) -> Self {
-        NormConfig {
-            kind,
-            eps,
-            before_attention: Some(attention),
-            after_attention: None,
-            before_mlp: Some(mlp),
-            after_mlp: None,
-        }
+    /// Adds a learned position embedding.
+    pub fn with_positions(self, name: &'static str) -> Self {
+        EmbedConfig { positions: Some(PositionsConfig { name, offset: 0, of_text: false }), ..self }
     }
-}
-
-/// Attention of a layer.
-#[derive(Debug, Clone)]
-pub struct AttentionConfig {
-    /// Path in a layer.
-    pub path: &'static str,
-    /// Number of heads.
-    pub heads: i64,
-    /// Number of key/value heads, shared by neighbouring query heads.
-    pub kv_heads: i64,
-    /// Width of a head.
-    pub head_dim: i64,
-    /// Projections to queries, keys and values.
-    pub input: Projections,
-    /// Output projection.
-    pub output: &'static str,
-    /// Whether the input projections have biases.
-    pub input_bias: bool,
-    /// Whether the output projection has a bias.
-    pub output_bias: bool,
-    /// Whether weights are stored transposed, [in, out], as in GPT-2.
-    pub transposed: bool,
-    /// Norms of queries and keys, if any.
-    pub qk_norm: Option<QkNorm>,
-    /// Soft cap c on scores: `c · tanh(score / c)`.
-    pub soft_cap: Option<f64>,
-}
-
-impl AttentionConfig {
-    /// Returns multi-head attention without biases and norms.
-    pub fn new(path: &'static str, (heads, head_dim): (i64, i64), input: Projections, output: &'static str) -> Self {
-        AttentionConfig {
-            path,
-            heads,
-            kv_heads: heads,
-            head_dim,
-            input,
-            output,
-            input_bias: false,
-            output_bias: false,
-            transposed: false,
-            qk_norm: None,
-            soft_cap: None,
-        }
-    }
-}
-
-/// Projections to queries, keys and values.
-#[derive(Debug, Clone, Copy)]
-pub enum Projections {
-    /// Three projections.
-    Separate {
-        /// To queries.
-        q: &'static str,
-        /// To keys.
-        k: &'static str,
-        /// To values.
-        v: &'static str,
-    },
-    /// One projection: queries of all heads, then keys, then values.
-    Joined(&'static str),
-    /// One projection, ordered by head: query, key and value of the first head, then of the next.
-    Interleaved(&'static str),
-}
-
-/// Norms of queries (`q_norm`) and keys (`k_norm`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QkNorm {
-    /// Normalises each head.
-    Head,
-    /// Normalises all heads together.
-    All,
-}
-
-/// MLP of a layer.
-#[derive(Debug, Clone)]
-pub struct MlpConfig {
-    /// Path in a layer.
-    pub path: &'static str,
-    /// Width.
-    pub width: i64,
-    /// Projections.
-    pub layout: MlpLayout,
-    /// Path of the activation function in the MLP.
-    pub act_path: &'static str,
-    /// Activation function.
-    pub act: Activation,
-    /// Whether the projections have biases.
-    pub bias: bool,
-    /// Whether weights are stored transposed, [in, out], as in GPT-2.
-    pub transposed: bool,
-}
-
-impl MlpConfig {
-    /// Returns an MLP with biases and without a gate: module `mlp`, activation function in `act`.
-    pub fn plain(width: i64, (up, down): (&'static str, &'static str), act: Activation) -> Self {
-        MlpConfig {
-            path: "mlp",
-            width,
-            layout: MlpLayout::Plain { up, down },
-            act_path: "act",
-            act,
-            bias: true,
-            transposed: false,
-        }
-    }
-}
-
-/// Projections of an MLP, by name.
-#[derive(Debug, Clone, Copy)]
-pub enum MlpLayout {
-    /// down(act(up(x))).
-    Plain {
-        /// To the MLP's width.
-        up: &'static str,
-        /// Back to the residual stream's width.
-        down: &'static str,
-    },
-    /// down(act(gate(x)) · up(x)) (Shazeer 2020, <https://arxiv.org/abs/2002.05202>).
-    Gated {
-        /// Gate projection.
-        gate: &'static str,
-        /// Up projection.
-        up: &'static str,
-        /// Back to the residual stream's width.
-        down: &'static str,
-    },
-    /// `Gated` with gate and up in one projection, in this order.
-    GatedJoined {
-        /// Gate and up projection.
-        gate_up: &'static str,
-        /// Back to the residual stream's width.
-        down: &'static str,
-    },
 }
 
 /// Head: from the residual stream to logits.
@@ -258,179 +268,35 @@ pub struct HeadConfig {
     pub path: &'static str,
     /// Whether it shares the token embedding's weight.
     pub tied: bool,
+    /// Whether it has a bias.
+    pub bias: bool,
+    /// Factor on logits.
+    pub scale: f64,
     /// Soft cap c on logits: `c · tanh(logit / c)`.
     pub soft_cap: Option<f64>,
 }
 
-/// Provides the weight of a name, shape and dtype. Matrices and biases of products and token embeddings have the dtype
-/// of the products, everything else float32.
-type Provide<'a> = dyn FnMut(&str, &[i64], Kind) -> Result<Tensor> + 'a;
-
-/// A decoder with its weights.
-pub struct Decoder {
-    config: DecoderConfig,
-    names: Names,
-    cx: ModelCx,
-    weights: Option<Weights>,
-    embed: OnceCell<Embed>,
-    layers: Vec<OnceCell<Layer>>,
-    end: OnceCell<End>,
-    windows: Vec<Option<i64>>,
-    /// Weights read so far, by name.
-    parameters: RefCell<Vec<(String, Tensor)>>,
-    visits: Vec<Visit>,
-    /// Size of all weights in bytes.
-    bytes: u64,
-}
-
-struct Embed {
-    tokens: Tensor,
-    positions: Option<Tensor>,
-}
-
-struct Layer {
-    norms: [Option<Norm>; 4],
-    q: Linear,
-    kv: Option<(Linear, Linear)>,
-    qk_norm: Option<(Norm, Norm)>,
-    out: Linear,
-    attention: Attention,
-    up: Linear,
-    gate: Option<Linear>,
-    down: Linear,
-}
-
-struct End {
-    norm: Norm,
-    head: Linear,
-}
-
-/// Builds the parts of a model. Shapes follow from the config, values come from `provide`.
-struct Builder<'a, 'b> {
-    config: &'a DecoderConfig,
-    precision: Precision,
-    provide: &'a mut Provide<'b>,
-}
-
-impl Builder<'_, '_> {
-    fn tensor(&mut self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
-        (self.provide)(name, shape, kind)
-    }
-
-    fn linear(&mut self, path: &str, output: i64, input: i64, bias: bool, transposed: bool) -> Result<Linear> {
-        let kind = self.precision.kind();
-        let name = format!("{path}.weight");
-        let weight = match transposed {
-            true => self.tensor(&name, &[input, output], kind)?.tr(),
-            false => self.tensor(&name, &[output, input], kind)?,
-        };
-        let bias = bias.then(|| self.tensor(&format!("{path}.bias"), &[output], kind)).transpose()?;
-        Ok(Linear { weight, bias, precision: self.precision })
-    }
-
-    fn norm(&mut self, path: &str, width: i64) -> Result<Norm> {
-        let NormConfig { kind, eps, .. } = self.config.norm;
-        let weight = self.tensor(&format!("{path}.weight"), &[width], Kind::Float)?;
-        let bias = kind == NormKind::Layer;
-        let bias = bias.then(|| self.tensor(&format!("{path}.bias"), &[width], Kind::Float)).transpose()?;
-        Ok(Norm { kind, weight, bias, eps })
-    }
-
-    fn embed(&mut self) -> Result<Embed> {
-        let config = self.config;
-        let (d, kind) = (config.hidden_size, self.precision.kind());
-        let tokens = self.tensor(&format!("{}.weight", config.embed.tokens), &[config.vocab_size, d], kind)?;
-        let most = config.max_positions.unwrap_or(0);
-        let positions = config.embed.positions;
-        let positions =
-            positions.map(|path| self.tensor(&format!("{path}.weight"), &[most, d], Kind::Float)).transpose()?;
-        Ok(Embed { tokens, positions })
-    }
-
-    fn layer(&mut self, index: usize) -> Result<Layer> {
-        let config = self.config;
-        let at = format!("{}.{index}", config.layers_path);
-        let d = config.hidden_size;
-        let norm = &config.norm;
-        let mut norms = [None, None, None, None];
-        let names = [norm.before_attention, norm.after_attention, norm.before_mlp, norm.after_mlp];
-        for (slot, name) in norms.iter_mut().zip(names) {
-            *slot = name.map(|name| self.norm(&format!("{at}.{name}"), d)).transpose()?;
-        }
-
-        let attention = &config.attention;
-        let path = format!("{at}.{}", attention.path);
-        let (wide, narrow) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
-        let mut input = |name: &str, width: i64| {
-            self.linear(&format!("{path}.{name}"), width, d, attention.input_bias, attention.transposed)
-        };
-        let (q, kv) = match attention.input {
-            Projections::Separate { q, k, v } => (input(q, wide)?, Some((input(k, narrow)?, input(v, narrow)?))),
-            Projections::Joined(name) | Projections::Interleaved(name) => (input(name, wide + 2 * narrow)?, None),
-        };
-        let qk_norm = match attention.qk_norm {
-            None => None,
-            Some(over) => {
-                let head = attention.head_dim;
-                let widths = if over == QkNorm::Head { (head, head) } else { (wide, narrow) };
-                Some((self.norm(&format!("{path}.q_norm"), widths.0)?, self.norm(&format!("{path}.k_norm"), widths.1)?))
-            }
-        };
-        let output = format!("{path}.{}", attention.output);
-        let out = self.linear(&output, d, wide, attention.output_bias, attention.transposed)?;
-
-        let mlp = &config.mlp;
-        let path = format!("{at}.{}", mlp.path);
-        let mut project = |name: &str, output: i64, input: i64| {
-            self.linear(&format!("{path}.{name}"), output, input, mlp.bias, mlp.transposed)
-        };
-        let (gate, up, down) = match mlp.layout {
-            MlpLayout::Plain { up, down } => (None, project(up, mlp.width, d)?, project(down, d, mlp.width)?),
-            MlpLayout::Gated { gate, up, down } => {
-                let gate = project(gate, mlp.width, d)?;
-                (Some(gate), project(up, mlp.width, d)?, project(down, d, mlp.width)?)
-            }
-            MlpLayout::GatedJoined { gate_up, down } => {
-                (None, project(gate_up, 2 * mlp.width, d)?, project(down, d, mlp.width)?)
-            }
-        };
-        let LayerConfig { window, rotary, scale } = config.layers[index];
-        let attention = Attention { scale, window, rotary, soft_cap: attention.soft_cap };
-        Ok(Layer { norms, q, kv, qk_norm, out, attention, up, gate, down })
-    }
-
-    fn end(&mut self, embed: &Embed) -> Result<End> {
-        let config = self.config;
-        let norm = self.norm(config.final_norm, config.hidden_size)?;
-        let head = if config.head.tied {
-            Linear { weight: embed.tokens.shallow_clone(), bias: None, precision: self.precision }
-        } else {
-            self.linear(config.head.path, config.vocab_size, config.hidden_size, false, false)?
-        };
-        Ok(End { norm, head })
+impl HeadConfig {
+    /// Returns the head `lm_head`, without bias, factor and cap.
+    pub fn new(tied: bool) -> Self {
+        HeadConfig { path: "lm_head", tied, bias: false, scale: 1.0, soft_cap: None }
     }
 }
 
 impl DecoderConfig {
-    fn check(&self) -> Result<()> {
-        let AttentionConfig { heads, kv_heads, head_dim, .. } = self.attention;
-        let positive = [
-            ("the width", self.hidden_size),
-            ("the number of token ids", self.vocab_size),
-            ("the number of heads", heads),
-            ("the number of key/value heads", kv_heads),
-            ("the width of a head", head_dim),
-            ("the width of the MLP", self.mlp.width),
-        ];
-        if let Some((what, found)) = positive.iter().find(|(_, number)| *number < 1) {
-            bail!(InputError::new(format!("config.json: {what} is {found}")));
-        }
-        if heads % kv_heads != 0 {
-            bail!(InputError::new(format!(
-                "config.json: {heads} heads cannot share {kv_heads} key/value heads evenly"
-            )));
-        }
-        Ok(())
+    /// Returns the softmax attention of all layers that have one.
+    pub fn attentions(&mut self) -> impl Iterator<Item = &mut AttentionConfig> {
+        self.layers.iter_mut().map(|layer| match &mut layer.mixer {
+            Mixer::Attention(attention) => attention,
+        })
+    }
+
+    /// Returns the MLPs of all layers that have one.
+    pub fn mlps(&mut self) -> impl Iterator<Item = &mut MlpConfig> {
+        self.layers.iter_mut().filter_map(|layer| match &mut layer.feed_forward {
+            FeedForward::Mlp(mlp) => Some(mlp),
+            FeedForward::Experts(_) => None,
+        })
     }
 
     /// Returns the default width of a head: `hidden_size / heads`.
@@ -441,30 +307,255 @@ impl DecoderConfig {
         Ok(hidden_size / heads)
     }
 
-    fn names(&self) -> Names {
-        let norm = &self.norm;
-        let (mlp_in, mlp_gate, mlp_out) = match self.mlp.layout {
-            MlpLayout::Plain { up, down } => (Some(up), None, down),
-            MlpLayout::Gated { gate, up, down } => (Some(gate), Some(up), down),
-            MlpLayout::GatedJoined { down, .. } => (None, None, down),
-        };
-        let in_attention = |name: &str| format!("{}.{name}", self.attention.path);
-        let in_mlp = |name: &str| format!("{}.{name}", self.mlp.path);
-        Names {
-            layers: self.layers_path.to_owned(),
-            embed: self.embed.tokens.to_owned(),
-            positions: self.embed.positions.map(str::to_owned),
-            final_norm: self.final_norm.to_owned(),
-            attention_out: in_attention(self.attention.output),
-            attention_added: norm.after_attention.unwrap_or(self.attention.path).to_owned(),
-            mlp_in: mlp_in.map(in_mlp),
-            mlp_up: mlp_gate.map(in_mlp),
-            mlp_out: in_mlp(mlp_out),
-            mlp_added: norm.after_mlp.unwrap_or(self.mlp.path).to_owned(),
-            norm1: norm.before_attention.map(str::to_owned),
-            norm2: norm.before_mlp.map(str::to_owned),
-            middle: (!self.parallel).then(|| norm.before_mlp.unwrap_or(self.mlp.path).to_owned()),
+    fn check(&self) -> Result<()> {
+        let sizes = [("the width", self.hidden_size), ("the number of token ids", self.vocab_size)];
+        if let Some((what, found)) = sizes.iter().find(|(_, number)| *number < 1) {
+            bail!(InputError::new(format!("config.json: {what} is {found}")));
         }
+        for layer in &self.layers {
+            match &layer.mixer {
+                Mixer::Attention(attention) => attention.check()?,
+            }
+            match &layer.feed_forward {
+                FeedForward::Mlp(mlp) => mlp.check()?,
+                FeedForward::Experts(experts) => experts.check()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn inside(&self, name: &str) -> String {
+        format!("{}.{name}", self.root)
+    }
+
+    fn layer_path(&self, index: usize) -> String {
+        format!("{}.{}.{index}", self.root, self.layers_name)
+    }
+
+    fn names(&self) -> Names {
+        Names {
+            layers: self.inside(self.layers_name),
+            embed: self.inside(self.embed.tokens),
+            positions: self.embed.positions.map(|positions| self.inside(positions.name)),
+            final_norm: self.final_norm.map_or_else(|| self.root.to_owned(), |name| self.inside(name)),
+            of_layer: self.layers.iter().map(LayerConfig::names).collect(),
+            aliases: self.aliases.clone(),
+        }
+    }
+
+    fn context(&self) -> ContextConfig {
+        let attentions: Vec<_> = self.layers.iter().filter_map(|layer| layer.mixer.as_attention()).collect();
+        let mut windows: Vec<_> = attentions.iter().map(|attention| attention.window).collect();
+        windows.sort_unstable();
+        windows.dedup();
+        let mut kept: Vec<_> = attentions.iter().filter_map(|attention| attention.keys_of).collect();
+        kept.dedup();
+        let alibi = attentions.iter().find_map(|attention| attention.alibi);
+        ContextConfig { windows, rotary: self.rotary.clone(), alibi, kept }
+    }
+}
+
+/// A decoder with its weights.
+pub struct Decoder {
+    config: Arc<DecoderConfig>,
+    names: Names,
+    context: ContextConfig,
+    cx: ModelCx,
+    parts: Parts,
+    /// The files, or all weights.
+    weights: Stored,
+    visits: Vec<Visit>,
+    /// Size of all weights in bytes.
+    bytes: u64,
+}
+
+enum Stored {
+    Files(Arc<ModelWeights>),
+    All(Vec<(String, Tensor)>),
+}
+
+struct Parts {
+    embed: Lazy<Embed>,
+    layers: Vec<Lazy<Layer>>,
+    end: Lazy<End>,
+}
+
+struct Embed {
+    tokens: Tensor,
+    project: Option<Linear>,
+    positions: Option<Tensor>,
+    norm: Option<Norm>,
+}
+
+struct Layer {
+    norms: [Option<Norm>; 6],
+    mixer: MixerPart,
+    feed_forward: FeedForwardPart,
+}
+
+enum MixerPart {
+    Attention(Attention),
+}
+
+enum FeedForwardPart {
+    Mlp(Mlp),
+    Experts(Experts),
+}
+
+struct End {
+    norm: Option<Norm>,
+    project: Option<Linear>,
+    /// `None` if it shares the embedding's weight.
+    head: Option<Linear>,
+}
+
+impl Parts {
+    fn build(config: &Arc<DecoderConfig>, builder: &mut Builder) -> Result<Self> {
+        let own = config.clone();
+        let embed = builder.lazily(move |builder| Embed::build(&own, builder))?;
+        let layer = |index: usize, builder: &mut Builder| {
+            let own = config.clone();
+            builder.lazily(move |builder| Layer::build(&own, index, builder))
+        };
+        let layers = (0..config.layers.len()).map(|index| layer(index, builder)).collect::<Result<_>>()?;
+        let own = config.clone();
+        let end = builder.lazily(move |builder| End::build(&own, builder))?;
+        Ok(Parts { embed, layers, end })
+    }
+}
+
+impl Embed {
+    fn build(config: &DecoderConfig, builder: &mut Builder) -> Result<Self> {
+        let (d, embed) = (config.hidden_size, &config.embed);
+        let width = embed.width.unwrap_or(d);
+        let tokens = builder.matrix(&format!("{}.weight", config.inside(embed.tokens)), &[config.vocab_size, width])?;
+        let project =
+            (width != d).then(|| builder.linear(&config.inside("project_in"), d, width, false)).transpose()?;
+        let positions = embed.positions.map(|positions| {
+            let rows = config.max_positions.unwrap_or(0) + positions.offset;
+            builder.tensor(&format!("{}.weight", config.inside(positions.name)), &[rows, d])
+        });
+        let positions = positions.transpose()?;
+        let norm = embed.norm.map(|name| builder.norm(&config.inside(name), d, config.norm)).transpose()?;
+        Ok(Embed { tokens, project, positions, norm })
+    }
+}
+
+impl Layer {
+    fn build(config: &DecoderConfig, index: usize, builder: &mut Builder) -> Result<Self> {
+        let (d, at, own) = (config.hidden_size, config.layer_path(index), &config.layers[index]);
+        let mut norms = [const { None }; 6];
+        for (norm, name) in norms.iter_mut().zip(own.norms.all()) {
+            *norm = name.map(|name| builder.norm(&format!("{at}.{name}"), d, config.norm)).transpose()?;
+        }
+        let mixer = match &own.mixer {
+            Mixer::Attention(attention) => {
+                MixerPart::Attention(Attention::build(attention, (index, &at), d, config.norm, builder)?)
+            }
+        };
+        let feed_forward = match &own.feed_forward {
+            FeedForward::Mlp(mlp) => FeedForwardPart::Mlp(Mlp::build(mlp, &at, d, builder)?),
+            FeedForward::Experts(experts) => FeedForwardPart::Experts(Experts::build(experts, &at, d, builder)?),
+        };
+        Ok(Layer { norms, mixer, feed_forward })
+    }
+
+    /// Returns the layer's output for its input x [B, L, d].
+    fn forward(
+        &self,
+        (own, kind): (&LayerConfig, Kind),
+        x: &Tensor,
+        context: &Context,
+        kept: &mut KeysValues,
+        hooks: &mut Hooks,
+    ) -> Result<Tensor, Stop> {
+        let LayerConfig { norms, parallel, branch_scale, .. } = *own;
+        let [before_attention, after_attention, after_attention_sum, before_mlp, after_mlp, after_mlp_sum] =
+            &self.norms;
+        let scaled = |branch: Tensor| match branch_scale == 1.0 {
+            true => branch,
+            false => branch.to_kind(Kind::Float) * branch_scale,
+        };
+        // What attention and MLP add to their output themselves.
+        let carried = |stream: &Tensor, read: &Tensor| match own.residual {
+            Residual::Outside => None,
+            Residual::Inside => Some(stream.shallow_clone()),
+            Residual::InsideToNormed => Some(read.shallow_clone()),
+        };
+        let with = |stream: &Option<Tensor>, output: Tensor| match stream {
+            Some(stream) => residual(stream, &output),
+            None => output,
+        };
+
+        let read = normed(hooks, norms.before_attention, before_attention, x, kind)?;
+        let stream = carried(x, &read);
+        let attention = nested(hooks, own.mixer.path(), &read, |hooks, x| {
+            let output = match &self.mixer {
+                MixerPart::Attention(attention) => attention.forward(x, context, kept, hooks)?,
+            };
+            Ok(with(&stream, output))
+        })?;
+        let attention = scaled(normed(hooks, norms.after_attention, after_attention, &attention, Kind::Float)?);
+        let middle = match (parallel, stream) {
+            (true, _) => x.shallow_clone(),
+            (false, Some(_)) => attention.shallow_clone(),
+            (false, None) => residual(x, &attention),
+        };
+        let middle = normed(hooks, norms.after_attention_sum, after_attention_sum, &middle, Kind::Float)?;
+        let read = match norms.before_mlp.is_none() && parallel {
+            true => read,
+            false => normed(hooks, norms.before_mlp, before_mlp, &middle, kind)?,
+        };
+        let stream = carried(&middle, &read);
+        let mlp = nested(hooks, own.feed_forward.path(), &read, |hooks, x| {
+            let output = match &self.feed_forward {
+                FeedForwardPart::Mlp(mlp) => mlp.forward(x, hooks)?,
+                FeedForwardPart::Experts(experts) => experts.forward(x, hooks)?,
+            };
+            Ok(with(&stream, output))
+        })?;
+        let mlp = scaled(normed(hooks, norms.after_mlp, after_mlp, &mlp, Kind::Float)?);
+        let sum = match (parallel, stream) {
+            // The order of Hugging Face, for equal rounding.
+            (true, _) => mlp + attention + x,
+            (false, Some(_)) => mlp,
+            (false, None) => residual(&middle, &mlp),
+        };
+        normed(hooks, norms.after_mlp_sum, after_mlp_sum, &sum, Kind::Float)
+    }
+}
+
+impl End {
+    fn build(config: &DecoderConfig, builder: &mut Builder) -> Result<Self> {
+        let (d, head) = (config.hidden_size, &config.head);
+        let norm = config.final_norm.map(|name| builder.norm(&config.inside(name), d, config.norm)).transpose()?;
+        let width = config.embed.width.unwrap_or(d);
+        let project =
+            (width != d).then(|| builder.linear(&config.inside("project_out"), width, d, false)).transpose()?;
+        let own = (!head.tied).then(|| builder.linear(head.path, config.vocab_size, width, head.bias));
+        Ok(End { norm, project, head: own.transpose()? })
+    }
+}
+
+/// Applies a norm, if the family has it, as dtype `out`.
+fn normed(hooks: &mut Hooks, name: Option<&str>, norm: &Option<Norm>, x: &Tensor, out: Kind) -> Result<Tensor, Stop> {
+    match (name, norm) {
+        (Some(name), Some(norm)) => hooks.norm(name, x, norm, out),
+        _ => Ok(x.shallow_clone()),
+    }
+}
+
+/// Runs the module at a path of one or two names; an empty path is no module.
+fn nested(
+    hooks: &mut Hooks,
+    path: &str,
+    input: &Tensor,
+    run: impl FnOnce(&mut Hooks, &Tensor) -> Result<Tensor, Stop>,
+) -> Result<Tensor, Stop> {
+    match path.split_once('.') {
+        None if path.is_empty() => run(hooks, input),
+        None => hooks.module(path, input, run),
+        Some((outer, inner)) => hooks.module(outer, input, |hooks, x| hooks.module(inner, x, run)),
     }
 }
 
@@ -474,8 +565,13 @@ impl Decoder {
     /// # Errors
     /// Fails if a weight is missing or has another shape than the config says, or if the file has other weights.
     pub fn open(mut config: DecoderConfig, mut weights: Weights, cx: &ModelCx) -> Result<Self> {
+        if let Some(root) = cx.text_root {
+            config.root = root;
+        }
         config.check()?;
-        let [embedding, head] = [config.embed.tokens, config.head.path].map(|path| format!("{path}.weight"));
+        let [embedding, head] =
+            [&config.inside(config.embed.tokens), config.head.path].map(|path| format!("{path}.weight"));
+        weights.check_has_text(&embedding, &head)?;
         if config.head.tied {
             config.head.tied = weights.tie(&embedding, &head)?;
         } else if !weights.has(&head) && weights.has(&embedding) {
@@ -485,16 +581,34 @@ impl Decoder {
             );
         }
         let tied = config.head.tied.then_some(head);
+        let config = Arc::new(config);
         let (mut asked, mut bytes) = (Vec::new(), 0);
-        let decoder = Self::build(config, cx, &mut |name, shape, kind| {
-            weights.check(name, shape)?;
-            asked.push(name.to_owned());
-            bytes += shape.iter().product::<i64>() as u64 * kind_size(kind) as u64;
-            Ok(shape_only(shape))
-        })?;
+        let has = |name: &str| weights.has(name);
+        let mut provide = |wanted: Wanted| {
+            // Parts of one tensor are asked for one after the other.
+            if asked.last().is_none_or(|last| last != wanted.name) {
+                weights.check(wanted.name, wanted.shape)?;
+                asked.push(wanted.name.to_owned());
+            }
+            bytes += wanted.size().iter().product::<i64>() as u64 * kind_size(wanted.kind) as u64;
+            Ok(shape_only(wanted.size()))
+        };
+        let checked = Parts::build(&config, &mut Builder::new(cx.precision, &has, &mut provide))?;
         weights.check_none_left(&asked, tied.as_deref())?;
-        let visits = decoder.record();
-        Ok(Decoder { weights: Some(weights), visits, bytes, ..Self::unread(decoder.config, cx) })
+        let weights = ModelWeights::checked(weights, cx.precision);
+        let mut decoder = Decoder {
+            names: config.names(),
+            context: config.context(),
+            cx: *cx,
+            parts: checked,
+            weights: Stored::Files(weights.clone()),
+            visits: Vec::new(),
+            bytes,
+            config,
+        };
+        decoder.visits = decoder.record();
+        decoder.parts = weights.read(|builder| Parts::build(&decoder.config, builder));
+        Ok(decoder)
     }
 
     /// Creates a decoder with weights from `provide`, by name and shape, in float32.
@@ -504,44 +618,30 @@ impl Decoder {
         mut provide: impl FnMut(&str, &[i64]) -> Result<Tensor>,
     ) -> Result<Self> {
         config.check()?;
-        let visits = Self::build(config.clone(), cx, &mut |_, shape, _| Ok(shape_only(shape)))?.record();
-        let (mut parameters, mut bytes) = (Vec::new(), 0);
-        let decoder = Self::build(config, cx, &mut |name, shape, _| {
-            let tensor = provide(name, shape)?;
-            bytes += crate::files::tensors::bytes(&tensor) as u64;
-            parameters.push((name.to_owned(), tensor.shallow_clone()));
+        let config = Arc::new(config);
+        let build = |provide: &mut dyn FnMut(Wanted) -> Result<Tensor>| {
+            Parts::build(&config, &mut Builder::new(cx.precision, &|_| false, provide))
+        };
+        let (mut parameters, mut size) = (Vec::new(), 0);
+        let shapes = build(&mut |wanted| Ok(shape_only(wanted.size())))?;
+        let parts = build(&mut |wanted| {
+            let tensor = provide(wanted.name, wanted.size())?;
+            size += bytes(&tensor) as u64;
+            parameters.push((wanted.name.to_owned(), tensor.shallow_clone()));
             Ok(tensor)
         })?;
-        Ok(Decoder { visits, parameters: parameters.into(), bytes, ..decoder })
-    }
-
-    fn unread(config: DecoderConfig, cx: &ModelCx) -> Self {
-        let mut windows: Vec<_> = config.layers.iter().map(|layer| layer.window).collect();
-        windows.sort_unstable();
-        windows.dedup();
-        Decoder {
+        let mut decoder = Decoder {
             names: config.names(),
+            context: config.context(),
             cx: *cx,
-            weights: None,
-            embed: OnceCell::new(),
-            layers: config.layers.iter().map(|_| OnceCell::new()).collect(),
-            end: OnceCell::new(),
-            windows,
-            parameters: RefCell::default(),
+            parts: shapes,
+            weights: Stored::All(parameters),
             visits: Vec::new(),
-            bytes: 0,
+            bytes: size,
             config,
-        }
-    }
-
-    fn build(config: DecoderConfig, cx: &ModelCx, provide: &mut Provide) -> Result<Self> {
-        let mut decoder = Self::unread(config, cx);
-        let mut builder = Builder { config: &decoder.config, precision: cx.precision, provide };
-        let embed = builder.embed()?;
-        decoder.layers =
-            (0..decoder.layers.len()).map(|index| Ok(builder.layer(index)?.into())).collect::<Result<_>>()?;
-        decoder.end = builder.end(&embed)?.into();
-        decoder.embed = embed.into();
+        };
+        decoder.visits = decoder.record();
+        decoder.parts = parts;
         Ok(decoder)
     }
 
@@ -553,129 +653,6 @@ impl Decoder {
         let _ = tch::no_grad(|| (self as &dyn LanguageModel).forward(&Tokens { ids, mask }, &mut hooks));
         hooks.into_visits()
     }
-
-    /// Reads a part of the model from its file.
-    fn read<T>(&self, part: impl FnOnce(&mut Builder) -> Result<T>) -> T {
-        let weights = self.weights.as_ref().expect("a decoder without a file has all its weights");
-        let mut provide = |name: &str, shape: &[i64], kind: Kind| {
-            let tensor = weights.get(name, shape, kind)?;
-            self.parameters.borrow_mut().push((name.to_owned(), tensor.shallow_clone()));
-            Ok(tensor)
-        };
-        let mut builder = Builder { config: &self.config, precision: self.cx.precision, provide: &mut provide };
-        // Names, shapes and types were checked when the file was opened.
-        tch::no_grad(|| part(&mut builder)).expect("a checked tensor can be read")
-    }
-
-    fn embedding(&self) -> &Embed {
-        self.embed.get_or_init(|| self.read(|builder| builder.embed()))
-    }
-
-    fn end_of_model(&self) -> &End {
-        self.end.get_or_init(|| self.read(|builder| builder.end(self.embedding())))
-    }
-
-    fn layer_at(&self, index: usize) -> &Layer {
-        self.layers[index].get_or_init(|| self.read(|builder| builder.layer(index)))
-    }
-
-    fn run_layer(&self, layer: &Layer, x: &Tensor, context: &Context, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let norm = &self.config.norm;
-        let kind = self.cx.precision.kind();
-        let normed =
-            |hooks: &mut Hooks, name: Option<&str>, norm: &Option<Norm>, x: &Tensor, out: Kind| match (name, norm) {
-                (Some(name), Some(norm)) => hooks.norm(name, x, norm, out),
-                _ => Ok(x.shallow_clone()),
-            };
-        let [before_attention, after_attention, before_mlp, after_mlp] = &layer.norms;
-        let read = normed(hooks, norm.before_attention, before_attention, x, kind)?;
-        let attend = |hooks: &mut Hooks, x: &Tensor| self.attend(layer, x, context, hooks);
-        let attention = match self.config.attention.path.split_once('.') {
-            None => hooks.module(self.config.attention.path, &read, attend)?,
-            Some((outer, inner)) => hooks.module(outer, &read, |hooks, x| hooks.module(inner, x, attend))?,
-        };
-        let attention = normed(hooks, norm.after_attention, after_attention, &attention, Kind::Float)?;
-        let middle = if self.config.parallel { x.shallow_clone() } else { residual(x, &attention) };
-        let read = normed(hooks, norm.before_mlp, before_mlp, &middle, kind)?;
-        let mlp = hooks.module(self.config.mlp.path, &read, |hooks, x| self.mlp(layer, x, hooks))?;
-        let mlp = normed(hooks, norm.after_mlp, after_mlp, &mlp, Kind::Float)?;
-        // The order of Hugging Face, for equal rounding.
-        Ok(if self.config.parallel { mlp + attention + x } else { residual(&middle, &mlp) })
-    }
-
-    fn attend(&self, layer: &Layer, x: &Tensor, context: &Context, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let config = &self.config.attention;
-        let size = x.size();
-        let (rows, length, head) = (size[0], size[1], config.head_dim);
-        // [B, L, n·D] to [B, n, L, D].
-        let heads = |x: &Tensor| x.view([rows, length, -1, head]).transpose(1, 2);
-        let (q, k, v) = match (config.input, &layer.kv) {
-            (Projections::Separate { q, k, v }, Some((to_k, to_v))) => {
-                let normed = |hooks: &mut Hooks, x: Tensor, name: &str, norm: Option<&Norm>, over: QkNorm| match norm {
-                    Some(norm) if config.qk_norm == Some(over) => {
-                        hooks.module(name, &x, |_, x| Ok(norm.forward(x, x.kind())))
-                    }
-                    _ => Ok(x),
-                };
-                let norms = layer.qk_norm.as_ref();
-                let mut project = |name: &str, linear: &Linear, norm_name: &str, norm: Option<&Norm>| {
-                    let x = hooks.linear(name, x, linear)?;
-                    let x = normed(hooks, x, norm_name, norm, QkNorm::All)?;
-                    // Norms over a head come before the transpose, as in Hugging Face.
-                    let x = x.view([rows, length, -1, head]);
-                    Ok(normed(hooks, x, norm_name, norm, QkNorm::Head)?.transpose(1, 2))
-                };
-                let q = project(q, &layer.q, "q_norm", norms.map(|(q, _)| q))?;
-                let k = project(k, to_k, "k_norm", norms.map(|(_, k)| k))?;
-                (q, k, heads(&hooks.linear(v, x, to_v)?))
-            }
-            (Projections::Interleaved(name), _) => {
-                let joined = hooks.linear(name, x, &layer.q)?;
-                let parts = joined.view([rows, length, config.heads, 3 * head]).transpose(1, 2).chunk(3, -1);
-                (parts[0].shallow_clone(), parts[1].shallow_clone(), parts[2].shallow_clone())
-            }
-            (Projections::Joined(name) | Projections::Separate { q: name, .. }, _) => {
-                let joined = hooks.linear(name, x, &layer.q)?;
-                let (wide, narrow) = (config.heads * head, config.kv_heads * head);
-                let part = |start: i64, width: i64| {
-                    let part = joined.narrow(-1, start, width);
-                    part.reshape([rows, length, -1, head]).transpose(1, 2)
-                };
-                (part(0, wide), part(wide, narrow), part(wide + narrow, narrow))
-            }
-        };
-        let z = layer.attention.heads(&q, &k, &v, context);
-        hooks.linear(config.output, &z, &layer.out)
-    }
-
-    fn mlp(&self, layer: &Layer, x: &Tensor, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let config = &self.config.mlp;
-        let act = |hooks: &mut Hooks, x: &Tensor| hooks.module(config.act_path, x, |_, x| Ok(config.act.forward(x)));
-        let (wide, down) = match (config.layout, &layer.gate) {
-            (MlpLayout::Gated { gate, up, down }, Some(to_gate)) => {
-                let gate = hooks.linear(gate, x, to_gate)?;
-                // No hook reads the activation, so no tensor is made for it.
-                if config.act == Activation::Silu && !hooks.sees(config.act_path) {
-                    let up = hooks.linear(up, x, &layer.up)?;
-                    if kernels::fit([&gate, &up]) {
-                        return hooks.linear(down, &kernels::silu_times(&gate, &up), &layer.down);
-                    }
-                    return hooks.linear(down, &(gate.silu() * up), &layer.down);
-                }
-                let gate = act(hooks, &gate)?;
-                (gate * hooks.linear(up, x, &layer.up)?, down)
-            }
-            (MlpLayout::GatedJoined { gate_up, down }, _) => {
-                let both = hooks.linear(gate_up, x, &layer.up)?.chunk(2, -1);
-                (&both[1] * act(hooks, &both[0])?, down)
-            }
-            (MlpLayout::Plain { up, down } | MlpLayout::Gated { up, down, .. }, _) => {
-                let wide = hooks.linear(up, x, &layer.up)?;
-                (act(hooks, &wide)?, down)
-            }
-        };
-        hooks.linear(down, &wide, &layer.down)
-    }
 }
 
 impl LanguageModel for Decoder {
@@ -684,11 +661,12 @@ impl LanguageModel for Decoder {
     }
 
     fn n_layers(&self) -> usize {
-        self.layers.len()
+        self.config.layers.len()
     }
 
     fn n_heads(&self) -> i64 {
-        self.config.attention.heads
+        let attention = self.config.layers.iter().find_map(|layer| layer.mixer.as_attention());
+        attention.map_or(0, |attention| attention.heads)
     }
 
     fn vocab_size(&self) -> i64 {
@@ -708,11 +686,17 @@ impl LanguageModel for Decoder {
     }
 
     fn parameters(&self) -> Vec<(String, Tensor)> {
-        self.end_of_model();
-        for index in 0..self.layers.len() {
-            self.layer_at(index);
+        self.parts.embed.get();
+        for layer in &self.parts.layers {
+            if let FeedForwardPart::Experts(experts) = &layer.get().feed_forward {
+                experts.read();
+            }
         }
-        self.parameters.borrow().iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+        self.parts.end.get();
+        match &self.weights {
+            Stored::Files(weights) => weights.read_so_far(),
+            Stored::All(all) => all.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(),
+        }
     }
 
     fn memory(&self) -> u64 {
@@ -724,37 +708,64 @@ impl LanguageModel for Decoder {
     }
 
     fn begin(&self, tokens: &Tokens, hooks: &mut Hooks) -> Result<Hidden, Stop> {
-        let embed = self.embedding();
-        let EmbedConfig { tokens: path, positions, scale, scale_inside } = self.config.embed;
+        let embed = self.parts.embed.get();
+        let EmbedConfig { scale, scale_inside, positions, norm, .. } = self.config.embed;
         let scaled = |x: Tensor, here: bool| if here && scale != 1.0 { x * scale } else { x };
-        let x = hooks.module(path, &tokens.ids, |_, ids| {
+        let x = hooks.module(&self.names.embed, &tokens.ids, |_, ids| {
             let x = Tensor::embedding(&embed.tokens, ids, -1, false, false).to_kind(Kind::Float);
             Ok(scaled(x, scale_inside))
         })?;
         let mut x = scaled(x, !scale_inside);
-        if let (Some(path), Some(table)) = (positions, &embed.positions) {
-            let ids = Tensor::arange(tokens.size().1, (Kind::Int64, tokens.ids.device())).unsqueeze(0);
-            let positions = hooks.module(path, &ids, |_, ids| Ok(Tensor::embedding(table, ids, -1, false, false)))?;
+        if let Some(norm_name) = norm {
+            x = normed(hooks, Some(&self.config.inside(norm_name)), &embed.norm, &x, Kind::Float)?;
+        }
+        if let Some(project) = &embed.project {
+            x = hooks.linear(&self.config.inside("project_in"), &x, project)?.to_kind(Kind::Float);
+        }
+        if let (Some(positions), Some(table)) = (positions, &embed.positions) {
+            let ids = match positions.of_text {
+                true => tokens.text_positions(),
+                false => Tensor::arange(tokens.size().1, (Kind::Int64, tokens.ids.device())).unsqueeze(0),
+            };
+            let ids = ids + positions.offset;
+            let path = self.config.inside(positions.name);
+            let positions = hooks.module(&path, &ids, |_, ids| Ok(Tensor::embedding(table, ids, -1, false, false)))?;
             // Not in place: a hook may hold the embeddings.
             x = &x + positions;
         }
-        let context = Context::new(tokens, &self.windows, &self.config.rotary);
-        Ok(Hidden { x, context: Rc::new(context) })
+        Ok(Hidden { x, context: Rc::new(Context::new(tokens, &self.context)), kept: KeysValues::default() })
     }
 
     fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
-        let x = hooks.module(&self.names.layer(index), &hidden.x, |hooks, x| {
-            self.run_layer(self.layer_at(index), x, &hidden.context, hooks)
+        let mut next = hidden.fork();
+        let own = (&self.config.layers[index], self.cx.precision.kind());
+        next.x = hooks.module(&self.names.layer(index), &hidden.x, |hooks, x| {
+            self.parts.layers[index].get().forward(own, x, &hidden.context, &mut next.kept, hooks)
         })?;
-        Ok(Hidden { x, context: hidden.context.clone() })
+        Ok(next)
     }
 
     fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let end = self.end_of_model();
+        let end = self.parts.end.get();
         let kind = self.cx.precision.kind();
-        let x = hooks.norm(self.config.final_norm, &hidden.x, &end.norm, kind)?;
-        let logits = hooks.linear(self.config.head.path, &x, &end.head)?.to_kind(Kind::Float);
-        Ok(match self.config.head.soft_cap {
+        let mut x = hidden.x.shallow_clone();
+        if let Some(name) = self.config.final_norm {
+            x = normed(hooks, Some(&self.config.inside(name)), &end.norm, &x, kind)?;
+        }
+        if let Some(project) = &end.project {
+            x = hooks.linear(&self.config.inside("project_out"), &x, project)?;
+        }
+        let HeadConfig { path, scale, soft_cap, .. } = self.config.head;
+        let logits = match &end.head {
+            Some(head) => hooks.linear(path, &x, head)?,
+            None => {
+                let weight = self.parts.embed.get().tokens.shallow_clone();
+                hooks.linear(path, &x, &Linear { weight, bias: None, precision: self.cx.precision })?
+            }
+        };
+        let logits = logits.to_kind(Kind::Float);
+        let logits = if scale == 1.0 { logits } else { logits * scale };
+        Ok(match soft_cap {
             Some(cap) => (logits / cap).tanh() * cap,
             None => logits,
         })

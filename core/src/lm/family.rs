@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tch::Device;
 
 use super::arithmetic::refuse_unknown_arithmetic;
@@ -26,12 +26,19 @@ inventory::collect!(ModelFamily);
 
 /// Config of a family: the fields of its config.json that affect the computation.
 pub trait ModelConfig: DeserializeOwned + JsonSchema {
+    /// Values of the fields that a config.json may leave out, as JSON: the library's defaults, where fields that
+    /// families share have others.
+    const DEFAULTS: &'static str = "{}";
+
     /// Builds the model with its weights.
     fn load(self, weights: Weights, cx: &ModelCx) -> Result<Box<dyn LanguageModel>>;
 }
 
 /// Config of a family whose models are a [`Decoder`], as in every bundled family.
 pub trait DecoderFamily: DeserializeOwned + JsonSchema {
+    /// See [`ModelConfig::DEFAULTS`].
+    const DEFAULTS: &'static str = "{}";
+
     /// Returns the config of the decoder.
     ///
     /// # Errors
@@ -40,6 +47,8 @@ pub trait DecoderFamily: DeserializeOwned + JsonSchema {
 }
 
 impl<T: DecoderFamily> ModelConfig for T {
+    const DEFAULTS: &'static str = T::DEFAULTS;
+
     fn load(self, weights: Weights, cx: &ModelCx) -> Result<Box<dyn LanguageModel>> {
         Ok(Box::new(Decoder::open(self.decoder()?, weights, cx)?))
     }
@@ -47,7 +56,7 @@ impl<T: DecoderFamily> ModelConfig for T {
 
 /// Opens a model by name. Returns the model and its files, which include the tokenizer.
 pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(Box<dyn LanguageModel>, ModelFiles)> {
-    let cx = ModelCx { device, precision };
+    let cx = ModelCx::new(device, precision);
     let files = ModelFiles::find(name)?;
     let Some(config) = files.json("config.json")? else {
         if let Some(adapter) = files.json("adapter_config.json")? {
@@ -70,6 +79,40 @@ pub fn open_model(name: &str, device: Device, precision: Precision) -> Result<(B
 pub fn random_model(config: &Value, cx: &ModelCx) -> Result<Box<dyn LanguageModel>> {
     const NAME: &str = "with random weights";
     build(family(NAME, config)?, config, || Ok(Weights::drawn(NAME, cx.device)), cx)
+}
+
+/// Opens the text model of a multimodal model, which has it at `root`; tensors of the modules `towers` are ignored.
+/// `family` implements the text model if `text_config` names no family, or one of its own (`qwen3_vl_text`).
+///
+/// # Errors
+/// Fails if the text model is of an unsupported family, or as that family does.
+pub fn text_model(
+    config: &Map<String, Value>,
+    (root, towers): (&'static str, &'static [&'static str]),
+    family: &str,
+    weights: Weights,
+    cx: &ModelCx,
+) -> Result<Box<dyn LanguageModel>> {
+    // Older files have the fields of the text model among those of the whole.
+    let mut text = match config.get("text_config") {
+        None | Some(Value::Null) => config.clone(),
+        Some(Value::Object(text)) => text.clone(),
+        Some(other) => bail!(InputError::new(format!("config.json: `text_config` is {other}, not a map"))),
+    };
+    if let Some(tied) = config.get("tie_word_embeddings") {
+        text.entry("tie_word_embeddings").or_insert_with(|| tied.clone());
+    }
+    let own = text.get("model_type").and_then(Value::as_str).map(str::to_owned);
+    let outer = config.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    match own {
+        Some(own) if own != outer && own != format!("{outer}_text") => {}
+        _ => {
+            text.insert("model_type".to_owned(), family.into());
+        }
+    }
+    let text = Value::Object(text);
+    let cx = ModelCx { text_root: Some(root), ..*cx };
+    build(self::family(&format!("inside {outer}"), &text)?, &text, || Ok(weights.of_text(root, towers)), &cx)
 }
 
 /// Returns the family that a model's config.json names.

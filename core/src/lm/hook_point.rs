@@ -20,6 +20,12 @@ impl Tokens {
         self.ids.size2().expect("token ids have two dimensions")
     }
 
+    /// Returns the position of each token among the text of its row, from 0, [B, L], int64. Padding before the text has
+    /// -1.
+    pub fn text_positions(&self) -> Tensor {
+        self.mask.cumsum(1, Kind::Int64) - 1
+    }
+
     /// Returns the text positions except each row's first, [B, L], bool.
     pub fn without_first(&self) -> Tensor {
         let first = self.mask.cumsum(1, Kind::Int64).eq(1).logical_and(&self.mask);

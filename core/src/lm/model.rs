@@ -3,12 +3,16 @@
 //! A model's forward pass names its modules as Hugging Face does and hands every module's input and output to
 //! [`Hooks`]. Hooks read values, replace them, and stop the pass after the last requested value.
 
+use std::rc::Rc;
+
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use super::blocks::{Linear, Norm};
+use super::blocks::Linear;
+use super::context::{Context, KeysValues};
 use super::hook_point::{HookPoint, Io, Tokens};
 use super::names::Names;
+use super::norm::Norm;
 use crate::error::InputError;
 use crate::suggest::nearest;
 
@@ -129,6 +133,11 @@ impl<'a> Hooks<'a> {
         })
     }
 
+    /// Returns true if the pass only records modules: products may be skipped, and values are meaningless.
+    pub fn records(&self) -> bool {
+        self.visits.is_some()
+    }
+
     /// Returns true if a hook reads, replaces or records this submodule of the current module.
     pub fn sees(&self, name: &str) -> bool {
         let inner = |module: &str| module.strip_prefix(&self.path)?.strip_prefix('.').map(|rest| rest == name);
@@ -157,19 +166,21 @@ impl<'a> Hooks<'a> {
     }
 }
 
-/// Residual stream between two layers, with the context that all layers share (masks, rotary tables).
+/// State of a pass between two layers.
 #[derive(Debug)]
 pub struct Hidden {
     /// Residual stream, [B, L, d].
     pub x: Tensor,
     /// Masks and rotary tables of attention, computed once per pass.
-    pub context: std::rc::Rc<crate::lm::Context>,
+    pub context: Rc<Context>,
+    /// Keys and values that later layers use again.
+    pub kept: KeysValues,
 }
 
 impl Hidden {
-    /// Returns the same stream, sharing memory, so that several passes can continue from it.
+    /// Returns the same state, sharing memory, so that several passes can continue from it.
     pub fn fork(&self) -> Hidden {
-        Hidden { x: self.x.shallow_clone(), context: self.context.clone() }
+        Hidden { x: self.x.shallow_clone(), context: self.context.clone(), kept: self.kept.fork() }
     }
 }
 
@@ -269,13 +280,14 @@ impl dyn LanguageModel + '_ {
         let point = self.names().transformer_lens(name).unwrap_or_else(|| HookPoint { module: name.to_owned(), io });
         let modules = self.modules();
         let width = |module: &Visit| if point.io == Io::In { module.input } else { module.output };
-        if let Some(module) = modules.iter().find(|visit| visit.module == point.module) {
-            return Ok((point.clone(), width(module)));
-        }
-        // Some libraries omit the prefix of the model with a head: `layers.3`, not `model.layers.3`.
-        let without_head = |visit: &&Visit| visit.module.split_once('.').is_some_and(|(_, rest)| rest == name);
-        if let Some(module) = modules.iter().find(without_head) {
-            return Ok((HookPoint { module: module.module.clone(), io }, width(module)));
+        let found = modules.iter().find(|visit| visit.module == point.module).or_else(|| {
+            // Libraries and releases differ in the outer modules: `layers.3`, `language_model.layers.3`.
+            let bare = self.names().without_outer(name);
+            let mut same = modules.iter().filter(|visit| self.names().without_outer(&visit.module) == bare);
+            same.next().filter(|_| same.next().is_none())
+        });
+        if let Some(module) = found {
+            return Ok((HookPoint { module: module.module.clone(), io: point.io }, width(module)));
         }
         let modules: Vec<String> = modules.into_iter().map(|visit| visit.module).collect();
         // Suggest TransformerLens names to users who write them.

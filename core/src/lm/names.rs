@@ -2,7 +2,7 @@
 
 use super::hook_point::{HookPoint, Io};
 
-/// Module paths of a family. Paths inside a layer are relative to it.
+/// Module paths of a model.
 #[derive(Debug, Clone, Default)]
 pub struct Names {
     /// List of layers: `gpt_neox.layers`.
@@ -13,16 +13,25 @@ pub struct Names {
     pub positions: Option<String>,
     /// Final norm (full path).
     pub final_norm: String,
-    /// Output projection of attention. Its input is the concatenated outputs of the heads.
-    pub attention_out: String,
+    /// Modules of each layer.
+    pub of_layer: Vec<LayerNames>,
+    /// Other names of modules, and the names that the model uses: [("mlp", "block_sparse_moe")].
+    pub aliases: Vec<(&'static str, &'static str)>,
+}
+
+/// Module paths in a layer.
+#[derive(Debug, Clone, Default)]
+pub struct LayerNames {
+    /// Output projection of softmax attention, if there is one. Its input is the concatenated outputs of the heads.
+    pub attention_out: Option<String>,
     /// Module whose output is added to the residual stream: attention, or a norm after it.
     pub attention_added: String,
     /// First projection of the MLP; in a gated MLP, the gate. `None` where gate and up are one projection.
     pub mlp_in: Option<String>,
     /// Up projection of a gated MLP, multiplied with the activated gate.
     pub mlp_up: Option<String>,
-    /// Last projection of the MLP.
-    pub mlp_out: String,
+    /// Last projection of the MLP; `None` in a mixture of experts.
+    pub mlp_out: Option<String>,
     /// Module whose output is added to the residual stream: the MLP, or a norm after it.
     pub mlp_added: String,
     /// Norm before attention, if there is one.
@@ -32,6 +41,9 @@ pub struct Names {
     /// Module that reads the residual stream between attention and MLP; `None` if both read the layer's input.
     pub middle: Option<String>,
 }
+
+/// Names of modules around the layers, in any library.
+const OUTER: [&str; 6] = ["model", "language_model", "text_model", "transformer", "gpt_neox", "decoder"];
 
 /// TransformerLens names within a layer.
 const HOOKS: [&str; 12] = [
@@ -61,6 +73,16 @@ impl Names {
         rest.split('.').next()?.parse().ok()
     }
 
+    /// Returns a module path without the models around the layers, by the names that this model uses.
+    pub(super) fn without_outer(&self, module: &str) -> String {
+        let own = |part| match self.aliases.iter().find(|(other, _)| *other == part) {
+            Some((_, own)) => *own,
+            None => part,
+        };
+        let parts: Vec<&str> = module.split('.').skip_while(|part| OUTER.contains(part)).map(own).collect();
+        parts.join(".")
+    }
+
     /// Returns the TransformerLens names that this family supports, layer by layer.
     pub fn transformer_lens_names(&self, n_layers: usize) -> Vec<String> {
         let in_layers = (0..n_layers).flat_map(|layer| HOOKS.iter().map(move |hook| format!("blocks.{layer}.{hook}")));
@@ -79,23 +101,24 @@ impl Names {
             _ => {}
         }
         let (index, hook) = name.strip_prefix("blocks.")?.split_once('.')?;
-        let layer = self.layer(index.parse().ok()?);
+        let index = index.parse().ok()?;
+        let (layer, own) = (self.layer(index), self.of_layer.get(index)?);
         let inside = |module: &str| format!("{layer}.{module}");
         let of = |module: &Option<String>, io| point(inside(module.as_ref()?), io);
         match hook {
             "hook_resid_pre" => point(layer, Io::In),
             "hook_resid_post" => point(layer, Io::Out),
             // Parallel layers have no residual stream between attention and MLP.
-            "hook_resid_mid" | "hook_mlp_in" => of(&self.middle, Io::In),
-            "hook_attn_out" => point(inside(&self.attention_added), Io::Out),
-            "hook_mlp_out" => point(inside(&self.mlp_added), Io::Out),
-            "attn.hook_z" => point(inside(&self.attention_out), Io::In),
-            "mlp.hook_pre" => of(&self.mlp_in, Io::Out),
-            "mlp.hook_pre_linear" => of(&self.mlp_up, Io::Out),
-            "mlp.hook_post" => point(inside(&self.mlp_out), Io::In),
+            "hook_resid_mid" | "hook_mlp_in" => of(&own.middle, Io::In),
+            "hook_attn_out" => point(inside(&own.attention_added), Io::Out),
+            "hook_mlp_out" => point(inside(&own.mlp_added), Io::Out),
+            "attn.hook_z" => of(&own.attention_out, Io::In),
+            "mlp.hook_pre" => of(&own.mlp_in, Io::Out),
+            "mlp.hook_pre_linear" => of(&own.mlp_up, Io::Out),
+            "mlp.hook_post" => of(&own.mlp_out, Io::In),
             // As in TransformerLens 3: before the norm's weights.
-            "ln1.hook_normalized" => of(&self.norm1, Io::Normed),
-            "ln2.hook_normalized" => of(&self.norm2, Io::Normed),
+            "ln1.hook_normalized" => of(&own.norm1, Io::Normed),
+            "ln2.hook_normalized" => of(&own.norm2, Io::Normed),
             _ => None,
         }
     }
@@ -107,20 +130,24 @@ mod tests {
 
     fn names() -> Names {
         let some = |name: &str| Some(name.to_owned());
+        let layer = LayerNames {
+            attention_out: some("attn.c_proj"),
+            attention_added: "attn".to_owned(),
+            mlp_in: some("mlp.c_fc"),
+            mlp_up: None,
+            mlp_out: some("mlp.c_proj"),
+            mlp_added: "mlp".to_owned(),
+            norm1: some("ln_1"),
+            norm2: some("ln_2"),
+            middle: some("ln_2"),
+        };
         Names {
             layers: "m.h".to_owned(),
             embed: "m.wte".to_owned(),
             positions: some("m.wpe"),
             final_norm: "m.ln_f".to_owned(),
-            attention_out: "attn.c_proj".to_owned(),
-            attention_added: "attn".to_owned(),
-            mlp_in: some("mlp.c_fc"),
-            mlp_up: None,
-            mlp_out: "mlp.c_proj".to_owned(),
-            mlp_added: "mlp".to_owned(),
-            norm1: some("ln_1"),
-            norm2: some("ln_2"),
-            middle: some("ln_2"),
+            of_layer: vec![layer; 12],
+            aliases: Vec::new(),
         }
     }
 
@@ -133,6 +160,7 @@ mod tests {
         assert_eq!(point("hook_embed").unwrap(), "m.wte.out");
         assert_eq!(point("m.h.3"), None);
         assert_eq!(point("blocks.x.hook_resid_post"), None);
+        assert_eq!(point("blocks.12.hook_resid_post"), None, "there are 12 layers");
         assert_eq!(point("blocks.0.mlp.hook_pre_linear"), None, "the MLP is not gated");
         // Two layers of all names but `mlp.hook_pre_linear`, and three outside the layers.
         assert_eq!(names().transformer_lens_names(2).len(), 2 * (HOOKS.len() - 1) + 3);

@@ -1,6 +1,7 @@
 //! Rotary position embedding and its scalings.
 
 use std::collections::BTreeMap;
+use std::f64::consts::PI;
 
 use anyhow::{Result, bail};
 use schemars::JsonSchema;
@@ -12,8 +13,8 @@ use super::kernels;
 use crate::error::InputError;
 use crate::suggest::nearest;
 
-/// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>) in Hugging Face's half-split form:
-/// dimension i is rotated with dimension i + width / 2.
+/// Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>): dimension i is rotated with dimension
+/// i + width / 2, as in most Hugging Face models, or neighbouring dimensions are rotated with each other.
 #[derive(Debug, Clone)]
 pub struct Rotary {
     /// Number of rotated dimensions of a head; the rest pass unchanged.
@@ -21,6 +22,8 @@ pub struct Rotary {
     /// Base of the frequencies.
     theta: f64,
     scaling: Scaling,
+    /// Whether dimensions 2i and 2i + 1 are rotated with each other.
+    interleaved: bool,
 }
 
 /// Scaling of the frequencies for contexts longer than the original ones.
@@ -29,6 +32,25 @@ enum Scaling {
     None,
     /// Divides all frequencies (Chen et al. 2023, <https://arxiv.org/abs/2306.15595>).
     Linear {
+        factor: f64,
+    },
+    /// Raises the base for contexts longer than `longest` ("NTK-aware" scaling with the context's length).
+    Dynamic {
+        factor: f64,
+        longest: f64,
+    },
+    /// YaRN: keeps the frequencies of dimensions below `low`, divides those above `high`, mixes both between, and scales
+    /// cosines and sines (Peng et al. 2023, <https://arxiv.org/abs/2309.00071>).
+    Yarn {
+        factor: f64,
+        low: f64,
+        high: f64,
+        magnitude: f64,
+    },
+    /// Rotates only the first `rotated` pairs of a head, at the frequencies of a head that is rotated as a whole, divided by
+    /// `factor` (Gemma 4).
+    Proportional {
+        rotated: i64,
         factor: f64,
     },
     /// Divides low frequencies, keeps high ones and interpolates between (Llama 3.1,
@@ -73,7 +95,11 @@ pub struct Rope {
 const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
 
 /// Supported types of scaling; older spellings are accepted too.
-const SCALINGS: [&str; 4] = ["default", "linear", "llama3", "longrope"];
+const SCALINGS: [&str; 7] = ["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"];
+
+/// Keys of a map of rotary settings that need no `rope_type`. On text alone, multimodal sections (Qwen2-VL, Wang et al.
+/// 2024, <https://arxiv.org/abs/2409.12191>) rotate as plain positions do.
+const UNTYPED: [&str; 4] = ["rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"];
 
 /// One map of rotary settings in a config, under either key.
 struct Spelled<'a> {
@@ -169,19 +195,24 @@ impl Rope {
             bail!(InputError::new(format!("config.json: `partial_rotary_factor` is {part}, not from 0 to 1")));
         }
         let theta = number("rope_theta")?.unwrap_or(theta);
-        let mut rotary = Rotary::new((head_dim as f64 * part) as i64, theta)?;
+        let rotated = (head_dim as f64 * part) as i64;
+        let mut rotary = Rotary::new(rotated, theta)?;
         if let Some(spelled) = spelled {
-            rotary.scaling = self.scaling(spelled, rotary.width / 2, max_positions)?;
+            rotary.scaling = self.scaling(spelled, &rotary, max_positions)?;
+        }
+        if let Scaling::Proportional { .. } = rotary.scaling {
+            rotary.width = head_dim;
         }
         Ok(rotary)
     }
 
-    fn scaling(&self, spelled: &Spelled, frequencies: i64, max_positions: i64) -> Result<Scaling> {
+    fn scaling(&self, spelled: &Spelled, rotary: &Rotary, max_positions: i64) -> Result<Scaling> {
+        let frequencies = rotary.width / 2;
         let Spelled { key, map } = spelled;
         let kind = match map.get("rope_type").or_else(|| map.get("type")) {
             Some(kind) => kind.as_str().map(str::to_owned).unwrap_or_else(|| kind.to_string()),
             // Parameters of a scaling need an explicit type.
-            None => match map.keys().find(|name| !["rope_theta", "partial_rotary_factor"].contains(&name.as_str())) {
+            None => match map.keys().find(|name| !UNTYPED.contains(&name.as_str())) {
                 None => "default".to_owned(),
                 Some(other) => {
                     bail!(
@@ -206,7 +237,36 @@ impl Rope {
             Ok(self.original_max_position_embeddings.or(inside).unwrap_or(max_positions as f64))
         };
         Ok(match kind.as_str() {
-            "default" => Scaling::None,
+            "default" | "mrope" => Scaling::None,
+            "dynamic" => Scaling::Dynamic { factor: positive("factor")?, longest: max_positions as f64 },
+            "proportional" => {
+                let factor = if map.contains_key("factor") { positive("factor")? } else { 1.0 };
+                Scaling::Proportional { rotated: frequencies, factor }
+            }
+            "yarn" if !map.contains_key("short_factor") => {
+                let factor = positive("factor")?;
+                let (width, original) = (rotary.width as f64, original()?);
+                // The dimension that turns this many times in the original context.
+                let turns = |key: &str, default: f64| -> Result<f64> {
+                    let turns = spelled.number(key)?.unwrap_or(default);
+                    Ok(width * (original / (turns * 2.0 * PI)).ln() / (2.0 * rotary.theta.ln()))
+                };
+                let (mut low, mut high) = (turns("beta_fast", 32.0)?, turns("beta_slow", 1.0)?);
+                if map.get("truncate").and_then(Value::as_bool).unwrap_or(true) {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                let (low, high) = (low.max(0.0), high.min(width - 1.0));
+                let growth = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+                // A zero counts as absent, as in transformers.
+                let number = |key| Ok::<_, anyhow::Error>(spelled.number(key)?.filter(|number| *number != 0.0));
+                let magnitude =
+                    match (spelled.number("attention_factor")?, number("mscale")?, number("mscale_all_dim")?) {
+                        (Some(given), ..) => given,
+                        (None, Some(scale), Some(all)) => growth(scale) / growth(all),
+                        _ => growth(1.0),
+                    };
+                Scaling::Yarn { factor, low, high, magnitude }
+            }
             "linear" => Scaling::Linear { factor: positive("factor")? },
             "llama3" => {
                 let (low, high) = (positive("low_freq_factor")?, positive("high_freq_factor")?);
@@ -218,7 +278,7 @@ impl Rope {
                 Scaling::Llama3 { factor: positive("factor")?, low, high, original: original()? }
             }
             // Phi-3 has used all three names.
-            "longrope" | "su" | "yarn" if kind != "yarn" || map.contains_key("short_factor") => {
+            "longrope" | "su" | "yarn" => {
                 let list = |name: &str| -> Result<Vec<f64>> {
                     let list = map.get(name).and_then(Value::as_array).into_iter().flatten();
                     let list: Vec<f64> = list.filter_map(Value::as_f64).collect();
@@ -274,7 +334,12 @@ impl Rotary {
         if theta.is_nan() || theta <= 0.0 {
             bail!(InputError::new(format!("config.json: the rotary base is {theta}, not positive")));
         }
-        Ok(Rotary { width, theta, scaling: Scaling::None })
+        Ok(Rotary { width, theta, scaling: Scaling::None, interleaved: false })
+    }
+
+    /// Returns the embedding that rotates neighbouring dimensions with each other.
+    pub fn interleaved(self) -> Self {
+        Rotary { interleaved: true, ..self }
     }
 
     /// Returns cosines and sines for the positions of a context, [L, width] each, float32.
@@ -284,9 +349,28 @@ impl Rotary {
         let (frequencies, magnitude): (Vec<f64>, f64) = match &self.scaling {
             Scaling::None => (plain.collect(), 1.0),
             Scaling::Linear { factor } => (plain.map(|frequency| frequency / factor).collect(), 1.0),
+            Scaling::Dynamic { factor, longest } => {
+                let stretch = factor * (length as f64).max(*longest) / longest - (factor - 1.0);
+                let width = self.width as f64;
+                let theta = self.theta * stretch.powf(width / (width - 2.0));
+                ((0..half).map(|i| theta.powf(-2.0 * i as f64 / width)).collect(), 1.0)
+            }
+            Scaling::Yarn { factor, low, high, magnitude } => {
+                let mixed = |(i, frequency): (usize, f64)| {
+                    // 0 for dimensions that are kept, 1 for those that are divided. Equal bounds make a step.
+                    let divided = ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+                    frequency * (1.0 - divided) + frequency / factor * divided
+                };
+                (plain.enumerate().map(mixed).collect(), *magnitude)
+            }
+            Scaling::Proportional { rotated, factor } => {
+                let turned =
+                    |(i, frequency): (usize, f64)| if (i as i64) < *rotated { frequency / factor } else { 0.0 };
+                (plain.enumerate().map(turned).collect(), 1.0)
+            }
             Scaling::Llama3 { factor, low, high, original } => {
                 let scaled = |frequency: f64| {
-                    let wavelength = 2.0 * std::f64::consts::PI / frequency;
+                    let wavelength = 2.0 * PI / frequency;
                     // 0 for long waves, which are divided; 1 for short ones, which are kept.
                     let kept = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
                     frequency * (kept + (1.0 - kept) / factor)
@@ -305,14 +389,30 @@ impl Rotary {
     }
 
     /// Rotates heads [B, H, L, D] by float32 tables [L, width]. The result has the heads' dtype.
-    pub(super) fn rotate(x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Tensor {
+    pub(super) fn rotate(&self, x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Tensor {
+        if self.interleaved {
+            return Self::rotate_neighbours(x, &cos.to_kind(x.kind()), &sin.to_kind(x.kind()));
+        }
         if kernels::fit([x]) && x.stride()[3] == 1 {
             return kernels::rotate(x, cos, sin);
         }
         Self::rotate_plainly(x, &cos.to_kind(x.kind()), &sin.to_kind(x.kind()))
     }
 
-    /// Computes the same with libtorch operations.
+    /// Rotates dimensions 2i and 2i + 1 with each other.
+    fn rotate_neighbours(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+        let width = cos.size()[1];
+        let [cos, sin] = [cos, sin].map(|table| table.narrow(-1, 0, width / 2));
+        let pairs = x.narrow(-1, 0, width).unflatten(-1, [-1, 2]);
+        let (a, b) = (pairs.select(-1, 0), pairs.select(-1, 1));
+        let turned = Tensor::stack(&[&a * &cos - &b * &sin, &b * &cos + &a * &sin], -1).flatten(-2, -1);
+        match x.size()[3] - width {
+            0 => turned,
+            rest => Tensor::cat(&[turned, x.narrow(-1, width, rest)], -1),
+        }
+    }
+
+    /// Computes the half-split form with libtorch operations.
     pub(super) fn rotate_plainly(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
         let width = cos.size()[1];
         let half = width / 2;

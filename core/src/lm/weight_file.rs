@@ -1,6 +1,6 @@
 //! A published file of weights.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tch::{Kind, Tensor};
 
 use crate::files::tensors::TensorFile;
@@ -40,6 +40,18 @@ impl WeightFile {
             WeightFile::Safetensors(file) => file.tensor(name),
             WeightFile::Torch(file) => file.tensor(name),
         }
+    }
+
+    /// Reads one entry along the first dimension.
+    pub(super) fn part(&self, name: &str, index: i64) -> Result<Tensor> {
+        let shape = self.shape(name);
+        let (Some(bytes), Some((count, rest))) = (self.bytes(name), shape.split_first()) else {
+            return Ok(self.tensor(name)?.f_get(index)?);
+        };
+        ensure!((0..*count).contains(&index), "tensor `{name}` has no entry {index}");
+        let size = bytes.len() / *count as usize;
+        let start = size * index as usize;
+        Ok(Tensor::f_from_data_size(&bytes[start..start + size], rest, self.kind(name)?)?)
     }
 
     /// Returns the tensor's bytes if they are contiguous.

@@ -2,14 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use rand::RngCore;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use super::build::Wanted;
 use super::files::ModelFiles;
+use super::mxfp4;
 use super::weight_file::WeightFile;
 use crate::error::InputError;
+use crate::files::tensors;
 use crate::machine::device::Precision;
 use crate::machine::rng::rng;
 use crate::suggest::nearest;
@@ -21,6 +24,15 @@ pub struct ModelCx {
     pub device: Device,
     /// Precision of matrix products.
     pub precision: Precision,
+    /// Path of the text model in the model that wraps it: `model.language_model`. `None` for a text model by itself.
+    pub text_root: Option<&'static str>,
+}
+
+impl ModelCx {
+    /// Returns the settings for a text model by itself.
+    pub fn new(device: Device, precision: Precision) -> Self {
+        ModelCx { device, precision, text_root: None }
+    }
 }
 
 /// Weights of a model by Hugging Face name, in one or several mapped files. A tensor is read on request.
@@ -31,6 +43,10 @@ pub struct Weights {
     device: Device,
     /// True if there are no files and tensors are drawn at random on request.
     drawn: bool,
+    /// Path of the text model in the model that wraps it.
+    text_root: Option<&'static str>,
+    /// Modules of the wrapper that the text model does not use.
+    towers: &'static [&'static str],
 }
 
 /// Location of a tensor.
@@ -44,6 +60,9 @@ struct Place {
 
 /// File names of published weights, preferred first; each is one file or the prefix of a shard index.
 const PUBLISHED: [&str; 2] = ["model.safetensors", "pytorch_model.bin"];
+
+/// Prefixes of layers that predict further tokens ahead, for faster generation; the model itself does not use them.
+const AHEAD: &str = "mtp.";
 
 /// Suffixes of buffers (masks, rotary frequencies) that older transformers releases saved among the weights.
 const NO_WEIGHTS: [&str; 4] = ["attn.bias", "attention.bias", ".masked_bias", "rotary_emb.inv_freq"];
@@ -59,10 +78,27 @@ fn unwrapped(name: &str) -> String {
     parts[outer..].join(".")
 }
 
+/// Paths at which files have the text model of a wrapper.
+const TEXT_ROOTS: [&str; 6] = [
+    "language_model.model",
+    "model.language_model",
+    "model.language_model.model",
+    "model.text_model",
+    "text_model.model",
+    "model",
+];
+
 impl Weights {
     /// Creates random weights, which have any name and shape.
     pub(super) fn drawn(name: &str, device: Device) -> Self {
-        Weights { name: name.to_owned(), files: Vec::new(), place: BTreeMap::new(), device, drawn: true }
+        let (files, place) = (Vec::new(), BTreeMap::new());
+        Weights { name: name.to_owned(), files, place, device, drawn: true, text_root: None, towers: &[] }
+    }
+
+    /// Returns the same weights, of which only the text model at `root` is used. Tensors of the wrapper's modules
+    /// `towers` are ignored.
+    pub(super) fn of_text(self, root: &'static str, towers: &'static [&'static str]) -> Self {
+        Weights { text_root: Some(root), towers, ..self }
     }
 
     pub(super) fn open(files: &ModelFiles, device: Device) -> Result<Self> {
@@ -124,11 +160,17 @@ impl Weights {
         Ok(())
     }
 
-    /// Returns the location of a tensor, also without the first part of its name: published GPT-2 files omit the prefix
-    /// of the Python class.
+    /// Returns the location of a tensor. Published files omit the prefix of the Python class (GPT-2, BLOOM), and name the
+    /// text model of a wrapper in several ways.
     fn place(&self, name: &str) -> Option<&Place> {
         let bare = name.split_once('.').map(|(_, rest)| rest);
-        std::iter::once(name).chain(bare).find_map(|name| self.place.get(name))
+        if let Some(found) = std::iter::once(name).chain(bare).find_map(|name| self.place.get(name)) {
+            return Some(found);
+        }
+        let root = self.text_root?;
+        let inner = name.strip_prefix(root).and_then(|rest| rest.strip_prefix('.'));
+        let known: &[&str] = if inner.is_some() { &TEXT_ROOTS } else { &["language_model", "text_model"] };
+        known.iter().find_map(|outer| self.place.get(&format!("{outer}.{}", inner.unwrap_or(name))))
     }
 
     /// Returns a tensor's file and its name in that file.
@@ -141,12 +183,39 @@ impl Weights {
         self.drawn || self.find(name).is_some()
     }
 
+    /// Checks that the weights of a wrapper have a text model.
+    pub(super) fn check_has_text(&self, embedding: &str, head: &str) -> Result<()> {
+        if self.text_root.is_none() || self.has(embedding) || self.has(head) {
+            return Ok(());
+        }
+        let others: Vec<&str> = self.towers.iter().copied().filter(|tower| self.any_under(tower)).collect();
+        let found = match others.is_empty() {
+            true => String::new(),
+            false => format!("; it has: {}", others.join(", ")),
+        };
+        bail!(
+            InputError::new(format!(
+                "the model {} has no text model: there is neither `{embedding}` nor `{head}`{found}",
+                self.name
+            ))
+            .help("are these the weights of the vision or audio model alone?")
+        )
+    }
+
+    /// Returns true if there are tensors under this module of the wrapper.
+    fn any_under(&self, tower: &str) -> bool {
+        self.place.keys().any(|name| is_under(name, tower))
+    }
+
     /// Checks that there is a tensor of this name and shape with a supported dtype.
-    pub fn check(&self, name: &str, shape: &[i64]) -> Result<()> {
+    pub(super) fn check(&self, name: &str, shape: &[i64]) -> Result<()> {
         if self.drawn {
             return Ok(());
         }
         let Some((file, known)) = self.find(name) else {
+            if let Some(packed) = self.packed(name) {
+                return self.check_packed(name, &packed, shape);
+            }
             let near = nearest(name, self.place.keys().map(String::as_str));
             let error = InputError::new(format!("the model {} has no tensor `{name}`", self.name));
             bail!(match near {
@@ -154,22 +223,55 @@ impl Weights {
                 None => error.help("do the weights belong to another model?"),
             });
         };
-        let found = file.shape(known);
-        if found != shape {
+        self.check_shape(name, file.shape(known), shape)?;
+        let kind = file.kind(known)?;
+        if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+            bail!(InputError::new(format!("the model {}: tensor `{name}` has dtype {kind:?}", self.name)).help(
+                "supported dtypes: float32, float16, bfloat16, float64, and MXFP4 as gpt-oss has it; other \
+                     quantised weights are not supported"
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_shape(&self, name: &str, found: Vec<i64>, expected: &[i64]) -> Result<()> {
+        if found != expected {
             bail!(
                 InputError::new(format!(
-                    "the model {}: tensor `{name}` has shape {found:?}, but config.json says {shape:?}",
+                    "the model {}: tensor `{name}` has shape {found:?}, but config.json says {expected:?}",
                     self.name
                 ))
                 .help("config.json and the weights belong to different models")
             );
         }
-        let kind = file.kind(known)?;
-        if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
-            bail!(
-                InputError::new(format!("the model {}: tensor `{name}` has dtype {kind:?}", self.name))
-                    .help("supported dtypes: float32, float16, bfloat16, float64; quantised weights are not supported")
-            );
+        Ok(())
+    }
+
+    /// Returns the names of the codes and scales of a tensor in MXFP4, if the files have it in this form.
+    fn packed(&self, name: &str) -> Option<[String; 2]> {
+        let parts = ["blocks", "scales"].map(|part| format!("{name}_{part}"));
+        parts.iter().any(|part| self.find(part).is_some()).then_some(parts)
+    }
+
+    fn check_packed(&self, name: &str, parts: &[String; 2], shape: &[i64]) -> Result<()> {
+        let Some((codes, scales)) = mxfp4::shapes(shape) else {
+            bail!(InputError::new(format!(
+                "the model {}: `{name}` is in MXFP4, but config.json says {shape:?}, which are no blocks of {}",
+                self.name,
+                mxfp4::BLOCK
+            )));
+        };
+        for (part, shape) in parts.iter().zip([codes, scales]) {
+            let Some((file, known)) = self.find(part) else {
+                bail!(
+                    InputError::new(format!("the model {} has no tensor `{part}`", self.name))
+                        .help("a weight in MXFP4 has `_blocks` and `_scales`; is the download complete?")
+                );
+            };
+            self.check_shape(part, file.shape(known), &shape)?;
+            if file.kind(known)? != Kind::Uint8 {
+                bail!(InputError::new(format!("the model {}: tensor `{part}` is not of bytes", self.name)));
+            }
         }
         Ok(())
     }
@@ -228,10 +330,15 @@ impl Weights {
     /// Checks that there are no weights other than `asked` and `tied`.
     pub fn check_none_left(&self, asked: &[String], tied: Option<&str>) -> Result<()> {
         let asked = asked.iter().map(String::as_str).chain(tied);
+        let packed: Vec<String> = asked.clone().filter_map(|name| self.packed(name)).flatten().collect();
+        let asked = asked.chain(packed.iter().map(String::as_str));
         let asked: BTreeSet<&str> = asked.filter_map(|name| Some(self.find(name)?.1)).collect();
-        let extra = |place: &&Place| {
-            !asked.contains(place.name.as_str()) && !NO_WEIGHTS.iter().any(|end| place.name.ends_with(end))
+        let unused = |name: &str| {
+            name.starts_with(AHEAD)
+                || NO_WEIGHTS.iter().any(|end| name.ends_with(end))
+                || self.towers.iter().any(|tower| is_under(name, tower))
         };
+        let extra = |place: &&Place| !asked.contains(place.name.as_str()) && !unused(&unwrapped(&place.name));
         let extra: Vec<&Place> = self.place.values().filter(extra).collect();
         let Some(first) = extra.first() else { return Ok(()) };
         let more = if extra.len() > 1 { format!(" and {} more", extra.len() - 1) } else { String::new() };
@@ -244,18 +351,45 @@ impl Weights {
         );
     }
 
-    /// Returns the tensor of this name and shape as dtype `kind` on the model's device.
-    pub fn get(&self, name: &str, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    /// Returns a wanted tensor on the model's device.
+    pub(super) fn get(&self, wanted: Wanted) -> Result<Tensor> {
+        let Wanted { name, shape, kind, part } = wanted;
         self.check(name, shape)?;
         if self.drawn {
-            return Ok(drawn(name, shape).to_kind(kind).to_device(self.device));
+            let tensor = drawn(name, shape).to_kind(kind).to_device(self.device);
+            return Ok(part.map_or_else(|| tensor.shallow_clone(), |index| tensor.get(index)));
         }
-        let Some((file, known)) = self.find(name) else { bail!("the model has no tensor {name}") };
-        let tensor = file.tensor(known)?.to_kind(kind).to_device(self.device);
-        // The copy makes the file's pages unnecessary.
-        file.forget(known);
-        Ok(tensor)
+        if let Some((file, known)) = self.find(name) {
+            let tensor = match part {
+                Some(index) => file.part(known, index)?,
+                None => file.tensor(known)?,
+            };
+            // The copy makes the file's pages unnecessary.
+            let tensor = tensor.to_kind(kind).to_device(self.device);
+            file.forget(known);
+            return Ok(tensor);
+        }
+        let ([codes, scales], output) = (self.packed(name).context("the model has no such tensor")?, shape[2]);
+        let decoded = |index: i64| {
+            let bytes = |name: &str| -> Result<Vec<u8>> {
+                let (file, known) = self.find(name).context("a checked tensor is there")?;
+                let tensor = file.part(known, index)?.contiguous();
+                Ok(tensors::bytes_of(&tensor).to_vec())
+            };
+            mxfp4::decode(&bytes(&codes)?, &bytes(&scales)?, output, kind)
+        };
+        let tensor = match part {
+            Some(index) => decoded(index)?,
+            None => Tensor::stack(&(0..shape[0]).map(decoded).collect::<Result<Vec<_>>>()?, 0),
+        };
+        Ok(tensor.to_device(self.device))
     }
+}
+
+/// Returns true if a tensor belongs to a module of a wrapper, which may be under `model` or not.
+fn is_under(name: &str, module: &str) -> bool {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    name.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// Draws a random tensor, always the same for a name and shape.

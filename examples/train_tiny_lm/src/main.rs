@@ -119,7 +119,7 @@ fn main() -> Result<()> {
     };
     tch::manual_seed(SEED as i64);
     let precision = if args.bfloat16 { Precision::BFloat16 } else { Precision::Float32 };
-    let model = random(&config, &ModelCx { device: Device::cuda_if_available(), precision })?;
+    let model = random(&config, &ModelCx::new(Device::cuda_if_available(), precision))?;
     train_model(&args, &model, &train_tokens, &held_out_tokens)?;
 
     save(&model, &config, &model_dir)?;

@@ -26,11 +26,12 @@ impl DecoderFamily for GemmaConfig {
             None | Some("gelu") => self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"),
             Some(other) => other,
         };
-        decoder.mlp.act = activation(act)?;
+        let act = activation(act)?;
+        decoder.mlps().for_each(|mlp| mlp.act = act);
         decoder.norm.kind = NormKind::RmsPlusOne;
         decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
-        decoder.attention.input_bias = self.attention_bias;
-        decoder.attention.output_bias = self.attention_bias;
+        let bias = self.attention_bias;
+        decoder.attentions().for_each(|attention| attention.bias(bias));
         decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
         Ok(decoder)
     }

@@ -26,7 +26,8 @@ impl DecoderFamily for Gemma2Config {
         let mut decoder = self.common.decoder()?;
         self.sandwich.apply(&mut decoder, |layer| layer % 2 == 0)?;
         decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
-        decoder.attention.soft_cap = self.attn_logit_softcapping;
+        let soft_cap = self.attn_logit_softcapping;
+        decoder.attentions().for_each(|attention| attention.soft_cap = soft_cap);
         decoder.head.soft_cap = self.final_logit_softcapping;
         Ok(decoder)
     }

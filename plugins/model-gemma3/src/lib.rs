@@ -2,8 +2,7 @@
 //! and keys instead of soft-capped scores, and another rotary base in sliding-window layers.
 
 use dictlearn_core::lm::config::{CommonFields, Sandwich};
-use dictlearn_core::lm::decoder::QkNorm;
-use dictlearn_core::lm::{DecoderConfig, DecoderFamily, Rotary};
+use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormedOver, QkNorm, Rotary};
 use dictlearn_core::prelude::*;
 
 /// Fields of a Gemma 3 config.json that affect the computation, with Hugging Face's defaults.
@@ -47,13 +46,13 @@ impl DecoderFamily for Gemma3Config {
         decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
         // Gemma 3's embedding module applies the scale itself.
         decoder.embed.scale_inside = true;
-        decoder.attention.qk_norm = Some(QkNorm::Head);
-        decoder.attention.soft_cap = self.attn_logit_softcapping;
         decoder.head.soft_cap = self.final_logit_softcapping;
         let pattern = self.sliding_window_pattern.or(self.private_sliding_window_pattern).unwrap_or(6).max(1);
         let sliding = self.sandwich.apply(&mut decoder, |layer| !(layer + 1).is_multiple_of(pattern))?;
-        for (layer, sliding) in decoder.layers.iter_mut().zip(sliding) {
-            layer.rotary = Some(usize::from(sliding));
+        for (attention, sliding) in decoder.attentions().zip(sliding) {
+            attention.rotary = Some(usize::from(sliding));
+            attention.qk_norm = Some(QkNorm::new(NormedOver::Head));
+            attention.soft_cap = self.attn_logit_softcapping;
         }
         Ok(decoder)
     }

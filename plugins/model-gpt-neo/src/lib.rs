@@ -1,10 +1,10 @@
 //! GPT-Neo (Black et al. 2021, <https://doi.org/10.5281/zenodo.5297715>), also the family of TinyStories: GPT-2 with
 //! unscaled attention scores, and layers that alternate between full and sliding-window attention.
 
-use dictlearn_core::lm::decoder::{
-    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
+use dictlearn_core::lm::decoder::{EmbedConfig, FeedForward, HeadConfig, LayerConfig, NormNames};
+use dictlearn_core::lm::{
+    AttentionConfig, DecoderConfig, DecoderFamily, MlpConfig, NormConfig, NormKind, Projections, activation,
 };
-use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 /// Fields of a GPT-Neo config.json that affect the computation, with Hugging Face's defaults.
@@ -42,7 +42,8 @@ pub struct GptNeoConfig {
     tie_word_embeddings: bool,
 }
 
-fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
+/// Returns the window of each layer.
+fn windows(config: &GptNeoConfig) -> Result<Vec<Option<i64>>> {
     let repeated = |types: &Vec<(Vec<String>, usize)>| -> Vec<String> {
         types.iter().flat_map(|(types, count)| types.iter().cycle().take(types.len() * count).cloned()).collect()
     };
@@ -58,42 +59,48 @@ fn layers(config: &GptNeoConfig) -> Result<Vec<LayerConfig>> {
             config.num_layers
         )));
     }
-    let layer = |name: &String| {
-        let window = match name.as_str() {
-            "global" => None,
-            "local" => Some(config.window_size),
-            other => bail!(
-                InputError::new(format!("config.json: the kind of attention `{other}` is not supported"))
-                    .help("supported: global, local")
-            ),
-        };
-        Ok(LayerConfig { window, rotary: None, scale: 1.0 })
+    let window = |name: &String| match name.as_str() {
+        "global" => Ok(None),
+        "local" => Ok(Some(config.window_size)),
+        other => bail!(
+            InputError::new(format!("config.json: the kind of attention `{other}` is not supported"))
+                .help("supported: global, local")
+        ),
     };
-    types.iter().map(layer).collect()
+    types.iter().map(window).collect()
 }
 
 impl DecoderFamily for GptNeoConfig {
     fn decoder(self) -> Result<DecoderConfig> {
         let act = activation(&self.activation_function)?;
         let head_dim = DecoderConfig::head_dim(self.hidden_size, self.num_heads)?;
-        let input = Projections::Separate { q: "q_proj", k: "k_proj", v: "v_proj" };
+        let heads = (self.num_heads, head_dim);
+        let layer = |window: Option<i64>| {
+            let attention = AttentionConfig {
+                output_bias: true,
+                // Scores are not scaled.
+                scale: 1.0,
+                window,
+                ..AttentionConfig::new("attn.attention", heads, Projections::SEPARATE, "out_proj")
+            };
+            let width = self.intermediate_size.unwrap_or(4 * self.hidden_size);
+            let mlp = MlpConfig::plain(width, ("c_fc", "c_proj"), act);
+            LayerConfig::new(attention, FeedForward::Mlp(mlp), NormNames::before("ln_1", "ln_2"))
+        };
+        let layers = windows(&self)?.into_iter().map(layer).collect();
         Ok(DecoderConfig {
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
             max_positions: Some(self.max_position_embeddings),
-            layers: layers(&self)?,
+            layers,
             rotary: Vec::new(),
-            layers_path: "transformer.h",
-            embed: EmbedConfig { positions: Some("transformer.wpe"), ..EmbedConfig::tokens("transformer.wte") },
-            norm: NormConfig::before(NormKind::Layer, self.layer_norm_epsilon, "ln_1", "ln_2"),
-            attention: AttentionConfig {
-                output_bias: true,
-                ..AttentionConfig::new("attn.attention", (self.num_heads, head_dim), input, "out_proj")
-            },
-            mlp: MlpConfig::plain(self.intermediate_size.unwrap_or(4 * self.hidden_size), ("c_fc", "c_proj"), act),
-            parallel: false,
-            final_norm: "transformer.ln_f",
-            head: HeadConfig { path: "lm_head", tied: self.tie_word_embeddings, soft_cap: None },
+            root: "transformer",
+            layers_name: "h",
+            embed: EmbedConfig::tokens("wte").with_positions("wpe"),
+            norm: NormConfig { kind: NormKind::Layer, eps: self.layer_norm_epsilon },
+            final_norm: Some("ln_f"),
+            head: HeadConfig::new(self.tie_word_embeddings),
+            aliases: Vec::new(),
         })
     }
 }

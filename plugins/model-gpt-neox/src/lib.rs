@@ -5,10 +5,11 @@
 //! residual stream; otherwise they run one after the other. One projection makes queries, keys and values, interleaved
 //! by head. Rotary embeddings apply to the first dimensions of each head.
 
-use dictlearn_core::lm::decoder::{
-    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
+use dictlearn_core::lm::decoder::{EmbedConfig, FeedForward, HeadConfig, LayerConfig, NormNames};
+use dictlearn_core::lm::{
+    AttentionConfig, Decoder, DecoderConfig, DecoderFamily, MlpConfig, ModelCx, NormConfig, NormKind, Projections,
+    Rope, activation,
 };
-use dictlearn_core::lm::{Decoder, DecoderConfig, DecoderFamily, ModelCx, NormKind, Rope, activation};
 use dictlearn_core::prelude::*;
 
 /// Fields of a GPT-NeoX config.json that affect the computation, with Hugging Face's defaults.
@@ -78,36 +79,32 @@ impl DecoderFamily for GptNeoxConfig {
         let (d, heads) = (self.hidden_size, self.num_attention_heads);
         let head_dim = DecoderConfig::head_dim(d, heads)?;
         let input = Projections::Interleaved("query_key_value");
+        let attention = AttentionConfig {
+            rotary: Some(0),
+            ..AttentionConfig::new("attention", (heads, head_dim), input, "dense").with_bias(self.attention_bias)
+        };
+        let act = activation(&self.hidden_act)?;
+        let mlp = MlpConfig::plain(self.intermediate_size, ("dense_h_to_4h", "dense_4h_to_h"), act);
+        let norms = NormNames::before("input_layernorm", "post_attention_layernorm");
+        let layer = LayerConfig {
+            parallel: self.use_parallel_residual,
+            ..LayerConfig::new(attention, FeedForward::Mlp(mlp), norms)
+        };
         let mut rope = self.rope.clone();
         rope.partial_rotary_factor.get_or_insert(self.rotary_pct);
-        let layer = LayerConfig { window: None, rotary: Some(0), scale: (head_dim as f64).powf(-0.5) };
         Ok(DecoderConfig {
             hidden_size: d,
             vocab_size: self.vocab_size,
             max_positions: Some(self.max_position_embeddings),
             layers: vec![layer; self.num_hidden_layers],
             rotary: vec![rope.rotary(head_dim, self.rotary_emb_base, self.max_position_embeddings)?],
-            layers_path: "gpt_neox.layers",
-            embed: EmbedConfig::tokens("gpt_neox.embed_in"),
-            norm: NormConfig::before(
-                NormKind::Layer,
-                self.layer_norm_eps,
-                "input_layernorm",
-                "post_attention_layernorm",
-            ),
-            attention: AttentionConfig {
-                input_bias: self.attention_bias,
-                output_bias: self.attention_bias,
-                ..AttentionConfig::new("attention", (heads, head_dim), input, "dense")
-            },
-            mlp: MlpConfig::plain(
-                self.intermediate_size,
-                ("dense_h_to_4h", "dense_4h_to_h"),
-                activation(&self.hidden_act)?,
-            ),
-            parallel: self.use_parallel_residual,
-            final_norm: "gpt_neox.final_layer_norm",
-            head: HeadConfig { path: "embed_out", tied: self.tie_word_embeddings, soft_cap: None },
+            root: "gpt_neox",
+            layers_name: "layers",
+            embed: EmbedConfig::tokens("embed_in"),
+            norm: NormConfig { kind: NormKind::Layer, eps: self.layer_norm_eps },
+            final_norm: Some("final_layer_norm"),
+            head: HeadConfig { path: "embed_out", ..HeadConfig::new(self.tie_word_embeddings) },
+            aliases: Vec::new(),
         })
     }
 }

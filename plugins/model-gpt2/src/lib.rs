@@ -2,10 +2,10 @@
 //! <https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf>): learned
 //! position embeddings, layer norms before attention and MLP, transposed weights.
 
-use dictlearn_core::lm::decoder::{
-    AttentionConfig, EmbedConfig, HeadConfig, LayerConfig, MlpConfig, NormConfig, Projections,
+use dictlearn_core::lm::decoder::{EmbedConfig, FeedForward, HeadConfig, LayerConfig, NormNames};
+use dictlearn_core::lm::{
+    AttentionConfig, DecoderConfig, DecoderFamily, MlpConfig, NormConfig, NormKind, Projections, activation,
 };
-use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormKind, activation};
 use dictlearn_core::prelude::*;
 
 /// Fields of a GPT-2 config.json that affect the computation, with Hugging Face's defaults.
@@ -50,7 +50,15 @@ impl DecoderFamily for Gpt2Config {
         let layer = |index: usize| {
             let scale = if self.scale_attn_weights { (head_dim as f64).powf(-0.5) } else { 1.0 };
             let by_layer = if self.scale_attn_by_inverse_layer_idx { index as f64 + 1.0 } else { 1.0 };
-            LayerConfig { window: None, rotary: None, scale: scale / by_layer }
+            let attention = AttentionConfig {
+                transposed: true,
+                scale: scale / by_layer,
+                ..AttentionConfig::new("attn", (self.n_head, head_dim), Projections::Joined("c_attn"), "c_proj")
+                    .with_bias(true)
+            };
+            let width = self.n_inner.unwrap_or(4 * self.n_embd);
+            let mlp = MlpConfig { transposed: true, ..MlpConfig::plain(width, ("c_fc", "c_proj"), act) };
+            LayerConfig::new(attention, FeedForward::Mlp(mlp), NormNames::before("ln_1", "ln_2"))
         };
         Ok(DecoderConfig {
             hidden_size: self.n_embd,
@@ -58,22 +66,13 @@ impl DecoderFamily for Gpt2Config {
             max_positions: Some(self.n_positions),
             layers: (0..self.n_layer).map(layer).collect(),
             rotary: Vec::new(),
-            layers_path: "transformer.h",
-            embed: EmbedConfig { positions: Some("transformer.wpe"), ..EmbedConfig::tokens("transformer.wte") },
-            norm: NormConfig::before(NormKind::Layer, self.layer_norm_epsilon, "ln_1", "ln_2"),
-            attention: AttentionConfig {
-                input_bias: true,
-                output_bias: true,
-                transposed: true,
-                ..AttentionConfig::new("attn", (self.n_head, head_dim), Projections::Joined("c_attn"), "c_proj")
-            },
-            mlp: MlpConfig {
-                transposed: true,
-                ..MlpConfig::plain(self.n_inner.unwrap_or(4 * self.n_embd), ("c_fc", "c_proj"), act)
-            },
-            parallel: false,
-            final_norm: "transformer.ln_f",
-            head: HeadConfig { path: "lm_head", tied: self.tie_word_embeddings, soft_cap: None },
+            root: "transformer",
+            layers_name: "h",
+            embed: EmbedConfig::tokens("wte").with_positions("wpe"),
+            norm: NormConfig { kind: NormKind::Layer, eps: self.layer_norm_epsilon },
+            final_norm: Some("ln_f"),
+            head: HeadConfig::new(self.tie_word_embeddings),
+            aliases: Vec::new(),
         })
     }
 }

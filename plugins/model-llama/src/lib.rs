@@ -23,9 +23,8 @@ impl DecoderFamily for LlamaConfig {
     fn decoder(self) -> Result<DecoderConfig> {
         let LlamaConfig { common, attention_bias, mlp_bias, .. } = self;
         let mut decoder = common.decoder()?;
-        decoder.attention.input_bias = attention_bias;
-        decoder.attention.output_bias = attention_bias;
-        decoder.mlp.bias = mlp_bias;
+        decoder.attentions().for_each(|attention| attention.bias(attention_bias));
+        decoder.mlps().for_each(|mlp| mlp.bias = mlp_bias);
         Ok(decoder)
     }
 }

@@ -19,9 +19,7 @@ impl DecoderFamily for MistralConfig {
     fn decoder(self) -> Result<DecoderConfig> {
         let MistralConfig { common, sliding_window, .. } = self;
         let mut decoder = common.decoder()?;
-        for layer in &mut decoder.layers {
-            layer.window = sliding_window;
-        }
+        decoder.attentions().for_each(|attention| attention.window = sliding_window);
         Ok(decoder)
     }
 }

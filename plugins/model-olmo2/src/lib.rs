@@ -2,8 +2,8 @@
 //! before, and norms over all queries and all keys.
 
 use dictlearn_core::lm::config::CommonFields;
-use dictlearn_core::lm::decoder::QkNorm;
-use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
+use dictlearn_core::lm::decoder::NormNames;
+use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormedOver, QkNorm};
 use dictlearn_core::prelude::*;
 
 /// Fields of an OLMo 2 config.json that affect the computation, with Hugging Face's defaults.
@@ -22,13 +22,13 @@ impl DecoderFamily for Olmo2Config {
         let Olmo2Config { mut common, attention_bias, .. } = self;
         common.rms_norm_eps.get_or_insert(1e-5);
         let mut decoder = common.decoder()?;
-        decoder.norm.before_attention = None;
-        decoder.norm.after_attention = Some("post_attention_layernorm");
-        decoder.norm.before_mlp = None;
-        decoder.norm.after_mlp = Some("post_feedforward_layernorm");
-        decoder.attention.input_bias = attention_bias;
-        decoder.attention.output_bias = attention_bias;
-        decoder.attention.qk_norm = Some(QkNorm::All);
+        for layer in &mut decoder.layers {
+            layer.norms = NormNames::after("post_attention_layernorm", "post_feedforward_layernorm");
+        }
+        for attention in decoder.attentions() {
+            attention.bias(attention_bias);
+            attention.qk_norm = Some(QkNorm::new(NormedOver::All));
+        }
         Ok(decoder)
     }
 }

@@ -2,8 +2,7 @@
 //! and values, and one for gate and up.
 
 use dictlearn_core::lm::config::CommonFields;
-use dictlearn_core::lm::decoder::{MlpLayout, Projections};
-use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
+use dictlearn_core::lm::{DecoderConfig, DecoderFamily, MlpLayout, Projections};
 use dictlearn_core::prelude::*;
 
 /// Fields of a Phi-3 config.json that affect the computation, with Hugging Face's defaults.
@@ -23,12 +22,14 @@ impl DecoderFamily for Phi3Config {
         // transformers 4 and 5 prefer this value to the one in `rope_parameters`, even where the file lacks it.
         common.rope.original_max_position_embeddings.get_or_insert(4096.0);
         let mut decoder = common.decoder()?;
-        for layer in &mut decoder.layers {
-            layer.window = sliding_window;
+        for attention in decoder.attentions() {
+            attention.window = sliding_window;
+            attention.input = Projections::Joined("qkv_proj");
         }
-        decoder.attention.input = Projections::Joined("qkv_proj");
-        decoder.mlp.layout = MlpLayout::GatedJoined { gate_up: "gate_up_proj", down: "down_proj" };
-        decoder.mlp.act_path = "activation_fn";
+        for mlp in decoder.mlps() {
+            mlp.layout = MlpLayout::GatedJoined { gate_up: "gate_up_proj", down: "down_proj" };
+            mlp.act_path = "activation_fn";
+        }
         Ok(decoder)
     }
 }

@@ -18,7 +18,7 @@ pub struct Qwen2Config {
 impl DecoderFamily for Qwen2Config {
     fn decoder(self) -> Result<DecoderConfig> {
         let mut decoder = self.common.decoder()?;
-        decoder.attention.input_bias = true;
+        decoder.attentions().for_each(|attention| attention.input_bias = true);
         self.window.apply(&mut decoder)?;
         Ok(decoder)
     }

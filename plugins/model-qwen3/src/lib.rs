@@ -2,8 +2,7 @@
 //! keys.
 
 use dictlearn_core::lm::config::{CommonFields, UpperWindow};
-use dictlearn_core::lm::decoder::QkNorm;
-use dictlearn_core::lm::{DecoderConfig, DecoderFamily};
+use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormedOver, QkNorm};
 use dictlearn_core::prelude::*;
 
 /// Fields of a Qwen 3 config.json that affect the computation, with Hugging Face's defaults.
@@ -24,9 +23,10 @@ impl DecoderFamily for Qwen3Config {
         // Unlike in the other families, a head's width does not follow from the residual stream's.
         self.common.head_dim.get_or_insert(128);
         let mut decoder = self.common.decoder()?;
-        decoder.attention.input_bias = self.attention_bias;
-        decoder.attention.output_bias = self.attention_bias;
-        decoder.attention.qk_norm = Some(QkNorm::Head);
+        for attention in decoder.attentions() {
+            attention.bias(self.attention_bias);
+            attention.qk_norm = Some(QkNorm::new(NormedOver::Head));
+        }
         self.window.apply(&mut decoder)?;
         Ok(decoder)
     }

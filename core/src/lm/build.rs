@@ -1,0 +1,171 @@
+//! Builds the parts of a model: shapes follow from its config, values come from its weights.
+
+use std::cell::OnceCell;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Result;
+use tch::{Device, Kind, Tensor};
+
+use super::blocks::Linear;
+use super::norm::{Norm, NormConfig, NormKind};
+use super::weights::Weights;
+use crate::machine::device::Precision;
+
+/// A tensor that a part of a model needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    /// Its Hugging Face name.
+    pub name: &'a str,
+    /// Its shape in the file.
+    pub shape: &'a [i64],
+    /// Dtype to convert it to.
+    pub kind: Kind,
+    /// Index into the first dimension, to read only that part of it.
+    pub part: Option<i64>,
+}
+
+impl Wanted<'_> {
+    /// Returns the shape of what is wanted.
+    pub fn size(&self) -> &[i64] {
+        if self.part.is_some() { &self.shape[1..] } else { self.shape }
+    }
+}
+
+/// Provides a tensor. Matrices and biases of products and token embeddings have the dtype of the products, everything
+/// else float32.
+type Provide<'a> = dyn FnMut(Wanted) -> Result<Tensor> + 'a;
+
+/// Builds the parts of a model.
+pub struct Builder<'a> {
+    precision: Precision,
+    provide: &'a mut Provide<'a>,
+    /// The files, if parts should be read from them when a pass first reaches them.
+    lazy: Option<Arc<ModelWeights>>,
+    /// Returns true if the model has a tensor of this name.
+    has: &'a dyn Fn(&str) -> bool,
+}
+
+impl<'a> Builder<'a> {
+    /// Creates a builder that takes every tensor from `provide` at once; `has` tells which names there are.
+    pub(super) fn new(precision: Precision, has: &'a dyn Fn(&str) -> bool, provide: &'a mut Provide<'a>) -> Self {
+        Builder { precision, provide, lazy: None, has }
+    }
+
+    /// Returns the precision of products.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Returns true if the model has a tensor of this name.
+    pub fn has(&self, name: &str) -> bool {
+        (self.has)(name)
+    }
+
+    /// Returns a tensor that is not part of a product, in float32.
+    pub fn tensor(&mut self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        (self.provide)(Wanted { name, shape, kind: Kind::Float, part: None })
+    }
+
+    /// Returns a matrix or bias of a product, in the products' dtype.
+    pub fn matrix(&mut self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        (self.provide)(Wanted { name, shape, kind: self.precision.kind(), part: None })
+    }
+
+    /// Returns one entry along the first dimension of a tensor of this whole shape, in the products' dtype.
+    pub fn part(&mut self, name: &str, shape: &[i64], index: i64) -> Result<Tensor> {
+        (self.provide)(Wanted { name, shape, kind: self.precision.kind(), part: Some(index) })
+    }
+
+    /// Returns an affine map; its weight is stored as [output, input].
+    pub fn linear(&mut self, path: &str, output: i64, input: i64, bias: bool) -> Result<Linear> {
+        let weight = self.matrix(&format!("{path}.weight"), &[output, input])?;
+        self.with_bias(path, weight, output, bias)
+    }
+
+    /// Returns an affine map whose weight is stored transposed, as [input, output].
+    pub fn transposed(&mut self, path: &str, output: i64, input: i64, bias: bool) -> Result<Linear> {
+        let weight = self.matrix(&format!("{path}.weight"), &[input, output])?.tr();
+        self.with_bias(path, weight, output, bias)
+    }
+
+    fn with_bias(&mut self, path: &str, weight: Tensor, output: i64, bias: bool) -> Result<Linear> {
+        let bias = bias.then(|| self.matrix(&format!("{path}.bias"), &[output])).transpose()?;
+        Ok(Linear { weight, bias, precision: self.precision })
+    }
+
+    /// Returns a norm over `width` elements.
+    pub fn norm(&mut self, path: &str, width: i64, config: NormConfig) -> Result<Norm> {
+        let weight = (config.kind != NormKind::RmsNoWeight)
+            .then(|| self.tensor(&format!("{path}.weight"), &[width]))
+            .transpose()?;
+        let bias =
+            (config.kind == NormKind::Layer).then(|| self.tensor(&format!("{path}.bias"), &[width])).transpose()?;
+        Ok(Norm { config, weight, bias })
+    }
+
+    /// Returns a part that is read from the model's files when it is first used. Without files, it is built now.
+    pub(super) fn lazily<T>(&mut self, part: impl Fn(&mut Builder) -> Result<T> + Send + 'static) -> Result<Lazy<T>> {
+        match &self.lazy {
+            None => Ok(Lazy { value: part(self)?.into(), read: None }),
+            Some(weights) => {
+                let weights = weights.clone();
+                Ok(Lazy { value: OnceCell::new(), read: Some(Box::new(move || weights.read(&part))) })
+            }
+        }
+    }
+}
+
+/// A part of a model that is read when it is first used.
+pub(super) struct Lazy<T> {
+    value: OnceCell<T>,
+    read: Option<Box<dyn Fn() -> T + Send>>,
+}
+
+impl<T> Lazy<T> {
+    /// Returns the part.
+    pub fn get(&self) -> &T {
+        self.value.get_or_init(|| self.read.as_ref().expect("a part without a file is built at once")())
+    }
+}
+
+/// The weights of a model, and those read so far.
+pub(super) struct ModelWeights {
+    weights: Weights,
+    precision: Precision,
+    read: Mutex<Vec<(String, Tensor)>>,
+}
+
+impl ModelWeights {
+    /// Reads from files whose names, shapes and dtypes were checked.
+    pub fn checked(weights: Weights, precision: Precision) -> Arc<Self> {
+        Arc::new(ModelWeights { weights, precision, read: Mutex::default() })
+    }
+
+    /// Builds a part from the files.
+    pub fn read<T>(self: &Arc<Self>, part: impl Fn(&mut Builder) -> Result<T>) -> T {
+        let mut provide = |wanted: Wanted| {
+            let tensor = self.weights.get(wanted)?;
+            let name = match wanted.part {
+                Some(index) => format!("{}.{index}", wanted.name),
+                None => wanted.name.to_owned(),
+            };
+            self.read.lock().expect("no reader panicked").push((name, tensor.shallow_clone()));
+            Ok(tensor)
+        };
+        let has = |name: &str| self.weights.has(name);
+        let mut builder =
+            Builder { precision: self.precision, provide: &mut provide, lazy: Some(self.clone()), has: &has };
+        tch::no_grad(|| part(&mut builder)).expect("a checked tensor can be read")
+    }
+
+    /// Returns the weights read so far, by name.
+    pub fn read_so_far(&self) -> Vec<(String, Tensor)> {
+        let read = self.read.lock().expect("no reader panicked");
+        read.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+}
+
+/// Returns zeros of a shape that occupy one element, for passes that only record widths.
+pub(super) fn shape_only(shape: &[i64]) -> Tensor {
+    Tensor::zeros([1], (Kind::Float, Device::Cpu)).expand(shape, false)
+}

@@ -1,0 +1,284 @@
+//! Mixtures of experts (Shazeer et al. 2017, <https://arxiv.org/abs/1701.06538>): a router sends each token to a few of
+//! many MLPs. Only the experts that a batch reaches are read from the file and computed.
+
+use anyhow::{Result, bail};
+use tch::{Kind, Tensor};
+
+use super::blocks::{Activation, Linear};
+use super::build::{Builder, Lazy};
+use super::mlp::{Mlp, MlpConfig};
+use super::model::{Hooks, Stop};
+use crate::error::InputError;
+
+/// Mixture of experts of a layer, in place of an MLP.
+#[derive(Debug, Clone)]
+pub struct ExpertsConfig {
+    /// Path in a layer.
+    pub path: &'static str,
+    /// Router, a linear map to one logit per expert.
+    pub router: &'static str,
+    /// Whether the router has a bias.
+    pub router_bias: bool,
+    /// Number of experts.
+    pub count: i64,
+    /// Number of experts per token.
+    pub per_token: i64,
+    /// Width of an expert.
+    pub width: i64,
+    /// Whether the chosen experts' probabilities are divided by their sum.
+    pub renormalised: bool,
+    /// Gate of an expert.
+    pub glu: Glu,
+    /// Tensors of the experts.
+    pub layout: ExpertLayout,
+    /// An expert that every token reaches, if there is one.
+    pub shared: Option<SharedExpert>,
+}
+
+impl ExpertsConfig {
+    /// Returns a mixture with router `gate`, and three projections for each of its experts: `experts.N.gate_proj`, ...
+    pub fn new(path: &'static str, (count, per_token): (i64, i64), width: i64, act: Activation) -> Self {
+        ExpertsConfig {
+            path,
+            router: "gate",
+            router_bias: false,
+            count,
+            per_token,
+            width,
+            renormalised: true,
+            glu: Glu::Plain(act),
+            layout: ExpertLayout::Each { gate: "gate_proj", up: "up_proj", down: "down_proj" },
+            shared: None,
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        let ExpertsConfig { count, per_token, width, .. } = *self;
+        if let Some((what, found)) = [("experts", count), ("dimensions of an expert", width)].iter().find(|it| it.1 < 1)
+        {
+            bail!(InputError::new(format!("config.json: the number of {what} is {found}")));
+        }
+        if !(1..=count).contains(&per_token) {
+            bail!(InputError::new(format!("config.json: a token reaches {per_token} of {count} experts")));
+        }
+        if count > MOST_EXPERTS {
+            bail!(InputError::new(format!("config.json: {count} experts are more than any model has")));
+        }
+        match &self.shared {
+            Some(shared) => shared.mlp.check(),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Upper bound on experts. Allocating for a bogus number would exhaust memory before a missing tensor is found.
+const MOST_EXPERTS: i64 = 10_000;
+
+/// Product of an expert's gate and up projection.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Glu {
+    /// act(gate) · up.
+    Plain(Activation),
+    /// gate · σ(1.702 gate) · (up + 1), with gate at most `limit` and up within ± `limit` (gpt-oss,
+    /// <https://arxiv.org/abs/2508.10925>).
+    Clamped {
+        /// Bound.
+        limit: f64,
+    },
+}
+
+impl Glu {
+    fn forward(self, gate: &Tensor, up: &Tensor) -> Tensor {
+        match self {
+            Glu::Plain(act) => act.gated(gate, up),
+            Glu::Clamped { limit } => {
+                let gate = gate.clamp_max(limit);
+                let gate = &gate * (&gate * 1.702).sigmoid();
+                gate * (up.clamp(-limit, limit) + 1)
+            }
+        }
+    }
+}
+
+/// Tensors of the experts, in the module `experts`.
+#[derive(Debug, Clone, Copy)]
+pub enum ExpertLayout {
+    /// Three projections for each expert, as in `experts.N.gate_proj.weight`. Files that stack them, as
+    /// `experts.gate_up_proj` [E, 2·I, d] (gate first) and `experts.down_proj` [E, d, I], are read too.
+    Each {
+        /// Gate projection.
+        gate: &'static str,
+        /// Up projection.
+        up: &'static str,
+        /// Back to the residual stream's width.
+        down: &'static str,
+    },
+    /// All experts in `gate_up_proj` [E, 2·I, d] (gate first) and `down_proj` [E, d, I].
+    Stacked,
+    /// All experts in `gate_up_proj` [E, d, 2·I] (gates in even columns) and `down_proj` [E, I, d], with biases
+    /// `gate_up_proj_bias` [E, 2·I] and `down_proj_bias` [E, d].
+    StackedTransposed,
+}
+
+/// An expert that every token reaches.
+#[derive(Debug, Clone)]
+pub struct SharedExpert {
+    /// The expert.
+    pub mlp: MlpConfig,
+    /// Linear map to one logit, if there is one: its sigmoid multiplies the expert's output.
+    pub gate: Option<&'static str>,
+}
+
+/// One expert.
+struct Expert {
+    /// Gate and up: two maps, or one.
+    gate: Option<Linear>,
+    up: Linear,
+    down: Linear,
+}
+
+impl Expert {
+    fn build(config: &ExpertsConfig, path: &str, index: i64, d: i64, builder: &mut Builder) -> Result<Self> {
+        let ExpertsConfig { count, width, .. } = *config;
+        let precision = builder.precision();
+        match config.layout {
+            ExpertLayout::Each { gate, up, down } => {
+                let mut project = |name: &str, output: i64, input: i64| {
+                    builder.linear(&format!("{path}.{index}.{name}"), output, input, false)
+                };
+                Ok(Expert {
+                    gate: Some(project(gate, width, d)?),
+                    up: project(up, width, d)?,
+                    down: project(down, d, width)?,
+                })
+            }
+            ExpertLayout::Stacked => {
+                let mut project = |name: &str, output: i64, input: i64| {
+                    let weight = builder.part(&format!("{path}.{name}"), &[count, output, input], index)?;
+                    Ok::<_, anyhow::Error>(Linear { weight, bias: None, precision })
+                };
+                Ok(Expert {
+                    gate: None,
+                    up: project("gate_up_proj", 2 * width, d)?,
+                    down: project("down_proj", d, width)?,
+                })
+            }
+            ExpertLayout::StackedTransposed => {
+                let mut project = |name: &str, output: i64, input: i64| {
+                    let weight = builder.part(&format!("{path}.{name}"), &[count, input, output], index)?.tr();
+                    let bias = Some(builder.part(&format!("{path}.{name}_bias"), &[count, output], index)?);
+                    Ok::<_, anyhow::Error>(Linear { weight, bias, precision })
+                };
+                Ok(Expert {
+                    gate: None,
+                    up: project("gate_up_proj", 2 * width, d)?,
+                    down: project("down_proj", d, width)?,
+                })
+            }
+        }
+    }
+
+    /// Returns the output [N, d] for rows x [N, d].
+    fn forward(&self, config: &ExpertsConfig, x: &Tensor) -> Tensor {
+        let up = self.up.forward(x);
+        let wide = match (&self.gate, config.layout) {
+            (Some(gate), _) => config.glu.forward(&gate.forward(x), &up),
+            (None, ExpertLayout::StackedTransposed) => {
+                let pairs = up.unflatten(-1, [-1, 2]);
+                config.glu.forward(&pairs.select(-1, 0), &pairs.select(-1, 1))
+            }
+            (None, _) => {
+                let both = up.chunk(2, -1);
+                config.glu.forward(&both[0], &both[1])
+            }
+        };
+        self.down.forward(&wide)
+    }
+}
+
+/// A mixture of experts with its weights.
+pub(super) struct Experts {
+    config: ExpertsConfig,
+    router: Linear,
+    experts: Vec<Lazy<Expert>>,
+    shared: Option<(Mlp, Option<Linear>)>,
+}
+
+impl Experts {
+    /// Builds the experts of a layer at the path `at`, for a residual stream of width `d`.
+    pub fn build(config: &ExpertsConfig, at: &str, d: i64, builder: &mut Builder) -> Result<Self> {
+        let mut config = config.clone();
+        let path = format!("{at}.{}", config.path);
+        let router = builder.linear(&format!("{path}.{}", config.router), config.count, d, config.router_bias)?;
+        let experts = format!("{path}.experts");
+        let is_each = matches!(config.layout, ExpertLayout::Each { .. });
+        if is_each && builder.has(&format!("{experts}.gate_up_proj")) {
+            config.layout = ExpertLayout::Stacked;
+        }
+        let expert = |index: i64, builder: &mut Builder| {
+            let (config, experts) = (config.clone(), experts.clone());
+            builder.lazily(move |builder| Expert::build(&config, &experts, index, d, builder))
+        };
+        let experts = (0..config.count).map(|index| expert(index, builder)).collect::<Result<_>>()?;
+        let shared = match &config.shared {
+            None => None,
+            Some(shared) => {
+                let gate =
+                    shared.gate.map(|name| builder.linear(&format!("{path}.{name}"), 1, d, false)).transpose()?;
+                Some((Mlp::build(&shared.mlp, &path, d, builder)?, gate))
+            }
+        };
+        Ok(Experts { config, router, experts, shared })
+    }
+
+    /// Reads all experts.
+    pub fn read(&self) {
+        for expert in &self.experts {
+            expert.get();
+        }
+    }
+
+    /// Returns the output for x [B, L, d]. Sites: the router's logits [B, L, E], the experts' sum (`experts`) and the
+    /// shared expert.
+    pub fn forward(&self, x: &Tensor, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let config = &self.config;
+        let logits = hooks.linear(config.router, x, &self.router)?;
+        let sum = hooks.module("experts", x, |hooks, x| match hooks.records() {
+            true => Ok(x.zeros_like()),
+            false => Ok(self.sum(x, &logits)),
+        })?;
+        let (Some((shared, gate)), Some(names)) = (&self.shared, &config.shared) else { return Ok(sum) };
+        let shared = hooks.module(names.mlp.path, x, |hooks, x| shared.forward(x, hooks))?;
+        Ok(match (gate, names.gate) {
+            (Some(gate), Some(name)) => sum + hooks.linear(name, x, gate)?.sigmoid() * shared,
+            _ => sum + shared,
+        })
+    }
+
+    /// Returns the sum of the chosen experts' outputs, weighted by their probabilities.
+    fn sum(&self, x: &Tensor, logits: &Tensor) -> Tensor {
+        let ExpertsConfig { count, per_token, renormalised, .. } = self.config;
+        let size = x.size();
+        let x = x.reshape([-1, *size.last().expect("a residual stream has a width")]);
+        let probabilities = logits.reshape([-1, count]).softmax(-1, Kind::Float);
+        let (mut weights, chosen) = probabilities.topk(per_token, -1, true, false);
+        if renormalised {
+            weights = &weights / weights.sum_dim_intlist(-1, true, Kind::Float);
+        }
+        // Choices ordered by expert.
+        let chosen = chosen.flatten(0, 1);
+        let order = chosen.argsort_stable(true, 0, false);
+        let tokens = order.divide_scalar_mode(per_token, "floor");
+        let weights = weights.flatten(0, 1).index_select(0, &order).unsqueeze(1);
+        let counts = Vec::<i64>::try_from(chosen.bincount::<Tensor>(None, count)).expect("counts are integers");
+        let sum = Tensor::zeros(x.size(), (Kind::Float, x.device()));
+        let mut start = 0;
+        for (expert, rows) in self.experts.iter().zip(counts).filter(|(_, rows)| *rows > 0) {
+            let tokens = tokens.narrow(0, start, rows);
+            let output = expert.get().forward(&self.config, &x.index_select(0, &tokens));
+            let _ = sum.shallow_clone().index_add_(0, &tokens, &(output * weights.narrow(0, start, rows)));
+            start += rows;
+        }
+        sum.reshape(size)
+    }
+}
