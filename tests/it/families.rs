@@ -24,11 +24,11 @@ fn cases() -> Vec<String> {
     cases
 }
 
-fn load(dir: &Path, precision: Precision) -> Result<Box<dyn LanguageModel>> {
+pub fn load(dir: &Path, precision: Precision) -> Result<Box<dyn LanguageModel>> {
     Ok(open_model(&dir.to_string_lossy(), Device::Cpu, precision)?.0)
 }
 
-fn open(case: &str) -> (Box<dyn LanguageModel>, Tokens, BTreeMap<String, Tensor>) {
+pub fn open(case: &str) -> (Box<dyn LanguageModel>, Tokens, BTreeMap<String, Tensor>) {
     let dir = fixture("models").join(case);
     let model = load(&dir, Precision::Float32).unwrap();
     let mut io = TensorFile::open(&dir.join("io.safetensors")).unwrap().tensors().unwrap();
@@ -38,7 +38,11 @@ fn open(case: &str) -> (Box<dyn LanguageModel>, Tokens, BTreeMap<String, Tensor>
 }
 
 /// A copy of a model's folder with changed config and weights.
-fn changed(case: &str, config: impl Fn(&mut Value), weights: impl Fn(&mut Vec<(String, Tensor)>)) -> tempfile::TempDir {
+pub fn changed(
+    case: &str,
+    config: impl Fn(&mut Value),
+    weights: impl Fn(&mut Vec<(String, Tensor)>),
+) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let from = fixture("models").join(case);
     let mut json: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
@@ -52,14 +56,14 @@ fn changed(case: &str, config: impl Fn(&mut Value), weights: impl Fn(&mut Vec<(S
 }
 
 /// The output of each layer, and the logits.
-fn computed(model: &dyn LanguageModel, tokens: &Tokens) -> Vec<Tensor> {
+pub fn computed(model: &dyn LanguageModel, tokens: &Tokens) -> Vec<Tensor> {
     let outputs = (0..model.n_layers())
         .map(|layer| model.value_at(tokens, &HookPoint { module: model.names().layer(layer), io: Io::Out }));
     outputs.chain([model.forward(tokens, &mut Hooks::none()).unwrap()]).collect()
 }
 
 /// The message with which a folder's model is refused.
-fn refusal(dir: &Path) -> String {
+pub fn refusal(dir: &Path) -> String {
     let error = load(dir, Precision::Float32).err().unwrap_or_else(|| panic!("{} was loaded", dir.display()));
     assert!(error.chain().any(|cause| cause.is::<InputError>()), "{error:#}");
     let error = InputError::take(error).unwrap();
@@ -67,7 +71,7 @@ fn refusal(dir: &Path) -> String {
 }
 
 /// Relative difference at the text positions.
-fn difference(found: &Tensor, expected: &Tensor, mask: &Tensor) -> f64 {
+pub fn difference(found: &Tensor, expected: &Tensor, mask: &Tensor) -> f64 {
     let mask = mask.unsqueeze(-1).to_kind(Kind::Float);
     let difference = ((found - expected) * &mask).norm() / (expected * &mask).norm();
     difference.double_value(&[])
@@ -82,7 +86,7 @@ fn sites_logits_and_loss_match_transformers() {
             let (module, side) = name.rsplit_once('.').unwrap();
             let io = if side == "in" { Io::In } else { Io::Out };
             let (point, width) = model.hook_point(module, io).unwrap();
-            assert_eq!(width, 32, "{case} {name}");
+            assert_eq!(Some(&width), expected.size().last(), "{case} {name}");
             let difference = difference(&model.value_at(&tokens, &point), expected, &tokens.mask);
             assert!(difference < 1e-5, "{case} {name}: {difference}");
             compared += 1;
@@ -100,7 +104,8 @@ fn sites_logits_and_loss_match_transformers() {
 
 #[test]
 fn a_transformers_5_config_gives_the_same_numbers() {
-    for case in &cases() {
+    let respelt = |case: &String| fixture("models").join(case).join("config.transformers5.json").exists();
+    for case in cases().iter().filter(|case| respelt(case)) {
         let (model, tokens, _) = open(case);
         let newer = read_json(&fixture("models").join(case).join("config.transformers5.json"));
         assert!(newer["transformers_version"].as_str().unwrap().starts_with("5."), "{case}");

@@ -13,6 +13,7 @@ use super::model::LanguageModel;
 use super::weights::{ModelCx, Weights};
 use crate::error::InputError;
 use crate::machine::device::Precision;
+use crate::suggest::nearest;
 
 /// A family of language models, named by `model_type` in config.json. [`component`](macro@crate::component) submits it.
 pub struct ModelFamily {
@@ -126,10 +127,14 @@ fn family(name: &str, config: &Value) -> Result<&'static ModelFamily> {
     let mut known: Vec<&str> = inventory::iter::<ModelFamily>.into_iter().map(|family| family.model_type).collect();
     known.sort_unstable();
     let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {
-        bail!(
-            InputError::new(format!("the model {name} has the unsupported family `{family}`"))
-                .help(format!("supported families: {} (`dictlearn list models`)", known.join(", ")))
-        );
+        let near = nearest(family, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
+        bail!(InputError::new(format!("the model {name} has the unsupported family `{family}`")).help(format!(
+            "{}there are two ways on: let Python run the model, and train from its activations on disk (source \
+                 `tensor_file` or `activation_cache`), or write the family as a plugin (`dictlearn new-plugin model`); \
+                 supported families: {} (`dictlearn list models`)",
+            near.unwrap_or_default(),
+            known.join(", ")
+        )));
     };
     Ok(found)
 }

@@ -31,3 +31,28 @@ pub(super) fn decode(codes: &[u8], scales: &[u8], output: i64, kind: Kind) -> Re
     }
     Ok(Tensor::f_from_slice(&numbers)?.f_view([output, -1])?.to_kind(kind).tr())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_scaled_by_powers_of_two_the_lower_half_first() {
+        let codes: Vec<u8> = (0..16).collect();
+        let scales = [127 + 3, 0];
+        let tensor = decode(&[codes.clone(), codes].concat(), &scales, 2, Kind::Float).unwrap();
+        assert_eq!(tensor.size(), [32, 2]);
+        let column = Vec::<f32>::try_from(tensor.select(1, 0).contiguous()).unwrap();
+        assert_eq!(column[..8], [0.0, 0.0, 4.0, 0.0, 8.0, 0.0, 12.0, 0.0]);
+        assert_eq!(column[18..20], [-4.0, 0.0], "code 9");
+        let small = tensor.double_value(&[2, 1]);
+        assert_eq!(small, 0.5 * 2_f64.powi(-127));
+    }
+
+    #[test]
+    fn shapes_need_whole_blocks() {
+        assert_eq!(shapes(&[4, 64, 80]), Some((vec![4, 80, 2, 16], vec![4, 80, 2])));
+        assert_eq!(shapes(&[4, 40, 80]), None);
+        assert_eq!(shapes(&[64, 80]), None);
+    }
+}

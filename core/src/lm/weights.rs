@@ -88,6 +88,9 @@ const TEXT_ROOTS: [&str; 6] = [
     "model",
 ];
 
+/// Paths at which files have the head of a wrapper.
+const HEAD_ROOTS: [&str; 3] = ["language_model", "model.language_model", "text_model"];
+
 impl Weights {
     /// Creates random weights, which have any name and shape.
     pub(super) fn drawn(name: &str, device: Device) -> Self {
@@ -169,7 +172,7 @@ impl Weights {
         }
         let root = self.text_root?;
         let inner = name.strip_prefix(root).and_then(|rest| rest.strip_prefix('.'));
-        let known: &[&str] = if inner.is_some() { &TEXT_ROOTS } else { &["language_model", "text_model"] };
+        let known: &[&str] = if inner.is_some() { &TEXT_ROOTS } else { &HEAD_ROOTS };
         known.iter().find_map(|outer| self.place.get(&format!("{outer}.{}", inner.unwrap_or(name))))
     }
 

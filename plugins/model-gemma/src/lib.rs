@@ -18,8 +18,11 @@ pub struct GemmaConfig {
 }
 
 impl DecoderFamily for GemmaConfig {
-    fn decoder(mut self) -> Result<DecoderConfig> {
-        self.common.head_dim.get_or_insert(256);
+    const DEFAULTS: &'static str = r#"{"vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
+        "max_position_embeddings": 8192, "tie_word_embeddings": true}"#;
+
+    fn decoder(self) -> Result<DecoderConfig> {
         let mut decoder = self.common.decoder()?;
         // The first files say `gelu` but mean its tanh approximation.
         let act = match self.common.hidden_act.as_deref() {
@@ -32,7 +35,6 @@ impl DecoderFamily for GemmaConfig {
         decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
         let bias = self.attention_bias;
         decoder.attentions().for_each(|attention| attention.bias(bias));
-        decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
         Ok(decoder)
     }
 }

@@ -21,11 +21,13 @@ pub struct Gemma2Config {
 }
 
 impl DecoderFamily for Gemma2Config {
-    fn decoder(mut self) -> Result<DecoderConfig> {
-        self.common.head_dim.get_or_insert(256);
+    const DEFAULTS: &'static str = r#"{"vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216,
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "max_position_embeddings": 8192, "tie_word_embeddings": true}"#;
+
+    fn decoder(self) -> Result<DecoderConfig> {
         let mut decoder = self.common.decoder()?;
         self.sandwich.apply(&mut decoder, |layer| layer % 2 == 0)?;
-        decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
         let soft_cap = self.attn_logit_softcapping;
         decoder.attentions().for_each(|attention| attention.soft_cap = soft_cap);
         decoder.head.soft_cap = self.final_logit_softcapping;

@@ -28,8 +28,12 @@ pub struct Gemma3Config {
 }
 
 impl DecoderFamily for Gemma3Config {
-    fn decoder(mut self) -> Result<DecoderConfig> {
-        let head_dim = *self.common.head_dim.get_or_insert(256);
+    const DEFAULTS: &'static str = r#"{"vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216,
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "max_position_embeddings": 131072, "tie_word_embeddings": true}"#;
+
+    fn decoder(self) -> Result<DecoderConfig> {
+        let head_dim = self.common.head_dim()?;
         let rope = &self.common.rope;
         let longest = self.common.max_position_embeddings;
         let (theta, local) = (rope.rope_theta.unwrap_or(1e6), self.rope_local_base_freq);
@@ -43,7 +47,6 @@ impl DecoderFamily for Gemma3Config {
             None => Rotary::new(head_dim, local)?,
         };
         let mut decoder = self.common.decoder_with(vec![full, local])?;
-        decoder.head.tied = self.common.tie_word_embeddings.unwrap_or(true);
         // Gemma 3's embedding module applies the scale itself.
         decoder.embed.scale_inside = true;
         decoder.head.soft_cap = self.final_logit_softcapping;

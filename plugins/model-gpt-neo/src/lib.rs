@@ -13,16 +13,21 @@ use dictlearn_core::prelude::*;
     example = "{num_layers: 2, num_heads: 4, attention_types: [[[global, local], 1]]}")]
 pub struct GptNeoConfig {
     /// Number of token ids.
+    #[default(50_257)]
     vocab_size: i64,
     /// Width of the residual stream.
+    #[default(2048)]
     hidden_size: i64,
     /// Number of layers.
+    #[default(24)]
     num_layers: usize,
     /// Number of attention heads per layer.
+    #[default(16)]
     num_heads: i64,
     /// Width of the MLP. Default: 4 · `hidden_size`.
     intermediate_size: Option<i64>,
     /// Longest context, in tokens.
+    #[default(2048)]
     max_position_embeddings: i64,
     /// Kinds of attention, and how often to repeat the list: [[["global", "local"], 12]].
     attention_types: Option<Vec<(Vec<String>, usize)>>,

@@ -18,16 +18,22 @@ use dictlearn_core::prelude::*;
 #[derive(Serialize)]
 pub struct GptNeoxConfig {
     /// Number of token ids.
+    #[default(50_432)]
     pub vocab_size: i64,
     /// Width of the residual stream.
+    #[default(6144)]
     pub hidden_size: i64,
     /// Number of layers.
+    #[default(44)]
     pub num_hidden_layers: usize,
     /// Number of attention heads per layer.
+    #[default(64)]
     pub num_attention_heads: i64,
     /// Width of the MLP.
+    #[default(24_576)]
     pub intermediate_size: i64,
     /// Longest context, in tokens.
+    #[default(2048)]
     pub max_position_embeddings: i64,
     /// Activation function of the MLP.
     #[default("gelu")]

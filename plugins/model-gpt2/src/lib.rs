@@ -15,16 +15,21 @@ use dictlearn_core::prelude::*;
     example = "{n_embd: 32, n_layer: 2, n_head: 4, n_positions: 64}")]
 pub struct Gpt2Config {
     /// Number of token ids.
+    #[default(50_257)]
     vocab_size: i64,
     /// Width of the residual stream.
+    #[default(768)]
     n_embd: i64,
     /// Number of layers.
+    #[default(12)]
     n_layer: usize,
     /// Number of attention heads per layer.
+    #[default(12)]
     n_head: i64,
     /// Width of the MLP. Default: 4 · `n_embd`.
     n_inner: Option<i64>,
     /// Longest context, in tokens.
+    #[default(1024)]
     n_positions: i64,
     /// Activation function of the MLP.
     #[default("gelu_new")]

@@ -20,6 +20,9 @@ pub struct LlamaConfig {
 }
 
 impl DecoderFamily for LlamaConfig {
+    const DEFAULTS: &'static str = r#"{"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048}"#;
+
     fn decoder(self) -> Result<DecoderConfig> {
         let LlamaConfig { common, attention_bias, mlp_bias, .. } = self;
         let mut decoder = common.decoder()?;

@@ -16,6 +16,10 @@ pub struct MistralConfig {
 }
 
 impl DecoderFamily for MistralConfig {
+    const DEFAULTS: &'static str = r#"{"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072}"#;
+
     fn decoder(self) -> Result<DecoderConfig> {
         let MistralConfig { common, sliding_window, .. } = self;
         let mut decoder = common.decoder()?;

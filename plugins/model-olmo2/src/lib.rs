@@ -18,9 +18,11 @@ pub struct Olmo2Config {
 }
 
 impl DecoderFamily for Olmo2Config {
+    const DEFAULTS: &'static str = r#"{"vocab_size": 50304, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}"#;
+
     fn decoder(self) -> Result<DecoderConfig> {
-        let Olmo2Config { mut common, attention_bias, .. } = self;
-        common.rms_norm_eps.get_or_insert(1e-5);
+        let Olmo2Config { common, attention_bias, .. } = self;
         let mut decoder = common.decoder()?;
         for layer in &mut decoder.layers {
             layer.norms = NormNames::after("post_attention_layernorm", "post_feedforward_layernorm");

@@ -16,11 +16,12 @@ pub struct Phi3Config {
 }
 
 impl DecoderFamily for Phi3Config {
+    const DEFAULTS: &'static str = r#"{"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096}"#;
+
     fn decoder(self) -> Result<DecoderConfig> {
-        let Phi3Config { mut common, sliding_window, .. } = self;
-        common.rms_norm_eps.get_or_insert(1e-5);
-        // transformers 4 and 5 prefer this value to the one in `rope_parameters`, even where the file lacks it.
-        common.rope.original_max_position_embeddings.get_or_insert(4096.0);
+        let Phi3Config { common, sliding_window, .. } = self;
         let mut decoder = common.decoder()?;
         for attention in decoder.attentions() {
             attention.window = sliding_window;

@@ -16,6 +16,10 @@ pub struct Qwen2Config {
 }
 
 impl DecoderFamily for Qwen2Config {
+    const DEFAULTS: &'static str = r#"{"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "max_position_embeddings": 32768}"#;
+
     fn decoder(self) -> Result<DecoderConfig> {
         let mut decoder = self.common.decoder()?;
         decoder.attentions().for_each(|attention| attention.input_bias = true);

@@ -19,9 +19,11 @@ pub struct Qwen3Config {
 }
 
 impl DecoderFamily for Qwen3Config {
-    fn decoder(mut self) -> Result<DecoderConfig> {
-        // Unlike in the other families, a head's width does not follow from the residual stream's.
-        self.common.head_dim.get_or_insert(128);
+    const DEFAULTS: &'static str = r#"{"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+        "max_position_embeddings": 32768}"#;
+
+    fn decoder(self) -> Result<DecoderConfig> {
         let mut decoder = self.common.decoder()?;
         for attention in decoder.attentions() {
             attention.bias(self.attention_bias);
