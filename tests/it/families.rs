@@ -11,7 +11,7 @@ use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::files::torch_file;
 use dictlearn_core::files::torch_file::StateDictFile;
 use dictlearn_core::lm::Visit;
-use dictlearn_core::lm::open_model;
+use dictlearn_core::lm::{ModelCx, open_model, random_model};
 use dictlearn_core::prelude::*;
 use serde_json::json;
 
@@ -695,4 +695,56 @@ fn hook_normalized_is_the_value_inside_the_norm() {
         }
     }
     assert!(tried > 30, "{tried}");
+}
+
+/// The library's default config of each family, by release (`PretrainedConfig().to_dict()`), without what follows from the
+/// number of layers.
+fn library_defaults() -> Map<String, Value> {
+    read_json(&fixture("model_defaults.json")).as_object().unwrap().clone()
+}
+
+fn drawn(config: Value) -> Result<Box<dyn LanguageModel>> {
+    random_model(&config, &ModelCx::new(Device::Cpu, Precision::Float32))
+}
+
+/// A config with only the sizes of the whole library default, to see whether the family knows the rest.
+#[test]
+fn the_library_s_defaults_may_be_left_out() {
+    let sizes: BTreeMap<String, Value> = cases().iter().map(|case| config_of(case)).collect();
+    let mut compared = 0;
+    for (family, releases) in library_defaults() {
+        let Some(small) = sizes.get(&family) else { continue };
+        for (release, whole) in releases.as_object().unwrap() {
+            let whole = whole.as_object().unwrap();
+            // As large as the default: the same modules of the same widths.
+            let bare = drawn(json!({"model_type": family})).unwrap_or_else(|error| panic!("{family}: {error:#}"));
+            let full = drawn(whole.clone().into()).unwrap_or_else(|error| panic!("{family} {release}: {error:#}"));
+            let shape =
+                |model: &dyn LanguageModel| (model.modules(), model.memory(), model.max_positions(), model.n_heads());
+            assert_eq!(shape(&*bare), shape(&*full), "{family} {release}");
+
+            // Small, to compare what it computes.
+            let is_size = |name: &str| whole[name].as_i64().is_some_and(|size| size > 2) && small.get(name).is_some();
+            let mut some = json!({"model_type": family});
+            let mut all = Value::Object(whole.clone());
+            for name in whole.keys().filter(|name| is_size(name)) {
+                some[name] = small[name].clone();
+                all[name] = small[name].clone();
+            }
+            let (some, all) = (drawn(some), drawn(all));
+            let [some, all] =
+                [some, all].map(|model| model.unwrap_or_else(|error| panic!("{family} {release}: {error:#}")));
+            let ids = Tensor::arange(24, (Kind::Int64, Device::Cpu)).view([2, 12]);
+            let tokens = Tokens { mask: ids.ones_like().to_kind(Kind::Bool), ids };
+            assert_eq!(computed(&*some, &tokens), computed(&*all, &tokens), "{family} {release}");
+            compared += 1;
+        }
+    }
+    assert!(compared >= 24, "{compared}");
+}
+
+/// The family and config of a case.
+fn config_of(case: &str) -> (String, Value) {
+    let config = read_json(&fixture("models").join(case).join("config.json"));
+    (config["model_type"].as_str().unwrap().to_owned(), config)
 }

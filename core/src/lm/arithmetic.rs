@@ -36,6 +36,8 @@ pub const ARITHMETIC: &[&str] = &[
     "rope_scaling",
     "rotary_dim",
     "sliding_window",
+    "swiglu_alpha",
+    "swiglu_limit",
     "use_bidirectional_attention",
     "use_parallel_residual",
     "use_qk_norm",

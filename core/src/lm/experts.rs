@@ -2,13 +2,15 @@
 //! many MLPs. Only the experts that a batch reaches are read from the file and computed.
 
 use anyhow::{Result, bail};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::blocks::{Activation, Linear};
 use super::build::{Builder, Lazy};
+use super::kernels;
 use super::mlp::{Mlp, MlpConfig};
 use super::model::{Hooks, Stop};
 use crate::error::InputError;
+use crate::machine::parallel;
 
 /// Mixture of experts of a layer, in place of an MLP.
 #[derive(Debug, Clone)]
@@ -79,11 +81,13 @@ const MOST_EXPERTS: i64 = 10_000;
 pub enum Glu {
     /// act(gate) · up.
     Plain(Activation),
-    /// gate · σ(1.702 gate) · (up + 1), with gate at most `limit` and up within ± `limit` (gpt-oss,
+    /// gate · σ(alpha · gate) · (up + 1), with gate at most `limit` and up within ± `limit` (gpt-oss,
     /// <https://arxiv.org/abs/2508.10925>).
     Clamped {
         /// Bound.
         limit: f64,
+        /// Factor in the sigmoid.
+        alpha: f64,
     },
 }
 
@@ -91,9 +95,9 @@ impl Glu {
     fn forward(self, gate: &Tensor, up: &Tensor) -> Tensor {
         match self {
             Glu::Plain(act) => act.gated(gate, up),
-            Glu::Clamped { limit } => {
+            Glu::Clamped { limit, alpha } => {
                 let gate = gate.clamp_max(limit);
-                let gate = &gate * (&gate * 1.702).sigmoid();
+                let gate = &gate * (&gate * alpha).sigmoid();
                 gate * (up.clamp(-limit, limit) + 1)
             }
         }
@@ -265,20 +269,31 @@ impl Experts {
         if renormalised {
             weights = &weights / weights.sum_dim_intlist(-1, true, Kind::Float);
         }
-        // Choices ordered by expert.
+        // Choices ordered by expert: each expert has a range of them.
         let chosen = chosen.flatten(0, 1);
         let order = chosen.argsort_stable(true, 0, false);
-        let tokens = order.divide_scalar_mode(per_token, "floor");
-        let weights = weights.flatten(0, 1).index_select(0, &order).unsqueeze(1);
+        let rows = x.index_select(0, &order.divide_scalar_mode(per_token, "floor"));
         let counts = Vec::<i64>::try_from(chosen.bincount::<Tensor>(None, count)).expect("counts are integers");
-        let sum = Tensor::zeros(x.size(), (Kind::Float, x.device()));
         let mut start = 0;
-        for (expert, rows) in self.experts.iter().zip(counts).filter(|(_, rows)| *rows > 0) {
-            let tokens = tokens.narrow(0, start, rows);
-            let output = expert.get().forward(&self.config, &x.index_select(0, &tokens));
-            let _ = sum.shallow_clone().index_add_(0, &tokens, &(output * weights.narrow(0, start, rows)));
-            start += rows;
+        let ranges = self.experts.iter().zip(counts).filter(|(_, count)| *count > 0).map(|(expert, count)| {
+            start += count;
+            (expert.get(), rows.narrow(0, start - count, count))
+        });
+        let outputs = self.outputs(&ranges.collect::<Vec<_>>());
+        // Where each choice went.
+        let place = order.argsort_stable(true, 0, false);
+        kernels::weighted_sums(&outputs, &place.view([-1, per_token]), &weights).reshape(size)
+    }
+
+    /// Returns the outputs of experts for their rows, one below the other.
+    fn outputs(&self, work: &[(&Expert, Tensor)]) -> Tensor {
+        let one = |(expert, rows): &(&Expert, Tensor)| expert.forward(&self.config, rows);
+        let plain = work.iter().all(|(_, rows)| rows.device() == Device::Cpu && !rows.requires_grad());
+        if !plain || work.len() < 2 {
+            return Tensor::cat(&work.iter().map(one).collect::<Vec<_>>(), 0);
         }
-        sum.reshape(size)
+        // An expert has few rows: many products on one thread each are faster than one after the other on all threads.
+        let outputs = parallel::map(work, one);
+        Tensor::cat(&outputs, 0)
     }
 }

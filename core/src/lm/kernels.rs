@@ -144,6 +144,47 @@ fn add_part<A: Number, B: Number>(x: &[A], y: &[B], out: &mut [f32]) {
     }
 }
 
+/// Returns sums of rows [R, d] as float32 [N, d]: for each n, the rows at `places` [N, k] times `weights` [N, k].
+pub(super) fn weighted_sums(rows: &Tensor, places: &Tensor, weights: &Tensor) -> Tensor {
+    if !fit([rows, weights]) {
+        let chosen = rows.index_select(0, &places.flatten(0, 1)).unflatten(0, places.size());
+        return (chosen * weights.unsqueeze(-1)).sum_dim_intlist(1, false, Kind::Float);
+    }
+    let (rows, weights) = (rows.contiguous(), weights.to_kind(Kind::Float).contiguous());
+    let places = Vec::<i64>::try_from(places.flatten(0, 1).to_device(Device::Cpu)).expect("places are integers");
+    let mut sums = Tensor::empty([weights.size()[0], rows.size()[1]], (Kind::Float, Device::Cpu));
+    match rows.kind() {
+        Kind::Float => weighted_sums_of::<f32>(&rows, &places, numbers(&weights), &mut sums),
+        _ => weighted_sums_of::<Bf16>(&rows, &places, numbers(&weights), &mut sums),
+    }
+    sums
+}
+
+fn weighted_sums_of<A: Number>(rows: &Tensor, places: &[i64], weights: &[f32], sums: &mut Tensor) {
+    let [count, width] = [sums.size()[0], sums.size()[1]].map(|n| n as usize);
+    let each = places.len() / count;
+    let (rows, sums) = (numbers::<A>(rows), Output::<f32>::of(sums));
+    share(count, width * each, |range| {
+        for row in range {
+            let chosen = row * each..(row + 1) * each;
+            // SAFETY: ranges of rows do not overlap.
+            let sum = unsafe { sums.part(row * width..(row + 1) * width) };
+            weighted_sum(rows, &places[chosen.clone()], &weights[chosen], sum);
+        }
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn weighted_sum<A: Number>(rows: &[A], places: &[i64], weights: &[f32], sum: &mut [f32]) {
+    sum.fill(0.0);
+    for (place, weight) in places.iter().zip(weights) {
+        let row = &rows[*place as usize * sum.len()..][..sum.len()];
+        for (sum, x) in sum.iter_mut().zip(row) {
+            *sum += weight * x.get();
+        }
+    }
+}
+
 /// Rotates heads x [B, H, L, D] by float32 cosines and sines [L, width], whose upper half repeats the lower one.
 /// Dimensions beyond `width` pass unchanged. The last dimension of x must be contiguous; the others may have any
 /// stride. The result is laid out in memory as [B, L, H, D].
@@ -250,6 +291,21 @@ mod tests {
         assert_eq!(gated.double_value(&[0]), f64::INFINITY);
         assert!(gated.double_value(&[1]).is_nan());
         assert!(gated.double_value(&[2]).abs() < 1e-30 && gated.double_value(&[3]) == 200.0);
+    }
+
+    #[test]
+    fn weighted_sums_match_libtorch() {
+        for (size, kind) in [[1, 1, 1], [7, 2, 100], [300, 8, 64]].iter().flat_map(|s| KINDS.map(|kind| (s, kind))) {
+            let [count, each, width] = *size;
+            let rows = random(&[count * each, width], kind);
+            let places = Tensor::randperm(count * each, (Kind::Int64, Device::Cpu)).view([count, each]);
+            let weights = Tensor::rand([count, each], (Kind::Float, Device::Cpu));
+            let chosen = rows.to_kind(Kind::Float).index_select(0, &places.flatten(0, 1)).view([count, each, width]);
+            close(
+                &weighted_sums(&rows, &places, &weights),
+                &(chosen * weights.unsqueeze(-1)).sum_dim_intlist(1, false, None),
+            );
+        }
     }
 
     #[test]

@@ -103,6 +103,25 @@ impl<T> Output<T> {
 /// Number of elements that justifies another thread.
 const CHUNK: usize = 1 << 14;
 
+/// Returns a tensor for each item, computed on libtorch's threads, in which every operation of libtorch runs on one thread.
+/// Items may hold tensors without gradients.
+pub(crate) fn map<T>(items: &[T], one: impl Fn(&T) -> Tensor) -> Vec<Tensor> {
+    struct Shared<T>(T);
+    // SAFETY: tensors without gradients are only read, and libtorch counts references atomically.
+    unsafe impl<T> Sync for Shared<T> {}
+    let mut results: Vec<Option<Tensor>> = items.iter().map(|_| None).collect();
+    let shared = Shared((items, &one, Output::over(&mut results)));
+    share_in(items.len(), 1, |range| {
+        let Shared((items, one, results)) = &shared;
+        for index in range {
+            // SAFETY: every index is in one range.
+            let slot = unsafe { results.part(index..index + 1) };
+            slot[0] = Some(tch::no_grad(|| one(&items[index])));
+        }
+    });
+    results.into_iter().map(|result| result.expect("every index is in one range")).collect()
+}
+
 /// Splits `0..rows` into ranges and calls `work` with each, on libtorch's threads. A row has `width` elements.
 pub(crate) fn share(rows: usize, width: usize, work: impl Fn(Range<usize>) + Sync) {
     share_in(rows, CHUNK / width.max(1), work);

@@ -31,6 +31,9 @@ pub struct GptOssConfig {
     /// Bound on the gates and inputs of an expert.
     #[default(7.0)]
     swiglu_limit: f64,
+    /// Factor in the sigmoid of an expert's gate.
+    #[default(1.702)]
+    swiglu_alpha: f64,
     /// Form of the weights; only `quant_method: mxfp4` is supported.
     quantization_config: Option<Value>,
 }
@@ -63,7 +66,7 @@ impl DecoderFamily for GptOssConfig {
         let experts = ExpertsConfig {
             router: "router",
             router_bias: true,
-            glu: Glu::Clamped { limit: self.swiglu_limit },
+            glu: Glu::Clamped { limit: self.swiglu_limit, alpha: self.swiglu_alpha },
             layout: ExpertLayout::StackedTransposed,
             ..ExpertsConfig::new("mlp", size, width, self.common.act()?)
         };

@@ -22,9 +22,10 @@ pub struct Qwen3MoeConfig {
     /// Window in tokens, including the query's own.
     #[default(Some(4096))]
     sliding_window: Option<i64>,
-    /// Number of experts.
-    #[default(128)]
-    num_experts: i64,
+    /// Number of experts. Default: 128.
+    num_experts: Option<i64>,
+    /// Name of `num_experts` since transformers 5.
+    num_local_experts: Option<i64>,
     /// Number of experts per token.
     #[default(8)]
     num_experts_per_tok: i64,
@@ -53,7 +54,8 @@ impl DecoderFamily for Qwen3MoeConfig {
             attention.qk_norm = Some(QkNorm::new(NormedOver::Head));
             attention.window = self.sliding_window.filter(|_| self.use_sliding_window);
         }
-        let size = (self.num_experts, self.num_experts_per_tok);
+        let count = self.num_experts.or(self.num_local_experts).unwrap_or(128);
+        let size = (count, self.num_experts_per_tok);
         let experts = ExpertsConfig {
             renormalised: self.norm_topk_prob,
             ..ExpertsConfig::new("mlp", size, self.moe_intermediate_size, self.common.act()?)
