@@ -29,12 +29,12 @@ impl AltUpConfig {
     pub(super) fn check(&self) -> Result<()> {
         let AltUpConfig { count, active, .. } = *self;
         if !(1..=MOST_STREAMS).contains(&count) {
-            bail!(InputError::new(format!(
-                "config.json: `altup_num_inputs` is {count}, not from 1 to {MOST_STREAMS}"
-            )));
+            bail!(InputError::new(format!("config.json: `altup_num_inputs` is {count}, not from 1 to {MOST_STREAMS}")));
         }
         if !(0..count).contains(&active) {
-            bail!(InputError::new(format!("config.json: `altup_active_idx` is {active}, but there are {count} streams")));
+            bail!(InputError::new(format!(
+                "config.json: `altup_active_idx` is {active}, but there are {count} streams"
+            )));
         }
         Ok(())
     }

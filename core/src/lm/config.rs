@@ -95,6 +95,48 @@ impl<T: Copy> EachLayer<T> {
     }
 }
 
+/// `per_layer_config`: fields of single layers, by the layer's index, that differ from those of the whole model.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(transparent)]
+#[schemars(inline)]
+pub struct PerLayerFields(Map<String, Value>);
+
+impl PerLayerFields {
+    /// Returns the fields `names` of all layers; `defaults` are those of the whole model.
+    ///
+    /// # Errors
+    /// Fails if a layer does not exist or has another field, or a field that is not a whole number.
+    pub fn of_layers<const N: usize>(
+        &self,
+        names: [&str; N],
+        defaults: [i64; N],
+        n_layers: usize,
+    ) -> Result<Vec<[i64; N]>> {
+        let mut layers = vec![defaults; n_layers];
+        for (index, fields) in &self.0 {
+            // transformers pads an index with zeros.
+            let layer = index.parse().ok().and_then(|index: usize| layers.get_mut(index));
+            let (Some(layer), Some(fields)) = (layer, fields.as_object()) else {
+                bail!(
+                    InputError::new(format!("config.json: `per_layer_config.{index}` is {fields}"))
+                        .help(format!("it must give fields of one of the {n_layers} layers, counted from 0"))
+                )
+            };
+            for (name, value) in fields {
+                let known = names.iter().position(|known| known == name);
+                let (Some(field), Some(number)) = (known, value.as_i64()) else {
+                    bail!(
+                        InputError::new(format!("config.json: `per_layer_config.{index}.{name}` is {value}"))
+                            .help(format!("layers may differ in these whole numbers: {}", names.join(", ")))
+                    )
+                };
+                layer[field] = number;
+            }
+        }
+        Ok(layers)
+    }
+}
+
 /// Fields shared by the config.json of Llama and later families.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 pub struct CommonFields {
@@ -227,12 +269,7 @@ impl Sandwich {
     /// # Errors
     /// Fails if attention is bidirectional, or if `layer_types` does not fit the layers.
     pub fn apply(&self, decoder: &mut DecoderConfig, slides: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
-        if self.use_bidirectional_attention == Some(true) {
-            bail!(
-                InputError::new("config.json: `use_bidirectional_attention` is not supported")
-                    .help("only causal models are supported")
-            );
-        }
+        causal(self.use_bidirectional_attention == Some(true))?;
         let act = activation(self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"))?;
         decoder.mlps().for_each(|mlp| mlp.act = act);
         decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
@@ -335,6 +372,17 @@ impl UpperWindow {
         }
         Ok(())
     }
+}
+
+/// Refuses models whose attention is bidirectional.
+pub fn causal(bidirectional: bool) -> Result<()> {
+    if bidirectional {
+        bail!(
+            InputError::new("config.json: `use_bidirectional_attention` is not supported")
+                .help("only causal models are supported")
+        );
+    }
+    Ok(())
 }
 
 /// Returns true for each layer with sliding-window attention, from `layer_types` if given, otherwise from `default` by

@@ -378,8 +378,11 @@ impl DecoderConfig {
             attention.keys_of = kinds[..own].iter().rposition(|other| other == kind);
             if attention.keys_of.is_none() {
                 bail!(
-                    InputError::new(format!("config.json: `num_kv_shared_layers` is {count} of {} layers", kinds.len()))
-                        .help("of each type of layer that shares keys and values, an earlier one must have its own")
+                    InputError::new(format!(
+                        "config.json: `num_kv_shared_layers` is {count} of {} layers",
+                        kinds.len()
+                    ))
+                    .help("of each type of layer that shares keys and values, an earlier one must have its own")
                 );
             }
         }

@@ -75,17 +75,12 @@ impl ExpertsConfig {
     }
 }
 
-/// Scales of a router, by path (Gemma 4).
+/// Scales of a router (Gemma 4), in the module `router`: it reads `norm(x) · scale / √d`, where the norm has no weight, and
+/// the chosen experts' probabilities are multiplied with `per_expert_scale` [E].
 #[derive(Debug, Clone, Copy)]
 pub struct RouterScales {
-    /// Norm of the router's input; it has no weight.
-    pub norm: &'static str,
-    /// Epsilon of this norm.
+    /// Epsilon of the norm.
     pub eps: f64,
-    /// Scale [d] of the normalised input, beside 1 / √d.
-    pub input: &'static str,
-    /// Scale [E] of the chosen experts' probabilities.
-    pub experts: &'static str,
 }
 
 /// Upper bound on experts. Allocating for a bogus number would exhaust memory before a missing tensor is found.
@@ -231,9 +226,9 @@ impl Experts {
         let router = builder.linear(&format!("{path}.{}", config.router), config.count, d, config.router_bias)?;
         let scales = config.router_scales.map(|scales| {
             let norm = NormConfig { kind: NormKind::RmsNoWeight, eps: scales.eps };
-            let norm = builder.norm(&format!("{path}.{}", scales.norm), d, norm)?;
-            let input = builder.tensor(&format!("{path}.{}", scales.input), &[d])?;
-            let experts = builder.tensor(&format!("{path}.{}", scales.experts), &[config.count])?;
+            let norm = builder.norm("", d, norm)?;
+            let input = builder.tensor(&format!("{path}.router.scale"), &[d])?;
+            let experts = builder.tensor(&format!("{path}.router.per_expert_scale"), &[config.count])?;
             Ok::<_, anyhow::Error>((norm, input, experts))
         });
         let scales = scales.transpose()?;
@@ -280,15 +275,11 @@ impl Experts {
 
     /// Returns the router's logits [B, L, E] for x [B, L, d].
     pub fn route(&self, x: &Tensor, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let config = &self.config;
-        match (&self.scales, config.router_scales) {
-            (Some((norm, scale, _)), Some(names)) => {
-                let x = hooks.norm(names.norm, x, norm, Kind::Float)? * scale;
-                let root = (*x.size().last().expect("a residual stream has a width") as f64).sqrt();
-                hooks.linear(config.router, &(x / root), &self.router)
-            }
-            _ => hooks.linear(config.router, x, &self.router),
-        }
+        let name = self.config.router;
+        let Some((norm, scale, _)) = &self.scales else { return hooks.linear(name, x, &self.router) };
+        let x = hooks.norm("router.norm", x, norm, Kind::Float)? * scale;
+        let root = (*x.size().last().expect("a residual stream has a width") as f64).sqrt();
+        hooks.linear(name, &(x / root), &self.router)
     }
 
     /// Returns the sum of the experts' outputs for x [B, L, d], as the module `experts`.
@@ -310,7 +301,7 @@ impl Experts {
             weights = &weights / weights.sum_dim_intlist(-1, true, Kind::Float);
         }
         if let Some((.., scale)) = &self.scales {
-            weights = weights * scale.index(&[Some(&chosen)]);
+            weights = &weights * scale.index(&[Some(&chosen)]);
         }
         // Choices ordered by expert.
         let chosen = chosen.flatten(0, 1);

@@ -51,7 +51,7 @@ impl PerLayerInputs {
         builder: &mut Builder,
     ) -> Result<Self> {
         let layers = layers as i64;
-        let all = layers * config.width;
+        let all = layers.saturating_mul(config.width);
         Ok(PerLayerInputs {
             config,
             root,

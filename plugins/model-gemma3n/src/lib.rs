@@ -4,7 +4,7 @@
 //! last layers that use the keys and values of earlier ones. Norms scale by their weight, not by 1 + weight; values are
 //! normalised, and scores are not scaled.
 
-use dictlearn_core::lm::config::{CommonFields, LayerInputs};
+use dictlearn_core::lm::config::{CommonFields, EachLayer, LayerInputs, causal};
 use dictlearn_core::lm::{AltUpConfig, DecoderConfig, DecoderFamily, LaurelConfig};
 use dictlearn_core::prelude::*;
 
@@ -31,26 +31,11 @@ pub struct Gemma3nConfig {
     laurel_rank: i64,
     /// Fraction of the MLP's gates that are set to 0, for each layer. Default: 0.95 in the first ten of more than ten
     /// layers, 0 in others.
-    activation_sparsity_pattern: Option<Vec<f64>>,
+    activation_sparsity_pattern: Option<EachLayer<f64>>,
     /// Must be the width of a head, as in published files: scores are not scaled.
     query_pre_attn_scalar: Option<f64>,
     /// Must be false: only causal models are supported.
     use_bidirectional_attention: Option<bool>,
-}
-
-impl Gemma3nConfig {
-    fn sparsity(&self, n_layers: usize) -> Result<Vec<f64>> {
-        let sparse = if n_layers > 10 { 10 } else { 0 };
-        let default = || (0..n_layers).map(|layer| if layer < sparse { 0.95 } else { 0.0 }).collect();
-        let pattern = self.activation_sparsity_pattern.clone().unwrap_or_else(default);
-        if pattern.len() != n_layers {
-            bail!(InputError::new(format!(
-                "config.json: `activation_sparsity_pattern` has {} entries for {n_layers} layers",
-                pattern.len()
-            )));
-        }
-        Ok(pattern)
-    }
 }
 
 impl DecoderFamily for Gemma3nConfig {
@@ -65,12 +50,7 @@ impl DecoderFamily for Gemma3nConfig {
     }"#;
 
     fn decoder(self) -> Result<DecoderConfig> {
-        if self.use_bidirectional_attention == Some(true) {
-            bail!(
-                InputError::new("config.json: `use_bidirectional_attention` is not supported")
-                    .help("only causal models are supported")
-            );
-        }
+        causal(self.use_bidirectional_attention == Some(true))?;
         let (head_dim, local) = (self.common.head_dim()?, self.rope_local_base_freq);
         if let Some(scalar) = self.query_pre_attn_scalar.filter(|scalar| *scalar != head_dim as f64) {
             bail!(InputError::new(format!("config.json: `query_pre_attn_scalar` is {scalar}, not {head_dim}")));
@@ -80,7 +60,10 @@ impl DecoderFamily for Gemma3nConfig {
         let mut decoder = self.common.decoder_with(rotary)?;
         let n_layers = decoder.layers.len();
         self.inputs.apply(&mut decoder, &self.inputs.sliding(n_layers, 5)?)?;
-        for (mlp, sparsity) in decoder.mlps().zip(self.sparsity(n_layers)?) {
+        let sparse = if n_layers > 10 { 10 } else { 0 };
+        let default = || EachLayer::Each([vec![0.95; sparse], vec![0.0; n_layers - sparse]].concat());
+        let sparsity = self.activation_sparsity_pattern.unwrap_or_else(default);
+        for (mlp, sparsity) in decoder.mlps().zip(sparsity.of_layers("activation_sparsity_pattern", n_layers)?) {
             mlp.sparsity = sparsity;
         }
         for layer in &mut decoder.layers {

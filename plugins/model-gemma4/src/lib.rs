@@ -1,10 +1,12 @@
-//! Gemma 4, text only (<https://huggingface.co/docs/transformers/model_doc/gemma4>): Gemma 3 whose full
-//! layers have wider heads, rotated in part, whose layers may have an input of their own, experts beside the MLP and a
-//! learned factor on their output, and whose last layers may use the keys and values of earlier ones. Norms scale by their
-//! weight, not by 1 + weight; values are normalised, and scores are not scaled.
+//! Gemma 4, text only (<https://huggingface.co/docs/transformers/model_doc/gemma4>): Gemma 3 with wider heads in full
+//! layers, which are rotated in part, with inputs of single layers, experts beside the MLP, a learned factor on a layer's
+//! output, and last layers that use the keys and values of earlier ones. Norms scale by their weight, not by 1 + weight;
+//! values are normalised, and scores are not scaled.
 
-use dictlearn_core::lm::config::{CommonFields, LayerInputs};
-use dictlearn_core::lm::{BesideConfig, DecoderConfig, DecoderFamily, ExpertLayout, ExpertsConfig, RouterScales, activation};
+use dictlearn_core::lm::config::{CommonFields, LayerInputs, PerLayerFields, causal};
+use dictlearn_core::lm::{
+    BesideConfig, DecoderConfig, DecoderFamily, ExpertLayout, ExpertsConfig, RouterScales, activation,
+};
 use dictlearn_core::prelude::*;
 
 /// Fields of a Gemma 4 config.json that affect the computation, with Hugging Face's defaults.
@@ -25,7 +27,7 @@ pub struct Gemma4Config {
     /// Number of key/value heads in full-attention layers whose values are their keys, unless `per_layer_config` is given.
     num_global_key_value_heads: Option<i64>,
     /// `head_dim` and `num_key_value_heads` of layers, by index, where they differ from the fields of the same name.
-    per_layer_config: Option<Map<String, Value>>,
+    per_layer_config: Option<PerLayerFields>,
     /// Whether values are the projected keys in full-attention layers.
     attention_k_eq_v: bool,
     /// Whether MLPs are twice as wide in layers that use the keys and values of others.
@@ -44,49 +46,29 @@ pub struct Gemma4Config {
 
 impl Gemma4Config {
     /// Returns width of a head and number of key/value heads of each layer.
-    fn heads(&self, sliding: &[bool]) -> Result<Vec<(i64, i64)>> {
-        let plain = (self.common.head_dim()?, self.common.num_key_value_heads.unwrap_or(self.common.num_attention_heads));
-        let global = self.num_global_key_value_heads.filter(|_| self.attention_k_eq_v).unwrap_or(plain.1);
-        let Some(layers) = &self.per_layer_config else {
-            return Ok(sliding.iter().map(|sliding| if *sliding { plain } else { (self.global_head_dim, global) }).collect());
-        };
-        let mut heads = vec![plain; sliding.len()];
-        for (index, own) in layers {
-            // transformers pads an index with zeros.
-            let layer = index.parse().ok().and_then(|index: usize| heads.get_mut(index));
-            let (Some(layer), Some(own)) = (layer, own.as_object()) else {
-                bail!(InputError::new(format!("config.json: `per_layer_config.{index}` is {own}, not fields of a layer")))
-            };
-            for (name, value) in own {
-                match (name.as_str(), value.as_i64()) {
-                    ("head_dim", Some(width)) => layer.0 = width,
-                    ("num_key_value_heads", Some(count)) => layer.1 = count,
-                    _ => bail!(InputError::new(format!(
-                        "config.json: `per_layer_config.{index}.{name}` is {value}, which gemma4_text models do not implement"
-                    ))),
-                }
-            }
+    fn heads(&self, sliding: &[bool]) -> Result<Vec<[i64; 2]>> {
+        let kv_heads = self.common.num_key_value_heads.unwrap_or(self.common.num_attention_heads);
+        let all = [self.common.head_dim()?, kv_heads];
+        if let Some(layers) = &self.per_layer_config {
+            return layers.of_layers(["head_dim", "num_key_value_heads"], all, sliding.len());
         }
-        Ok(heads)
+        let global = self.num_global_key_value_heads.filter(|_| self.attention_k_eq_v).unwrap_or(kv_heads);
+        let full = [self.global_head_dim, global];
+        Ok(sliding.iter().map(|sliding| if *sliding { all } else { full }).collect())
     }
 
     fn experts(&self) -> Result<ExpertsConfig> {
         let (Some(count), Some(per_token), Some(width)) =
             (self.num_experts, self.top_k_experts, self.moe_intermediate_size)
         else {
-            bail!(InputError::new("config.json: `enable_moe_block` is true").help(
-                "`num_experts`, `top_k_experts` and `moe_intermediate_size` must be numbers then"
-            ))
-        };
-        let scales = RouterScales {
-            norm: "router.norm",
-            eps: self.common.rms_norm_eps.unwrap_or(1e-6),
-            input: "router.scale",
-            experts: "router.per_expert_scale",
+            bail!(
+                InputError::new("config.json: `enable_moe_block` is true")
+                    .help("`num_experts`, `top_k_experts` and `moe_intermediate_size` must be numbers then")
+            )
         };
         Ok(ExpertsConfig {
             router: "router.proj",
-            router_scales: Some(scales),
+            router_scales: Some(RouterScales { eps: self.common.rms_norm_eps.unwrap_or(1e-6) }),
             layout: ExpertLayout::Stacked,
             ..ExpertsConfig::new("", (count, per_token), width, activation(&self.inputs.hidden_activation)?)
         })
@@ -108,33 +90,31 @@ impl DecoderFamily for Gemma4Config {
     }"#;
 
     fn decoder(self) -> Result<DecoderConfig> {
-        if self.use_bidirectional_attention.as_deref() == Some("all") {
-            bail!(
-                InputError::new("config.json: `use_bidirectional_attention` is \"all\", which is not supported")
-                    .help("only causal models are supported")
-            );
-        }
+        causal(self.use_bidirectional_attention.as_deref() == Some("all"))?;
         let mut sliding = self.inputs.sliding(self.common.num_hidden_layers, 6)?;
         // As in transformers, the last layer is full whatever the config says.
-        sliding.last_mut().map(|last| *last = false);
+        sliding.iter_mut().last().into_iter().for_each(|last| *last = false);
         let heads = self.heads(&sliding)?;
-        let of = |kind: bool| sliding.iter().zip(&heads).filter(move |(sliding, _)| **sliding == kind).map(|(_, it)| *it);
-        let width = |kind: bool| of(kind).next().map_or(2, |(width, _)| width);
-        if [true, false].into_iter().any(|kind| of(kind).any(|it| Some(it) != of(kind).next())) {
-            bail!(InputError::new("config.json: `per_layer_config` gives layers of one type different heads"));
+        // Layers of one type share a rotary embedding. A type without layers needs none.
+        let width = |kind: bool| sliding.iter().position(|sliding| *sliding == kind).map_or(2, |layer| heads[layer][0]);
+        let widths = [false, true].map(width);
+        if let Some(layer) = (0..heads.len()).find(|layer| heads[*layer][0] != widths[usize::from(sliding[*layer])]) {
+            bail!(InputError::new(format!(
+                "config.json: `per_layer_config` gives layer {layer} other heads than earlier layers of its type"
+            )));
         }
         let longest = self.common.max_position_embeddings;
-        let rotary = self.common.rope.full_and_sliding((width(false), 1e6), (width(true), 1e4), longest)?;
+        let rotary = self.common.rope.full_and_sliding((widths[0], 1e6), (widths[1], 1e4), longest)?;
         let mut decoder = self.common.decoder_with(rotary)?;
         self.inputs.apply(&mut decoder, &sliding)?;
-        for (attention, ((head_dim, kv_heads), sliding)) in decoder.attentions().zip(heads.into_iter().zip(&sliding)) {
-            (attention.head_dim, attention.kv_heads) = (head_dim, kv_heads);
+        for (attention, (heads, sliding)) in decoder.attentions().zip(heads.iter().zip(&sliding)) {
+            [attention.head_dim, attention.kv_heads] = *heads;
             attention.values_are_keys = self.attention_k_eq_v && !sliding;
         }
         let experts = self.enable_moe_block.then(|| self.experts()).transpose()?;
         let first_shared = sliding.len().saturating_sub(self.inputs.num_kv_shared_layers);
         for mlp in decoder.mlps().skip(first_shared).filter(|_| self.use_double_wide_mlp) {
-            mlp.width *= 2;
+            mlp.width = mlp.width.saturating_mul(2);
         }
         for layer in &mut decoder.layers {
             layer.scalar = Some("layer_scalar");
