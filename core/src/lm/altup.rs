@@ -147,7 +147,7 @@ impl AltUp {
         let routed = self.route(&self.config.active(streams));
         let mixture = hooks.linear("altup.prediction_coefs", &routed, &self.prediction)?.to_kind(Kind::Float);
         let mixture = mixture.unflatten(-1, [self.config.count, self.config.count]);
-        Ok(mixture.matmul(&streams.permute([1, 2, 0, 3])).permute([2, 0, 1, 3]) + streams)
+        Ok(streams + mixture.matmul(&streams.permute([1, 2, 0, 3])).permute([2, 0, 1, 3]))
     }
 
     /// Returns the corrected streams, given the computed active one [B, L, d]: each plus a multiple of the prediction's
@@ -156,7 +156,7 @@ impl AltUp {
         let routed = self.route(computed);
         let factors = hooks.linear("altup.correction_coefs", &routed, &self.correction)?.to_kind(Kind::Float) + 1.0;
         let error = computed - self.config.active(predicted);
-        Ok(factors.permute([2, 0, 1]).unsqueeze(-1) * error + predicted)
+        Ok(predicted + factors.permute([2, 0, 1]).unsqueeze(-1) * error)
     }
 
     /// Returns what gates the layer's input: the active stream, scaled if the config says so.

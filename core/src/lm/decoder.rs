@@ -483,7 +483,7 @@ enum MixerPart {
 
 enum FeedForwardPart {
     Mlp(Mlp),
-    Experts(Experts),
+    Experts(Box<Experts>),
 }
 
 struct End {
@@ -545,7 +545,9 @@ impl Layer {
         };
         let feed_forward = match &own.feed_forward {
             FeedForward::Mlp(mlp) => FeedForwardPart::Mlp(Mlp::build(mlp, &at, d, builder)?),
-            FeedForward::Experts(experts) => FeedForwardPart::Experts(Experts::build(experts, &at, d, builder)?),
+            FeedForward::Experts(experts) => {
+                FeedForwardPart::Experts(Box::new(Experts::build(experts, &at, d, builder)?))
+            }
         };
         let norm = config.norm;
         let laurel = own.laurel.map(|laurel| Laurel::build(laurel, &at, d, norm, builder)).transpose()?;
