@@ -187,7 +187,7 @@ impl CommonFields {
     pub fn decoder_with(&self, rotary: Vec<Rotary>) -> Result<DecoderConfig> {
         let layer = LayerConfig::new(
             self.attention()?,
-            FeedForward::Mlp(self.mlp()?),
+            FeedForward::Mlp(MlpConfig::gated(0, self.act()?)),
             NormNames::before("input_layernorm", "post_attention_layernorm"),
         );
         let mut decoder = DecoderConfig {
@@ -219,13 +219,22 @@ impl CommonFields {
         })
     }
 
-    /// Returns the MLP of Llama: gated, without biases; of the first layer, if widths differ.
+    /// Returns the MLP of Llama: gated, without biases.
     pub fn mlp(&self) -> Result<MlpConfig> {
-        let width = match &self.intermediate_size {
-            EachLayer::All(width) => *width,
-            EachLayer::Each(widths) => widths.first().copied().unwrap_or(0),
-        };
-        Ok(MlpConfig::gated(width, self.act()?))
+        Ok(MlpConfig::gated(self.width()?, self.act()?))
+    }
+
+    /// Returns the width of all MLPs.
+    ///
+    /// # Errors
+    /// Fails if the config has one for each layer.
+    pub fn width(&self) -> Result<i64> {
+        match &self.intermediate_size {
+            EachLayer::All(width) => Ok(*width),
+            EachLayer::Each(_) => bail!(InputError::new(
+                "config.json: `intermediate_size` is a list, but all layers of this family have one width"
+            )),
+        }
     }
 
     /// Returns the activation function of the MLP.
