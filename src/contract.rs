@@ -1538,9 +1538,11 @@ fn lists_the_modules_that_it_meets(component: &Component) {
         let stopped = tch::no_grad(|| model.forward(&tokens, &mut hooks)).is_err();
         let Some(value) = hooks.take(&point) else { MODULES.broken(&who, format!("no pass meets `{point}`")) };
         MODULES.check(&who, stopped, || format!("the pass continues after `{point}`, the last requested value"));
-        // Learned positions have one row, heads have an extra dimension, and ids have no width.
+        // Learned positions have one row, heads have an extra dimension, residual streams (AltUp) too, and ids have no
+        // width.
         let size = value.size();
-        let expected = matches!(size[..], [1 | 2, 9, .., last] if last == width) || value.kind() == Kind::Int64;
+        let expected = matches!(size[..], [1 | 2, 9, .., last] | [_, 2, 9, last] if last == width);
+        let expected = expected || value.kind() == Kind::Int64;
         MODULES.check(&who, expected, || format!("`{point}` has shape {size:?}, not [2, 9, .., {width}]"));
     }
 }

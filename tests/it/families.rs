@@ -91,7 +91,7 @@ fn sites_logits_and_loss_match_transformers() {
             assert!(difference < 1e-5, "{case} {name}: {difference}");
             compared += 1;
         }
-        let sites = if case == "gpt_neo" { 8 } else { 6 };
+        let sites = if case == "gpt_neo" || case.starts_with("gemma3n") { 8 } else { 6 };
         assert_eq!(compared, model.n_layers() * sites, "{case}");
         let logits = model.forward(&tokens, &mut Hooks::none()).unwrap();
         let difference = difference(&logits, &io["logits"], &tokens.mask);
@@ -107,7 +107,11 @@ fn a_transformers_5_config_gives_the_same_numbers() {
     let respelt = |case: &String| fixture("models").join(case).join("config.transformers5.json").exists();
     for case in cases().iter().filter(|case| respelt(case)) {
         let (model, tokens, _) = open(case);
-        let newer = read_json(&fixture("models").join(case).join("config.transformers5.json"));
+        let newer = fixture("models").join(case).join("config.transformers5.json");
+        if !newer.exists() {
+            continue;
+        }
+        let newer = read_json(&newer);
         assert!(newer["transformers_version"].as_str().unwrap().starts_with("5."), "{case}");
         let dir = changed(case, |config| *config = newer.clone(), |_| {});
         let same = load(dir.path(), Precision::Float32).unwrap();
@@ -162,7 +166,7 @@ fn every_spelling_of_rotary_parameters_gives_the_same_model() {
                 )],
             ),
         ];
-        if case != "gemma3_text" {
+        if !case.starts_with("gemma3") {
             spellings.push(("nested", vec![("rope_parameters", json!({"full_attention": rope}))]));
             spellings.push((
                 "nested twice",
@@ -546,7 +550,9 @@ fn bfloat16_logits_stay_close() {
         let logits = model.forward(&tokens, &mut Hooks::none()).unwrap();
         assert_eq!(logits.kind(), Kind::Float);
         let apart = difference(&logits, &io["logits"], &tokens.mask);
-        assert!(apart > 1e-6 && apart < 5e-2, "{case}: {apart}");
+        // Rounding chooses other experts for some tokens of Gemma 4; transformers in bfloat16 is 0.11 apart.
+        let most = if case.starts_with("gemma4_moe") { 0.11 } else { 5e-2 };
+        assert!(apart > 1e-6 && apart < most, "{case}: {apart}");
     }
 }
 

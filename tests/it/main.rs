@@ -28,6 +28,7 @@ mod sites;
 mod soak;
 mod special_tokens;
 mod start;
+mod streams;
 mod text;
 mod transcoders;
 mod wrappers;

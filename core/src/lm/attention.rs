@@ -39,7 +39,7 @@ pub struct AttentionConfig {
     pub rotary: Option<usize>,
     /// Norms of queries and keys, if any.
     pub qk_norm: Option<QkNorm>,
-    /// Norm of each head's values, if any; it has no weight.
+    /// Norm of each head's values, `v_norm`, if any; it has no weight.
     pub v_norm: Option<NormConfig>,
     /// Whether values are the projected keys, before norm and rotation; there is no projection to values then.
     pub values_are_keys: bool,
@@ -113,6 +113,14 @@ impl AttentionConfig {
         Ok(())
     }
 
+    /// Returns the paths of modules that a layer with its own keys and values has, and that of one that uses those of
+    /// another layer does not; files may have them all the same.
+    pub(super) fn unused(&self) -> Vec<String> {
+        let (Some(_), Projections::Separate { k, v, .. }) = (self.keys_of, self.input) else { return Vec::new() };
+        let norm = self.qk_norm.map(|norm| norm.k);
+        [Some(k), Some(v), norm].into_iter().flatten().map(|name| format!("{}.{name}", self.path)).collect()
+    }
+
     /// Returns the widths of all queries together, and of all keys.
     fn widths(&self) -> (i64, i64) {
         (self.heads * self.head_dim, self.kv_heads * self.head_dim)
@@ -173,6 +181,9 @@ pub enum NormedOver {
     /// All heads together.
     All,
 }
+
+/// Name of the norm of values.
+const V_NORM: &str = "v_norm";
 
 /// Attention with its weights.
 pub(super) struct Attention {
@@ -238,7 +249,7 @@ impl Attention {
         let k_norm = if own { qk_norm(|norm| norm.k, config.kv_heads)? } else { None };
         let v_norm = config.v_norm.filter(|_| own);
         let v_norm = v_norm
-            .map(|norm| builder.norm("", config.head_dim, NormConfig { kind: NormKind::RmsNoWeight, ..norm }))
+            .map(|norm| builder.norm(V_NORM, config.head_dim, NormConfig { kind: NormKind::RmsNoWeight, ..norm }))
             .transpose()?;
         let sinks = config.sinks.map(|name| builder.tensor(&format!("{path}.{name}"), &[config.heads])).transpose()?;
         Ok(Attention { config: config.clone(), layer, q, k, v, q_norm, k_norm, v_norm, sinks, out })
@@ -306,11 +317,12 @@ impl Attention {
                     None => keys.shallow_clone(),
                 };
                 let keys = self.normed(&keys, false, hooks)?;
-                let [q, k, v] = [q, keys, values].map(|x| swap(&heads(&self.clipped(x))));
+                let [q, k, v] = [q, keys, values].map(|x| heads(&self.clipped(x)));
                 let v = match &self.v_norm {
-                    Some(norm) => norm.forward(&v, v.kind()),
+                    Some(norm) => hooks.norm(V_NORM, &v, norm, v.kind())?,
                     None => v,
                 };
+                let [q, k, v] = [q, k, v].map(|x| swap(&x));
                 return Ok((q, gate, Some((k, v))));
             }
             Projections::Interleaved(name) => {

@@ -5,12 +5,13 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::attention::{AttentionConfig, Projections};
+use super::attention::{AttentionConfig, NormedOver, Projections, QkNorm};
 use super::blocks::{Activation, activation};
 use super::decoder::{DecoderConfig, EmbedConfig, FeedForward, HeadConfig, LayerConfig, NormNames};
 use super::family::ModelConfig;
 use super::mlp::MlpConfig;
 use super::norm::{NormConfig, NormKind};
+use super::per_layer::PerLayerConfig;
 use super::rotary::{Rope, Rotary};
 use crate::error::InputError;
 
@@ -29,24 +30,111 @@ pub fn read<T: ModelConfig>(config: &Value) -> Result<T> {
         let fields = schema.get("properties").and_then(Value::as_object).into_iter().flatten();
         let mut wrong = fields.filter_map(|(name, field)| {
             let found = config.get(name)?;
-            let expected = field.get("type")?;
-            let types: Vec<&str> = match expected {
-                Value::Array(types) => types.iter().filter_map(Value::as_str).collect(),
-                one => one.as_str().into_iter().collect(),
-            };
-            let fits = types.iter().any(|kind| match *kind {
-                "integer" => found.is_i64() || found.is_u64(),
-                "number" => found.is_number(),
-                "boolean" => found.is_boolean(),
-                "string" => found.is_string(),
-                "array" => found.is_array(),
-                "null" => found.is_null(),
-                _ => true,
-            });
-            (!fits).then(|| format!("`{name}` is {found}, expected {}", types.join(" or ")))
+            (!fits(field, found)).then(|| format!("`{name}` is {found}, expected {}", types(field).join(" or ")))
         });
         InputError::new(format!("config.json: {}", wrong.next().unwrap_or_else(|| error.to_string()))).into()
     })
+}
+
+/// Returns the types that a field's schema allows; empty if it states none.
+fn types(schema: &Value) -> Vec<&str> {
+    match (schema.get("type"), schema.get("anyOf")) {
+        (Some(Value::Array(types)), _) => types.iter().filter_map(Value::as_str).collect(),
+        (Some(one), _) => one.as_str().into_iter().collect(),
+        (None, Some(Value::Array(options))) => options.iter().flat_map(types).collect(),
+        (None, _) => Vec::new(),
+    }
+}
+
+/// Returns true if a value has one of the types of a field's schema.
+fn fits(schema: &Value, found: &Value) -> bool {
+    if let Some(Value::Array(options)) = schema.get("anyOf") {
+        return options.iter().any(|option| fits(option, found));
+    }
+    let types = types(schema);
+    let fits_items = |values: &Vec<Value>| schema.get("items").is_none_or(|of| values.iter().all(|it| fits(of, it)));
+    types.is_empty()
+        || types.iter().any(|kind| match *kind {
+            "integer" => found.is_i64() || found.is_u64(),
+            "number" => found.is_number(),
+            "boolean" => found.is_boolean(),
+            "string" => found.is_string(),
+            "array" => found.as_array().is_some_and(fits_items),
+            "null" => found.is_null(),
+            _ => true,
+        })
+}
+
+/// One value for all layers, or one for each.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[schemars(inline)]
+pub enum EachLayer<T> {
+    /// For all layers.
+    All(T),
+    /// One for each layer.
+    Each(Vec<T>),
+}
+
+impl<T: Copy> EachLayer<T> {
+    /// Returns the values of all layers.
+    ///
+    /// # Errors
+    /// Fails if a list of them has another length; the message names the field.
+    pub fn of_layers(&self, field: &str, n_layers: usize) -> Result<Vec<T>> {
+        match self {
+            EachLayer::All(value) => Ok(vec![*value; n_layers]),
+            EachLayer::Each(values) if values.len() == n_layers => Ok(values.clone()),
+            EachLayer::Each(values) => {
+                bail!(InputError::new(format!(
+                    "config.json: `{field}` has {} entries for {n_layers} layers",
+                    values.len()
+                )))
+            }
+        }
+    }
+}
+
+/// `per_layer_config`: fields of single layers, by the layer's index, that differ from those of the whole model.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(transparent)]
+#[schemars(inline)]
+pub struct PerLayerFields(Map<String, Value>);
+
+impl PerLayerFields {
+    /// Returns the fields `names` of all layers; `defaults` are those of the whole model.
+    ///
+    /// # Errors
+    /// Fails if a layer does not exist or has another field, or a field that is not a whole number.
+    pub fn of_layers<const N: usize>(
+        &self,
+        names: [&str; N],
+        defaults: [i64; N],
+        n_layers: usize,
+    ) -> Result<Vec<[i64; N]>> {
+        let mut layers = vec![defaults; n_layers];
+        for (index, fields) in &self.0 {
+            // transformers pads an index with zeros.
+            let layer = index.parse().ok().and_then(|index: usize| layers.get_mut(index));
+            let (Some(layer), Some(fields)) = (layer, fields.as_object()) else {
+                bail!(
+                    InputError::new(format!("config.json: `per_layer_config.{index}` is {fields}"))
+                        .help(format!("it must give fields of one of the {n_layers} layers, counted from 0"))
+                )
+            };
+            for (name, value) in fields {
+                let known = names.iter().position(|known| known == name);
+                let (Some(field), Some(number)) = (known, value.as_i64()) else {
+                    bail!(
+                        InputError::new(format!("config.json: `per_layer_config.{index}.{name}` is {value}"))
+                            .help(format!("layers may differ in these whole numbers: {}", names.join(", ")))
+                    )
+                };
+                layer[field] = number;
+            }
+        }
+        Ok(layers)
+    }
 }
 
 /// Fields shared by the config.json of Llama and later families.
@@ -65,7 +153,7 @@ pub struct CommonFields {
     /// Width of a head. Default: `hidden_size / num_attention_heads`.
     pub head_dim: Option<i64>,
     /// Width of the MLP.
-    pub intermediate_size: i64,
+    pub intermediate_size: EachLayer<i64>,
     /// Longest context, in tokens.
     pub max_position_embeddings: i64,
     /// Epsilon added to the mean square in norms. Default: 1e-6, unless the family has its own.
@@ -99,10 +187,10 @@ impl CommonFields {
     pub fn decoder_with(&self, rotary: Vec<Rotary>) -> Result<DecoderConfig> {
         let layer = LayerConfig::new(
             self.attention()?,
-            FeedForward::Mlp(self.mlp()?),
+            FeedForward::Mlp(MlpConfig::gated(0, self.act()?)),
             NormNames::before("input_layernorm", "post_attention_layernorm"),
         );
-        Ok(DecoderConfig {
+        let mut decoder = DecoderConfig {
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
             max_positions: Some(self.max_position_embeddings),
@@ -115,7 +203,10 @@ impl CommonFields {
             final_norm: Some("norm"),
             head: HeadConfig::new(self.tie_word_embeddings.unwrap_or(false)),
             aliases: Vec::new(),
-        })
+        };
+        let widths = self.intermediate_size.of_layers("intermediate_size", decoder.layers.len())?;
+        decoder.mlps().zip(widths).for_each(|(mlp, width)| mlp.width = width);
+        Ok(decoder)
     }
 
     /// Returns the attention of Llama: rotary, without biases.
@@ -130,7 +221,20 @@ impl CommonFields {
 
     /// Returns the MLP of Llama: gated, without biases.
     pub fn mlp(&self) -> Result<MlpConfig> {
-        Ok(MlpConfig::gated(self.intermediate_size, self.act()?))
+        Ok(MlpConfig::gated(self.width()?, self.act()?))
+    }
+
+    /// Returns the width of all MLPs.
+    ///
+    /// # Errors
+    /// Fails if the config has one for each layer.
+    pub fn width(&self) -> Result<i64> {
+        match &self.intermediate_size {
+            EachLayer::All(width) => Ok(*width),
+            EachLayer::Each(_) => bail!(InputError::new(
+                "config.json: `intermediate_size` is a list, but all layers of this family have one width"
+            )),
+        }
     }
 
     /// Returns the activation function of the MLP.
@@ -174,12 +278,7 @@ impl Sandwich {
     /// # Errors
     /// Fails if attention is bidirectional, or if `layer_types` does not fit the layers.
     pub fn apply(&self, decoder: &mut DecoderConfig, slides: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
-        if self.use_bidirectional_attention == Some(true) {
-            bail!(
-                InputError::new("config.json: `use_bidirectional_attention` is not supported")
-                    .help("only causal models are supported")
-            );
-        }
+        causal(self.use_bidirectional_attention == Some(true))?;
         let act = activation(self.hidden_activation.as_deref().unwrap_or("gelu_pytorch_tanh"))?;
         decoder.mlps().for_each(|mlp| mlp.act = act);
         decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
@@ -194,6 +293,58 @@ impl Sandwich {
             attention.window = sliding.then_some(self.sliding_window);
         }
         Ok(sliding)
+    }
+}
+
+/// Fields of families whose layers have inputs of their own, and whose last layers share keys and values (Gemma 3n,
+/// Gemma 4).
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+pub struct LayerInputs {
+    /// Activation function of the MLP and of the layers' gates.
+    pub hidden_activation: String,
+    /// Whether the projections of attention have biases.
+    pub attention_bias: bool,
+    /// Window of a sliding layer in tokens, including the query's own.
+    pub sliding_window: i64,
+    /// Attention of each layer: `sliding_attention` or `full_attention`.
+    pub layer_types: Option<Vec<String>>,
+    /// Soft cap of the logits: bounds them to ± this value.
+    pub final_logit_softcapping: Option<f64>,
+    /// Width of the input that each layer has beside the residual stream; 0 for none.
+    pub hidden_size_per_layer_input: i64,
+    /// Number of token ids that give such an input; other ids give that of id 0.
+    pub vocab_size_per_layer_input: i64,
+    /// Number of layers, counted from the last, that use the keys and values of an earlier layer of their type.
+    pub num_kv_shared_layers: usize,
+}
+
+impl LayerInputs {
+    /// Returns true for each sliding layer; without `layer_types`, every n-th layer is full, n being `period`.
+    pub fn sliding(&self, n_layers: usize, period: usize) -> Result<Vec<bool>> {
+        sliding_layers(self.layer_types.as_deref(), n_layers, |layer| !(layer + 1).is_multiple_of(period))
+    }
+
+    /// Gives a Llama decoder the norms, activation, embeddings, windows and shared keys of these families. Full layers
+    /// have its first rotary embedding, sliding layers the second.
+    pub fn apply(&self, decoder: &mut DecoderConfig, sliding: &[bool]) -> Result<()> {
+        let act = activation(&self.hidden_activation)?;
+        let norm = decoder.norm;
+        decoder.mlps().for_each(|mlp| mlp.act = act);
+        decoder.layers.iter_mut().for_each(|layer| layer.norms = NormNames::sandwich());
+        for (attention, sliding) in decoder.attentions().zip(sliding) {
+            attention.bias(self.attention_bias);
+            attention.scale = 1.0;
+            attention.window = sliding.then_some(self.sliding_window);
+            attention.rotary = Some(usize::from(*sliding));
+            attention.qk_norm = Some(QkNorm::new(NormedOver::Head));
+            attention.v_norm = Some(norm);
+        }
+        decoder.embed.scale = (decoder.hidden_size as f64).sqrt();
+        decoder.embed.scale_inside = true;
+        let (width, vocab_size) = (self.hidden_size_per_layer_input, self.vocab_size_per_layer_input);
+        decoder.embed.per_layer = (width != 0).then_some(PerLayerConfig { width, vocab_size, act });
+        decoder.head.soft_cap = self.final_logit_softcapping;
+        decoder.share_keys(self.num_kv_shared_layers, sliding)
     }
 }
 
@@ -230,6 +381,17 @@ impl UpperWindow {
         }
         Ok(())
     }
+}
+
+/// Refuses models whose attention is bidirectional.
+pub fn causal(bidirectional: bool) -> Result<()> {
+    if bidirectional {
+        bail!(
+            InputError::new("config.json: `use_bidirectional_attention` is not supported")
+                .help("only causal models are supported")
+        );
+    }
+    Ok(())
 }
 
 /// Returns true for each layer with sliding-window attention, from `layer_types` if given, otherwise from `default` by

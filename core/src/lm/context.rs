@@ -63,6 +63,8 @@ pub struct Context {
     text: Option<Tensor>,
     /// Layers whose keys and values later layers use.
     kept: Vec<usize>,
+    /// Inputs of layers beside the residual stream, [B, L, N, p], float32.
+    inputs: Option<Tensor>,
 }
 
 impl Context {
@@ -95,7 +97,18 @@ impl Context {
             alibi: config.alibi.map(|alibi| alibi.biases(&tokens.text_positions().clamp_min(0))),
             text: padded.then(|| tokens.mask.shallow_clone()),
             kept: config.kept.clone(),
+            inputs: None,
         }
+    }
+
+    /// Adds inputs of layers beside the residual stream, [B, L, N, p].
+    pub(super) fn with_inputs(self, inputs: Option<Tensor>) -> Self {
+        Context { inputs, ..self }
+    }
+
+    /// Returns the input of a layer beside the residual stream, [B, L, p].
+    pub(super) fn input(&self, layer: usize) -> Option<Tensor> {
+        self.inputs.as_ref().map(|inputs| inputs.select(2, layer as i64))
     }
 
     /// Returns the mask of visible keys of layers with this window; `None` if it is purely causal.

@@ -12,16 +12,20 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
+use super::altup::{AltUp, AltUpConfig, StreamMaps};
 use super::attention::{Attention, AttentionConfig};
+use super::beside::{Beside, BesideConfig};
 use super::blocks::{Linear, residual};
 use super::build::{Builder, Lazy, ModelWeights, Wanted, shape_only};
 use super::context::{Context, ContextConfig, KeysValues};
 use super::experts::{Experts, ExpertsConfig};
 use super::hook_point::Tokens;
+use super::laurel::{Laurel, LaurelConfig};
 use super::mlp::{Mlp, MlpConfig};
 use super::model::{Hidden, Hooks, LanguageModel, Stop, Visit};
 use super::names::{LayerNames, Names};
 use super::norm::{Norm, NormConfig};
+use super::per_layer::{PerLayer, PerLayerConfig, PerLayerInputs};
 use super::rotary::Rotary;
 use super::weights::{ModelCx, Weights};
 use crate::error::InputError;
@@ -72,6 +76,12 @@ pub struct LayerConfig {
     pub residual: Residual,
     /// Factor on the outputs of attention and MLP.
     pub branch_scale: f64,
+    /// Learned residual connection beside attention, if there is one.
+    pub laurel: Option<LaurelConfig>,
+    /// Experts beside the MLP, if there are any.
+    pub beside: Option<BesideConfig>,
+    /// Learned factor [1] on the layer's output by name, if there is one.
+    pub scalar: Option<&'static str>,
 }
 
 /// What mixes positions in a layer.
@@ -180,6 +190,9 @@ impl LayerConfig {
             parallel: false,
             residual: Residual::Outside,
             branch_scale: 1.0,
+            laurel: None,
+            beside: None,
+            scalar: None,
         }
     }
 
@@ -236,6 +249,10 @@ pub struct EmbedConfig {
     pub scale_inside: bool,
     /// Norm of the token embedding, in the root, if there is one.
     pub norm: Option<&'static str>,
+    /// Residual streams that the embeddings become, if there are several.
+    pub streams: Option<AltUpConfig>,
+    /// Inputs of each layer beside the residual stream, if there are any.
+    pub per_layer: Option<PerLayerConfig>,
 }
 
 /// A learned position embedding.
@@ -252,7 +269,16 @@ pub struct PositionsConfig {
 impl EmbedConfig {
     /// Returns token embeddings alone, without a factor.
     pub fn tokens(name: &'static str) -> Self {
-        EmbedConfig { tokens: name, width: None, positions: None, scale: 1.0, scale_inside: false, norm: None }
+        EmbedConfig {
+            tokens: name,
+            width: None,
+            positions: None,
+            scale: 1.0,
+            scale_inside: false,
+            norm: None,
+            streams: None,
+            per_layer: None,
+        }
     }
 
     /// Adds a learned position embedding.
@@ -320,6 +346,45 @@ impl DecoderConfig {
                 FeedForward::Mlp(mlp) => mlp.check()?,
                 FeedForward::Experts(experts) => experts.check()?,
             }
+            layer.laurel.map_or(Ok(()), |laurel| laurel.check())?;
+            layer.beside.as_ref().map_or(Ok(()), |beside| beside.experts.check())?;
+        }
+        self.check_shared_keys()?;
+        self.embed.streams.map_or(Ok(()), |streams| streams.check())?;
+        self.embed.per_layer.map_or(Ok(()), |inputs| inputs.check())
+    }
+
+    fn check_shared_keys(&self) -> Result<()> {
+        let of = |layer: usize| self.layers.get(layer).and_then(|layer| layer.mixer.as_attention());
+        for (index, attention) in (0..self.layers.len()).filter_map(|index| Some((index, of(index)?))) {
+            let Some(other) = attention.keys_of else { continue };
+            let sizes = |attention: &AttentionConfig| (attention.kv_heads, attention.head_dim);
+            let fits = |it: &&AttentionConfig| it.keys_of.is_none() && sizes(it) == sizes(attention);
+            if other >= index || of(other).filter(fits).is_none() {
+                bail!(InputError::new(format!("config.json: layer {index} cannot use the keys of layer {other}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the last `count` layers use the keys and values of the last other layer of their kind; `kinds` has one for
+    /// each layer.
+    ///
+    /// # Errors
+    /// Fails if there is no such layer.
+    pub fn share_keys<K: PartialEq>(&mut self, count: usize, kinds: &[K]) -> Result<()> {
+        let own = kinds.len().saturating_sub(count);
+        for (attention, kind) in self.attentions().zip(kinds).skip(own) {
+            attention.keys_of = kinds[..own].iter().rposition(|other| other == kind);
+            if attention.keys_of.is_none() {
+                bail!(
+                    InputError::new(format!(
+                        "config.json: `num_kv_shared_layers` is {count} of {} layers",
+                        kinds.len()
+                    ))
+                    .help("of each type of layer that shares keys and values, an earlier one must have its own")
+                );
+            }
         }
         Ok(())
     }
@@ -330,6 +395,17 @@ impl DecoderConfig {
 
     fn layer_path(&self, index: usize) -> String {
         format!("{}.{}.{index}", self.root, self.layers_name)
+    }
+
+    /// Returns the names of weights that files may have, but that layers with another layer's keys do not use.
+    fn unused(&self) -> Vec<String> {
+        let of_layer = |(index, layer): (usize, &LayerConfig)| {
+            let unused = layer.mixer.as_attention().map(AttentionConfig::unused).unwrap_or_default();
+            let at = self.layer_path(index);
+            let both = |path: String| ["weight", "bias"].map(|kind| format!("{at}.{path}.{kind}"));
+            unused.into_iter().flat_map(both).collect::<Vec<_>>()
+        };
+        self.layers.iter().enumerate().flat_map(of_layer).collect()
     }
 
     fn names(&self) -> Names {
@@ -349,6 +425,7 @@ impl DecoderConfig {
         windows.sort_unstable();
         windows.dedup();
         let mut kept: Vec<_> = attentions.iter().filter_map(|attention| attention.keys_of).collect();
+        kept.sort_unstable();
         kept.dedup();
         let alibi = attentions.iter().find_map(|attention| attention.alibi);
         ContextConfig { windows, rotary: self.rotary.clone(), alibi, kept }
@@ -385,12 +462,19 @@ struct Embed {
     project: Option<Linear>,
     positions: Option<Tensor>,
     norm: Option<Norm>,
+    streams: Option<StreamMaps>,
+    per_layer: Option<PerLayerInputs>,
 }
 
 struct Layer {
     norms: [Option<Norm>; 6],
     mixer: MixerPart,
+    laurel: Option<Laurel>,
     feed_forward: FeedForwardPart,
+    beside: Option<Beside>,
+    altup: Option<AltUp>,
+    per_layer: Option<PerLayer>,
+    scalar: Option<Tensor>,
 }
 
 enum MixerPart {
@@ -399,10 +483,11 @@ enum MixerPart {
 
 enum FeedForwardPart {
     Mlp(Mlp),
-    Experts(Experts),
+    Experts(Box<Experts>),
 }
 
 struct End {
+    streams: Option<StreamMaps>,
     norm: Option<Norm>,
     project: Option<Linear>,
     /// `None` if it shares the embedding's weight.
@@ -437,7 +522,12 @@ impl Embed {
         });
         let positions = positions.transpose()?;
         let norm = embed.norm.map(|name| builder.norm(&config.inside(name), d, config.norm)).transpose()?;
-        Ok(Embed { tokens, project, positions, norm })
+        let maps = |streams| StreamMaps::build(&streams, config.inside("altup_projections"), d, builder);
+        let streams = embed.streams.map(maps).transpose()?;
+        let to_all = (config.root, config.layers.len());
+        let inputs = |inputs| PerLayerInputs::build(inputs, to_all, d, config.norm, builder);
+        let per_layer = embed.per_layer.map(inputs).transpose()?;
+        Ok(Embed { tokens, project, positions, norm, streams, per_layer })
     }
 }
 
@@ -455,13 +545,56 @@ impl Layer {
         };
         let feed_forward = match &own.feed_forward {
             FeedForward::Mlp(mlp) => FeedForwardPart::Mlp(Mlp::build(mlp, &at, d, builder)?),
-            FeedForward::Experts(experts) => FeedForwardPart::Experts(Experts::build(experts, &at, d, builder)?),
+            FeedForward::Experts(experts) => {
+                FeedForwardPart::Experts(Box::new(Experts::build(experts, &at, d, builder)?))
+            }
         };
-        Ok(Layer { norms, mixer, feed_forward })
+        let norm = config.norm;
+        let laurel = own.laurel.map(|laurel| Laurel::build(laurel, &at, d, norm, builder)).transpose()?;
+        let beside = own.beside.as_ref().map(|beside| Beside::build(beside, &at, d, norm, builder)).transpose()?;
+        let altup = config.embed.streams.map(|altup| AltUp::build(altup, &at, d, norm, builder)).transpose()?;
+        let input = |input| PerLayer::build(input, &at, d, norm, builder);
+        let per_layer = config.embed.per_layer.map(input).transpose()?;
+        let scalar = own.scalar.map(|name| builder.tensor(&format!("{at}.{name}"), &[1])).transpose()?;
+        Ok(Layer { norms, mixer, laurel, feed_forward, beside, altup, per_layer, scalar })
     }
 
-    /// Returns the layer's output for its input x [B, L, d].
+    /// Returns the layer's output for its input x: the residual stream [B, L, d], or all of AltUp's [A, B, L, d]. `input`
+    /// [B, L, p] is the layer's input beside the stream.
     fn forward(
+        &self,
+        own: (&LayerConfig, Kind),
+        (x, input): (&Tensor, Option<Tensor>),
+        context: &Context,
+        kept: &mut KeysValues,
+        hooks: &mut Hooks,
+    ) -> Result<Tensor, Stop> {
+        // What the layer's input adds to the stream, gated by the stream.
+        let added = |gating: &Tensor, hooks: &mut Hooks| match (&self.per_layer, &input) {
+            (Some(per_layer), Some(input)) => per_layer.forward(gating, input, hooks).map(Some),
+            _ => Ok(None),
+        };
+        if let Some(altup) = &self.altup {
+            let predicted = altup.predict(x, hooks)?;
+            let computed = self.branches(own, &altup.active(&predicted), context, kept, hooks)?;
+            let streams = altup.correct(&predicted, &computed, hooks)?;
+            return Ok(match added(&altup.gating(&streams), hooks)? {
+                Some(added) => altup.add_to_others(&streams, &added),
+                None => streams,
+            });
+        }
+        let mut x = self.branches(own, x, context, kept, hooks)?;
+        if let Some(added) = added(&x, hooks)? {
+            x = residual(&x, &added);
+        }
+        Ok(match &self.scalar {
+            Some(scalar) => x * scalar,
+            None => x,
+        })
+    }
+
+    /// Returns the residual stream x [B, L, d] after attention and MLP.
+    fn branches(
         &self,
         (own, kind): (&LayerConfig, Kind),
         x: &Tensor,
@@ -501,6 +634,10 @@ impl Layer {
             (false, Some(_)) => attention.shallow_clone(),
             (false, None) => residual(x, &attention),
         };
+        let middle = match &self.laurel {
+            Some(laurel) => laurel.join(&middle, &read, hooks)?,
+            None => middle,
+        };
         let middle = normed(hooks, norms.after_attention_sum, after_attention_sum, &middle, Kind::Float)?;
         let read = match norms.before_mlp.is_none() && parallel {
             true => read,
@@ -514,6 +651,10 @@ impl Layer {
             };
             Ok(with(&stream, output))
         })?;
+        let mlp = match &self.beside {
+            Some(beside) => beside.join(&mlp, &middle, kind, hooks)?,
+            None => mlp,
+        };
         let mlp = scaled(normed(hooks, norms.after_mlp, after_mlp, &mlp, Kind::Float)?);
         let sum = match (parallel, stream) {
             // The order of Hugging Face, for equal rounding.
@@ -528,12 +669,14 @@ impl Layer {
 impl End {
     fn build(config: &DecoderConfig, builder: &mut Builder) -> Result<Self> {
         let (d, head) = (config.hidden_size, &config.head);
+        let maps = |streams| StreamMaps::build(&streams, config.inside("altup_unembed_projections"), d, builder);
+        let streams = config.embed.streams.map(maps).transpose()?;
         let norm = config.final_norm.map(|name| builder.norm(&config.inside(name), d, config.norm)).transpose()?;
         let width = config.embed.width.unwrap_or(d);
         let project =
             (width != d).then(|| builder.linear(&config.inside("project_out"), width, d, false)).transpose()?;
         let own = (!head.tied).then(|| builder.linear(head.path, config.vocab_size, width, head.bias));
-        Ok(End { norm, project, head: own.transpose()? })
+        Ok(End { streams, norm, project, head: own.transpose()? })
     }
 }
 
@@ -594,6 +737,7 @@ impl Decoder {
             Ok(shape_only(wanted.size()))
         };
         let checked = Parts::build(&config, &mut Builder::new(cx.precision, &has, &mut provide))?;
+        asked.extend(config.unused());
         weights.check_none_left(&asked, tied.as_deref())?;
         let weights = ModelWeights::checked(weights, cx.precision);
         let mut decoder = Decoder {
@@ -688,8 +832,12 @@ impl LanguageModel for Decoder {
     fn parameters(&self) -> Vec<(String, Tensor)> {
         self.parts.embed.get();
         for layer in &self.parts.layers {
-            if let FeedForwardPart::Experts(experts) = &layer.get().feed_forward {
+            let layer = layer.get();
+            if let FeedForwardPart::Experts(experts) = &layer.feed_forward {
                 experts.read();
+            }
+            if let Some(beside) = &layer.beside {
+                beside.experts().read();
             }
         }
         self.parts.end.get();
@@ -733,22 +881,35 @@ impl LanguageModel for Decoder {
             // Not in place: a hook may hold the embeddings.
             x = &x + positions;
         }
-        Ok(Hidden { x, context: Rc::new(Context::new(tokens, &self.context)), kept: KeysValues::default() })
+        let inputs = embed.per_layer.as_ref().map(|inputs| inputs.forward(&tokens.ids, &x, hooks)).transpose()?;
+        if let Some(streams) = &embed.streams {
+            x = streams.spread(&x, hooks)?;
+        }
+        let context = Context::new(tokens, &self.context).with_inputs(inputs);
+        Ok(Hidden { x, context: Rc::new(context), kept: KeysValues::default() })
     }
 
     fn layer(&self, index: usize, hidden: &Hidden, hooks: &mut Hooks) -> Result<Hidden, Stop> {
         let mut next = hidden.fork();
         let own = (&self.config.layers[index], self.cx.precision.kind());
-        next.x = hooks.module(&self.names.layer(index), &hidden.x, |hooks, x| {
-            self.parts.layers[index].get().forward(own, x, &hidden.context, &mut next.kept, hooks)
-        })?;
+        let (path, context) = (self.names.layer(index), &hidden.context);
+        let run = |hooks: &mut Hooks, x: &Tensor| {
+            self.parts.layers[index].get().forward(own, (x, context.input(index)), context, &mut next.kept, hooks)
+        };
+        next.x = match self.config.embed.streams {
+            Some(altup) => altup.layer(hooks, &path, &hidden.x, run)?,
+            None => hooks.module(&path, &hidden.x, run)?,
+        };
         Ok(next)
     }
 
     fn end(&self, hidden: &Hidden, hooks: &mut Hooks) -> Result<Tensor, Stop> {
         let end = self.parts.end.get();
         let kind = self.cx.precision.kind();
-        let mut x = hidden.x.shallow_clone();
+        let mut x = match &end.streams {
+            Some(streams) => streams.merge(&hidden.x, hooks)?,
+            None => hidden.x.shallow_clone(),
+        };
         if let Some(name) = self.config.final_norm {
             x = normed(hooks, Some(&self.config.inside(name)), &end.norm, &x, kind)?;
         }

@@ -9,18 +9,21 @@ use super::build::{Builder, Lazy};
 use super::kernels;
 use super::mlp::{Mlp, MlpConfig};
 use super::model::{Hooks, Stop};
+use super::norm::{Norm, NormConfig, NormKind};
 use crate::error::InputError;
 use crate::machine::parallel;
 
 /// Mixture of experts of a layer, in place of an MLP.
 #[derive(Debug, Clone)]
 pub struct ExpertsConfig {
-    /// Path in a layer.
+    /// Path in a layer; empty if router and experts are modules of the layer.
     pub path: &'static str,
     /// Router, a linear map to one logit per expert.
     pub router: &'static str,
     /// Whether the router has a bias.
     pub router_bias: bool,
+    /// Scales of the router's input and of the experts' probabilities, if there are any.
+    pub router_scales: Option<RouterScales>,
     /// Number of experts.
     pub count: i64,
     /// Number of experts per token.
@@ -44,6 +47,7 @@ impl ExpertsConfig {
             path,
             router: "gate",
             router_bias: false,
+            router_scales: None,
             count,
             per_token,
             width,
@@ -71,6 +75,14 @@ impl ExpertsConfig {
             None => Ok(()),
         }
     }
+}
+
+/// Scales of a router (Gemma 4), in the module `router`: it reads `norm(x) · scale / √d`, where the norm has no weight, and
+/// the chosen experts' probabilities are multiplied with `per_expert_scale` [E].
+#[derive(Debug, Clone, Copy)]
+pub struct RouterScales {
+    /// Epsilon of the norm.
+    pub eps: f64,
 }
 
 /// Upper bound on experts. Allocating for a bogus number would exhaust memory before a missing tensor is found.
@@ -204,6 +216,8 @@ impl Expert {
 pub(super) struct Experts {
     config: ExpertsConfig,
     router: Linear,
+    /// Norm and scale of the router's input, and scale of the experts' probabilities.
+    scales: Option<(Norm, Tensor, Tensor)>,
     experts: Vec<Lazy<Expert>>,
     shared: Option<(Mlp, Option<Linear>)>,
 }
@@ -212,8 +226,16 @@ impl Experts {
     /// Builds the experts of a layer at the path `at`, for a residual stream of width `d`.
     pub fn build(config: &ExpertsConfig, at: &str, d: i64, builder: &mut Builder) -> Result<Self> {
         let mut config = config.clone();
-        let path = format!("{at}.{}", config.path);
+        let path = if config.path.is_empty() { at.to_owned() } else { format!("{at}.{}", config.path) };
         let router = builder.linear(&format!("{path}.{}", config.router), config.count, d, config.router_bias)?;
+        let scales = config.router_scales.map(|scales| {
+            let norm = NormConfig { kind: NormKind::RmsNoWeight, eps: scales.eps };
+            let norm = builder.norm("", d, norm)?;
+            let input = builder.tensor(&format!("{path}.router.scale"), &[d])?;
+            let experts = builder.tensor(&format!("{path}.router.per_expert_scale"), &[config.count])?;
+            Ok::<_, anyhow::Error>((norm, input, experts))
+        });
+        let scales = scales.transpose()?;
         let experts = format!("{path}.experts");
         let is_each = matches!(config.layout, ExpertLayout::Each { .. });
         if is_each && builder.has(&format!("{experts}.gate_up_proj")) {
@@ -232,7 +254,7 @@ impl Experts {
                 Some((Mlp::build(&shared.mlp, &path, d, builder)?, gate))
             }
         };
-        Ok(Experts { config, router, experts, shared })
+        Ok(Experts { config, router, scales, experts, shared })
     }
 
     /// Reads all experts.
@@ -245,13 +267,9 @@ impl Experts {
     /// Returns the output for x [B, L, d]. Sites: the router's logits [B, L, E], the experts' sum (`experts`) and the
     /// shared expert.
     pub fn forward(&self, x: &Tensor, hooks: &mut Hooks) -> Result<Tensor, Stop> {
-        let config = &self.config;
-        let logits = hooks.linear(config.router, x, &self.router)?;
-        let sum = hooks.module("experts", x, |hooks, x| match hooks.records() {
-            true => Ok(x.zeros_like()),
-            false => Ok(self.sum(x, &logits)),
-        })?;
-        let (Some((shared, gate)), Some(names)) = (&self.shared, &config.shared) else { return Ok(sum) };
+        let logits = self.route(x, hooks)?;
+        let sum = self.sum(x, &logits, hooks)?;
+        let (Some((shared, gate)), Some(names)) = (&self.shared, &self.config.shared) else { return Ok(sum) };
         let shared = hooks.module(names.mlp.path, x, |hooks, x| shared.forward(x, hooks))?;
         Ok(match (gate, names.gate) {
             (Some(gate), Some(name)) => sum + hooks.linear(name, x, gate)?.sigmoid() * shared,
@@ -259,8 +277,25 @@ impl Experts {
         })
     }
 
+    /// Returns the router's logits [B, L, E] for x [B, L, d].
+    pub fn route(&self, x: &Tensor, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        let name = self.config.router;
+        let Some((norm, scale, _)) = &self.scales else { return hooks.linear(name, x, &self.router) };
+        let x = hooks.norm("router.norm", x, norm, Kind::Float)? * scale;
+        let root = (*x.size().last().expect("a residual stream has a width") as f64).sqrt();
+        hooks.linear(name, &(x / root), &self.router)
+    }
+
+    /// Returns the sum of the experts' outputs for x [B, L, d], as the module `experts`.
+    pub fn sum(&self, x: &Tensor, logits: &Tensor, hooks: &mut Hooks) -> Result<Tensor, Stop> {
+        hooks.module("experts", x, |hooks, x| match hooks.records() {
+            true => Ok(x.zeros_like()),
+            false => Ok(self.weighted(x, logits)),
+        })
+    }
+
     /// Returns the sum of the chosen experts' outputs, weighted by their probabilities.
-    fn sum(&self, x: &Tensor, logits: &Tensor) -> Tensor {
+    fn weighted(&self, x: &Tensor, logits: &Tensor) -> Tensor {
         let ExpertsConfig { count, per_token, renormalised, .. } = self.config;
         let size = x.size();
         let x = x.reshape([-1, *size.last().expect("a residual stream has a width")]);
@@ -268,6 +303,9 @@ impl Experts {
         let (mut weights, chosen) = probabilities.topk(per_token, -1, true, false);
         if renormalised {
             weights = &weights / weights.sum_dim_intlist(-1, true, Kind::Float);
+        }
+        if let Some((.., scale)) = &self.scales {
+            weights = &weights * scale.index(&[Some(&chosen)]);
         }
         // Choices ordered by expert: each expert has a range of them.
         let chosen = chosen.flatten(0, 1);

@@ -1,7 +1,9 @@
 //! Multilayer perceptrons of a layer.
 
+use std::f64::consts::SQRT_2;
+
 use anyhow::{Result, bail};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::blocks::{Activation, Linear};
 use super::build::Builder;
@@ -21,6 +23,9 @@ pub struct MlpConfig {
     pub act_path: &'static str,
     /// Activation function.
     pub act: Activation,
+    /// Fraction of gates to set to 0, of the layout [`MlpLayout::Gated`]: a gate passes as far as it exceeds this
+    /// quantile of a normal distribution with the gates' mean and variance (Gemma 3n). 0 for none.
+    pub sparsity: f64,
     /// Whether the projections have biases.
     pub bias: bool,
     /// Whether weights are stored transposed, [in, out], as in GPT-2.
@@ -31,18 +36,24 @@ impl MlpConfig {
     /// Returns an MLP with biases and without a gate: module `mlp`, activation function in `act`.
     pub fn plain(width: i64, (up, down): (&'static str, &'static str), act: Activation) -> Self {
         let layout = MlpLayout::Plain { up, down };
-        MlpConfig { path: "mlp", width, layout, act_path: "act", act, bias: true, transposed: false }
+        MlpConfig { path: "mlp", width, layout, act_path: "act", act, sparsity: 0.0, bias: true, transposed: false }
     }
 
     /// Returns an MLP with a gate and without biases: module `mlp`, activation function in `act_fn`.
     pub fn gated(width: i64, act: Activation) -> Self {
         let layout = MlpLayout::Gated { gate: "gate_proj", up: "up_proj", down: "down_proj" };
-        MlpConfig { path: "mlp", width, layout, act_path: "act_fn", act, bias: false, transposed: false }
+        MlpConfig { path: "mlp", width, layout, act_path: "act_fn", act, sparsity: 0.0, bias: false, transposed: false }
     }
 
     pub(super) fn check(&self) -> Result<()> {
         if self.width < 1 {
             bail!(InputError::new(format!("config.json: the width of the MLP is {}", self.width)));
+        }
+        if !(0.0..1.0).contains(&self.sparsity) {
+            bail!(InputError::new(format!(
+                "config.json: `activation_sparsity_pattern` has {}, not from 0 to below 1",
+                self.sparsity
+            )));
         }
         Ok(())
     }
@@ -125,7 +136,7 @@ impl Mlp {
         let act = |hooks: &mut Hooks, x: &Tensor| hooks.module(config.act_path, x, |_, x| Ok(config.act.forward(x)));
         let (wide, down) = match (config.layout, &self.gate) {
             (MlpLayout::Gated { gate, up, down }, Some(to_gate)) => {
-                let gate = hooks.linear(gate, x, to_gate)?;
+                let gate = self.sparse(hooks.linear(gate, x, to_gate)?);
                 // No hook reads the activation, so no tensor is made for it.
                 if !hooks.sees(config.act_path) {
                     let up = hooks.linear(up, x, &self.up)?;
@@ -144,5 +155,18 @@ impl Mlp {
             }
         };
         hooks.linear(down, &wide, &self.down)
+    }
+    /// Returns the gates [B, L, width] with a fraction of them set to 0, and the rest lowered by what they must exceed.
+    fn sparse(&self, gate: Tensor) -> Tensor {
+        if self.config.sparsity == 0.0 {
+            return gate;
+        }
+        // The operations and roundings of transformers: few gates pass, by differences of nearly equal numbers.
+        let fraction = Tensor::from(self.config.sparsity as f32);
+        let quantile = ((fraction * 2.0 - 1.0).erfinv() * SQRT_2).double_value(&[]);
+        let wide = gate.to_kind(Kind::Float);
+        let mean = wide.mean_dim([-1].as_slice(), true, Kind::Float);
+        let cutoff = mean + wide.std_dim([-1].as_slice(), false, true) * quantile;
+        (wide - cutoff).relu().to_kind(gate.kind())
     }
 }

@@ -1,7 +1,9 @@
 //! Language models: the shared decoder and its blocks, module names, weights, and opening a model by name.
 
+mod altup;
 mod arithmetic;
 mod attention;
+mod beside;
 mod blocks;
 mod build;
 pub mod config;
@@ -12,28 +14,34 @@ mod family;
 mod files;
 mod hook_point;
 mod kernels;
+mod laurel;
 mod mlp;
 mod model;
 mod mxfp4;
 mod names;
 mod norm;
+mod per_layer;
 mod rotary;
 mod weight_file;
 mod weights;
 
+pub use altup::AltUpConfig;
 pub use arithmetic::ARITHMETIC;
 pub use attention::{AttentionConfig, NormedOver, Projections, QkNorm};
+pub use beside::BesideConfig;
 pub use blocks::{Activation, Linear, activation};
 pub use build::Builder;
 pub use context::{Alibi, Context, ContextConfig, KeysValues};
 pub use decoder::{Decoder, DecoderConfig};
-pub use experts::{ExpertLayout, ExpertsConfig, Glu, SharedExpert};
+pub use experts::{ExpertLayout, ExpertsConfig, Glu, RouterScales, SharedExpert};
 pub use family::{DecoderFamily, ModelConfig, ModelFamily, open_model, random_model, text_model};
 pub use files::{EmbeddedModel, ModelFiles};
 pub use hook_point::*;
+pub use laurel::LaurelConfig;
 pub use mlp::{MlpConfig, MlpLayout};
 pub use model::*;
 pub use names::{LayerNames, Names};
 pub use norm::{Norm, NormConfig, NormKind};
+pub use per_layer::PerLayerConfig;
 pub use rotary::{Rope, Rotary};
 pub use weights::{ModelCx, Weights};

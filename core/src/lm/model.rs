@@ -93,20 +93,45 @@ impl<'a> Hooks<'a> {
         input: &Tensor,
         run: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor, Stop>,
     ) -> Result<Tensor, Stop> {
+        self.within(name, |hooks| {
+            let input = hooks.meet(Io::In, input)?;
+            let output = run(hooks, &input)?;
+            hooks.leave(&input, &output)
+        })
+    }
+
+    /// Applies the hooks of a submodule to the input and output of a computation; modules that it runs remain submodules
+    /// of the current module.
+    pub fn around(
+        &mut self,
+        name: &str,
+        input: &Tensor,
+        run: impl FnOnce(&mut Self, &Tensor) -> Result<Tensor, Stop>,
+    ) -> Result<Tensor, Stop> {
+        let input = self.within(name, |hooks| hooks.meet(Io::In, input))?;
+        let output = run(self, &input)?;
+        self.within(name, |hooks| hooks.leave(&input, &output))
+    }
+
+    /// Continues in a submodule of the current module.
+    fn within<T>(&mut self, name: &str, run: impl FnOnce(&mut Self) -> Result<T, Stop>) -> Result<T, Stop> {
         let outer = self.path.len();
         if outer > 0 {
             self.path.push('.');
         }
         self.path.push_str(name);
-        let input = self.meet(Io::In, input)?;
-        let output = run(self, &input)?;
+        let result = run(self)?;
+        self.path.truncate(outer);
+        Ok(result)
+    }
+
+    /// Records the current module, and applies the hooks to its output.
+    fn leave(&mut self, input: &Tensor, output: &Tensor) -> Result<Tensor, Stop> {
         if let Some(visits) = &mut self.visits {
             let width = |value: &Tensor| value.size().last().copied().unwrap_or(0);
-            visits.push(Visit { module: self.path.clone(), input: width(&input), output: width(&output) });
+            visits.push(Visit { module: self.path.clone(), input: width(input), output: width(output) });
         }
-        let output = self.meet(Io::Out, &output)?;
-        self.path.truncate(outer);
-        Ok(output)
+        self.meet(Io::Out, output)
     }
 
     /// Runs a linear map as [`Hooks::module`] does. A recording pass skips the product and returns zeros.
@@ -169,7 +194,7 @@ impl<'a> Hooks<'a> {
 /// State of a pass between two layers.
 #[derive(Debug)]
 pub struct Hidden {
-    /// Residual stream, [B, L, d].
+    /// Residual stream, [B, L, d]; several of a model with AltUp, [A, B, L, d].
     pub x: Tensor,
     /// Masks and rotary tables of attention, computed once per pass.
     pub context: Rc<Context>,
@@ -255,8 +280,10 @@ impl dyn LanguageModel + '_ {
     /// this prefix.
     pub fn before<'a>(&'a self, tokens: &'a Tokens, point: &HookPoint) -> Prefix<'a> {
         let names = self.names();
+        let modules = self.modules();
+        let mut embeddings = modules.iter().take_while(|visit| names.layer_of(&visit.module).is_none());
         let layer = match names.layer_of(&point.module) {
-            None if point.module == names.embed || Some(&point.module) == names.positions.as_ref() => {
+            None if embeddings.any(|visit| visit.module == point.module) => {
                 return Prefix { model: self, tokens, hidden: None };
             }
             None => self.n_layers(),

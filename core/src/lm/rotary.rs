@@ -175,6 +175,21 @@ impl Rope {
         self.read(entries.get(layers), head_dim, theta, max_positions).map(Some)
     }
 
+    /// Returns the embeddings of full-attention and of sliding-window layers, each for its width of a head and default
+    /// base. Settings that are not given per layer type apply to full-attention layers.
+    pub fn full_and_sliding(&self, full: (i64, f64), sliding: (i64, f64), max_positions: i64) -> Result<Vec<Rotary>> {
+        let theta = self.rope_theta.unwrap_or(full.1);
+        let full = match self.rotary_of("full_attention", full.0, theta, max_positions)? {
+            Some(rotary) => rotary,
+            None => self.rotary(full.0, theta, max_positions)?,
+        };
+        let sliding = match self.rotary_of("sliding_attention", sliding.0, sliding.1, max_positions)? {
+            Some(rotary) => rotary,
+            None => Rotary::new(sliding.0, sliding.1)?,
+        };
+        Ok(vec![full, sliding])
+    }
+
     /// Returns the map of settings. If both keys are set, `rope_scaling` wins, as in transformers 5.
     fn spelled(&self) -> Result<Option<Spelled<'_>>> {
         for (key, value) in [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)] {
@@ -195,13 +210,14 @@ impl Rope {
             bail!(InputError::new(format!("config.json: `partial_rotary_factor` is {part}, not from 0 to 1")));
         }
         let theta = number("rope_theta")?.unwrap_or(theta);
-        let rotated = (head_dim as f64 * part) as i64;
-        let mut rotary = Rotary::new(rotated, theta)?;
+        let rotated = head_dim as f64 * part;
+        let is_proportional = spelled.is_some_and(|it| it.map.get("rope_type").is_some_and(|it| it == "proportional"));
+        let mut rotary = Rotary::new(if is_proportional { head_dim } else { rotated as i64 }, theta)?;
         if let Some(spelled) = spelled {
             rotary.scaling = self.scaling(spelled, &rotary, max_positions)?;
         }
-        if let Scaling::Proportional { .. } = rotary.scaling {
-            rotary.width = head_dim;
+        if let Scaling::Proportional { rotated: pairs, .. } = &mut rotary.scaling {
+            *pairs = (rotated / 2.0) as i64;
         }
         Ok(rotary)
     }

@@ -170,10 +170,12 @@ impl Weights {
         if let Some(found) = std::iter::once(name).chain(bare).find_map(|name| self.place.get(name)) {
             return Some(found);
         }
-        let root = self.text_root?;
+        let root = self.text_root.unwrap_or("model");
         let inner = name.strip_prefix(root).and_then(|rest| rest.strip_prefix('.'));
         let known: &[&str] = if inner.is_some() { &TEXT_ROOTS } else { &HEAD_ROOTS };
-        known.iter().find_map(|outer| self.place.get(&format!("{outer}.{}", inner.unwrap_or(name))))
+        let found = known.iter().find_map(|outer| self.place.get(&format!("{outer}.{}", inner.unwrap_or(name))));
+        // transformers 4 renames every `model` in a name when it saves the text model of Gemma 3n alone.
+        found.or_else(|| self.place.get(&name.replace("model", "model.language_model")))
     }
 
     /// Returns a tensor's file and its name in that file.

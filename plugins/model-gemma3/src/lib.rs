@@ -2,7 +2,7 @@
 //! and keys instead of soft-capped scores, and another rotary base in sliding-window layers.
 
 use dictlearn_core::lm::config::{CommonFields, Sandwich};
-use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormedOver, QkNorm, Rotary};
+use dictlearn_core::lm::{DecoderConfig, DecoderFamily, NormedOver, QkNorm};
 use dictlearn_core::prelude::*;
 
 /// Fields of a Gemma 3 config.json that affect the computation, with Hugging Face's defaults.
@@ -33,20 +33,10 @@ impl DecoderFamily for Gemma3Config {
         "max_position_embeddings": 131072, "tie_word_embeddings": true}"#;
 
     fn decoder(self) -> Result<DecoderConfig> {
-        let head_dim = self.common.head_dim()?;
-        let rope = &self.common.rope;
+        let (head_dim, local) = (self.common.head_dim()?, self.rope_local_base_freq);
         let longest = self.common.max_position_embeddings;
-        let (theta, local) = (rope.rope_theta.unwrap_or(1e6), self.rope_local_base_freq);
-        // Rotary fields that are not given per layer type apply to full-attention layers.
-        let full = match rope.rotary_of("full_attention", head_dim, theta, longest)? {
-            Some(rotary) => rotary,
-            None => rope.rotary(head_dim, theta, longest)?,
-        };
-        let local = match rope.rotary_of("sliding_attention", head_dim, local, longest)? {
-            Some(rotary) => rotary,
-            None => Rotary::new(head_dim, local)?,
-        };
-        let mut decoder = self.common.decoder_with(vec![full, local])?;
+        let rotary = self.common.rope.full_and_sliding((head_dim, 1e6), (head_dim, local), longest)?;
+        let mut decoder = self.common.decoder_with(rotary)?;
         // Gemma 3's embedding module applies the scale itself.
         decoder.embed.scale_inside = true;
         decoder.head.soft_cap = self.final_logit_softcapping;

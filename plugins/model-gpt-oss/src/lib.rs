@@ -62,7 +62,7 @@ impl DecoderFamily for GptOssConfig {
             attention.sinks = Some("sinks");
             attention.window = sliding.then_some(self.sliding_window);
         }
-        let (size, width) = ((self.num_local_experts, self.num_experts_per_tok), self.common.intermediate_size);
+        let (size, width) = ((self.num_local_experts, self.num_experts_per_tok), self.common.width()?);
         let experts = ExpertsConfig {
             router: "router",
             router_bias: true,

@@ -30,7 +30,7 @@ impl DecoderFamily for MixtralConfig {
     fn decoder(self) -> Result<DecoderConfig> {
         let mut decoder = self.common.decoder()?;
         decoder.attentions().for_each(|attention| attention.window = self.sliding_window);
-        let (size, width) = ((self.num_local_experts, self.num_experts_per_tok), self.common.intermediate_size);
+        let (size, width) = ((self.num_local_experts, self.num_experts_per_tok), self.common.width()?);
         let experts = ExpertsConfig {
             layout: ExpertLayout::Each { gate: "w1", up: "w3", down: "w2" },
             ..ExpertsConfig::new("block_sparse_moe", size, width, self.common.act()?)

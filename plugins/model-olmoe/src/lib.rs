@@ -43,7 +43,7 @@ impl DecoderFamily for OlmoeConfig {
         let size = (self.num_experts, self.num_experts_per_tok);
         let experts = ExpertsConfig {
             renormalised: self.norm_topk_prob,
-            ..ExpertsConfig::new("mlp", size, self.common.intermediate_size, self.common.act()?)
+            ..ExpertsConfig::new("mlp", size, self.common.width()?, self.common.act()?)
         };
         for layer in &mut decoder.layers {
             layer.feed_forward = FeedForward::Experts(experts.clone());

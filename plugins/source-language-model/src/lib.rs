@@ -500,7 +500,14 @@ impl Harvest {
             let count = rows.len() as i64;
             let of_all =
                 |value: Tensor| if value.size()[0] < count { value.expand([count, -1, -1], true) } else { value };
-            let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).map(of_all).collect();
+            let values: Vec<Tensor> = points.iter().filter_map(|point| hooks.take(point)).collect();
+            if let Some((value, point)) = values.iter().zip(points).find(|(value, _)| value.dim() != 3) {
+                bail!(InputError::new(format!(
+                    "{point} has the shape {:?}, but a site has one vector for each token",
+                    value.size()
+                )));
+            }
+            let values: Vec<Tensor> = values.into_iter().map(of_all).collect();
             let mask = if self.remove_bos { tokens.without_first() } else { tokens.mask.shallow_clone() };
             let mask = match &self.excluded {
                 Some(ids) => mask.logical_and(&Tensor::isin(&tokens.ids, ids, false, true)),
