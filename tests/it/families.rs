@@ -100,9 +100,10 @@ fn sites_logits_and_loss_match_transformers() {
 
 #[test]
 fn a_transformers_5_config_gives_the_same_numbers() {
-    for case in &cases() {
+    let newer = |case: &str| fixture("models").join(case).join("config.transformers5.json");
+    for case in cases().iter().filter(|case| newer(case).exists()) {
         let (model, tokens, _) = open(case);
-        let newer = read_json(&fixture("models").join(case).join("config.transformers5.json"));
+        let newer = read_json(&newer(case));
         assert!(newer["transformers_version"].as_str().unwrap().starts_with("5."), "{case}");
         let dir = changed(case, |config| *config = newer.clone(), |_| {});
         let same = load(dir.path(), Precision::Float32).unwrap();
@@ -445,7 +446,7 @@ fn continuing_from_a_hook_point_matches_the_whole_pass() {
         let (model, tokens, _) = open(case);
         let whole = model.forward(&tokens, &mut Hooks::none()).unwrap();
         let names = model.names();
-        let attention = format!("{}.{}", names.layer(1), names.of_layer[1].attention_out.as_ref().unwrap());
+        let attention = format!("{}.{}", names.layer(1), names.of_layer[1].attention_added);
         let mut modules = vec![names.embed.clone(), attention, names.final_norm.clone()];
         modules.extend(names.positions.clone());
         for module in modules {
