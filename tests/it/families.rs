@@ -81,6 +81,8 @@ pub fn difference(found: &Tensor, expected: &Tensor, mask: &Tensor) -> f64 {
 fn sites_logits_and_loss_match_transformers() {
     for case in &cases() {
         let (model, tokens, io) = open(case);
+        // Its layers amplify rounding errors: transformers' own numbers are up to 1e-5 from the same model in float64.
+        let most = if case == "qwen3_next" { 1e-4 } else { 1e-5 };
         let mut compared = 0;
         for (name, expected) in io.iter().filter(|(name, _)| !["logits", "loss"].contains(&name.as_str())) {
             let (module, side) = name.rsplit_once('.').unwrap();
@@ -88,7 +90,7 @@ fn sites_logits_and_loss_match_transformers() {
             let (point, width) = model.hook_point(module, io).unwrap();
             assert_eq!(Some(&width), expected.size().last(), "{case} {name}");
             let difference = difference(&model.value_at(&tokens, &point), expected, &tokens.mask);
-            assert!(difference < 1e-5, "{case} {name}: {difference}");
+            assert!(difference < most, "{case} {name}: {difference}");
             compared += 1;
         }
         let sites = if case == "gpt_neo" || case.starts_with("gemma3n") { 8 } else { 6 };
@@ -104,14 +106,10 @@ fn sites_logits_and_loss_match_transformers() {
 
 #[test]
 fn a_transformers_5_config_gives_the_same_numbers() {
-    let respelt = |case: &String| fixture("models").join(case).join("config.transformers5.json").exists();
-    for case in cases().iter().filter(|case| respelt(case)) {
+    let newer = |case: &str| fixture("models").join(case).join("config.transformers5.json");
+    for case in cases().iter().filter(|case| newer(case).exists()) {
         let (model, tokens, _) = open(case);
-        let newer = fixture("models").join(case).join("config.transformers5.json");
-        if !newer.exists() {
-            continue;
-        }
-        let newer = read_json(&newer);
+        let newer = read_json(&newer(case));
         assert!(newer["transformers_version"].as_str().unwrap().starts_with("5."), "{case}");
         let dir = changed(case, |config| *config = newer.clone(), |_| {});
         let same = load(dir.path(), Precision::Float32).unwrap();
@@ -454,7 +452,7 @@ fn continuing_from_a_hook_point_matches_the_whole_pass() {
         let (model, tokens, _) = open(case);
         let whole = model.forward(&tokens, &mut Hooks::none()).unwrap();
         let names = model.names();
-        let attention = format!("{}.{}", names.layer(1), names.of_layer[1].attention_out.as_ref().unwrap());
+        let attention = format!("{}.{}", names.layer(1), names.of_layer[1].attention_added);
         let mut modules = vec![names.embed.clone(), attention, names.final_norm.clone()];
         modules.extend(names.positions.clone());
         for module in modules {
@@ -550,8 +548,13 @@ fn bfloat16_logits_stay_close() {
         let logits = model.forward(&tokens, &mut Hooks::none()).unwrap();
         assert_eq!(logits.kind(), Kind::Float);
         let apart = difference(&logits, &io["logits"], &tokens.mask);
-        // Rounding chooses other experts for some tokens of Gemma 4; transformers in bfloat16 is 0.11 apart.
-        let most = if case.starts_with("gemma4_moe") { 0.11 } else { 5e-2 };
+        // Rounding chooses other experts for some tokens (Gemma 4: transformers in bfloat16 is 0.11 apart), and gated
+        // DeltaNets amplify rounding errors.
+        let most = match case.as_str() {
+            case if case.starts_with("gemma4_moe") => 0.11,
+            case if case.starts_with("qwen3_next") || case.starts_with("qwen3_5") => 0.5,
+            _ => 5e-2,
+        };
         assert!(apart > 1e-6 && apart < most, "{case}: {apart}");
     }
 }
@@ -622,6 +625,10 @@ fn unsupported_fields_are_refused_by_name() {
         ("gpt2", "num_key_value_heads", 2.into(), "num_key_value_heads"),
         ("gpt_neo", "attention_layers", json!(["global"]), "for 1 layers"),
         ("qwen3", "layer_types", json!(["full_attention", "linear_attention", "x"]), "linear_attention"),
+        ("qwen3_next", "layer_types", json!(["full_attention", "sliding_attention", "", ""]), "sliding_attention"),
+        ("qwen3_next", "linear_num_value_heads", 3.into(), "cannot share 2 key heads"),
+        ("qwen3_5", "linear_conv_kernel_dim", 0.into(), "is 0"),
+        ("qwen3_5", "num_experts", 4.into(), "num_experts"),
         ("gemma3_text", "use_bidirectional_attention", true.into(), "use_bidirectional_attention"),
         ("mistral", "rope_theta", (-1.0).into(), "not positive"),
         ("phi3", "num_hidden_layers", 2.into(), "does not describe: `model.layers.2."),

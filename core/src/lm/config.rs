@@ -7,7 +7,8 @@ use serde_json::{Map, Value};
 
 use super::attention::{AttentionConfig, NormedOver, Projections, QkNorm};
 use super::blocks::{Activation, activation};
-use super::decoder::{DecoderConfig, EmbedConfig, FeedForward, HeadConfig, LayerConfig, NormNames};
+use super::decoder::{DecoderConfig, EmbedConfig, FeedForward, HeadConfig, LayerConfig, Mixer, NormNames};
+use super::delta_net::{DeltaNetConfig, DeltaProjections};
 use super::family::ModelConfig;
 use super::mlp::MlpConfig;
 use super::norm::{NormConfig, NormKind};
@@ -394,6 +395,83 @@ pub fn causal(bidirectional: bool) -> Result<()> {
     Ok(())
 }
 
+/// Fields of families in which most layers have a gated DeltaNet, and the rest gated softmax attention.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct DeltaLayers {
+    /// Whether the projections of softmax attention have biases.
+    pub attention_bias: bool,
+    /// Mixer of each layer: `linear_attention` (gated DeltaNet) or `full_attention`.
+    pub layer_types: Option<Vec<String>>,
+    /// n: without `layer_types`, every n-th layer has softmax attention.
+    pub full_attention_interval: usize,
+    /// Number of positions that the convolution of a DeltaNet covers.
+    pub linear_conv_kernel_dim: i64,
+    /// Width of a query or key of a DeltaNet.
+    pub linear_key_head_dim: i64,
+    /// Width of a value of a DeltaNet.
+    pub linear_value_head_dim: i64,
+    /// Number of query and key heads of a DeltaNet.
+    pub linear_num_key_heads: i64,
+    /// Number of value heads of a DeltaNet.
+    pub linear_num_value_heads: i64,
+}
+
+impl Default for DeltaLayers {
+    fn default() -> Self {
+        DeltaLayers {
+            attention_bias: false,
+            layer_types: None,
+            full_attention_interval: 4,
+            linear_conv_kernel_dim: 4,
+            linear_key_head_dim: 128,
+            linear_value_head_dim: 128,
+            linear_num_key_heads: 16,
+            linear_num_value_heads: 32,
+        }
+    }
+}
+
+impl DeltaLayers {
+    /// Example for a family with these fields: a small DeltaNet in the first of two layers.
+    pub const EXAMPLE: &str = "{head_dim: 16, num_key_value_heads: 2, full_attention_interval: 2, \
+        linear_key_head_dim: 8, linear_value_head_dim: 8, linear_num_key_heads: 2, linear_num_value_heads: 4}";
+
+    /// Gives a Llama decoder the mixers and norms of these families; `act` follows the convolution.
+    ///
+    /// # Errors
+    /// Fails if `layer_types` does not fit the layers, or if the interval is 0.
+    pub fn apply(&self, decoder: &mut DecoderConfig, act: Activation, input: DeltaProjections) -> Result<()> {
+        let (layers, interval) = (decoder.layers.len(), self.full_attention_interval);
+        let linear = match &self.layer_types {
+            Some(types) => of_layers(types, layers, ["full_attention", "linear_attention"])?,
+            None if interval == 0 => bail!(InputError::new("config.json: `full_attention_interval` is 0")),
+            None => (0..layers).map(|layer| !(layer + 1).is_multiple_of(interval)).collect(),
+        };
+        decoder.norm.kind = NormKind::RmsPlusOne;
+        for attention in decoder.attentions() {
+            attention.bias(self.attention_bias);
+            attention.qk_norm = Some(QkNorm::new(NormedOver::Head));
+            attention.gated = true;
+        }
+        let net = DeltaNetConfig {
+            path: "linear_attn",
+            key_heads: self.linear_num_key_heads,
+            value_heads: self.linear_num_value_heads,
+            key_dim: self.linear_key_head_dim,
+            value_dim: self.linear_value_head_dim,
+            kernel: self.linear_conv_kernel_dim,
+            act,
+            input,
+            output: "out_proj",
+        };
+        for (layer, _) in decoder.layers.iter_mut().zip(linear).filter(|(_, linear)| *linear) {
+            layer.mixer = Mixer::DeltaNet(net.clone());
+        }
+        Ok(())
+    }
+}
+
 /// Returns true for each layer with sliding-window attention, from `layer_types` if given, otherwise from `default` by
 /// the layer's index.
 pub fn sliding_layers(
@@ -401,17 +479,23 @@ pub fn sliding_layers(
     n_layers: usize,
     default: impl Fn(usize) -> bool,
 ) -> Result<Vec<bool>> {
-    let Some(types) = layer_types else { return Ok((0..n_layers).map(default).collect()) };
+    match layer_types {
+        None => Ok((0..n_layers).map(default).collect()),
+        Some(types) => of_layers(types, n_layers, ["full_attention", "sliding_attention"]),
+    }
+}
+
+/// Returns true for each layer of the second of two types.
+fn of_layers(types: &[String], n_layers: usize, known: [&str; 2]) -> Result<Vec<bool>> {
     if types.len() != n_layers {
         bail!(InputError::new(format!("config.json: `layer_types` has {} entries for {n_layers} layers", types.len())));
     }
-    let sliding = |name: &String| match name.as_str() {
-        "full_attention" => Ok(false),
-        "sliding_attention" => Ok(true),
-        other => bail!(
-            InputError::new(format!("config.json: layers of type `{other}` are not supported"))
-                .help("supported types: full_attention, sliding_attention")
+    let is_second = |name: &String| match known.iter().position(|known| known == name) {
+        Some(index) => Ok(index == 1),
+        None => bail!(
+            InputError::new(format!("config.json: layers of type `{name}` are not supported"))
+                .help(format!("supported types: {}", known.join(", ")))
         ),
     };
-    types.iter().map(sliding).collect()
+    types.iter().map(is_second).collect()
 }

@@ -18,6 +18,7 @@ use super::beside::{Beside, BesideConfig};
 use super::blocks::{Linear, residual};
 use super::build::{Builder, Lazy, ModelWeights, Wanted, shape_only};
 use super::context::{Context, ContextConfig, KeysValues};
+use super::delta_net::{DeltaNet, DeltaNetConfig};
 use super::experts::{Experts, ExpertsConfig};
 use super::hook_point::Tokens;
 use super::laurel::{Laurel, LaurelConfig};
@@ -89,18 +90,22 @@ pub struct LayerConfig {
 pub enum Mixer {
     /// Softmax attention.
     Attention(AttentionConfig),
+    /// Gated DeltaNet, a linear attention.
+    DeltaNet(DeltaNetConfig),
 }
 
 impl Mixer {
     fn path(&self) -> &'static str {
         match self {
             Mixer::Attention(attention) => attention.path,
+            Mixer::DeltaNet(net) => net.path,
         }
     }
 
     fn as_attention(&self) -> Option<&AttentionConfig> {
         match self {
             Mixer::Attention(attention) => Some(attention),
+            Mixer::DeltaNet(_) => None,
         }
     }
 }
@@ -312,8 +317,9 @@ impl HeadConfig {
 impl DecoderConfig {
     /// Returns the softmax attention of all layers that have one.
     pub fn attentions(&mut self) -> impl Iterator<Item = &mut AttentionConfig> {
-        self.layers.iter_mut().map(|layer| match &mut layer.mixer {
-            Mixer::Attention(attention) => attention,
+        self.layers.iter_mut().filter_map(|layer| match &mut layer.mixer {
+            Mixer::Attention(attention) => Some(attention),
+            Mixer::DeltaNet(_) => None,
         })
     }
 
@@ -341,6 +347,7 @@ impl DecoderConfig {
         for layer in &self.layers {
             match &layer.mixer {
                 Mixer::Attention(attention) => attention.check()?,
+                Mixer::DeltaNet(net) => net.check()?,
             }
             match &layer.feed_forward {
                 FeedForward::Mlp(mlp) => mlp.check()?,
@@ -479,6 +486,7 @@ struct Layer {
 
 enum MixerPart {
     Attention(Attention),
+    DeltaNet(DeltaNet),
 }
 
 enum FeedForwardPart {
@@ -542,6 +550,7 @@ impl Layer {
             Mixer::Attention(attention) => {
                 MixerPart::Attention(Attention::build(attention, (index, &at), d, config.norm, builder)?)
             }
+            Mixer::DeltaNet(net) => MixerPart::DeltaNet(DeltaNet::build(net, &at, d, config.norm, builder)?),
         };
         let feed_forward = match &own.feed_forward {
             FeedForward::Mlp(mlp) => FeedForwardPart::Mlp(Mlp::build(mlp, &at, d, builder)?),
@@ -625,6 +634,7 @@ impl Layer {
         let attention = nested(hooks, own.mixer.path(), &read, |hooks, x| {
             let output = match &self.mixer {
                 MixerPart::Attention(attention) => attention.forward(x, context, kept, hooks)?,
+                MixerPart::DeltaNet(net) => net.forward(x, context, hooks)?,
             };
             Ok(with(&stream, output))
         })?;

@@ -10,7 +10,7 @@ use std::slice;
 use multiversion::multiversion;
 use tch::{Device, Kind, Tensor};
 
-use crate::machine::parallel::{Bf16, Number, Output, numbers, share};
+use crate::machine::parallel::{Bf16, Number, Output, numbers, share, share_in};
 
 /// Returns true if these kernels support all tensors: non-empty, on a CPU, float32 or bfloat16, without gradients.
 pub(super) fn fit<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
@@ -239,6 +239,169 @@ fn rotate_heads<A: Number, B: Number>(x: &[A], stride: usize, cos: &[f32], sin: 
     }
 }
 
+/// Convolves each channel of x [B, L, C] with its own weights [C, 1, K] over the current and the K - 1 positions before
+/// it, and returns SiLU of the result, float32.
+pub(super) fn convolve_silu(x: &Tensor, weight: &Tensor) -> Tensor {
+    let x = x.contiguous();
+    let mut out = Tensor::empty(x.size(), (Kind::Float, Device::Cpu));
+    // [K, C]: one row for each position.
+    let weight = weight.squeeze_dim(1).tr().contiguous();
+    match x.kind() {
+        Kind::Float => convolve_silu_of::<f32>(&x, &weight, &mut out),
+        _ => convolve_silu_of::<Bf16>(&x, &weight, &mut out),
+    }
+    out
+}
+
+fn convolve_silu_of<A: Number>(x: &Tensor, weight: &Tensor, out: &mut Tensor) {
+    let [length, width] = [x.size()[1], x.size()[2]].map(|n| n as usize);
+    let (x, weight, out) = (numbers::<A>(x), numbers::<f32>(weight), Output::<f32>::of(out));
+    share(x.len() / width, width, |rows| {
+        for row in rows {
+            let seen = (weight.len() / width).min(row % length + 1);
+            let x = &x[(row + 1 - seen) * width..(row + 1) * width];
+            // SAFETY: rows do not overlap.
+            let out = unsafe { out.part(row * width..(row + 1) * width) };
+            convolve_silu_row(x, &weight[weight.len() - seen * width..], out);
+        }
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn convolve_silu_row<A: Number>(x: &[A], weight: &[f32], out: &mut [f32]) {
+    let width = out.len();
+    out.fill(0.0);
+    for (x, weight) in x.chunks_exact(width).zip(weight.chunks_exact(width)) {
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out += x.get() * weight;
+        }
+    }
+    for out in out {
+        *out /= 1.0 + exp(-*out);
+    }
+}
+
+/// Columns of a state that a thread computes at a time: with 128 rows, a core's first cache holds them.
+const COLUMNS: usize = 32;
+
+/// Returns the outputs [B, L, V, E] of the gated delta rule for queries and keys [B, L, H, D] and values [B, L, V, E],
+/// which may be parts of a wider tensor. V / H neighbouring value heads share a query and a key, which are divided by
+/// their length (`eps` is added to its square); queries also by √D. `decay` and `beta` are [B, L, V]. All are float32.
+///
+/// A thread takes some columns of one head's state through all positions: columns do not depend on each other.
+pub(super) fn delta_rule([q, k, v]: [&Tensor; 3], decay: &Tensor, beta: &Tensor, eps: f64) -> Tensor {
+    let size = v.size();
+    let mut out = Tensor::empty(&size, (Kind::Float, Device::Cpu));
+    let [length, heads, width] = [size[1], size[2], size[3]].map(|n| n as usize);
+    let group = heads / q.size()[2] as usize;
+    let (decay, beta) = (decay.contiguous(), beta.contiguous());
+    let (decay, beta, outputs) = (numbers::<f32>(&decay), numbers::<f32>(&beta), Output::<f32>::of(&mut out));
+    let [q, k, v] = [q, k, v].map(Vectors::of);
+    let blocks = width.div_ceil(COLUMNS);
+    share_in(size[0] as usize * heads * blocks, 1, |parts| {
+        for part in parts {
+            let (row, head, start) = (part / blocks / heads, part / blocks % heads, part % blocks * COLUMNS);
+            let columns = start..width.min(start + COLUMNS);
+            let mut state = State::new(q.width, eps as f32);
+            for position in 0..length {
+                let index = (row * length + position) * heads + head;
+                // SAFETY: columns of heads do not overlap.
+                let out = unsafe { outputs.part(index * width + columns.start..index * width + columns.end) };
+                // A product with a smaller factor would be subnormal, and slow.
+                let decay = if decay[index] < 1e-30 { 0.0 } else { decay[index] };
+                let vectors = [(&q, head / group), (&k, head / group), (&v, head)];
+                let [q, k, v] = vectors.map(|(vectors, head)| vectors.get(row, position, head));
+                step(&mut state, [q, k, &v[columns.clone()]], decay, beta[index], out);
+            }
+        }
+    });
+    out
+}
+
+/// Vectors [B, L, H, D] in a float32 tensor, of which only the last dimension must be contiguous.
+struct Vectors<'a> {
+    numbers: &'a [f32],
+    stride: [usize; 3],
+    width: usize,
+}
+
+impl<'a> Vectors<'a> {
+    fn of(tensor: &'a Tensor) -> Self {
+        let (size, stride) = (tensor.size(), tensor.stride());
+        assert!(stride[3] == 1 && tensor.kind() == Kind::Float && tensor.device() == Device::Cpu && tensor.numel() > 0);
+        let span = (0..4).map(|i| (size[i] - 1) * stride[i]).sum::<i64>() as usize + 1;
+        // SAFETY: a tensor's strides reach no further, and it is borrowed.
+        let numbers = unsafe { slice::from_raw_parts(tensor.data_ptr().cast(), span) };
+        Vectors { numbers, stride: [stride[0], stride[1], stride[2]].map(|n| n as usize), width: size[3] as usize }
+    }
+
+    fn get(&self, row: usize, position: usize, head: usize) -> &'a [f32] {
+        let start = row * self.stride[0] + position * self.stride[1] + head * self.stride[2];
+        &self.numbers[start..][..self.width]
+    }
+}
+
+/// Columns of a state [D, E] of the delta rule.
+struct State {
+    rows: Vec<[f32; COLUMNS]>,
+    /// Query and key of the current position, divided by their length.
+    q: Vec<f32>,
+    k: Vec<f32>,
+    eps: f32,
+}
+
+impl State {
+    fn new(keys: usize, eps: f32) -> Self {
+        State { rows: vec![[0.0; COLUMNS]; keys], q: vec![0.0; keys], k: vec![0.0; keys], eps }
+    }
+}
+
+/// Returns the sum of the products of two vectors.
+#[inline(always)]
+fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; LANES];
+    let whole = x.len() / LANES * LANES;
+    for (x, y) in x.chunks_exact(LANES).zip(y.chunks_exact(LANES)) {
+        for ((sum, x), y) in sums.iter_mut().zip(x).zip(y) {
+            *sum += x * y;
+        }
+    }
+    sums.iter().sum::<f32>() + x[whole..].iter().zip(&y[whole..]).map(|(x, y)| x * y).sum::<f32>()
+}
+
+/// Changes a state by one position, for the values `v` of its columns, and writes what the query reads to `out`.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq", "x86_64+avx2+fma"))]
+fn step(state: &mut State, [q, k, v]: [&[f32]; 3], decay: f32, beta: f32, out: &mut [f32]) {
+    let State { rows, q: unit_q, k: unit_k, eps } = state;
+    for (from, to, factor) in [(q, &mut *unit_q, 1.0 / (q.len() as f32).sqrt()), (k, &mut *unit_k, 1.0)] {
+        let factor = factor / (dot(from, from) + *eps).sqrt();
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = from * factor;
+        }
+    }
+    // What the key and the query read from the old state.
+    let (mut by_k, mut by_q) = ([0.0_f32; COLUMNS], [0.0_f32; COLUMNS]);
+    for ((row, k), q) in rows.iter().zip(&*unit_k).zip(&*unit_q) {
+        for ((by_k, by_q), row) in by_k.iter_mut().zip(&mut by_q).zip(row) {
+            *by_k += k * row;
+            *by_q += q * row;
+        }
+    }
+    let mut correction = [0.0_f32; COLUMNS];
+    for ((correction, v), by_k) in correction.iter_mut().zip(v).zip(by_k) {
+        *correction = beta * (v - decay * by_k);
+    }
+    let both = dot(unit_q, unit_k);
+    for ((out, correction), by_q) in out.iter_mut().zip(correction).zip(by_q) {
+        *out = decay * by_q + both * correction;
+    }
+    for (row, k) in rows.iter_mut().zip(&*unit_k) {
+        for (row, correction) in row.iter_mut().zip(correction) {
+            *row = decay * *row + k * correction;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -319,6 +482,20 @@ mod tests {
                 let (cos, sin) = (angles.cos(), angles.sin());
                 let expected = super::super::Rotary::rotate_plainly(&x.to_kind(Kind::Float), &cos, &sin);
                 close(&rotate(&x, &cos, &sin), &expected.to_kind(kind));
+            }
+        }
+    }
+
+    #[test]
+    fn convolve_silu_matches_libtorch() {
+        for (length, width, positions) in [(1, 1, 4), (3, 70, 4), (50, 96, 1), (130, 33, 3)] {
+            for kind in KINDS {
+                let (x, weight) = (random(&[2, length, width], kind), random(&[width, 1, positions], Kind::Float));
+                let by_channel = x.to_kind(Kind::Float).transpose(1, 2);
+                let convolved = by_channel.conv1d(&weight, None::<&Tensor>, 1, positions - 1, 1, width);
+                let expected = convolved.narrow(2, 0, length).silu().transpose(1, 2);
+                let found = convolve_silu(&x, &weight);
+                assert!(found.allclose(&expected, 1e-4, 1e-4, false), "{found}\n{expected}");
             }
         }
     }
