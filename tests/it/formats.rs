@@ -470,6 +470,289 @@ fn llama_scope_matches_the_authors_code() {
     }
 }
 
+/// The cases of `formats/sae_lens_loaders`: name, format, and the places of its SAEs.
+fn loaders() -> Vec<(String, String, Vec<PathBuf>)> {
+    let mut found = Vec::new();
+    for case in crate::common::folders(&fixture("formats/sae_lens_loaders")) {
+        let name = name(&case).to_owned();
+        let about = case.join("case.json");
+        let about = if about.exists() { crate::common::read_json(&about) } else { json!({}) };
+        let (format, places) = match about["loader"].as_str() {
+            Some(loader) => {
+                let path = about["path"].as_str().map_or_else(|| about["path"].to_string(), str::to_owned);
+                (loader, vec![case.join(about["repo_id"].as_str().unwrap()).join(path)])
+            }
+            None if case.join("final").exists() => ("sae_lens", vec![case.join("final"), case.join("checkpoint")]),
+            None => ("sae_lens", vec![case.clone()]),
+        };
+        found.push((name, format.to_owned(), places));
+    }
+    assert_eq!(found.len(), 18);
+    found
+}
+
+/// Which features fire must agree, not only their values.
+fn same_support(desk: &Desk, io: &Path, case: &str) {
+    let [found, wanted] = [&desk.path("y.safetensors"), io]
+        .map(|file| TensorFile::open(file).unwrap().tensor("features").unwrap().not_equal(0.0));
+    assert_eq!(found, wanted, "{case}");
+}
+
+#[test]
+fn saes_of_every_loader_match_sae_lens() {
+    let desk = Desk::new();
+    for (case, format, places) in loaders() {
+        let io = fixture("formats/sae_lens_loaders").join(&case).join("io.safetensors");
+        for (index, place) in places.iter().enumerate() {
+            let out = format!("{case}-{index}");
+            desk.ok(&["import", &format, place.to_str().unwrap(), "--out", &out]);
+            matches(&desk, &desk.path(&out), &io, 1e-5);
+            same_support(&desk, &io, &case);
+            let exported = format!("{out}-sae_lens");
+            let export = ["export", &out, "--format", "sae_lens", "--out", &exported];
+            if case.starts_with("temporal") {
+                assert!(desk.refused(&export).contains("TemporalSAE"));
+                continue;
+            }
+            desk.ok(&export);
+            desk.ok(&["import", "sae_lens", &exported, "--out", &format!("{out}-again")]);
+            matches(&desk, &desk.path(&format!("{out}-again")), &io, 1e-5);
+            same_support(&desk, &io, &case);
+        }
+    }
+}
+
+#[test]
+fn names_and_side_files_give_the_site() {
+    let desk = Desk::new();
+    let sites = [
+        ("qwen_scope", "Qwen/Qwen3-1.7B-Base", "blocks.3.hook_resid_post", None),
+        ("mwhanna_transcoder", "Qwen/Qwen3-4B", "model.layers.5.mlp", None),
+        ("mwhanna_transcoder_no_config", "Qwen/Qwen3-14B", "model.layers.5.mlp", None),
+        ("mntss_clt_layer_transcoder", "google/gemma-2-2b", "blocks.2.hook_resid_mid", Some("blocks.2.hook_mlp_out")),
+        ("connor_rob_hook_z", "gpt2", "blocks.5.attn.hook_z", None),
+        ("goodfire", "meta-llama/Llama-3.1-8B-Instruct", "blocks.19.hook_resid_post", None),
+        ("deepseek_r1", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "blocks.19.hook_resid_post", None),
+        ("temporal", "google/gemma-2-2b", "blocks.12.hook_resid_post", None),
+    ];
+    for (case, model, submodule, target) in sites {
+        let (_, format, places) = loaders().into_iter().find(|(name, ..)| name == case).unwrap();
+        desk.ok(&["import", &format, places[0].to_str().unwrap(), "--out", case]);
+        let config = desk.json(&format!("{case}/config.json"));
+        assert_eq!(config["buffer"]["model"], model, "{case}");
+        assert_eq!(config["buffer"]["submodule"], submodule, "{case}");
+        assert_eq!(config["buffer"]["target"].as_str(), target, "{case}");
+        if case.starts_with("mwhanna") {
+            assert_eq!((&config["buffer"]["io"], &config["buffer"]["ctx_len"]), (&json!("in_to_out"), &json!(4096)));
+        }
+    }
+}
+
+/// A copy of a case's folder.
+fn copied(desk: &Desk, case: &str) -> PathBuf {
+    fn copy(from: &Path, to: &Path) {
+        fs::create_dir_all(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let from = entry.unwrap().path();
+            let to = to.join(name(&from));
+            if from.is_dir() { copy(&from, &to) } else { fs::copy(&from, &to).map(drop).unwrap() }
+        }
+    }
+    let to = desk.path("copied");
+    let _ = fs::remove_dir_all(&to);
+    copy(&fixture("formats/sae_lens_loaders").join(case), &to);
+    to
+}
+
+/// Replaces a text that a file holds.
+fn replace(file: &Path, old: &str, new: &str) {
+    let text = fs::read_to_string(file).unwrap();
+    assert!(text.contains(old), "{} does not hold `{old}`", file.display());
+    fs::write(file, text.replace(old, new)).unwrap();
+}
+
+#[test]
+fn contradictions_of_names_and_side_files_are_refused() {
+    let desk = Desk::new();
+    let temporal = "canrager/temporalSAEs/gemma-2-2B/layer_12/temporal";
+    let hook_z = "ckkissane/attn-saes-gpt2-small-all-layers";
+    let stem = "gpt2-small_L5_Hcat_z_lr1.20e-03_l11.80e+00_ds80_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9";
+    /// Case, file, text and its replacement, and a word of the message.
+    type Case<'a> = (&'a str, String, &'a str, &'a str, &'a str);
+    let cases: [Case; 15] = [
+        ("temporal", format!("{temporal}/conf.yaml"), "dimin: 24", "dimin: 25", "`llm.dimin` is 25"),
+        ("temporal", format!("{temporal}/conf.yaml"), "exp_factor: 4.0", "exp_factor: 8.0", "`sae.exp_factor` is 192"),
+        ("temporal", format!("{temporal}/conf.yaml"), "n_heads: 2", "n_heads: 3", "`n_heads` is 3"),
+        (
+            "temporal",
+            format!("{temporal}/conf.yaml"),
+            "n_attn_layers: 1",
+            "n_attn_layers: 2",
+            "`sae.n_attn_layers` is 2",
+        ),
+        (
+            "temporal",
+            format!("{temporal}/conf.yaml"),
+            "bottleneck_factor: 12",
+            "bottleneck_factor: 6",
+            "bottleneck_factor` is 16",
+        ),
+        ("temporal", format!("{temporal}/conf.yaml"), "kval_topk: 8", "kval_topk: 97", "`kval_topk` is 97"),
+        (
+            "temporal",
+            format!("{temporal}/conf.yaml"),
+            "sae_diff_type: topk",
+            "sae_diff_type: tanh",
+            "must be relu or topk",
+        ),
+        ("temporal", format!("{temporal}/conf.yaml"), "tied_weights: true", "tied_weights: false", "have no `E`"),
+        (
+            "temporal",
+            format!("{temporal}/conf.yaml"),
+            "scaling_factor: 0.2",
+            "scaling_factor: 0",
+            "`sae.scaling_factor` is 0",
+        ),
+        (
+            "mwhanna_transcoder",
+            "mwhanna/qwen3-4b-transcoders/wandb-config.yaml".into(),
+            "value: 80",
+            "value: 81",
+            "`d_feature` is 81",
+        ),
+        (
+            "mwhanna_transcoder",
+            "mwhanna/qwen3-4b-transcoders/wandb-config.yaml".into(),
+            "value: 24",
+            "value: x",
+            "`d_model.value` is \"x\"",
+        ),
+        (
+            "connor_rob_hook_z",
+            format!("{hook_z}/{stem}_cfg.json"),
+            "\"act_size\": 24",
+            "\"act_size\": 23",
+            "`act_size` is 23",
+        ),
+        (
+            "sae_lens_matching_pursuit",
+            "cfg.json".into(),
+            "\"max_iterations\": null",
+            "\"max_iterations\": 2000000000",
+            "`max_iterations` is 2000000000",
+        ),
+        (
+            "sae_lens_matching_pursuit",
+            "cfg.json".into(),
+            "\"none\", \"reshape",
+            "\"covariance_whitening\", \"reshape",
+            "covariance_whitening",
+        ),
+        ("sae_lens_abstopk", "cfg.json".into(), "\"k\": 7", "\"k\": 81", "`k` is 81"),
+    ];
+    for (case, file, old, new, word) in cases {
+        let (_, format, places) = loaders().into_iter().find(|(name, ..)| name == case).unwrap();
+        let dir = copied(&desk, case);
+        replace(&dir.join(file), old, new);
+        let inner = places[0].strip_prefix(fixture("formats/sae_lens_loaders").join(case)).unwrap();
+        let place = dir.join(inner);
+        let message = desk.refused(&["import", &format, place.to_str().unwrap(), "--out", "out"]);
+        assert!(message.contains(word), "{case}: {message}");
+        assert!(!desk.path("out").exists(), "{case}: partial output was left behind");
+    }
+    // Qwen Scope's k and width are in the repository's name.
+    let dir = copied(&desk, "qwen_scope").join("Qwen");
+    for (name, word) in
+        [("SAE-Res-Qwen3-1.7B-Base-W2K-L0_7", "is 2048"), ("saes", "no folder"), ("SAE-Res-Q-W1K-L0_0", "`k` is 0")]
+    {
+        let from = fs::read_dir(&dir).unwrap().next().unwrap().unwrap().path();
+        fs::rename(from, dir.join(name)).unwrap();
+        let message = desk.refused(&["import", "qwen_scope", dir.join(name).to_str().unwrap(), "--out", "out"]);
+        assert!(message.contains(word), "{name}: {message}");
+    }
+    // A whitening that is not for this SAE.
+    let dir = copied(&desk, "sae_lens_whitening_topk").join("checkpoint");
+    let eye = Tensor::eye(24, (Kind::Double, tch::Device::Cpu));
+    for (matrix, inverse, mean, word) in [
+        (&eye * 2.0, &eye * 2.0, 24, "off the identity"),
+        (&eye * 2.0, &eye / 2.0, 23, "`matrix` has shape"),
+        (
+            Tensor::eye(23, (Kind::Double, tch::Device::Cpu)),
+            Tensor::eye(23, (Kind::Double, tch::Device::Cpu)),
+            23,
+            "width 23",
+        ),
+    ] {
+        let mean = Tensor::zeros([mean], (Kind::Double, tch::Device::Cpu));
+        let tensors = [("mean", mean), ("matrix", matrix), ("inverse_matrix", inverse)];
+        tensors::write(&dir.join("activation_whitening.safetensors"), &tensors).unwrap();
+        let message = desk.refused(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]);
+        assert!(message.contains(word), "{message}");
+    }
+}
+
+#[test]
+fn a_folder_of_layers_is_imported_whole() {
+    let desk = Desk::new();
+    for (case, layer) in [
+        ("qwen_scope", "layer3.sae.pt"),
+        ("mwhanna_transcoder", "layer_5.safetensors"),
+        ("mntss_clt_layer_transcoder", "2"),
+        ("goodfire", "Llama-3.1-8B-Instruct-SAE-l19.pth"),
+    ] {
+        let (_, format, places) = loaders().into_iter().find(|(name, ..)| name == case).unwrap();
+        let folder = places[0].parent().unwrap();
+        assert_eq!(desk.ok(&["import", &format, folder.to_str().unwrap()]).trim(), format!("saes/{layer}"));
+    }
+}
+
+#[test]
+fn a_temporal_sae_reads_whole_contexts() {
+    let desk = Desk::new();
+    let (_, _, places) = loaders().into_iter().find(|(name, ..)| name == "temporal").unwrap();
+    desk.ok(&["import", "temporal", places[0].to_str().unwrap(), "--out", "temporal"]);
+    // The order of positions matters, so rows alone are refused.
+    let x =
+        TensorFile::open(&fixture("formats/sae_lens_loaders/temporal/io.safetensors")).unwrap().tensor("x").unwrap();
+    tensors::write(&desk.path("rows.safetensors"), &[("x", x.flatten(0, 1))]).unwrap();
+    let encode = |input: &str| ["encode", "temporal", "--input", input, "--output", "y.safetensors"].map(str::to_owned);
+    let args = encode("rows.safetensors");
+    let refused = desk.refused(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(refused.contains("[27, 24]") && refused.contains("whole contexts [B, L, 24]"), "{refused}");
+    // A position's features depend on earlier positions, and not on later ones or on other contexts.
+    let features = |x: &Tensor| {
+        tensors::write(&desk.path("x.safetensors"), &[("x", x.contiguous())]).unwrap();
+        let args = encode("x.safetensors");
+        desk.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("features").unwrap()
+    };
+    let whole = features(&x);
+    let first = features(&x.narrow(0, 1, 1).narrow(1, 0, 5));
+    assert!(difference(&first, &whole.narrow(0, 1, 1).narrow(1, 0, 5)) < 1e-5);
+    assert!(difference(&features(&x.narrow(1, 1, 8)), &whole.narrow(1, 1, 8)) > 1e-3);
+    // Metrics on single activations, and training, are refused by name.
+    desk.write(
+        "config.yaml",
+        "source: {type: tensor_file, path: rows.safetensors, tensor: x, batch_size: 9}\nmetrics: [{type: reconstruction}]\n",
+    );
+    let refused = desk.refused(&[
+        "eval",
+        "temporal",
+        "--config",
+        "config.yaml",
+        "--set",
+        "source.site=blocks.12.hook_resid_post",
+    ]);
+    assert!(refused.contains("`reconstruction` cannot measure a TemporalSAE"), "{refused}");
+    desk.write(
+        "train.yaml",
+        "steps: 1\noutput_dir: run\nsource: {type: tensor_file, path: rows.safetensors, tensor: x, batch_size: 9}\n\
+         saes: [{name: a, dictionary: {type: temporal}, trainer: {type: standard}}]\n",
+    );
+    let refused = desk.refused(&["train", "train.yaml"]);
+    assert!(refused.contains("unknown dictionary `temporal`"), "{refused}");
+}
+
 /// A copy of a published SAE of `tests/fixtures/formats` with a changed config and, if given, one more tensor.
 fn published(desk: &Desk, place: &str, files: [&str; 2], change: &Value, tensor: Option<&str>) -> PathBuf {
     let (from, to) = (fixture("formats").join(place), desk.path("published").join(place));
