@@ -236,7 +236,7 @@ fn a_release_table_resolves_names() {
             {"id": "six", "path": "deep/blocks.6"},
         ],
     }, "other-release": {
-        "repo_id": "someone/others", "model": "gpt2-small", "conversion_func": "temporal", "saes": [{"id": "one", "path": "one"}],
+        "repo_id": "someone/others", "model": "gpt2-small", "conversion_func": "spatial", "saes": [{"id": "one", "path": "one"}],
     }});
     let file = desk.write("pretrained_saes.yaml", &serde_yaml::to_string(&table).unwrap());
     let releases = ["--releases", file.to_str().unwrap()];
@@ -247,7 +247,9 @@ fn a_release_table_resolves_names() {
     assert_eq!(listed.code, 0, "{}", listed.stderr);
     assert_eq!(listed.stdout.lines().count(), 2);
     assert!(
-        listed.stdout.contains("some-release:five  gpt2-small of someone/saes, L0 12.5, variance explained 0.9"),
+        listed.stdout.contains(
+            "some-release:five  gpt2-small of someone/saes, L0 12.5, variance explained 0.9, import: yes, model: yes (gpt2)"
+        ),
         "{}",
         listed.stdout
     );
@@ -262,14 +264,39 @@ fn a_release_table_resolves_names() {
     for (name, word) in [
         ("some-release:fife", "did you mean `five`?"),
         ("some-releese:five", "did you mean `some-release`?"),
-        ("other-release:one", "`temporal`"),
+        ("other-release:one", "`spatial`"),
     ] {
         let refused = run(&["import", "sae_lens", name, "--out", "out"]);
         assert!(refused.code == 2 && refused.stderr.contains(word), "{}", refused.stderr);
     }
+    let listed = run(&["import", "sae_lens", "--list", "other-*"]);
+    assert!(listed.stdout.contains("import: no (format spatial), model: yes (gpt2)"), "{}", listed.stdout);
     // A glob imports what it matches.
     let several = run(&["import", "sae_lens", "--pretrained", "some-release:f*", "--out", "several"]);
     assert_eq!(several.stdout.trim(), "several", "{}", several.stderr);
+}
+
+#[test]
+fn every_name_of_the_bundled_table_resolves() {
+    let desk = Desk::new();
+    // No Python: the table is the program's own.
+    let run = desk.program().env_clear().args(["import", "sae_lens", "--list", "*"]).output().unwrap();
+    let listed = String::from_utf8(run.stdout).unwrap();
+    let lines: Vec<&str> = listed.lines().collect();
+    assert_eq!(lines.len(), 13_857);
+    for line in &lines {
+        assert!(line.contains(", import: yes, model: ") && !line.ends_with("unknown"), "{line}");
+    }
+    // The reference has the same counts.
+    let runnable = lines.iter().filter(|line| line.contains(", model: yes ")).count();
+    let page = desk.ok(&["describe", "formats", "sae_lens"]);
+    let counts = format!(
+        "names 13857 SAEs in 170 releases. 13857 of them can be imported. The models of {runnable} can be run."
+    );
+    assert!(page.contains(&counts), "{page}");
+    let (format, request) = ("sae_lens", "qwen-scope-3-1.7b-base-w32k-l50:layer3");
+    let refused = desk.refused(&["import", format, request, "--out", "out"]);
+    assert!(refused.contains("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"), "{refused}");
 }
 
 #[test]
@@ -729,7 +756,7 @@ fn a_temporal_sae_reads_whole_contexts() {
     let whole = features(&x);
     let first = features(&x.narrow(0, 1, 1).narrow(1, 0, 5));
     assert!(difference(&first, &whole.narrow(0, 1, 1).narrow(1, 0, 5)) < 1e-5);
-    assert!(difference(&features(&x.narrow(1, 1, 8)), &whole.narrow(1, 1, 8)) > 1e-3);
+    assert!(difference(&features(&x.narrow(1, 1, 8)), &whole.narrow(1, 1, 8)) > 1e-4);
     // Metrics on single activations, and training, are refused by name.
     desk.write(
         "config.yaml",

@@ -27,8 +27,8 @@ use cfg::{Cfg, Normalize};
 use whitening::Whitening;
 
 /// A folder with cfg.json and sae_weights.safetensors, of any version of sae_lens, on disk or on the Hub; or
-/// `release:sae_id` from its table of releases. The table comes from `--releases FILE`, the installed Python package,
-/// or the Hub's cache. Releases of Gemma Scope and Llama Scope need no table. `--list` shows the table's names.
+/// `release:sae_id` from its table of releases. The table comes from `--releases FILE`, the installed Python package, the
+/// Hub's cache, or this program. `--list` shows its names, and says whether each SAE can be imported and its model run.
 ///
 /// Architectures: standard, gated, topk, abstopk, jumprelu, matching_pursuit, transcoder, skip_transcoder,
 /// jumprelu_transcoder, jumprelu_skip_transcoder, and batchtopk and matryoshka_batchtopk checkpoints. If activations were
@@ -57,6 +57,10 @@ impl Format for SaeLens {
 
     fn offers(&self, request: &Request) -> Result<Vec<(String, String)>> {
         table::offers(request)
+    }
+
+    fn coverage(&self) -> Option<String> {
+        table::coverage().ok()
     }
 
     fn marks(&self) -> &'static [&'static str] {
