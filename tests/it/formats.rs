@@ -290,10 +290,10 @@ fn every_name_of_the_bundled_table_resolves() {
     // The reference has the same counts.
     let runnable = lines.iter().filter(|line| line.contains(", model: yes ")).count();
     let page = desk.ok(&["describe", "formats", "sae_lens"]);
-    let counts = format!(
-        "names 13857 SAEs in 170 releases. 13857 of them can be imported. The models of {runnable} can be run."
-    );
-    assert!(page.contains(&counts), "{page}");
+    let count = page.split("The models of ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    assert_eq!(count.replace(',', ""), runnable.to_string(), "{page}");
+    let counts = "names 13,857 SAEs in 170 releases. 13,857 of them can be imported.";
+    assert!(page.contains(counts), "{page}");
     let (format, request) = ("sae_lens", "qwen-scope-3-1.7b-base-w32k-l50:layer3");
     let refused = desk.refused(&["import", format, request, "--out", "out"]);
     assert!(refused.contains("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"), "{refused}");
@@ -475,6 +475,18 @@ fn llama_scope_matches_the_authors_code() {
             }});
             desk.write("releases.yaml", &serde_yaml::to_string(&table).unwrap());
             desk.ok(&["import", "sae_lens", "r1:L3R", "--releases", "releases.yaml", "--out", out]);
+            // By the folder itself: with the table, and with the published factor of a folder of this name.
+            let dir = case.join(path);
+            let direct = ["import", "llama_scope_r1_distill", dir.to_str().unwrap(), "--out", "direct"];
+            desk.ok(&[&direct[..], &["--releases", "releases.yaml"]].concat());
+            matches(&desk, &desk.path("direct"), &case.join("io.safetensors"), 1e-5);
+            fs::remove_dir_all(desk.path("direct")).unwrap();
+            desk.ok(&direct);
+            let [w_enc, raw] = [&desk.path("direct/ae.safetensors"), &dir.join("sae_weights.safetensors")]
+                .map(|file| TensorFile::open(file).unwrap())
+                .map(|file| file.tensor(if file.has("W_enc") { "W_enc" } else { "encoder.weight" }).unwrap());
+            assert!(difference(&w_enc, &(raw.tr() * 20.258785842428143)) < 1e-6);
+            fs::remove_dir_all(desk.path("direct")).unwrap();
         } else {
             let run = desk.run(&["import", "llama_scope", case.join(path).to_str().unwrap(), "--out", out]);
             assert!(run.code == 0 && run.stderr.is_empty(), "{}", run.stderr);
@@ -762,14 +774,7 @@ fn a_temporal_sae_reads_whole_contexts() {
         "config.yaml",
         "source: {type: tensor_file, path: rows.safetensors, tensor: x, batch_size: 9}\nmetrics: [{type: reconstruction}]\n",
     );
-    let refused = desk.refused(&[
-        "eval",
-        "temporal",
-        "--config",
-        "config.yaml",
-        "--set",
-        "source.site=blocks.12.hook_resid_post",
-    ]);
+    let refused = desk.refused(&["eval", "temporal", "--config", "config.yaml"]);
     assert!(refused.contains("`reconstruction` cannot measure a TemporalSAE"), "{refused}");
     desk.write(
         "train.yaml",
@@ -778,6 +783,102 @@ fn a_temporal_sae_reads_whole_contexts() {
     );
     let refused = desk.refused(&["train", "train.yaml"]);
     assert!(refused.contains("unknown dictionary `temporal`"), "{refused}");
+}
+
+#[test]
+fn a_temporal_sae_is_evaluated_and_encodes_text_by_context() {
+    let desk = Desk::new();
+    let (d, features, bottleneck) = (192, 384, 32);
+    let random = |size: &[i64]| Tensor::randn(size, tch::kind::FLOAT_CPU) / (size[size.len() - 1] as f64).sqrt();
+    let mut weights = vec![("D".to_owned(), random(&[features, d])), ("b".to_owned(), random(&[d]))];
+    for (name, out) in [("q_target", bottleneck), ("k_ctx", bottleneck), ("v_ctx", features), ("c_proj", features)] {
+        weights.push((format!("attn_layers.0.{name}.weight"), random(&[out, features])));
+        weights.push((format!("attn_layers.0.{name}.bias"), random(&[out])));
+    }
+    desk.write(
+        "sae/conf.yaml",
+        "sae: {n_heads: 4, sae_diff_type: topk, kval_topk: 16, scaling_factor: 0.5, tied_weights: true}\n",
+    );
+    tensors::write(&desk.path("sae/latest_ckpt.safetensors"), &weights).unwrap();
+    desk.ok(&["import", "temporal", "sae", "--out", "temporal"]);
+    // Batches of eight activations end within contexts, which must not matter.
+    desk.write(
+        "config.yaml",
+        "precision: float32\nsource: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, \
+         ctx_len: 32, out_batch_size: 8, text: {type: embedded, name: austen}}\n",
+    );
+    let figures: Value =
+        serde_json::from_str(&desk.ok(&["eval", "temporal", "--config", "config.yaml", "--json"])).unwrap();
+    assert!(figures["frac_recovered"].is_f64() && figures.get("l0").is_none(), "{figures}");
+
+    let text = "It is a truth universally acknowledged, that a single man in possession of a good fortune";
+    let run = [
+        "encode",
+        "temporal",
+        "--config",
+        "config.yaml",
+        "--text",
+        text,
+        "--text",
+        "must be in want",
+        "--output",
+        "t.safetensors",
+    ];
+    desk.ok(&run);
+    let shown = TensorFile::open(&desk.path("t.safetensors")).unwrap();
+    let [x, features] = ["x", "features"].map(|name| shown.tensor(name).unwrap());
+    let length = x.size()[0];
+    assert!(length > 16, "{length}");
+    // The first text alone, as one context.
+    desk.ok(&["encode", "temporal", "--config", "config.yaml", "--text", text, "--output", "one.safetensors"]);
+    let first = TensorFile::open(&desk.path("one.safetensors")).unwrap().tensor("x").unwrap().size()[0];
+    assert!(first > 8 && first < length, "{first} of {length}");
+    for (start, count) in [(0, first), (first, length - first)] {
+        let context = x.narrow(0, start, count).unsqueeze(0);
+        tensors::write(&desk.path("x.safetensors"), &[("x", context.contiguous())]).unwrap();
+        desk.ok(&["encode", "temporal", "--input", "x.safetensors", "--output", "y.safetensors"]);
+        let alone = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("features").unwrap();
+        assert!(difference(&alone.squeeze_dim(0), &features.narrow(0, start, count)) < 1e-5);
+    }
+}
+
+#[test]
+fn saes_of_every_loader_are_found_on_the_hub_by_their_names_in_the_table() {
+    let server = crate::hub_server::HubServer::start();
+    let desk = Desk::with_hub(&server.endpoint);
+    let mut table = serde_json::Map::new();
+    let cases: Vec<&str> = vec![
+        "connor_rob_hook_z",
+        "deepseek_r1",
+        "goodfire",
+        "mntss_clt_layer_transcoder",
+        "mwhanna_transcoder",
+        "mwhanna_transcoder_no_config",
+        "qwen_scope",
+        "temporal",
+    ];
+    for case in &cases {
+        let dir = fixture("formats/sae_lens_loaders").join(case);
+        let about = crate::common::read_json(&dir.join("case.json"));
+        let repo = about["repo_id"].as_str().unwrap();
+        server.put_folder(repo, &dir.join(repo));
+        let entry = json!({"id": "one", "path": about["path"]});
+        let release =
+            json!({"repo_id": repo, "model": "gpt2-small", "conversion_func": about["loader"], "saes": [entry]});
+        table.insert((*case).to_owned(), release);
+    }
+    desk.write("table.yaml", &serde_yaml::to_string(&table).unwrap());
+    for case in cases {
+        let name = format!("{case}:one");
+        desk.ok(&["import", "sae_lens", &name, "--releases", "table.yaml", "--out", case]);
+        let io = fixture("formats/sae_lens_loaders").join(case).join("io.safetensors");
+        matches(&desk, &desk.path(case), &io, 1e-5);
+    }
+    // By repository: a layer's number names no file there.
+    for place in ["mntss/clt-gemma-2-2b-2.5M/2", "Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_7/layer3.sae.pt"] {
+        let format = if place.starts_with("mntss") { "mntss_clt_layer_transcoder" } else { "qwen_scope" };
+        assert_eq!(desk.ok(&["import", format, place]).trim(), format!("saes/{place}"));
+    }
 }
 
 /// A copy of a published SAE of `tests/fixtures/formats` with a changed config and, if given, one more tensor.

@@ -33,7 +33,8 @@ use whitening::Whitening;
 /// Architectures: standard, gated, topk, abstopk, jumprelu, matching_pursuit, transcoder, skip_transcoder,
 /// jumprelu_transcoder, jumprelu_skip_transcoder, and batchtopk and matryoshka_batchtopk checkpoints. If activations were
 /// normalised in training, the factor or the whitening is folded into the weights (`expected_average_only_in`,
-/// `covariance_whitening`), or each activation is normalised here too (layer_norm, constant_norm_rescale). An SAE in bfloat16 or float16 computes in that dtype, as in sae_lens.
+/// `covariance_whitening`), or each activation is normalised here too (layer_norm, constant_norm_rescale). An SAE in
+/// bfloat16 or float16 computes in that dtype, as in sae_lens.
 ///
 /// On export, batch_top_k and matryoshka_batch_top_k become jumprelu with one threshold.
 #[component(format "sae_lens", summary = "cfg.json and sae_weights.safetensors, of all versions; release names",

@@ -316,20 +316,37 @@ pub fn coverage() -> Result<String> {
         }
     }
     let mut text = format!(
-        "The table of sae_lens {VERSION} names {all} SAEs in {} releases. {imported} of them can be imported. The models of \
-         {run} can be run.",
-        table.0.len()
+        "The table of sae_lens {VERSION} names {} SAEs in {} releases. {} of them can be imported. The models of {} can be \
+         run.",
+        grouped(all),
+        table.0.len(),
+        grouped(imported),
+        grouped(run)
     );
     if !lacking.is_empty() {
-        let lacking: Vec<String> = lacking.iter().map(|(what, count)| format!("{what} ({count})")).collect();
+        let lacking: Vec<String> =
+            lacking.iter().map(|(what, count)| format!("{what} ({})", grouped(*count))).collect();
         text += &format!(" Not supported: {}.", lacking.join(", "));
     }
     Ok(text)
 }
 
+/// A number with a comma before every three digits.
+fn grouped(number: usize) -> String {
+    match number / 1000 {
+        0 => number.to_string(),
+        thousands => format!("{},{:03}", grouped(thousands), number % 1000),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_are_grouped_by_thousands() {
+        assert_eq!([7, 999, 1000, 13_057, 2_000_001].map(grouped), ["7", "999", "1,000", "13,057", "2,000,001"]);
+    }
 
     #[test]
     fn every_name_of_the_table_resolves() {
