@@ -204,7 +204,7 @@ fn seeds(reader: &str, root: &Path) -> Vec<PathBuf> {
                     let folder = file.parent().unwrap().file_name().unwrap().to_str().unwrap();
                     let folder = if reader == "temporal" { case } else { folder };
                     let name = file.file_name().unwrap().to_str().unwrap().to_owned();
-                    copy(file, &format!("{folder}/{name}"));
+                    copy(file.clone(), &format!("{folder}/{name}"));
                 }
             }
         }
