@@ -861,14 +861,14 @@ fn saes_of_every_loader_are_found_on_the_hub_by_their_names_in_the_table() {
         let dir = fixture("formats/sae_lens_loaders").join(case);
         let about = crate::common::read_json(&dir.join("case.json"));
         let repo = about["repo_id"].as_str().unwrap();
-        let files = fs::read_dir(dir.join(repo)).unwrap().map(|entry| entry.unwrap().path());
-        if files.into_iter().all(|file| file.is_file()) {
+        let mut files = fs::read_dir(dir.join(repo)).unwrap().map(|entry| entry.unwrap().path());
+        if files.all(|file| file.is_file()) {
             server.put_folder(repo, &dir.join(repo));
         } else {
             let path = about["path"].as_str().unwrap();
             for file in ["conf.yaml", "latest_ckpt.safetensors"] {
                 let name = format!("{path}/{file}");
-                server.put(repo, &name, &fs::read(dir.join(repo).join(&name)).unwrap());
+                server.put(repo, &name, fs::read(dir.join(repo).join(&name)).unwrap());
             }
         }
         let entry = json!({"id": "one", "path": about["path"]});

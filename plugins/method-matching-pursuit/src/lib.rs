@@ -101,7 +101,7 @@ impl Dictionary for MatchingPursuit {
             // Only the chosen entry of each row can have changed from 0.
             let fired = found.gather(1, &best, false).not_equal(0.0);
             found = found.scatter_add(1, &best, &values);
-            residual = residual - &values * chosen;
+            residual -= &values * chosen;
             let mut goes_on = match by_support {
                 true => found.gather(1, &best, false).not_equal(0.0).not_equal_tensor(&fired),
                 // Without a positive product, nothing changes any more.
@@ -111,7 +111,7 @@ impl Dictionary for MatchingPursuit {
                 let norms = residual.norm_scalaropt_dim(2.0, [-1], true);
                 goes_on = goes_on.logical_and(&norms.ge_tensor(&self.residual_threshold));
             }
-            active = active * goes_on;
+            active *= goes_on;
             if active.any().int64_value(&[]) == 0 {
                 break;
             }

@@ -105,8 +105,8 @@ impl Temporal {
             let y = codes.matmul(&self.w_dec);
             let norm = y.norm_scalaropt_dim(2.0, [-1], true) + 1e-6;
             let along = (&y * &residual).sum_dim_intlist([-1].as_slice(), true, x.kind()) / norm.square();
-            predicted = predicted + &along * codes;
-            residual = residual - along * y;
+            predicted += &along * codes;
+            residual -= along * y;
         }
         let codes = (residual * lambda).matmul(&encoder).relu();
         let novel = match self.kval_topk.int64_value(&[]) {
