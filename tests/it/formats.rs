@@ -883,6 +883,8 @@ fn saes_of_every_loader_are_found_on_the_hub_by_their_names_in_the_table() {
         let io = fixture("formats/sae_lens_loaders").join(case).join("io.safetensors");
         matches(&desk, &desk.path(case), &io, 1e-5);
     }
+    let missing = desk.refused(&["import", "qwen_scope", "Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_7/layer4.sae.pt"]);
+    assert!(missing.contains("there is no file Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_7/layer4.sae.pt"), "{missing}");
     // By repository: a layer's number names no file there.
     for place in ["mntss/clt-gemma-2-2b-2.5M/2", "Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_7/layer3.sae.pt"] {
         let format = if place.starts_with("mntss") { "mntss_clt_layer_transcoder" } else { "qwen_scope" };
