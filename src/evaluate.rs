@@ -102,9 +102,12 @@ pub(crate) fn measure(sae_dirs: &[&Path], config: &RunConfig) -> anyhow::Result<
         }
         subjects.push(Subject { dictionary: &*saved.dictionary, site });
     }
-    let default;
+    let mut default;
     let metrics = if config.metrics.is_empty() {
         default = measuring::default_metrics(&mut *source)?;
+        if subjects.iter().any(|subject| subject.dictionary.reads_contexts()) {
+            default.retain(|metric| metric.build().is_ok_and(|metric| metric.gives_contexts()));
+        }
         &default
     } else {
         &config.metrics

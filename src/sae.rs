@@ -60,6 +60,9 @@ impl Sae {
 
     /// Returns the features [.., F] of activations [.., d].
     ///
+    /// A dictionary whose features depend on earlier positions (`TemporalSAE`) takes whole contexts [.., L, d], with
+    /// positions in order.
+    ///
     /// # Errors
     ///
     /// [`Error::Input`](crate::Error::Input) where the last dimension is not d.

@@ -98,7 +98,7 @@ pub(super) enum Command {
         /// Name of one of the format's published SAEs, or a glob that matches several.
         #[arg(long, value_name = "NAME")]
         pretrained: Option<String>,
-        /// sae_lens's release table, pretrained_saes.yaml; by default, the one in the installed Python package.
+        /// sae_lens's release table, pretrained_saes.yaml; by default, that of the installed Python package, or a bundled one.
         #[arg(long, value_name = "FILE")]
         releases: Option<String>,
         /// List the format's published SAEs by name instead of importing.

@@ -88,11 +88,14 @@ pub(super) fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output:
     let saved = saved::read(sae_dir, device, device::Precision::Float32)?;
     let (x, said) = activations_in(input, tensor)?;
     let width = saved.dictionary.dims().input;
-    if x.dim() != 2 || x.size()[1] != width {
-        bail!(
-            InputError::new(format!("{}: {said} has shape {:?}", input.display(), x.size()))
-                .help(format!("the SAE takes activations [N, {width}]"))
-        );
+    let contexts = saved.dictionary.reads_contexts();
+    if x.dim() != if contexts { 3 } else { 2 } || x.size().last() != Some(&width) {
+        bail!(InputError::new(format!("{}: {said} has shape {:?}", input.display(), x.size())).help(match contexts {
+            true => format!(
+                "features depend on earlier positions: the SAE takes whole contexts [B, L, {width}], positions in order"
+            ),
+            false => format!("the SAE takes activations [N, {width}]"),
+        }));
     }
     if std::path::absolute(input)? == std::path::absolute(output)? {
         bail!(
@@ -100,7 +103,8 @@ pub(super) fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output:
                 .help("write to another file, or the input would be lost")
         );
     }
-    let bad: Vec<i64> = x.isfinite().all_dim(1, false).logical_not().nonzero().reshape([-1]).try_into()?;
+    let bad: Vec<i64> =
+        x.reshape([x.size()[0], -1]).isfinite().all_dim(1, false).logical_not().nonzero().reshape([-1]).try_into()?;
     if let Some(row) = bad.first() {
         bail!(
             InputError::new(format!("{}: row {row} of {said} has a value that is not finite", input.display()))
@@ -109,7 +113,8 @@ pub(super) fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output:
     }
     let (mut features, mut recon) = (Vec::new(), Vec::new());
     tch::no_grad(|| {
-        for rows in x.split(ROWS, 0) {
+        let rows = if contexts { (ROWS / x.size()[1].max(1)).max(1) } else { ROWS };
+        for rows in x.split(rows, 0) {
             let rows = rows.to_device(device).to_kind(tch::Kind::Float);
             let (x_hat, encoded) = saved.dictionary.reconstruct(&rows);
             features.push(encoded.to_device(tch::Device::Cpu));
@@ -117,7 +122,8 @@ pub(super) fn encode(sae_dir: &Path, input: &Path, tensor: Option<&str>, output:
         }
     });
     tensors::write(output, &[("features", Tensor::cat(&features, 0)), ("recon", Tensor::cat(&recon, 0))])?;
-    say!("{} activations encoded to {}", x.size()[0], output.display());
+    let count = x.numel() as i64 / width;
+    say!("{count} activations encoded to {}", output.display());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -218,6 +224,18 @@ impl Shown {
     }
 }
 
+/// Returns rows and tokens (id, text, position) of each text whole, from batches that may end within a text.
+fn contexts_of(batches: &[(Tensor, Tensor)]) -> Result<Vec<(Tensor, Tensor)>> {
+    if batches.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = Tensor::cat(&batches.iter().map(|(rows, _)| rows).collect::<Vec<_>>(), 0);
+    let tokens = Tensor::cat(&batches.iter().map(|(_, tokens)| tokens).collect::<Vec<_>>(), 0);
+    let texts: Vec<i64> = tokens.select(1, 1).to_device(tch::Device::Cpu).try_into()?;
+    let lengths: Vec<i64> = texts.chunk_by(|one, two| one == two).map(|text| text.len() as i64).collect();
+    Ok(rows.split_with_sizes(&lengths, 0).into_iter().zip(tokens.split_with_sizes(&lengths, 0)).collect())
+}
+
 pub(super) fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<(Saved, Vec<Shown>)> {
     let cx = source_cx(config)?;
     let saved = saved::read(&args.sae_dir, cx.device, device::Precision::Float32)?;
@@ -238,9 +256,15 @@ pub(super) fn features_of_text(args: &EncodeArgs, config: &RunConfig) -> Result<
     }
     let longest = serde_json::to_value(&config.source)?["ctx_len"].as_i64();
     let mut shown: Vec<Shown> = Vec::new();
+    let mut parts = Vec::new();
     while let Some(batch) = source.next_batch()? {
         let Some(tokens) = batch.tokens else { bail!("the source does not report the tokens of its activations") };
-        let x = batch.sites[site].x.shallow_clone();
+        parts.push((batch.sites[site].x.shallow_clone(), tokens));
+    }
+    if saved.dictionary.reads_contexts() {
+        parts = contexts_of(&parts)?;
+    }
+    for (x, tokens) in parts {
         let (recon, features) = tch::no_grad(|| saved.dictionary.reconstruct(&x));
         let cpu = |tensor: &Tensor| tensor.to_device(tch::Device::Cpu);
         let columns: Vec<Vec<i64>> = cpu(&tokens).try_into()?;

@@ -41,11 +41,15 @@ fn fields(schema: &Value) -> Vec<Field> {
     properties.iter().map(field).collect()
 }
 
-/// Returns a component's description and requirements; no paragraph is empty.
+/// Returns a component's description, requirements and coverage; no paragraph is empty.
 fn paragraphs(component: &Component, schema: &Value) -> Vec<String> {
     let needs = Some(needs(component)).filter(|needs| !needs.is_empty()).map(|needs| format!("Needs {needs}."));
     let general = Some(doc(schema).to_owned()).filter(|general| !general.is_empty());
-    general.into_iter().chain(needs).collect()
+    let coverage = match component.kind {
+        ComponentKind::Format => formats::named(component.name).ok().and_then(|format| format.coverage()),
+        _ => None,
+    };
+    general.into_iter().chain(needs).chain(coverage).collect()
 }
 
 /// Returns a modifier's requirements in words; empty if it has none, and for other components.

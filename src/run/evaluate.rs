@@ -121,6 +121,25 @@ pub(crate) fn memory(
     Ok(Some(MemoryNeed::passing("the metrics", own + most, "the batch sizes, or remove metrics")))
 }
 
+/// Refuses metrics that give single activations to a dictionary that reads whole contexts.
+fn check_contexts(metrics: &[Box<dyn TaggedMetric>], subjects: &[Subject]) -> Result<()> {
+    let Some(subject) = subjects.iter().find(|subject| subject.dictionary.reads_contexts()) else { return Ok(()) };
+    for (index, metric) in metrics.iter().enumerate() {
+        if !metric.build()?.gives_contexts() {
+            bail!(
+                InputError::new(format!(
+                    "the metric `{}` cannot measure a {}, whose features depend on earlier positions",
+                    metric.typetag_name(),
+                    subject.dictionary.class()
+                ))
+                .field(format!("metrics[{index}]"))
+                .help("use metrics that run the language model on whole contexts, such as `loss_recovered`")
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Returns the default metrics that can be computed on a source, for configs that name none.
 pub fn default_metrics(source: &mut dyn ActivationSource) -> Result<Vec<Box<dyn TaggedMetric>>> {
     let mut metrics = Vec::new();
@@ -158,6 +177,7 @@ pub fn evaluate(
     let mut results = vec![Map::new(); subjects.len()];
     let mut counts: Vec<(&str, Count)> = Vec::new();
     check(metrics, source)?;
+    check_contexts(metrics, subjects)?;
     for (index, metric) in metrics.iter().enumerate() {
         if *from_the_beginning && index > 0 {
             source.rewind()?;

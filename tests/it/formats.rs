@@ -236,7 +236,7 @@ fn a_release_table_resolves_names() {
             {"id": "six", "path": "deep/blocks.6"},
         ],
     }, "other-release": {
-        "repo_id": "someone/others", "model": "gpt2-small", "conversion_func": "temporal", "saes": [{"id": "one", "path": "one"}],
+        "repo_id": "someone/others", "model": "gpt2-small", "conversion_func": "spatial", "saes": [{"id": "one", "path": "one"}],
     }});
     let file = desk.write("pretrained_saes.yaml", &serde_yaml::to_string(&table).unwrap());
     let releases = ["--releases", file.to_str().unwrap()];
@@ -247,7 +247,9 @@ fn a_release_table_resolves_names() {
     assert_eq!(listed.code, 0, "{}", listed.stderr);
     assert_eq!(listed.stdout.lines().count(), 2);
     assert!(
-        listed.stdout.contains("some-release:five  gpt2-small of someone/saes, L0 12.5, variance explained 0.9"),
+        listed.stdout.contains(
+            "some-release:five  gpt2-small of someone/saes, L0 12.5, variance explained 0.9, import: yes, model: yes (gpt2)"
+        ),
         "{}",
         listed.stdout
     );
@@ -262,14 +264,39 @@ fn a_release_table_resolves_names() {
     for (name, word) in [
         ("some-release:fife", "did you mean `five`?"),
         ("some-releese:five", "did you mean `some-release`?"),
-        ("other-release:one", "`temporal`"),
+        ("other-release:one", "`spatial`"),
     ] {
         let refused = run(&["import", "sae_lens", name, "--out", "out"]);
         assert!(refused.code == 2 && refused.stderr.contains(word), "{}", refused.stderr);
     }
+    let listed = run(&["import", "sae_lens", "--list", "other-*"]);
+    assert!(listed.stdout.contains("import: no (format spatial), model: yes (gpt2)"), "{}", listed.stdout);
     // A glob imports what it matches.
     let several = run(&["import", "sae_lens", "--pretrained", "some-release:f*", "--out", "several"]);
     assert_eq!(several.stdout.trim(), "several", "{}", several.stderr);
+}
+
+#[test]
+fn every_name_of_the_bundled_table_resolves() {
+    let desk = Desk::new();
+    // No Python: the table is the program's own.
+    let run = desk.program().env_clear().args(["import", "sae_lens", "--list", "*"]).output().unwrap();
+    let listed = String::from_utf8(run.stdout).unwrap();
+    let lines: Vec<&str> = listed.lines().collect();
+    assert_eq!(lines.len(), 13_857);
+    for line in &lines {
+        assert!(line.contains(", import: yes, model: ") && !line.ends_with("unknown"), "{line}");
+    }
+    // The reference has the same counts.
+    let runnable = lines.iter().filter(|line| line.contains(", model: yes ")).count();
+    let page = desk.ok(&["describe", "formats", "sae_lens"]);
+    let count = page.split("The models of ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+    assert_eq!(count.replace(',', ""), runnable.to_string(), "{page}");
+    let counts = "names 13,857 SAEs in 170 releases. 13,857 of them can be imported.";
+    assert!(page.contains(counts), "{page}");
+    let (format, request) = ("sae_lens", "qwen-scope-3-1.7b-base-w32k-l50:layer3");
+    let refused = desk.refused(&["import", format, request, "--out", "out"]);
+    assert!(refused.contains("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"), "{refused}");
 }
 
 #[test]
@@ -448,6 +475,18 @@ fn llama_scope_matches_the_authors_code() {
             }});
             desk.write("releases.yaml", &serde_yaml::to_string(&table).unwrap());
             desk.ok(&["import", "sae_lens", "r1:L3R", "--releases", "releases.yaml", "--out", out]);
+            // By the folder itself: with the table, and with the published factor of a folder of this name.
+            let dir = case.join(path);
+            let direct = ["import", "llama_scope_r1_distill", dir.to_str().unwrap(), "--out", "direct"];
+            desk.ok(&[&direct[..], &["--releases", "releases.yaml"]].concat());
+            matches(&desk, &desk.path("direct"), &case.join("io.safetensors"), 1e-5);
+            fs::remove_dir_all(desk.path("direct")).unwrap();
+            desk.ok(&direct);
+            let [w_enc, raw] = [&desk.path("direct/ae.safetensors"), &dir.join("sae_weights.safetensors")]
+                .map(|file| TensorFile::open(file).unwrap())
+                .map(|file| file.tensor(if file.has("W_enc") { "W_enc" } else { "encoder.weight" }).unwrap());
+            assert!(difference(&w_enc, &(raw.tr() * 20.258785842428143)) < 1e-6);
+            fs::remove_dir_all(desk.path("direct")).unwrap();
         } else {
             let run = desk.run(&["import", "llama_scope", case.join(path).to_str().unwrap(), "--out", out]);
             assert!(run.code == 0 && run.stderr.is_empty(), "{}", run.stderr);
@@ -467,6 +506,389 @@ fn llama_scope_matches_the_authors_code() {
         assert_eq!(desk.json(&format!("{exported}/cfg.json"))["architecture"], architecture);
         desk.ok(&["import", "sae_lens", &exported, "--out", &format!("{out}-again")]);
         matches(&desk, &desk.path(&format!("{out}-again")), &case.join("io.safetensors"), 1e-5);
+    }
+}
+
+/// The cases of `formats/sae_lens_loaders`: name, format, and the places of its SAEs.
+fn loaders() -> Vec<(String, String, Vec<PathBuf>)> {
+    let mut found = Vec::new();
+    for case in crate::common::folders(&fixture("formats/sae_lens_loaders")) {
+        let name = name(&case).to_owned();
+        let about = case.join("case.json");
+        let about = if about.exists() { crate::common::read_json(&about) } else { json!({}) };
+        let (format, places) = match about["loader"].as_str() {
+            Some(loader) => {
+                let path = about["path"].as_str().map_or_else(|| about["path"].to_string(), str::to_owned);
+                (loader, vec![case.join(about["repo_id"].as_str().unwrap()).join(path)])
+            }
+            None if case.join("final").exists() => ("sae_lens", vec![case.join("final"), case.join("checkpoint")]),
+            None => ("sae_lens", vec![case.clone()]),
+        };
+        found.push((name, format.to_owned(), places));
+    }
+    assert_eq!(found.len(), 18);
+    found
+}
+
+/// Which features fire must agree, not only their values.
+fn same_support(desk: &Desk, io: &Path, case: &str) {
+    let [found, wanted] = [&desk.path("y.safetensors"), io]
+        .map(|file| TensorFile::open(file).unwrap().tensor("features").unwrap().not_equal(0.0));
+    assert_eq!(found, wanted, "{case}");
+}
+
+#[test]
+fn saes_of_every_loader_match_sae_lens() {
+    let desk = Desk::new();
+    for (case, format, places) in loaders() {
+        let io = fixture("formats/sae_lens_loaders").join(&case).join("io.safetensors");
+        for (index, place) in places.iter().enumerate() {
+            let out = format!("{case}-{index}");
+            desk.ok(&["import", &format, place.to_str().unwrap(), "--out", &out]);
+            matches(&desk, &desk.path(&out), &io, 1e-5);
+            same_support(&desk, &io, &case);
+            let exported = format!("{out}-sae_lens");
+            let export = ["export", &out, "--format", "sae_lens", "--out", &exported];
+            if case.starts_with("temporal") {
+                assert!(desk.refused(&export).contains("TemporalSAE"));
+                continue;
+            }
+            desk.ok(&export);
+            desk.ok(&["import", "sae_lens", &exported, "--out", &format!("{out}-again")]);
+            matches(&desk, &desk.path(&format!("{out}-again")), &io, 1e-5);
+            same_support(&desk, &io, &case);
+        }
+    }
+}
+
+#[test]
+fn names_and_side_files_give_the_site() {
+    let desk = Desk::new();
+    let sites = [
+        ("qwen_scope", "Qwen/Qwen3-1.7B-Base", "blocks.3.hook_resid_post", None),
+        ("mwhanna_transcoder", "Qwen/Qwen3-4B", "model.layers.5.mlp", None),
+        ("mwhanna_transcoder_no_config", "Qwen/Qwen3-14B", "model.layers.5.mlp", None),
+        ("mntss_clt_layer_transcoder", "google/gemma-2-2b", "blocks.2.hook_resid_mid", Some("blocks.2.hook_mlp_out")),
+        ("connor_rob_hook_z", "gpt2", "blocks.5.attn.hook_z", None),
+        ("goodfire", "meta-llama/Llama-3.1-8B-Instruct", "blocks.19.hook_resid_post", None),
+        ("deepseek_r1", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "blocks.19.hook_resid_post", None),
+        ("temporal", "google/gemma-2-2b", "blocks.12.hook_resid_post", None),
+    ];
+    for (case, model, submodule, target) in sites {
+        let (_, format, places) = loaders().into_iter().find(|(name, ..)| name == case).unwrap();
+        desk.ok(&["import", &format, places[0].to_str().unwrap(), "--out", case]);
+        let config = desk.json(&format!("{case}/config.json"));
+        assert_eq!(config["buffer"]["model"], model, "{case}");
+        assert_eq!(config["buffer"]["submodule"], submodule, "{case}");
+        assert_eq!(config["buffer"]["target"].as_str(), target, "{case}");
+        if case.starts_with("mwhanna") {
+            assert_eq!((&config["buffer"]["io"], &config["buffer"]["ctx_len"]), (&json!("in_to_out"), &json!(4096)));
+        }
+    }
+}
+
+/// A copy of a case's folder.
+fn copied(desk: &Desk, case: &str) -> PathBuf {
+    fn copy(from: &Path, to: &Path) {
+        fs::create_dir_all(to).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let from = entry.unwrap().path();
+            let to = to.join(name(&from));
+            if from.is_dir() { copy(&from, &to) } else { fs::copy(&from, &to).map(drop).unwrap() }
+        }
+    }
+    let to = desk.path("copied");
+    let _ = fs::remove_dir_all(&to);
+    copy(&fixture("formats/sae_lens_loaders").join(case), &to);
+    to
+}
+
+/// Replaces a text that a file holds.
+fn replace(file: &Path, old: &str, new: &str) {
+    let text = fs::read_to_string(file).unwrap();
+    assert!(text.contains(old), "{} does not hold `{old}`", file.display());
+    fs::write(file, text.replace(old, new)).unwrap();
+}
+
+#[test]
+fn contradictions_of_names_and_side_files_are_refused() {
+    let desk = Desk::new();
+    let temporal = "canrager/temporalSAEs/gemma-2-2B/layer_12/temporal";
+    let hook_z = "ckkissane/attn-saes-gpt2-small-all-layers";
+    let stem = "gpt2-small_L5_Hcat_z_lr1.20e-03_l11.80e+00_ds80_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9";
+    /// Case, file, text and its replacement, and a word of the message.
+    type Case<'a> = (&'a str, String, &'a str, &'a str, &'a str);
+    let cases: [Case; 15] = [
+        ("temporal", format!("{temporal}/conf.yaml"), "dimin: 24", "dimin: 25", "`llm.dimin` is 25"),
+        ("temporal", format!("{temporal}/conf.yaml"), "exp_factor: 4.0", "exp_factor: 8.0", "`sae.exp_factor` is 192"),
+        ("temporal", format!("{temporal}/conf.yaml"), "n_heads: 2", "n_heads: 3", "`n_heads` is 3"),
+        (
+            "temporal",
+            format!("{temporal}/conf.yaml"),
+            "n_attn_layers: 1",
+            "n_attn_layers: 2",
+            "`sae.n_attn_layers` is 2",
+        ),
+        (
+            "temporal",
+            format!("{temporal}/conf.yaml"),
+            "bottleneck_factor: 12",
+            "bottleneck_factor: 6",
+            "bottleneck_factor` is 16",
+        ),
+        ("temporal", format!("{temporal}/conf.yaml"), "kval_topk: 8", "kval_topk: 97", "`kval_topk` is 97"),
+        (
+            "temporal",
+            format!("{temporal}/conf.yaml"),
+            "sae_diff_type: topk",
+            "sae_diff_type: tanh",
+            "must be relu or topk",
+        ),
+        ("temporal", format!("{temporal}/conf.yaml"), "tied_weights: true", "tied_weights: false", "have no `E`"),
+        (
+            "temporal",
+            format!("{temporal}/conf.yaml"),
+            "scaling_factor: 0.2",
+            "scaling_factor: 0",
+            "`sae.scaling_factor` is 0",
+        ),
+        (
+            "mwhanna_transcoder",
+            "mwhanna/qwen3-4b-transcoders/wandb-config.yaml".into(),
+            "value: 80",
+            "value: 81",
+            "`d_feature` is 81",
+        ),
+        (
+            "mwhanna_transcoder",
+            "mwhanna/qwen3-4b-transcoders/wandb-config.yaml".into(),
+            "value: 24",
+            "value: x",
+            "`d_model.value` is \"x\"",
+        ),
+        (
+            "connor_rob_hook_z",
+            format!("{hook_z}/{stem}_cfg.json"),
+            "\"act_size\": 24",
+            "\"act_size\": 23",
+            "`act_size` is 23",
+        ),
+        (
+            "sae_lens_matching_pursuit",
+            "cfg.json".into(),
+            "\"max_iterations\": null",
+            "\"max_iterations\": 2000000000",
+            "`max_iterations` is 2000000000",
+        ),
+        (
+            "sae_lens_matching_pursuit",
+            "cfg.json".into(),
+            "\"none\", \"reshape",
+            "\"covariance_whitening\", \"reshape",
+            "covariance_whitening",
+        ),
+        ("sae_lens_abstopk", "cfg.json".into(), "\"k\": 7", "\"k\": 81", "`k` is 81"),
+    ];
+    for (case, file, old, new, word) in cases {
+        let (_, format, places) = loaders().into_iter().find(|(name, ..)| name == case).unwrap();
+        let dir = copied(&desk, case);
+        replace(&dir.join(file), old, new);
+        let inner = places[0].strip_prefix(fixture("formats/sae_lens_loaders").join(case)).unwrap();
+        let place = dir.join(inner);
+        let message = desk.refused(&["import", &format, place.to_str().unwrap(), "--out", "out"]);
+        assert!(message.contains(word), "{case}: {message}");
+        assert!(!desk.path("out").exists(), "{case}: partial output was left behind");
+    }
+    // Qwen Scope's k and width are in the repository's name.
+    let dir = copied(&desk, "qwen_scope").join("Qwen");
+    for (name, word) in
+        [("SAE-Res-Qwen3-1.7B-Base-W2K-L0_7", "is 2048"), ("saes", "no folder"), ("SAE-Res-Q-W1K-L0_0", "`k` is 0")]
+    {
+        let from = fs::read_dir(&dir).unwrap().next().unwrap().unwrap().path();
+        fs::rename(from, dir.join(name)).unwrap();
+        let message = desk.refused(&["import", "qwen_scope", dir.join(name).to_str().unwrap(), "--out", "out"]);
+        assert!(message.contains(word), "{name}: {message}");
+    }
+    // A whitening that is not for this SAE.
+    let dir = copied(&desk, "sae_lens_whitening_topk").join("checkpoint");
+    let eye = Tensor::eye(24, (Kind::Double, tch::Device::Cpu));
+    for (matrix, inverse, mean, word) in [
+        (&eye * 2.0, &eye * 2.0, 24, "off the identity"),
+        (&eye * 2.0, &eye / 2.0, 23, "`matrix` has shape"),
+        (
+            Tensor::eye(23, (Kind::Double, tch::Device::Cpu)),
+            Tensor::eye(23, (Kind::Double, tch::Device::Cpu)),
+            23,
+            "width 23",
+        ),
+    ] {
+        let mean = Tensor::zeros([mean], (Kind::Double, tch::Device::Cpu));
+        let tensors = [("mean", mean), ("matrix", matrix), ("inverse_matrix", inverse)];
+        tensors::write(&dir.join("activation_whitening.safetensors"), &tensors).unwrap();
+        let message = desk.refused(&["import", "sae_lens", dir.to_str().unwrap(), "--out", "out"]);
+        assert!(message.contains(word), "{message}");
+    }
+}
+
+#[test]
+fn a_folder_of_layers_is_imported_whole() {
+    let desk = Desk::new();
+    for (case, layer) in [
+        ("qwen_scope", "layer3.sae.pt"),
+        ("mwhanna_transcoder", "layer_5.safetensors"),
+        ("mntss_clt_layer_transcoder", "2"),
+        ("goodfire", "Llama-3.1-8B-Instruct-SAE-l19.pth"),
+    ] {
+        let (_, format, places) = loaders().into_iter().find(|(name, ..)| name == case).unwrap();
+        let folder = places[0].parent().unwrap();
+        assert_eq!(desk.ok(&["import", &format, folder.to_str().unwrap()]).trim(), format!("saes/{layer}"));
+    }
+}
+
+#[test]
+fn a_temporal_sae_reads_whole_contexts() {
+    let desk = Desk::new();
+    let (_, _, places) = loaders().into_iter().find(|(name, ..)| name == "temporal").unwrap();
+    desk.ok(&["import", "temporal", places[0].to_str().unwrap(), "--out", "temporal"]);
+    // The order of positions matters, so rows alone are refused.
+    let x =
+        TensorFile::open(&fixture("formats/sae_lens_loaders/temporal/io.safetensors")).unwrap().tensor("x").unwrap();
+    tensors::write(&desk.path("rows.safetensors"), &[("x", x.flatten(0, 1))]).unwrap();
+    let encode = |input: &str| ["encode", "temporal", "--input", input, "--output", "y.safetensors"].map(str::to_owned);
+    let args = encode("rows.safetensors");
+    let refused = desk.refused(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(refused.contains("[27, 24]") && refused.contains("whole contexts [B, L, 24]"), "{refused}");
+    // A position's features depend on earlier positions, and not on later ones or on other contexts.
+    let features = |x: &Tensor| {
+        tensors::write(&desk.path("x.safetensors"), &[("x", x.contiguous())]).unwrap();
+        let args = encode("x.safetensors");
+        desk.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("features").unwrap()
+    };
+    let whole = features(&x);
+    let first = features(&x.narrow(0, 1, 1).narrow(1, 0, 5));
+    assert!(difference(&first, &whole.narrow(0, 1, 1).narrow(1, 0, 5)) < 1e-5);
+    assert!(difference(&features(&x.narrow(1, 1, 8)), &whole.narrow(1, 1, 8)) > 1e-4);
+    // Metrics on single activations, and training, are refused by name.
+    desk.write(
+        "config.yaml",
+        "source: {type: tensor_file, path: rows.safetensors, tensor: x, batch_size: 9}\nmetrics: [{type: reconstruction}]\n",
+    );
+    let refused = desk.refused(&["eval", "temporal", "--config", "config.yaml"]);
+    assert!(refused.contains("`reconstruction` cannot measure a TemporalSAE"), "{refused}");
+    desk.write(
+        "train.yaml",
+        "steps: 1\noutput_dir: run\nsource: {type: tensor_file, path: rows.safetensors, tensor: x, batch_size: 9}\n\
+         saes: [{name: a, dictionary: {type: temporal}, trainer: {type: standard}}]\n",
+    );
+    let refused = desk.refused(&["train", "train.yaml"]);
+    assert!(refused.contains("unknown dictionary `temporal`"), "{refused}");
+}
+
+#[test]
+fn a_temporal_sae_is_evaluated_and_encodes_text_by_context() {
+    let desk = Desk::new();
+    let (d, features, bottleneck) = (192, 384, 32);
+    let random = |size: &[i64]| Tensor::randn(size, tch::kind::FLOAT_CPU) / (size[size.len() - 1] as f64).sqrt();
+    let mut weights = vec![("D".to_owned(), random(&[features, d])), ("b".to_owned(), random(&[d]))];
+    for (name, out) in [("q_target", bottleneck), ("k_ctx", bottleneck), ("v_ctx", features), ("c_proj", features)] {
+        weights.push((format!("attn_layers.0.{name}.weight"), random(&[out, features])));
+        weights.push((format!("attn_layers.0.{name}.bias"), random(&[out])));
+    }
+    desk.write(
+        "sae/conf.yaml",
+        "sae: {n_heads: 4, sae_diff_type: topk, kval_topk: 16, scaling_factor: 0.5, tied_weights: true}\n",
+    );
+    tensors::write(&desk.path("sae/latest_ckpt.safetensors"), &weights).unwrap();
+    desk.ok(&["import", "temporal", "sae", "--out", "temporal"]);
+    // Batches of eight activations end within contexts, which must not matter.
+    desk.write(
+        "config.yaml",
+        "precision: float32\nsource: {type: language_model, model: 'embedded:austen', submodule: gpt_neox.layers.2, \
+         ctx_len: 32, out_batch_size: 8, text: {type: embedded, name: austen}}\n",
+    );
+    let figures: Value =
+        serde_json::from_str(&desk.ok(&["eval", "temporal", "--config", "config.yaml", "--json"])).unwrap();
+    assert!(figures["frac_recovered"].is_f64() && figures.get("l0").is_none(), "{figures}");
+
+    let text = "It is a truth universally acknowledged, that a single man in possession of a good fortune";
+    let run = [
+        "encode",
+        "temporal",
+        "--config",
+        "config.yaml",
+        "--text",
+        text,
+        "--text",
+        "must be in want",
+        "--output",
+        "t.safetensors",
+    ];
+    desk.ok(&run);
+    let shown = TensorFile::open(&desk.path("t.safetensors")).unwrap();
+    let [x, features] = ["x", "features"].map(|name| shown.tensor(name).unwrap());
+    let length = x.size()[0];
+    assert!(length > 16, "{length}");
+    // The first text alone, as one context.
+    desk.ok(&["encode", "temporal", "--config", "config.yaml", "--text", text, "--output", "one.safetensors"]);
+    let first = TensorFile::open(&desk.path("one.safetensors")).unwrap().tensor("x").unwrap().size()[0];
+    assert!(first > 8 && first < length, "{first} of {length}");
+    for (start, count) in [(0, first), (first, length - first)] {
+        let context = x.narrow(0, start, count).unsqueeze(0);
+        tensors::write(&desk.path("x.safetensors"), &[("x", context.contiguous())]).unwrap();
+        desk.ok(&["encode", "temporal", "--input", "x.safetensors", "--output", "y.safetensors"]);
+        let alone = TensorFile::open(&desk.path("y.safetensors")).unwrap().tensor("features").unwrap();
+        assert!(difference(&alone.squeeze_dim(0), &features.narrow(0, start, count)) < 1e-5);
+    }
+}
+
+#[test]
+fn saes_of_every_loader_are_found_on_the_hub_by_their_names_in_the_table() {
+    let server = crate::hub_server::HubServer::start();
+    let desk = Desk::with_hub(&server.endpoint);
+    let mut table = serde_json::Map::new();
+    let cases: Vec<&str> = vec![
+        "connor_rob_hook_z",
+        "deepseek_r1",
+        "goodfire",
+        "mntss_clt_layer_transcoder",
+        "mwhanna_transcoder",
+        "mwhanna_transcoder_no_config",
+        "qwen_scope",
+        "temporal",
+    ];
+    for case in &cases {
+        let dir = fixture("formats/sae_lens_loaders").join(case);
+        let about = crate::common::read_json(&dir.join("case.json"));
+        let repo = about["repo_id"].as_str().unwrap();
+        let mut files = fs::read_dir(dir.join(repo)).unwrap().map(|entry| entry.unwrap().path());
+        if files.all(|file| file.is_file()) {
+            server.put_folder(repo, &dir.join(repo));
+        } else {
+            let path = about["path"].as_str().unwrap();
+            for file in ["conf.yaml", "latest_ckpt.safetensors"] {
+                let name = format!("{path}/{file}");
+                server.put(repo, &name, fs::read(dir.join(repo).join(&name)).unwrap());
+            }
+        }
+        let entry = json!({"id": "one", "path": about["path"]});
+        let release =
+            json!({"repo_id": repo, "model": "gpt2-small", "conversion_func": about["loader"], "saes": [entry]});
+        table.insert((*case).to_owned(), release);
+    }
+    desk.write("table.yaml", &serde_yaml::to_string(&table).unwrap());
+    for case in cases {
+        let name = format!("{case}:one");
+        desk.ok(&["import", "sae_lens", &name, "--releases", "table.yaml", "--out", case]);
+        let io = fixture("formats/sae_lens_loaders").join(case).join("io.safetensors");
+        matches(&desk, &desk.path(case), &io, 1e-5);
+    }
+    let missing = desk.refused(&["import", "qwen_scope", "Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_7/layer4.sae.pt"]);
+    assert!(missing.contains("there is no file Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_7/layer4.sae.pt"), "{missing}");
+    // By repository: a layer's number names no file there.
+    for place in ["mntss/clt-gemma-2-2b-2.5M/2", "Qwen/SAE-Res-Qwen3-1.7B-Base-W1K-L0_7/layer3.sae.pt"] {
+        let format = if place.starts_with("mntss") { "mntss_clt_layer_transcoder" } else { "qwen_scope" };
+        assert_eq!(desk.ok(&["import", format, place]).trim(), format!("saes/{place}"));
     }
 }
 

@@ -30,11 +30,19 @@ mod targets;
 use targets::{TARGETS, limit_memory};
 
 /// Readers of published formats; each has its valid files in a folder of its own.
-const READERS: [&str; 10] = [
+const READERS: [&str; 18] = [
     "sae_lens",
     "gemma_scope",
     "gemma_scope_2",
     "llama_scope",
+    "llama_scope_r1_distill",
+    "qwen_scope",
+    "connor_rob_hook_z",
+    "goodfire",
+    "deepseek_r1",
+    "mwhanna_transcoder",
+    "mntss_clt_layer_transcoder",
+    "temporal",
     "sparsify",
     "openai",
     "dictionary_learning",
@@ -172,6 +180,33 @@ fn seeds(reader: &str, root: &Path) -> Vec<PathBuf> {
                     copy(fixture(&format!("sae_lens/{case}/{file}")), &format!("{case}/{file}"));
                 }
             }
+            for case in ["sae_lens_abstopk", "sae_lens_matching_pursuit", "sae_lens_whitening_topk/checkpoint"] {
+                let dir = fixture("formats/sae_lens_loaders").join(case);
+                for file in inventory_of(&dir).into_keys() {
+                    let name = file.file_name().unwrap().to_str().unwrap().to_owned();
+                    if name != "io.safetensors" {
+                        copy(file, &format!("{}/{name}", case.replace('/', "-")));
+                    }
+                }
+            }
+        }
+        // Laid out as on the Hub; the reader gets the folder with the files.
+        "qwen_scope"
+        | "connor_rob_hook_z"
+        | "goodfire"
+        | "deepseek_r1"
+        | "mwhanna_transcoder"
+        | "mntss_clt_layer_transcoder"
+        | "temporal" => {
+            for case in [reader, "temporal_untied_relu"].into_iter().filter(|case| case.starts_with(reader)) {
+                let dir = fixture("formats/sae_lens_loaders").join(case);
+                for file in inventory_of(&dir).into_keys().filter(|file| file.parent() != Some(&dir)) {
+                    let folder = file.parent().unwrap().file_name().unwrap().to_str().unwrap();
+                    let folder = if reader == "temporal" { case } else { folder };
+                    let name = file.file_name().unwrap().to_str().unwrap().to_owned();
+                    copy(file.clone(), &format!("{folder}/{name}"));
+                }
+            }
         }
         "gemma_scope" => {
             copy(
@@ -234,6 +269,19 @@ fn seeds(reader: &str, root: &Path) -> Vec<PathBuf> {
             let config = json!({"d_model": d, "d_sae": f, "jump_relu_threshold": 0.5, "hook_point_in": "blocks.3.hook_resid_post",
                                 "dataset_average_activation_norm": {"in": 1.5, "out": 1.5}, "act_fn": "jumprelu"});
             write("l3/hyperparams.json", config.to_string().as_bytes());
+        }
+        "llama_scope_r1_distill" => {
+            let tensors = [
+                ("encoder.weight", random(&[f, d])),
+                ("decoder.weight", random(&[d, f])),
+                ("encoder.bias", random(&[f])),
+                ("decoder.bias", random(&[d])),
+                ("log_jumprelu_threshold", random(&[f])),
+            ];
+            write("L3R/sae_weights.safetensors", &tensors::serialize(&tensors, &[]).unwrap());
+            let config = json!({"d_model": d, "expansion_factor": 2, "hook_point_in": "blocks.3.hook_resid_post",
+                                "norm_scaling_factor": 2.5, "sparsity_include_decoder_norm": true});
+            write("L3R/config.json", config.to_string().as_bytes());
         }
         "sparsify" => {
             let tensors = [

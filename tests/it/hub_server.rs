@@ -260,7 +260,7 @@ fn answer(connection: &TcpStream, shared: &Mutex<Shared>, endpoint: &str) -> std
     let mut first = String::new();
     reader.read_line(&mut first)?;
     let method = first.split(' ').next().unwrap_or_default();
-    let path = first.split(' ').nth(1).unwrap_or_default().replace("%2F", "/").replace("%20", " ");
+    let path = first.split(' ').nth(1).unwrap_or_default().replace("%2F", "/").replace("%20", " ").replace("%2B", "+");
     let mut headers: BTreeMap<String, String> = BTreeMap::new();
     loop {
         let mut line = String::new();

@@ -36,6 +36,8 @@ pub enum SaeActivation {
     Relu,
     /// Keeps the k largest of the positive pre-activations.
     TopK(i64),
+    /// Keeps the k pre-activations of largest magnitude, with their signs.
+    AbsTopK(i64),
     /// Keeps the pre-activations above both 0 and a threshold, `[F]`.
     Jump(Tensor),
 }
@@ -79,7 +81,7 @@ impl AffineSae {
         }
         match &self.activation {
             SaeActivation::Jump(threshold) => fits("threshold", threshold, &[features])?,
-            SaeActivation::TopK(k) if !(1..=features).contains(k) => {
+            SaeActivation::TopK(k) | SaeActivation::AbsTopK(k) if !(1..=features).contains(k) => {
                 bail!(InputError::new(format!("`k` is {k}, but there are {features} features")))
             }
             _ => {}
@@ -128,6 +130,7 @@ impl AffineSae {
         let activation = match self.activation {
             SaeActivation::Relu => "ReLU",
             SaeActivation::TopK(_) => "TopK",
+            SaeActivation::AbsTopK(_) => "AbsTopK",
             SaeActivation::Jump(_) => "JumpReLU",
         };
         let what = if self.transcodes { "transcoder" } else { "autoencoder" };
@@ -141,7 +144,9 @@ impl SaeActivation {
     pub fn tensors(self) -> Vec<(&'static str, Tensor)> {
         match self {
             SaeActivation::Relu => Vec::new(),
-            SaeActivation::TopK(k) => vec![("k", Tensor::from(k as i32)), ("threshold", Tensor::from(-1f32))],
+            SaeActivation::TopK(k) | SaeActivation::AbsTopK(k) => {
+                vec![("k", Tensor::from(k as i32)), ("threshold", Tensor::from(-1f32))]
+            }
             SaeActivation::Jump(threshold) => vec![("threshold", threshold)],
         }
     }

@@ -33,6 +33,11 @@ pub trait Format: Debug + Send + Sync {
         bail!(InputError::new("this format has no list of published SAEs").help("name a folder or a Hub repository"))
     }
 
+    /// Returns a paragraph for the reference on which published SAEs this program can use.
+    fn coverage(&self) -> Option<String> {
+        None
+    }
+
     /// Writes an SAE into an existing, empty folder, in the form that the format's own readers expect.
     fn write(&self, sae: &Saved, dir: &Path) -> Result<()> {
         let _ = (sae, dir);

@@ -180,7 +180,10 @@ impl Place {
         let files = self.files().unwrap_or_default();
         let mut folders: Vec<&str> = files.iter().filter_map(|file| file.strip_suffix(&format!("/{name}"))).collect();
         folders.sort_by_key(|folder| folder.len());
-        let error = InputError::new(format!("{self} has no {name}"));
+        let error = InputError::new(match name {
+            "" => format!("there is no file {self}"),
+            _ => format!("{self} has no {name}"),
+        });
         bail!(if folders.is_empty() {
             let shown: Vec<&str> = files.iter().take(8).map(String::as_str).collect();
             error.help(match shown.is_empty() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, anyhow, bail};
 use serde_json::{Map, Value};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::site::ModelSite;
 use crate::error::InputError;
@@ -44,6 +44,30 @@ pub fn nothing_left(tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         "the weights have tensors that this kind of SAE does not have: {}",
         tensors.keys().cloned().collect::<Vec<_>>().join(", ")
     )))
+}
+
+/// Takes a floating-point tensor with N dimensions from a file's weights, as float32 on the CPU. Errors name it.
+pub fn take_float<const N: usize>(tensors: &mut BTreeMap<String, Tensor>, name: &str) -> Result<Tensor> {
+    let tensor = take(tensors, name)?;
+    if !tensor.is_floating_point() {
+        // Integer data could hold any value that a damaged header claims.
+        bail!(InputError::new(format!("tensor `{name}` has the type {:?}, but must be floating point", tensor.kind())));
+    }
+    if tensor.dim() != N || tensor.numel() == 0 {
+        let size = tensor.size();
+        bail!(InputError::new(format!(
+            "tensor `{name}` has shape {size:?}, but must have {N} dimensions and not be empty"
+        )));
+    }
+    Ok(tensor.to_device(Device::Cpu).to_kind(Kind::Float))
+}
+
+/// Refuses a number in a config or a name that contradicts the weights.
+pub fn agrees(what: &str, said: i64, found: i64) -> Result<()> {
+    if said != found {
+        bail!(InputError::new(format!("{what} is {said}, but the weights have {found}")));
+    }
+    Ok(())
 }
 
 /// Takes a tensor from a file's weights. The error lists the remaining tensors.

@@ -57,6 +57,12 @@ pub trait Metric {
         0
     }
 
+    /// Returns whether the metric gives dictionaries whole contexts `[.., L, d]`, which some need
+    /// ([`Dictionary::reads_contexts`]). By default it gives single activations.
+    fn gives_contexts(&self) -> bool {
+        false
+    }
+
     /// Returns why the metric cannot be computed on this source; `None` if it can.
     fn refuses(&self, source: &mut dyn ActivationSource) -> Option<String> {
         let _ = source;

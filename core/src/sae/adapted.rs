@@ -153,6 +153,10 @@ impl Dictionary for Adapted {
         self.widen(self.inner.encode(&self.input(x)))
     }
 
+    fn reads_contexts(&self) -> bool {
+        self.inner.reads_contexts()
+    }
+
     fn decode(&self, features: &Tensor) -> Tensor {
         self.widen(self.inner.decode(&self.narrow(features)))
     }

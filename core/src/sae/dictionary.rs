@@ -94,6 +94,13 @@ pub trait Dictionary: Any + Send {
         }
     }
 
+    /// Returns whether features depend on the activations of earlier positions. [`Dictionary::encode`] then takes whole
+    /// contexts `[.., L, d]`, with positions in order. Such a dictionary cannot be trained or measured on shuffled
+    /// activations.
+    fn reads_contexts(&self) -> bool {
+        false
+    }
+
     /// Decodes features `[.., F]` to a reconstruction `[.., d_out]`.
     fn decode(&self, features: &Tensor) -> Tensor {
         maps(self).decode(features)

@@ -7,13 +7,15 @@ use dictlearn_core::formats::{ModelSite, check_keys};
 use crate::models;
 
 /// Architectures that convert to one of the registered classes.
-const ARCHITECTURES: [&str; 10] = [
+const ARCHITECTURES: [&str; 12] = [
     "standard",
     "gated",
     "topk",
+    "abstopk",
     "jumprelu",
     "batchtopk",
     "matryoshka_batchtopk",
+    "matching_pursuit",
     "transcoder",
     "skip_transcoder",
     "jumprelu_transcoder",
@@ -59,6 +61,7 @@ const KNOWN: &[&str] = &[
     "l1_warm_up_steps",
     "lp_norm",
     "matryoshka_widths",
+    "max_iterations",
     "metadata",
     "model_class_name",
     "model_from_pretrained_kwargs",
@@ -70,9 +73,11 @@ const KNOWN: &[&str] = &[
     "prepend_bos",
     "rescale_acts_by_decoder_norm",
     "reshape_activations",
+    "residual_threshold",
     "sae_lens_training_version",
     "sae_lens_version",
     "seqpos_slice",
+    "stop_on_duplicate_support",
     "target_l0",
     "topk_threshold_lr",
     "use_matryoshka_aux_loss",
@@ -86,6 +91,7 @@ pub enum Normalize {
     ExpectedAverageOnlyIn,
     ConstantNormRescale,
     LayerNorm,
+    CovarianceWhitening,
 }
 
 impl Normalize {
@@ -95,13 +101,24 @@ impl Normalize {
             Normalize::ExpectedAverageOnlyIn => "expected_average_only_in",
             Normalize::ConstantNormRescale => "constant_norm_rescale",
             Normalize::LayerNorm => "layer_norm",
+            Normalize::CovarianceWhitening => "covariance_whitening",
         }
     }
 
     fn parse(name: &str) -> Option<Self> {
-        use Normalize::{ConstantNormRescale, ExpectedAverageOnlyIn, LayerNorm, None};
-        [None, ExpectedAverageOnlyIn, ConstantNormRescale, LayerNorm].into_iter().find(|known| known.name() == name)
+        use Normalize::{ConstantNormRescale, CovarianceWhitening, ExpectedAverageOnlyIn, LayerNorm, None};
+        let all = [None, ExpectedAverageOnlyIn, ConstantNormRescale, LayerNorm, CovarianceWhitening];
+        all.into_iter().find(|known| known.name() == name)
     }
+}
+
+/// Stopping rules of a matching pursuit.
+#[derive(Debug)]
+pub struct Pursuit {
+    pub residual_threshold: f64,
+    /// `None` for d_in.
+    pub max_iterations: Option<i64>,
+    pub stop_on_duplicate_support: bool,
 }
 
 /// Contents of cfg.json, from any version.
@@ -116,6 +133,8 @@ pub struct Cfg {
     pub normalize: Normalize,
     pub rescale_acts_by_decoder_norm: bool,
     pub finetuning_scaling_factor: bool,
+    /// Stopping rules of a matching pursuit.
+    pub pursuit: Pursuit,
     /// `bfloat16` or `float16`; `None` for float32.
     pub dtype: Option<&'static str>,
     pub site: ModelSite,
@@ -198,7 +217,7 @@ impl Cfg {
             );
         }
         // A batchtopk's k may be a fraction; its threshold is used instead.
-        if architecture == "topk" {
+        if ["topk", "abstopk"].contains(&architecture.as_str()) {
             k = k.or(count(raw, "k")?);
         }
         let transcodes = architecture.ends_with("transcoder");
@@ -207,8 +226,8 @@ impl Cfg {
             Some(Value::Bool(true)) => Normalize::ExpectedAverageOnlyIn,
             Some(Value::String(name)) => Normalize::parse(name).ok_or_else(|| {
                 InputError::new(format!("`normalize_activations: {name}` is not supported")).help(
-                    "supported: none, expected_average_only_in, constant_norm_rescale and layer_norm; \
-                     fold covariance_whitening in sae_lens before saving",
+                    "supported: none, expected_average_only_in, constant_norm_rescale, layer_norm and \
+                     covariance_whitening",
                 )
             })?,
             Some(other) => bail!(InputError::new(format!("cfg.json: `normalize_activations` is {other}"))),
@@ -318,6 +337,11 @@ impl Cfg {
                 .unwrap_or(architecture.ends_with("batchtopk"))
                 && architecture.ends_with("topk"),
             finetuning_scaling_factor: flag(raw, "finetuning_scaling_factor")?.unwrap_or(false),
+            pursuit: Pursuit {
+                residual_threshold: get(raw, "residual_threshold", "a number", Value::as_f64)?.unwrap_or(1e-2),
+                max_iterations: count(raw, "max_iterations")?,
+                stop_on_duplicate_support: flag(raw, "stop_on_duplicate_support")?.unwrap_or(true),
+            },
             dtype,
             architecture,
             site,
@@ -332,7 +356,8 @@ impl Cfg {
         let kind = match self.normalize {
             Normalize::ConstantNormRescale => NormalizationKind::ConstantNormRescale,
             Normalize::LayerNorm => NormalizationKind::LayerNorm,
-            Normalize::None | Normalize::ExpectedAverageOnlyIn => return None,
+            // Folded into the weights.
+            Normalize::None | Normalize::ExpectedAverageOnlyIn | Normalize::CovarianceWhitening => return None,
         };
         Some(Normalization { kind, input_only: self.architecture.ends_with("transcoder") })
     }

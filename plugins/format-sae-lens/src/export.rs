@@ -27,6 +27,8 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
         "AutoEncoder" | "AutoEncoderNew" => "standard",
         "GatedAutoEncoder" => "gated",
         "AutoEncoderTopK" => "topk",
+        "AbsTopKSAE" => "abstopk",
+        "MatchingPursuitSAE" => "matching_pursuit",
         "BatchTopKSAE" | "MatryoshkaBatchTopKSAE" | "JumpReluAutoEncoder" => "jumprelu",
         "Transcoder" | "SkipTranscoder" if sae.dictionary.selection().is_none() => {
             match (class, get("threshold").is_ok()) {
@@ -42,22 +44,31 @@ pub fn write(sae: &Saved, dir: &Path) -> Result<()> {
             )
         }
         other => bail!(InputError::new(format!("sae_lens has no equivalent of the class {other}")).help(
-            "supported: AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, \
-             MatryoshkaBatchTopKSAE, JumpReluAutoEncoder, Transcoder and SkipTranscoder"
+            "supported: AutoEncoder, AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, AbsTopKSAE, BatchTopKSAE, \
+             MatryoshkaBatchTopKSAE, JumpReluAutoEncoder, MatchingPursuitSAE, Transcoder and SkipTranscoder"
         )),
     };
-    let affine = sae.dictionary.affine().with_context(|| format!("the class {class} is not two affine maps"))?;
-    let mut subtracts = affine.layout().is_centred();
-    let mut weights = vec![
-        ("W_enc", affine.encoder().columns().detach().contiguous()),
-        ("W_dec", affine.decoder().rows().detach().contiguous()),
-        ("b_dec", affine.bias().1.detach()),
-    ];
-    weights.extend(affine.encoder_bias().map(|(_, bias)| ("b_enc", bias.detach())));
+    let mut subtracts = sae.dictionary.affine().is_none_or(|affine| affine.layout().is_centred());
+    let mut weights = match sae.dictionary.affine() {
+        Some(affine) => vec![
+            ("W_enc", affine.encoder().columns().detach().contiguous()),
+            ("W_dec", affine.decoder().rows().detach().contiguous()),
+            ("b_dec", affine.bias().1.detach()),
+        ],
+        None => vec![("W_dec", get("W_dec")?), ("b_dec", get("b_dec")?)],
+    };
+    let bias = sae.dictionary.affine().and_then(|affine| affine.encoder_bias());
+    weights.extend(bias.map(|(_, bias)| ("b_enc", bias.detach())));
+    if class == "MatchingPursuitSAE" {
+        cfg.insert("residual_threshold".to_owned(), get("residual_threshold")?.double_value(&[]).into());
+        cfg.insert("max_iterations".to_owned(), get("max_iterations")?.int64_value(&[]).into());
+        let stops = get("stop_on_duplicate_support")?.int64_value(&[]) != 0;
+        cfg.insert("stop_on_duplicate_support".to_owned(), stops.into());
+    }
     if class == "GatedAutoEncoder" {
         weights.extend([("b_gate", get("gate_bias")?), ("b_mag", get("mag_bias")?), ("r_mag", get("r_mag")?)]);
     }
-    if class == "AutoEncoderTopK" {
+    if ["AutoEncoderTopK", "AbsTopKSAE"].contains(&class) {
         cfg.insert("k".to_owned(), get("k")?.int64_value(&[]).into());
         cfg.insert("rescale_acts_by_decoder_norm".to_owned(), false.into());
     }

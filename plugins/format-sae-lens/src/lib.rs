@@ -14,24 +14,27 @@ mod cfg;
 mod export;
 mod models;
 mod table;
+mod whitening;
 
 use dictlearn_core::files::tensors::TensorFile;
 use dictlearn_core::formats::{
-    AffineSae, Format, Place, Published, Python, Request, SaeActivation, nothing_left, take, through,
+    AffineSae, Format, Place, Published, Python, Request, SaeActivation, nothing_left, take, take_float, through,
 };
 use dictlearn_core::prelude::*;
 use dictlearn_core::sae::saved::Saved;
 
 use cfg::{Cfg, Normalize};
+use whitening::Whitening;
 
 /// A folder with cfg.json and sae_weights.safetensors, of any version of sae_lens, on disk or on the Hub; or
-/// `release:sae_id` from its table of releases. The table comes from `--releases FILE`, the installed Python package,
-/// or the Hub's cache. Releases of Gemma Scope and Llama Scope need no table. `--list` shows the table's names.
+/// `release:sae_id` from its table of releases. The table comes from `--releases FILE`, the installed Python package, the
+/// Hub's cache, or this program. `--list` shows its names, and says whether each SAE can be imported and its model run.
 ///
-/// Architectures: standard, gated, topk, jumprelu, transcoder, skip_transcoder, jumprelu_transcoder,
-/// jumprelu_skip_transcoder, and batchtopk and matryoshka_batchtopk checkpoints. If activations were normalised in
-/// training, the factor is folded into the weights (`expected_average_only_in`), or each activation is normalised here
-/// too (layer_norm, constant_norm_rescale). An SAE in bfloat16 or float16 computes in that dtype, as in sae_lens.
+/// Architectures: standard, gated, topk, abstopk, jumprelu, matching_pursuit, transcoder, skip_transcoder,
+/// jumprelu_transcoder, jumprelu_skip_transcoder, and batchtopk and matryoshka_batchtopk checkpoints. If activations were
+/// normalised in training, the factor or the whitening is folded into the weights (`expected_average_only_in`,
+/// `covariance_whitening`), or each activation is normalised here too (layer_norm, constant_norm_rescale). An SAE in
+/// bfloat16 or float16 computes in that dtype, as in sae_lens.
 ///
 /// On export, batch_top_k and matryoshka_batch_top_k become jumprelu with one threshold.
 #[component(format "sae_lens", summary = "cfg.json and sae_weights.safetensors, of all versions; release names",
@@ -55,6 +58,10 @@ impl Format for SaeLens {
 
     fn offers(&self, request: &Request) -> Result<Vec<(String, String)>> {
         table::offers(request)
+    }
+
+    fn coverage(&self) -> Option<String> {
+        table::coverage().ok()
     }
 
     fn marks(&self) -> &'static [&'static str] {
@@ -167,11 +174,19 @@ fn read(place: &Place) -> Result<Published> {
         let kind = if dtype == "bfloat16" { Kind::BFloat16 } else { Kind::Half };
         tensors.values_mut().for_each(|tensor| *tensor = tensor.to_kind(kind));
     }
+    if cfg.architecture == "matching_pursuit" {
+        let pursuit = pursuit(&mut tensors, &cfg, scale.unwrap_or(1.0))?;
+        return Ok(published("MatchingPursuitSAE", pursuit));
+    }
+    let whitening = match cfg.normalize {
+        Normalize::CovarianceWhitening => Some(Whitening::read(place, &cfg.architecture)?),
+        _ => None,
+    };
     let w_enc = single(take(&mut tensors, "W_enc")?);
     let w_enc = scale.map_or_else(|| w_enc.shallow_clone(), |scale| &w_enc * scale);
 
     if cfg.architecture == "gated" {
-        let (w_dec, b_dec) = output(&mut tensors)?;
+        let (mut w_dec, mut b_dec) = output(&mut tensors)?;
         let [b_gate, b_mag, r_mag] = ["b_gate", "b_mag", "r_mag"].map(|name| take(&mut tensors, name));
         let (b_gate, b_mag, r_mag) = (double(b_gate?), double(b_mag?), double(r_mag?));
         nothing_left(&tensors)?;
@@ -190,10 +205,14 @@ fn read(place: &Place) -> Result<Published> {
             cfg.fits(check(bias).check()?)?;
         }
         // The class subtracts b_dec from its input. Where sae_lens does not, the biases compensate.
-        let moved = match cfg.apply_b_dec_to_input {
-            true => b_gate.zeros_like(),
-            false => through(&b_dec, &w_enc),
+        let (moved, mut w_enc) = match cfg.apply_b_dec_to_input {
+            true => (b_gate.zeros_like(), w_enc),
+            false => (through(&b_dec, &w_enc), w_enc),
         };
+        if let Some(whitening) = &whitening {
+            // Both b_dec and the mean are subtracted from the input once folded, so `moved` stays the same.
+            (w_enc, w_dec, b_dec) = whitening.folded(&w_enc, &w_dec, &b_dec)?;
+        }
         let (b_gate, b_mag) = (b_gate + &moved, b_mag + moved * r_mag.exp());
         let tensors = [
             ("encoder.weight", w_enc.transpose(0, 1).contiguous()),
@@ -207,7 +226,7 @@ fn read(place: &Place) -> Result<Published> {
         return Ok(published("GatedAutoEncoder", tensors.into_iter().map(named).collect()));
     }
 
-    let (mut w_dec, b_dec) = output(&mut tensors)?;
+    let (w_dec, b_dec) = output(&mut tensors)?;
     let mut affine = AffineSae {
         w_enc,
         b_enc: double(take(&mut tensors, "b_enc")?),
@@ -238,8 +257,11 @@ fn read(place: &Place) -> Result<Published> {
     cfg.fits(affine.check()?)?;
     let norms = || w_dec.norm_scalaropt_dim(2.0, [1], false);
     affine.activation = match cfg.architecture.as_str() {
-        "topk" => {
-            SaeActivation::TopK(cfg.k.ok_or_else(|| InputError::new("cfg.json has architecture `topk` but no `k`"))?)
+        architecture @ ("topk" | "abstopk") => {
+            let Some(k) = cfg.k else {
+                bail!(InputError::new(format!("cfg.json has architecture `{architecture}` but no `k`")));
+            };
+            if architecture == "topk" { SaeActivation::TopK(k) } else { SaeActivation::AbsTopK(k) }
         }
         // A batchtopk checkpoint has one threshold for all features.
         "batchtopk" | "matryoshka_batchtopk" => {
@@ -266,13 +288,50 @@ fn read(place: &Place) -> Result<Published> {
         let norms = norms();
         affine.w_enc *= norms.unsqueeze(0);
         affine.b_enc *= double(norms.shallow_clone());
-        w_dec /= norms.unsqueeze(1);
-        affine.w_dec = w_dec;
+        affine.w_dec = &w_dec / norms.unsqueeze(1);
+    }
+    if let Some(whitening) = &whitening {
+        let b_dec = affine.b_dec.shallow_clone();
+        (affine.w_enc, affine.w_dec, affine.b_dec) = whitening.folded(&affine.w_enc, &affine.w_dec, &b_dec)?;
+        if !affine.subtract_b_dec {
+            affine.b_enc -= whitening.through(&affine.w_enc);
+        }
     }
     nothing_left(&tensors)?;
     cfg.fits(affine.check()?)?;
     let (class, tensors) = affine.into_class()?;
     Ok(published(class, tensors))
+}
+
+/// The tensors of a matching pursuit, which uses its decoder to encode. Training multiplied activations by `scale`.
+fn pursuit(
+    tensors: &mut std::collections::BTreeMap<String, Tensor>,
+    cfg: &Cfg,
+    scale: f64,
+) -> Result<std::collections::BTreeMap<String, Tensor>> {
+    if cfg.normalize == Normalize::CovarianceWhitening {
+        bail!(
+            InputError::new("`normalize_activations: covariance_whitening` is not supported for a matching pursuit")
+                .help("it cannot be folded into weights that encode and decode; sae_lens refuses it too")
+        );
+    }
+    let (w_dec, b_dec) = (take_float::<2>(tensors, "W_dec")?, take_float::<1>(tensors, "b_dec")?);
+    nothing_left(tensors)?;
+    let (features, d) = w_dec.size2()?;
+    if b_dec.size() != [d] {
+        bail!(InputError::new(format!("`b_dec` has shape {:?}, not [{d}]", b_dec.size())));
+    }
+    cfg.fits((d, features, d))?;
+    // b_dec is added to reconstructions only if it is subtracted from activations.
+    let b_dec = if cfg.apply_b_dec_to_input { b_dec / scale } else { b_dec.zeros_like() };
+    let tensors = [
+        ("W_dec", w_dec),
+        ("b_dec", b_dec),
+        ("residual_threshold", Tensor::from((cfg.pursuit.residual_threshold / scale) as f32)),
+        ("max_iterations", Tensor::from(cfg.pursuit.max_iterations.unwrap_or(d))),
+        ("stop_on_duplicate_support", Tensor::from(i64::from(cfg.pursuit.stop_on_duplicate_support))),
+    ];
+    Ok(tensors.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)).collect())
 }
 
 fn single(tensor: Tensor) -> Tensor {

@@ -57,6 +57,44 @@ pub fn hugging_face(name: &str) -> String {
     }
 }
 
+/// The family (`model_type` in config.json) of models whose name starts so, in lower case and without the owner; the
+/// longest start first.
+const FAMILIES: [(&str, &str); 26] = [
+    ("deepseek-r1-distill-llama", "llama"),
+    ("deepseek-r1-distill-qwen", "qwen2"),
+    ("gemma-2-", "gemma2"),
+    ("gemma-3-1b", "gemma3_text"),
+    ("gemma-3-270m", "gemma3_text"),
+    ("gemma-3-", "gemma3"),
+    ("gemma-4-", "gemma4"),
+    ("gemma-", "gemma"),
+    ("gpt-neo-", "gpt_neo"),
+    ("gpt-oss-", "gpt_oss"),
+    ("gpt2", "gpt2"),
+    ("llama-", "llama"),
+    ("meta-llama-", "llama"),
+    ("mistral-7b", "mistral"),
+    ("olmo-2", "olmo2"),
+    ("olmo-3", "olmo3"),
+    ("phi-3", "phi3"),
+    ("pythia-", "gpt_neox"),
+    ("qwen1.5", "qwen2"),
+    ("qwen2", "qwen2"),
+    ("qwen3-30b-a3b", "qwen3_moe"),
+    ("qwen3-235b-a22b", "qwen3_moe"),
+    ("qwen3-", "qwen3"),
+    ("qwen3.5-35b-a3b", "qwen3_5_moe"),
+    ("qwen3.5-", "qwen3_5"),
+    ("tinystories-", "gpt_neo"),
+];
+
+/// Returns the family of a model with this name in TransformerLens or on the Hub, if it is known.
+pub fn family(name: &str) -> Option<&'static str> {
+    let repo = hugging_face(name).to_lowercase();
+    let name = repo.rsplit('/').next().unwrap_or_default();
+    FAMILIES.iter().find(|(start, _)| name.starts_with(start)).map(|(_, family)| *family)
+}
+
 /// Whether a model has layer norms: TransformerLens centres only their writes to the residual stream.
 pub fn has_layer_norm(model: &str) -> bool {
     let model = model.to_lowercase();
@@ -96,7 +134,27 @@ pub fn transformer_lens(submodule: &str, io: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{hugging_face, transformer_lens};
+    use super::{family, hugging_face, transformer_lens};
+
+    #[test]
+    fn families_are_known_by_name() {
+        for (name, known) in [
+            ("gpt2-small", Some("gpt2")),
+            ("gemma-2b-it", Some("gemma")),
+            ("gemma-2-9b", Some("gemma2")),
+            ("google/gemma-3-270m-it", Some("gemma3_text")),
+            ("google/gemma-3-12b-pt", Some("gemma3")),
+            ("meta-llama/Meta-Llama-3-8B-Instruct", Some("llama")),
+            ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", Some("llama")),
+            ("qwen3-0.6b", Some("qwen3")),
+            ("Qwen/Qwen3-30B-A3B-Base", Some("qwen3_moe")),
+            ("Qwen/Qwen3.5-27B", Some("qwen3_5")),
+            ("Qwen/Qwen3.5-35B-A3B-Base", Some("qwen3_5_moe")),
+            ("someone/else", None),
+        ] {
+            assert_eq!(family(name), known, "{name}");
+        }
+    }
 
     #[test]
     fn transformer_lens_names_map_to_repositories() {

@@ -1,6 +1,7 @@
 //! The table of releases, `pretrained_saes.yaml`, which maps a release and an id to a repository and a path.
 //!
-//! It is read from the user's machine. Gemma Scope and Llama Scope name their folders by rule and need no table.
+//! A table on the user's machine comes first; else the one of sae_lens [`VERSION`], which is part of this crate. Gemma
+//! Scope and Llama Scope name their folders by rule, so that their SAEs are also found where the table lacks them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,35 +10,52 @@ use dictlearn_core::files;
 use dictlearn_core::formats::{Place, Request, glob};
 use dictlearn_core::hub::{Repo, RepoKind, hub};
 use dictlearn_core::prelude::*;
+use dictlearn_core::registry::{ComponentKind, find as find_component};
 use dictlearn_core::suggest::nearest;
+
+use crate::models;
 
 const FILE: &str = "pretrained_saes.yaml";
 
-/// sae_lens's converters, each with the format that reads the same files.
-const CONVERSIONS: [(&str, &str); 8] = [
+/// The table of this version of sae_lens (MIT), `zstd -19` of its file `pretrained_saes.yaml`.
+const BUNDLED: &[u8] = include_bytes!("../releases/pretrained_saes.yaml.zst");
+
+/// sae_lens's version of the bundled table.
+const VERSION: &str = "6.54.12";
+
+/// sae_lens's converters whose files a format of another name reads. For the others, the names are the same.
+const CONVERSIONS: [(&str, &str); 4] = [
     ("gemma_2", "gemma_scope"),
     ("gemma_2_transcoder", "gemma_scope"),
     ("gemma_3", "gemma_scope"),
-    ("llama_scope", "llama_scope"),
-    ("llama_scope_r1_distill", "llama_scope"),
     ("dictionary_learning_1", "dictionary_learning"),
-    ("sparsify", "sparsify"),
-    ("sae_lens", "sae_lens"),
 ];
+
+/// The format that reads the files of a converter. The error has the name of a format that is not linked.
+fn format_of(conversion: Option<&str>) -> Result<&str, &str> {
+    let Some(name) = conversion else { return Ok(crate::SaeLens::NAME) };
+    let format = CONVERSIONS.iter().find(|(known, _)| *known == name).map_or(name, |(_, format)| format);
+    find_component(ComponentKind::Format, format).map(|found| found.name).ok_or(format)
+}
 
 /// A table, by release.
 struct Table(Map<String, Value>);
 
-/// The table, if the user has one.
-fn table(request: &Request) -> Result<Option<Table>> {
-    let Some(path) = table_file(request)? else { return Ok(None) };
+/// The user's table, or else the bundled one.
+fn table(request: &Request) -> Result<Table> {
+    let Some(path) = table_file(request)? else { return bundled() };
     let refused = |why: String| InputError::new(format!("cannot read the table of releases {}: {why}", path.display()));
     let value: Value =
         dictlearn_core::files::from_yaml(&files::read_text(&path)?).map_err(|error| refused(error.to_string()))?;
     match value {
-        Value::Object(releases) => Ok(Some(Table(releases))),
+        Value::Object(releases) => Ok(Table(releases)),
         _ => Err(refused("it is not a mapping of releases".to_owned()).into()),
     }
+}
+
+fn bundled() -> Result<Table> {
+    let text = String::from_utf8(zstd::decode_all(BUNDLED)?)?;
+    Ok(Table(dictlearn_core::files::from_yaml(&text)?))
 }
 
 /// Path of the table: given by the user, in the Python package, or in the Hub's cache.
@@ -103,17 +121,11 @@ impl Table {
         let (Some(repo), Some(path)) = (repo, entry.get("path").and_then(text)) else {
             bail!(InputError::new(format!("the table lacks the repository or path of `{release}:{sae_id}`")));
         };
-        let conversion = about.get("conversion_func").and_then(Value::as_str);
-        let format = match conversion {
-            None => None,
-            Some(name) => match CONVERSIONS.iter().find(|(known, _)| *known == name) {
-                Some((_, format)) => Some((*format).to_owned()).filter(|format| format != crate::SaeLens::NAME),
-                None => bail!(
-                    InputError::new(format!("`{release}` uses sae_lens's format `{name}`, which is not supported"))
-                        .help("save the SAE with sae_lens (`sae.save_model(dir)`) and import that folder")
-                ),
-            },
-        };
+        let format = format_of(about.get("conversion_func").and_then(Value::as_str)).map_err(|name| {
+            InputError::new(format!("`{release}` uses sae_lens's format `{name}`, which is not supported"))
+                .help("save the SAE with sae_lens (`sae.save_model(dir)`) and import that folder")
+        })?;
+        let format = Some(format.to_owned()).filter(|format| format != crate::SaeLens::NAME);
         let mut place = Place::on_hub(repo, &path);
         place.name = format!("{release}/{sae_id}");
         place.format = format;
@@ -136,28 +148,27 @@ fn id(entry: &Value) -> Option<String> {
 /// The place of `release:sae_id`.
 pub fn place(release: &str, sae_id: &str, request: &Request) -> Result<Place> {
     let table = table(request)?;
-    if let Some(table) = table.as_ref().filter(|table| table.0.contains_key(release)) {
+    if table.entries(release).any(|entry| id(entry).as_deref() == Some(sae_id)) {
         return table.place(release, sae_id);
     }
     if let Some(place) = by_rule(release, sae_id)? {
         return Ok(place);
     }
+    if table.0.contains_key(release) {
+        return table.place(release, sae_id);
+    }
     // A repository on the Hub can stand for a release.
     if release.contains('/') {
         return Place::parse(&format!("{release}/{sae_id}"));
     }
-    let error = InputError::new(format!("unknown release `{release}`"));
-    bail!(match &table {
-        Some(table) => {
-            let near = nearest(release, table.0.keys().map(String::as_str));
-            let near = near.map(|near| format!("did you mean `{near}`? ")).unwrap_or_default();
-            error.help(format!("{near}the table has {} releases (`--list`)", table.0.len()))
-        }
-        None => error.help(
-            "no table of releases was found: give sae_lens's pretrained_saes.yaml with `--releases FILE`, or name the \
-             repository, `owner/name/path`",
-        ),
-    })
+    let near = nearest(release, table.0.keys().map(String::as_str));
+    let near = near.map(|near| format!("did you mean `{near}`? ")).unwrap_or_default();
+    bail!(
+        InputError::new(format!("unknown release `{release}`")).help(format!(
+            "{near}the table has {} releases (`--list`); `--releases FILE` names another",
+            table.0.len()
+        ))
+    );
 }
 
 /// The place of an SAE in Gemma Scope's or Llama Scope's releases.
@@ -231,12 +242,7 @@ fn canonical(width: &Place) -> Result<Place> {
 
 /// Returns the places of all SAEs that match a glob of `release:id`.
 pub fn find(names: &str, request: &Request) -> Result<Vec<Place>> {
-    let Some(table) = table(request)? else {
-        let Some((release, id)) = names.split_once(':') else {
-            bail!(InputError::new(format!("`{names}` is not of the form `release:id`")));
-        };
-        return Ok(vec![place(release, id, request)?]);
-    };
+    let table = table(request)?;
     let wanted = glob(names)?;
     let mut places = Vec::new();
     for release in table.0.keys() {
@@ -255,17 +261,21 @@ pub fn find(names: &str, request: &Request) -> Result<Vec<Place>> {
     Ok(places)
 }
 
-/// Every `release:id` of the table, with repository, path and metrics.
+/// Every `release:id` of the table: model, repository, metrics, and whether it can be imported and its model run.
 pub fn offers(request: &Request) -> Result<Vec<(String, String)>> {
-    let Some(table) = table(request)? else {
-        bail!(
-            InputError::new("no table of releases was found")
-                .help("give sae_lens's pretrained_saes.yaml with `--releases FILE`, or install the Python package")
-        );
-    };
+    let table = table(request)?;
     let mut offers = Vec::new();
     for (release, about) in &table.0 {
         let part = |key: &str| about.get(key).and_then(Value::as_str).unwrap_or_default();
+        let import = match format_of(about.get("conversion_func").and_then(Value::as_str)) {
+            Ok(_) => "import: yes".to_owned(),
+            Err(format) => format!("import: no (format {format})"),
+        };
+        let model = match models::family(part("model")) {
+            Some(family) if runs(family) => format!("model: yes ({family})"),
+            Some(family) => format!("model: no ({family})"),
+            None => "model: unknown".to_owned(),
+        };
         for entry in table.entries(release) {
             let Some(id) = id(entry) else { continue };
             let mut words = vec![format!("{} of {}", part("model"), part("repo_id"))];
@@ -274,8 +284,85 @@ pub fn offers(request: &Request) -> Result<Vec<(String, String)>> {
                     words.push(format!("{name} {value}"));
                 }
             }
+            words.extend([import.clone(), model.clone()]);
             offers.push((format!("{release}:{id}"), words.join(", ")));
         }
     }
     Ok(offers)
+}
+
+/// Whether a family of language models is linked.
+fn runs(family: &str) -> bool {
+    find_component(ComponentKind::Model, family).is_some()
+}
+
+/// A paragraph that says how many SAEs of the bundled table can be imported, and of how many the model can be run.
+pub fn coverage() -> Result<String> {
+    let table = bundled()?;
+    let (mut all, mut imported, mut run) = (0, 0, 0);
+    let mut lacking = std::collections::BTreeMap::<String, usize>::new();
+    for (release, about) in &table.0 {
+        let count = table.entries(release).count();
+        all += count;
+        match format_of(about.get("conversion_func").and_then(Value::as_str)) {
+            Ok(_) => imported += count,
+            Err(format) => *lacking.entry(format!("the format `{format}`")).or_default() += count,
+        }
+        let model = about.get("model").and_then(Value::as_str).unwrap_or_default();
+        match models::family(model) {
+            Some(family) if runs(family) => run += count,
+            Some(family) => *lacking.entry(format!("the family `{family}`")).or_default() += count,
+            None => *lacking.entry(format!("the model `{model}`")).or_default() += count,
+        }
+    }
+    let mut text = format!(
+        "The table of sae_lens {VERSION} names {} SAEs in {} releases. {} of them can be imported. The models of {} can be \
+         run.",
+        grouped(all),
+        table.0.len(),
+        grouped(imported),
+        grouped(run)
+    );
+    if !lacking.is_empty() {
+        let lacking: Vec<String> =
+            lacking.iter().map(|(what, count)| format!("{what} ({})", grouped(*count))).collect();
+        text += &format!(" Not supported: {}.", lacking.join(", "));
+    }
+    Ok(text)
+}
+
+/// A number with a comma before every three digits.
+fn grouped(number: usize) -> String {
+    match number / 1000 {
+        0 => number.to_string(),
+        thousands => format!("{},{:03}", grouped(thousands), number % 1000),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped_by_thousands() {
+        assert_eq!([7, 999, 1000, 13_057, 2_000_001].map(grouped), ["7", "999", "1,000", "13,057", "2,000,001"]);
+    }
+
+    #[test]
+    fn every_name_of_the_table_resolves() {
+        let table = bundled().unwrap();
+        let mut found = 0;
+        for (release, about) in &table.0 {
+            assert!(models::family(about["model"].as_str().unwrap()).is_some(), "{}", about["model"]);
+            for id in table.ids(release) {
+                // The formats are linked where the program is built.
+                match table.place(release, &id) {
+                    Ok(place) => assert_eq!(place.name, format!("{release}/{id}")),
+                    Err(error) => assert!(InputError::take(error).unwrap().message().contains("sae_lens's format")),
+                }
+                found += 1;
+            }
+        }
+        assert_eq!((found, table.0.len()), (13_857, 170));
+    }
 }

@@ -87,10 +87,15 @@ inventory::submit! {
 inventory::submit! {
     PublishedClass {
         layout: LAYOUT,
-        holds: |sae| !matches!(sae.activation, SaeActivation::Jump(_)) && sae.transcodes && sae.w_skip.is_none(),
+        holds: |sae| matches!(sae.activation, SaeActivation::Relu | SaeActivation::TopK(_)) && sae.transcodes && sae.w_skip.is_none(),
     }
 }
-inventory::submit! { PublishedClass { layout: SKIP_LAYOUT, holds: |sae| sae.w_skip.is_some() } }
+inventory::submit! {
+    PublishedClass {
+        layout: SKIP_LAYOUT,
+        holds: |sae| sae.w_skip.is_some() && !matches!(sae.activation, SaeActivation::AbsTopK(_)),
+    }
+}
 
 fn shaped(saved: &SavedTensors, skip: bool) -> Result<Box<dyn Dictionary>> {
     let affine = saved.affine(if skip { SKIP_LAYOUT } else { LAYOUT })?;

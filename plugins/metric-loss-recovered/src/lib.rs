@@ -39,6 +39,10 @@ impl Metric for LossRecoveredConfig {
             .then(|| "the source has no language model; an `eval_source` can provide one".to_owned())
     }
 
+    fn gives_contexts(&self) -> bool {
+        true
+    }
+
     fn memory(&self, source: &mut dyn ActivationSource) -> u64 {
         // Logits and their logarithms.
         let logits = |source: &mut dyn ModelSource| {
