@@ -741,8 +741,11 @@ fn the_library_s_defaults_may_be_left_out() {
             let mut some = json!({"model_type": family});
             let mut all = Value::Object(whole.clone());
             for name in whole.keys().filter(|name| is_size(name)) {
-                some[name] = small[name].clone();
-                all[name] = small[name].clone();
+                // As many layers as the patterns of layer types need.
+                let layers = ["num_hidden_layers", "num_layers", "n_layer"].contains(&name.as_str());
+                let size = if layers { 10.into() } else { small[name].clone() };
+                some[name] = size.clone();
+                all[name] = size;
             }
             let (some, all) = (drawn(some), drawn(all));
             let [some, all] =

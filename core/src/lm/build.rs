@@ -1,6 +1,7 @@
 //! Builds the parts of a model: shapes follow from its config, values come from its weights.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
@@ -41,7 +42,7 @@ pub struct Builder<'a> {
     provide: &'a mut Provide<'a>,
     /// The files, if parts should be read from them when a pass first reaches them.
     lazy: Option<Arc<ModelWeights>>,
-    /// Returns true if the model has a tensor of this name.
+    /// Returns true if a file has a tensor of this name.
     has: &'a dyn Fn(&str) -> bool,
 }
 
@@ -56,7 +57,7 @@ impl<'a> Builder<'a> {
         self.precision
     }
 
-    /// Returns true if the model has a tensor of this name.
+    /// Returns true if the model's files have a tensor of this name.
     pub fn has(&self, name: &str) -> bool {
         (self.has)(name)
     }
@@ -132,7 +133,8 @@ impl<T> Lazy<T> {
 pub(super) struct ModelWeights {
     weights: Weights,
     precision: Precision,
-    read: Mutex<Vec<(String, Tensor)>>,
+    /// Name, index of the part of it, and value.
+    read: Mutex<Vec<(String, Option<i64>, Tensor)>>,
 }
 
 impl ModelWeights {
@@ -145,23 +147,31 @@ impl ModelWeights {
     pub fn read<T>(self: &Arc<Self>, part: impl Fn(&mut Builder) -> Result<T>) -> T {
         let mut provide = |wanted: Wanted| {
             let tensor = self.weights.get(wanted)?;
-            let name = match wanted.part {
-                Some(index) => format!("{}.{index}", wanted.name),
-                None => wanted.name.to_owned(),
-            };
-            self.read.lock().expect("no reader panicked").push((name, tensor.shallow_clone()));
+            let entry = (wanted.name.to_owned(), wanted.part, tensor.shallow_clone());
+            self.read.lock().expect("no reader panicked").push(entry);
             Ok(tensor)
         };
-        let has = |name: &str| self.weights.has(name);
+        let has = |name: &str| self.weights.in_file(name);
         let mut builder =
             Builder { precision: self.precision, provide: &mut provide, lazy: Some(self.clone()), has: &has };
         tch::no_grad(|| part(&mut builder)).expect("a checked tensor can be read")
     }
 
-    /// Returns the weights read so far, by name.
+    /// Returns the weights read so far, by name. Parts of a tensor are put together; all of them must have been read.
     pub fn read_so_far(&self) -> Vec<(String, Tensor)> {
         let read = self.read.lock().expect("no reader panicked");
-        read.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+        let mut parts: BTreeMap<&str, BTreeMap<i64, &Tensor>> = BTreeMap::new();
+        for (name, part, tensor) in read.iter() {
+            if let Some(part) = part {
+                parts.entry(name).or_default().insert(*part, tensor);
+            }
+        }
+        let whole = read.iter().filter(|(_, part, _)| part.is_none());
+        let whole = whole.map(|(name, _, tensor)| (name.clone(), tensor.shallow_clone()));
+        let stacked = parts
+            .into_iter()
+            .map(|(name, parts)| (name.to_owned(), Tensor::stack(&parts.into_values().collect::<Vec<_>>(), 0)));
+        whole.chain(stacked).collect()
     }
 }
 

@@ -736,7 +736,7 @@ impl Decoder {
         let tied = config.head.tied.then_some(head);
         let config = Arc::new(config);
         let (mut asked, mut bytes) = (Vec::new(), 0);
-        let has = |name: &str| weights.has(name);
+        let has = |name: &str| weights.in_file(name);
         let mut provide = |wanted: Wanted| {
             // Parts of one tensor are asked for one after the other.
             if asked.last().is_none_or(|last| last != wanted.name) {

@@ -188,6 +188,11 @@ impl Weights {
         self.drawn || self.find(name).is_some()
     }
 
+    /// Returns true if a file has a tensor of this name; random weights are in no file.
+    pub(super) fn in_file(&self, name: &str) -> bool {
+        self.find(name).is_some()
+    }
+
     /// Checks that the weights of a wrapper have a text model.
     pub(super) fn check_has_text(&self, embedding: &str, head: &str) -> Result<()> {
         if self.text_root.is_none() || self.has(embedding) || self.has(head) {
