@@ -1,6 +1,7 @@
 //! Builds the parts of a model: shapes follow from its config, values come from its weights.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
@@ -132,7 +133,7 @@ impl<T> Lazy<T> {
 pub(super) struct ModelWeights {
     weights: Weights,
     precision: Precision,
-    read: Mutex<Vec<(String, Tensor)>>,
+    read: Mutex<Vec<(String, Option<i64>, Tensor)>>,
 }
 
 impl ModelWeights {
@@ -145,11 +146,8 @@ impl ModelWeights {
     pub fn read<T>(self: &Arc<Self>, part: impl Fn(&mut Builder) -> Result<T>) -> T {
         let mut provide = |wanted: Wanted| {
             let tensor = self.weights.get(wanted)?;
-            let name = match wanted.part {
-                Some(index) => format!("{}.{index}", wanted.name),
-                None => wanted.name.to_owned(),
-            };
-            self.read.lock().expect("no reader panicked").push((name, tensor.shallow_clone()));
+            let read = (wanted.name.to_owned(), wanted.part, tensor.shallow_clone());
+            self.read.lock().expect("no reader panicked").push(read);
             Ok(tensor)
         };
         let has = |name: &str| self.weights.has(name);
@@ -158,10 +156,22 @@ impl ModelWeights {
         tch::no_grad(|| part(&mut builder)).expect("a checked tensor can be read")
     }
 
-    /// Returns the weights read so far, by name.
+    /// Returns the weights read so far, by name. Tensors that were read part by part, all of whose parts must have been
+    /// read, are copies.
     pub fn read_so_far(&self) -> Vec<(String, Tensor)> {
         let read = self.read.lock().expect("no reader panicked");
-        read.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+        let (mut whole, mut parts) = (Vec::new(), BTreeMap::<&String, BTreeMap<i64, &Tensor>>::new());
+        for (name, part, tensor) in read.iter() {
+            match part {
+                None => whole.push((name.clone(), tensor.shallow_clone())),
+                Some(index) => drop(parts.entry(name).or_default().insert(*index, tensor)),
+            }
+        }
+        let stacked = |(name, parts): (&String, BTreeMap<i64, &Tensor>)| {
+            (name.clone(), Tensor::stack(&parts.into_values().collect::<Vec<_>>(), 0))
+        };
+        whole.extend(parts.into_iter().map(stacked));
+        whole
     }
 }
 
