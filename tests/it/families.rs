@@ -723,7 +723,8 @@ fn drawn(config: Value) -> Result<Box<dyn LanguageModel>> {
 /// A config with only the sizes of the whole library default, to see whether the family knows the rest.
 #[test]
 fn the_library_s_defaults_may_be_left_out() {
-    let sizes: BTreeMap<String, Value> = cases().iter().map(|case| config_of(case)).collect();
+    // Of several cases of a family, the first.
+    let sizes: BTreeMap<String, Value> = cases().iter().rev().map(|case| config_of(case)).collect();
     let mut compared = 0;
     for (family, releases) in library_defaults() {
         let Some(small) = sizes.get(&family) else { continue };

@@ -17,12 +17,12 @@ const GEMMA: &[&str] = &["vision_tower", "audio_tower", "embed_vision", "embed_a
 /// Tensors of Idefics 3 and SmolVLM.
 const IDEFICS: &[&str] = &["vision_model", "connector"];
 
-/// Defines families of multimodal models: what they are and the paper, the family of the text model, its path, and the
-/// towers beside it.
+/// Defines families of multimodal models: what they are and the paper, the family of the text model, its path, the towers
+/// beside it, and fields for a small example.
 macro_rules! multimodal {
-    ($($config:ident = $name:literal, $summary:literal, $paper:literal: $text:literal at $root:literal without $towers:ident;)*) => {$(
+    ($($config:ident = $name:literal, $summary:literal, $paper:literal: $text:literal at $root:literal without $towers:ident $(, $example:literal)?;)*) => {$(
         #[doc = concat!("Config of ", $summary, ".")]
-        #[component(model $name, summary = $summary, paper = $paper)]
+        #[component(model $name, summary = $summary, paper = $paper $(, example = $example)?)]
         pub struct $config {
             /// Fields of the whole model; those of the text model are in `text_config`, or among them.
             #[serde(flatten)]
@@ -41,7 +41,7 @@ multimodal! {
     Gemma3 = "gemma3", "text model of Gemma 3 4B, 12B and 27B", "Gemma team 2025, Gemma 3, https://arxiv.org/abs/2503.19786":
         "gemma3_text" at "model.language_model" without VISION;
     Gemma3n = "gemma3n", "text model of Gemma 3n", "Gemma team 2025, Gemma 3n, https://ai.google.dev/gemma/docs/gemma-3n":
-        "gemma3n_text" at "model.language_model" without GEMMA;
+        "gemma3n_text" at "model.language_model" without GEMMA, "{num_kv_shared_layers: 0}";
     Gemma4 = "gemma4", "text model of Gemma 4", "Gemma team 2026, Gemma 4, https://ai.google.dev/gemma/docs":
         "gemma4_text" at "model.language_model" without GEMMA;
     Mistral3 = "mistral3", "text model of Mistral Small 3.1 and later",
