@@ -129,9 +129,9 @@ fn family(name: &str, config: &Value) -> Result<&'static ModelFamily> {
     let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {
         let near = nearest(family, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
         bail!(InputError::new(format!("the model {name} has the unsupported family `{family}`")).help(format!(
-            "{}there are two ways on: let Python run the model, and train from its activations on disk (source \
-                 `tensor_file` or `activation_cache`), or write the family as a plugin (`dictlearn new-plugin model`); \
-                 supported families: {} (`dictlearn list models`)",
+            "{}two doors are open to any other model: examples/write_activations.py writes its activations in Python, and \
+             the source `activation_cache` trains from them (docs/models.md); or a plugin runs it (`dictlearn new-plugin \
+             model NAME`). Supported families: {} (`dictlearn list models`)",
             near.unwrap_or_default(),
             known.join(", ")
         )));
