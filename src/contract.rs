@@ -1466,8 +1466,10 @@ fn model_config(component: &Component) -> Map<String, Value> {
         "model_type": component.name, "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
     });
-    if has_field(component, "sliding_window") {
-        config["sliding_window"] = 4.into();
+    for (field, value) in [("sliding_window", 4), ("num_key_value_heads", 2)] {
+        if has_field(component, field) {
+            config[field] = value.into();
+        }
     }
     let own: Option<Map<String, Value>> =
         serde_yaml::from_str(component.example).unwrap_or_else(|error| MODEL_CONFIG.broken(&who(component), error));
@@ -1523,7 +1525,7 @@ fn lists_the_modules_that_it_meets(component: &Component) {
     for visit in &modules {
         MODULES.check(&who, known.insert(&visit.module), || format!("`{}` is listed twice", visit.module));
     }
-    let mut own = vec![names.embed.clone(), names.final_norm.clone()];
+    let mut own: Vec<_> = [names.embed.clone()].into_iter().chain(names.final_norm.clone()).collect();
     own.extend((0..model.n_layers()).map(|layer| names.layer(layer)));
     if let Some(missing) = own.iter().find(|module| !known.contains(module)) {
         MODULES.broken(&who, format!("`names` has `{missing}`, but `modules` does not list it"));

@@ -12,6 +12,7 @@ pub const ARITHMETIC: &[&str] = &[
     "activation_sparsity_pattern",
     "alibi",
     "altup_num_inputs",
+    "apply_residual_connection_post_layernorm",
     "attention_bias",
     "attention_chunk_size",
     "attention_k_eq_v",
@@ -29,6 +30,7 @@ pub const ARITHMETIC: &[&str] = &[
     "logit_scale",
     "logits_scaling",
     "mlp_bias",
+    "new_decoder_architecture",
     "no_rope_layers",
     "num_experts",
     "num_global_key_value_heads",
@@ -46,12 +48,16 @@ pub const ARITHMETIC: &[&str] = &[
     "rope_scaling",
     "rotary_dim",
     "sliding_window",
+    "slow_but_exact",
     "swiglu_alpha",
     "swiglu_limit",
+    "use_bias",
     "use_bidirectional_attention",
     "use_double_wide_mlp",
     "use_parallel_residual",
     "use_qk_norm",
+    "use_qkv_bias",
+    "word_embed_proj_dim",
 ];
 
 /// Refuses a config in which a field changes the arithmetic but its family does not implement it.

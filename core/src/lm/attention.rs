@@ -389,8 +389,7 @@ impl Attention {
             };
             let mut scores = q.matmul(&each(k).transpose(-2, -1)).to_kind(Kind::Float) * scale;
             if let Some(biases) = alibi {
-                let factor = if config.alibi.is_some_and(|alibi| alibi.scaled) { scale } else { 1.0 };
-                scores = scores + biases * factor;
+                scores += biases;
             }
             if let Some(cap) = config.soft_cap {
                 scores = (scores / cap).tanh() * cap;

@@ -96,9 +96,7 @@ impl<'a> Builder<'a> {
 
     /// Returns a norm over `width` elements.
     pub fn norm(&mut self, path: &str, width: i64, config: NormConfig) -> Result<Norm> {
-        let weight = (config.kind != NormKind::RmsNoWeight)
-            .then(|| self.tensor(&format!("{path}.weight"), &[width]))
-            .transpose()?;
+        let weight = config.kind.has_weight().then(|| self.tensor(&format!("{path}.weight"), &[width])).transpose()?;
         let bias =
             (config.kind == NormKind::Layer).then(|| self.tensor(&format!("{path}.bias"), &[width])).transpose()?;
         Ok(Norm { config, weight, bias })

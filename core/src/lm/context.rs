@@ -7,14 +7,14 @@ use super::rotary::Rotary;
 
 /// ALiBi: a bias on attention scores that grows with the key's position, at a slope for each head (Press et al. 2021,
 /// <https://arxiv.org/abs/2108.12409>). Positions count the text tokens of a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Alibi {
     /// Number of heads.
     pub heads: i64,
     /// Whether slopes and biases are rounded to bfloat16.
     pub rounded: bool,
-    /// Whether biases are multiplied with the factor on scores.
-    pub scaled: bool,
+    /// Factor on biases.
+    pub factor: f64,
 }
 
 impl Alibi {
@@ -32,7 +32,7 @@ impl Alibi {
         let slopes =
             Tensor::from_slice(&self.slopes()).to_kind(Kind::Float).to_kind(kind).to_device(positions.device());
         let biases = slopes.view([1, -1, 1, 1]) * positions.unsqueeze(1).unsqueeze(1);
-        biases.to_kind(Kind::Float)
+        biases.to_kind(Kind::Float) * self.factor
     }
 }
 

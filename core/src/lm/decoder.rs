@@ -420,7 +420,7 @@ impl DecoderConfig {
             layers: self.inside(self.layers_name),
             embed: self.inside(self.embed.tokens),
             positions: self.embed.positions.map(|positions| self.inside(positions.name)),
-            final_norm: self.final_norm.map_or_else(|| self.root.to_owned(), |name| self.inside(name)),
+            final_norm: self.final_norm.map(|name| self.inside(name)),
             of_layer: self.layers.iter().map(LayerConfig::names).collect(),
             aliases: self.aliases.clone(),
         }
@@ -499,7 +499,8 @@ struct End {
     norm: Option<Norm>,
     project: Option<Linear>,
     /// `None` if it shares the embedding's weight.
-    head: Option<Linear>,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
 }
 
 impl Parts {
@@ -685,8 +686,10 @@ impl End {
         let width = config.embed.width.unwrap_or(d);
         let project =
             (width != d).then(|| builder.linear(&config.inside("project_out"), width, d, false)).transpose()?;
-        let own = (!head.tied).then(|| builder.linear(head.path, config.vocab_size, width, head.bias));
-        Ok(End { streams, norm, project, head: own.transpose()? })
+        let (weight, bias) = (format!("{}.weight", head.path), format!("{}.bias", head.path));
+        let weight = (!head.tied).then(|| builder.matrix(&weight, &[config.vocab_size, width])).transpose()?;
+        let bias = head.bias.then(|| builder.matrix(&bias, &[config.vocab_size])).transpose()?;
+        Ok(End { streams, norm, project, weight, bias })
     }
 }
 
@@ -927,14 +930,10 @@ impl LanguageModel for Decoder {
             x = hooks.linear(&self.config.inside("project_out"), &x, project)?;
         }
         let HeadConfig { path, scale, soft_cap, .. } = self.config.head;
-        let logits = match &end.head {
-            Some(head) => hooks.linear(path, &x, head)?,
-            None => {
-                let weight = self.parts.embed.get().tokens.shallow_clone();
-                hooks.linear(path, &x, &Linear { weight, bias: None, precision: self.cx.precision })?
-            }
-        };
-        let logits = logits.to_kind(Kind::Float);
+        let weight = end.weight.as_ref().unwrap_or_else(|| &self.parts.embed.get().tokens).shallow_clone();
+        let bias = end.bias.as_ref().map(Tensor::shallow_clone);
+        let head = Linear { weight, bias, precision: self.cx.precision };
+        let logits = hooks.linear(path, &x, &head)?.to_kind(Kind::Float);
         let logits = if scale == 1.0 { logits } else { logits * scale };
         Ok(match soft_cap {
             Some(cap) => (logits / cap).tanh() * cap,

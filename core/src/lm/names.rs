@@ -11,8 +11,8 @@ pub struct Names {
     pub embed: String,
     /// Learned position embedding (full path), if there is one.
     pub positions: Option<String>,
-    /// Final norm (full path).
-    pub final_norm: String,
+    /// Final norm (full path), if there is one.
+    pub final_norm: Option<String>,
     /// Modules of each layer.
     pub of_layer: Vec<LayerNames>,
     /// Other names of modules, and the names that the model uses: [("mlp", "block_sparse_moe")].
@@ -97,7 +97,7 @@ impl Names {
         match name {
             "hook_embed" => return point(self.embed.clone(), Io::Out),
             "hook_pos_embed" => return point(self.positions.clone()?, Io::Out),
-            "ln_final.hook_normalized" => return point(self.final_norm.clone(), Io::Normed),
+            "ln_final.hook_normalized" => return point(self.final_norm.clone()?, Io::Normed),
             _ => {}
         }
         let (index, hook) = name.strip_prefix("blocks.")?.split_once('.')?;
@@ -145,7 +145,7 @@ mod tests {
             layers: "m.h".to_owned(),
             embed: "m.wte".to_owned(),
             positions: some("m.wpe"),
-            final_norm: "m.ln_f".to_owned(),
+            final_norm: some("m.ln_f"),
             of_layer: vec![layer; 12],
             aliases: Vec::new(),
         }

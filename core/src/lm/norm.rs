@@ -20,6 +20,8 @@ pub enum NormKind {
     Layer,
     /// Layer norm without a bias.
     LayerNoBias,
+    /// Layer norm without weight and bias.
+    LayerNoWeight,
     /// RMS norm: mean square 1 (Zhang and Sennrich 2019, <https://arxiv.org/abs/1910.07467>).
     Rms,
     /// RMS norm that scales by 1 + weight, as Gemma's do.
@@ -30,7 +32,12 @@ pub enum NormKind {
 
 impl NormKind {
     fn is_layer(self) -> bool {
-        matches!(self, NormKind::Layer | NormKind::LayerNoBias)
+        matches!(self, NormKind::Layer | NormKind::LayerNoBias | NormKind::LayerNoWeight)
+    }
+
+    /// Returns true if the norm has a weight.
+    pub(super) fn has_weight(self) -> bool {
+        !matches!(self, NormKind::LayerNoWeight | NormKind::RmsNoWeight)
     }
 }
 

@@ -344,7 +344,8 @@ impl Rotary {
     pub fn new(width: i64, theta: f64) -> Result<Self> {
         if width < 2 || width % 2 != 0 {
             bail!(InputError::new(format!(
-                "config.json: rotates {width} dimensions of a head; the number must be even and positive"
+                "config.json: `head_dim` and `partial_rotary_factor` rotate {width} dimensions of a head; the number must be \
+                 even and positive"
             )));
         }
         if theta.is_nan() || theta <= 0.0 {
@@ -356,6 +357,11 @@ impl Rotary {
     /// Returns the embedding that rotates neighbouring dimensions with each other.
     pub fn interleaved(self) -> Self {
         Rotary { interleaved: true, ..self }
+    }
+
+    /// Returns the same embedding without scaling.
+    pub fn unscaled(&self) -> Self {
+        Rotary { scaling: Scaling::None, ..self.clone() }
     }
 
     /// Returns cosines and sines for the positions of a context, [L, width] each, float32.
