@@ -100,8 +100,9 @@ pub fn text_model(
         Some(Value::Object(text)) => text.clone(),
         Some(other) => bail!(InputError::new(format!("config.json: `text_config` is {other}, not a map"))),
     };
-    if let Some(tied) = config.get("tie_word_embeddings") {
-        text.entry("tie_word_embeddings").or_insert_with(|| tied.clone());
+    // Some files tie head and embedding in one of the two places only; in the end, the weights decide.
+    if config.get("tie_word_embeddings") == Some(&Value::Bool(true)) {
+        text.insert("tie_word_embeddings".to_owned(), true.into());
     }
     let own = text.get("model_type").and_then(Value::as_str).map(str::to_owned);
     let outer = config.get("model_type").and_then(Value::as_str).unwrap_or_default();

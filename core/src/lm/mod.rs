@@ -16,6 +16,7 @@ mod files;
 mod hook_point;
 mod kernels;
 mod laurel;
+mod layer;
 mod mlp;
 mod model;
 mod mxfp4;

@@ -13,8 +13,6 @@ pub struct Gemma3Config {
     common: CommonFields,
     #[serde(flatten)]
     sandwich: Sandwich,
-    /// Soft cap of the attention scores: bounds them to ± this value.
-    attn_logit_softcapping: Option<f64>,
     /// Soft cap of the logits: bounds them to ± this value.
     final_logit_softcapping: Option<f64>,
     /// n: without `layer_types`, every n-th layer has full attention. Default: 6.
@@ -45,7 +43,6 @@ impl DecoderFamily for Gemma3Config {
         for (attention, sliding) in decoder.attentions().zip(sliding) {
             attention.rotary = Some(usize::from(sliding));
             attention.qk_norm = Some(QkNorm::new(NormedOver::Head));
-            attention.soft_cap = self.attn_logit_softcapping;
         }
         Ok(decoder)
     }

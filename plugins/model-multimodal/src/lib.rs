@@ -56,8 +56,6 @@ multimodal! {
         "qwen2" at "model.language_model" without VISION;
     InternVl = "internvl", "text model of InternVL 3", "Zhu et al. 2025, InternVL3, https://arxiv.org/abs/2504.10479":
         "qwen2" at "model.language_model" without VISION;
-    AyaVision = "aya_vision", "text model of Aya Vision", "Dash et al. 2025, Aya Vision, https://arxiv.org/abs/2505.08751":
-        "cohere2" at "model.language_model" without VISION;
     SmolVlm = "smolvlm", "text model of SmolVLM", "Marafioti et al. 2025, SmolVLM, https://arxiv.org/abs/2504.05299":
         "llama" at "model.text_model" without IDEFICS;
     Idefics3 = "idefics3", "text model of Idefics 3 and the first SmolVLM",
