@@ -1466,10 +1466,13 @@ fn model_config(component: &Component) -> Map<String, Value> {
         "model_type": component.name, "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
     });
-    for (field, value) in [("sliding_window", 4), ("num_key_value_heads", 2)] {
-        if has_field(component, field) {
-            config[field] = value.into();
-        }
+    if has_field(component, "sliding_window") {
+        config["sliding_window"] = 4.into();
+    }
+    // The family of a multimodal model takes the fields of any text model.
+    let any = (component.schema)().get("additionalProperties").and_then(Value::as_bool) == Some(true);
+    if any || has_field(component, "num_key_value_heads") {
+        config["num_key_value_heads"] = 2.into();
     }
     let own: Option<Map<String, Value>> =
         serde_yaml::from_str(component.example).unwrap_or_else(|error| MODEL_CONFIG.broken(&who(component), error));

@@ -26,6 +26,13 @@ impl Linear {
         x.to_kind(kind).linear(&self.weight.to_kind(kind), bias)
     }
 
+    /// Maps x [N, in] into `out` [N, out], a tensor in the products' dtype, without gradients.
+    pub(super) fn forward_into(&self, x: &Tensor, out: &Tensor) {
+        let kind = self.precision.kind();
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(kind));
+        let _ = x.to_kind(kind).linear_out(out, &self.weight.to_kind(kind), bias.as_ref());
+    }
+
     /// Returns the width of its output.
     pub fn width(&self) -> i64 {
         self.weight.size()[0]

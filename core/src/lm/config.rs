@@ -493,7 +493,7 @@ fn of_layers(types: &[String], n_layers: usize, known: [&str; 2]) -> Result<Vec<
     let is_second = |name: &String| match known.iter().position(|known| known == name) {
         Some(index) => Ok(index == 1),
         None => bail!(
-            InputError::new(format!("config.json: layers of type `{name}` are not supported"))
+            InputError::new(format!("config.json: `layer_types` has `{name}`, which this family does not implement"))
                 .help(format!("supported types: {}", known.join(", ")))
         ),
     };

@@ -497,6 +497,12 @@ impl LanguageModel for Decoder {
         self.bytes
     }
 
+    fn tokens_at_once(&self) -> usize {
+        // An expert's product needs about as many rows as that of an MLP.
+        let sparse = self.config.layers.iter().map(LayerConfig::tokens_per_row).max().unwrap_or(1);
+        1024 * sparse.clamp(1, 8) as usize
+    }
+
     fn modules(&self) -> Vec<Visit> {
         self.visits.clone()
     }

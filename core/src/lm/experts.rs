@@ -194,10 +194,10 @@ impl Expert {
         }
     }
 
-    /// Returns the output [N, d] for rows x [N, d].
-    fn forward(&self, config: &ExpertsConfig, x: &Tensor) -> Tensor {
+    /// Returns the activations [N, width] for rows x [N, d]; `down` maps them to the output.
+    fn wide(&self, config: &ExpertsConfig, x: &Tensor) -> Tensor {
         let up = self.up.forward(x);
-        let wide = match (&self.gate, config.layout) {
+        match (&self.gate, config.layout) {
             (Some(gate), _) => config.glu.forward(&gate.forward(x), &up),
             (None, ExpertLayout::StackedTransposed) => {
                 let pairs = up.unflatten(-1, [-1, 2]);
@@ -207,9 +207,15 @@ impl Expert {
                 let both = up.chunk(2, -1);
                 config.glu.forward(&both[0], &both[1])
             }
-        };
-        self.down.forward(&wide)
+        }
     }
+}
+
+/// An expert, the tokens that it reads, and where its outputs begin among those of all experts.
+struct Work<'a> {
+    expert: &'a Expert,
+    tokens: Tensor,
+    start: i64,
 }
 
 /// A mixture of experts with its weights.
@@ -310,28 +316,32 @@ impl Experts {
         // Choices ordered by expert: each expert has a range of them.
         let chosen = chosen.flatten(0, 1);
         let order = chosen.argsort_stable(true, 0, false);
-        let rows = x.index_select(0, &order.divide_scalar_mode(per_token, "floor"));
+        let tokens = order.divide_scalar_mode(per_token, "floor");
         let counts = Vec::<i64>::try_from(chosen.bincount::<Tensor>(None, count)).expect("counts are integers");
-        let mut start = 0;
-        let ranges = self.experts.iter().zip(counts).filter(|(_, count)| *count > 0).map(|(expert, count)| {
+        let (mut work, mut start) = (Vec::new(), 0);
+        for (expert, count) in self.experts.iter().zip(counts).filter(|(_, count)| *count > 0) {
+            work.push(Work { expert: expert.get(), tokens: tokens.narrow(0, start, count), start });
             start += count;
-            (expert.get(), rows.narrow(0, start - count, count))
-        });
-        let outputs = self.outputs(&ranges.collect::<Vec<_>>());
+        }
+        let outputs = self.outputs(&x, &work, start);
         // Where each choice went.
         let place = order.argsort_stable(true, 0, false);
         kernels::weighted_sums(&outputs, &place.view([-1, per_token]), &weights).reshape(size)
     }
 
-    /// Returns the outputs of experts for their rows, one below the other.
-    fn outputs(&self, work: &[(&Expert, Tensor)]) -> Tensor {
-        let one = |(expert, rows): &(&Expert, Tensor)| expert.forward(&self.config, rows);
-        let plain = work.iter().all(|(_, rows)| rows.device() == Device::Cpu && !rows.requires_grad());
-        if !plain || work.len() < 2 {
-            return Tensor::cat(&work.iter().map(one).collect::<Vec<_>>(), 0);
+    /// Returns the outputs of experts for their tokens of x, one below the other, [`count`, d].
+    fn outputs(&self, x: &Tensor, work: &[Work], count: i64) -> Tensor {
+        let wide = |work: &Work| work.expert.wide(&self.config, &x.index_select(0, &work.tokens));
+        if x.device() != Device::Cpu || x.requires_grad() {
+            let outputs = work.iter().map(|work| work.expert.down.forward(&wide(work)));
+            return Tensor::cat(&outputs.collect::<Vec<_>>(), 0);
         }
+        let outputs = Tensor::empty([count, x.size()[1]], (self.router.precision.kind(), Device::Cpu));
         // An expert has few rows: many products on one thread each are faster than one after the other on all threads.
-        let outputs = parallel::map(work, one);
-        Tensor::cat(&outputs, 0)
+        parallel::each(work, |work| {
+            let place = outputs.narrow(0, work.start, work.tokens.size()[0]);
+            work.expert.down.forward_into(&wide(work), &place);
+        });
+        outputs
     }
 }

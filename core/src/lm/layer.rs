@@ -158,6 +158,15 @@ impl LayerConfig {
         }
     }
 
+    /// Returns the number of tokens of which an expert reads one, on average; 1 without experts.
+    pub(super) fn tokens_per_row(&self) -> i64 {
+        let experts = match &self.feed_forward {
+            FeedForward::Experts(experts) => Some(experts),
+            FeedForward::Mlp(_) => self.beside.as_ref().map(|beside| &beside.experts),
+        };
+        experts.map_or(1, |experts| (experts.count / experts.per_token).max(1))
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         match &self.mixer {
             Mixer::Attention(attention) => attention.check()?,

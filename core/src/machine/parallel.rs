@@ -103,23 +103,17 @@ impl<T> Output<T> {
 /// Number of elements that justifies another thread.
 const CHUNK: usize = 1 << 14;
 
-/// Returns a tensor for each item, computed on libtorch's threads, in which every operation of libtorch runs on one thread.
-/// Items may hold tensors without gradients.
-pub(crate) fn map<T>(items: &[T], one: impl Fn(&T) -> Tensor) -> Vec<Tensor> {
+/// Calls `one` with each item on libtorch's threads, in which every operation of libtorch runs on one thread. Items and
+/// captures may hold tensors: those without gradients may be read by all, and each call may write tensors of its own.
+pub(crate) fn each<T>(items: &[T], one: impl Fn(&T)) {
     struct Shared<T>(T);
-    // SAFETY: tensors without gradients are only read, and libtorch counts references atomically.
+    // SAFETY: libtorch counts references atomically, and reading a tensor changes nothing.
     unsafe impl<T> Sync for Shared<T> {}
-    let mut results: Vec<Option<Tensor>> = items.iter().map(|_| None).collect();
-    let shared = Shared((items, &one, Output::over(&mut results)));
+    let shared = Shared((items, one));
     share_in(items.len(), 1, |range| {
-        let Shared((items, one, results)) = &shared;
-        for index in range {
-            // SAFETY: every index is in one range.
-            let slot = unsafe { results.part(index..index + 1) };
-            slot[0] = Some(tch::no_grad(|| one(&items[index])));
-        }
+        let Shared((items, one)) = &shared;
+        tch::no_grad(|| items[range].iter().for_each(one));
     });
-    results.into_iter().map(|result| result.expect("every index is in one range")).collect()
 }
 
 /// Splits `0..rows` into ranges and calls `work` with each, on libtorch's threads. A row has `width` elements.

@@ -54,6 +54,13 @@ impl DecoderFamily for Qwen3MoeConfig {
             attention.qk_norm = Some(QkNorm::new(NormedOver::Head));
             attention.window = self.sliding_window.filter(|_| self.use_sliding_window);
         }
+        if let (Some(count), Some(other)) = (self.num_experts, self.num_local_experts)
+            && count != other
+        {
+            bail!(InputError::new(format!(
+                "config.json: `num_experts` is {count}, but `num_local_experts` is {other}"
+            )));
+        }
         let count = self.num_experts.or(self.num_local_experts).unwrap_or(128);
         let size = (count, self.num_experts_per_tok);
         let experts = ExpertsConfig {

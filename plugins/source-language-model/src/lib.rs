@@ -39,10 +39,6 @@ use held_out::PartOfText;
 pub use sites::{Heads, IoChoice, Submodules};
 use sites::{LanguageModelSite, sites};
 
-/// Maximum tokens per forward pass on a CPU: few enough that a layer's intermediate values stay in the caches, and
-/// enough for efficient products.
-const AT_ONCE: usize = 1024;
-
 /// Activations of a language model.
 #[component(source "language_model", summary = "Activations of a language model, served from a shuffling buffer",
     example = "{type: language_model, model: \"embedded:austen\", submodule: gpt_neox.layers.2, text: {type: \
@@ -480,8 +476,9 @@ impl Harvest {
         if !matches!(self.model.device(), Device::Cpu) {
             return order.len();
         }
+        let most = self.model.tokens_at_once();
         // Lengths are ascending, so row n is the longest of the first n + 1.
-        order.iter().enumerate().take_while(|(n, row)| (n + 1) * rows[**row].len() <= AT_ONCE).count()
+        order.iter().enumerate().take_while(|(n, row)| (n + 1) * rows[**row].len() <= most).count()
     }
 
     /// Runs some rows together. Returns the activations at their text positions, row by row, and the number of each
@@ -786,7 +783,7 @@ impl ActivationSource for LanguageModelSource {
         let row: i64 = self.harvest.columns().iter().map(|(width, kind)| width * kind.elt_size_in_bytes() as i64).sum();
         let (length, contexts) = (self.context_length(), self.harvest.rows as i64);
         let at_once = match model.device() {
-            Device::Cpu => (AT_ONCE as i64).max(length).min(contexts * length),
+            Device::Cpu => (model.tokens_at_once() as i64).max(length).min(contexts * length),
             _ => contexts * length,
         };
         // Peak of a layer: several copies of the residual stream and of its widest value, ignoring logits.
