@@ -282,7 +282,7 @@ impl Attention {
         }
         let mut z = self.attend(&q, &k, &v, context);
         if let Some(gate) = gate {
-            z = z * gate.sigmoid();
+            z *= gate.sigmoid();
         }
         hooks.linear(config.output, &z, &self.out)
     }

@@ -56,11 +56,12 @@ impl Norm {
     /// Normalises x [.., d] in float32, scales and shifts it, and returns it as dtype `out`.
     pub fn forward(&self, x: &Tensor, out: Kind) -> Tensor {
         let NormConfig { kind, eps } = self.config;
-        if let Some(weight) = self.weight.as_ref().filter(|_| !kind.is_layer()) {
-            if matches!(out, Kind::Float | Kind::BFloat16) && kernels::fit([x, weight]) {
-                let plus_one = (kind == NormKind::RmsPlusOne).then(|| weight + 1.0);
-                return kernels::rms_norm(x, plus_one.as_ref().unwrap_or(weight), eps, out);
-            }
+        if let Some(weight) = self.weight.as_ref().filter(|_| !kind.is_layer())
+            && matches!(out, Kind::Float | Kind::BFloat16)
+            && kernels::fit([x, weight])
+        {
+            let plus_one = (kind == NormKind::RmsPlusOne).then(|| weight + 1.0);
+            return kernels::rms_norm(x, plus_one.as_ref().unwrap_or(weight), eps, out);
         }
         let x = x.to_kind(Kind::Float);
         let width = [*x.size().last().expect("a normalised tensor has a width")];

@@ -7,7 +7,7 @@
 //! | format | tensors | b_dec is subtracted |
 //! | --- | --- | --- |
 //! | `qwen_scope` | W_enc [F, d], W_dec [d, F], b_enc, b_dec | no |
-//! | `connor_rob_hook_z` | W_enc [d, F], W_dec [F, d], b_enc, b_dec; `<stem>_cfg.json` | yes |
+//! | `connor_rob_hook_z` | W_enc [d, F], W_dec [F, d], b_enc, b_dec; `NAME_cfg.json` | yes |
 //! | `goodfire` | encoder_linear.weight [F, d], decoder_linear.weight [d, F], and their biases | no |
 //! | `deepseek_r1` | encoder.weight [F, d], decoder.weight [d, F], and their biases | no |
 //!
@@ -67,8 +67,8 @@ impl Format for QwenScope {
 }
 
 /// SAEs on the outputs of GPT-2's attention heads, concatenated, by Connor Kissane and Robert Krzyzanowski:
-/// `<stem>.pt`, and `<stem>_cfg.json` beside it.
-#[component(format "connor_rob_hook_z", summary = "<stem>.pt and <stem>_cfg.json: attention SAEs on GPT-2 small",
+/// `NAME.pt`, and `NAME_cfg.json` beside it.
+#[component(format "connor_rob_hook_z", summary = "NAME.pt and NAME_cfg.json: attention SAEs on GPT-2 small",
     paper = "Kissane et al. 2024, Interpreting Attention Layer Outputs with Sparse Autoencoders, https://arxiv.org/abs/2406.17759",
     example = "dictlearn import sae_lens gpt2-small-hook-z-kk:blocks.5.hook_z")]
 pub struct ConnorRobHookZ {}
