@@ -13,6 +13,7 @@ use super::model::LanguageModel;
 use super::weights::{ModelCx, Weights};
 use crate::error::InputError;
 use crate::machine::device::Precision;
+use crate::registry::{ComponentKind, find};
 use crate::suggest::nearest;
 
 /// A family of language models, named by `model_type` in config.json. [`component`](macro@crate::component) submits it.
@@ -152,8 +153,28 @@ fn build(
         }
     }
     refuse_unknown_arithmetic(config, family.model_type)?;
-    (family.load)(config, weights()?, cx)
+    let weights = weights()?;
+    (family.load)(config, weights, cx).map_err(|error| match absent_sizes(config, family.model_type) {
+        sizes if sizes.is_empty() => error,
+        sizes => error.context(format!("config.json has no {}, so the library's default applies", sizes.join(", "))),
+    })
 }
+
+/// Returns the sizes that a config.json leaves to the library's defaults.
+fn absent_sizes(config: &Value, family: &str) -> Vec<String> {
+    let schema = find(ComponentKind::Model, family).map(|component| (component.schema)()).unwrap_or_default();
+    let known = |name: &&&str| schema.get("properties").is_some_and(|fields| fields.get(**name).is_some());
+    let absent = SIZES.iter().filter(|names| names.iter().all(|name| config.get(*name).is_none()));
+    absent.filter_map(|names| Some(format!("`{}`", names.iter().find(known)?))).collect()
+}
+
+/// Sizes that every complete config.json has, under one of these names.
+const SIZES: [&[&str]; 4] = [
+    &["vocab_size"],
+    &["hidden_size", "n_embd"],
+    &["num_hidden_layers", "num_layers", "n_layer"],
+    &["num_attention_heads", "num_heads", "n_head"],
+];
 
 /// Upper bound on layers. Allocating for a bogus number would exhaust memory before the first missing tensor is found.
 const MOST_LAYERS: u64 = 10_000;
