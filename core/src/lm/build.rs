@@ -9,28 +9,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::blocks::Linear;
 use super::norm::{Norm, NormConfig, NormKind};
-use super::weights::Weights;
+use super::weights::{Wanted, Weights};
 use crate::machine::device::Precision;
-
-/// A tensor that a part of a model needs.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Wanted<'a> {
-    /// Its Hugging Face name.
-    pub name: &'a str,
-    /// Its shape in the file.
-    pub shape: &'a [i64],
-    /// Dtype to convert it to.
-    pub kind: Kind,
-    /// Index into the first dimension, to read only that part of it.
-    pub part: Option<i64>,
-}
-
-impl Wanted<'_> {
-    /// Returns the shape of what is wanted.
-    pub fn size(&self) -> &[i64] {
-        if self.part.is_some() { &self.shape[1..] } else { self.shape }
-    }
-}
 
 /// Provides a tensor. Matrices and biases of products and token embeddings have the dtype of the products, everything
 /// else float32.

@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use super::altup::{AltUpConfig, StreamMaps};
 use super::attention::AttentionConfig;
 use super::blocks::Linear;
-use super::build::{Builder, Lazy, ModelWeights, Wanted, shape_only};
+use super::build::{Builder, Lazy, ModelWeights, shape_only};
 use super::context::{Context, ContextConfig, KeysValues};
 use super::hook_point::Tokens;
 pub use super::layer::{FeedForward, LayerConfig, Mixer, NormNames, Residual};
@@ -26,7 +26,7 @@ use super::names::Names;
 use super::norm::{Norm, NormConfig};
 use super::per_layer::{PerLayerConfig, PerLayerInputs};
 use super::rotary::Rotary;
-use super::weights::{ModelCx, Weights};
+use super::weights::{ModelCx, Wanted, Weights};
 use crate::error::InputError;
 use crate::files::tensors::{bytes, kind_size};
 

@@ -7,7 +7,6 @@ use rand::RngCore;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::build::Wanted;
 use super::files::ModelFiles;
 use super::mxfp4;
 use super::weight_file::WeightFile;
@@ -32,6 +31,26 @@ impl ModelCx {
     /// Returns the settings for a text model by itself.
     pub fn new(device: Device, precision: Precision) -> Self {
         ModelCx { device, precision, text_root: None }
+    }
+}
+
+/// A tensor that a part of a model needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    /// Its Hugging Face name.
+    pub name: &'a str,
+    /// Its shape in the file.
+    pub shape: &'a [i64],
+    /// Dtype to convert it to.
+    pub kind: Kind,
+    /// Index into the first dimension, to read only that part of it.
+    pub part: Option<i64>,
+}
+
+impl Wanted<'_> {
+    /// Returns the shape of what is wanted.
+    pub fn size(&self) -> &[i64] {
+        if self.part.is_some() { &self.shape[1..] } else { self.shape }
     }
 }
 
