@@ -107,7 +107,15 @@ fn wrong_mixtures_are_refused_by_name() {
         }
     };
     let blocks = "gate_up_proj_blocks";
+    let plain = |tensors: &mut Vec<(String, Tensor)>| {
+        let (name, shape) = ("model.layers.0.mlp.experts.down_proj", [4, 32, 64]);
+        tensors.push((name.to_owned(), Tensor::zeros(shape, (Kind::Float, Device::Cpu))));
+    };
     for (message, expected) in [
+        (
+            refusal(changed("gpt_oss_mxfp4", same, plain).path()),
+            "does not describe: `model.layers.0.mlp.experts.down_proj_blocks`",
+        ),
         (
             refusal(changed("qwen3_moe", same, without("layers.1.mlp.experts.2.up_proj")).path()),
             "no tensor `model.layers.1.mlp.experts.2.up_proj.weight`",

@@ -110,6 +110,27 @@ impl AttentionConfig {
                 "config.json: {heads} heads cannot share {kv_heads} key/value heads evenly"
             )));
         }
+        if let Some(window) = self.window.filter(|window| *window < 1) {
+            bail!(InputError::new(format!("config.json: `sliding_window` is {window}; a query sees at least itself")));
+        }
+        if !self.scale.is_finite() || self.soft_cap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
+            bail!(InputError::new(format!(
+                "config.json: attention scores times {}, bounded to {:?}, are no numbers",
+                self.scale, self.soft_cap
+            )));
+        }
+        let split = matches!(self.input, Projections::Separate { .. });
+        let of_split = [
+            ("norms of queries and keys", self.qk_norm.is_some()),
+            ("a norm of values", self.v_norm.is_some()),
+            ("keys as values", self.values_are_keys),
+            ("clipping", self.clip.is_some()),
+            ("gates", self.gated),
+            ("another layer's keys", self.keys_of.is_some()),
+        ];
+        if let Some((what, _)) = of_split.iter().find(|(_, set)| *set && !split) {
+            bail!("attention with {what} needs separate projections of queries, keys and values");
+        }
         Ok(())
     }
 

@@ -1,8 +1,9 @@
 //! The decoder-only transformer that most families are variants of.
 //!
 //! A family's [`DecoderConfig`] states embeddings, layers and head. A [`LayerConfig`] states what a layer is made of: its
-//! norms, its attention, its MLP or experts, each with the layout and names of its projections. Modules have Hugging Face's paths, so that a hook
-//! means the same as in Python. Any other architecture implements [`LanguageModel`] from the same blocks.
+//! norms, its attention, its MLP or experts, each with the layout and names of its projections. Modules have Hugging
+//! Face's paths, so that a hook means the same as in Python. Any other architecture implements [`LanguageModel`] from the
+//! same blocks.
 //!
 //! A layer is read from its file when a pass first reaches it: layers past the last hook are never loaded.
 
@@ -163,6 +164,18 @@ impl DecoderConfig {
         let sizes = [("the width", self.hidden_size), ("the number of token ids", self.vocab_size)];
         if let Some((what, found)) = sizes.iter().find(|(_, number)| *number < 1) {
             bail!(InputError::new(format!("config.json: {what} is {found}")));
+        }
+        let HeadConfig { scale, soft_cap, .. } = self.head;
+        if !scale.is_finite() || soft_cap.is_some_and(|cap| cap <= 0.0) {
+            bail!(InputError::new(format!(
+                "config.json: logits times {scale}, bounded to {soft_cap:?}, are no numbers"
+            )));
+        }
+        if self.norm.eps.is_nan() || self.norm.eps < 0.0 {
+            bail!(InputError::new(format!(
+                "config.json: the epsilon of norms is {}, which is negative",
+                self.norm.eps
+            )));
         }
         for layer in &self.layers {
             layer.check()?;
@@ -470,7 +483,8 @@ impl LanguageModel for Decoder {
     }
 
     fn max_positions(&self) -> Option<i64> {
-        self.config.max_positions
+        // A dynamic base follows the context's length.
+        self.config.max_positions.filter(|_| !self.config.rotary.iter().any(Rotary::is_dynamic))
     }
 
     fn names(&self) -> &Names {

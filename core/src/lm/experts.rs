@@ -78,7 +78,7 @@ impl ExpertsConfig {
 }
 
 /// Scales of a router (Gemma 4), in the module `router`: it reads `norm(x) · scale / √d`, where the norm has no weight, and
-/// the chosen experts' probabilities are multiplied with `per_expert_scale` [E].
+/// the chosen experts' probabilities are multiplied with `per_expert_scale` `[E]`.
 #[derive(Debug, Clone, Copy)]
 pub struct RouterScales {
     /// Epsilon of the norm.

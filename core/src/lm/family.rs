@@ -131,11 +131,10 @@ fn family(name: &str, config: &Value) -> Result<&'static ModelFamily> {
     let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {
         let near = nearest(family, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
         bail!(InputError::new(format!("the model {name} has the unsupported family `{family}`")).help(format!(
-            "{}two doors are open to any other model: examples/write_activations.py writes its activations in Python, and \
-             the source `activation_cache` trains from them (docs/models.md); or a plugin runs it (`dictlearn new-plugin \
-             model NAME`). Supported families: {} (`dictlearn list models`)",
-            near.unwrap_or_default(),
-            known.join(", ")
+            "{}`dictlearn list models` shows the supported families. Two doors are open to any other model: \
+             examples/write_activations.py writes its activations in Python, and the source `activation_cache` trains from \
+             them (docs/models.md); or a plugin runs it (`dictlearn new-plugin model NAME`)",
+            near.unwrap_or_default()
         )));
     };
     Ok(found)

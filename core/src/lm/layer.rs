@@ -38,7 +38,7 @@ pub struct LayerConfig {
     pub laurel: Option<LaurelConfig>,
     /// Experts beside the MLP, if there are any.
     pub beside: Option<BesideConfig>,
-    /// Learned factor [1] on the layer's output by name, if there is one.
+    /// Learned factor `[1]` on the layer's output by name, if there is one.
     pub scalar: Option<&'static str>,
 }
 

@@ -97,6 +97,29 @@ const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
 /// Supported types of scaling; older spellings are accepted too.
 const SCALINGS: [&str; 7] = ["default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional"];
 
+/// Known keys of a map of rotary settings.
+const SETTINGS: [&str; 19] = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+    "mscale",
+    "mscale_all_dim",
+    "low_freq_factor",
+    "high_freq_factor",
+    "short_factor",
+    "long_factor",
+    "mrope_section",
+    "mrope_interleaved",
+    "finetuned",
+];
+
 /// Keys of a map of rotary settings that need no `rope_type`. On text alone, multimodal sections (Qwen2-VL, Wang et al.
 /// 2024, <https://arxiv.org/abs/2409.12191>) rotate as plain positions do.
 const UNTYPED: [&str; 4] = ["rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"];
@@ -225,6 +248,14 @@ impl Rope {
     fn scaling(&self, spelled: &Spelled, rotary: &Rotary, max_positions: i64) -> Result<Scaling> {
         let frequencies = rotary.width / 2;
         let Spelled { key, map } = spelled;
+        if let Some(name) = map.keys().find(|name| !map[*name].is_null() && !SETTINGS.contains(&name.as_str())) {
+            let near = nearest(name, SETTINGS).map(|near| format!("did you mean `{near}`? "));
+            bail!(InputError::new(format!("config.json: `{key}` has the unknown setting `{name}`")).help(format!(
+                "{}known: {}; it cannot be ignored because it may change what the model computes",
+                near.unwrap_or_default(),
+                SETTINGS.join(", ")
+            )));
+        }
         let kind = match map.get("rope_type").or_else(|| map.get("type")) {
             Some(kind) => kind.as_str().map(str::to_owned).unwrap_or_else(|| kind.to_string()),
             // Parameters of a scaling need an explicit type.
@@ -263,8 +294,15 @@ impl Rope {
                 let factor = positive("factor")?;
                 let (width, original) = (rotary.width as f64, original()?);
                 // The dimension that turns this many times in the original context.
+                if original <= 0.0 || rotary.theta <= 1.0 {
+                    bail!(InputError::new(format!(
+                        "config.json: `{key}` of type `yarn` needs a positive original context and a base above 1, not \
+                         {original} and {}",
+                        rotary.theta
+                    )));
+                }
                 let turns = |key: &str, default: f64| -> Result<f64> {
-                    let turns = spelled.number(key)?.unwrap_or(default);
+                    let turns = if map.contains_key(key) { positive(key)? } else { default };
                     Ok(width * (original / (turns * 2.0 * PI)).ln() / (2.0 * rotary.theta.ln()))
                 };
                 let (mut low, mut high) = (turns("beta_fast", 32.0)?, turns("beta_slow", 1.0)?);
@@ -362,6 +400,11 @@ impl Rotary {
     /// Returns the same embedding without scaling.
     pub fn unscaled(&self) -> Self {
         Rotary { scaling: Scaling::None, ..self.clone() }
+    }
+
+    /// Returns true if the base follows the context's length, which then has no limit.
+    pub(super) fn is_dynamic(&self) -> bool {
+        matches!(self.scaling, Scaling::Dynamic { .. })
     }
 
     /// Returns cosines and sines for the positions of a context, [L, width] each, float32.

@@ -359,7 +359,12 @@ impl Weights {
     /// Checks that there are no weights other than `asked` and `tied`.
     pub fn check_none_left(&self, asked: &[String], tied: Option<&str>) -> Result<()> {
         let asked = asked.iter().map(String::as_str).chain(tied);
-        let packed: Vec<String> = asked.clone().filter_map(|name| self.packed(name)).flatten().collect();
+        let packed: Vec<String> = asked
+            .clone()
+            .filter(|name| self.find(name).is_none())
+            .filter_map(|name| self.packed(name))
+            .flatten()
+            .collect();
         let asked = asked.chain(packed.iter().map(String::as_str));
         let asked: BTreeSet<&str> = asked.filter_map(|name| Some(self.find(name)?.1)).collect();
         let unused = |name: &str| {
