@@ -182,6 +182,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = torch.tensor(tokenizer(Path(args.text).read_text(encoding="utf-8"))["input_ids"], device=device)
     whole = len(ids) // args.ctx_len * args.ctx_len
+    if whole == 0:
+        parser.error(f"{args.text} has {len(ids)} tokens, fewer than one context of {args.ctx_len}: lower --ctx-len")
     batches = list(ids[:whole].view(-1, args.ctx_len).split(args.batch_size))
     batches += [ids[whole:].unsqueeze(0)] if whole < len(ids) else []
     write_activations(
