@@ -577,10 +577,10 @@ fn bfloat16_logits_stay_close() {
         assert_eq!(logits.kind(), Kind::Float);
         let apart = difference(&logits, &io["logits"], &tokens.mask);
         // Rounding chooses other experts for some tokens (Gemma 4: transformers in bfloat16 is 0.11 apart), and gated
-        // DeltaNets amplify rounding errors.
+        // DeltaNets amplify rounding errors (qwen3_next: 0.26 here, 0.17 in transformers).
         let most = match case.as_str() {
             case if case.starts_with("gemma4_moe") => 0.11,
-            case if case.starts_with("qwen3_next") || case.starts_with("qwen3_5") => 0.5,
+            case if case.starts_with("qwen3_next") || case.starts_with("qwen3_5") => 0.3,
             _ => 5e-2,
         };
         assert!(apart > 1e-6 && apart < most, "{case}: {apart}");
@@ -652,8 +652,8 @@ fn unsupported_fields_are_refused_by_name() {
         ),
         ("llama", "rotary_pct", 0.25.into(), "`rotary_pct` is 0.25"),
         ("mistral", "sliding_window", 0.into(), "`sliding_window` is 0"),
-        ("gemma2", "query_pre_attn_scalar", 0.into(), "are no numbers"),
-        ("gemma2", "attn_logit_softcapping", 0.0.into(), "are no numbers"),
+        ("gemma2", "query_pre_attn_scalar", 0.into(), "factor on attention scores is inf"),
+        ("gemma2", "attn_logit_softcapping", 0.0.into(), "`attn_logit_softcapping` is 0"),
         ("llama", "rms_norm_eps", (-1.0).into(), "epsilon of norms is -1"),
         ("llama", "rope_scaling", json!({"type": "linear", "factor": "two"}), "`rope_scaling.factor` is \"two\""),
         ("llama", "rope_scaling", json!({"type": "linear", "factor": 0.0}), "not positive"),

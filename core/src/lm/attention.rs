@@ -113,11 +113,14 @@ impl AttentionConfig {
         if let Some(window) = self.window.filter(|window| *window < 1) {
             bail!(InputError::new(format!("config.json: `sliding_window` is {window}; a query sees at least itself")));
         }
-        if !self.scale.is_finite() || self.soft_cap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
+        if !self.scale.is_finite() {
             bail!(InputError::new(format!(
-                "config.json: attention scores times {}, bounded to {:?}, are no numbers",
-                self.scale, self.soft_cap
+                "config.json: the factor on attention scores is {}, not finite",
+                self.scale
             )));
+        }
+        if let Some(cap) = self.soft_cap.filter(|cap| cap.is_nan() || *cap <= 0.0) {
+            bail!(InputError::new(format!("config.json: `attn_logit_softcapping` is {cap}, not positive")));
         }
         let split = matches!(self.input, Projections::Separate { .. });
         let of_split = [

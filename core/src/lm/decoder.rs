@@ -166,10 +166,11 @@ impl DecoderConfig {
             bail!(InputError::new(format!("config.json: {what} is {found}")));
         }
         let HeadConfig { scale, soft_cap, .. } = self.head;
-        if !scale.is_finite() || soft_cap.is_some_and(|cap| cap <= 0.0) {
-            bail!(InputError::new(format!(
-                "config.json: logits times {scale}, bounded to {soft_cap:?}, are no numbers"
-            )));
+        if !scale.is_finite() {
+            bail!(InputError::new(format!("config.json: the factor on logits is {scale}, not finite")));
+        }
+        if let Some(cap) = soft_cap.filter(|cap| cap.is_nan() || *cap <= 0.0) {
+            bail!(InputError::new(format!("config.json: `final_logit_softcapping` is {cap}, not positive")));
         }
         if self.norm.eps.is_nan() || self.norm.eps < 0.0 {
             bail!(InputError::new(format!(

@@ -131,9 +131,9 @@ fn family(name: &str, config: &Value) -> Result<&'static ModelFamily> {
     let Some(found) = inventory::iter::<ModelFamily>.into_iter().find(|known| known.model_type == family) else {
         let near = nearest(family, known.iter().copied()).map(|near| format!("did you mean `{near}`? "));
         bail!(InputError::new(format!("the model {name} has the unsupported family `{family}`")).help(format!(
-            "{}`dictlearn list models` shows the supported families. Two doors are open to any other model: \
-             examples/write_activations.py writes its activations in Python, and the source `activation_cache` trains from \
-             them (docs/models.md); or a plugin runs it (`dictlearn new-plugin model NAME`)",
+            "{}`dictlearn list models` shows the supported families. To use another model, write its activations with \
+             examples/write_activations.py and train with the source `activation_cache` (docs/models.md), or write a plugin \
+             (`dictlearn new-plugin model NAME`)",
             near.unwrap_or_default()
         )));
     };
@@ -155,7 +155,7 @@ fn build(
     let weights = weights()?;
     (family.load)(config, weights, cx).map_err(|error| match absent_sizes(config, family.model_type) {
         sizes if sizes.is_empty() => error,
-        sizes => error.context(format!("config.json has no {}, so the library's default applies", sizes.join(", "))),
+        sizes => error.context(format!("config.json has no {}, so transformers' default applies", sizes.join(", "))),
     })
 }
 

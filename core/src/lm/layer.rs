@@ -21,9 +21,9 @@ use super::per_layer::{PerLayer, PerLayerConfig};
 /// Config of a layer.
 #[derive(Debug, Clone)]
 pub struct LayerConfig {
-    /// What mixes positions.
+    /// Attention, or a linear form of it.
     pub mixer: Mixer,
-    /// What follows.
+    /// MLP or experts.
     pub feed_forward: FeedForward,
     /// Norms.
     pub norms: NormNames,
